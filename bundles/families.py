@@ -1,0 +1,133 @@
+"""The families that CoreInfer can narrow, as a table.
+
+A row says where a family keeps its decoder layers and how the modules of its FFN are called, as attribute paths
+of the model that transformers builds. Adding a family is one row here and one tiny random config in the tests
+(docs/adding-a-family.md).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from .errors import UnsupportedModelError
+
+__all__ = ["FAMILIES", "Family", "assign_ffn", "family_by_name", "family_of_config", "ffn_tensors", "resolve"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one family of models names its parts.
+
+    Attributes:
+        name: what the manifest calls the family.
+        model_types: `model_type` values of transformers configs that belong to it.
+        layers: path from the causal language model to its list of decoder layers.
+        up, down: paths from a layer to the linear modules into and out of the FFN (fc1 and fc2 where ungated).
+        gate: path to the gate projection, None for an ungated FFN.
+        activation_field, ffn_dim_field: config fields that name the activation and the intermediate dimension.
+        embedding: path to the token embedding, from the causal language model.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    layers: str = "model.layers"
+    up: str = "mlp.up_proj"
+    gate: str | None = "mlp.gate_proj"
+    down: str = "mlp.down_proj"
+    activation_field: str = "hidden_act"
+    ffn_dim_field: str = "intermediate_size"
+    embedding: str = "model.embed_tokens"
+
+    @property
+    def gated(self) -> bool:
+        """Whether the FFN is act(gate x) * up x rather than act(fc1 x)."""
+        return self.gate is not None
+
+    @property
+    def projections(self) -> dict[str, str]:
+        """Role in the FFN ("gate", "up", "down") -> path from a layer to its module."""
+        paths = {"gate": self.gate, "up": self.up, "down": self.down}
+        return {role: path for role, path in paths.items() if path is not None}
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        name="opt",
+        model_types=("opt",),
+        layers="model.decoder.layers",
+        up="fc1",
+        gate=None,
+        down="fc2",
+        activation_field="activation_function",
+        ffn_dim_field="ffn_dim",
+        embedding="model.decoder.embed_tokens",
+    ),
+    Family(name="llama", model_types=("llama", "mistral")),
+    Family(name="qwen2", model_types=("qwen2",)),
+    Family(name="qwen3", model_types=("qwen3",)),
+    Family(name="gemma3", model_types=("gemma3_text",), activation_field="hidden_activation"),
+)
+
+
+def family_by_name(name: str) -> Family:
+    """Find a row of the table by the name that the manifest stores.
+
+    Raises:
+        UnsupportedModelError: no row has that name.
+    """
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise UnsupportedModelError(_unsupported(f"family {name!r}"))
+
+
+def family_of_config(config: Mapping[str, Any], where: str) -> Family:
+    """Find the row for a transformers config.
+
+    Args:
+        config: the config as a mapping; only `model_type` is read.
+        where: what to call the model in an error.
+    Raises:
+        UnsupportedModelError: the model type is not supported.
+    """
+    model_type = str(config.get("model_type"))
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    raise UnsupportedModelError(_unsupported(f"model {where}: model_type {model_type!r}"))
+
+
+def resolve(root: Any, path: str) -> Any:
+    """Follow a dotted attribute path."""
+    return reduce(getattr, path.split("."), root)
+
+
+def assign_ffn(layer: Any, family: Family, tensors: Mapping[str, Any]) -> None:
+    """Put FFN tensors into a layer of the model that transformers built: a pointer swap, of any width.
+
+    Args:
+        layer: a decoder layer.
+        tensors: role ("gate", "up", "down", and "up_bias" and so on where the family has biases) -> torch tensor.
+    """
+    for role, path in family.projections.items():
+        module = resolve(layer, path)
+        module.weight.data = tensors[role]
+        if module.bias is not None:
+            module.bias.data = tensors[f"{role}_bias"]
+
+
+def ffn_tensors(layer: Any, family: Family) -> dict[str, Any]:
+    """Name the FFN tensors of a layer by role, as `assign_ffn` takes them."""
+    tensors = {}
+    for role, path in family.projections.items():
+        module = resolve(layer, path)
+        tensors[role] = module.weight.data
+        if module.bias is not None:
+            tensors[f"{role}_bias"] = module.bias.data
+    return tensors
+
+
+def _unsupported(what: str) -> str:
+    supported: Sequence[str] = [f"{family.name} ({', '.join(family.model_types)})" for family in FAMILIES]
+    return f"{what} is not supported; supported families: {'; '.join(supported)}"

@@ -1,0 +1,307 @@
+"""The manifest: what a bundle says of itself."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import BundleCorrupt, BundleNotFound, BundleVersionError, join_problems
+from .layout import LAYOUT
+from .schema import parse
+from .statistics import Selection
+
+__all__ = [
+    "FORMATS",
+    "GROUPS",
+    "SCHEMA_VERSION",
+    "ClusterQuality",
+    "ClusterRecord",
+    "FileRecord",
+    "Manifest",
+    "ModelRecord",
+    "Plan",
+    "Provenance",
+    "Quality",
+    "QuantizationRecord",
+    "RouterRecord",
+    "Score",
+    "TensorRecord",
+    "read_manifest",
+    "content_sha256",
+    "write_manifest",
+]
+
+SCHEMA_VERSION = 1
+_CHECKSUM = "sha256"
+GROUPS = ("embedding", "attention", "norm", "head", "ffn")
+"""Tensor groups that are quantized separately."""
+FORMATS = ("bf16", "f32")
+"""Storage formats that this version reads; packed int8 and int4 get names of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord:
+    """The model that was compiled: its family, shapes and transformers config."""
+
+    name: str
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_dim: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    activation: str
+    gated: bool
+    ffn_bias: bool
+    tied_head: bool
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationRecord:
+    """How the tensors of one group are stored.
+
+    Attributes:
+        format: one of `FORMATS`.
+        group_size: inputs that share a scale, None where there are no scales.
+    """
+
+    format: str
+    group_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterRecord:
+    """One cluster: what it holds and what its pack costs.
+
+    Attributes:
+        file: the pack, relative to the bundle.
+        num_sentences, num_tokens: calibration text in the cluster.
+        examples: its most typical sentences, shortened.
+        keep_ratio: kept neurons / all neurons over all layers.
+        ffn_bytes: bytes of FFN weights read for one decoded token.
+        map_x, map_y: where the centroid lies on the two-dimensional map of the report.
+    """
+
+    file: str
+    label: str
+    num_sentences: int
+    num_tokens: int
+    examples: tuple[str, ...]
+    keep_ratio: float
+    ffn_bytes: int
+    map_x: float
+    map_y: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterRecord:
+    """How a prompt finds its cluster.
+
+    Attributes:
+        encoder: "static": the mean of the table's rows at the text's token ids, L2-normed.
+        dimension: length of an embedding.
+        distance_p99: 99th percentile of 1 - cosine between calibration sentences and their nearest centroid; the
+            larger one of what the router was fitted to and of what it was not.
+        agreement: share of held-out sentences that the static encoder and the sentence encoder route alike;
+            None when there were none.
+        num_agreement_sentences: how many sentences the agreement was measured on.
+    """
+
+    encoder: str
+    dimension: int
+    distance_p99: float
+    agreement: float | None
+    num_agreement_sentences: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How neurons were chosen and repaired.
+
+    Attributes:
+        selection: "output-aware", "coreinfer" or "griffin".
+        layer_budgets: kept neurons of each layer, the same for every cluster.
+        ridges: ridge of each layer, relative to the mean diagonal of its Gram matrix; None where the repair was
+            rejected or not asked for.
+        stability_min_tokens: prompts of at least so many tokens may choose their own neurons in mode "auto".
+        fused_half_tokens: n0 of the fused mode: a prompt of n0 tokens counts as much as its cluster.
+    """
+
+    selection: Selection
+    keep: float
+    alpha: float
+    beta: float
+    cluster_weight: float
+    budgets: str
+    layer_budgets: tuple[int, ...]
+    reconstruct: bool
+    ridges: tuple[float | None, ...]
+    dense: bool
+    stability_min_tokens: int
+    fused_half_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Quality of one way to decode, on held-out text.
+
+    Attributes:
+        perplexity: over the second halves, decoded narrow after a dense prefill of the first halves.
+        kl: mean KL(dense || narrow) a token, in nats.
+        top1: share of tokens where both models rank the same token first.
+    """
+
+    name: str
+    perplexity: float
+    kl: float
+    top1: float
+    num_texts: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterQuality:
+    """The score of one cluster's pack on the held-out text routed to it."""
+
+    cluster: int
+    score: Score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Held-out quality of the bundle beside the dense model and the controls, all controls at the same bytes."""
+
+    dense: Score
+    clusters: Score
+    controls: tuple[Score, ...]
+    per_cluster: tuple[ClusterQuality, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a bundle comes from."""
+
+    coreinfer: str
+    packages: dict[str, str]
+    model_sha256: str
+    corpus_sha256: str
+    encoder: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """Checksum and size of one file."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRecord:
+    """Type and shape of one tensor of the base, whose names differ from family to family."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that a bundle says of itself; `files` lists every other file."""
+
+    model: ModelRecord
+    quantization: dict[str, QuantizationRecord]
+    clusters: tuple[ClusterRecord, ...]
+    router: RouterRecord
+    plan: Plan
+    quality: Quality | None
+    provenance: Provenance
+    base_tensors: dict[str, TensorRecord]
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def has_dense(self) -> bool:
+        """Whether the bundle holds the dense FFN."""
+        return LAYOUT.dense in self.files
+
+    @property
+    def ffn_bytes(self) -> int:
+        """Bytes of FFN weights that the dense model reads for one token, at the stored width."""
+        num_matrices = 3 if self.model.gated else 2
+        num_weights = self.model.num_layers * num_matrices * self.model.hidden_size * self.model.ffn_dim
+        return num_weights * (2 if self.quantization["ffn"].format == "bf16" else 4)
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write a manifest as indented JSON, keys in the order of the dataclasses, its own checksum last."""
+    data = asdict(manifest)
+    text = json.dumps({**data, _CHECKSUM: content_sha256(data)}, indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def content_sha256(data: Mapping[str, Any]) -> str:
+    """Hash the values of a parsed manifest, its checksum left out; spacing and order of keys do not matter."""
+    values = {name: value for name, value in data.items() if name != _CHECKSUM}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(bundle_dir: Path) -> Manifest:
+    """Read and check a bundle's manifest.
+
+    Raises:
+        BundleNotFound: there is no folder or no manifest in it.
+        BundleVersionError: another schema version.
+        BundleCorrupt: not JSON, or fields are missing or of the wrong type; all of them are named.
+    """
+    path = bundle_dir / LAYOUT.manifest
+    data = _read_json(bundle_dir, path)
+    version = data.get("schema_version")
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        advice = "upgrade coreinfer" if newer else "compile the bundle again with this coreinfer"
+        raise BundleVersionError(f"{path}: schema version {version!r}, this coreinfer reads {SCHEMA_VERSION}; {advice}")
+    problems: list[str] = []
+    manifest = parse(Manifest, data, "manifest", problems)
+    if manifest is not None and data.get(_CHECKSUM) != content_sha256(data):
+        problems.append("its values do not match its own checksum")
+    if manifest is not None:
+        problems += _unknown_formats(manifest.quantization)
+    if manifest is None or problems:
+        raise BundleCorrupt(f"{path}: {join_problems(problems)}; compile the bundle again")
+    return manifest
+
+
+def _read_json(bundle_dir: Path, path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = _why_no_bundle(bundle_dir)
+        raise BundleNotFound(f"{bundle_dir} {reason}; give a folder that coreinfer-compile wrote") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleCorrupt(f"{path}: cannot be read as JSON ({error}); compile the bundle again") from error
+    if not isinstance(data, dict):
+        raise BundleCorrupt(f"{path}: expected a JSON object, got {type(data).__name__}; compile the bundle again")
+    return data
+
+
+def _why_no_bundle(bundle_dir: Path) -> str:
+    if bundle_dir.is_dir():
+        return f"is no bundle (it has no {LAYOUT.manifest})"
+    return "is a file, not a folder" if bundle_dir.exists() else "does not exist"
+
+
+def _unknown_formats(quantization: Mapping[str, QuantizationRecord]) -> list[str]:
+    missing = [f"manifest.quantization.{group}: missing" for group in GROUPS if group not in quantization]
+    unknown = [
+        f"manifest.quantization.{group}: format {record.format!r}, this coreinfer reads {', '.join(FORMATS)}"
+        for group, record in quantization.items()
+        if record.format not in FORMATS
+    ]
+    return missing + unknown

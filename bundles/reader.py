@@ -1,0 +1,155 @@
+"""Open a bundle, or say everything that is wrong with it."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from .contract import check_neuron_ids, check_tensors, cluster_tensors, dense_tensors
+from .errors import BundleCorrupt, BundleError, join_problems
+from .layout import LAYOUT
+from .manifest import Manifest, TensorRecord, read_manifest
+from .tensors import TensorFile
+from .writer import file_sha256
+
+__all__ = ["Bundle", "find_problems", "open_bundle"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """An open bundle: checked, memory-mapped, nothing copied.
+
+    Attributes:
+        path: its folder.
+        base: everything that is not FFN.
+        dense: the dense FFN, None where the bundle was compiled without.
+        packs: one cluster pack a cluster.
+    """
+
+    path: Path
+    manifest: Manifest
+    base: TensorFile
+    dense: TensorFile | None
+    packs: tuple[TensorFile, ...]
+
+    def read_bytes(self, name: str) -> bytes:
+        """Read one of the small files by its name in the layout."""
+        return (self.path / name).read_bytes()
+
+    def has(self, name: str) -> bool:
+        """Whether the manifest lists a file."""
+        return name in self.manifest.files
+
+
+def open_bundle(bundle_dir: str | Path, *, checksums: bool = True) -> Bundle:
+    """Open a bundle after checking every file of it.
+
+    Args:
+        bundle_dir: a folder that coreinfer-compile wrote.
+        checksums: hash every file; without, only presence, sizes, shapes and dtypes are checked.
+    Raises:
+        BundleNotFound: no bundle is there.
+        BundleVersionError: another schema version wrote it.
+        BundleCorrupt: files are missing or damaged; the message names all of them.
+    """
+    path = Path(bundle_dir)
+    manifest = read_manifest(path)
+    if problems := find_problems(path, manifest, checksums=checksums):
+        raise BundleCorrupt(f"bundle {path}: {join_problems(problems)}; copy or compile it again")
+    return Bundle(
+        path=path,
+        manifest=manifest,
+        base=TensorFile(path / LAYOUT.base),
+        dense=TensorFile(path / LAYOUT.dense) if manifest.has_dense else None,
+        packs=tuple(TensorFile(path / cluster.file) for cluster in manifest.clusters),
+    )
+
+
+def find_problems(bundle_dir: Path, manifest: Manifest, *, checksums: bool = True) -> list[str]:
+    """List all that is wrong with a bundle's files, one line each; an empty list means that it is sound."""
+    if problems := _outside_paths(manifest) or _unlisted_parts(manifest):
+        return problems
+    damaged = _damaged_files(bundle_dir, manifest, checksums=checksums)
+    problems = list(damaged.values())
+    for name, expected in _tensor_files(manifest):
+        if name not in damaged:
+            problems += _tensor_problems(bundle_dir / name, name, expected, manifest)
+    return problems
+
+
+def _outside_paths(manifest: Manifest) -> list[str]:
+    names = [*manifest.files, *(cluster.file for cluster in manifest.clusters)]
+    return [
+        f"manifest names {name!r}, which is no path inside the bundle"
+        for name in dict.fromkeys(names)
+        if not name
+        or not name.isprintable()
+        or ".." in PurePosixPath(name).parts
+        or PurePosixPath(name).is_absolute()
+        or PureWindowsPath(name).drive
+        or "\\" in name
+    ]
+
+
+def _unlisted_parts(manifest: Manifest) -> list[str]:
+    """Name the parts that every bundle must have and this manifest does not list."""
+    required = [LAYOUT.base, LAYOUT.tokenizer, LAYOUT.generation, LAYOUT.router_index, LAYOUT.router_tokenizer]
+    required += [LAYOUT.router_table, *(cluster.file for cluster in manifest.clusters)]
+    if manifest.plan.dense:
+        required.append(LAYOUT.dense)
+    problems = [f"manifest lists no {name}" for name in required if name not in manifest.files]
+    if not manifest.clusters:
+        problems.append("manifest lists no clusters")
+    if len(manifest.plan.layer_budgets) != manifest.model.num_layers:
+        expected, got = manifest.model.num_layers, len(manifest.plan.layer_budgets)
+        problems.append(f"manifest.plan.layer_budgets: expected {expected} layers, got {got}")
+    return problems
+
+
+def _damaged_files(bundle_dir: Path, manifest: Manifest, *, checksums: bool) -> dict[str, str]:
+    """Map each file that is missing or not as listed to what is wrong with it."""
+
+    def check(name: str) -> str | None:
+        return _file_problem(bundle_dir / name, name, manifest, checksums=checksums)
+
+    # Hashing releases the GIL, so that threads share the work.
+    with ThreadPoolExecutor() as pool:
+        found = zip(manifest.files, pool.map(check, manifest.files), strict=True)
+        return {name: problem for name, problem in found if problem}
+
+
+def _file_problem(path: Path, name: str, manifest: Manifest, *, checksums: bool) -> str | None:
+    record = manifest.files[name]
+    try:
+        num_bytes = path.stat().st_size
+        if not path.is_file():
+            return f"{name}: is no file"
+        if num_bytes != record.bytes:
+            return f"{name}: expected {record.bytes} bytes, got {num_bytes}"
+        if checksums and (digest := file_sha256(path)) != record.sha256:
+            return f"{name}: expected sha256 {record.sha256[:12]}..., got {digest[:12]}..."
+    except FileNotFoundError:
+        return f"{name}: missing"
+    except OSError as error:
+        return f"{name}: cannot be read ({error.strerror})"
+    return None
+
+
+def _tensor_files(manifest: Manifest) -> Sequence[tuple[str, Callable[[Manifest], dict[str, TensorRecord]]]]:
+    files = [(LAYOUT.base, lambda manifest: manifest.base_tensors)]
+    if manifest.has_dense:
+        files.append((LAYOUT.dense, dense_tensors))
+    return files + [(cluster.file, cluster_tensors) for cluster in manifest.clusters]
+
+
+def _tensor_problems(
+    path: Path, name: str, expected: Callable[[Manifest], dict[str, TensorRecord]], manifest: Manifest
+) -> list[str]:
+    try:
+        file = TensorFile(path)
+    except BundleError as error:
+        return [str(error)]
+    problems = check_tensors(file, expected(manifest))
+    if expected is cluster_tensors and not problems:
+        problems = check_neuron_ids(file, manifest)
+    return [problem.replace(str(path), name) for problem in problems]

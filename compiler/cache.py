@@ -1,0 +1,105 @@
+"""Results of finished stages on disk, under a key of all that they depend on.
+
+An interrupted compile goes on after its last finished stage, and compiles that share a model and text share the
+stages before the first difference. Values are JSON and safetensors, never pickles.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from coreinfer.bundles.errors import ConfigError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+__all__ = ["Cache", "stage_key"]
+
+_log = logging.getLogger(__name__)
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def stage_key(stage: str, **inputs: object) -> str:
+    """Hash a stage's name and inputs; inputs are what `json.dumps` takes, with paths as text."""
+    text = json.dumps({"stage": stage, **inputs}, sort_keys=True, default=str)
+    return f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of stage results; with `folder` None nothing is kept and everything is computed."""
+
+    folder: Path | None
+
+    def find_arrays(self, key: str) -> Arrays | None:
+        """Give the arrays stored under a key, None where there are none that can be read."""
+        if self.folder is None:
+            return None
+        path = self.folder / f"{key}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            _log.warning("cache file %s cannot be read (%s); computing it again", path, error)
+            return None
+
+    def arrays(self, key: str, compute: Callable[[], Mapping[str, np.ndarray[Any, Any]]]) -> Arrays:
+        """Give the arrays stored under a key, or compute and store them.
+
+        Raises:
+            ConfigError: they cannot be stored.
+        """
+        if self.folder is None:
+            return dict(compute())
+        if (stored := self.find_arrays(key)) is not None:
+            return stored
+        path = self.folder / f"{key}.safetensors"
+        arrays = {name: np.ascontiguousarray(array) for name, array in compute().items()}
+        self._replace(path, lambda temporary: save_file(arrays, temporary))
+        return arrays
+
+    def json(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Give the JSON value stored under a key, or compute and store it.
+
+        Raises:
+            ConfigError: it cannot be stored.
+        """
+        if self.folder is None:
+            return compute()
+        path = self.folder / f"{key}.json"
+        if path.exists():
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                _log.warning("cache file %s cannot be read (%s); computing it again", path, error)
+        value = compute()
+        text = json.dumps(value, ensure_ascii=False)
+        self._replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        # What is computed and what is read back must be the same, tuples and keys included.
+        return json.loads(text)
+
+    def _replace(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Write a file under a temporary name first, so that no half result is ever read."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            os.close(descriptor)
+            temporary = Path(name)
+            try:
+                write(temporary)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(
+                f"--cache {path.parent}: cannot be written ({reason}); free some space, name another folder, "
+                "or use --no-cache"
+            ) from error

@@ -1,0 +1,140 @@
+"""What a compile is asked to do."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from coreinfer.bundles.errors import ConfigError, join_problems
+from coreinfer.bundles.statistics import SELECTIONS, Selection
+
+__all__ = ["BUILTIN", "Budgets", "CompileConfig", "DType"]
+
+Budgets = Literal["uniform", "energy"]
+DType = Literal["auto", "float32", "bfloat16"]
+BUILTIN = "builtin"
+# FAISS takes seed + 1 as a C int.
+_MAX_SEED = 2**31 - 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    """Options of one compile; the command has an option of the same name for each.
+
+    Attributes:
+        model: Hub id, local folder, path of a `.gguf` file, or `package:NAME/PATH`.
+        output: folder to write the bundle to.
+        clusters: how many clusters, or "auto".
+        keep: kept neurons / all neurons, in (0, 1].
+        encoder: sentence encoder that clusters, in the forms of `model`; None for all-MiniLM-L6-v2.
+        calibration: "builtin", paths of JSON Lines, text or Parquet files, or `hf:NAME[:split[:field]]`.
+        text_field: field that holds the text in JSON Lines and Parquet.
+        calibration_tokens: how many tokens of calibration text to use at most.
+        document_tokens: longer texts are cut into documents of so many tokens.
+        selection: how neurons are scored.
+        alpha, beta: shares of the paper's statistic; only for selection "coreinfer".
+        cluster_weight: weight of the cluster's moments against all text's; None for 0.3 with "output-aware" and 1,
+            the papers' own, otherwise.
+        budgets: one keep ratio for all layers, or more for layers whose FFN contributes more.
+        min_layer_keep: least keep ratio of a layer with budgets "energy".
+        reconstruct: repair the down projection by ridge least squares.
+        ridge: relative to the mean diagonal of the Gram matrix; "auto" chooses it for each layer on text that is
+            not calibrated on.
+        dense: put the dense FFN into the bundle.
+        evaluate: measure quality on held-out text, with the controls.
+        seed: of sampling, splitting and clustering.
+        threads: of torch and FAISS; None for all cores.
+        device: torch device.
+        dtype: of the compiler's own forward passes; "auto" is bfloat16 where the device computes it fast.
+        force: replace an existing bundle.
+        cache_dir: where results of finished stages are kept; None keeps none.
+    """
+
+    model: str
+    output: Path
+    clusters: int | Literal["auto"] = 32
+    keep: float = 0.7
+    encoder: str | None = None
+    calibration: tuple[str, ...] = (BUILTIN,)
+    text_field: str = "text"
+    calibration_tokens: int = 100_000
+    document_tokens: int = 256
+    selection: Selection = "output-aware"
+    alpha: float = 0.4
+    beta: float = 0.4
+    cluster_weight: float | None = None
+    budgets: Budgets = "energy"
+    min_layer_keep: float = 0.15
+    reconstruct: bool = True
+    ridge: float | Literal["auto"] = "auto"
+    dense: bool = True
+    evaluate: bool = True
+    seed: int = 0
+    threads: int | None = None
+    device: str = "cpu"
+    dtype: DType = "auto"
+    force: bool = False
+    cache_dir: Path | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check every option.
+
+        Raises:
+            ConfigError: naming all options that are wrong.
+        """
+        if problems := [problem for problem in _problems(self) if problem]:
+            raise ConfigError(join_problems(problems))
+
+    @property
+    def effective_cluster_weight(self) -> float:
+        """The cluster weight with its default filled in."""
+        if self.cluster_weight is not None:
+            return self.cluster_weight
+        return 0.3 if self.selection == "output-aware" else 1.0
+
+
+def _problems(config: CompileConfig) -> list[str | None]:
+    return [
+        None if config.model else "--model: expected a model, got nothing",
+        None if config.calibration else "--calibration: expected at least one source, got none",
+        _clusters(config.clusters),
+        _share("--keep", config.keep, zero=False),
+        _share("--alpha", config.alpha, zero=False),
+        _share("--beta", config.beta, zero=False),
+        _share("--cluster-weight", config.effective_cluster_weight, zero=True),
+        _share("--min-layer-keep", config.min_layer_keep, zero=True),
+        _one_of("--selection", config.selection, SELECTIONS),
+        _one_of("--budgets", config.budgets, get_args(Budgets)),
+        _one_of("--dtype", config.dtype, get_args(DType)),
+        _ridge(config.ridge),
+        _at_least("--calibration-tokens", config.calibration_tokens, 1),
+        _at_least("--document-tokens", config.document_tokens, 16),
+        None if 0 <= config.seed <= _MAX_SEED else f"--seed: expected 0 to {_MAX_SEED}, got {config.seed!r}",
+        None if config.threads is None else _at_least("--threads", config.threads, 1),
+    ]
+
+
+def _clusters(value: object) -> str | None:
+    if value == "auto" or (isinstance(value, int) and value >= 1):
+        return None
+    return f"--clusters: expected a whole number of at least 1 or auto, got {value!r}"
+
+
+def _share(name: str, value: float, *, zero: bool) -> str | None:
+    if math.isfinite(value) and (0 < value <= 1 or (zero and value == 0)):
+        return None
+    return f"{name}: expected a number in {'[' if zero else '('}0, 1], got {value!r}"
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str | None:
+    return None if value in allowed else f"{name}: expected {', '.join(allowed)}, got {value!r}"
+
+
+def _ridge(value: float | str) -> str | None:
+    if value == "auto" or (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+        return None
+    return f"--ridge: expected auto or a number above 0, got {value!r}"
+
+
+def _at_least(name: str, value: int, least: int) -> str | None:
+    return None if value >= least else f"{name}: expected at least {least}, got {value!r}"

@@ -1,0 +1,264 @@
+"""Calibration text: from files, from the Hub, or written by the model itself."""
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coreinfer.bundles.errors import CalibrationError, ConfigError
+
+from .builtin import continue_seeds, load_seeds
+from .cache import Cache, stage_key
+from .config import BUILTIN, CompileConfig
+from .models import LoadedModel
+from .progress import Progress
+
+__all__ = ["Corpus", "Document", "build_corpus", "read_texts", "split_into_documents"]
+
+_log = logging.getLogger(__name__)
+_MIN_DOCUMENT_TOKENS = 8
+_HELD_OUT_EVERY = 10
+_MIN_TEXTS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One piece of calibration text.
+
+    Attributes:
+        text: what its tokens say.
+        routing_text: what the router would be given: the prompt where there is one, else the text.
+        token_ids: as the model reads them.
+        has_prompt: whether `routing_text` is a prompt rather than the text.
+    """
+
+    text: str
+    routing_text: str
+    token_ids: tuple[int, ...]
+    has_prompt: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Documents in three parts that share nothing.
+
+    Attributes:
+        calibration: what moments and Gram matrices are made of.
+        validation: what the ridge is chosen on; 10% of the documents.
+        held_out: what quality is measured on, and nothing else; 10% of the documents.
+        sha256: hash of all tokens and texts.
+    """
+
+    calibration: tuple[Document, ...]
+    validation: tuple[Document, ...]
+    held_out: tuple[Document, ...]
+    sha256: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all three parts."""
+        return sum(len(d.token_ids) for part in (self.calibration, self.validation, self.held_out) for d in part)
+
+
+def build_corpus(
+    config: CompileConfig, loaded: LoadedModel, cache: Cache, model_key: str, progress: Progress
+) -> Corpus:
+    """Gather the documents, at most `calibration_tokens` tokens of them, and split them.
+
+    Raises:
+        CalibrationError: a source cannot be read, or there is too little text.
+        ConfigError: documents are longer than the model reads.
+    """
+    if config.document_tokens > loaded.record.max_positions:
+        raise ConfigError(
+            f"--document-tokens {config.document_tokens}: the model reads {loaded.record.max_positions} at most; "
+            "give fewer"
+        )
+    documents: list[Document] = []
+    files = [source for source in config.calibration if source != BUILTIN]
+    if files:
+        texts = read_texts(files, config.text_field)
+        with progress.stage("corpus", len(texts)) as advance:
+            for text in texts:
+                documents += split_into_documents([text], loaded.tokenizer, config.document_tokens)
+                advance()
+    if BUILTIN in config.calibration:
+        documents += _builtin(config, loaded, cache, model_key, progress)
+    corpus = _split(_take(documents, config), config.seed)
+    _check_size(corpus, config)
+    return corpus
+
+
+def _builtin(
+    config: CompileConfig, loaded: LoadedModel, cache: Cache, model_key: str, progress: Progress
+) -> list[Document]:
+    """Let the model continue the seed prompts; the slowest part of a small compile, so it is cached."""
+    key = stage_key(
+        "builtin",
+        model=model_key,
+        tokens=config.calibration_tokens,
+        longest=config.document_tokens,
+        seed=config.seed,
+        dtype=str(next(loaded.model.parameters()).dtype),
+        device=str(loaded.device),
+        prompts=[seed.prompt for seed in load_seeds()],
+    )
+
+    def compute() -> list[dict[str, Any]]:
+        return [
+            {"text": text, "routing_text": prompt, "token_ids": list(token_ids), "has_prompt": True}
+            for prompt, text, token_ids in continue_seeds(config, loaded, progress)
+        ]
+
+    return [Document(**{**item, "token_ids": tuple(item["token_ids"])}) for item in cache.json(key, compute)]
+
+
+def _take(documents: Sequence[Document], config: CompileConfig) -> list[Document]:
+    """Shuffle, and keep documents until the token budget is spent."""
+    shuffled = list(documents)
+    random.Random(config.seed).shuffle(shuffled)
+    taken, num_tokens = [], 0
+    for document in shuffled:
+        num_tokens += len(document.token_ids)
+        if num_tokens > config.calibration_tokens:
+            break
+        taken.append(document)
+    return taken
+
+
+def _check_size(corpus: Corpus, config: CompileConfig) -> None:
+    """Refuse a corpus that is too small to be clustered; texts that say the same count once."""
+    documents = [*corpus.calibration, *corpus.validation, *corpus.held_out]
+    num_texts = len({document.text for document in documents})
+    if num_texts < _MIN_TEXTS:
+        raise CalibrationError(
+            f"--calibration {', '.join(config.calibration)}: {num_texts} different usable texts within "
+            f"--calibration-tokens {config.calibration_tokens}, expected at least {_MIN_TEXTS}; give more text"
+        )
+    num_calibrated = len(corpus.calibration)
+    if isinstance(config.clusters, int) and config.clusters > num_calibrated:
+        raise CalibrationError(
+            f"--clusters {config.clusters}: more than the {num_calibrated} texts that are calibrated on "
+            f"({len(documents)} in all); ask for fewer clusters or give more text"
+        )
+
+
+def _split(documents: Sequence[Document], seed: int) -> Corpus:
+    """Split shuffled documents 8 : 1 : 1; equal texts always fall into the same part."""
+    parts: tuple[list[Document], list[Document], list[Document]] = ([], [], [])
+    part_of_text: dict[str, int] = {}
+    for index, document in enumerate(documents):
+        # 0: calibration, 1: validation, 2: held out
+        by_position = {0: 2, 5: 1}.get(index % _HELD_OUT_EVERY, 0)
+        parts[part_of_text.setdefault(document.text, by_position)].append(document)
+    digest = hashlib.sha256(json.dumps(seed).encode())
+    for part in parts:
+        for document in part:
+            digest.update(json.dumps([document.text, document.routing_text, document.token_ids]).encode())
+    calibration, validation, held_out = (tuple(part) for part in parts)
+    return Corpus(calibration=calibration, validation=validation, held_out=held_out, sha256=digest.hexdigest())
+
+
+def split_into_documents(texts: Iterable[str], tokenizer: Any, num_tokens: int) -> list[Document]:
+    """Tokenize texts and cut them into documents of at most `num_tokens` tokens; tiny ones are left out."""
+    documents = []
+    for text in texts:
+        encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=True)
+        for start in range(0, len(encoding.ids), num_tokens):
+            ids = tuple(encoding.ids[start : start + num_tokens])
+            offsets = [span for span in encoding.offsets[start : start + num_tokens] if span[1] > span[0]]
+            if len(ids) < _MIN_DOCUMENT_TOKENS or not offsets:
+                continue
+            piece = text[offsets[0][0] : offsets[-1][1]]
+            documents.append(Document(text=piece, routing_text=piece, token_ids=ids))
+    return documents
+
+
+def read_texts(sources: Sequence[str], text_field: str) -> list[str]:
+    """Read the texts of files and Hub data sets; blank ones are left out.
+
+    Args:
+        sources: paths of .jsonl/.json, .parquet or text files (blank lines part texts), or hf:NAME[:split[:field]].
+        text_field: field that holds the text.
+    Raises:
+        CalibrationError: a source is missing, cannot be parsed, or holds no text.
+    """
+    texts: list[str] = []
+    for source in sources:
+        found = [text.strip() for text in _read_source(source, text_field) if text.strip()]
+        if not found:
+            raise CalibrationError(f"--calibration {source}: holds no text; give a file with text")
+        texts += found
+    return texts
+
+
+def _read_source(source: str, text_field: str) -> Iterable[str]:
+    if source.startswith("hf:"):
+        return _read_hub(source, text_field)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise CalibrationError(f"--calibration {source}: no such file; give builtin, a file or hf:NAME[:split[:field]]")
+    try:
+        if path.suffix in {".jsonl", ".ndjson", ".json"}:
+            return list(_read_json_lines(path, text_field))
+        if path.suffix == ".parquet":
+            return _read_parquet(path, text_field)
+        return path.read_text(encoding="utf-8").split("\n\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"--calibration {source}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise CalibrationError(f"--calibration {path}: line {number} is no JSON ({error})") from error
+            if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+                fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+                raise CalibrationError(
+                    f"--calibration {path}: line {number}: expected text in field {text_field!r}, got {fields}; "
+                    "name the field with --text-field"
+                )
+            yield record[text_field]
+
+
+def _read_parquet(path: Path, text_field: str) -> list[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if text_field not in names:
+                raise CalibrationError(
+                    f"--calibration {path}: has no column {text_field!r}, only {', '.join(names)}; "
+                    "name it with --text-field"
+                )
+            table = file.read(columns=[text_field])
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CalibrationError(f"--calibration {path}: cannot be read as Parquet ({reason})") from error
+    return [text for text in table.column(text_field).to_pylist() if isinstance(text, str)]
+
+
+def _read_hub(source: str, text_field: str) -> list[str]:
+    name, _, rest = source.removeprefix("hf:").partition(":")
+    split, _, field = rest.partition(":")
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(name, split=split or "train")
+        return [text for text in rows[field or text_field] if isinstance(text, str)]
+    except ImportError as error:
+        raise CalibrationError(f"--calibration {source}: needs the package datasets; pip install datasets") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CalibrationError(f"--calibration {source}: the data set cannot be loaded ({reason})") from error

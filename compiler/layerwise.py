@@ -1,0 +1,174 @@
+"""Run calibration text through a model one layer at a time.
+
+Only one layer need be on the device, and only the hidden states between layers are kept: (tokens, hidden size) in
+all. What each layer wants besides hidden states (masks, positions, rotary embeddings) differs from family to family;
+it is recorded by running the model's own forward pass once with its layers taken out.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from coreinfer.bundles.families import resolve
+from torch import nn
+
+from .corpus import Document
+from .models import LoadedModel
+from .progress import Advance
+
+__all__ = ["LayerActivations", "walk_layers"]
+
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerActivations:
+    """What one layer's FFN did on all documents.
+
+    Attributes:
+        layer: its number.
+        activations: (tokens, ffn_dim), input of the down projection, documents one after another.
+        starts: (documents + 1,) where each document's tokens begin; the last entry is the number of tokens.
+        stream_energies: (tokens,) float32, squared norm of the hidden state that leaves the layer.
+    """
+
+    layer: int
+    activations: torch.Tensor
+    starts: npt.NDArray[np.int64]
+    stream_energies: torch.Tensor
+
+    def document(self, index: int) -> torch.Tensor:
+        """Activations of one document: (tokens, ffn_dim)."""
+        return self.activations[self.starts[index] : self.starts[index + 1]]
+
+    def of_documents(self, indices: Sequence[int]) -> torch.Tensor:
+        """Activations of several documents: (tokens, ffn_dim)."""
+        return torch.cat([self.document(index) for index in indices]) if len(indices) else self.activations[:0]
+
+
+@dataclass(kw_only=True)
+class _Batch:
+    """Documents that go through a layer together.
+
+    Attributes:
+        rows: (tokens,) places of the batch's real tokens in the order of all documents.
+        mask: (batch, length) which places hold real tokens.
+        hidden: (batch, length, hidden size), overwritten layer by layer.
+        arguments: keyword arguments of each layer.
+    """
+
+    rows: torch.Tensor
+    mask: torch.Tensor
+    hidden: torch.Tensor
+    arguments: list[dict[str, Any]]
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer and keeps what it was called with."""
+
+    def __init__(self, layer: nn.Module, calls: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.calls = calls
+        # Models ask their layers for such things before calling them.
+        if hasattr(layer, "attention_type"):
+            self.attention_type = layer.attention_type
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.calls.append({"hidden_states": hidden_states, **kwargs})
+        return hidden_states
+
+
+def walk_layers(loaded: LoadedModel, documents: Sequence[Document], advance: Advance) -> Iterator[LayerActivations]:
+    """Yield the FFN activations of each layer in turn; `advance` is called once a layer.
+
+    Args:
+        documents: token ids of each are run as one sequence.
+    """
+    starts = np.concatenate([[0], np.cumsum([len(document.token_ids) for document in documents])])
+    with torch.inference_mode():
+        batches = _prepare(loaded, documents, starts)
+        shape = (int(starts[-1]), loaded.record.ffn_dim)
+        activations = torch.empty(shape, dtype=batches[0].hidden.dtype, device=loaded.device)
+        stream_energies = torch.empty(shape[0], dtype=torch.float32, device=loaded.device)
+        for index in range(loaded.record.num_layers):
+            for batch in batches:
+                _run_layer(loaded, index, batch, activations, stream_energies)
+            yield LayerActivations(layer=index, activations=activations, starts=starts, stream_energies=stream_energies)
+            advance()
+
+
+def _prepare(loaded: LoadedModel, documents: Sequence[Document], starts: npt.NDArray[np.int64]) -> list[_Batch]:
+    """Batch documents of like length and record what the layers are called with."""
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i].token_ids))
+    batches, members = [], list[int]()
+    for index in order:
+        longest = len(documents[index].token_ids)
+        if members and (len(members) + 1) * longest > _BATCH_TOKENS:
+            batches.append(_record_batch(loaded, documents, members, starts))
+            members = []
+        members.append(index)
+    batches.append(_record_batch(loaded, documents, members, starts))
+    return batches
+
+
+def _record_batch(
+    loaded: LoadedModel, documents: Sequence[Document], members: Sequence[int], starts: npt.NDArray[np.int64]
+) -> _Batch:
+    lengths = [len(documents[i].token_ids) for i in members]
+    token_ids = torch.zeros((len(members), max(lengths)), dtype=torch.long)
+    mask = torch.zeros_like(token_ids, dtype=torch.bool)
+    for row, (i, length) in enumerate(zip(members, lengths, strict=True)):
+        token_ids[row, :length] = torch.tensor(documents[i].token_ids)
+        mask[row, :length] = True
+    rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in members])
+    padding = None if bool(mask.all()) else mask.long().to(loaded.device)
+    calls = _record_calls(loaded, token_ids.to(loaded.device), padding)
+    hidden = calls[0]["hidden_states"]
+    arguments = [{name: value for name, value in call.items() if name not in _STATE_ARGUMENTS} for call in calls]
+    return _Batch(rows=rows.to(loaded.device), mask=mask.to(loaded.device), hidden=hidden, arguments=arguments)
+
+
+_STATE_ARGUMENTS = frozenset({"hidden_states", "past_key_values", "use_cache"})
+
+
+def _record_calls(loaded: LoadedModel, token_ids: torch.Tensor, mask: torch.Tensor | None) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = []
+    with _without_layers(loaded, calls):
+        backbone = getattr(loaded.model, str(loaded.model.base_model_prefix))
+        backbone(input_ids=token_ids, attention_mask=mask, use_cache=False)
+    return calls
+
+
+@contextmanager
+def _without_layers(loaded: LoadedModel, calls: list[dict[str, Any]]) -> Iterator[None]:
+    parent_path, _, name = loaded.family.layers.rpartition(".")
+    parent = resolve(loaded.model, parent_path)
+    layers = getattr(parent, name)
+    setattr(parent, name, nn.ModuleList(_Recorder(layer, calls) for layer in layers))
+    try:
+        yield
+    finally:
+        setattr(parent, name, layers)
+
+
+def _run_layer(
+    loaded: LoadedModel, index: int, batch: _Batch, activations: torch.Tensor, stream_energies: torch.Tensor
+) -> None:
+    """Run one batch through one layer; fill in its rows of the activations and energies."""
+    mask = batch.mask.reshape(-1)
+
+    def keep(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        activations[batch.rows] = inputs[0].reshape(-1, inputs[0].shape[-1])[mask]
+
+    handle = loaded.projection(index, "down").register_forward_pre_hook(keep)
+    try:
+        output = loaded.layers[index](batch.hidden, **batch.arguments[index])
+    finally:
+        handle.remove()
+    batch.hidden = output[0] if isinstance(output, tuple) else output
+    stream = batch.hidden.reshape(-1, batch.hidden.shape[-1])[mask]
+    stream_energies[batch.rows] = stream.float().square().sum(dim=-1)

@@ -1,0 +1,238 @@
+"""Load a model and its tokenizer, and know its shapes before a byte of weights is read."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
+from coreinfer.bundles.families import FAMILIES, Family, family_of_config, resolve
+from coreinfer.bundles.machine import cpu_multiplies_bf16
+from coreinfer.bundles.manifest import ModelRecord
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from .config import DType
+from .sources import ModelSource
+
+__all__ = [
+    "LoadedModel",
+    "load_model",
+    "load_tokenizer",
+    "pick_device",
+    "pick_dtype",
+    "quiet_transformers",
+    "read_config",
+    "special_tokens",
+    "stop_ids",
+    "wrap_model",
+]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A causal language model ready to be profiled.
+
+    Attributes:
+        model: the transformers model, in evaluation mode, on `device`.
+        record: what the manifest says of it.
+        column_norms: (layers, ffn_dim) float32, L2 norms of the down projections' columns.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    family: Family
+    record: ModelRecord
+    device: torch.device
+    column_norms: np.ndarray[Any, np.dtype[np.float32]]
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers."""
+        return list(resolve(self.model, self.family.layers))
+
+    def projection(self, layer: int, role: str) -> nn.Linear:
+        """One linear module of a layer's FFN: "gate", "up" or "down"."""
+        module = resolve(self.layers[layer], self.family.projections[role])
+        assert isinstance(module, nn.Linear)
+        return module
+
+
+def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
+    """Read a model's config, refusing a family that is not in the table before any weight is loaded.
+
+    Raises:
+        ConfigError: there is no such model, or its config cannot be read.
+        UnsupportedModelError: its family is not supported.
+    """
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(source.location, **source.pretrained_arguments())
+    except (OSError, ValueError, KeyError) as error:
+        reason = _first_line(error)
+        if "not supported" in reason or "does not recognize" in reason:
+            supported = ", ".join(family.name for family in FAMILIES)
+            raise UnsupportedModelError(f"--model {source.name}: {reason}; supported families: {supported}") from error
+        raise ConfigError(
+            f"--model {source.name}: no model can be read there ({reason}); "
+            "give a Hub id, a folder with config.json, a .gguf file or package:NAME/PATH"
+        ) from error
+    return family_of_config(config.to_dict(), source.name), config
+
+
+def load_model(
+    source: ModelSource, family: Family, config: PreTrainedConfig, *, device: str, dtype: DType
+) -> LoadedModel:
+    """Load a model for profiling; family and config are what `read_config` gave.
+
+    Raises:
+        ConfigError: the model, the device or the dtype cannot be had.
+    """
+    target = pick_device(device)
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                source.location, dtype=pick_dtype(dtype, target), **source.pretrained_arguments()
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"--model {source.name}: its weights cannot be loaded ({_first_line(error)})") from error
+    model = model.eval().to(target)
+    tokenizer = load_tokenizer(source)
+    return wrap_model(model, tokenizer, family=family, name=source.name, config=config)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def wrap_model(model: nn.Module, tokenizer: Any, *, family: Family, name: str, config: PreTrainedConfig) -> LoadedModel:
+    """Describe a model that is in memory already."""
+    layers = resolve(model, family.layers)
+    downs = [resolve(layer, family.down) for layer in layers]
+    norms = torch.stack([down.weight.detach().float().norm(dim=0) for down in downs]).cpu().numpy()
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        family=family,
+        record=_record(model, family, name, config),
+        device=next(model.parameters()).device,
+        column_norms=norms,
+    )
+
+
+def _record(model: nn.Module, family: Family, name: str, config: PreTrainedConfig) -> ModelRecord:
+    heads = int(config.num_attention_heads)
+    up = resolve(next(iter(resolve(model, family.layers))), family.up)
+    data = {key: value for key, value in config.to_dict().items() if key not in _DROPPED_FIELDS}
+    return ModelRecord(
+        name=name,
+        family=family.name,
+        num_layers=int(config.num_hidden_layers),
+        hidden_size=int(config.hidden_size),
+        ffn_dim=int(getattr(config, family.ffn_dim_field)),
+        vocab_size=int(config.vocab_size),
+        num_heads=heads,
+        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        max_positions=int(config.max_position_embeddings),
+        activation=str(getattr(config, family.activation_field)),
+        gated=family.gated,
+        ffn_bias=up.bias is not None,
+        tied_head=bool(config.tie_word_embeddings),
+        config=data,
+    )
+
+
+# Fields of a config that name places or code of elsewhere, or change from release to release.
+_DROPPED_FIELDS = frozenset(
+    {"_name_or_path", "name_or_path", "auto_map", "transformers_version", "quantization_config"}
+)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """Load the tokenizer of a model.
+
+    Raises:
+        ConfigError: there is none, or it has no `tokenizer.json` form that the runtime can use.
+    """
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source.location, **source.pretrained_arguments())
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--model {source.name}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ConfigError(f"--model {source.name}: its tokenizer has no fast form (tokenizer.json); convert it first")
+    return tokenizer
+
+
+def pick_device(name: str) -> torch.device:
+    """Find a torch device by name and prove that it works.
+
+    Raises:
+        ConfigError: there is no such device on this machine.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = _first_line(error)
+        raise ConfigError(f"--device {name}: torch cannot use it here ({reason}); try cpu") from error
+    return device
+
+
+def pick_dtype(dtype: DType, device: torch.device) -> torch.dtype:
+    """Resolve "auto": bfloat16 on accelerators and on CPUs with bfloat16 arithmetic, else float32."""
+    if dtype != "auto":
+        resolved = getattr(torch, dtype)
+        assert isinstance(resolved, torch.dtype)
+        return resolved
+    if device.type != "cpu":
+        return torch.bfloat16
+    return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own bars and remarks off stderr, where the compiler draws its own."""
+    verbosity = transformers.logging.get_verbosity()
+    had_bars = transformers.logging.is_progress_bar_enabled()
+    tqdm_switch = os.environ.get("TQDM_DISABLE")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers.logging.enable_progress_bar()
+        _restore("TQDM_DISABLE", tqdm_switch)
+
+
+def _restore(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def special_tokens(tokenizer: Any) -> Mapping[str, str]:
+    """Names and texts of a tokenizer's special tokens, as chat templates use them."""
+    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+
+
+def stop_ids(loaded: LoadedModel) -> set[int]:
+    """Token ids that end a text, from the model's generation defaults and its tokenizer."""
+    defaults = getattr(loaded.model, "generation_config", None)
+    stops = getattr(defaults, "eos_token_id", None)
+    found = {*stops} if isinstance(stops, list) else {stops}
+    found.add(loaded.tokenizer.eos_token_id)
+    return {int(stop) for stop in found if stop is not None}

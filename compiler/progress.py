@@ -1,0 +1,64 @@
+"""How a compile tells how far it is: the library reports, the command draws."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tqdm import tqdm
+
+__all__ = ["Advance", "Progress", "TqdmProgress"]
+
+
+class Advance(Protocol):
+    """Report that `steps` more of a stage's steps are done."""
+
+    def __call__(self, steps: int = 1) -> None:
+        """Advance."""
+
+
+def _ignore(steps: int = 1) -> None:
+    """Draw nothing."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Times the stages of a compile and draws nothing.
+
+    Attributes:
+        stage_seconds: stage -> seconds, in the order in which the stages ran.
+    """
+
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, num_steps: int) -> Iterator[Advance]:
+        """Time a stage of `num_steps` steps; the block calls the yielded function as steps are done."""
+        start = time.perf_counter()
+        with self.bar(name, num_steps) as advance:
+            yield advance
+        self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def bar(self, name: str, num_steps: int) -> Iterator[Advance]:
+        """Draw a stage; this class draws nothing."""
+        yield _ignore
+
+
+class TqdmProgress(Progress):
+    """Draws one tqdm bar a stage on stderr."""
+
+    @contextmanager
+    def bar(self, name: str, num_steps: int) -> Iterator[Advance]:
+        """Draw a stage as a bar."""
+        interval = 0.1 if sys.stderr.isatty() else 10.0
+        with tqdm(
+            total=num_steps, desc=f"{name:12s}", mininterval=interval, dynamic_ncols=True, file=sys.stderr
+        ) as bar:
+
+            def advance(steps: int = 1) -> None:
+                bar.update(steps)
+
+            yield advance

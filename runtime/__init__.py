@@ -1,0 +1,33 @@
+"""The runtime: load a bundle, generate from it. Needs neither torch nor the compiler to be imported.
+
+from coreinfer import runtime
+
+engine = runtime.load("build/demo-bundle")
+print(engine.generate("The capital of France is").text)
+"""
+
+from coreinfer.bundles import (
+    BundleCorrupt,
+    BundleError,
+    BundleNotFound,
+    BundleVersionError,
+    ConfigError,
+    CoreInferError,
+)
+
+from .engine import Engine, load
+from .generation import Generation, Mode, Token
+
+__all__ = [
+    "BundleCorrupt",
+    "BundleError",
+    "BundleNotFound",
+    "BundleVersionError",
+    "ConfigError",
+    "CoreInferError",
+    "Engine",
+    "Generation",
+    "Mode",
+    "Token",
+    "load",
+]

@@ -1,0 +1,178 @@
+"""From a conversation to the text of a prompt, by the model's own chat template.
+
+A template comes out of a model's files and is a program: it runs in jinja2's sandbox, with the helpers that
+transformers gives to templates.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from coreinfer.bundles.errors import ConfigError, join_problems
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+__all__ = ["check_messages", "render_chat", "routing_text"]
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    special_tokens: Mapping[str, str],
+    add_generation_prompt: bool = True,
+) -> str:
+    """Write a conversation as the model was trained to read it.
+
+    Args:
+        template: a Hugging Face chat template, in jinja2's language.
+        messages: as `check_messages` wants them; other keys reach the template too, if JSON can hold their values.
+        special_tokens: the tokens that the template may name, such as `bos_token`, with their text.
+        add_generation_prompt: end with what introduces the assistant's answer.
+    Returns:
+        The prompt's text. It holds its special tokens, so none must be added when it is tokenized.
+    Raises:
+        ConfigError: the messages are malformed, or the template is, or it refuses the messages.
+    """
+    check_messages(messages)
+    variables: dict[str, Any] = {
+        **special_tokens,
+        "messages": _plain(messages),
+        "add_generation_prompt": add_generation_prompt,
+        # Templates ask `tools is none`, which is false of a name that is not there.
+        "tools": None,
+        "documents": None,
+    }
+    try:
+        return _environment().from_string(template).render(variables)
+    except Exception as error:  # A template is a program: it can raise anything, a division by zero for one.
+        raise ConfigError(f"chat template: {_reason(error)}") from error
+
+
+def check_messages(messages: object) -> None:
+    """Check the form of a conversation; which roles there are and in which order is the template's affair.
+
+    Args:
+        messages: expected to be a non-empty list of mappings with the strings "role" and "content".
+    Raises:
+        ConfigError: naming all that is wrong.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+        raise ConfigError(f"messages: expected a list, got {_short(messages)}")
+    if not messages:
+        raise ConfigError("messages: expected at least one message, got an empty list")
+    if problems := [text for index, message in enumerate(messages) for text in _message_problems(index, message)]:
+        raise ConfigError(join_problems(problems))
+
+
+def routing_text(messages: Sequence[Mapping[str, str]]) -> str:
+    """Give the text that says what a conversation is about: the user's last message, or the last of all."""
+    by_user = [message for message in messages if message["role"] == "user"]
+    return (by_user or messages)[-1]["content"]
+
+
+class _Generation(Extension):
+    """The tag `{% generation %}`, which marks the assistant's tokens for training; here it is just a scope."""
+
+    tags = {"generation"}  # noqa: RUF012 - the type that jinja2 declares
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class _Dict:
+    """What templates know as `dict`, without the attributes of a class."""
+
+    def __call__(self, *items: Any, **named: Any) -> dict[Any, Any]:
+        return dict(*items, **named)
+
+    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
+
+
+class _Namespace(Namespace):
+    """What templates know as `namespace`, without a way to set Python's internals."""
+
+    def __init__(*args: Any, **named: Any) -> None:
+        # Without a parameter called self, as in jinja2's own: a template may name an attribute so.
+        namespace, *items = args
+        attributes = dict(*items, **named)
+        for name in attributes:
+            _check_attribute(name)
+        Namespace.__init__(namespace, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"access to attribute {name!r} of a namespace is unsafe")
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["dict"] = _Dict()
+    environment.globals["namespace"] = _Namespace
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own filter escapes for HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _plain(messages: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Copy messages as plain data: the sandbox cannot know what the methods of other objects do."""
+    try:
+        return [json.loads(json.dumps(dict(message))) for message in messages]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"messages: expected values that JSON can hold, got another: {error}") from error
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, TemplateSyntaxError):
+        return f"line {error.lineno}: {text}"
+    return text if isinstance(error, TemplateError) and text else f"{type(error).__name__}: {text}"
+
+
+def _message_problems(index: int, message: object) -> list[str]:
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping):
+        return [f"{where}: expected an object with role and content, got {_short(message)}"]
+    missing = [key for key in ("role", "content") if key not in message]
+    wrong = [key for key in ("role", "content") if key in message and not isinstance(message[key], str)]
+    return [f"{where}.{key}: expected a string, got nothing" for key in missing] + [
+        f"{where}.{key}: expected a string, got {_short(message[key])}" for key in wrong
+    ]
+
+
+def _short(value: object) -> str:
+    return f"{type(value).__name__} {' '.join(str(value).split())[:40]!r}"

@@ -1,0 +1,93 @@
+"""Which FFN weights a prompt is decoded with."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles import Bundle, ConfigError, Manifest
+from coreinfer.bundles.contract import tensor_name
+from coreinfer.bundles.statistics import mix_scores, scores_from_statistic, select_neurons
+
+from .decoder import DENSE, FfnChoice
+from .generation import Mode
+from .router import Route
+
+__all__ = ["ModePlan", "decode_choice", "plan_mode"]
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModePlan:
+    """The mode that serves a prompt.
+
+    Attributes:
+        mode: never "auto".
+    """
+
+    mode: Mode
+
+    @property
+    def needs_statistic(self) -> bool:
+        """Whether the prompt's own activations choose neurons."""
+        return self.mode in ("stability", "fused")
+
+
+def plan_mode(mode: Mode, manifest: Manifest, route: Route, num_prompt_tokens: int) -> ModePlan:
+    """Settle the mode of one prompt.
+
+    "auto" decodes dense where the prompt is unlike anything calibrated on. Otherwise it takes the nearest cluster's
+    pack, except that a long prompt chooses its own neurons where packs are not repaired: a repaired pack is better
+    than an unrepaired choice of any kind (DESIGN.md section 5, docs/benchmarks.md), an unrepaired one is not.
+
+    Raises:
+        ConfigError: the mode needs the dense FFN, which the bundle lacks.
+    """
+    if mode == "auto":
+        return ModePlan(mode=_automatic(manifest, route, num_prompt_tokens))
+    if mode != "similarity" and not manifest.has_dense:
+        raise ConfigError(f"mode {mode!r} needs the dense FFN, which this bundle lacks; compile it with --dense")
+    return ModePlan(mode=mode)
+
+
+def _automatic(manifest: Manifest, route: Route, num_prompt_tokens: int) -> Mode:
+    if not manifest.has_dense:
+        return "similarity"
+    if not route.familiar:
+        return "dense"
+    if not manifest.plan.reconstruct and num_prompt_tokens >= manifest.plan.stability_min_tokens:
+        return "stability"
+    return "similarity"
+
+
+def decode_choice(
+    plan: ModePlan, route: Route, bundle: Bundle, statistic: Floats | None, num_prompt_tokens: int
+) -> FfnChoice:
+    """Choose the FFN weights for decoding.
+
+    Args:
+        statistic: (layers, ffn_dim) sums over the prompt, for the modes that need them.
+    """
+    if plan.mode == "dense":
+        return DENSE
+    if plan.mode == "similarity" or statistic is None:
+        return FfnChoice(cluster=route.cluster)
+    scores = scores_from_statistic(
+        bundle.manifest.plan.selection, statistic, num_prompt_tokens, _layers(bundle, "column_norms", None)
+    )
+    if plan.mode == "fused":
+        cluster_scores = _layers(bundle, "scores", route.cluster)
+        scores = mix_scores(
+            scores,
+            cluster_scores,
+            num_prompt_tokens=num_prompt_tokens,
+            half_tokens=bundle.manifest.plan.fused_half_tokens,
+        )
+    return FfnChoice(neuron_ids=tuple(select_neurons(scores, bundle.manifest.plan.layer_budgets)))
+
+
+def _layers(bundle: Bundle, role: str, cluster: int | None) -> Floats:
+    """Stack a vector of every layer: (layers, ffn_dim), from a pack or from the dense FFN."""
+    file = bundle.dense if cluster is None else bundle.packs[cluster]
+    assert file is not None
+    return np.stack([file[tensor_name(layer, role)].array for layer in range(bundle.manifest.model.num_layers)])

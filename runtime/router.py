@@ -1,0 +1,75 @@
+"""The router: which cluster a prompt belongs to, and how far it is from it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles import Bundle, BundleCorrupt
+from coreinfer.bundles.encoder import embed_token_ids
+from coreinfer.bundles.layout import LAYOUT
+from coreinfer.bundles.tensors import TensorFile
+from tokenizers import Tokenizer
+
+__all__ = ["Route", "Router"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Where a text belongs.
+
+    Attributes:
+        cluster: nearest cluster.
+        distance: 1 - cosine to its centroid.
+        familiar: whether the distance is within the 99th percentile of calibration text.
+    """
+
+    cluster: int
+    distance: float
+    familiar: bool
+
+
+class Router:
+    """Static encoder and FAISS index of one bundle."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Load the router of a bundle whose checksums were verified.
+
+        Raises:
+            BundleCorrupt: a file cannot be parsed, or the files do not fit each other.
+        """
+        self._distance_p99 = bundle.manifest.router.distance_p99
+        self._table = _read_table(bundle)
+        try:
+            self._tokenizer = Tokenizer.from_str(bundle.read_bytes(LAYOUT.router_tokenizer).decode())
+            index_bytes = np.frombuffer(bundle.read_bytes(LAYOUT.router_index), dtype=np.uint8)
+            self._index = faiss.deserialize_index(index_bytes)
+        except Exception as error:
+            # tokenizers and FAISS raise bare Exceptions and RuntimeErrors of their own.
+            raise BundleCorrupt(
+                f"bundle {bundle.path}: the router cannot be parsed ({error}); compile it again"
+            ) from error
+        expected = (len(bundle.manifest.clusters), self._table.shape[1])
+        if (self._index.ntotal, self._index.d) != expected:
+            raise BundleCorrupt(
+                f"{bundle.path / LAYOUT.router_index}: expected {expected[0]} centroids of dimension {expected[1]}, "
+                f"got {self._index.ntotal} of {self._index.d}; compile the bundle again"
+            )
+
+    def route(self, text: str) -> Route:
+        """Find the cluster nearest to a text; a text without known tokens has distance 1 to all."""
+        token_ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        vector = embed_token_ids(self._table, [token_ids])
+        similarities, clusters = self._index.search(vector, 1)
+        distance = float(np.clip(1.0 - similarities[0, 0], 0.0, 2.0))
+        return Route(cluster=int(clusters[0, 0]), distance=distance, familiar=distance <= self._distance_p99)
+
+
+def _read_table(bundle: Bundle) -> npt.NDArray[Any]:
+    path = bundle.path / LAYOUT.router_table
+    tensors = TensorFile(path)
+    shape = tensors["table"].array.shape if "table" in tensors else ()
+    if len(shape) != 2 or tensors["table"].dtype not in ("F16", "F32"):
+        raise BundleCorrupt(f"{path}: expected a float tensor 'table' of 2 dimensions; compile the bundle again")
+    return tensors["table"].array

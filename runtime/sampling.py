@@ -1,0 +1,197 @@
+"""From logits to the next token.
+
+The filters, their order and their edge cases are those of the logits processors of transformers, so that a setting
+means here what it means there.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles.errors import ConfigError, CoreInferError, join_problems
+
+__all__ = ["Sampler", "SamplingParams", "distribution"]
+
+Logits = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the next token is drawn; greedily by default.
+
+    Attributes:
+        temperature: divides the logits; 0 always takes the likeliest token, whatever the filters say.
+        top_k: keep the k likeliest tokens and what ties with the last of them; 0 for all.
+        top_p: keep the likeliest tokens that together reach this probability, in (0, 1].
+        min_p: drop tokens less probable than this share of the likeliest one's probability, in [0, 1].
+        repetition_penalty: divides positive and multiplies negative logits of tokens that were seen; 1 for none.
+        seed: of the draws, not negative; None for another one each time.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            ConfigError: naming all values that are wrong.
+        """
+        if problems := [problem for problem in _problems(self) if problem]:
+            raise ConfigError(join_problems(problems))
+
+
+class Sampler:
+    """Draws the tokens of one generation."""
+
+    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int]) -> None:
+        """Start a generation.
+
+        Args:
+            params: how to draw.
+            prompt_ids: the prompt's tokens, which count as seen.
+        """
+        self._params = params
+        self._seen = {int(token_id) for token_id in prompt_ids}
+        self._generator = np.random.Generator(np.random.PCG64(params.seed))
+
+    def sample(self, logits: Logits) -> int:
+        """Draw the next token, which counts as seen from then on.
+
+        Args:
+            logits: (vocab,) float32; left as they are.
+        Returns:
+            The token's id.
+        Raises:
+            ConfigError: the logits are no vector, or a seen token is not among them.
+            CoreInferError: the logits hold NaN or infinity, or are minus infinity throughout.
+        """
+        if self._params.temperature == 0:
+            token_id = int(_penalized(logits, self._params.repetition_penalty, self._seen).argmax())
+        else:
+            token_id = self._draw(distribution(logits, self._params, self._seen))
+        self._seen.add(token_id)
+        return token_id
+
+    def _draw(self, probabilities: Doubles) -> int:
+        token_ids = np.flatnonzero(probabilities)
+        cumulative = np.cumsum(probabilities[token_ids])
+        position = int(np.searchsorted(cumulative, self._generator.random() * cumulative[-1], side="right"))
+        # A draw next to 1 can round up to the sum itself.
+        return int(token_ids[min(position, token_ids.size - 1)])
+
+
+def distribution(logits: Logits, params: SamplingParams, seen_ids: Collection[int]) -> Doubles:
+    """Give each token's probability of being drawn next.
+
+    Args:
+        logits: (vocab,) float32; left as they are.
+        params: how to draw; its seed does not matter.
+        seen_ids: tokens of the prompt and of the text so far, in any order.
+    Returns:
+        (vocab,) float64 that sum to 1; all of it on the lowest of the likeliest ids when the temperature is 0.
+    Raises:
+        ConfigError: the logits are no vector, or a seen token is not among them.
+        CoreInferError: the logits hold NaN or infinity, or are minus infinity throughout.
+    """
+    scores = _penalized(logits, params.repetition_penalty, seen_ids)
+    probabilities = np.zeros(scores.size)
+    if params.temperature == 0:
+        probabilities[scores.argmax()] = 1
+        return probabilities
+    token_ids = _top_k(scores, params.top_k)
+    weights = _softmax(scores[token_ids], params.temperature)
+    # Top-p never drops the likeliest token and min-p only compares with it, so min-p need not wait for its result.
+    weights[~(_top_p(weights, params.top_p) & _min_p(weights, params.min_p))] = 0
+    probabilities[token_ids] = weights / weights.sum()
+    return probabilities
+
+
+def _penalized(logits: Logits, penalty: float, seen_ids: Collection[int]) -> Doubles:
+    if logits.ndim != 1 or logits.size == 0:
+        raise ConfigError(f"logits: expected the shape (vocab,), got {logits.shape}")
+    scores = logits.astype(np.float64)
+    if penalty != 1 and seen_ids:
+        seen = _seen_array(seen_ids, scores.size)
+        with np.errstate(over="ignore"):
+            scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    # The maximum of scores with a NaN is NaN: one pass finds all that has no softmax.
+    if not np.isfinite(scores.max()):
+        raise CoreInferError(_not_finite(scores))
+    return scores
+
+
+def _seen_array(seen_ids: Collection[int], vocab_size: int) -> Ids:
+    seen = np.fromiter(seen_ids, dtype=np.int64, count=len(seen_ids))
+    outside = seen[(seen < 0) | (seen >= vocab_size)]
+    if outside.size:
+        raise ConfigError(f"seen tokens: expected ids from 0 to {vocab_size - 1}, got {outside[0]}")
+    return seen
+
+
+def _not_finite(scores: Doubles) -> str:
+    num_nan, num_infinite = np.count_nonzero(np.isnan(scores)), np.count_nonzero(np.isposinf(scores))
+    got = f"{num_nan} NaN and {num_infinite} infinite" if num_nan or num_infinite else "minus infinity throughout"
+    return f"logits of {scores.size} tokens: expected finite numbers, got {got}; the model's output cannot be sampled"
+
+
+def _top_k(scores: Doubles, top_k: int) -> Ids:
+    if not 0 < top_k < scores.size:
+        return np.arange(scores.size, dtype=np.int64)
+    least = scores[np.argpartition(scores, -top_k)[-top_k]]
+    return np.flatnonzero(scores >= least)
+
+
+def _softmax(scores: Doubles, temperature: float) -> Doubles:
+    # A tiny temperature takes all but the highest score to minus infinity, as it should.
+    with np.errstate(over="ignore"):
+        weights = np.exp((scores - scores.max()) / temperature)
+    return np.asarray(weights / weights.sum(), dtype=np.float64)
+
+
+def _top_p(probabilities: Doubles, top_p: float) -> Mask:
+    if top_p == 1:
+        return np.ones(probabilities.size, dtype=np.bool_)
+    # Tokens below 1/vocab of the probability that may be dropped are dropped all together: no need to sort them.
+    keep: Mask = probabilities >= min((1 - top_p) / probabilities.size, probabilities.max())
+    head = np.flatnonzero(keep)
+    ascending = head[np.argsort(-probabilities[head], kind="stable")[::-1]]
+    cumulative = probabilities[~keep].sum() + np.cumsum(probabilities[ascending])
+    keep[ascending[:-1][cumulative[:-1] <= 1 - top_p]] = False
+    return keep
+
+
+def _min_p(probabilities: Doubles, min_p: float) -> Mask:
+    return np.asarray(probabilities >= min_p * probabilities.max(), dtype=np.bool_)
+
+
+def _problems(params: SamplingParams) -> list[str | None]:
+    return [
+        _number("temperature", params.temperature, "at least 0", lambda value: value >= 0),
+        _whole("top_k", params.top_k),
+        _number("top_p", params.top_p, "in (0, 1]", lambda value: 0 < value <= 1),
+        _number("min_p", params.min_p, "in [0, 1]", lambda value: 0 <= value <= 1),
+        _number("repetition_penalty", params.repetition_penalty, "above 0", lambda value: value > 0),
+        None if params.seed is None else _whole("seed", params.seed),
+    ]
+
+
+def _number(name: str, value: object, expected: str, allowed: Callable[[float], bool]) -> str | None:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and allowed(value):
+        return None
+    return f"{name}: expected a number {expected}, got {value!r}"
+
+
+def _whole(name: str, value: object) -> str | None:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return None
+    return f"{name}: expected a whole number of at least 0, got {value!r}"

@@ -1,0 +1,243 @@
+"""The torch engine: any device and every family of the table, through transformers."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError
+from coreinfer.bundles.contract import tensor_name
+from coreinfer.bundles.families import Family, assign_ffn, family_by_name, resolve
+from coreinfer.bundles.machine import cpu_multiplies_bf16
+from coreinfer.bundles.statistics import document_statistic
+from coreinfer.bundles.tensors import StoredTensor, TensorFile
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from .decoder import DENSE, FfnChoice
+
+__all__ = ["TorchDecoder"]
+
+_log = logging.getLogger(__name__)
+LayerTensors = list[dict[str, torch.Tensor]]
+
+
+class TorchDecoder:
+    """Runs the transformers model of a bundle, with FFN weights that change by pointer swap.
+
+    On the CPU in bfloat16 the weights are the mapped file itself; other dtypes and devices hold copies of the base,
+    of the dense FFN where the bundle has one, and of one pack.
+    """
+
+    name = "torch"
+
+    def __init__(self, bundle: Bundle, *, device: str, dtype: str) -> None:
+        """Build the model on the device.
+
+        Raises:
+            ConfigError: the device or the dtype cannot be had.
+            BundleCorrupt: the base does not hold what the model needs.
+        """
+        self._bundle = bundle
+        self._family = family_by_name(bundle.manifest.model.family)
+        self._device = _pick_device(device)
+        self._dtype = _pick_dtype(dtype, self._device)
+        self._model = _build_model(bundle, self._device, self._dtype)
+        self._layers: list[nn.Module] = list(resolve(self._model, self._family.layers))
+        self._dense = self._tensors(bundle.dense) if bundle.dense else None
+        self._cache = DynamicCache()
+        self._choice: FfnChoice | None = None
+        self.use(DENSE if self._dense else FfnChoice(cluster=0))
+
+    @property
+    def device(self) -> str:
+        """The torch device."""
+        return str(self._device)
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens in the KV cache."""
+        return int(self._cache.get_seq_length())
+
+    def use(self, choice: FfnChoice) -> None:
+        """Run with other FFN weights from the next token on.
+
+        Raises:
+            ConfigError: the choice needs the dense FFN and the bundle has none.
+        """
+        # Arrays do not compare as one, so neuron ids are always gathered.
+        if choice.neuron_ids is None and choice == self._choice:
+            return
+        for layer, tensors in zip(self._layers, self._chosen(choice), strict=True):
+            assign_ffn(layer, self._family, tensors)
+        self._choice = choice
+
+    def _chosen(self, choice: FfnChoice) -> LayerTensors:
+        if choice.cluster is not None:
+            return self._tensors(self._bundle.packs[choice.cluster])
+        if self._dense is None:
+            raise ConfigError(f"bundle {self._bundle.path} has no dense FFN; compile it with --dense or use a cluster")
+        if choice.neuron_ids is None:
+            return self._dense
+        return [_gather(tensors, ids) for tensors, ids in zip(self._dense, choice.neuron_ids, strict=True)]
+
+    def truncate(self, num_tokens: int) -> None:
+        """Keep only the first `num_tokens` tokens of the KV cache."""
+        if num_tokens == 0:
+            # Without a config every layer keeps all tokens; sliding windows are left to the mask.
+            self._cache = DynamicCache()
+        elif num_tokens < self.num_cached:
+            self._cache.crop(num_tokens - self.num_cached)
+
+    def forward(self, token_ids: Sequence[int], *, all_logits: bool = False) -> npt.NDArray[np.float32]:
+        """Append tokens to the KV cache; see `Decoder.forward`."""
+        ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self._device)
+        with torch.inference_mode():
+            output = self._model(
+                ids, past_key_values=self._cache, use_cache=True, logits_to_keep=0 if all_logits else 1
+            )
+        logits: npt.NDArray[np.float32] = output.logits[0].float().cpu().numpy()
+        return logits
+
+    def prompt_statistic(self, token_ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Append a prompt and sum up its FFN activations; see `Decoder.prompt_statistic`."""
+        plan, model = self._bundle.manifest.plan, self._bundle.manifest.model
+        statistics = np.zeros((model.num_layers, model.ffn_dim), dtype=np.float32)
+
+        def collect(layer: int, activations: torch.Tensor) -> None:
+            flat = activations.reshape(-1, activations.shape[-1]).float().cpu().numpy()
+            statistics[layer] = document_statistic(
+                plan.selection, flat, alpha=plan.alpha, beta=plan.beta, sentence=False
+            )
+
+        with _watch_activations(self._layers, self._family, collect):
+            logits = self.forward(token_ids)
+        return logits, statistics
+
+    def _tensors(self, file: TensorFile) -> LayerTensors:
+        return [
+            {
+                role: self._tensor(file[tensor_name(layer, role)])
+                for role in _roles(self._family)
+                if tensor_name(layer, role) in file
+            }
+            for layer in range(self._bundle.manifest.model.num_layers)
+        ]
+
+    def _tensor(self, stored: StoredTensor) -> torch.Tensor:
+        return _to_torch(stored).to(device=self._device, dtype=self._dtype)
+
+
+def _roles(family: Family) -> list[str]:
+    return [name for role in family.projections for name in (role, f"{role}_bias")]
+
+
+def _gather(tensors: dict[str, torch.Tensor], neuron_ids: npt.NDArray[np.int32]) -> dict[str, torch.Tensor]:
+    """Cut a dense layer down to some neurons; the bias behind the down projection stays whole."""
+    ids = torch.from_numpy(neuron_ids).long().to(tensors["down"].device)
+    narrow = {role: tensor[ids] for role, tensor in tensors.items() if role not in ("down", "down_bias")}
+    narrow["down"] = tensors["down"][:, ids]
+    return narrow | {role: tensors[role] for role in ("down_bias",) if role in tensors}
+
+
+def _to_torch(stored: StoredTensor) -> torch.Tensor:
+    """Wrap stored values without a copy."""
+    if stored.dtype == "BF16":
+        return torch.from_numpy(stored.array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(stored.array)
+
+
+def _build_model(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Build the model without weights, then put the base's tensors into it."""
+    model = _model_of_config(bundle, dtype)
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent).register_buffer(leaf, torch.empty_like(buffer, device=device), persistent=False)
+    # Only those buffers are filled in: parameters are still without memory.
+    model.apply(model._init_weights)
+    _empty_ffn(model, family_by_name(bundle.manifest.model.family), device, dtype)
+    tensors = {name: _to_torch(stored).to(device=device, dtype=dtype) for name, stored in bundle.base.items()}
+    try:
+        _, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        # Shapes that differ are raised even where names may.
+        reason = " ".join(str(error).split())
+        raise BundleCorrupt(
+            f"{bundle.base.path}: does not fit the model ({reason}); compile the bundle again"
+        ) from error
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if unexpected or missing:
+        raise BundleCorrupt(
+            f"{bundle.base.path}: does not fit the model: missing {missing or 'nothing'}, "
+            f"unknown {unexpected or 'nothing'}; compile the bundle again"
+        )
+    frozen: nn.Module = model.eval().requires_grad_(False)
+    return frozen
+
+
+def _model_of_config(bundle: Bundle, dtype: torch.dtype) -> Any:
+    """Build the model of the manifest's config without memory for its weights."""
+    settings = dict(bundle.manifest.model.config)
+    try:
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BundleCorrupt(
+            f"bundle {bundle.path}: transformers builds no model from manifest.model.config ({reason}); "
+            "compile the bundle again, or upgrade transformers"
+        ) from error
+
+
+def _empty_ffn(model: nn.Module, family: Family, device: torch.device, dtype: torch.dtype) -> None:
+    """Give the FFN modules parameters that `assign_ffn` can swap; their weights come with the first choice."""
+    for layer in resolve(model, family.layers):
+        for path in family.projections.values():
+            module = layer.get_submodule(path)
+            for name, _ in list(module.named_parameters()):
+                empty = torch.empty(0, device=device, dtype=dtype)
+                module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+
+@contextmanager
+def _watch_activations(layers: Sequence[nn.Module], family: Family, collect: Any) -> Iterator[None]:
+    """Call `collect(layer, activations)` with the input of every down projection."""
+
+    def hook(layer: int) -> Any:
+        def before(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            collect(layer, inputs[0])
+
+        return before
+
+    handles = [resolve(layer, family.down).register_forward_pre_hook(hook(index)) for index, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"device {name!r}: torch cannot use it here ({reason}); try 'cpu'") from error
+    return device
+
+
+def _pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name == "auto":
+        return torch.bfloat16 if device.type != "cpu" or cpu_multiplies_bf16() else torch.float32
+    if name not in dtypes:
+        raise ConfigError(f"dtype: expected auto, {', '.join(dtypes)}, got {name!r}")
+    return dtypes[name]

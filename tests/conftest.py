@@ -1,0 +1,93 @@
+"""Fixtures that several test modules share."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from coreinfer.compiler import CompileConfig, compile_model
+
+from .bundle_factory import write_bundle
+from .model_factory import save_corpus, save_encoder, save_model
+
+
+@pytest.fixture(scope="session")
+def bundle_template(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function (**options of `write_bundle`) that writes each bundle once a session; only copies may be changed."""
+    folder = tmp_path_factory.mktemp("bundle-templates")
+    written: dict[str, Path] = {}
+
+    def template(**options: Any) -> Path:
+        key = repr(sorted(options.items()))
+        if key not in written:
+            written[key] = write_bundle(folder / str(len(written)), **options)
+        return written[key]
+
+    return template
+
+
+@pytest.fixture
+def make_bundle(bundle_template: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """A function (name, **options of `write_bundle`) that puts a tiny whole bundle into the test's own folder."""
+
+    def make(name: str = "bundle", **options: Any) -> Path:
+        return Path(shutil.copytree(bundle_template(**options), tmp_path / name))
+
+    return make
+
+
+@pytest.fixture
+def bundle_dir(request: pytest.FixtureRequest, make_bundle: Callable[..., Path]) -> Path:
+    """A tiny whole bundle; `parametrize("bundle_dir", [{"gated": False}], indirect=True)` passes options on."""
+    return make_bundle(**getattr(request, "param", {}))
+
+
+@pytest.fixture(scope="session")
+def tiny_inputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], CompileConfig]:
+    """A function (family) that gives the options of a tiny compile: 4 clusters, keep 0.67, no cache, target unset."""
+    folder = tmp_path_factory.mktemp("tiny")
+    encoder, corpus = save_encoder(folder), save_corpus(folder / "corpus.txt")
+
+    def inputs(family: str) -> CompileConfig:
+        model = folder / family
+        if not model.exists():
+            save_model(model, family)
+        return CompileConfig(
+            model=str(model),
+            output=folder / "unset",
+            clusters=4,
+            keep=0.67,
+            encoder=str(encoder),
+            calibration=(str(corpus),),
+            dtype="float32",
+            budgets="uniform",
+        )
+
+    return inputs
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_inputs: Callable[[str], CompileConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """A function (family, **CompileConfig fields) that compiles each tiny bundle once a session; do not change them."""
+    folder = tmp_path_factory.mktemp("tiny-bundles")
+    written: dict[str, Path] = {}
+
+    def bundle(family: str, **options: Any) -> Path:
+        key = repr((family, sorted(options.items())))
+        if key not in written:
+            written[key] = folder / str(len(written))
+            compile_model(replace(tiny_inputs(family), output=written[key], **options))
+        return written[key]
+
+    return bundle
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    """Tiny models gain nothing from threads, and lose much where other processes keep the cores busy."""
+    torch.set_num_threads(1)

@@ -1,0 +1,148 @@
+"""Tiny random models of every family, a tiny tokenizer and a tiny sentence encoder, built on the spot.
+
+Weights are rounded to bfloat16, so that a bundle stores them without loss.
+"""
+
+import random
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+FAMILIES = ("opt", "opt-post-norm", "llama", "mistral", "qwen2", "qwen3", "gemma3")
+VOCABULARY = 384
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GROUPED: dict[str, Any] = {**_SHAPE, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 96}
+
+
+def _config(family: str) -> transformers.PreTrainedConfig:
+    if family.startswith("opt"):
+        post_norm = family == "opt-post-norm"
+        return transformers.OPTConfig(
+            **_SHAPE, ffn_dim=96, word_embed_proj_dim=16 if post_norm else 32, do_layer_norm_before=not post_norm
+        )
+    if family == "llama":
+        return transformers.LlamaConfig(**_GROUPED, tie_word_embeddings=True)
+    if family == "mistral":
+        return transformers.MistralConfig(**_GROUPED, sliding_window=16)
+    if family == "qwen2":
+        return transformers.Qwen2Config(**{k: v for k, v in _GROUPED.items() if k != "head_dim"})
+    if family == "qwen3":
+        return transformers.Qwen3Config(**_GROUPED)
+    return transformers.Gemma3TextConfig(
+        **_GROUPED, sliding_window=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    )
+
+
+def build_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """Build a tiny random causal language model in float32, its weights exact in bfloat16."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(_config(family), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Larger than at the start of training, so that the FFN matters; norms stay near 1, biases are not 0.
+            scale = 0.1 if parameter.ndim == 1 else 0.25
+            noise = torch.randn_like(parameter) * scale
+            parameter.copy_((parameter + noise if "norm" in name else noise).bfloat16().float())
+    model.eval()
+    return model
+
+
+@lru_cache(maxsize=1)
+def corpus_texts() -> tuple[str, ...]:
+    """120 sentences on four topics."""
+    words = {
+        "kitchen": ["flour", "butter", "oven", "sugar", "bake", "stir", "recipe", "dough", "salt", "lemon", "soup"],
+        "code": ["function", "loop", "variable", "compiler", "return", "string", "array", "debug", "class", "import"],
+        "sea": ["wave", "ship", "harbour", "sailor", "storm", "anchor", "island", "tide", "captain", "whale", "sail"],
+        "law": ["court", "judge", "contract", "clause", "appeal", "witness", "verdict", "statute", "lawyer", "claim"],
+    }
+    generator = random.Random(0)
+    joined = [
+        f"The {topic} text number {number} speaks of {' and '.join(generator.choices(vocabulary, k=14))}."
+        for number in range(30)
+        for topic, vocabulary in words.items()
+    ]
+    return tuple(joined)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on the tiny corpus."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus_texts(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def save_model(folder: Path, family: str) -> Path:
+    """Write a tiny model and its tokenizer to a folder that `--model` takes."""
+    build_model(family).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_encoder(folder: Path) -> Path:
+    """Write a tiny random sentence encoder to a folder that `--encoder` takes."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(corpus_texts(), trainer)
+    pair = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=pair)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="[MASK]", model_max_length=128, **names)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=128,
+    )
+    parts = folder / "parts"
+    transformers.BertModel(config).save_pretrained(parts)
+    fast.save_pretrained(parts)
+    transformer = Transformer(str(parts), max_seq_length=128)
+    SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu").save(str(folder / "encoder"))
+    return folder / "encoder"
+
+
+def save_corpus(path: Path) -> Path:
+    """Write the tiny corpus as a text file, a blank line between texts."""
+    path.write_text("\n\n".join(corpus_texts()), encoding="utf-8")
+    return path

@@ -1,0 +1,213 @@
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from coreinfer.bundles.manifest import Manifest, read_manifest
+from coreinfer.compiler import CompileConfig, Progress, cli
+from coreinfer.compiler.cli import default_cache_dir, main, summary
+
+SWITCHES = {"cache_dir": "--cache"}
+"""Options whose name is not that of the field."""
+
+
+@pytest.fixture(autouse=True)
+def _quiet_loggers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Commands set up logging for their own process; tests share one. No test may touch the user's own cache."""
+    monkeypatch.setattr(cli, "start_logging", lambda *, verbose: logging.getLogger("coreinfer"))
+    monkeypatch.setenv("COREINFER_CACHE", str(tmp_path / "default-cache"))
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def arguments_of(config: CompileConfig, output: Path) -> list[str | Path]:
+    return [
+        *("--model", config.model, "-o", output, "--clusters", str(config.clusters), "--keep", str(config.keep)),
+        *("--encoder", str(config.encoder), "--calibration", config.calibration[0]),
+        *("--dtype", config.dtype, "--budgets", config.budgets),
+    ]
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Callable[..., Path]) -> list[CompileConfig]:
+    """The configs that the command compiles; nothing is compiled."""
+    configs: list[CompileConfig] = []
+
+    def compile_nothing(config: CompileConfig, progress: Progress) -> Manifest:
+        configs.append(config)
+        return read_manifest(tiny_bundle("llama"))
+
+    monkeypatch.setattr(cli, "compile_model", compile_nothing)
+    return configs
+
+
+def test_help_lists_every_option_of_a_compile() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    words = result.stdout.replace("/", " ").replace(",", " ").split()
+    for field in fields(CompileConfig):
+        assert SWITCHES.get(field.name, f"--{field.name.replace('_', '-')}") in words
+
+
+def test_defaults_are_those_of_the_library(given: list[CompileConfig], tmp_path: Path) -> None:
+    result = run("--model", "m", "-o", tmp_path / "b")
+    assert result.exit_code == 0, result.stderr
+    assert given == [CompileConfig(model="m", output=tmp_path / "b")]
+    assert given[0].cache_dir == tmp_path / "default-cache"
+
+
+OPTIONS: dict[str, tuple[list[str], Any]] = {
+    "clusters": (["--clusters", "auto"], "auto"),
+    "keep": (["--keep", "0.5"], 0.5),
+    "encoder": (["--encoder", "e"], "e"),
+    "calibration": (["--calibration", "a.txt", "--calibration", "builtin"], ("a.txt", "builtin")),
+    "text_field": (["--text-field", "body"], "body"),
+    "calibration_tokens": (["--calibration-tokens", "77"], 77),
+    "document_tokens": (["--document-tokens", "99"], 99),
+    "selection": (["--selection", "griffin"], "griffin"),
+    "alpha": (["--alpha", "0.1"], 0.1),
+    "beta": (["--beta", "0.2"], 0.2),
+    "cluster_weight": (["--cluster-weight", "0"], 0.0),
+    "budgets": (["--budgets", "uniform"], "uniform"),
+    "min_layer_keep": (["--min-layer-keep", "0.3"], 0.3),
+    "reconstruct": (["--no-reconstruct"], False),
+    "ridge": (["--ridge", "0.5"], 0.5),
+    "dense": (["--no-dense"], False),
+    "evaluate": (["--no-evaluate"], False),
+    "seed": (["--seed", "9"], 9),
+    "threads": (["--threads", "1"], 1),
+    "device": (["--device", "cuda"], "cuda"),
+    "dtype": (["--dtype", "bfloat16"], "bfloat16"),
+    "force": (["--force"], True),
+    "cache_dir": (["--cache", "somewhere"], Path("somewhere")),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_option_reaches_its_field(name: str, given: list[CompileConfig], tmp_path: Path) -> None:
+    arguments, value = OPTIONS[name]
+    result = run("--model", "m", "-o", tmp_path / "b", *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert getattr(given[0], name) == value
+    default = CompileConfig(model="m", output=tmp_path / "b")
+    assert replace(given[0], **{name: getattr(default, name)}) == default
+
+
+def test_every_field_has_an_option_that_is_tested() -> None:
+    assert {*OPTIONS, "model", "output"} == {field.name for field in fields(CompileConfig)}
+
+
+def test_no_cache(given: list[CompileConfig], tmp_path: Path) -> None:
+    assert run("--model", "m", "-o", tmp_path / "b", "--no-cache").exit_code == 0
+    assert given[0].cache_dir is None
+    result = run("--model", "m", "-o", tmp_path / "b", "--no-cache", "--cache", "x")
+    assert result.exit_code == 2
+    assert result.stderr == "error: --cache and --no-cache: expected one of them, got both\n"
+
+
+def test_default_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_cache_dir().name == "default-cache"
+    monkeypatch.setenv("COREINFER_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert default_cache_dir() == Path("/xdg/coreinfer")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert default_cache_dir() == Path("/home/someone/.cache/coreinfer")
+
+
+def test_json_output_is_the_manifest(
+    tiny_inputs: Callable[[str], CompileConfig], tiny_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    result = run(*arguments_of(tiny_inputs("llama"), tmp_path / "bundle"), "--json", "--cache", tmp_path / "cache")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    seconds = printed.pop("stage_seconds")
+    assert {"load", "profile", "reconstruct", "evaluate", "write"} <= set(seconds)
+    assert printed == json.loads(json.dumps(asdict(read_manifest(tmp_path / "bundle"))))
+    name = "clusters/000.safetensors"
+    assert (tmp_path / "bundle" / name).read_bytes() == (tiny_bundle("llama") / name).read_bytes()
+    assert (tmp_path / "cache").is_dir()
+    assert "profile" in result.stderr
+
+
+def test_the_summary_shows_sizes_quality_and_seconds(given: list[CompileConfig], tmp_path: Path) -> None:
+    result = run("--model", "m", "-o", tmp_path / "b")
+    assert given
+    for expected in ("4 clusters", "MB a token", "keep 0.667", "perplexity", "one static mask", "random assignment"):
+        assert expected in result.stdout
+
+
+def test_the_summary_of_a_bundle_without_quality(tiny_bundle: Callable[..., Path]) -> None:
+    manifest = read_manifest(tiny_bundle("llama", evaluate=False))
+    lines = [*summary(Path("b"), manifest, {"load": 1.0, "write": 2.5})]
+    assert len(lines) == 3
+    assert lines[-1] == "seconds    3.5: load 1.0, write 2.5"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep", "0"], "--keep"),
+        (["--keep", "0", "--seed", "-1"], "2 problems"),
+        (["--model", "./missing"], "--model ./missing: no such file"),
+        (["--calibration", "missing.txt"], "--calibration missing.txt: no such file"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(
+    arguments: list[str], message: str, tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path
+) -> None:
+    result = run(*arguments_of(tiny_inputs("llama"), tmp_path / "bundle"), *arguments, "--no-cache")
+    if "--calibration" in arguments:
+        # Options that repeat add up: the corpus is there, the other file is not.
+        result = run(*arguments_of(tiny_inputs("llama"), tmp_path / "bundle")[:-6], *arguments, "--no-cache")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.stderr.endswith(errors[0] + "\n")
+    assert message in errors[0]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_an_existing_target_needs_force(
+    tiny_inputs: Callable[[str], CompileConfig], tiny_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_bundle("llama"), tmp_path / "bundle")
+    result = run(*arguments_of(tiny_inputs("llama"), tmp_path / "bundle"))
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {tmp_path / 'bundle'} exists; give another -o or add --force to replace it\n"
+
+
+@pytest.mark.parametrize(
+    "word", [["--clusters", "few"], ["--ridge", "x"], ["--selection", "best"], ["--dtype", "int8"]]
+)
+def test_words_that_click_refuses(word: list[str], tmp_path: Path) -> None:
+    result = run("--model", "m", "-o", tmp_path / "b", *word)
+    assert result.exit_code == 2
+    assert word[0] in result.stderr
+    assert word[1] in result.stderr
+
+
+def test_ctrl_c_says_that_nothing_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(config: CompileConfig, progress: Progress) -> Manifest:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "compile_model", interrupted)
+    result = run("--model", "m", "-o", tmp_path / "b")
+    assert result.exit_code == 130
+    assert result.stderr == "error: interrupted; nothing was left behind\n"
+
+
+def test_bugs_show_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: CompileConfig, progress: Progress) -> Manifest:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "compile_model", broken)
+    assert isinstance(run("--model", "m", "-o", tmp_path / "b").exception, ZeroDivisionError)

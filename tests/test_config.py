@@ -1,0 +1,97 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from coreinfer.bundles.errors import ConfigError
+from coreinfer.compiler import CompileConfig
+
+
+def make_config(**options: Any) -> CompileConfig:
+    return CompileConfig(**{"model": "model", "output": Path("bundle"), **options})
+
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("model", "", "--model"),
+    ("calibration", (), "--calibration"),
+    ("clusters", 0, "--clusters"),
+    ("clusters", "many", "--clusters"),
+    ("clusters", 1.5, "--clusters"),
+    ("keep", 0.0, "--keep"),
+    ("keep", 1.0001, "--keep"),
+    ("keep", float("nan"), "--keep"),
+    ("keep", float("-inf"), "--keep"),
+    ("alpha", 0.0, "--alpha"),
+    ("beta", -1.0, "--beta"),
+    ("cluster_weight", -0.1, "--cluster-weight"),
+    ("cluster_weight", 1.5, "--cluster-weight"),
+    ("min_layer_keep", float("inf"), "--min-layer-keep"),
+    ("selection", "magnitude", "--selection"),
+    ("budgets", "fair", "--budgets"),
+    ("dtype", "float16", "--dtype"),
+    ("ridge", 0.0, "--ridge"),
+    ("ridge", float("nan"), "--ridge"),
+    ("ridge", "best", "--ridge"),
+    ("calibration_tokens", 0, "--calibration-tokens"),
+    ("document_tokens", 15, "--document-tokens"),
+    ("seed", -1, "--seed"),
+    ("seed", 2**31 - 1, "--seed"),
+    ("threads", 0, "--threads"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "option"), WRONG)
+def test_a_wrong_option_is_named_with_what_it_got(field: str, value: Any, option: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config(**{field: value})
+    message = str(caught.value)
+    assert message.startswith(f"{option}: expected ")
+    assert message.endswith(f"got {value!r}" if value not in ("", ()) else ("got nothing", "got none"))
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clusters": "auto", "ridge": "auto"},
+        {"clusters": 1, "keep": 1.0, "alpha": 1.0, "beta": 1.0},
+        {"cluster_weight": 0.0, "min_layer_keep": 0.0, "seed": 0},
+        {"cluster_weight": 1.0, "min_layer_keep": 1.0, "seed": 2**31 - 2, "document_tokens": 16},
+        {"keep": 1e-9, "ridge": 1e-12, "calibration_tokens": 1, "threads": 1},
+    ],
+)
+def test_the_ends_of_the_ranges_are_allowed(options: dict[str, Any]) -> None:
+    config = make_config(**options)
+    assert {name: getattr(config, name) for name in options} == options
+
+
+def test_all_wrong_options_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config(keep=0.0, clusters=0, threads=-1, dtype="int8")
+    message = str(caught.value)
+    assert message.startswith("4 problems: (1) ")
+    assert all(option in message for option in ("--keep", "--clusters", "--threads", "--dtype"))
+
+
+def test_a_changed_copy_is_checked_too() -> None:
+    with pytest.raises(ConfigError, match="--keep"):
+        replace(make_config(), keep=2.0)
+
+
+@pytest.mark.parametrize(
+    ("selection", "given", "effective"),
+    [
+        ("output-aware", None, 0.3),
+        ("griffin", None, 1.0),
+        ("coreinfer", None, 1.0),
+        ("output-aware", 0.0, 0.0),
+        ("griffin", 0.5, 0.5),
+    ],
+)
+def test_effective_cluster_weight(selection: str, given: float | None, effective: float) -> None:
+    assert make_config(selection=selection, cluster_weight=given).effective_cluster_weight == effective
+
+
+def test_the_cache_is_no_part_of_what_is_compiled() -> None:
+    assert make_config(cache_dir=Path("a")) == make_config(cache_dir=None)
+    assert make_config(seed=1) != make_config(seed=2)

@@ -1,0 +1,340 @@
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from coreinfer.bundles.errors import CalibrationError, ConfigError
+from coreinfer.bundles.families import family_of_config
+from coreinfer.compiler import CompileConfig, Progress
+from coreinfer.compiler.builtin import Seed, continue_seeds, load_seeds
+from coreinfer.compiler.cache import Cache
+from coreinfer.compiler.corpus import Corpus, build_corpus, read_texts, split_into_documents
+from coreinfer.compiler.models import LoadedModel, wrap_model
+
+from .model_factory import build_model, build_tokenizer, corpus_texts, save_corpus
+from .test_config import make_config
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    model = build_model("llama")
+    family = family_of_config(model.config.to_dict(), "tiny")
+    return wrap_model(model, build_tokenizer(), family=family, name="tiny", config=model.config)
+
+
+def build(loaded: LoadedModel, config: CompileConfig, cache: Path | None = None) -> Corpus:
+    return build_corpus(config, loaded, Cache(cache), "model", Progress())
+
+
+def write_json_lines(path: Path, records: list[Any]) -> str:
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n", encoding="utf-8")
+    return str(path)
+
+
+def write_parquet(path: Path, columns: dict[str, list[Any]]) -> str:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json"])
+def test_json_lines(name: str, tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / name, [{"text": " first ", "id": 1}, {"text": ""}, {"text": "grüße\n\nzwei"}])
+    assert read_texts([path], "text") == ["first", "grüße\n\nzwei"]
+
+
+def test_text_files_are_parted_by_blank_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("first\nline two\r\n\r\n\n\n  sécond \n\n\n".encode())
+    assert read_texts([str(tmp_path / "a.txt")], "text") == ["first\nline two", "sécond"]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", {"body": ["one", None, " ", "two"], "text": [1, 2, 3, 4]})
+    assert read_texts([path], "body") == ["one", "two"]
+
+
+def test_several_files_are_read_in_order(tmp_path: Path) -> None:
+    second = write_json_lines(tmp_path / "b.jsonl", [{"body": "from json"}])
+    (tmp_path / "a.md").write_text("from text")
+    assert read_texts([second, str(tmp_path / "a.md")], "body") == ["from json", "from text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "good"}\n\n{"text": \n', "line 3 is no JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "good"}\n{"body": "x", "id": 3}\n',
+            "line 2: expected text in field 'text', got body, id",
+        ),
+        ("a.jsonl", b'{"text": 5}\n', "line 1: expected text in field 'text'.*--text-field"),
+        ("a.jsonl", b'["a list"]\n', "line 1: expected text in field 'text', got list"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "cannot be read as UTF-8"),
+        ("a.txt", b"good \xff\xfe", "cannot be read as UTF-8"),
+        ("a.txt", b"\n\n \n", "holds no text"),
+        ("a.jsonl", b"", "holds no text"),
+        ("a.jsonl", b'{"text": " "}\n', "holds no text"),
+        ("a.parquet", b"no parquet at all", "cannot be read as Parquet"),
+        ("a.parquet", b"", "cannot be read as Parquet"),
+    ],
+)
+def test_unusable_files_are_named_with_the_line(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(CalibrationError, match=message) as caught:
+        read_texts([str(path)], "text")
+    assert str(caught.value).startswith(f"--calibration {path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", {"body": ["one"], "id": [1]})
+    with pytest.raises(CalibrationError, match=r"has no column 'text', only body, id; name it with --text-field"):
+        read_texts([path], "text")
+
+
+@pytest.mark.parametrize("name", ["folder", "missing.txt"])
+def test_folders_and_missing_files_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CalibrationError, match="no such file; give builtin, a file or hf:"):
+        read_texts([str(tmp_path / name)], "text")
+
+
+def test_a_folder_named_like_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").mkdir()
+    with pytest.raises(CalibrationError, match="no such file"):
+        read_texts([str(tmp_path / "a.parquet")], "text")
+
+
+@pytest.mark.parametrize("num_tokens", [16, 25, 1000])
+def test_texts_are_cut_into_documents(num_tokens: int) -> None:
+    tokenizer, text = build_tokenizer(), "\n".join(corpus_texts()[:6])
+    ids = tokenizer(text).input_ids
+    documents = split_into_documents([text], tokenizer, num_tokens)
+    whole = [ids[start : start + num_tokens] for start in range(0, len(ids), num_tokens)]
+    assert [list(document.token_ids) for document in documents] == [piece for piece in whole if len(piece) >= 8]
+    for document in documents:
+        assert document.text == document.routing_text
+        assert document.text in text
+    if len(whole[-1]) >= 8:
+        assert "".join(document.text for document in documents) == text
+
+
+@pytest.mark.parametrize("text", ["", "hi", "x"])
+def test_tiny_texts_are_left_out(text: str) -> None:
+    assert split_into_documents([text], build_tokenizer(), 32) == []
+
+
+def file_config(folder: Path, **options: Any) -> CompileConfig:
+    path = folder / "corpus.txt"
+    return make_config(
+        **{"calibration": (str(path if path.exists() else save_corpus(path)),), "clusters": 2, **options}
+    )
+
+
+def test_parts_are_disjoint_and_cover_all_text(loaded: LoadedModel, tmp_path: Path) -> None:
+    corpus = build(loaded, file_config(tmp_path))
+    parts = [{document.text for document in part} for part in (corpus.calibration, corpus.validation, corpus.held_out)]
+    assert [len(part) for part in parts] == [96, 12, 12]
+    assert set.union(*parts) == set(corpus_texts())
+    assert sum(len(part) for part in parts) == 120
+
+
+def test_equal_texts_fall_into_the_same_part(loaded: LoadedModel, tmp_path: Path) -> None:
+    texts = [text for number, text in enumerate(corpus_texts()[:60]) for _ in range(1 + number % 3)]
+    path = tmp_path / "repeated.txt"
+    path.write_text("\n\n".join(texts), encoding="utf-8")
+    corpus = build(loaded, make_config(calibration=(str(path),), clusters=2))
+    parts = [
+        Counter(document.text for document in part) for part in (corpus.calibration, corpus.validation, corpus.held_out)
+    ]
+    assert sum(parts, Counter()) == Counter(texts)
+    assert sum(len(part) for part in parts) == 60
+
+
+def test_splits_follow_the_seed(loaded: LoadedModel, tmp_path: Path) -> None:
+    first, again, other = (build(loaded, file_config(tmp_path, seed=seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert first.sha256 != other.sha256
+    assert {document.text for document in first.held_out} != {document.text for document in other.held_out}
+
+
+def test_the_hash_follows_text_and_tokens(loaded: LoadedModel, tmp_path: Path) -> None:
+    config = file_config(tmp_path)
+    before = build(loaded, config)
+    path = Path(config.calibration[0])
+    path.write_text(path.read_text().replace("oven", "even", 1))
+    assert build(loaded, config).sha256 != before.sha256
+
+
+@pytest.mark.parametrize("budget", [1000, 2500, 5000])
+def test_the_token_budget_is_kept(budget: int, loaded: LoadedModel, tmp_path: Path) -> None:
+    corpus = build(loaded, file_config(tmp_path, calibration_tokens=budget))
+    longest = max(len(document.token_ids) for document in corpus.calibration)
+    assert budget - 2 * longest < corpus.num_tokens <= budget
+
+
+def test_documents_have_at_most_document_tokens(loaded: LoadedModel, tmp_path: Path) -> None:
+    corpus = build(loaded, file_config(tmp_path, document_tokens=20))
+    lengths = [len(d.token_ids) for part in (corpus.calibration, corpus.validation, corpus.held_out) for d in part]
+    assert max(lengths) == 20
+    assert min(lengths) >= 8
+
+
+def test_documents_longer_than_the_model_reads_are_refused(loaded: LoadedModel, tmp_path: Path) -> None:
+    build(loaded, file_config(tmp_path, document_tokens=256))
+    with pytest.raises(ConfigError, match="--document-tokens 300: the model reads 256"):
+        build(loaded, file_config(tmp_path, document_tokens=300))
+
+
+@pytest.mark.parametrize(("clusters", "fits"), [(96, True), (97, False), ("auto", True)])
+def test_no_more_clusters_than_calibrated_texts(
+    clusters: int | str, fits: bool, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    config = file_config(tmp_path, clusters=clusters)
+    if fits:
+        assert len(build(loaded, config).calibration) == 96
+    else:
+        with pytest.raises(CalibrationError, match="--clusters 97: more than the 96 texts"):
+            build(loaded, config)
+
+
+def test_seed_prompts_are_many_and_various() -> None:
+    seeds = load_seeds()
+    assert len(seeds) >= 400
+    assert len({" ".join(seed.prompt.lower().split()) for seed in seeds}) == len(seeds)
+    topics = Counter(seed.topic for seed in seeds)
+    assert len(topics) >= 20
+    assert min(topics.values()) >= 5
+    assert {seed.kind for seed in seeds} == {"chat", "text"}
+    assert all(seed.prompt == seed.prompt.strip() != "" for seed in seeds)
+
+
+FEW = tuple(
+    Seed(topic="sea", kind=kind, prompt=f"{prompt} {number}")
+    for number in range(4)
+    for kind, prompt in (("chat", "Why does the ship sail?"), ("text", "The storm was"))
+)
+
+
+@pytest.fixture
+def few_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_seeds(monkeypatch, FEW)
+
+
+def use_seeds(monkeypatch: pytest.MonkeyPatch, seeds: tuple[Seed, ...]) -> None:
+    for module in ("builtin", "corpus"):
+        monkeypatch.setattr(f"coreinfer.compiler.{module}.load_seeds", lambda: seeds)
+
+
+def builtin_config(**options: Any) -> CompileConfig:
+    return make_config(**{"clusters": 2, "calibration_tokens": 400, "document_tokens": 128, **options})
+
+
+@pytest.mark.usefixtures("few_seeds")
+def test_the_model_continues_every_seed(loaded: LoadedModel) -> None:
+    continued = [*continue_seeds(builtin_config(), loaded, Progress())]
+    assert sorted(prompt for prompt, _, _ in continued) == sorted(seed.prompt for seed in FEW)
+    kinds = {seed.prompt: seed.kind for seed in FEW}
+    for prompt, text, ids in continued:
+        assert text.startswith(prompt)
+        assert len(ids) <= 128
+        opening = loaded.tokenizer.decode(list(ids), skip_special_tokens=False)
+        start = f"<|user|>{prompt}</s><|assistant|>" if kinds[prompt] == "chat" else f"<s>{prompt}"
+        assert opening.startswith(start)
+        assert 2 not in ids[:-1] or kinds[prompt] == "chat"
+
+
+@pytest.mark.usefixtures("few_seeds")
+def test_continuations_follow_the_seed(loaded: LoadedModel) -> None:
+    first, again, other = ([*continue_seeds(builtin_config(seed=seed), loaded, Progress())] for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.usefixtures("few_seeds")
+def test_builtin_documents_are_routed_by_their_prompts(loaded: LoadedModel) -> None:
+    corpus = build(loaded, builtin_config(calibration_tokens=1000))
+    documents = [*corpus.calibration, *corpus.validation, *corpus.held_out]
+    assert {document.routing_text for document in documents} == {seed.prompt for seed in FEW}
+    assert all(document.has_prompt and document.text.startswith(document.routing_text) for document in documents)
+
+
+@pytest.mark.usefixtures("few_seeds")
+def test_builtin_text_is_written_once(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = builtin_config(calibration_tokens=1000)
+    first = build(loaded, config, tmp_path)
+    monkeypatch.setattr("coreinfer.compiler.corpus.continue_seeds", _must_not_run)
+    assert build(loaded, replace(config, clusters=3), tmp_path) == first
+    with pytest.raises(AssertionError, match="written again"):
+        build(loaded, replace(config, seed=5), tmp_path)
+    use_seeds(monkeypatch, FEW[:6])
+    with pytest.raises(AssertionError, match="written again"):
+        build(loaded, config, tmp_path)
+
+
+def _must_not_run(*args: object) -> object:
+    raise AssertionError("written again")
+
+
+@pytest.mark.usefixtures("few_seeds")
+@pytest.mark.parametrize("document_tokens", [16, 40, 100])
+def test_continuations_keep_within_document_tokens(document_tokens: int, loaded: LoadedModel) -> None:
+    config = builtin_config(document_tokens=document_tokens, calibration_tokens=5000)
+    lengths = [len(ids) for _, _, ids in continue_seeds(config, loaded, Progress())]
+    assert document_tokens // 2 < max(lengths) <= document_tokens
+
+
+@pytest.mark.usefixtures("few_seeds")
+def test_files_and_builtin_text_together(loaded: LoadedModel, tmp_path: Path) -> None:
+    calibration = (str(save_corpus(tmp_path / "corpus.txt")), "builtin")
+    corpus = build(loaded, builtin_config(calibration=calibration, calibration_tokens=100_000))
+    documents = [*corpus.calibration, *corpus.validation, *corpus.held_out]
+    assert sum(document.has_prompt for document in documents) == len(FEW)
+    assert len({document.text for document in documents if not document.has_prompt}) >= 120
+
+
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, load_dataset: Callable[..., object]) -> None:
+    """The package datasets is heavy and wants a network."""
+    monkeypatch.setitem(sys.modules, "datasets", cast(ModuleType, SimpleNamespace(load_dataset=load_dataset)))
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "split", "field"),
+    [
+        ("hf:owner/name", "owner/name", "train", "text"),
+        ("hf:name:test", "name", "test", "text"),
+        ("hf:name:test:body", "name", "test", "body"),
+    ],
+)
+def test_hub_data_sets(source: str, name: str, split: str, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: str, **kwargs: str) -> dict[str, list[Any]]:
+        assert (args, kwargs) == ((name,), {"split": split})
+        return {field: ["one", None, "two"]}
+
+    fake_datasets(monkeypatch, load_dataset)
+    assert read_texts([source], "text") == ["one", "two"]
+
+
+def test_a_hub_data_set_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: str, **kwargs: str) -> object:
+        raise FileNotFoundError("Dataset 'x' doesn't exist\nsecond line")
+
+    fake_datasets(monkeypatch, load_dataset)
+    with pytest.raises(CalibrationError, match="hf:x: the data set cannot be loaded") as caught:
+        read_texts(["hf:x"], "text")
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_data_sets_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", cast(ModuleType, None))
+    with pytest.raises(CalibrationError, match="hf:x: needs the package datasets; pip install datasets"):
+        read_texts(["hf:x"], "text")

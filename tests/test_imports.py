@@ -1,0 +1,169 @@
+"""What importing costs, and which way dependencies point: read from the source, and seen in fresh interpreters."""
+
+import ast
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import coreinfer.bundles
+import coreinfer.compiler
+import coreinfer.runtime
+import pytest
+
+PACKAGES = {"bundles": coreinfer.bundles, "compiler": coreinfer.compiler, "runtime": coreinfer.runtime}
+FORBIDDEN = {
+    "bundles": {"coreinfer.compiler", "coreinfer.runtime", "torch", "transformers", "faiss", "tokenizers"},
+    "compiler": {"coreinfer.runtime"},
+    "runtime": {"coreinfer.compiler"},
+}
+HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "datasets", "gguf", "model2vec", "pyarrow")
+MODULES = sorted(
+    f"coreinfer.{name}.{module.name}"
+    for name, package in PACKAGES.items()
+    for module in pkgutil.iter_modules(package.__path__)
+    if module.name != "__main__"
+)
+
+
+def sources(package: str) -> list[Path]:
+    files = sorted(Path(PACKAGES[package].__path__[0]).rglob("*.py"))
+    assert len(files) > 8
+    return files
+
+
+def imported_names(path: Path, package: str) -> Iterator[str]:
+    """Absolute names of all that a module imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # Packages have no packages inside, so that one dot is the package and two are coreinfer.
+            base = {0: "", 1: f"coreinfer.{package}", 2: "coreinfer"}[node.level]
+            whole = ".".join(part for part in (base, node.module) if part)
+            yield whole
+            yield from (f"{whole}.{alias.name}" for alias in node.names)
+
+
+def fresh(code: str) -> str:
+    """Run code in an interpreter that has imported nothing of ours; warnings are errors there."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import coreinfer.runtime",
+        "from coreinfer import runtime",
+        "import coreinfer.bundles",
+        "import coreinfer.compiler",
+        "import coreinfer.runtime.cli, coreinfer.bundles.inspect, coreinfer.compiler.cli",
+    ],
+)
+def test_no_import_drags_in_the_heavy_packages(statement: str) -> None:
+    loaded = json.loads(fresh(f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"))
+    assert any(name.startswith("coreinfer.") for name in loaded)
+    assert not set(HEAVY) & set(loaded)
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("from coreinfer import runtime", "coreinfer.compiler"),
+        ("import coreinfer.compiler", "coreinfer.runtime"),
+        ("import coreinfer.bundles", "faiss"),
+    ],
+)
+def test_packages_load_apart(statement: str, absent: str) -> None:
+    assert fresh(f"{statement}\nimport sys\nprint({absent!r} in sys.modules)") == "False\n"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_imports_and_has_what_it_promises(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__
+    promised = module.__all__
+    assert len(set(promised)) == len(promised)
+    for item in promised:
+        assert hasattr(module, item), item
+        assert not item.startswith("_")
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_packages_have_what_they_promise(name: str) -> None:
+    package = PACKAGES[name]
+    namespace: dict[str, object] = {}
+    exec(f"from coreinfer.{name} import *", namespace)
+    assert set(package.__all__) <= namespace.keys()
+
+
+def test_the_modules_are_all_here() -> None:
+    """The tests above go by what is found: it must not be nothing."""
+    assert len(MODULES) > 30
+    assert {name.split(".")[1] for name in MODULES} == set(PACKAGES)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_dependencies_point_one_way(package: str) -> None:
+    wrong = [
+        f"{path.name} imports {name}"
+        for path in sources(package)
+        for name in imported_names(path, package)
+        for forbidden in FORBIDDEN[package]
+        if name == forbidden or name.startswith(f"{forbidden}.")
+    ]
+    assert not wrong
+
+
+def test_the_scan_sees_every_form_of_import(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import a.b\nfrom c import d\ndef f():\n"
+        "    from . import e\n    from .g import h\n    from ..compiler import i\n"
+    )
+    names = set(imported_names(path, "runtime"))
+    assert {"a.b", "c.d", "coreinfer.runtime.e", "coreinfer.runtime.g.h", "coreinfer.compiler"} <= names
+
+
+def test_only_the_torch_engine_needs_torch() -> None:
+    """At module level; the engine itself is imported when a bundle is loaded."""
+    users = {
+        path.name
+        for path in sources("runtime")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and any(h in ast.unparse(node).split() for h in HEAVY)
+    }
+    assert users == {"torch_decoder.py"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_prints(package: str) -> None:
+    """stdout is the product: commands write with click.echo, the rest logs."""
+    calls = [
+        f"{path.name}:{node.lineno}"
+        for path in sources(package)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in {"print", "sys.stdout.write", "pprint", "breakpoint"}
+    ]
+    assert not calls
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_only_commands_echo(package: str) -> None:
+    commands = {"cli.py", "inspect.py", "command.py"}
+    users = {path.name for path in sources(package) if "click.echo" in path.read_text(encoding="utf-8")}
+    assert users
+    assert users <= commands
