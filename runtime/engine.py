@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from .chat import check_messages, render_chat, routing_text
 from .decoder import DENSE, Decoder
+from .engines import EngineName, load_decoder
 from .generation import MODES, FinishReason, Generation, Mode, Token
 from .planning import ModePlan, decode_choice, plan_mode
 from .router import Route, Router
@@ -24,7 +25,6 @@ from .text import TextStream
 
 __all__ = ["Engine", "load"]
 
-EngineName = Literal["auto", "torch"]
 Prompt = str | Sequence[Mapping[str, str]]
 T = TypeVar("T")
 
@@ -37,39 +37,31 @@ def load(
     mode: Mode = "auto",
     threads: int | None = None,
     dtype: str = "auto",
+    isa: str = "auto",
 ) -> "Engine":
-    """Open a bundle, check every file of it, and make it ready to generate.
+    """Open a bundle, check it, and make it ready to generate.
+
+    Everything is checked at once but the contents of cluster packs, each of which is hashed when it is first used.
 
     Args:
         bundle_dir: a folder that coreinfer-compile wrote.
-        engine: "torch", or "auto" for the best one that is installed.
+        engine: "native" (C++, CPU), "torch" (any device), or "auto": native, but torch where there is a GPU or where
+            `device` or `dtype` asks for it.
         device: a torch device, or "auto" for a GPU when there is one.
         mode: how FFN weights are chosen when `generate` is not told.
-        threads: CPU threads of the process; None leaves them as they are.
-        dtype: "bfloat16", "float32", or "auto" for bfloat16 where the device computes it natively.
+        threads: CPU threads; None for one a core.
+        dtype: of the torch engine: "bfloat16", "float32", or "auto" for bfloat16 where the device computes it natively.
+        isa: kernels of the native engine, such as "avx2"; "auto" for COREINFER_ISA, else the best that the CPU has.
     Raises:
         BundleError: there is no bundle, or it is damaged; all damaged files are named.
         ConfigError: an argument is wrong, or the engine's packages are not installed.
+        UnsupportedModelError: engine "native" does not compute this model.
     """
     _check_choice("mode", mode, MODES)
     _check_choice("engine", engine, get_args(EngineName))
-    bundle = open_bundle(bundle_dir)
-    decoder = _load_torch(bundle, device=device, dtype=dtype, threads=threads)
+    bundle = open_bundle(bundle_dir, lazy_packs=True)
+    decoder = load_decoder(bundle, engine=engine, device=device, threads=threads, dtype=dtype, isa=isa)
     return Engine(bundle, decoder, mode=mode)
-
-
-def _load_torch(bundle: Bundle, *, device: str, dtype: str, threads: int | None) -> Decoder:
-    try:
-        import torch
-
-        from .torch_decoder import TorchDecoder
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"the torch engine needs the package {error.name}; pip install 'coreinfer[torch]'") from error
-    if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads: expected at least 1, got {threads}")
-        torch.set_num_threads(threads)
-    return TorchDecoder(bundle, device=device, dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +240,8 @@ class Engine:
 
     def _prefill(self, request: _Request) -> npt.NDArray[np.float32]:
         """Read the prompt, with the dense FFN where there is one, and put the decoding weights in place."""
+        if request.plan.mode == "similarity":
+            self.bundle.packs[request.route.cluster].prefetch()
         self.decoder.truncate(0)
         self.decoder.use(
             DENSE if self.bundle.dense else decode_choice(request.plan, request.route, self.bundle, None, 0)

@@ -1,0 +1,193 @@
+// Read a block of tokens: each weight is read once for all of them. Tokens or rows are shared out, phase by phase.
+#include <algorithm>
+#include <cstring>
+
+#include "model.h"
+
+namespace coreinfer {
+
+void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neurons, int num_threads) {
+  const int hidden = round_up(weights.hidden, kGroup);
+  const int widest = std::max({hidden, weights.query_size(), weights.embedding.cols});
+  const int value_stride = round_up(weights.head_dim, 16);
+  scratch.threads.resize(num_threads);
+  for (auto& own : scratch.threads) {
+    own.gate.resize(size_t(kBlockTokens) * kUnit);
+    own.up.resize(size_t(kBlockTokens) * kUnit);
+    own.angles.resize(weights.rotary.size() * weights.head_dim);
+    own.heads.resize(size_t(weights.group_size()) * value_stride);
+    own.maxima.resize(weights.group_size());
+    own.sums.resize(weights.group_size());
+    own.inputs.resize(1, widest);
+  }
+  scratch.residual.resize(size_t(kBlockTokens) * hidden);
+  scratch.sublayer_out.resize(size_t(kBlockTokens) * hidden);
+  const int qkv = round_up(weights.query_size(), kGroup) + 2 * round_up(weights.kv_size(), kGroup);
+  scratch.qkv.resize(size_t(kBlockTokens) * qkv);
+  scratch.inputs.resize(kBlockTokens, widest);
+  scratch.neurons.resize(kBlockTokens, max_neurons);
+}
+
+namespace {
+
+class BlockPass {
+ public:
+  BlockPass(Decoder& decoder, int thread, int num_tokens)
+      : decoder_(decoder),
+        weights_(decoder.weights),
+        kernels_(decoder.kernels),
+        shared_(decoder.block),
+        own_(decoder.block.threads[thread]),
+        thread_(thread),
+        num_threads_(decoder.threads.size()),
+        num_tokens_(num_tokens),
+        start_(decoder.num_cached),
+        hidden_(round_up(weights_.hidden, kGroup)),
+        key_(round_up(weights_.query_size(), kGroup)),
+        value_(key_ + round_up(weights_.kv_size(), kGroup)),
+        qkv_stride_(value_ + round_up(weights_.kv_size(), kGroup)) {}
+
+  void run(const int32_t* ids, bool all_logits, float* logits, const Watcher& watcher) {
+    each_token([&](int t) { embed(weights_, kernels_, ids[t], start_ + t, own_.inputs.view, residual(t)); });
+    const int num_layers = static_cast<int>(weights_.layers.size());
+    for (int layer = 0; layer < num_layers; ++layer) {
+      attention(layer);
+      ffn(weights_.layers[layer], (*decoder_.ffn)[layer]);
+      if (watcher) {
+        if (thread_ == 0) watcher(layer, shared_.neurons.view.values, num_tokens_, shared_.neurons.view.stride);
+        decoder_.threads.barrier();
+      }
+    }
+    if (logits) head(all_logits, logits);
+  }
+
+ private:
+  // Tokens are dealt out one by one: later ones attend to more.
+  template <class Work>
+  void each_token(Work work) {
+    for (int t = thread_; t < num_tokens_; t += num_threads_) work(t);
+    decoder_.threads.barrier();
+  }
+
+  void multiply(std::initializer_list<Job> jobs, const Activations& x, size_t y_stride) {
+    multiply_share(kernels_, jobs, x, num_tokens_, y_stride, thread_, num_threads_);
+    decoder_.threads.barrier();
+  }
+
+  float* residual(int t) const { return shared_.residual.get() + size_t(t) * hidden_; }
+  float* out(int t) const { return shared_.sublayer_out.get() + size_t(t) * hidden_; }
+  float* qkv(int t) const { return shared_.qkv.get() + size_t(t) * qkv_stride_; }
+
+  void normalize(const Norm& norm) {
+    each_token([&](int t) { prepare_inputs(weights_, kernels_, norm, residual(t), shared_.inputs.view.token(t)); });
+  }
+
+  void attention(int layer) {
+    const Layer& weights = weights_.layers[layer];
+    const AttentionWeights& attention = weights.attention;
+    normalize(weights.attention_norms.before);
+    multiply({{&attention.query.weight, qkv(0)},
+              {&attention.key.weight, qkv(0) + key_},
+              {&attention.value.weight, qkv(0) + value_}},
+             shared_.inputs.view, qkv_stride_);
+    each_token([&](int t) { prepare(layer, attention, t); });
+    each_token([&](int t) { attend(layer, attention, t); });
+    multiply({{&attention.output.weight, out(0)}}, shared_.inputs.view, hidden_);
+    each_token([&](int t) {
+      finish_sublayer(weights_, kernels_, weights.attention_norms, attention.output.bias, out(t), residual(t));
+    });
+  }
+
+  void prepare(int layer, const AttentionWeights& attention, int t) {
+    float* heads = qkv(t);
+    fill_angles(weights_, start_ + t, own_.angles.get());
+    const float* angles = angles_of(weights_, attention, own_.angles.get());
+    prepare_heads(weights_, kernels_, attention.query, attention.query_norm, angles, weights_.num_heads, heads);
+    prepare_heads(weights_, kernels_, attention.key, attention.key_norm, angles, weights_.num_kv_heads, heads + key_);
+    for (int i = 0; i < weights_.query_size(); ++i) heads[i] *= weights_.attention_scale;
+    if (attention.value.bias) kernels_.add(heads + value_, attention.value.bias, weights_.kv_size());
+    for (int head = 0; head < weights_.num_kv_heads; ++head)
+      decoder_.cache.store(kernels_, layer, head, start_ + t, heads + key_ + head * weights_.head_dim,
+                           heads + value_ + head * weights_.head_dim);
+  }
+
+  void attend(int layer, const AttentionWeights& attention, int t) {
+    const int group = weights_.group_size(), size = weights_.head_dim, stride = decoder_.cache.value_stride();
+    const Activations inputs = shared_.inputs.view.token(t);
+    float* out = inputs.values;
+    const int padded = round_up(weights_.query_size(), kGroup);
+    std::fill(out, out + padded, 0.0f);
+    for (int head = 0; head < weights_.num_kv_heads; ++head) {
+      kernels_.attend({decoder_.cache.keys(layer, head), decoder_.cache.values(layer, head), size, stride,
+                       qkv(t) + head * group * size, group, first_position(attention, start_ + t), start_ + t + 1,
+                       own_.heads.get(), own_.maxima.get(), own_.sums.get()});
+      for (int query = 0; query < group; ++query, out += size)
+        for (int i = 0; i < size; ++i) out[i] = own_.heads.get()[query * stride + i] / own_.sums.get()[query];
+    }
+    kernels_.quantize(inputs, padded);
+  }
+
+  void ffn(const Layer& weights, const FfnWeights& ffn) {
+    normalize(weights.ffn_norms.before);
+    const Range units = share((ffn.num_neurons() + kUnit - 1) / kUnit, thread_, num_threads_);
+    for (int unit = units.begin; unit < units.end; ++unit) compute_unit(ffn, unit);
+    decoder_.threads.barrier();
+    multiply({{&ffn.down.weight, out(0)}}, shared_.neurons.view, hidden_);
+    each_token([&](int t) {
+      finish_sublayer(weights_, kernels_, weights.ffn_norms, ffn.down.bias, out(t), residual(t));
+    });
+  }
+
+  // 32 neurons of all tokens.
+  void compute_unit(const FfnWeights& ffn, int unit) {
+    const int begin = unit * 2, end = std::min(begin + 2, ffn.up.weight.num_blocks());
+    // The kernel writes at the rows' own numbers; these buffers begin with the unit's first row.
+    const int offset = begin * kBlockRows;
+    float *gate = own_.gate.get(), *up = own_.up.get();
+    if (!ffn.gate.weight.empty())
+      kernels_.multiply(ffn.gate.weight, shared_.inputs.view, num_tokens_, gate - offset, kUnit, begin, end);
+    kernels_.multiply(ffn.up.weight, shared_.inputs.view, num_tokens_, up - offset, kUnit, begin, end);
+    for (int t = 0; t < num_tokens_; ++t)
+      finish_neurons(weights_, kernels_, ffn, unit, unit + 1, gate + t * kUnit, up + t * kUnit,
+                     shared_.neurons.view.token(t));
+  }
+
+  void head(bool all_logits, float* logits) {
+    const int first = all_logits ? 0 : num_tokens_ - 1;
+    each_token([&](int t) {
+      if (t < first) return;
+      const Activations inputs = shared_.inputs.view.token(t);
+      prepare_inputs(weights_, kernels_, weights_.final_norm, residual(t), inputs);
+      if (!weights_.project_out.empty()) project_out(inputs);
+    });
+    multiply_share(kernels_, {{&weights_.head, logits}}, shared_.inputs.view.token(first), num_tokens_ - first,
+                   round_up(weights_.vocab, kBlockRows), thread_, num_threads_);
+  }
+
+  void project_out(const Activations& inputs) {
+    float* out = own_.inputs.view.values;
+    kernels_.multiply(weights_.project_out, inputs, 1, out, 0, 0, weights_.project_out.num_blocks());
+    const int size = weights_.project_out.rows, padded = round_up(size, kGroup);
+    std::memcpy(inputs.values, out, sizeof(float) * size);
+    std::fill(inputs.values + size, inputs.values + padded, 0.0f);
+    kernels_.quantize(inputs, padded);
+  }
+
+  Decoder& decoder_;
+  const ModelWeights& weights_;
+  const Kernels& kernels_;
+  BlockScratch& shared_;
+  BlockScratch::PerThread& own_;
+  int thread_, num_threads_, num_tokens_, start_, hidden_, key_, value_, qkv_stride_;
+};
+
+}  // namespace
+
+void read_block(Decoder& decoder, const int32_t* ids, int num_tokens, bool all_logits, float* logits,
+                const Watcher& watcher) {
+  decoder.threads.run(
+      [&](int thread) { BlockPass(decoder, thread, num_tokens).run(ids, all_logits, logits, watcher); });
+  decoder.num_cached += num_tokens;
+}
+
+}  // namespace coreinfer

@@ -1,0 +1,116 @@
+// Which kernels this CPU can run, and the few functions that are the same on all of them.
+#include <cstring>
+#include <stdexcept>
+
+#include "kernels.h"
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+namespace coreinfer {
+
+#if defined(__x86_64__)
+namespace {
+
+bool has_avxvnni() {
+  // Older compilers have no name for it in __builtin_cpu_supports: leaf 7, subleaf 1, EAX bit 4.
+  uint32_t eax = 7, ebx = 0, ecx = 1, edx = 0;
+  uint32_t highest = 0;
+  __asm__("cpuid" : "=a"(highest), "=b"(ebx), "=c"(ecx), "=d"(edx) : "a"(0), "c"(0));
+  if (highest < 7) return false;
+  ecx = 1;
+  __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  return (eax >> 4) & 1;
+}
+
+}  // namespace
+#endif
+
+std::vector<const Kernels*> available_kernels() {
+  std::vector<const Kernels*> tables;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (avx2 && avx512) tables.push_back(&avx512_kernels());
+  if (avx2 && has_avxvnni()) tables.push_back(&avxvnni_kernels());
+  if (avx2) tables.push_back(&avx2_kernels());
+#elif defined(__aarch64__)
+#if defined(__linux__)
+  const bool dot_product = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+  const bool dot_product = true;
+#endif
+  if (dot_product) tables.push_back(&neon_kernels());
+#endif
+  tables.push_back(&portable_kernels());
+  return tables;
+}
+
+const Kernels& find_kernels(const std::string& name) {
+  const auto tables = available_kernels();
+  if (name == "auto") return *tables.front();
+  std::string names;
+  for (const Kernels* table : tables) {
+    if (name == table->name) return *table;
+    names += (names.empty() ? "" : ", ") + std::string(table->name);
+  }
+  throw std::invalid_argument("isa: expected auto, " + names + " on this CPU, got '" + name + "'");
+}
+
+void unpack_row(const Matrix& w, int row, float* out) {
+  if (!w.quantized()) {
+    for (int col = 0; col < w.cols; ++col) out[col] = bf16_to_float(w.bf16[size_t(row) * w.cols + col]);
+    return;
+  }
+  const int lane = row % kBlockRows;
+  for (int g = 0; g < w.num_groups(); ++g) {
+    const size_t tile = size_t(row / kBlockRows) * w.num_groups() + g;
+    const uint8_t* codes = w.codes + tile * w.tile_bytes() + lane * 4;
+    const float scale = half_to_float(w.scales[tile * kBlockRows + lane]);
+    const bool four_bits = w.format == Format::int4;
+    const float zero = four_bits ? w.zeros[tile * kBlockRows + lane] / 16.0f : 128.0f;
+    for (int i = 0; i < kGroup && g * kGroup + i < w.cols; ++i) {
+      const int quad = i / 4;
+      const int byte = four_bits ? codes[quad / 2 * 64 + i % 4] >> (quad % 2 * 4) & 15 : codes[quad * 64 + i % 4];
+      out[g * kGroup + i] = scale * (byte - zero);
+    }
+  }
+}
+
+float half_to_float(uint16_t half) {
+  // Multiplying by 2^112 moves the exponent's bias, subnormal halves included.
+  const uint32_t magnitude = uint32_t(half & 0x7fff) << 13;
+  float value;
+  std::memcpy(&value, &magnitude, 4);
+  value *= 5.192296858534828e33f;
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((half & 0x7c00) == 0x7c00) bits = 0x7f800000 | uint32_t(half & 0x3ff) << 13;
+  bits |= uint32_t(half & 0x8000) << 16;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+uint16_t float_to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint16_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x477ff000) return sign | 0x7c00;  // rounds to 65520 or more
+  if (bits < 0x38800000) {                       // subnormal: adding 0.5 rounds the bits into place
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, 4);
+    return sign | static_cast<uint16_t>(bits - 0x3f000000);
+  }
+  bits += 0xc8000fff + (bits >> 13 & 1);
+  return sign | static_cast<uint16_t>(bits >> 13);
+}
+
+}  // namespace coreinfer

@@ -1,0 +1,104 @@
+// Pick rows or columns of a matrix into memory of its own, in the layout of the kernels.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "model.h"
+
+namespace coreinfer {
+namespace {
+
+// Memory of a quantized matrix: codes, then scales, then zeros.
+struct Packed {
+  explicit Packed(Format format, int rows, int cols) {
+    owned.view.format = format;
+    owned.view.rows = rows;
+    owned.view.cols = cols;
+    const size_t tiles = size_t(owned.view.num_blocks()) * owned.view.num_groups();
+    const size_t code_bytes = tiles * owned.view.tile_bytes(), scale_bytes = tiles * kBlockRows * 2;
+    auto buffer = std::make_shared<Buffer<uint8_t>>();
+    buffer->resize(code_bytes + scale_bytes + tiles * kBlockRows);
+    codes = buffer->get();
+    scales = reinterpret_cast<uint16_t*>(codes + code_bytes);
+    zeros = codes + code_bytes + scale_bytes;
+    owned.view.codes = codes;
+    owned.view.scales = scales;
+    owned.view.zeros = zeros;
+    owned.memory = buffer;
+  }
+  OwnedMatrix owned;
+  uint8_t* codes;
+  uint16_t* scales;
+  uint8_t* zeros;
+};
+
+OwnedMatrix copy_bf16(int rows, int cols, const std::function<void(int, uint16_t*)>& fill_row) {
+  auto buffer = std::make_shared<Buffer<uint16_t>>();
+  buffer->resize(size_t(rows) * cols);
+  OwnedMatrix owned;
+  owned.view.rows = rows;
+  owned.view.cols = cols;
+  owned.view.bf16 = buffer->get();
+  owned.memory = buffer;
+  for (int row = 0; row < rows; ++row) fill_row(row, buffer->get() + size_t(row) * cols);
+  return owned;
+}
+
+// Symmetric int8 of one row of floats, group by group.
+void pack_row(const float* values, int row, Packed& out) {
+  const Matrix& view = out.owned.view;
+  for (int g = 0; g < view.num_groups(); ++g) {
+    const int count = std::min(kGroup, view.cols - g * kGroup);
+    float largest = 0.0f;
+    for (int i = 0; i < count; ++i) largest = std::max(largest, std::fabs(values[g * kGroup + i]));
+    const size_t tile = size_t(row / kBlockRows) * view.num_groups() + g;
+    const uint16_t scale = float_to_half(largest / 127.0f);
+    const float step = half_to_float(scale);
+    out.scales[tile * kBlockRows + row % kBlockRows] = scale;
+    uint8_t* codes = out.codes + tile * view.tile_bytes() + row % kBlockRows * 4;
+    for (int i = 0; i < kGroup; ++i) {
+      const float value = i < count && step > 0.0f ? std::nearbyint(values[g * kGroup + i] / step) : 0.0f;
+      codes[i / 4 * 64 + i % 4] = static_cast<uint8_t>(128 + std::clamp(value, -127.0f, 127.0f));
+    }
+  }
+}
+
+}  // namespace
+
+OwnedMatrix gather_rows(const Matrix& w, const int32_t* ids, int count) {
+  if (!w.quantized())
+    return copy_bf16(count, w.cols, [&](int row, uint16_t* out) {
+      std::memcpy(out, w.bf16 + size_t(ids[row]) * w.cols, size_t(w.cols) * 2);
+    });
+  Packed out(w.format, count, w.cols);
+  for (int row = 0; row < count; ++row)
+    for (int g = 0; g < w.num_groups(); ++g) {
+      const size_t from = size_t(ids[row] / kBlockRows) * w.num_groups() + g;
+      const size_t to = size_t(row / kBlockRows) * w.num_groups() + g;
+      const int from_lane = ids[row] % kBlockRows, to_lane = row % kBlockRows;
+      out.scales[to * kBlockRows + to_lane] = w.scales[from * kBlockRows + from_lane];
+      if (w.format == Format::int4) out.zeros[to * kBlockRows + to_lane] = w.zeros[from * kBlockRows + from_lane];
+      for (size_t quad = 0; quad < w.tile_bytes() / 64; ++quad)
+        std::memcpy(out.codes + to * w.tile_bytes() + quad * 64 + to_lane * 4,
+                    w.codes + from * w.tile_bytes() + quad * 64 + from_lane * 4, 4);
+    }
+  return out.owned;
+}
+
+OwnedMatrix gather_columns(const Matrix& w, const int32_t* ids, int count) {
+  if (!w.quantized())
+    return copy_bf16(w.rows, count, [&](int row, uint16_t* out) {
+      for (int i = 0; i < count; ++i) out[i] = w.bf16[size_t(row) * w.cols + ids[i]];
+    });
+  Packed out(Format::int8, w.rows, count);
+  std::vector<float> whole(w.cols), picked(count);
+  for (int row = 0; row < w.rows; ++row) {
+    unpack_row(w, row, whole.data());
+    for (int i = 0; i < count; ++i) picked[i] = whole[ids[i]];
+    pack_row(picked.data(), row, out);
+  }
+  return out.owned;
+}
+
+}  // namespace coreinfer

@@ -1,0 +1,75 @@
+// The operations that exist once per instruction set, as a table of functions.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "matrix.h"
+
+namespace coreinfer {
+
+enum class Nonlinearity { silu, gelu_tanh, gelu_erf, relu };
+
+// One key-value head's part of the cache, and the queries that share it.
+struct AttentionTask {
+  const uint16_t* keys;    // (position blocks, head_dim, 16) fp16
+  const uint16_t* values;  // (positions, value_stride) fp16
+  int head_dim;
+  int value_stride;        // head_dim rounded up to 16
+  const float* queries;    // (num_queries, head_dim), scaled already
+  int num_queries;
+  int begin, end;          // positions
+  float* out;              // (num_queries, value_stride): sum of exp(score - max) * value
+  float* maxima;           // (num_queries); minus infinity where there are no positions
+  float* sums;             // (num_queries): sum of exp(score - max)
+};
+
+struct Kernels {
+  const char* name;
+  // Round groups of 32 values to int8 with a scale each; `num_values` is a multiple of 32.
+  void (*quantize)(const Activations& x, int num_values);
+  // y[token * y_stride + row] for the rows of blocks [block_begin, block_end); y is padded to whole blocks.
+  void (*multiply)(const Matrix& w, const Activations& x, int num_tokens, float* y, size_t y_stride, int block_begin,
+                   int block_end);
+  // RMS norm (no bias) or layer norm.
+  void (*rms_norm)(const float* x, const float* weight, float epsilon, int size, float* out);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int size, float* out);
+  // out = act(gate) * up, or act(up) where gate is null; all padded to 16.
+  void (*activate)(Nonlinearity kind, const float* gate, const float* up, int size, float* out);
+  void (*attend)(const AttentionTask& task);
+  void (*add)(float* x, const float* y, int size);  // x += y
+  void (*to_half)(const float* x, int size, uint16_t* out);
+  // Sum of 64-bit words, as plain a read as there is.
+  uint64_t (*read_sum)(const uint64_t* words, size_t num_words);
+};
+
+// Tables that this build has and this CPU can run, best first; "portable" is always the last.
+std::vector<const Kernels*> available_kernels();
+
+// The table of a name, or the best one for "auto".
+// Throws std::invalid_argument: the CPU or the build has no such table.
+const Kernels& find_kernels(const std::string& name);
+
+const Kernels& portable_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avxvnni_kernels();
+const Kernels& avx512_kernels();
+#elif defined(__aarch64__)
+const Kernels& neon_kernels();
+#endif
+
+// Write row `row` of a matrix as float: (cols,).
+void unpack_row(const Matrix& w, int row, float* out);
+
+float half_to_float(uint16_t half);
+uint16_t float_to_half(float value);
+inline float bf16_to_float(uint16_t bits) {
+  union {
+    uint32_t word;
+    float value;
+  } cast{uint32_t(bits) << 16};
+  return cast.value;
+}
+
+}  // namespace coreinfer

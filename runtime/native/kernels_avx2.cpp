@@ -1,0 +1,34 @@
+// AVX2 without VNNI: byte products are summed in 16 bits first.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+#include <immintrin.h>
+
+namespace coreinfer {
+namespace {
+
+#include "vector_avx2.h"
+
+struct V : Avx2 {
+  static constexpr const char* kName = "avx2";
+  static constexpr int kByteOffset = 0;  // dot_bytes takes the offset away itself
+
+  static I widen(I sum, __m256i pairs) { return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
+  // 2 * 15 * 127 fits 16 bits.
+  static I dot_nibbles(I sum, B codes, const int8_t* p) { return widen(sum, _mm256_maddubs_epi16(codes, quad(p))); }
+  // Unsigned bytes would overflow 16 bits; |w| * (x with w's sign) does not: 2 * 127 * 127.
+  static I dot_bytes(I sum, B bytes, const int8_t* p) {
+    const __m256i weight = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
+    return widen(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(quad(p), weight)));
+  }
+};
+
+#include "kernels_body.h"
+
+}  // namespace
+
+const Kernels& avx2_kernels() { return kTable; }
+
+}  // namespace coreinfer
+#endif

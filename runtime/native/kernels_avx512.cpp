@@ -1,0 +1,62 @@
+// AVX-512 with VNNI: one vector is a block of 16 rows.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
+#include <immintrin.h>
+
+namespace coreinfer {
+namespace {
+
+struct V {
+  static constexpr const char* kName = "avx512vnni";
+  static constexpr int kLanes = 16;
+  static constexpr int kTileTokens = 8;
+  static constexpr int kByteOffset = 128;  // dot_bytes takes bytes as unsigned
+  using F = __m512;
+  using I = __m512i;
+  using B = __m512i;
+
+  static F set1(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static void store_half(uint16_t* p, F x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, 0)); }
+  static F load_bf16(const uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static F load_u8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  }
+  static void store_int8(int8_t* p, F x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x))); }
+  static B load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static B low_nibbles(B x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+  static B high_nibbles(B x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+  static I zero() { return _mm512_setzero_si512(); }
+  static I quad(const int8_t* p) { return _mm512_set1_epi32(*(const int32_t*)p); }
+  static I dot_nibbles(I sum, B codes, const int8_t* p) { return _mm512_dpbusd_epi32(sum, codes, quad(p)); }
+  static I dot_bytes(I sum, B bytes, const int8_t* p) { return _mm512_dpbusd_epi32(sum, bytes, quad(p)); }
+  static I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
+  static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F power_of_two(F n) {
+    const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+  }
+  static float reduce_add(F x) { return _mm512_reduce_add_ps(x); }
+  static float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
+};
+
+#include "kernels_body.h"
+
+}  // namespace
+
+const Kernels& avx512_kernels() { return kTable; }
+
+}  // namespace coreinfer
+#endif

@@ -1,0 +1,28 @@
+// AVX-VNNI: the dot product instruction on 256-bit vectors, for CPUs without AVX-512.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+#include <immintrin.h>
+
+namespace coreinfer {
+namespace {
+
+#include "vector_avx2.h"
+
+struct V : Avx2 {
+  static constexpr const char* kName = "avxvnni";
+  static constexpr int kByteOffset = 128;  // dot_bytes takes bytes as unsigned
+
+  static I dot_nibbles(I sum, B codes, const int8_t* p) { return _mm256_dpbusd_avx_epi32(sum, codes, quad(p)); }
+  static I dot_bytes(I sum, B bytes, const int8_t* p) { return _mm256_dpbusd_avx_epi32(sum, bytes, quad(p)); }
+};
+
+#include "kernels_body.h"
+
+}  // namespace
+
+const Kernels& avxvnni_kernels() { return kTable; }
+
+}  // namespace coreinfer
+#endif

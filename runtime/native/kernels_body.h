@@ -1,0 +1,322 @@
+// The kernels, written once over the vector type `V` that the including file defines.
+//
+// Included inside an anonymous namespace of a file whose target options differ from the rest of the program, after all
+// headers: nothing here may be shared between files, or the linker would mix instruction sets.
+
+constexpr int kVectors = kBlockRows / V::kLanes;  // vectors that hold one block of rows
+constexpr float kHuge = 3.0e38f;
+
+inline V::F exp_vector(V::F x) {
+  // Cody-Waite reduction by ln 2 and a minimax polynomial (Cephes expf).
+  x = V::max(V::min(x, V::set1(88.0f)), V::set1(-87.0f));
+  const V::F n = V::round(x * V::set1(1.44269504088896341f));
+  const V::F r = V::fma(n, V::set1(2.12194440e-4f), V::fma(n, V::set1(-0.693359375f), x));
+  V::F p = V::set1(1.9875691500e-4f);
+  p = V::fma(p, r, V::set1(1.3981999507e-3f));
+  p = V::fma(p, r, V::set1(8.3334519073e-3f));
+  p = V::fma(p, r, V::set1(4.1665795894e-2f));
+  p = V::fma(p, r, V::set1(1.6666665459e-1f));
+  p = V::fma(p, r, V::set1(5.0000001201e-1f));
+  return V::fma(p, r * r, r + V::set1(1.0f)) * V::power_of_two(n);
+}
+
+void quantize(const Activations& x, int num_values) {
+  constexpr int kParts = kGroup / V::kLanes;
+  for (int g = 0; g < num_values / kGroup; ++g) {
+    V::F part[kParts];
+    V::F largest = V::set1(0.0f);
+    for (int i = 0; i < kParts; ++i) {
+      part[i] = V::load(x.values + g * kGroup + i * V::kLanes);
+      largest = V::max(largest, V::max(part[i], V::set1(0.0f) - part[i]));
+    }
+    const float amax = V::reduce_max(largest);
+    const V::F inverse = V::set1(amax > 0 ? 127.0f / amax : 0.0f);
+    V::F sum = V::set1(0.0f);
+    for (int i = 0; i < kParts; ++i) {
+      const V::F rounded = V::round(part[i] * inverse);
+      V::store_int8(x.codes + g * kGroup + i * V::kLanes, rounded);
+      sum = sum + rounded;
+    }
+    x.scales[g] = amax / 127.0f;
+    x.sums[g] = V::reduce_add(sum) / 16.0f;
+  }
+}
+
+// One block of 16 rows times kTokens tokens, from integer codes.
+template <bool kFourBits, int kTokens>
+inline void multiply_codes(const Matrix& w, const Activations& x, float* y, size_t y_stride, int block) {
+  constexpr int kTileBytes = kFourBits ? 256 : 512;
+  constexpr int kChains = kTokens == 1 ? 2 : 1;  // independent sums hide the latency of the dot product
+  constexpr int kLaneBytes = V::kLanes * 4;
+  const int num_groups = w.num_groups(), x_groups = x.stride / kGroup;
+  const size_t tile = size_t(block) * num_groups;
+  const uint8_t* codes = w.codes + tile * kTileBytes;
+  const uint16_t* scales = w.scales + tile * kBlockRows;
+  const uint8_t* zeros = w.zeros + tile * kBlockRows;
+  V::F total[kTokens][kVectors];
+  for (auto& vectors : total)
+    for (auto& value : vectors) value = V::set1(0.0f);
+  for (int g = 0; g < num_groups; ++g, codes += kTileBytes, scales += kBlockRows, zeros += kBlockRows) {
+    V::I sums[kTokens][kChains][kVectors];
+    for (auto& chains : sums)
+      for (auto& vectors : chains)
+        for (auto& value : vectors) value = V::zero();
+    const int8_t* quads = x.codes + g * kGroup;
+    if constexpr (kFourBits) {
+      for (int j = 0; j < 4; ++j)
+        for (int v = 0; v < kVectors; ++v) {
+          const V::B bytes = V::load_bytes(codes + j * 64 + v * kLaneBytes);
+          const V::B low = V::low_nibbles(bytes), high = V::high_nibbles(bytes);
+          for (int t = 0; t < kTokens; ++t) {
+            const int8_t* quad = quads + size_t(t) * x.stride + j * 8;
+            sums[t][0][v] = V::dot_nibbles(sums[t][0][v], low, quad);
+            sums[t][kChains - 1][v] = V::dot_nibbles(sums[t][kChains - 1][v], high, quad + 4);
+          }
+        }
+    } else {
+      for (int j = 0; j < 8; ++j)
+        for (int v = 0; v < kVectors; ++v) {
+          const V::B bytes = V::load_bytes(codes + j * 64 + v * kLaneBytes);
+          for (int t = 0; t < kTokens; ++t) {
+            auto& sum = sums[t][j % kChains][v];
+            sum = V::dot_bytes(sum, bytes, quads + size_t(t) * x.stride + j * 4);
+          }
+        }
+    }
+    if constexpr (kTokens == 1) {
+      for (int line = 0; line < kTileBytes; line += 64) __builtin_prefetch(codes + 1024 + kTileBytes + line);
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      const V::F scale = V::load_half(scales + v * V::kLanes);
+      V::F zero = V::set1(16.0f * V::kByteOffset);
+      if constexpr (kFourBits) zero = V::load_u8(zeros + v * V::kLanes);
+      for (int t = 0; t < kTokens; ++t) {
+        V::I sum = sums[t][0][v];
+        if constexpr (kChains == 2) sum = V::add_int(sum, sums[t][1][v]);
+        V::F value = V::to_float(sum);
+        if constexpr (kFourBits || V::kByteOffset != 0)
+          value = V::fnma(zero, V::set1(x.sums[t * x_groups + g]), value);
+        total[t][v] = V::fma(value, scale * V::set1(x.scales[t * x_groups + g]), total[t][v]);
+      }
+    }
+  }
+  for (int t = 0; t < kTokens; ++t)
+    for (int v = 0; v < kVectors; ++v) V::store(y + t * y_stride + block * kBlockRows + v * V::kLanes, total[t][v]);
+}
+
+// kRows rows times kTokens tokens, from bfloat16.
+template <int kRows, int kTokens>
+inline void multiply_bf16_rows(const Matrix& w, const Activations& x, float* y, size_t y_stride, int row) {
+  V::F total[kRows][kTokens];
+  for (auto& vectors : total)
+    for (auto& value : vectors) value = V::set1(0.0f);
+  const uint16_t* weights = w.bf16 + size_t(row) * w.cols;
+  int col = 0;
+  for (; col + V::kLanes <= w.cols; col += V::kLanes)
+    for (int r = 0; r < kRows; ++r) {
+      const V::F weight = V::load_bf16(weights + size_t(r) * w.cols + col);
+      for (int t = 0; t < kTokens; ++t)
+        total[r][t] = V::fma(weight, V::load(x.values + size_t(t) * x.stride + col), total[r][t]);
+    }
+  for (int r = 0; r < kRows; ++r)
+    for (int t = 0; t < kTokens; ++t) {
+      float sum = V::reduce_add(total[r][t]);
+      for (int c = col; c < w.cols; ++c)
+        sum += bf16_to_float(weights[size_t(r) * w.cols + c]) * x.values[size_t(t) * x.stride + c];
+      y[t * y_stride + row + r] = sum;
+    }
+}
+
+template <int kTokens>
+inline void multiply_block(const Matrix& w, const Activations& x, float* y, size_t y_stride, int block) {
+  if (w.format == Format::int4) return multiply_codes<true, kTokens>(w, x, y, y_stride, block);
+  if (w.format == Format::int8) return multiply_codes<false, kTokens>(w, x, y, y_stride, block);
+  const int end = block * kBlockRows + kBlockRows < w.rows ? block * kBlockRows + kBlockRows : w.rows;
+  int row = block * kBlockRows;
+  for (; row + 4 <= end; row += 4) multiply_bf16_rows<4, kTokens>(w, x, y, y_stride, row);
+  for (; row < end; ++row) multiply_bf16_rows<1, kTokens>(w, x, y, y_stride, row);
+}
+
+void multiply(const Matrix& w, const Activations& x, int num_tokens, float* y, size_t y_stride, int block_begin,
+              int block_end) {
+  // A block of weights stays in the first-level cache while all tokens pass.
+  for (int block = block_begin; block < block_end; ++block) {
+    int t = 0;
+    for (; t + V::kTileTokens <= num_tokens; t += V::kTileTokens)
+      multiply_block<V::kTileTokens>(w, x.token(t), y + t * y_stride, y_stride, block);
+    for (; t < num_tokens; ++t) multiply_block<1>(w, x.token(t), y + t * y_stride, y_stride, block);
+  }
+}
+
+// The last, partial vector of a row, so that buffers need no padding.
+inline void load_tail(const float* x, int size, float* padded) {
+  for (int i = 0; i < V::kLanes; ++i) padded[i] = i < size ? x[i] : 0.0f;
+}
+
+void rms_norm(const float* x, const float* weight, float epsilon, int size, float* out) {
+  V::F squares = V::set1(0.0f);
+  int i = 0;
+  for (; i + V::kLanes <= size; i += V::kLanes) {
+    const V::F value = V::load(x + i);
+    squares = V::fma(value, value, squares);
+  }
+  float sum = V::reduce_add(squares);
+  for (int j = i; j < size; ++j) sum += x[j] * x[j];
+  const float scale = 1.0f / __builtin_sqrtf(sum / size + epsilon);
+  for (i = 0; i + V::kLanes <= size; i += V::kLanes)
+    V::store(out + i, V::load(x + i) * V::set1(scale) * V::load(weight + i));
+  for (; i < size; ++i) out[i] = x[i] * scale * weight[i];
+}
+
+void layer_norm(const float* x, const float* weight, const float* bias, float epsilon, int size, float* out) {
+  float mean = 0.0f, variance = 0.0f;
+  for (int i = 0; i < size; ++i) mean += x[i];
+  mean /= size;
+  for (int i = 0; i < size; ++i) variance += (x[i] - mean) * (x[i] - mean);
+  const float scale = 1.0f / __builtin_sqrtf(variance / size + epsilon);
+  for (int i = 0; i < size; ++i)
+    out[i] = (x[i] - mean) * scale * (weight ? weight[i] : 1.0f) + (bias ? bias[i] : 0.0f);
+}
+
+inline V::F apply(Nonlinearity kind, V::F x) {
+  const V::F one = V::set1(1.0f), zero = V::set1(0.0f);
+  if (kind == Nonlinearity::relu) return V::max(x, zero);
+  if (kind == Nonlinearity::silu) return x / (one + exp_vector(zero - x));
+  if (kind == Nonlinearity::gelu_tanh) {
+    // x * (1 + tanh(u)) / 2 = x * sigmoid(2 u), u = sqrt(2 / pi) * (x + 0.044715 x^3)
+    const V::F u = V::set1(0.7978845608f) * V::fma(V::set1(0.044715f) * x, x * x, x);
+    return x / (one + exp_vector(V::set1(-2.0f) * u));
+  }
+  float lanes[V::kLanes];
+  V::store(lanes, x);
+  for (float& value : lanes) value = 0.5f * value * (1.0f + __builtin_erff(value * 0.70710678118f));
+  return V::load(lanes);
+}
+
+void activate(Nonlinearity kind, const float* gate, const float* up, int size, float* out) {
+  for (int i = 0; i < size; i += V::kLanes) {
+    const V::F value = gate ? apply(kind, V::load(gate + i)) * V::load(up + i) : apply(kind, V::load(up + i));
+    V::store(out + i, value);
+  }
+}
+
+constexpr int kPositions = 16;   // positions whose keys are interleaved
+constexpr int kChunk = 128;      // positions between two rescalings of the running sums
+constexpr int kQueries = 4;      // queries that share one read of the keys
+
+template <int kCount>
+inline void score_block(const AttentionTask& task, int query, int block, float (*scores)[kChunk], int column) {
+  V::F sums[kCount][kVectors];
+  for (auto& vectors : sums)
+    for (auto& value : vectors) value = V::set1(0.0f);
+  const uint16_t* keys = task.keys + size_t(block) * task.head_dim * kPositions;
+  const float* q = task.queries + size_t(query) * task.head_dim;
+  for (int d = 0; d < task.head_dim; ++d)
+    for (int v = 0; v < kVectors; ++v) {
+      const V::F key = V::load_half(keys + d * kPositions + v * V::kLanes);
+      for (int i = 0; i < kCount; ++i) sums[i][v] = V::fma(key, V::set1(q[i * task.head_dim + d]), sums[i][v]);
+    }
+  for (int i = 0; i < kCount; ++i)
+    for (int v = 0; v < kVectors; ++v) V::store(scores[i] + column + v * V::kLanes, sums[i][v]);
+}
+
+// Turn scores into weights relative to the running maximum; returns what earlier sums shrink by.
+inline float soften(float* scores, int size, float& maximum, float& sum) {
+  V::F largest = V::set1(maximum);
+  for (int i = 0; i < size; i += V::kLanes) largest = V::max(largest, V::load(scores + i));
+  const float next = V::reduce_max(largest);
+  V::F total = V::set1(0.0f);
+  for (int i = 0; i < size; i += V::kLanes) {
+    const V::F weight = exp_vector(V::load(scores + i) - V::set1(next));
+    V::store(scores + i, weight);
+    total = total + weight;
+  }
+  const float shrink = maximum <= -kHuge ? 0.0f : __builtin_expf(maximum - next);
+  sum = sum * shrink + V::reduce_add(total);
+  maximum = next;
+  return shrink;
+}
+
+template <int kCount>
+inline void add_values(const AttentionTask& task, int query, int begin, int end, int base,
+                       const float (*weights)[kChunk], const float* shrink) {
+  for (int d = 0; d < task.value_stride; d += kPositions) {
+    V::F sums[kCount][kVectors];
+    for (int i = 0; i < kCount; ++i)
+      for (int v = 0; v < kVectors; ++v)
+        sums[i][v] = V::load(task.out + size_t(query + i) * task.value_stride + d + v * V::kLanes) * V::set1(shrink[i]);
+    for (int position = begin; position < end; ++position)
+      for (int v = 0; v < kVectors; ++v) {
+        const V::F value = V::load_half(task.values + size_t(position) * task.value_stride + d + v * V::kLanes);
+        for (int i = 0; i < kCount; ++i) sums[i][v] = V::fma(value, V::set1(weights[i][position - base]), sums[i][v]);
+      }
+    for (int i = 0; i < kCount; ++i)
+      for (int v = 0; v < kVectors; ++v)
+        V::store(task.out + size_t(query + i) * task.value_stride + d + v * V::kLanes, sums[i][v]);
+  }
+}
+
+template <int kCount>
+inline void attend_queries(const AttentionTask& task, int query) {
+  float scores[kCount][kChunk], shrink[kCount];
+  for (int i = 0; i < kCount; ++i) {
+    task.maxima[query + i] = -__builtin_inff();
+    task.sums[query + i] = 0.0f;
+    for (int d = 0; d < task.value_stride; ++d) task.out[size_t(query + i) * task.value_stride + d] = 0.0f;
+  }
+  // Whole blocks of positions are scored; what lies outside [begin, end) is masked.
+  for (int base = task.begin / kPositions * kPositions; base < task.end; base += kChunk) {
+    const int last = base + kChunk < task.end ? base + kChunk : task.end;
+    const int size = (last - base + kPositions - 1) / kPositions * kPositions;
+    for (int column = 0; column < size; column += kPositions)
+      score_block<kCount>(task, query, (base + column) / kPositions, scores, column);
+    for (int i = 0; i < kCount; ++i) {
+      for (int position = base; position < task.begin; ++position) scores[i][position - base] = -__builtin_inff();
+      for (int column = last - base; column < size; ++column) scores[i][column] = -__builtin_inff();
+      shrink[i] = soften(scores[i], size, task.maxima[query + i], task.sums[query + i]);
+    }
+    add_values<kCount>(task, query, base < task.begin ? task.begin : base, last, base, scores, shrink);
+  }
+}
+
+void attend(const AttentionTask& task) {
+  int query = 0;
+  for (; query + kQueries <= task.num_queries; query += kQueries) attend_queries<kQueries>(task, query);
+  switch (task.num_queries - query) {
+    case 3: attend_queries<3>(task, query); break;
+    case 2: attend_queries<2>(task, query); break;
+    case 1: attend_queries<1>(task, query); break;
+    default: break;
+  }
+}
+
+void add(float* x, const float* y, int size) {
+  int i = 0;
+  for (; i + V::kLanes <= size; i += V::kLanes) V::store(x + i, V::load(x + i) + V::load(y + i));
+  for (; i < size; ++i) x[i] += y[i];
+}
+
+void to_half(const float* x, int size, uint16_t* out) {
+  int i = 0;
+  for (; i + V::kLanes <= size; i += V::kLanes) V::store_half(out + i, V::load(x + i));
+  if (i == size) return;
+  float padded[V::kLanes];
+  uint16_t halves[V::kLanes];
+  load_tail(x + i, size - i, padded);
+  V::store_half(halves, V::load(padded));
+  for (int j = 0; i < size; ++i, ++j) out[i] = halves[j];
+}
+
+uint64_t read_sum(const uint64_t* words, size_t num_words) {
+  typedef uint64_t Words __attribute__((vector_size(V::kLanes * 4)));
+  constexpr size_t kStep = V::kLanes / 2;
+  Words sums[4] = {};
+  for (size_t i = 0; i + 4 * kStep <= num_words; i += 4 * kStep)
+    for (int j = 0; j < 4; ++j) sums[j] += *reinterpret_cast<const Words*>(words + i + j * kStep);
+  const Words all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  uint64_t total = 0;
+  for (size_t i = 0; i < kStep; ++i) total += all[i];
+  return total;
+}
+
+const Kernels kTable = {V::kName, quantize, multiply, rms_norm, layer_norm, activate, attend, add, to_half, read_sum};

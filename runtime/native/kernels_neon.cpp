@@ -1,0 +1,68 @@
+// AArch64 with the dot product extension: four vectors are a block of 16 rows.
+#include "kernels.h"
+
+#if defined(__aarch64__)
+#pragma GCC target("arch=armv8.2-a+dotprod+fp16")
+#include <arm_neon.h>
+
+#include <cstring>
+
+namespace coreinfer {
+namespace {
+
+struct V {
+  static constexpr const char* kName = "neon";
+  static constexpr int kLanes = 4;
+  static constexpr int kTileTokens = 4;
+  static constexpr int kByteOffset = 0;  // dot_bytes takes the offset away itself
+  using F = float32x4_t;
+  using I = int32x4_t;
+  using B = uint8x16_t;
+
+  static F set1(float x) { return vdupq_n_f32(x); }
+  static F load(const float* p) { return vld1q_f32(p); }
+  static void store(float* p, F x) { vst1q_f32(p, x); }
+  static F load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static void store_half(uint16_t* p, F x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+  static F load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+  static F load_u8(const uint8_t* p) {
+    uint32_t word;
+    std::memcpy(&word, p, 4);
+    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(word)))));
+  }
+  static void store_int8(int8_t* p, F x) {
+    const int16x4_t words = vqmovn_s32(vcvtnq_s32_f32(x));
+    const int8x8_t bytes = vqmovn_s16(vcombine_s16(words, words));
+    vst1_lane_s32(reinterpret_cast<int32_t*>(p), vreinterpret_s32_s8(bytes), 0);
+  }
+  static B load_bytes(const uint8_t* p) { return vld1q_u8(p); }
+  static B low_nibbles(B x) { return vandq_u8(x, vdupq_n_u8(15)); }
+  static B high_nibbles(B x) { return vshrq_n_u8(x, 4); }
+  static I zero() { return vdupq_n_s32(0); }
+  static int8x16_t quad(const int8_t* p) { return vreinterpretq_s8_s32(vld1q_dup_s32(reinterpret_cast<const int32_t*>(p))); }
+  static I dot_nibbles(I sum, B codes, const int8_t* p) { return vdotq_s32(sum, vreinterpretq_s8_u8(codes), quad(p)); }
+  static I dot_bytes(I sum, B bytes, const int8_t* p) {
+    return vdotq_s32(sum, vreinterpretq_s8_u8(veorq_u8(bytes, vdupq_n_u8(128))), quad(p));
+  }
+  static I add_int(I a, I b) { return vaddq_s32(a, b); }
+  static F to_float(I x) { return vcvtq_f32_s32(x); }
+  static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F fnma(F a, F b, F c) { return vfmsq_f32(c, a, b); }
+  static F max(F a, F b) { return vmaxq_f32(a, b); }
+  static F min(F a, F b) { return vminq_f32(a, b); }
+  static F round(F x) { return vrndnq_f32(x); }
+  static F power_of_two(F n) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
+  }
+  static float reduce_add(F x) { return vaddvq_f32(x); }
+  static float reduce_max(F x) { return vmaxvq_f32(x); }
+};
+
+#include "kernels_body.h"
+
+}  // namespace
+
+const Kernels& neon_kernels() { return kTable; }
+
+}  // namespace coreinfer
+#endif

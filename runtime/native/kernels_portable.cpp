@@ -1,0 +1,100 @@
+// Plain C++ with the compiler's vector types: what every CPU runs, and what the other kernels are tested against.
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace coreinfer {
+namespace {
+
+struct V {
+  static constexpr const char* kName = "portable";
+  static constexpr int kLanes = 4;
+  static constexpr int kTileTokens = 2;
+  static constexpr int kByteOffset = 0;  // dot_bytes takes the offset away itself
+  typedef float F __attribute__((vector_size(16)));
+  typedef int32_t I __attribute__((vector_size(16)));
+  typedef uint8_t B __attribute__((vector_size(16)));
+
+  static F set1(float x) { return F{} + x; }
+  static F load(const float* p) {
+    F x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
+  static F load_half(const uint16_t* p) {
+    F x;
+    for (int i = 0; i < kLanes; ++i) x[i] = half_to_float(p[i]);
+    return x;
+  }
+  static void store_half(uint16_t* p, F x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(x[i]);
+  }
+  static F load_bf16(const uint16_t* p) {
+    F x;
+    for (int i = 0; i < kLanes; ++i) x[i] = bf16_to_float(p[i]);
+    return x;
+  }
+  static F load_u8(const uint8_t* p) {
+    F x;
+    for (int i = 0; i < kLanes; ++i) x[i] = p[i];
+    return x;
+  }
+  static void store_int8(int8_t* p, F x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(std::isfinite(x[i]) ? x[i] : 0.0f);
+  }
+  static B load_bytes(const uint8_t* p) {
+    B x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static B low_nibbles(B x) { return x & 15; }
+  static B high_nibbles(B x) { return x >> 4; }
+  static I zero() { return I{}; }
+  static I dot_nibbles(I sum, B codes, const int8_t* p) {
+    for (int i = 0; i < kLanes; ++i)
+      sum[i] += codes[4 * i] * p[0] + codes[4 * i + 1] * p[1] + codes[4 * i + 2] * p[2] + codes[4 * i + 3] * p[3];
+    return sum;
+  }
+  static I dot_bytes(I sum, B bytes, const int8_t* p) {
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < 4; ++j) sum[i] += (int(bytes[4 * i + j]) - 128) * p[j];
+    return sum;
+  }
+  static I add_int(I a, I b) { return a + b; }
+  static F to_float(I x) { return __builtin_convertvector(x, F); }
+  static F fma(F a, F b, F c) { return a * b + c; }
+  static F fnma(F a, F b, F c) { return c - a * b; }
+  static F max(F a, F b) { return a > b ? a : b; }
+  static F min(F a, F b) { return a < b ? a : b; }
+  static F round(F x) {
+    for (int i = 0; i < kLanes; ++i) x[i] = std::nearbyint(x[i]);
+    return x;
+  }
+  static F power_of_two(F n) {
+    I bits;
+    for (int i = 0; i < kLanes; ++i) bits[i] = (static_cast<int32_t>(n[i]) + 127) << 23;
+    F x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+  static float reduce_add(F x) {
+    float sum = 0.0f;
+    for (int i = 0; i < kLanes; ++i) sum += x[i];
+    return sum;
+  }
+  static float reduce_max(F x) {
+    float largest = x[0];
+    for (int i = 1; i < kLanes; ++i) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+  }
+};
+
+#include "kernels_body.h"
+
+}  // namespace
+
+const Kernels& portable_kernels() { return kTable; }
+
+}  // namespace coreinfer

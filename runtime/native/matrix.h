@@ -1,0 +1,53 @@
+// Views of weights and activations in the layouts that the kernels read (docs/format.md).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace coreinfer {
+
+constexpr int kBlockRows = 16;  // output rows that are interleaved
+constexpr int kGroup = 32;      // inputs that share a scale
+
+inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+enum class Format { bf16, int8, int4 };
+
+// A weight matrix (rows, cols) of a mapped file, or of memory that the owner keeps alive.
+struct Matrix {
+  Format format = Format::bf16;
+  int rows = 0;
+  int cols = 0;
+  const uint16_t* bf16 = nullptr;    // (rows, cols), row-major
+  const uint8_t* codes = nullptr;    // (row blocks, groups, 256 or 512)
+  const uint16_t* scales = nullptr;  // (row blocks, groups, 16) fp16
+  const uint8_t* zeros = nullptr;    // (row blocks, groups, 16), zero points in sixteenths; int4 only
+
+  bool empty() const { return rows == 0; }
+  int num_blocks() const { return (rows + kBlockRows - 1) / kBlockRows; }
+  int num_groups() const { return (cols + kGroup - 1) / kGroup; }
+  bool quantized() const { return format != Format::bf16; }
+  size_t tile_bytes() const { return format == Format::int4 ? 256 : 512; }
+  size_t num_bytes() const {
+    if (empty()) return 0;
+    if (!quantized()) return size_t(rows) * cols * 2;
+    const size_t tiles = size_t(num_blocks()) * num_groups();
+    return tiles * (tile_bytes() + kBlockRows * (format == Format::int4 ? 3 : 2));
+  }
+};
+
+// Inputs of a matrix for one or more tokens. `stride` is a multiple of 32, padded with zeros.
+struct Activations {
+  int stride = 0;
+  float* values = nullptr;   // (tokens, stride)
+  int8_t* codes = nullptr;   // (tokens, stride)
+  float* scales = nullptr;   // (tokens, stride / 32)
+  float* sums = nullptr;     // (tokens, stride / 32): sum of a group's codes / 16
+
+  Activations token(int index) const {
+    const size_t first = size_t(index) * stride, group = first / kGroup;
+    return {stride, values + first, codes + first, scales + group, sums + group};
+  }
+};
+
+}  // namespace coreinfer

@@ -1,0 +1,93 @@
+#include "threads.h"
+
+#include <climits>
+#include <stdexcept>
+#include <string>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace coreinfer {
+namespace {
+
+// About 20 microseconds: longer than a phase's imbalance, much shorter than a scheduler's time slice.
+constexpr int kSpins = 400;
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+#if defined(__linux__)
+void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+}
+void wake_all(std::atomic<uint32_t>& word) { syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
+#else
+void sleep_while(std::atomic<uint32_t>&, uint32_t) { std::this_thread::yield(); }
+void wake_all(std::atomic<uint32_t>&) {}
+#endif
+
+}  // namespace
+
+void Event::advance() {
+  // Sequentially consistent with the sleeper's count, so that either side sees the other.
+  value_.fetch_add(1, std::memory_order_seq_cst);
+  if (num_sleepers_.load(std::memory_order_seq_cst) != 0) wake_all(value_);
+}
+
+void Event::wait_beyond(uint32_t seen) {
+  for (int spin = 0; spin < kSpins; ++spin) {
+    if (value() != seen) return;
+    pause();
+  }
+  num_sleepers_.fetch_add(1, std::memory_order_seq_cst);
+  while (value_.load(std::memory_order_seq_cst) == seen) sleep_while(value_, seen);
+  num_sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+}
+
+Threads::Threads(int num_threads) : num_threads_(num_threads) {
+  if (num_threads < 1 || num_threads > 256)
+    throw std::invalid_argument("threads: expected 1 to 256, got " + std::to_string(num_threads));
+  for (int thread = 1; thread < num_threads; ++thread) workers_.emplace_back([this, thread] { serve(thread); });
+}
+
+Threads::~Threads() {
+  stop_ = true;
+  started_.advance();
+  for (auto& worker : workers_) worker.join();
+}
+
+void Threads::run(const std::function<void(int)>& work) {
+  work_ = &work;
+  started_.advance();
+  work(0);
+  barrier();  // nobody may still run `work` when it goes out of scope
+}
+
+void Threads::serve(int thread) {
+  // Event values only grow by one a run, and no run begins before all threads ended the last.
+  for (uint32_t seen = 0;; ++seen) {
+    started_.wait_beyond(seen);
+    if (stop_) return;
+    (*work_)(thread);
+    barrier();
+  }
+}
+
+void Threads::barrier() {
+  const uint32_t seen = phase_.value();
+  if (num_arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads_) {
+    num_arrived_.store(0, std::memory_order_relaxed);
+    phase_.advance();
+  } else {
+    phase_.wait_beyond(seen);
+  }
+}
+
+}  // namespace coreinfer

@@ -1,0 +1,182 @@
+// Decode one token. Every thread keeps its own residual stream, so that norms need no barrier: five barriers a layer.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "model.h"
+
+namespace coreinfer {
+
+void allocate(TokenScratch& scratch, const ModelWeights& weights, int max_neurons, int num_threads) {
+  const int hidden = round_up(weights.hidden, kGroup);
+  const int widest = std::max({hidden, weights.query_size(), weights.embedding.cols});
+  const int value_stride = round_up(weights.head_dim, 16);
+  scratch.threads.resize(num_threads);
+  for (auto& own : scratch.threads) {
+    own.residual.resize(hidden);
+    own.queries.resize(round_up(weights.query_size(), kGroup));
+    own.angles.resize(weights.rotary.size() * weights.head_dim);
+    own.partial.resize(size_t(weights.num_heads) * value_stride);
+    own.maxima.resize(weights.num_heads);
+    own.sums.resize(weights.num_heads);
+    own.inputs.resize(1, widest);
+  }
+  scratch.qkv.resize(round_up(weights.query_size(), kGroup) + 2 * round_up(weights.kv_size(), kGroup));
+  scratch.attended.resize(hidden);
+  scratch.gate.resize(round_up(max_neurons, kUnit));
+  scratch.up.resize(round_up(max_neurons, kUnit));
+  scratch.ffn_out.resize(hidden);
+  scratch.neurons.resize(1, max_neurons);
+}
+
+namespace {
+
+class TokenPass {
+ public:
+  TokenPass(Decoder& decoder, int thread)
+      : decoder_(decoder),
+        weights_(decoder.weights),
+        kernels_(decoder.kernels),
+        shared_(decoder.token),
+        own_(decoder.token.threads[thread]),
+        inputs_(own_.inputs.view),
+        x_(own_.residual.get()),
+        thread_(thread),
+        num_threads_(decoder.threads.size()),
+        position_(decoder.num_cached),
+        query_(shared_.qkv.get()),
+        key_(query_ + round_up(weights_.query_size(), kGroup)),
+        value_(key_ + round_up(weights_.kv_size(), kGroup)) {}
+
+  void run(int32_t id, float* logits) {
+    embed(weights_, kernels_, id, position_, inputs_, x_);
+    fill_angles(weights_, position_, own_.angles.get());
+    for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
+      attention(static_cast<int>(layer));
+      ffn(weights_.layers[layer], (*decoder_.ffn)[layer]);
+    }
+    prepare_inputs(weights_, kernels_, weights_.final_norm, x_, inputs_);
+    if (!weights_.project_out.empty()) project_out();
+    multiply_share(kernels_, {{&weights_.head, logits}}, inputs_, 1, 0, thread_, num_threads_);
+  }
+
+ private:
+  void multiply(std::initializer_list<Job> jobs, const Activations& x) {
+    multiply_share(kernels_, jobs, x, 1, 0, thread_, num_threads_);
+    decoder_.threads.barrier();
+  }
+
+  void attention(int layer) {
+    const Layer& weights = weights_.layers[layer];
+    const AttentionWeights& attention = weights.attention;
+    prepare_inputs(weights_, kernels_, weights.attention_norms.before, x_, inputs_);
+    multiply({{&attention.query.weight, query_}, {&attention.key.weight, key_}, {&attention.value.weight, value_}},
+             inputs_);
+    const float* angles = angles_of(weights_, attention, own_.angles.get());
+    if (thread_ == num_threads_ - 1) store(layer, attention, angles);
+    attend(layer, attention, angles);
+    decoder_.threads.barrier();
+    combine();
+    multiply({{&attention.output.weight, shared_.attended.get()}}, inputs_);
+    finish(weights.attention_norms, attention.output.bias, shared_.attended.get());
+  }
+
+  // The last thread's positions include the new token's, which nobody else reads.
+  void store(int layer, const AttentionWeights& attention, const float* angles) {
+    prepare_heads(weights_, kernels_, attention.key, attention.key_norm, angles, weights_.num_kv_heads, key_);
+    if (attention.value.bias) kernels_.add(value_, attention.value.bias, weights_.kv_size());
+    for (int head = 0; head < weights_.num_kv_heads; ++head)
+      decoder_.cache.store(kernels_, layer, head, position_, key_ + head * weights_.head_dim,
+                           value_ + head * weights_.head_dim);
+  }
+
+  void attend(int layer, const AttentionWeights& attention, const float* angles) {
+    float* queries = own_.queries.get();
+    std::memcpy(queries, query_, sizeof(float) * weights_.query_size());
+    prepare_heads(weights_, kernels_, attention.query, attention.query_norm, angles, weights_.num_heads, queries);
+    for (int i = 0; i < weights_.query_size(); ++i) queries[i] *= weights_.attention_scale;
+    const int first = first_position(attention, position_), first_block = first / kBlockRows;
+    const Range blocks = share(position_ / kBlockRows + 1 - first_block, thread_, num_threads_);
+    const int begin = std::max(first, (first_block + blocks.begin) * kBlockRows);
+    const int end = std::min(position_ + 1, (first_block + blocks.end) * kBlockRows);
+    const int group = weights_.group_size(), stride = decoder_.cache.value_stride();
+    for (int head = 0; head < weights_.num_kv_heads; ++head)
+      kernels_.attend({decoder_.cache.keys(layer, head), decoder_.cache.values(layer, head), weights_.head_dim, stride,
+                       queries + head * group * weights_.head_dim, group, begin, end,
+                       own_.partial.get() + size_t(head) * group * stride, own_.maxima.get() + head * group,
+                       own_.sums.get() + head * group});
+  }
+
+  // Put the threads' parts of the softmax together; every thread does it for itself.
+  void combine() {
+    const int stride = decoder_.cache.value_stride(), size = weights_.head_dim;
+    float* out = inputs_.values;
+    const int padded = round_up(weights_.query_size(), kGroup);
+    std::fill(out, out + padded, 0.0f);
+    for (int head = 0; head < weights_.num_heads; ++head, out += size) {
+      float maximum = -INFINITY, total = 0.0f;
+      for (const auto& part : shared_.threads) maximum = std::max(maximum, part.maxima.get()[head]);
+      for (const auto& part : shared_.threads)
+        if (part.sums.get()[head] > 0.0f)
+          total += part.sums.get()[head] * std::exp(part.maxima.get()[head] - maximum);
+      for (const auto& part : shared_.threads) {
+        if (part.sums.get()[head] == 0.0f) continue;
+        const float weight = std::exp(part.maxima.get()[head] - maximum) / total;
+        const float* values = part.partial.get() + size_t(head) * stride;
+        for (int i = 0; i < size; ++i) out[i] += weight * values[i];
+      }
+    }
+    kernels_.quantize(inputs_, padded);
+  }
+
+  void ffn(const Layer& weights, const FfnWeights& ffn) {
+    prepare_inputs(weights_, kernels_, weights.ffn_norms.before, x_, inputs_);
+    const int num_blocks = ffn.up.weight.num_blocks();
+    const Range units = share((ffn.num_neurons() + kUnit - 1) / kUnit, thread_, num_threads_);
+    const int begin = units.begin * 2, end = std::min(units.end * 2, num_blocks);
+    float *gate = shared_.gate.get(), *up = shared_.up.get();
+    if (begin < end) {
+      if (!ffn.gate.weight.empty()) kernels_.multiply(ffn.gate.weight, inputs_, 1, gate, 0, begin, end);
+      kernels_.multiply(ffn.up.weight, inputs_, 1, up, 0, begin, end);
+      finish_neurons(weights_, kernels_, ffn, units.begin, units.end, gate + units.begin * kUnit,
+                     up + units.begin * kUnit, shared_.neurons.view);
+    }
+    decoder_.threads.barrier();
+    multiply({{&ffn.down.weight, shared_.ffn_out.get()}}, shared_.neurons.view);
+    finish(weights.ffn_norms, ffn.down.bias, shared_.ffn_out.get());
+  }
+
+  // The output is shared, so that it is copied before norms change it.
+  void finish(const SublayerNorms& norms, const float* bias, const float* out) {
+    std::memcpy(inputs_.values, out, sizeof(float) * weights_.hidden);
+    finish_sublayer(weights_, kernels_, norms, bias, inputs_.values, x_);
+  }
+
+  void project_out() {
+    float* out = own_.residual.get();  // done with
+    kernels_.multiply(weights_.project_out, inputs_, 1, out, 0, 0, weights_.project_out.num_blocks());
+    const int size = weights_.project_out.rows, padded = round_up(size, kGroup);
+    std::memcpy(inputs_.values, out, sizeof(float) * size);
+    std::fill(inputs_.values + size, inputs_.values + padded, 0.0f);
+    kernels_.quantize(inputs_, padded);
+  }
+
+  Decoder& decoder_;
+  const ModelWeights& weights_;
+  const Kernels& kernels_;
+  TokenScratch& shared_;
+  TokenScratch::PerThread& own_;
+  Activations inputs_;
+  float* x_;
+  int thread_, num_threads_, position_;
+  float *query_, *key_, *value_;
+};
+
+}  // namespace
+
+void decode_token(Decoder& decoder, int32_t id, float* logits) {
+  decoder.threads.run([&](int thread) { TokenPass(decoder, thread).run(id, logits); });
+  ++decoder.num_cached;
+}
+
+}  // namespace coreinfer

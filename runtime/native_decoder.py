@@ -1,0 +1,171 @@
+"""The native engine: decoding on the CPU with packed weights, without torch."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, CoreInferError
+from coreinfer.bundles.statistics import document_statistic
+
+from . import _native
+from .decoder import DENSE, FfnChoice
+from .native_model import ffn_layers, model_spec
+
+__all__ = ["NativeDecoder"]
+
+Floats = npt.NDArray[np.float32]
+
+
+class NativeDecoder:
+    """Runs a bundle's mapped weights in place; changing the FFN is a pointer swap."""
+
+    name = "native"
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, isa: str = "auto") -> None:
+        """Put the model together; nothing is copied but norms.
+
+        Args:
+            threads: None for one a physical core that the process may use.
+            isa: kernels to use, one of `_native.available_isas()`; "auto" for COREINFER_ISA, else the best ones.
+        Raises:
+            ConfigError: the CPU has no such kernels, or the number of threads is wrong.
+            BundleCorrupt: the base does not hold what the model needs.
+            UnsupportedModelError: the native engine does not compute this model.
+        """
+        self._bundle = bundle
+        model = bundle.manifest.model
+        num_threads = default_threads() if threads is None else threads
+        isa = os.environ.get("COREINFER_ISA") or "auto" if isa == "auto" else isa
+        if not 1 <= num_threads <= _MAX_THREADS:
+            raise ConfigError(f"threads: expected 1 to {_MAX_THREADS}, got {threads!r}")
+        if isa not in ("auto", *_native.available_isas()):
+            known = ", ".join(_native.available_isas())
+            raise ConfigError(f"isa (or COREINFER_ISA): expected auto, {known} on this CPU, got {isa!r}")
+        with _corrupt(bundle, "base"):
+            self._model = _native.Model(model_spec(bundle), isa, num_threads, model.ffn_dim)
+        self._ffns: dict[int | None, Any] = {}
+        self._choice: FfnChoice | None = None
+        self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
+
+    @property
+    def device(self) -> str:
+        """Where it runs: always the CPU."""
+        return "cpu"
+
+    @property
+    def isa(self) -> str:
+        """Name of the kernels in use, such as "avx512vnni"."""
+        return str(self._model.isa)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that decode together."""
+        return int(self._model.num_threads)
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens in the KV cache."""
+        return int(self._model.num_cached)
+
+    def bytes_per_token(self, num_cached: int) -> int:
+        """Bytes of weights and of `num_cached` tokens' keys and values that the next token reads."""
+        return int(self._model.bytes_per_token(num_cached))
+
+    def use(self, choice: FfnChoice) -> None:
+        """Run with other FFN weights from the next token on.
+
+        Raises:
+            ConfigError: the choice needs the dense FFN and the bundle has none.
+            BundleCorrupt: the pack is damaged.
+        """
+        if choice.neuron_ids is None and choice == self._choice:
+            return
+        ffn = self._ffn(choice.cluster)
+        if choice.neuron_ids is not None:
+            ffn = self._model.gather(ffn, list(choice.neuron_ids))
+        self._model.use(ffn)
+        self._choice = choice
+
+    def _ffn(self, cluster: int | None) -> Any:
+        """The weights of a pack, or with None of the dense FFN, ready to be pointed at."""
+        if cluster not in self._ffns:
+            manifest = self._bundle.manifest
+            if cluster is not None:
+                file, num_neurons = self._bundle.pack(cluster), manifest.plan.layer_budgets
+            elif self._bundle.dense is not None:
+                file, num_neurons = self._bundle.dense, (manifest.model.ffn_dim,) * manifest.model.num_layers
+            else:
+                raise ConfigError(
+                    f"bundle {self._bundle.path} has no dense FFN; compile it with --dense or use a cluster"
+                )
+            with _corrupt(self._bundle, file.path.name):
+                self._ffns[cluster] = _native.Ffn(
+                    ffn_layers(file, manifest, num_neurons), manifest.model.hidden_size
+                )
+        return self._ffns[cluster]
+
+    def truncate(self, num_tokens: int) -> None:
+        """Keep only the first `num_tokens` tokens of the KV cache."""
+        self._model.truncate(num_tokens)
+
+    def forward(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Floats:
+        """Append tokens to the KV cache; see `Decoder.forward`.
+
+        Raises:
+            ConfigError: a token id is out of range, or the KV cache is full.
+        """
+        return self._forward(token_ids, all_logits=all_logits, watcher=None)
+
+    def prompt_statistic(self, token_ids: Sequence[int]) -> tuple[Floats, Floats]:
+        """Append a prompt and sum up its FFN activations; see `Decoder.prompt_statistic`."""
+        plan, model = self._bundle.manifest.plan, self._bundle.manifest.model
+        statistics = np.zeros((model.num_layers, model.ffn_dim), dtype=np.float32)
+
+        def add(layer: int, activations: Floats) -> None:
+            # Prompts are read in blocks; all statistics are sums over tokens.
+            statistics[layer] += document_statistic(
+                plan.selection, activations[:, : model.ffn_dim], alpha=plan.alpha, beta=plan.beta, sentence=False
+            )
+
+        return self._forward(token_ids, all_logits=False, watcher=add), statistics
+
+    def _forward(
+        self, token_ids: Sequence[int], *, all_logits: bool, watcher: Callable[[int, Floats], None] | None
+    ) -> Floats:
+        try:
+            ids = np.asarray(token_ids, dtype=np.int32)
+            logits: Floats = self._model.forward(ids, all_logits, watcher)
+        except (ValueError, OverflowError) as error:
+            raise ConfigError(str(error)) from error
+        except RuntimeError as error:
+            raise CoreInferError(str(error)) from error
+        return logits
+
+
+_MAX_THREADS = 256
+
+
+def default_threads() -> int:
+    """Count the physical cores that this process may use: a second thread on a core adds no memory bandwidth."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    return max(1, len({_core_of(cpu) for cpu in cpus}))
+
+
+def _core_of(cpu: int) -> str:
+    try:
+        with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", encoding="ascii") as file:
+            return file.read()
+    except OSError:
+        return str(cpu)
+
+
+@contextmanager
+def _corrupt(bundle: Bundle, part: str) -> Iterator[None]:
+    """Turn what the native module refuses into an error that names the bundle."""
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise BundleCorrupt(f"bundle {bundle.path}: {part}: {error}; compile the bundle again") from error

@@ -1,0 +1,264 @@
+"""What the native engine is built from: a bundle's tensors and config, family by family, as a table."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles import Bundle, BundleCorrupt, Manifest, UnsupportedModelError
+from coreinfer.bundles.contract import tensor_name
+from coreinfer.bundles.tensors import TensorFile
+
+__all__ = ["ffn_layers", "model_spec"]
+
+Floats = npt.NDArray[np.float32]
+Matrix = tuple[Any, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Names:
+    """How a family calls the tensors of its base; None for what it does not have.
+
+    Attributes:
+        root: path to the decoder.
+        output: the attention's output projection.
+        norms: name in the native engine -> name in the layer.
+        norm_offset: added to the weight of an RMS norm.
+    """
+
+    root: str = "model."
+    output: str = "self_attn.o_proj"
+    final_norm: str = "norm"
+    norms: Mapping[str, str]
+    norm_offset: float = 0.0
+
+
+_LLAMA = _Names(norms={"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"})
+_FAMILY_NAMES: dict[str, _Names] = {
+    "llama": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma3": _Names(
+        norms={
+            "attention_norm": "input_layernorm",
+            "attention_output_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_feedforward_layernorm",
+            "ffn_output_norm": "post_feedforward_layernorm",
+        },
+        norm_offset=1.0,
+    ),
+    "opt": _Names(
+        root="model.decoder.",
+        output="self_attn.out_proj",
+        final_norm="final_layer_norm",
+        norms={"attention_norm": "self_attn_layer_norm", "ffn_norm": "final_layer_norm"},
+    ),
+}
+# OPT keeps two learned positions free in front.
+_POSITION_OFFSET = 2
+# OPT with do_layer_norm_before off: the same norms, of the residual stream after each sublayer.
+_POST_NORM = {"attention_norm": "attention_after_norm", "ffn_norm": "ffn_after_norm"}
+_NORM_PLACES = tuple(
+    f"{sublayer}_{place}" for sublayer in ("attention", "ffn") for place in ("norm", "output_norm", "after_norm")
+)
+_NONLINEARITIES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu_erf",
+    "relu": "relu",
+}
+
+
+def model_spec(bundle: Bundle) -> dict[str, Any]:
+    """Describe everything but the FFN for `_native.Model`; arrays are views of the mapped files.
+
+    Raises:
+        UnsupportedModelError: the config asks for something that the native engine does not compute.
+    """
+    manifest, base = bundle.manifest, bundle.base
+    config, model = manifest.model.config, manifest.model
+    names = _names(manifest)
+    width = int(config.get("word_embed_proj_dim") or model.hidden_size)
+    embedding = _matrix(base, f"{names.root}embed_tokens.weight", (model.vocab_size, width))
+    projected = width != model.hidden_size
+    tables = _rotary_tables(config, model.head_dim)
+    return {
+        "hidden": model.hidden_size,
+        "num_heads": model.num_heads,
+        "num_kv_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "vocab": model.vocab_size,
+        "max_positions": model.max_positions,
+        "position_offset": _POSITION_OFFSET if model.family == "opt" else 0,
+        "epsilon": float(config.get("rms_norm_eps", 1e-5)),
+        "attention_scale": float(config.get("query_pre_attn_scalar") or model.head_dim) ** -0.5,
+        "embedding_scale": math.sqrt(model.hidden_size) if model.family == "gemma3" else 1.0,
+        "layer_norm": model.family == "opt",
+        "nonlinearity": _nonlinearity(model.activation),
+        "embedding": embedding,
+        "head": embedding if model.tied_head else _matrix(base, "lm_head.weight", (model.vocab_size, width)),
+        "positions": _positions(base, names, manifest),
+        "project_in": _matrix(base, f"{names.root}project_in.weight", (model.hidden_size, width)) if projected else None,
+        "project_out": _matrix(base, f"{names.root}project_out.weight", (width, model.hidden_size)) if projected else None,
+        "final_norm": _norm(base, names.root + names.final_norm, names.norm_offset),
+        "rotary": list(tables.values()),
+        "layers": [_layer(base, names, manifest, index, list(tables)) for index in range(model.num_layers)],
+    }
+
+
+def ffn_layers(file: TensorFile, manifest: Manifest, num_neurons: Sequence[int]) -> list[dict[str, Any]]:
+    """Describe the dense FFN or a cluster pack for `_native.Ffn`; arrays are views of the mapped file.
+
+    Args:
+        num_neurons: neurons of each layer.
+    """
+    hidden = manifest.model.hidden_size
+    layers = []
+    for layer, count in enumerate(num_neurons):
+        shapes = {"gate": (count, hidden), "up": (count, hidden), "down": (hidden, count)}
+        if not manifest.model.gated:
+            del shapes["gate"]
+        linears = {}
+        for role, shape in shapes.items():
+            name = tensor_name(layer, role)
+            linears[role] = (_matrix(file, name, shape), _vector(file, f"{name}_bias"))
+        layers.append({"gate": None} | linears)
+    return layers
+
+
+def _names(manifest: Manifest) -> _Names:
+    config = manifest.model.config
+    names = _FAMILY_NAMES.get(manifest.model.family)
+    unknown = [key for key in ("attn_logit_softcapping", "final_logit_softcapping") if config.get(key)]
+    if config.get("layer_norm_elementwise_affine", True) is not True:
+        unknown.append("layer_norm_elementwise_affine")
+    if names is None or unknown:
+        what = f"family {manifest.model.family!r}" if names is None else ", ".join(unknown)
+        raise UnsupportedModelError(f"model {manifest.model.name}: the native engine has no {what}; use engine='torch'")
+    return names
+
+
+def _nonlinearity(activation: str) -> str:
+    if activation not in _NONLINEARITIES:
+        raise UnsupportedModelError(
+            f"activation {activation!r}: the native engine has {', '.join(_NONLINEARITIES)}; use engine='torch'"
+        )
+    return _NONLINEARITIES[activation]
+
+
+def _layer(base: TensorFile, names: _Names, manifest: Manifest, index: int, tables: list[str]) -> dict[str, Any]:
+    model = manifest.model
+    root = f"{names.root}layers.{index}."
+    hidden, query = model.hidden_size, model.num_heads * model.head_dim
+    key = model.num_kv_heads * model.head_dim
+    linears = {
+        "query": _linear(base, f"{root}self_attn.q_proj", (query, hidden)),
+        "key": _linear(base, f"{root}self_attn.k_proj", (key, hidden)),
+        "value": _linear(base, f"{root}self_attn.v_proj", (key, hidden)),
+        "output": _linear(base, root + names.output, (hidden, query)),
+    }
+    places = names.norms
+    if model.config.get("do_layer_norm_before") is False:
+        places = {_POST_NORM[place]: name for place, name in places.items()}
+    norms = {place: _norm(base, root + places[place], names.norm_offset) for place in _NORM_PLACES if place in places}
+    kind = _layer_kind(model.config, index)
+    return {
+        **dict.fromkeys(_NORM_PLACES),
+        **linears,
+        **norms,
+        "query_norm": _norm(base, f"{root}self_attn.q_norm", names.norm_offset),
+        "key_norm": _norm(base, f"{root}self_attn.k_norm", names.norm_offset),
+        "rope": -1 if not tables else tables.index(kind) if kind in tables else 0,
+        "window": _window(model.config, kind),
+    }
+
+
+def _layer_kind(config: Mapping[str, Any], index: int) -> str:
+    if config.get("layer_types"):
+        return str(config["layer_types"][index])
+    # Mistral slides in every layer, and has no list of them.
+    return "sliding_attention" if config.get("model_type") == "mistral" else "full_attention"
+
+
+def _window(config: Mapping[str, Any], kind: str) -> int:
+    return int(config.get("sliding_window") or 0) if kind == "sliding_attention" else 0
+
+
+def _rotary_tables(config: Mapping[str, Any], head_dim: int) -> dict[str, tuple[list[float], float]]:
+    """Kind of layer ("" where all are alike) -> inverse frequencies (head_dim / 2) and the scale of cos and sin."""
+    parameters = config.get("rope_parameters")
+    if parameters is None:
+        return {}
+    kinds = {"": parameters} if "rope_theta" in parameters else parameters
+    return {kind: (_inverse_frequencies(values, head_dim).tolist(), 1.0) for kind, values in kinds.items()}
+
+
+def _inverse_frequencies(parameters: Mapping[str, Any], head_dim: int) -> Floats:
+    """Frequencies of rotary embeddings (arXiv 2104.09864), with the scalings of Llama 3.1 and of linear interpolation.
+
+    Returns:
+        (head_dim / 2) float32 radians a position.
+    """
+    kind = parameters.get("rope_type", "default")
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (1.0 / np.float32(parameters["rope_theta"]) ** exponents).astype(np.float32)
+    if kind == "linear":
+        return np.asarray(frequencies / np.float32(parameters["factor"]), dtype=np.float32)
+    if kind == "llama3":
+        return _llama3(frequencies, parameters)
+    if kind != "default" or parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedModelError(
+            f"rotary embeddings {kind!r}: the native engine has default, linear and llama3, of whole heads; "
+            "use engine='torch'"
+        )
+    return frequencies
+
+
+def _llama3(frequencies: Floats, parameters: Mapping[str, Any]) -> Floats:
+    """Slow long waves down by `factor`, leave short ones, and blend in between."""
+    factor, low, high = (float(parameters[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    turns = parameters["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return np.asarray(frequencies * (blend + (1 - blend) / factor), dtype=np.float32)
+
+
+def _positions(base: TensorFile, names: _Names, manifest: Manifest) -> Matrix | None:
+    name = f"{names.root}embed_positions.weight"
+    if name not in base:
+        return None
+    return _matrix(base, name, (manifest.model.max_positions + _POSITION_OFFSET, manifest.model.hidden_size))
+
+
+def _matrix(file: TensorFile, name: str, shape: tuple[int, int]) -> Matrix:
+    """Describe a stored matrix as the native module takes it; it checks the sizes."""
+    for kind, suffixes in {"int4": ("q4", "scale", "zero"), "int8": ("q8", "scale")}.items():
+        if f"{name}.{suffixes[0]}" in file:
+            return (kind, *shape, *(file[f"{name}.{suffix}"].array for suffix in suffixes))
+    if name not in file:
+        raise BundleCorrupt(f"{file.path}: tensor {name!r} is missing; compile the bundle again")
+    stored = file[name]
+    if stored.dtype != "BF16":
+        raise UnsupportedModelError(
+            f"{file.path}: tensor {name!r} is {stored.dtype}; the native engine reads bf16, int8 and int4 matrices: "
+            "use engine='torch'"
+        )
+    return ("bf16", *shape, stored.array)
+
+
+def _vector(file: TensorFile, name: str) -> Floats | None:
+    return np.asarray(file[name].array, dtype=np.float32) if name in file else None
+
+
+def _linear(file: TensorFile, path: str, shape: tuple[int, int]) -> tuple[Matrix, Floats | None]:
+    return _matrix(file, f"{path}.weight", shape), _vector(file, f"{path}.bias")
+
+
+def _norm(file: TensorFile, path: str, offset: float) -> tuple[Floats, Floats | None] | None:
+    weight = _vector(file, f"{path}.weight")
+    if weight is None:
+        return None
+    return weight + np.float32(offset) if offset else weight, _vector(file, f"{path}.bias")
