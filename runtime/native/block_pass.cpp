@@ -70,7 +70,7 @@ class BlockPass {
   }
 
   void multiply(std::initializer_list<Job> jobs, const Activations& x, size_t y_stride) {
-    multiply_share(kernels_, jobs, x, num_tokens_, y_stride, thread_, num_threads_);
+    multiply_share(kernels_, jobs, x, num_tokens_, y_stride, thread_, decoder_.threads);
     decoder_.threads.barrier();
   }
 
@@ -129,8 +129,9 @@ class BlockPass {
 
   void ffn(const Layer& weights, const FfnWeights& ffn) {
     normalize(weights.ffn_norms.before);
-    const Range units = share((ffn.num_neurons() + kUnit - 1) / kUnit, thread_, num_threads_);
-    for (int unit = units.begin; unit < units.end; ++unit) compute_unit(ffn, unit);
+    decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, [&](int begin, int end) {
+      for (int unit = begin; unit < end; ++unit) compute_unit(ffn, unit);
+    });
     decoder_.threads.barrier();
     multiply({{&ffn.down.weight, out(0)}}, shared_.neurons.view, hidden_);
     each_token([&](int t) {
@@ -161,7 +162,7 @@ class BlockPass {
       if (!weights_.project_out.empty()) project_out(inputs);
     });
     multiply_share(kernels_, {{&weights_.head, logits}}, shared_.inputs.view.token(first), num_tokens_ - first,
-                   round_up(weights_.vocab, kBlockRows), thread_, num_threads_);
+                   round_up(weights_.vocab, kBlockRows), thread_, decoder_.threads);
   }
 
   void project_out(const Activations& inputs) {

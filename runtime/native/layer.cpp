@@ -8,17 +8,29 @@
 namespace coreinfer {
 
 void multiply_share(const Kernels& kernels, std::initializer_list<Job> jobs, const Activations& x, int num_tokens,
-                    size_t y_stride, int thread, int num_threads) {
+                    size_t y_stride, int thread, Threads& threads) {
   int num_blocks = 0;
   for (const Job& job : jobs) num_blocks += job.weight->num_blocks();
-  const Range range = share(num_blocks, thread, num_threads);
-  int first = 0;
-  for (const Job& job : jobs) {
-    const int count = job.weight->num_blocks();
-    const int begin = std::max(range.begin - first, 0), end = std::min(range.end - first, count);
-    if (begin < end) kernels.multiply(*job.weight, x, num_tokens, job.y, y_stride, begin, end);
-    first += count;
-  }
+  threads.deal(thread, num_blocks, [&](int part_begin, int part_end) {
+    int first = 0;
+    for (const Job& job : jobs) {
+      const int count = job.weight->num_blocks();
+      const int begin = std::max(part_begin - first, 0), end = std::min(part_end - first, count);
+      if (begin < end) kernels.multiply(*job.weight, x, num_tokens, job.y, y_stride, begin, end);
+      first += count;
+    }
+  });
+}
+
+void prefetch_share(const Matrix& w, int thread, int num_threads) {
+  const int reserved = w.num_blocks() * 3 / 4 / num_threads;  // as Threads::deal deals
+  if (reserved == 0) return;
+  const size_t block_bytes =
+      w.quantized() ? w.num_groups() * w.tile_bytes() : size_t(kBlockRows) * w.cols * sizeof(uint16_t);
+  const char* start = w.quantized() ? reinterpret_cast<const char*>(w.codes) : reinterpret_cast<const char*>(w.bf16);
+  start += size_t(thread) * reserved * block_bytes;
+  const size_t size = std::min(kPrefetchBytes, reserved * block_bytes);
+  for (size_t offset = 0; offset < size; offset += 64) __builtin_prefetch(start + offset);
 }
 
 void embed(const ModelWeights& weights, const Kernels& kernels, int32_t id, int position, const Activations& scratch,

@@ -158,6 +158,7 @@ struct Decoder {
 };
 
 constexpr int kBlockTokens = 128;  // tokens that share one read of the weights
+constexpr size_t kPrefetchBytes = 8192;
 constexpr int kUnit = 32;          // neurons that one thread computes and quantizes together
 
 void allocate(TokenScratch& scratch, const ModelWeights& weights, int max_neurons, int num_threads);
@@ -172,7 +173,9 @@ struct Job {  // rows of one matrix into y, as one of several matrices with the 
   float* y;
 };
 void multiply_share(const Kernels& kernels, std::initializer_list<Job> jobs, const Activations& x, int num_tokens,
-                    size_t y_stride, int thread, int num_threads);
+                    size_t y_stride, int thread, Threads& threads);
+// Ask for the first weights of a thread's share, just before it waits for the others.
+void prefetch_share(const Matrix& w, int thread, int num_threads);
 void embed(const ModelWeights& weights, const Kernels& kernels, int32_t id, int position, const Activations& scratch,
            float* x);
 void apply_norm(const ModelWeights& weights, const Kernels& kernels, const Norm& norm, const float* x, int size,

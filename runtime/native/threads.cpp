@@ -12,8 +12,8 @@
 namespace coreinfer {
 namespace {
 
-// About 20 microseconds: longer than a phase's imbalance, much shorter than a scheduler's time slice.
-constexpr int kSpins = 400;
+// Some tens of microseconds: longer than a phase's imbalance, much shorter than a scheduler's time slice.
+constexpr int kSpins = 2000;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -54,6 +54,7 @@ void Event::wait_beyond(uint32_t seen) {
 Threads::Threads(int num_threads) : num_threads_(num_threads) {
   if (num_threads < 1 || num_threads > 256)
     throw std::invalid_argument("threads: expected 1 to 256, got " + std::to_string(num_threads));
+  bases_.resize(num_threads);
   for (int thread = 1; thread < num_threads; ++thread) workers_.emplace_back([this, thread] { serve(thread); });
 }
 

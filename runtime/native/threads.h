@@ -1,6 +1,7 @@
 // A few persistent threads that work in phases.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <memory>
@@ -35,6 +36,26 @@ class Threads {
   // Call work(thread) on every thread and return when all are done. `work` must not throw.
   void run(const std::function<void(int)>& work);
 
+  // Inside `run`: call work(begin, end) so that all threads' calls together cover [0, count). Each thread has most of
+  // its share for sure; the last quarter goes to whoever is free, because cores are never equally fast. All threads
+  // must deal the same counts in the same order.
+  template <class Work>
+  void deal(int thread, int count, Work work) {
+    const int reserved = count * 3 / 4 / num_threads_, first = reserved * num_threads_;
+    const int size = std::max(1, (count - first) / (4 * num_threads_));
+    const int num_parts = (count - first + size - 1) / size;
+    if (reserved > 0) work(thread * reserved, (thread + 1) * reserved);
+    uint32_t& base = bases_[thread].value;
+    for (;;) {
+      const int part = static_cast<int>(tickets_.fetch_add(1, std::memory_order_relaxed) - base);
+      if (part >= num_parts) break;
+      const int begin = first + part * size;
+      work(begin, std::min(begin + size, count));
+    }
+    // Every thread drew one ticket in vain.
+    base += num_parts + num_threads_;
+  }
+
   // Inside `run`: wait until all threads have come here.
   void barrier();
 
@@ -48,6 +69,11 @@ class Threads {
   alignas(64) Event started_;
   alignas(64) Event phase_;
   alignas(64) std::atomic<int> num_arrived_{0};
+  alignas(64) std::atomic<uint32_t> tickets_{0};
+  struct alignas(64) Base {
+    uint32_t value = 0;
+  };
+  std::vector<Base> bases_;
 };
 
 // The part of [0, count) that belongs to one of several threads.

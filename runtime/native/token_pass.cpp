@@ -52,32 +52,41 @@ class TokenPass {
     embed(weights_, kernels_, id, position_, inputs_, x_);
     fill_angles(weights_, position_, own_.angles.get());
     for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
-      attention(static_cast<int>(layer));
-      ffn(weights_.layers[layer], (*decoder_.ffn)[layer]);
+      const bool last = layer + 1 == weights_.layers.size();
+      const FfnWeights& neurons = (*decoder_.ffn)[layer];
+      attention(static_cast<int>(layer), first_of(neurons));
+      ffn(weights_.layers[layer], neurons,
+          last ? weights_.head : weights_.layers[layer + 1].attention.query.weight);
     }
     prepare_inputs(weights_, kernels_, weights_.final_norm, x_, inputs_);
     if (!weights_.project_out.empty()) project_out();
-    multiply_share(kernels_, {{&weights_.head, logits}}, inputs_, 1, 0, thread_, num_threads_);
+    multiply_share(kernels_, {{&weights_.head, logits}}, inputs_, 1, 0, thread_, decoder_.threads);
   }
 
  private:
-  void multiply(std::initializer_list<Job> jobs, const Activations& x) {
-    multiply_share(kernels_, jobs, x, 1, 0, thread_, num_threads_);
+  // One phase; `next` is what the phase after it reads first.
+  void multiply(std::initializer_list<Job> jobs, const Activations& x, const Matrix& next) {
+    multiply_share(kernels_, jobs, x, 1, 0, thread_, decoder_.threads);
+    prefetch_share(next, thread_, num_threads_);
     decoder_.threads.barrier();
   }
 
-  void attention(int layer) {
+  static const Matrix& first_of(const FfnWeights& ffn) {
+    return ffn.gate.weight.empty() ? ffn.up.weight : ffn.gate.weight;
+  }
+
+  void attention(int layer, const Matrix& next) {
     const Layer& weights = weights_.layers[layer];
     const AttentionWeights& attention = weights.attention;
     prepare_inputs(weights_, kernels_, weights.attention_norms.before, x_, inputs_);
     multiply({{&attention.query.weight, query_}, {&attention.key.weight, key_}, {&attention.value.weight, value_}},
-             inputs_);
+             inputs_, attention.output.weight);
     const float* angles = angles_of(weights_, attention, own_.angles.get());
     if (thread_ == num_threads_ - 1) store(layer, attention, angles);
     attend(layer, attention, angles);
     decoder_.threads.barrier();
     combine();
-    multiply({{&attention.output.weight, shared_.attended.get()}}, inputs_);
+    multiply({{&attention.output.weight, shared_.attended.get()}}, inputs_, next);
     finish(weights.attention_norms, attention.output.bias, shared_.attended.get());
   }
 
@@ -129,20 +138,20 @@ class TokenPass {
     kernels_.quantize(inputs_, padded);
   }
 
-  void ffn(const Layer& weights, const FfnWeights& ffn) {
+  void ffn(const Layer& weights, const FfnWeights& ffn, const Matrix& next) {
     prepare_inputs(weights_, kernels_, weights.ffn_norms.before, x_, inputs_);
     const int num_blocks = ffn.up.weight.num_blocks();
-    const Range units = share((ffn.num_neurons() + kUnit - 1) / kUnit, thread_, num_threads_);
-    const int begin = units.begin * 2, end = std::min(units.end * 2, num_blocks);
     float *gate = shared_.gate.get(), *up = shared_.up.get();
-    if (begin < end) {
+    decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, [&](int first, int last) {
+      const int begin = first * 2, end = std::min(last * 2, num_blocks);
       if (!ffn.gate.weight.empty()) kernels_.multiply(ffn.gate.weight, inputs_, 1, gate, 0, begin, end);
       kernels_.multiply(ffn.up.weight, inputs_, 1, up, 0, begin, end);
-      finish_neurons(weights_, kernels_, ffn, units.begin, units.end, gate + units.begin * kUnit,
-                     up + units.begin * kUnit, shared_.neurons.view);
-    }
+      finish_neurons(weights_, kernels_, ffn, first, last, gate + first * kUnit, up + first * kUnit,
+                     shared_.neurons.view);
+    });
+    prefetch_share(ffn.down.weight, thread_, num_threads_);
     decoder_.threads.barrier();
-    multiply({{&ffn.down.weight, shared_.ffn_out.get()}}, shared_.neurons.view);
+    multiply({{&ffn.down.weight, shared_.ffn_out.get()}}, shared_.neurons.view, next);
     finish(weights.ffn_norms, ffn.down.bias, shared_.ffn_out.get());
   }
 
