@@ -4,12 +4,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from .formats import stored_shapes
 from .manifest import Manifest, TensorRecord
 from .tensors import TensorFile
 
 __all__ = ["check_neuron_ids", "check_tensors", "cluster_tensors", "dense_tensors", "tensor_name"]
-
-_DTYPES = {"bf16": "BF16", "f32": "F32"}
 
 
 def tensor_name(layer: int, role: str) -> str:
@@ -37,12 +36,13 @@ def cluster_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
 
 
 def _ffn_tensors(manifest: Manifest, layer: int, num_neurons: int) -> dict[str, TensorRecord]:
-    model, dtype = manifest.model, _DTYPES[manifest.quantization["ffn"].format]
+    model, kind = manifest.model, manifest.quantization["ffn"].format
+    shapes = dict.fromkeys(("gate", "up") if model.gated else ("up",), (num_neurons, model.hidden_size))
+    shapes["down"] = (model.hidden_size, num_neurons)
     records = {}
-    if model.gated:
-        records[tensor_name(layer, "gate")] = TensorRecord(dtype=dtype, shape=(num_neurons, model.hidden_size))
-    records[tensor_name(layer, "up")] = TensorRecord(dtype=dtype, shape=(num_neurons, model.hidden_size))
-    records[tensor_name(layer, "down")] = TensorRecord(dtype=dtype, shape=(model.hidden_size, num_neurons))
+    for role, shape in shapes.items():
+        parts = stored_shapes(tensor_name(layer, role), kind, shape)
+        records |= {name: TensorRecord(dtype=dtype, shape=part) for name, (dtype, part) in parts.items()}
     if model.ffn_bias:
         if model.gated:
             records[tensor_name(layer, "gate_bias")] = TensorRecord(dtype="F32", shape=(num_neurons,))

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BundleCorrupt, BundleNotFound, BundleVersionError, join_problems
+from .formats import FORMATS, matrix_bytes
 from .layout import LAYOUT
 from .schema import parse
 from .statistics import Selection
 
 __all__ = [
-    "FORMATS",
     "GROUPS",
     "SCHEMA_VERSION",
     "ClusterQuality",
@@ -33,12 +33,10 @@ __all__ = [
     "write_manifest",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _CHECKSUM = "sha256"
 GROUPS = ("embedding", "attention", "norm", "head", "ffn")
 """Tensor groups that are quantized separately."""
-FORMATS = ("bf16", "f32")
-"""Storage formats that this version reads; packed int8 and int4 get names of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +65,7 @@ class QuantizationRecord:
     """How the tensors of one group are stored.
 
     Attributes:
-        format: one of `FORMATS`.
+        format: one of `FORMATS` of formats.py.
         group_size: inputs that share a scale, None where there are no scales.
     """
 
@@ -234,9 +232,10 @@ class Manifest:
     @property
     def ffn_bytes(self) -> int:
         """Bytes of FFN weights that the dense model reads for one token, at the stored width."""
-        num_matrices = 3 if self.model.gated else 2
-        num_weights = self.model.num_layers * num_matrices * self.model.hidden_size * self.model.ffn_dim
-        return num_weights * (2 if self.quantization["ffn"].format == "bf16" else 4)
+        kind, hidden, wide = self.quantization["ffn"].format, self.model.hidden_size, self.model.ffn_dim
+        num_inner = 2 if self.model.gated else 1
+        inner, outer = matrix_bytes(kind, (wide, hidden)), matrix_bytes(kind, (hidden, wide))
+        return self.model.num_layers * (num_inner * inner + outer)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .contract import check_neuron_ids, check_tensors, cluster_tensors, dense_tensors
@@ -23,7 +23,8 @@ class Bundle:
         path: its folder.
         base: everything that is not FFN.
         dense: the dense FFN, None where the bundle was compiled without.
-        packs: one cluster pack a cluster.
+        packs: one cluster pack a cluster; those of a lazily opened bundle are to be had from `pack`.
+        unchecked: clusters whose packs were not hashed yet.
     """
 
     path: Path
@@ -31,6 +32,22 @@ class Bundle:
     base: TensorFile
     dense: TensorFile | None
     packs: tuple[TensorFile, ...]
+    unchecked: set[int] = field(default_factory=set)
+
+    def pack(self, cluster: int) -> TensorFile:
+        """Give a cluster pack, after checking it where that was put off.
+
+        Raises:
+            BundleCorrupt: it is not what the manifest says.
+        """
+        if cluster in self.unchecked:
+            name = self.manifest.clusters[cluster].file
+            problem = _file_problem(self.path / name, name, self.manifest, checksums=True)
+            problems = [problem] if problem else check_neuron_ids(self.packs[cluster], self.manifest)
+            if problems:
+                raise BundleCorrupt(f"bundle {self.path}: {join_problems(problems)}; copy or compile it again")
+            self.unchecked.discard(cluster)
+        return self.packs[cluster]
 
     def read_bytes(self, name: str) -> bytes:
         """Read one of the small files by its name in the layout."""
@@ -41,12 +58,14 @@ class Bundle:
         return name in self.manifest.files
 
 
-def open_bundle(bundle_dir: str | Path, *, checksums: bool = True) -> Bundle:
+def open_bundle(bundle_dir: str | Path, *, checksums: bool = True, lazy_packs: bool = False) -> Bundle:
     """Open a bundle after checking every file of it.
 
     Args:
         bundle_dir: a folder that coreinfer-compile wrote.
         checksums: hash every file; without, only presence, sizes, shapes and dtypes are checked.
+        lazy_packs: leave it to `Bundle.pack` to hash each cluster pack when it is first used: hashing gigabytes of
+            packs of which one is used would take longer than the answer.
     Raises:
         BundleNotFound: no bundle is there.
         BundleVersionError: another schema version wrote it.
@@ -54,7 +73,7 @@ def open_bundle(bundle_dir: str | Path, *, checksums: bool = True) -> Bundle:
     """
     path = Path(bundle_dir)
     manifest = read_manifest(path)
-    if problems := find_problems(path, manifest, checksums=checksums):
+    if problems := find_problems(path, manifest, checksums=checksums, lazy_packs=lazy_packs):
         raise BundleCorrupt(f"bundle {path}: {join_problems(problems)}; copy or compile it again")
     return Bundle(
         path=path,
@@ -62,18 +81,26 @@ def open_bundle(bundle_dir: str | Path, *, checksums: bool = True) -> Bundle:
         base=TensorFile(path / LAYOUT.base),
         dense=TensorFile(path / LAYOUT.dense) if manifest.has_dense else None,
         packs=tuple(TensorFile(path / cluster.file) for cluster in manifest.clusters),
+        unchecked=set(range(len(manifest.clusters))) if checksums and lazy_packs else set(),
     )
 
 
-def find_problems(bundle_dir: Path, manifest: Manifest, *, checksums: bool = True) -> list[str]:
-    """List all that is wrong with a bundle's files, one line each; an empty list means that it is sound."""
+def find_problems(
+    bundle_dir: Path, manifest: Manifest, *, checksums: bool = True, lazy_packs: bool = False
+) -> list[str]:
+    """List all that is wrong with a bundle's files, one line each; an empty list means that it is sound.
+
+    With `lazy_packs` neither hashes nor neuron ids of cluster packs are looked at.
+    """
     if problems := _outside_paths(manifest) or _unlisted_parts(manifest):
         return problems
-    damaged = _damaged_files(bundle_dir, manifest, checksums=checksums)
+    unread = {cluster.file for cluster in manifest.clusters} if lazy_packs else set()
+    hashed = set(manifest.files) - unread if checksums else set()
+    damaged = _damaged_files(bundle_dir, manifest, hashed)
     problems = list(damaged.values())
     for name, expected in _tensor_files(manifest):
         if name not in damaged:
-            problems += _tensor_problems(bundle_dir / name, name, expected, manifest)
+            problems += _tensor_problems(bundle_dir / name, name, expected, manifest, with_ids=name not in unread)
     return problems
 
 
@@ -106,11 +133,11 @@ def _unlisted_parts(manifest: Manifest) -> list[str]:
     return problems
 
 
-def _damaged_files(bundle_dir: Path, manifest: Manifest, *, checksums: bool) -> dict[str, str]:
+def _damaged_files(bundle_dir: Path, manifest: Manifest, hashed: set[str]) -> dict[str, str]:
     """Map each file that is missing or not as listed to what is wrong with it."""
 
     def check(name: str) -> str | None:
-        return _file_problem(bundle_dir / name, name, manifest, checksums=checksums)
+        return _file_problem(bundle_dir / name, name, manifest, checksums=name in hashed)
 
     # Hashing releases the GIL, so that threads share the work.
     with ThreadPoolExecutor() as pool:
@@ -143,13 +170,18 @@ def _tensor_files(manifest: Manifest) -> Sequence[tuple[str, Callable[[Manifest]
 
 
 def _tensor_problems(
-    path: Path, name: str, expected: Callable[[Manifest], dict[str, TensorRecord]], manifest: Manifest
+    path: Path,
+    name: str,
+    expected: Callable[[Manifest], dict[str, TensorRecord]],
+    manifest: Manifest,
+    *,
+    with_ids: bool,
 ) -> list[str]:
     try:
         file = TensorFile(path)
     except BundleError as error:
         return [str(error)]
     problems = check_tensors(file, expected(manifest))
-    if expected is cluster_tensors and not problems:
+    if expected is cluster_tensors and with_ids and not problems:
         problems = check_neuron_ids(file, manifest)
     return [problem.replace(str(path), name) for problem in problems]

@@ -138,6 +138,11 @@ class TensorFile(Mapping[str, StoredTensor]):
     def __len__(self) -> int:
         return len(self._header)
 
+    def prefetch(self) -> None:
+        """Ask the system to read the file's pages ahead; returns at once."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            self._map.madvise(mmap.MADV_WILLNEED)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors, fillers and header left out."""

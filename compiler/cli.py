@@ -14,7 +14,7 @@ from coreinfer.bundles.manifest import Manifest
 from coreinfer.bundles.statistics import SELECTIONS
 
 from . import compile_model
-from .config import BUILTIN, Budgets, CompileConfig, DType
+from .config import BUILTIN, Budgets, CompileConfig, DType, Format
 from .progress import TqdmProgress
 
 __all__ = ["default_cache_dir", "main", "summary"]
@@ -64,6 +64,13 @@ class _NumberOr(click.ParamType[Any]):
 @click.option("--min-layer-keep", type=float, default=0.15, help="Least keep ratio of a layer with energy budgets.")
 @click.option("--reconstruct/--no-reconstruct", default=True, help="Repair the down projections.")
 @click.option("--ridge", type=_NumberOr(float, "auto"), default="auto", help="Relative ridge of the repair, or auto.")
+@click.option("--quantize", type=click.Choice(get_args(Format)), default="int4", help="Format of FFN and attention.")
+@click.option(
+    "--head-quantize",
+    type=click.Choice(get_args(Format)),
+    default=None,
+    help="Format of embedding and head.  [default: int8, bf16 with --quantize bf16]",
+)
 @click.option("--dense/--no-dense", default=True, help="Put the dense FFN into the bundle.")
 @click.option("--evaluate/--no-evaluate", default=True, help="Measure quality on held-out text, with controls.")
 @click.option("--seed", type=int, default=0, help="Seed of sampling, splitting and clustering.")

@@ -8,10 +8,11 @@ from typing import Literal, get_args
 from coreinfer.bundles.errors import ConfigError, join_problems
 from coreinfer.bundles.statistics import SELECTIONS, Selection
 
-__all__ = ["BUILTIN", "Budgets", "CompileConfig", "DType"]
+__all__ = ["BUILTIN", "Budgets", "CompileConfig", "DType", "Format"]
 
 Budgets = Literal["uniform", "energy"]
 DType = Literal["auto", "float32", "bfloat16"]
+Format = Literal["int4", "int8", "bf16"]
 BUILTIN = "builtin"
 # FAISS takes seed + 1 as a C int.
 _MAX_SEED = 2**31 - 2
@@ -40,6 +41,8 @@ class CompileConfig:
         reconstruct: repair the down projection by ridge least squares.
         ridge: relative to the mean diagonal of the Gram matrix; "auto" chooses it for each layer on text that is
             not calibrated on.
+        quantize: format of FFN and attention weights.
+        head_quantize: format of token embedding and head; None for int8 where `quantize` is an integer format.
         dense: put the dense FFN into the bundle.
         evaluate: measure quality on held-out text, with the controls.
         seed: of sampling, splitting and clustering.
@@ -67,6 +70,8 @@ class CompileConfig:
     min_layer_keep: float = 0.15
     reconstruct: bool = True
     ridge: float | Literal["auto"] = "auto"
+    quantize: Format = "int4"
+    head_quantize: Format | None = None
     dense: bool = True
     evaluate: bool = True
     seed: int = 0
@@ -92,6 +97,11 @@ class CompileConfig:
             return self.cluster_weight
         return 0.3 if self.selection == "output-aware" else 1.0
 
+    @property
+    def effective_head_quantize(self) -> Format:
+        """The head's format with its default filled in: each of its errors goes straight into the logits."""
+        return self.head_quantize or ("bf16" if self.quantize == "bf16" else "int8")
+
 
 def _problems(config: CompileConfig) -> list[str | None]:
     return [
@@ -105,6 +115,8 @@ def _problems(config: CompileConfig) -> list[str | None]:
         _share("--min-layer-keep", config.min_layer_keep, zero=True),
         _one_of("--selection", config.selection, SELECTIONS),
         _one_of("--budgets", config.budgets, get_args(Budgets)),
+        _one_of("--quantize", config.quantize, get_args(Format)),
+        _one_of("--head-quantize", config.effective_head_quantize, get_args(Format)),
         _one_of("--dtype", config.dtype, get_args(DType)),
         _ridge(config.ridge),
         _at_least("--calibration-tokens", config.calibration_tokens, 1),

@@ -1,6 +1,8 @@
 """Stages `pack` and `write`: tensors and files of a bundle."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,35 @@ from torch import nn
 
 from .embedding import StaticEncoder
 from .models import LoadedModel, special_tokens, stop_ids
-from .narrowing import NarrowModel, bf16_bits, narrow_layer
+from .moments import Moments
+from .narrowing import NarrowModel, narrow_layer
+from .quantizing import QuantizeOptions, store_matrix
 
-__all__ = ["pack_ffn_bytes", "write_base", "write_cluster", "write_dense", "write_router", "write_tokenizer"]
+__all__ = ["Packer", "write_base", "write_cluster", "write_dense", "write_router", "write_tokenizer"]
 
 
-def write_base(stage: Path, loaded: LoadedModel) -> dict[str, TensorRecord]:
-    """Write everything that is not FFN; matrices in bf16, vectors (norms, biases) in f32.
+_HEAD = "lm_head"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packer:
+    """How matrices are stored.
+
+    Attributes:
+        formats: of FFN and attention, and of embedding and head.
+        moments: of the inputs of the linear modules, which their rounding is weighed by.
+    """
+
+    formats: QuantizeOptions
+    moments: Moments
+
+    def matrix(self, name: str, weight: torch.Tensor, moment: torch.Tensor | None) -> Mapping[str, StoredTensor]:
+        """Store a matrix of the body."""
+        return store_matrix(name, weight, self.formats.body, moment)
+
+
+def write_base(stage: Path, loaded: LoadedModel, packer: Packer) -> dict[str, TensorRecord]:
+    """Write everything that is not FFN: matrices in their group's format, vectors (norms, biases) in f32.
 
     Returns:
         Name -> dtype and shape of each tensor, for the manifest.
@@ -35,9 +59,21 @@ def write_base(stage: Path, loaded: LoadedModel) -> dict[str, TensorRecord]:
         # named_parameters leaves out the second name of a tied tensor.
         if id(parameter) not in ffn and id(parameter) not in seen:
             seen.add(id(parameter))
-            tensors[name] = _stored(parameter.detach())
+            tensors |= _base_tensor(name, parameter.detach(), loaded, packer)
     write_tensors(stage / LAYOUT.base, tensors)
     return {name: TensorRecord(dtype=tensor.dtype, shape=tuple(tensor.array.shape)) for name, tensor in tensors.items()}
+
+
+def _base_tensor(name: str, tensor: torch.Tensor, loaded: LoadedModel, packer: Packer) -> Mapping[str, StoredTensor]:
+    if tensor.ndim == 1:
+        return {name: _vector(tensor)}
+    path = name.removesuffix(".weight")
+    if path in (loaded.family.embedding, _HEAD):
+        return store_matrix(name, tensor, packer.formats.head, None)
+    if isinstance(loaded.model.get_submodule(path), nn.Linear):
+        return packer.matrix(name, tensor, packer.moments.get(path))
+    # Learned positions: few bytes are read of them.
+    return store_matrix(name, tensor, "bf16", None)
 
 
 def _ffn_parameters(layer: nn.Module, loaded: LoadedModel) -> list[torch.Tensor]:
@@ -45,39 +81,51 @@ def _ffn_parameters(layer: nn.Module, loaded: LoadedModel) -> list[torch.Tensor]
     return [parameter for module in modules for parameter in module.parameters()]
 
 
-def write_dense(stage: Path, loaded: LoadedModel) -> None:
+def write_dense(stage: Path, loaded: LoadedModel, packer: Packer) -> None:
     """Write the dense FFN."""
     tensors: dict[str, StoredTensor] = {}
     for index, layer in enumerate(loaded.layers):
-        for role, tensor in ffn_tensors(layer, loaded.family).items():
-            tensors[tensor_name(index, role)] = _stored(tensor)
+        tensors |= _ffn_layer(loaded, packer, index, ffn_tensors(layer, loaded.family), None)
         tensors[tensor_name(index, "column_norms")] = StoredTensor("F32", loaded.column_norms[index])
     write_tensors(stage / LAYOUT.dense, tensors)
 
 
-def write_cluster(stage: Path, loaded: LoadedModel, narrow: NarrowModel, cluster: int) -> None:
+def write_cluster(stage: Path, loaded: LoadedModel, packer: Packer, narrow: NarrowModel, cluster: int) -> None:
     """Write one cluster pack: narrow weights, neuron ids and scores of every layer."""
     tensors: dict[str, StoredTensor] = {}
     for index in range(loaded.record.num_layers):
-        for role, tensor in narrow_layer(loaded, narrow, index, cluster).items():
-            tensors[tensor_name(index, role)] = _stored(tensor)
-        tensors[tensor_name(index, "neuron_ids")] = StoredTensor("I32", narrow.choice.neuron_ids[cluster][index])
+        neuron_ids = narrow.choice.neuron_ids[cluster][index]
+        tensors |= _ffn_layer(loaded, packer, index, narrow_layer(loaded, narrow, index, cluster), neuron_ids)
+        tensors[tensor_name(index, "neuron_ids")] = StoredTensor("I32", neuron_ids)
         tensors[tensor_name(index, "scores")] = StoredTensor("F32", narrow.choice.scores[cluster][index])
     path = stage / LAYOUT.cluster(cluster)
     path.parent.mkdir(exist_ok=True)
     write_tensors(path, tensors)
 
 
-def pack_ffn_bytes(loaded: LoadedModel, budgets: list[int]) -> int:
-    """Bytes of narrow weights in bf16 that are read for one token."""
-    num_matrices = len(loaded.family.projections)
-    return sum(budgets) * num_matrices * loaded.record.hidden_size * 2
+def _ffn_layer(
+    loaded: LoadedModel,
+    packer: Packer,
+    layer: int,
+    weights: Mapping[str, torch.Tensor],
+    neuron_ids: npt.NDArray[np.int32] | None,
+) -> dict[str, StoredTensor]:
+    """Store one layer's FFN; `neuron_ids` says which neurons are the inputs of its down projection, None for all."""
+    tensors: dict[str, StoredTensor] = {}
+    for role, tensor in weights.items():
+        name = tensor_name(layer, role)
+        if tensor.ndim == 1:
+            tensors[name] = _vector(tensor)
+            continue
+        moment = packer.moments.get(f"{loaded.family.layers}.{layer}.{loaded.family.projections[role]}")
+        if role == "down" and moment is not None and neuron_ids is not None:
+            moment = moment[torch.from_numpy(neuron_ids).long()]
+        tensors |= packer.matrix(name, tensor, moment)
+    return tensors
 
 
-def _stored(tensor: torch.Tensor) -> StoredTensor:
-    if tensor.ndim == 1:
-        return StoredTensor("F32", np.ascontiguousarray(tensor.detach().float().cpu().numpy()))
-    return StoredTensor("BF16", bf16_bits(tensor))
+def _vector(tensor: torch.Tensor) -> StoredTensor:
+    return StoredTensor("F32", np.ascontiguousarray(tensor.detach().float().cpu().numpy()))
 
 
 def write_tokenizer(stage: Path, loaded: LoadedModel) -> None:

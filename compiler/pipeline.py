@@ -8,6 +8,7 @@ from typing import Any
 
 import faiss
 import torch
+from coreinfer.bundles.formats import GROUP_SIZE, PACKED_FORMATS, matrix_bytes
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import (
     GROUPS,
@@ -27,10 +28,12 @@ from .config import CompileConfig
 from .corpus import Corpus, build_corpus
 from .evaluating import evaluate
 from .models import LoadedModel, load_model, read_config
+from .moments import Moments, input_moments
 from .narrowing import CLUSTERS, NarrowModel, RepairInputs, choose_all, repair_all
-from .packing import pack_ffn_bytes, write_base, write_cluster, write_dense, write_router, write_tokenizer
+from .packing import Packer, write_base, write_cluster, write_dense, write_router, write_tokenizer
 from .profiling import profile_model
 from .progress import Progress
+from .quantizing import QuantizeOptions
 from .report import write_report
 from .routing import Routing, build_routing, control_assignments
 from .selecting import layer_budgets
@@ -54,6 +57,7 @@ class Compiled:
     routing: Routing
     budgets: list[int]
     narrow: NarrowModel
+    moments: Moments
     quality: Quality | None
     model_sha256: str
 
@@ -112,6 +116,9 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str
         texts = [document.token_ids for document in corpus.held_out]
         models = {item.name: (narrow[item.name], item.held_out) for item in assignments}
         quality = evaluate(loaded, texts, models, progress)
+    moments = {}
+    if config.quantize != "bf16":
+        moments = input_moments(loaded, corpus.calibration, cache, stage_key("moments", upstream=key), progress)
     compiled = Compiled(
         config=config,
         loaded=loaded,
@@ -119,6 +126,7 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str
         routing=routing,
         budgets=budgets,
         narrow=narrow[CLUSTERS],
+        moments=moments,
         quality=quality,
         model_sha256=model_sha256,
     )
@@ -130,13 +138,15 @@ def write_bundle(compiled: Compiled, progress: Progress) -> Manifest:
     config, loaded = compiled.config, compiled.loaded
     num_clusters = compiled.routing.clustering.num_clusters
     with progress.stage("write", num_clusters + 3) as advance, stage_bundle(config.output, force=config.force) as stage:
-        base_tensors = write_base(stage, loaded)
+        formats = QuantizeOptions(body=config.quantize, head=config.effective_head_quantize)
+        packer = Packer(formats=formats, moments=compiled.moments)
+        base_tensors = write_base(stage, loaded, packer)
         advance()
         if config.dense:
-            write_dense(stage, loaded)
+            write_dense(stage, loaded, packer)
         advance()
         for cluster in range(num_clusters):
-            write_cluster(stage, loaded, compiled.narrow, cluster)
+            write_cluster(stage, loaded, packer, compiled.narrow, cluster)
             advance()
         write_tokenizer(stage, loaded)
         write_router(stage, compiled.routing.encoder, compiled.routing.centroids)
@@ -175,7 +185,7 @@ def _manifest(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
     config, routing = compiled.config, compiled.routing
     return Manifest(
         model=compiled.loaded.record,
-        quantization={group: QuantizationRecord(format="f32" if group == "norm" else "bf16") for group in GROUPS},
+        quantization={group: _quantization(config, group) for group in GROUPS},
         clusters=_cluster_records(compiled),
         router=RouterRecord(
             encoder="static",
@@ -204,6 +214,13 @@ def _manifest(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
     )
 
 
+def _quantization(config: CompileConfig, group: str) -> QuantizationRecord:
+    if group == "norm":
+        return QuantizationRecord(format="f32")
+    kind = config.effective_head_quantize if group in ("embedding", "head") else config.quantize
+    return QuantizationRecord(format=kind, group_size=GROUP_SIZE if kind in PACKED_FORMATS else None)
+
+
 def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
     clustering, documents = compiled.routing.clustering, compiled.corpus.calibration
     texts = [document.routing_text for document in documents]
@@ -222,11 +239,21 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
             ),
             examples=examples[cluster],
             keep_ratio=round(keep_ratio, 5),
-            ffn_bytes=pack_ffn_bytes(compiled.loaded, compiled.budgets),
+            ffn_bytes=_ffn_bytes(compiled),
             map_x=float(positions[cluster][0]),
             map_y=float(positions[cluster][1]),
         )
         for cluster in range(clustering.num_clusters)
+    )
+
+
+def _ffn_bytes(compiled: Compiled) -> int:
+    """Bytes of a pack's weights that are read for one token."""
+    record, kind = compiled.loaded.record, compiled.config.quantize
+    num_inner = 2 if record.gated else 1
+    return sum(
+        num_inner * matrix_bytes(kind, (budget, record.hidden_size)) + matrix_bytes(kind, (record.hidden_size, budget))
+        for budget in compiled.budgets
     )
 
 

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import click
 from coreinfer.bundles.command import command_errors, start_logging
 from coreinfer.bundles.errors import ConfigError
 
 from .engine import Engine, Prompt, collect, load
+from .engines import EngineName
 from .generation import MODES, Mode, Token
 
 __all__ = ["main"]
@@ -37,6 +38,13 @@ Stream = Callable[[Prompt], Iterator[Token]]
 @click.option("--seed", type=int, default=None, help="Seed of sampling.")
 @click.option("--stop", multiple=True, help="End at this text; repeatable.")
 @click.option("--mode", type=click.Choice(MODES), default="auto", help="How FFN weights are chosen.")
+@click.option(
+    "--engine",
+    type=click.Choice(get_args(EngineName)),
+    default="auto",
+    help="native: C++ on the CPU; torch: any device; auto: native, but torch for a GPU, --device or --dtype.",
+)
+@click.option("--isa", default="auto", help="Kernels of the native engine, such as avx2; auto for the CPU's best.")
 @click.option("--device", default="auto", help="torch device.")
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", help="Arithmetic.")
 @click.option("--threads", type=int, default=None, help="CPU threads.")
@@ -59,6 +67,8 @@ def main(
     seed: int | None,
     stop: tuple[str, ...],
     mode: str,
+    engine: EngineName,
+    isa: str,
     device: str,
     dtype: str,
     threads: int | None,
@@ -73,9 +83,11 @@ def main(
     start_logging(verbose=verbose)
     if (chat or system) and raw:
         raise ConfigError("--raw goes with neither --chat nor --system; leave one out")
-    engine = load(bundle_dir, device=device, dtype=dtype, mode=cast(Mode, mode), threads=threads)
+    loaded = load(
+        bundle_dir, engine=engine, device=device, dtype=dtype, mode=cast(Mode, mode), threads=threads, isa=isa
+    )
     stream = partial(
-        engine.stream,
+        loaded.stream,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -86,12 +98,12 @@ def main(
         stop=stop,
     )
     if chat:
-        _chat(engine, stream, system, prompt, as_json=as_json)
+        _chat(loaded, stream, system, prompt, as_json=as_json)
         return
     text = prompt if prompt is not None else _from_stdin(sys.stdin.read)
     if not text.strip():
         raise ConfigError("prompt: expected text, got nothing; give it as an argument or on standard input")
-    _answer(text if raw else _as_messages(engine, text, system), stream, as_json=as_json)
+    _answer(text if raw else _as_messages(loaded, text, system), stream, as_json=as_json)
 
 
 def _as_messages(engine: Engine, text: str, system: str | None) -> Prompt:

@@ -102,9 +102,7 @@ class NativeDecoder:
                     f"bundle {self._bundle.path} has no dense FFN; compile it with --dense or use a cluster"
                 )
             with _corrupt(self._bundle, file.path.name):
-                self._ffns[cluster] = _native.Ffn(
-                    ffn_layers(file, manifest, num_neurons), manifest.model.hidden_size
-                )
+                self._ffns[cluster] = _native.Ffn(ffn_layers(file, manifest, num_neurons), manifest.model.hidden_size)
         return self._ffns[cluster]
 
     def truncate(self, num_tokens: int) -> None:

@@ -102,8 +102,12 @@ def model_spec(bundle: Bundle) -> dict[str, Any]:
         "embedding": embedding,
         "head": embedding if model.tied_head else _matrix(base, "lm_head.weight", (model.vocab_size, width)),
         "positions": _positions(base, names, manifest),
-        "project_in": _matrix(base, f"{names.root}project_in.weight", (model.hidden_size, width)) if projected else None,
-        "project_out": _matrix(base, f"{names.root}project_out.weight", (width, model.hidden_size)) if projected else None,
+        "project_in": _matrix(base, f"{names.root}project_in.weight", (model.hidden_size, width))
+        if projected
+        else None,
+        "project_out": _matrix(base, f"{names.root}project_out.weight", (width, model.hidden_size))
+        if projected
+        else None,
         "final_norm": _norm(base, names.root + names.final_norm, names.norm_offset),
         "rotary": list(tables.values()),
         "layers": [_layer(base, names, manifest, index, list(tables)) for index in range(model.num_layers)],

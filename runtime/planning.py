@@ -88,6 +88,6 @@ def decode_choice(
 
 def _layers(bundle: Bundle, role: str, cluster: int | None) -> Floats:
     """Stack a vector of every layer: (layers, ffn_dim), from a pack or from the dense FFN."""
-    file = bundle.dense if cluster is None else bundle.packs[cluster]
+    file = bundle.dense if cluster is None else bundle.pack(cluster)
     assert file is not None
     return np.stack([file[tensor_name(layer, role)].array for layer in range(bundle.manifest.model.num_layers)])

@@ -1,6 +1,7 @@
 """The torch engine: any device and every family of the table, through transformers."""
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError
 from coreinfer.bundles.contract import tensor_name
 from coreinfer.bundles.families import Family, assign_ffn, family_by_name, resolve
+from coreinfer.bundles.formats import PACKED_FORMATS, float_matrix, stored_parts
 from coreinfer.bundles.machine import cpu_multiplies_bf16
 from coreinfer.bundles.statistics import document_statistic
 from coreinfer.bundles.tensors import StoredTensor, TensorFile
@@ -23,6 +25,7 @@ __all__ = ["TorchDecoder"]
 
 _log = logging.getLogger(__name__)
 LayerTensors = list[dict[str, torch.Tensor]]
+_PACKED_SUFFIX = re.compile(r"\.(q4|q8|scale|zero)$")
 
 
 class TorchDecoder:
@@ -77,7 +80,7 @@ class TorchDecoder:
 
     def _chosen(self, choice: FfnChoice) -> LayerTensors:
         if choice.cluster is not None:
-            return self._tensors(self._bundle.packs[choice.cluster])
+            return self._tensors(self._bundle.pack(choice.cluster))
         if self._dense is None:
             raise ConfigError(f"bundle {self._bundle.path} has no dense FFN; compile it with --dense or use a cluster")
         if choice.neuron_ids is None:
@@ -118,21 +121,24 @@ class TorchDecoder:
         return logits, statistics
 
     def _tensors(self, file: TensorFile) -> LayerTensors:
-        return [
-            {
-                role: self._tensor(file[tensor_name(layer, role)])
-                for role in _roles(self._family)
-                if tensor_name(layer, role) in file
-            }
-            for layer in range(self._bundle.manifest.model.num_layers)
-        ]
+        manifest = self._bundle.manifest
+        wide = (manifest.model.ffn_dim,) * manifest.model.num_layers
+        budgets = wide if file is self._bundle.dense else manifest.plan.layer_budgets
+        return [self._layer_tensors(file, layer, budget) for layer, budget in enumerate(budgets)]
 
-    def _tensor(self, stored: StoredTensor) -> torch.Tensor:
-        return _to_torch(stored).to(device=self._device, dtype=self._dtype)
+    def _layer_tensors(self, file: TensorFile, layer: int, num_neurons: int) -> dict[str, torch.Tensor]:
+        hidden = self._bundle.manifest.model.hidden_size
+        tensors = {}
+        for role in self._family.projections:
+            name = tensor_name(layer, role)
+            shape = (hidden, num_neurons) if role == "down" else (num_neurons, hidden)
+            tensors[role] = self._place(_matrix_to_torch(file, name, shape))
+            if f"{name}_bias" in file:
+                tensors[f"{role}_bias"] = self._place(_to_torch(file[f"{name}_bias"]))
+        return tensors
 
-
-def _roles(family: Family) -> list[str]:
-    return [name for role in family.projections for name in (role, f"{role}_bias")]
+    def _place(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device=self._device, dtype=self._dtype)
 
 
 def _gather(tensors: dict[str, torch.Tensor], neuron_ids: npt.NDArray[np.int32]) -> dict[str, torch.Tensor]:
@@ -150,6 +156,31 @@ def _to_torch(stored: StoredTensor) -> torch.Tensor:
     return torch.from_numpy(stored.array)
 
 
+def _matrix_to_torch(file: TensorFile, name: str, shape: tuple[int, int]) -> torch.Tensor:
+    """Wrap a stored matrix without a copy, or unpack it."""
+    kind, parts = stored_parts(file, name)
+    if kind in PACKED_FORMATS:
+        return torch.from_numpy(float_matrix(file, name, shape))
+    return _to_torch(parts[0])
+
+
+def _base_tensors(
+    bundle: Bundle, model: nn.Module, device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Read the base under the names of the model's parameters; names that it does not know are passed on."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    names = {_PACKED_SUFFIX.sub("", name): None for name in bundle.base}
+    tensors = {}
+    for name in names:
+        if name in bundle.base:
+            tensors[name] = _to_torch(bundle.base[name]).to(device=device, dtype=dtype)
+        elif name in shapes:
+            tensors[name] = _matrix_to_torch(bundle.base, name, shapes[name]).to(device=device, dtype=dtype)
+        else:
+            tensors[name] = torch.empty(0)
+    return tensors
+
+
 def _build_model(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Build the model without weights, then put the base's tensors into it."""
     model = _model_of_config(bundle, dtype)
@@ -159,7 +190,7 @@ def _build_model(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn
     # Only those buffers are filled in: parameters are still without memory.
     model.apply(model._init_weights)
     _empty_ffn(model, family_by_name(bundle.manifest.model.family), device, dtype)
-    tensors = {name: _to_torch(stored).to(device=device, dtype=dtype) for name, stored in bundle.base.items()}
+    tensors = _base_tensors(bundle, model, device, dtype)
     try:
         _, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:

@@ -64,6 +64,7 @@ def tiny_inputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Com
             calibration=(str(corpus),),
             dtype="float32",
             budgets="uniform",
+            quantize="bf16",
         )
 
     return inputs

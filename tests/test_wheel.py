@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,18 @@ import pytest
 from .model_factory import corpus_texts
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "bundles", "compiler", "runtime", "tests", "benchmarks")
+SHIPPED = (
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "bundles",
+    "compiler",
+    "runtime",
+    "tests",
+    "benchmarks",
+)
 COMMANDS = ("coreinfer-compile", "coreinfer-run", "coreinfer-inspect")
 
 
@@ -65,6 +77,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     }
     expected |= {f"coreinfer/{package}/py.typed" for package in packages}
     expected |= {"coreinfer/compiler/seeds.jsonl", "coreinfer/compiler/report.html.jinja"}
+    expected |= {"coreinfer/runtime/_native.pyi", f"coreinfer/runtime/_native{sysconfig.get_config_var('EXT_SUFFIX')}"}
     assert set(names) == expected
     assert len(names) == len(expected)
 
@@ -114,8 +127,16 @@ def test_compiling_names_the_extra(installed: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_running_names_the_extra(installed: Path, tiny_bundle: Callable[..., Path]) -> None:
-    done = execute(installed / "coreinfer-run", tiny_bundle("llama"), corpus_texts()[0], check=False)
+def test_running_needs_no_extra(installed: Path, tiny_bundle: Callable[..., Path]) -> None:
+    done = execute(installed / "coreinfer-run", tiny_bundle("llama"), corpus_texts()[0], "-n", 8)
+    assert done.stdout.strip()
+    assert "tok/s" in done.stderr
+
+
+def test_the_torch_engine_names_the_extra(installed: Path, tiny_bundle: Callable[..., Path]) -> None:
+    done = execute(
+        installed / "coreinfer-run", tiny_bundle("llama"), corpus_texts()[0], "--engine", "torch", check=False
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: the torch engine needs the package torch; pip install 'coreinfer[torch]'\n"
 

@@ -2,8 +2,13 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 #include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
+#endif
 
 namespace coreinfer {
 namespace {
@@ -59,4 +64,7 @@ struct V {
 const Kernels& avx512_kernels() { return kTable; }
 
 }  // namespace coreinfer
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

@@ -2,8 +2,13 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,f16c,avxvnni")
 #include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+#endif
 
 namespace coreinfer {
 namespace {
@@ -25,4 +30,7 @@ struct V : Avx2 {
 const Kernels& avxvnni_kernels() { return kTable; }
 
 }  // namespace coreinfer
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

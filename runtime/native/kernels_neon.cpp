@@ -2,10 +2,15 @@
 #include "kernels.h"
 
 #if defined(__aarch64__)
-#pragma GCC target("arch=armv8.2-a+dotprod+fp16")
 #include <arm_neon.h>
 
 #include <cstring>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("arch=armv8.2-a+dotprod+fp16"))), apply_to = function)
+#else
+#pragma GCC target("arch=armv8.2-a+dotprod+fp16")
+#endif
 
 namespace coreinfer {
 namespace {
@@ -65,4 +70,7 @@ struct V {
 const Kernels& neon_kernels() { return kTable; }
 
 }  // namespace coreinfer
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

@@ -1,0 +1,172 @@
+"""Storage formats of matrices, and the layout in which the kernels read them (docs/format.md)."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from .tensors import StoredTensor, bf16_to_float32
+
+__all__ = [
+    "BLOCK_ROWS",
+    "FORMATS",
+    "GROUP_SIZE",
+    "PACKED_FORMATS",
+    "float_matrix",
+    "matrix_bytes",
+    "pack_int4",
+    "pack_int8",
+    "stored_parts",
+    "stored_shapes",
+    "unpack_codes",
+]
+
+FORMATS = ("bf16", "f32", "int4", "int8")
+"""Storage formats that this version reads."""
+PACKED_FORMATS = ("int4", "int8")
+BLOCK_ROWS = 16
+"""Output rows that are interleaved."""
+GROUP_SIZE = 32
+"""Inputs that share a scale."""
+
+_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1}
+_PLAIN = {"bf16": "BF16", "f32": "F32"}
+_CODES = {"int4": (".q4", 256), "int8": (".q8", 512)}
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+
+def stored_shapes(name: str, kind: str, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """List the tensors that hold a matrix: name -> dtype tag and shape."""
+    if kind in _PLAIN:
+        return {name: (_PLAIN[kind], shape)}
+    suffix, tile_bytes = _CODES[kind]
+    tiles = _num_tiles(shape)
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        name + suffix: ("U8", (*tiles, tile_bytes)),
+        f"{name}.scale": ("F16", (*tiles, BLOCK_ROWS)),
+    }
+    if kind == "int4":
+        shapes[f"{name}.zero"] = ("U8", (*tiles, BLOCK_ROWS))
+    return shapes
+
+
+def matrix_bytes(kind: str, shape: tuple[int, int]) -> int:
+    """Bytes that a product with the matrix reads: codes, scales, zero points and padding."""
+    return sum(
+        int(np.prod(part, dtype=np.int64)) * _ITEM_BYTES[dtype]
+        for dtype, part in stored_shapes("", kind, shape).values()
+    )
+
+
+def _num_tiles(shape: tuple[int, int]) -> tuple[int, int]:
+    return -(-shape[0] // BLOCK_ROWS), -(-shape[1] // GROUP_SIZE)
+
+
+def pack_int4(codes: Bytes, scales: npt.NDArray[np.float16], zeros: Bytes) -> dict[str, StoredTensor]:
+    """Pack w = scale * (code - zero / 16).
+
+    Args:
+        codes: (rows, cols) uint8, 0 to 15.
+        scales: (rows, groups) float16.
+        zeros: (rows, groups) uint8, zero points in sixteenths.
+    Returns:
+        Suffix of the tensor's name -> tensor.
+    """
+    blocks, groups = _num_tiles((codes.shape[0], codes.shape[1]))
+    padded = _padded(codes, 0)
+    # A byte holds inputs i and i + 4 of eight: (blocks, 16, groups, 4, 2, 4).
+    tiles = padded.reshape(blocks, BLOCK_ROWS, groups, 4, 2, 4)
+    joined = tiles[..., 0, :] | (tiles[..., 1, :] << 4)
+    interleaved = joined.transpose(0, 2, 3, 1, 4).reshape(blocks, groups, 256)
+    return {
+        ".q4": StoredTensor("U8", np.ascontiguousarray(interleaved)),
+        ".scale": StoredTensor("F16", _interleave_groups(scales)),
+        ".zero": StoredTensor("U8", _interleave_groups(zeros)),
+    }
+
+
+def pack_int8(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> dict[str, StoredTensor]:
+    """Pack w = scale * code.
+
+    Args:
+        codes: (rows, cols) int8, -127 to 127.
+        scales: (rows, groups) float16.
+    Returns:
+        Suffix of the tensor's name -> tensor.
+    """
+    blocks, groups = _num_tiles((codes.shape[0], codes.shape[1]))
+    padded = _padded((codes.astype(np.int16) + 128).astype(np.uint8), 128)
+    tiles = padded.reshape(blocks, BLOCK_ROWS, groups, 8, 4)
+    interleaved = tiles.transpose(0, 2, 3, 1, 4).reshape(blocks, groups, 512)
+    return {
+        ".q8": StoredTensor("U8", np.ascontiguousarray(interleaved)),
+        ".scale": StoredTensor("F16", _interleave_groups(scales)),
+    }
+
+
+def _padded(codes: Bytes, filler: int) -> Bytes:
+    blocks, groups = _num_tiles((codes.shape[0], codes.shape[1]))
+    padded = np.full((blocks * BLOCK_ROWS, groups * GROUP_SIZE), filler, dtype=np.uint8)
+    padded[: codes.shape[0], : codes.shape[1]] = codes
+    return padded
+
+
+def _interleave_groups(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """(rows, groups) -> (blocks, groups, 16), padded with zeros."""
+    blocks = -(-values.shape[0] // BLOCK_ROWS)
+    padded = np.zeros((blocks * BLOCK_ROWS, values.shape[1]), dtype=values.dtype)
+    padded[: values.shape[0]] = values
+    return np.ascontiguousarray(padded.reshape(blocks, BLOCK_ROWS, -1).transpose(0, 2, 1))
+
+
+def stored_parts(file: Mapping[str, StoredTensor], name: str) -> tuple[str, tuple[StoredTensor, ...]]:
+    """Find a matrix in a file.
+
+    Returns:
+        Its format, and its tensors: values, or codes, scales and (int4) zero points.
+    Raises:
+        KeyError: the file does not hold it.
+    """
+    if f"{name}.q4" in file:
+        return "int4", (file[f"{name}.q4"], file[f"{name}.scale"], file[f"{name}.zero"])
+    if f"{name}.q8" in file:
+        return "int8", (file[f"{name}.q8"], file[f"{name}.scale"])
+    stored = file[name]
+    return ("bf16" if stored.dtype == "BF16" else "f32"), (stored,)
+
+
+def float_matrix(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, int]) -> Floats:
+    """Read a matrix of any format as float32 (rows, cols).
+
+    Raises:
+        KeyError: the file does not hold it.
+    """
+    kind, parts = stored_parts(file, name)
+    if kind == "bf16":
+        return bf16_to_float32(parts[0].array)
+    if kind == "f32":
+        return np.asarray(parts[0].array, dtype=np.float32)
+    codes, scales = unpack_codes(kind, parts[0].array), _deinterleave(parts[1].array.astype(np.float32))
+    zeros = _deinterleave(parts[2].array.astype(np.float32) / 16) if kind == "int4" else np.float32(128)
+    grouped = codes.reshape(codes.shape[0], -1, GROUP_SIZE).astype(np.float32)
+    grouped -= zeros[..., None] if kind == "int4" else zeros
+    grouped *= scales[..., None]
+    return np.ascontiguousarray(grouped.reshape(codes.shape)[: shape[0], : shape[1]])
+
+
+def unpack_codes(kind: str, packed: Bytes) -> Bytes:
+    """Undo the interleaving: (blocks, groups, 256 or 512) -> (16 blocks, 32 groups) codes, int8 ones plus 128."""
+    blocks, groups = packed.shape[:2]
+    if kind == "int8":
+        rows = packed.reshape(blocks, groups, 8, BLOCK_ROWS, 4).transpose(0, 3, 1, 2, 4)
+        return np.ascontiguousarray(rows).reshape(blocks * BLOCK_ROWS, groups * GROUP_SIZE)
+    bytes_of_rows = packed.reshape(blocks, groups, 4, BLOCK_ROWS, 4).transpose(0, 3, 1, 2, 4)
+    halves = np.stack([bytes_of_rows & 15, bytes_of_rows >> 4], axis=4)
+    return np.ascontiguousarray(halves).reshape(blocks * BLOCK_ROWS, groups * GROUP_SIZE)
+
+
+def _deinterleave(values: Floats) -> Floats:
+    """(blocks, groups, 16) -> (16 blocks, groups)."""
+    return np.ascontiguousarray(values.transpose(0, 2, 1)).reshape(-1, values.shape[1])

@@ -1,0 +1,69 @@
+"""Second moments of the inputs of every linear layer: what its rounding errors are weighed by."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .cache import Cache
+from .corpus import Document
+from .models import LoadedModel
+from .progress import Progress
+
+__all__ = ["Moments", "input_moments"]
+
+Moments = dict[str, torch.Tensor]
+"""Path of a linear module -> (inputs,) float32 E[x^2]."""
+
+_NUM_TOKENS = 8192
+"""Means of squares settle soon: more tokens change nothing that rounding could see."""
+
+
+def input_moments(
+    loaded: LoadedModel, documents: Sequence[Document], cache: Cache, key: str, progress: Progress
+) -> Moments:
+    """Run some calibration text and average the squared inputs of the linear modules of all layers."""
+
+    def compute() -> dict[str, Any]:
+        return {path: moment.numpy() for path, moment in _sums(loaded, _sample(documents), progress).items()}
+
+    return {path: torch.from_numpy(values) for path, values in cache.arrays(key, compute).items()}
+
+
+def _sample(documents: Sequence[Document]) -> list[Document]:
+    """Take documents spread evenly over all, until there are enough tokens."""
+    num_tokens = sum(len(document.token_ids) for document in documents)
+    return list(documents[:: max(1, num_tokens // _NUM_TOKENS)])
+
+
+def _sums(loaded: LoadedModel, documents: Sequence[Document], progress: Progress) -> Moments:
+    sums: Moments = {}
+    num_tokens = sum(len(document.token_ids) for document in documents)
+    with progress.stage("moments", len(documents)) as advance, _watch(loaded, sums), torch.inference_mode():
+        for document in documents:
+            ids = torch.tensor([list(document.token_ids)], device=loaded.device)
+            loaded.model(ids, use_cache=False, logits_to_keep=1)
+            advance()
+    return {path: total.cpu() / num_tokens for path, total in sums.items()}
+
+
+@contextmanager
+def _watch(loaded: LoadedModel, sums: Moments) -> Iterator[None]:
+    handles = []
+    for path, module in loaded.model.named_modules():
+        if isinstance(module, nn.Linear) and path.startswith(f"{loaded.family.layers}."):
+            handles.append(module.register_forward_pre_hook(partial(_add, sums, path)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add(sums: Moments, path: str, _module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    flat = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+    squares = flat.square().sum(dim=0)
+    sums[path] = squares if path not in sums else sums[path] + squares

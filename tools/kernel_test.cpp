@@ -1,0 +1,199 @@
+// Compares every kernel table that the CPU can run with the portable one, at odd sizes. Needs no Python, so that it
+// also runs under an emulator (tools/test-aarch64.sh). Prints one line a table; the exit status says whether all agree.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+
+#include "../runtime/native/model.h"
+
+using namespace coreinfer;
+
+namespace {
+
+std::mt19937 generator(1);
+int num_failures = 0;
+
+float draw() { return std::uniform_real_distribution<float>(-2.0f, 2.0f)(generator); }
+
+void compare(const char* what, const float* got, const float* expected, size_t count) {
+  float scale = 1e-6f;
+  for (size_t i = 0; i < count; ++i) scale = std::max(scale, std::fabs(expected[i]));
+  for (size_t i = 0; i < count; ++i) {
+    if (std::fabs(got[i] - expected[i]) <= 2e-5f * scale) continue;
+    std::printf("%s: element %zu: expected %g, got %g\n", what, i, expected[i], got[i]);
+    ++num_failures;
+    return;
+  }
+}
+
+struct Weights {
+  Weights(Format format, int rows, int cols) {
+    view.format = format;
+    view.rows = rows;
+    view.cols = cols;
+    const size_t tiles = size_t(view.num_blocks()) * view.num_groups();
+    bytes.resize(tiles * view.tile_bytes());
+    halves.resize(std::max(tiles * kBlockRows, size_t(rows) * cols));
+    zeros.resize(tiles * kBlockRows);
+    for (size_t i = 0; i < tiles * view.tile_bytes(); ++i) bytes.get()[i] = 1 + generator() % 255;
+    for (size_t i = 0; i < tiles * kBlockRows; ++i) {
+      halves.get()[i] = float_to_half(0.01f * (1.0f + draw()));
+      zeros.get()[i] = generator() % 256;
+    }
+    view.codes = bytes.get();
+    view.scales = halves.get();
+    view.zeros = zeros.get();
+    if (format != Format::bf16) return;
+    for (int i = 0; i < rows * cols; ++i) halves.get()[i] = 0x3f00 + generator() % 256 + (generator() % 2 << 15);
+    view.bf16 = halves.get();
+  }
+  Matrix view;
+  Buffer<uint8_t> bytes, zeros;
+  Buffer<uint16_t> halves;
+};
+
+void fill(ActivationBuffer& x, int num_tokens, int size) {
+  x.resize(num_tokens, size);
+  for (int t = 0; t < num_tokens; ++t)
+    for (int i = 0; i < size; ++i) x.view.token(t).values[i] = draw();
+}
+
+void test_multiply(const Kernels& kernels) {
+  const Kernels& portable = portable_kernels();
+  for (Format format : {Format::bf16, Format::int8, Format::int4})
+    for (int rows : {1, 5, 16, 17, 50})
+      for (int cols : {1, 31, 32, 33, 70, 256})
+        for (int num_tokens : {1, 2, 3, 9}) {
+          const Weights w(format, rows, cols);
+          ActivationBuffer x;
+          fill(x, num_tokens, cols);
+          for (int t = 0; t < num_tokens; ++t) portable.quantize(x.view.token(t), x.view.stride);
+          const size_t stride = round_up(rows, kBlockRows);
+          Buffer<float> got, expected;
+          got.resize(num_tokens * stride);
+          expected.resize(num_tokens * stride);
+          kernels.multiply(w.view, x.view, num_tokens, got.get(), stride, 0, w.view.num_blocks());
+          portable.multiply(w.view, x.view, num_tokens, expected.get(), stride, 0, w.view.num_blocks());
+          compare("multiply", got.get(), expected.get(), num_tokens * stride);
+        }
+}
+
+void test_quantize(const Kernels& kernels) {
+  for (int size : {32, 96, 320}) {
+    ActivationBuffer got, expected;
+    fill(got, 1, size);
+    expected.resize(1, size);
+    std::memcpy(expected.view.values, got.view.values, sizeof(float) * size);
+    std::fill(got.view.values, got.view.values + 32, 0.0f);  // a group of zeros
+    std::fill(expected.view.values, expected.view.values + 32, 0.0f);
+    kernels.quantize(got.view, size);
+    portable_kernels().quantize(expected.view, size);
+    if (std::memcmp(got.view.codes, expected.view.codes, size) != 0) {
+      std::printf("quantize: codes differ\n");
+      ++num_failures;
+    }
+    compare("scales", got.view.scales, expected.view.scales, size / kGroup);
+    compare("sums", got.view.sums, expected.view.sums, size / kGroup);
+  }
+}
+
+void test_vectors(const Kernels& kernels) {
+  const Kernels& portable = portable_kernels();
+  for (int size : {1, 7, 16, 33, 100}) {
+    Buffer<float> x, y, got, expected;
+    for (Buffer<float>* buffer : {&x, &y, &got, &expected}) buffer->resize(round_up(size, 16));
+    for (int i = 0; i < size; ++i) x.get()[i] = 4 * draw(), y.get()[i] = draw();
+    kernels.rms_norm(x.get(), y.get(), 1e-5f, size, got.get());
+    portable.rms_norm(x.get(), y.get(), 1e-5f, size, expected.get());
+    compare("rms_norm", got.get(), expected.get(), size);
+    kernels.layer_norm(x.get(), y.get(), y.get(), 1e-5f, size, got.get());
+    portable.layer_norm(x.get(), y.get(), y.get(), 1e-5f, size, expected.get());
+    compare("layer_norm", got.get(), expected.get(), size);
+    for (Nonlinearity kind :
+         {Nonlinearity::silu, Nonlinearity::gelu_tanh, Nonlinearity::gelu_erf, Nonlinearity::relu}) {
+      kernels.activate(kind, x.get(), y.get(), round_up(size, 16), got.get());
+      for (int i = 0; i < size; ++i) {
+        const double v = x.get()[i];
+        double a = v > 0 ? v : 0;
+        if (kind == Nonlinearity::silu) a = v / (1 + std::exp(-v));
+        if (kind == Nonlinearity::gelu_tanh)
+          a = 0.5 * v * (1 + std::tanh(0.7978845608028654 * (v + 0.044715 * v * v * v)));
+        if (kind == Nonlinearity::gelu_erf) a = 0.5 * v * (1 + std::erf(v / std::sqrt(2.0)));
+        expected.get()[i] = static_cast<float>(a * y.get()[i]);
+      }
+      compare("activate", got.get(), expected.get(), size);
+    }
+    uint16_t halves[112];
+    kernels.to_half(x.get(), size, halves);
+    for (int i = 0; i < size; ++i)
+      if (halves[i] != float_to_half(x.get()[i])) {
+        std::printf("to_half: expected %g, got %g\n", x.get()[i], half_to_float(halves[i]));
+        ++num_failures;
+      }
+  }
+}
+
+void test_attend(const Kernels& kernels) {
+  for (int head_dim : {2, 8, 64, 80})
+    for (int num_queries : {1, 3, 5})
+      for (const auto& [begin, end] : {std::pair{0, 1}, {0, 15}, {3, 40}, {16, 17}, {7, 300}, {5, 5}}) {
+        const KvCache cache(1, 1, head_dim, 300);
+        Buffer<float> key, value, queries, out, maxima, sums, expected;
+        key.resize(size_t(300) * head_dim);
+        value.resize(size_t(300) * head_dim);
+        queries.resize(num_queries * head_dim);
+        for (int i = 0; i < 300 * head_dim; ++i) key.get()[i] = draw(), value.get()[i] = draw();
+        for (int i = 0; i < num_queries * head_dim; ++i) queries.get()[i] = draw();
+        for (int p = 0; p < 300; ++p)
+          cache.store(portable_kernels(), 0, 0, p, key.get() + p * head_dim, value.get() + p * head_dim);
+        const int stride = cache.value_stride();
+        out.resize(num_queries * stride);
+        maxima.resize(num_queries);
+        sums.resize(num_queries);
+        expected.resize(num_queries * stride);
+        kernels.attend({cache.keys(0, 0), cache.values(0, 0), head_dim, stride, queries.get(), num_queries, begin, end,
+                        out.get(), maxima.get(), sums.get()});
+        if (begin == end) continue;
+        for (int q = 0; q < num_queries; ++q) {
+          double total = 0;
+          std::vector<double> sum(head_dim);
+          for (int p = begin; p < end; ++p) {
+            double score = 0;
+            for (int d = 0; d < head_dim; ++d)
+              score += double(queries.get()[q * head_dim + d]) *
+                       half_to_float(float_to_half(key.get()[p * head_dim + d]));
+            const double weight = std::exp(score - maxima.get()[q]);
+            total += weight;
+            for (int d = 0; d < head_dim; ++d)
+              sum[d] += weight * half_to_float(float_to_half(value.get()[p * head_dim + d]));
+          }
+          for (int d = 0; d < head_dim; ++d) {
+            expected.get()[q * stride + d] = static_cast<float>(sum[d] / total);
+            out.get()[q * stride + d] /= sums.get()[q];
+          }
+        }
+        compare("attend", out.get(), expected.get(), num_queries * stride);
+      }
+}
+
+}  // namespace
+
+int main() {
+  for (int bits = 0; bits < 65536; ++bits) {
+    const uint16_t half = static_cast<uint16_t>(bits);
+    const bool nan = (half & 0x7fff) > 0x7c00;
+    if (!nan && float_to_half(half_to_float(half)) != half) ++num_failures;
+  }
+  for (const Kernels* kernels : available_kernels()) {
+    const int before = num_failures;
+    test_multiply(*kernels);
+    test_quantize(*kernels);
+    test_vectors(*kernels);
+    test_attend(*kernels);
+    std::printf("%s: %s\n", kernels->name, num_failures == before ? "agrees" : "DIFFERS");
+  }
+  return num_failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Build the engine's C++ parts with a compiler and run their kernel test: tools/test-kernels.sh [options of the compiler]
+# CXX names the compiler, RUN a program to run the test under (an emulator).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+sources=$(ls runtime/native/*.cpp | grep -v binding.cpp)
+# shellcheck disable=SC2086
+${CXX:-g++} -std=c++17 -O2 -g1 -Wall -Wextra -Wno-uninitialized -Wno-unknown-warning-option -Wno-maybe-uninitialized -Wno-psabi "$@" \
+  tools/kernel_test.cpp $sources -pthread -o "$build/kernel_test"
+${RUN:-} "$build/kernel_test"
