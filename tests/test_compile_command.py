@@ -31,7 +31,7 @@ def arguments_of(config: CompileConfig, output: Path) -> list[str | Path]:
     return [
         *("--model", config.model, "-o", output, "--clusters", str(config.clusters), "--keep", str(config.keep)),
         *("--encoder", str(config.encoder), "--calibration", config.calibration[0]),
-        *("--dtype", config.dtype, "--budgets", config.budgets),
+        *("--dtype", config.dtype, "--budgets", config.budgets, "--quantize", config.quantize),
     ]
 
 
@@ -64,6 +64,8 @@ def test_defaults_are_those_of_the_library(given: list[CompileConfig], tmp_path:
 
 
 OPTIONS: dict[str, tuple[list[str], Any]] = {
+    "quantize": (["--quantize", "int8"], "int8"),
+    "head_quantize": (["--head-quantize", "bf16"], "bf16"),
     "clusters": (["--clusters", "auto"], "auto"),
     "keep": (["--keep", "0.5"], 0.5),
     "encoder": (["--encoder", "e"], "e"),

@@ -97,7 +97,7 @@ def torch_threads() -> Iterator[None]:
     [
         ({"mode": "fast"}, "mode: expected auto, similarity, stability, fused, dense, got 'fast'"),
         ({"mode": None}, "mode"),
-        ({"engine": "native-2"}, "engine: expected auto, torch"),
+        ({"engine": "native-2"}, "engine: expected auto, native, torch"),
         ({"device": "abacus"}, "device 'abacus'"),
         ({"device": "cuda:99"}, "device 'cuda:99'"),
         ({"device": "meta"}, "device 'meta'"),

@@ -25,7 +25,7 @@ MODULES = sorted(
     f"coreinfer.{name}.{module.name}"
     for name, package in PACKAGES.items()
     for module in pkgutil.iter_modules(package.__path__)
-    if module.name != "__main__"
+    if module.name not in ("__main__", "_native")
 )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from coreinfer.bundles.inspect import describe, main
-from coreinfer.bundles.manifest import read_manifest
+from coreinfer.bundles.manifest import SCHEMA_VERSION, read_manifest
 
 from .bundle_factory import change_tensors, edit_manifest, flip_bit, make_manifest
 
@@ -157,7 +157,7 @@ def test_what_is_no_bundle_is_one_line_and_exit_2(bundle_dir: Path, kind: str, a
 
 def spoil(bundle_dir: Path, kind: str) -> Path:
     if kind == "no manifest fields":
-        (bundle_dir / "manifest.json").write_text('{"schema_version": 1}')
+        (bundle_dir / "manifest.json").write_text(f'{{"schema_version": {SCHEMA_VERSION}}}')
     elif kind == "another version":
         with edit_manifest(bundle_dir) as data:
             data["schema_version"] += 1

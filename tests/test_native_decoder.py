@@ -71,7 +71,7 @@ def test_packed_logits_are_those_of_torch(family: str, kind: str, tiny_bundle: C
         expected = torch_decoder.forward(IDS, all_logits=True)
         for got, reference in ((blocks(decoder), expected), (in_steps(decoder), expected[130:])):
             error = np.sqrt(np.mean(np.square(got - reference)) / np.mean(np.square(reference)))
-            assert error < 0.06
+            assert error < 0.1
 
 
 def blocks(decoder: Decoder) -> Any:
@@ -85,7 +85,9 @@ def test_kernels_decode_alike(isa: str, kind: str, tiny_bundle: Callable[..., Pa
     bundle = open_bundle(tiny_bundle("llama", quantize=kind))
     expected = in_steps(NativeDecoder(bundle, threads=1, isa="portable"))
     got = in_steps(NativeDecoder(bundle, threads=2, isa=isa))
-    assert np.sqrt(np.mean(np.square(got - expected)) / np.mean(np.square(expected))) < (0.03 if kind == "int4" else 1e-3)
+    assert np.sqrt(np.mean(np.square(got - expected)) / np.mean(np.square(expected))) < (
+        0.03 if kind == "int4" else 1e-3
+    )
 
 
 def test_steps_are_the_same_every_time_and_with_any_threads(tiny_bundle: Callable[..., Path]) -> None:
@@ -140,9 +142,7 @@ def test_bytes_a_token_are_those_of_the_weights_and_the_cache(tiny_bundle: Calla
     # Values are padded to 16: layers x heads x (8 + 16) halves.
     assert decoder.bytes_per_token(10) - decoder.bytes_per_token(0) == 10 * 3 * 2 * (8 + 16) * 2
     decoder.use(FfnChoice(cluster=0))
-    assert decoder.bytes_per_token(0) == (
-        sum(t.num_bytes for t in matrices) + bundle.manifest.clusters[0].ffn_bytes
-    )
+    assert decoder.bytes_per_token(0) == (sum(t.num_bytes for t in matrices) + bundle.manifest.clusters[0].ffn_bytes)
 
 
 # What comes from outside
@@ -250,5 +250,7 @@ def test_torch_is_not_imported(tiny_bundle: Callable[..., Path]) -> None:
         f"print(engine.generate({PROMPT!r}, max_new_tokens=3).text)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ)
+    )
     assert done.returncode == 0, done.stderr

@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused(change: Any, named: str) -> None:
 
 def test_an_unknown_isa_is_refused() -> None:
     matrix = native_matrix(stored_matrix("int4", (16, 64)), (16, 64))
-    with pytest.raises(ValueError, match="isa: expected auto, .*portable.* got 'mmx'"):
+    with pytest.raises(ValueError, match=r"isa: expected auto, .*portable.* got 'mmx'"):
         _native.multiply(matrix, np.zeros((1, 64), dtype=np.float32), "mmx")
 
 

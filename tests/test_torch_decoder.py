@@ -262,6 +262,13 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def load_and_use(bundle_dir: Path) -> None:
+    """Packs are hashed when they are first used."""
+    engine = runtime.load(bundle_dir, device="cpu", dtype="float32")
+    for cluster in range(len(engine.manifest.clusters)):
+        engine.decoder.use(FfnChoice(cluster=cluster))
+
+
 @pytest.mark.parametrize("damage", [Path.unlink, _cut, flip_bit], ids=["missing", "cut", "bit"])
 def test_every_file_counts(damage: Callable[[Path], None], bundle_copy: Path) -> None:
     names = bundle_files(bundle_copy)
@@ -272,7 +279,7 @@ def test_every_file_counts(damage: Callable[[Path], None], bundle_copy: Path) ->
         damage(path)
         expected = name if name != LAYOUT.manifest else str(bundle_copy)
         with pytest.raises(runtime.BundleError) as caught:
-            runtime.load(bundle_copy, device="cpu", dtype="float32")
+            load_and_use(bundle_copy)
         assert expected in str(caught.value)
         assert "\n" not in str(caught.value)
         path.write_bytes(whole)
@@ -288,7 +295,7 @@ def test_all_damaged_files_are_named_at_once(bundle_copy: Path) -> None:
         assert name in message
 
 
-@pytest.mark.parametrize("version", [0, 2, 99, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 99, "2", None])
 def test_another_schema_version(version: Any, bundle_copy: Path) -> None:
     with edit_manifest(bundle_copy) as data:
         data["schema_version"] = version
