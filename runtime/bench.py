@@ -1,4 +1,4 @@
-"""`coreinfer-bench`: how fast a bundle decodes on this machine, beside what its memory can deliver."""
+"""`coreinfer-bench`: how fast the native engine decodes a bundle, beside what the machine's memory can deliver."""
 
 import json
 import statistics
@@ -6,46 +6,175 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import click
+import numpy as np
 from coreinfer.bundles import Bundle, ConfigError, open_bundle
-from coreinfer.bundles.command import command_errors
+from coreinfer.bundles.command import command_errors, start_logging
 
 from . import _native
 from .decoder import DENSE, FfnChoice
 from .native_decoder import NativeDecoder
 
-__all__ = ["BenchOptions", "main", "measure_isa"]
+__all__ = ["BenchOptions", "BenchResult", "BenchRun", "bench", "main"]
 
-_READ_BYTES = 1 << 29
 _START_TOKENS = 16
+# Larger than any cache, small enough to be read in every round.
+_READ_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What is timed.
+    """What to measure.
 
     Attributes:
-        tokens: tokens to decode in each round.
-        prompt_tokens: tokens to read in each round.
-        rounds: of which medians are taken.
+        isas: kernels to measure, names or "auto".
+        threads: None for one a physical core.
+        num_tokens: tokens to decode in a round, after a prompt of 16.
+        num_prompt_tokens: tokens of the prompt whose prefill is timed.
     """
 
-    tokens: int
-    prompt_tokens: int
-    rounds: int
-    threads: int | None
+    isas: tuple[str, ...] = ("auto",)
+    threads: int | None = None
+    num_tokens: int = 128
+    num_prompt_tokens: int = 512
+    num_rounds: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRun:
+    """Medians over the rounds of one kernel with one FFN, "dense" or "pack".
+
+    Attributes:
+        bytes_per_token: weights, keys and values that a token reads in the middle of decoding.
+        gbps: bytes a token x tokens a second.
+        share_of_read: of the plain read bandwidth.
+    """
+
+    isa: str
+    ffn: str
+    decode_tok_s: float
+    bytes_per_token: int
+    gbps: float
+    share_of_read: float
+    prefill_tok_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """What `bench` measured."""
+
+    bundle: str
+    threads: int
+    read_gbps: float
+    runs: tuple[BenchRun, ...]
+
+
+class _Subject:
+    """A decoder with one FFN, and what was measured of it."""
+
+    def __init__(self, decoder: NativeDecoder, ffn: str, options: BenchOptions, vocab_size: int) -> None:
+        self.decoder, self.ffn = decoder, ffn
+        self._choice = DENSE if ffn == "dense" else FfnChoice(cluster=0)
+        self._options = options
+        self._prompt = np.random.default_rng(0).integers(0, vocab_size, options.num_prompt_tokens).tolist()
+        self._decode: list[float] = []
+        self._prefill: list[float] = []
+
+    def measure(self) -> None:
+        """Time one prefill and one decoding."""
+        self._prefill.append(self._options.num_prompt_tokens / self._prefill_seconds(self._prompt))
+        self._prefill_seconds(self._prompt[:_START_TOKENS])
+        start = time.perf_counter()
+        token_id = self._prompt[0]
+        for _ in range(self._options.num_tokens):
+            token_id = int(self.decoder.forward([token_id])[0].argmax())
+        self._decode.append(self._options.num_tokens / (time.perf_counter() - start))
+
+    def forget(self) -> None:
+        """Drop what was measured."""
+        self._decode.clear()
+        self._prefill.clear()
+
+    def _prefill_seconds(self, prompt: Sequence[int]) -> float:
+        self.decoder.truncate(0)
+        self.decoder.use(self._choice)
+        start = time.perf_counter()
+        self.decoder.forward(prompt)
+        return time.perf_counter() - start
+
+    def run(self, read_gbps: float) -> BenchRun:
+        """Sum up."""
+        self.decoder.use(self._choice)
+        num_bytes = self.decoder.bytes_per_token(_START_TOKENS + self._options.num_tokens // 2)
+        decode = statistics.median(self._decode)
+        return BenchRun(
+            isa=self.decoder.isa,
+            ffn=self.ffn,
+            decode_tok_s=decode,
+            bytes_per_token=num_bytes,
+            gbps=num_bytes * decode / 1e9,
+            share_of_read=num_bytes * decode / 1e9 / read_gbps,
+            prefill_tok_s=statistics.median(self._prefill),
+        )
+
+
+def bench(bundle_dir: Path, options: BenchOptions) -> BenchResult:
+    """Measure decode and prefill in interleaved rounds, the read bandwidth in each of them.
+
+    Raises:
+        BundleError: there is no bundle, or it is damaged.
+        ConfigError: an option is wrong, or the prompts do not fit the model.
+        UnsupportedModelError: the native engine does not compute this model.
+    """
+    bundle = open_bundle(bundle_dir)
+    _check(options, bundle)
+    decoders = [NativeDecoder(bundle, threads=options.threads, isa=isa) for isa in options.isas]
+    ffns = ("dense", "pack") if bundle.dense else ("pack",)
+    vocab_size = bundle.manifest.model.vocab_size
+    subjects = [_Subject(decoder, ffn, options, vocab_size) for decoder in decoders for ffn in ffns]
+    for subject in subjects:
+        # The first pass reads from the disk and starts threads.
+        subject.measure()
+        subject.forget()
+    reads = []
+    for _ in range(options.num_rounds):
+        reads.append(_native.read_bandwidth(decoders[0].num_threads, _READ_BYTES))
+        for subject in subjects:
+            subject.measure()
+    read_gbps = statistics.median(reads)
+    return BenchResult(
+        bundle=bundle.path.name,
+        threads=decoders[0].num_threads,
+        read_gbps=read_gbps,
+        runs=tuple(subject.run(read_gbps) for subject in subjects),
+    )
+
+
+def _check(options: BenchOptions, bundle: Bundle) -> None:
+    for name, number in (
+        ("--tokens", options.num_tokens),
+        ("--prompt-tokens", options.num_prompt_tokens),
+        ("--rounds", options.num_rounds),
+    ):
+        if number < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {number}")
+    limit = bundle.manifest.model.max_positions
+    if options.num_prompt_tokens > limit or _START_TOKENS + options.num_tokens > limit:
+        raise ConfigError(
+            f"--prompt-tokens and --tokens: {bundle.manifest.model.name} has {limit} positions; expected at most {limit} "
+            f"and {limit - _START_TOKENS}, got {options.num_prompt_tokens} and {options.num_tokens}"
+        )
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle_dir", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--isa", default="auto", help="Kernels, such as avx2; auto for the CPU's best, all for each in turn.")
-@click.option("--threads", type=int, default=None, help="CPU threads.  [default: one a core]")
-@click.option("--tokens", type=click.IntRange(min=1), default=128, help="Decode so many tokens a round.")
-@click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, help="Read so many tokens a round.")
-@click.option("--rounds", type=click.IntRange(min=1), default=5, help="Medians are over so many rounds.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead of the table.")
+@click.option("--isa", default="auto", help="Kernels, such as avx2; all measures all that the CPU has.")
+@click.option("--threads", type=int, default=None, help="CPU threads.  [default: one a physical core]")
+@click.option("--tokens", type=int, default=128, help="Tokens to decode in a round.")
+@click.option("--prompt-tokens", type=int, default=512, help="Tokens of the prompt whose prefill is timed.")
+@click.option("--rounds", type=int, default=5, help="Rounds; medians are shown.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line after the table.")
 @click.version_option(package_name="coreinfer")
 @command_errors
 def main(
@@ -55,100 +184,29 @@ def main(
     tokens: int,
     prompt_tokens: int,
     rounds: int,
-    *,
     as_json: bool,
 ) -> None:
-    """Time the native engine with the bundle in DIR: decoding and reading, dense and with a cluster pack.
-
-    Rounds of all measurements interleave, and the plain read bandwidth is measured in each of them.
-    """
-    options = BenchOptions(tokens=tokens, prompt_tokens=prompt_tokens, rounds=rounds, threads=threads)
-    bundle = open_bundle(bundle_dir, lazy_packs=True)
-    _check_room(bundle, options)
-    results = [measure_isa(bundle, name, options) for name in (_native.available_isas() if isa == "all" else [isa])]
-    if as_json:
-        click.echo(json.dumps({"bundle": bundle.manifest.model.name, "results": results}))
-    else:
-        click.echo("\n".join(_table(results)))
-
-
-def _check_room(bundle: Bundle, options: BenchOptions) -> None:
-    room = bundle.manifest.model.max_positions
-    for name, needed in (("--tokens", options.tokens + _START_TOKENS), ("--prompt-tokens", options.prompt_tokens)):
-        if needed > room:
-            raise ConfigError(f"{name}: the model has {room} positions, {needed} would be needed")
-
-
-def measure_isa(bundle: Bundle, isa: str, options: BenchOptions) -> dict[str, Any]:
-    """Time one set of kernels.
-
-    Returns:
-        Medians: "read_gbps", and for each of "runs" name, decode_tok_s, bytes_per_token, gbps, share_of_read and
-        prefill_tok_s.
-    """
-    decoder = NativeDecoder(bundle, threads=options.threads, isa=isa)
-    choices = {"pack": FfnChoice(cluster=0)} if bundle.dense is None else {"dense": DENSE, "pack": FfnChoice(cluster=0)}
-    reads: list[float] = []
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in choices}
-    for _ in range(options.rounds):
-        reads.append(_native.read_bandwidth(decoder.num_threads, _READ_BYTES))
-        for name, choice in choices.items():
-            decoder.use(choice)
-            prefill_seconds = time_prefill(decoder, options.prompt_tokens)
-            seconds[name].append((time_decode(decoder, options.tokens), prefill_seconds))
-    read_gbps = statistics.median(reads)
-    runs = []
-    for name, choice in choices.items():
-        decoder.use(choice)
-        num_bytes = decoder.bytes_per_token(_START_TOKENS + options.tokens // 2)
-        runs.append(_run(name, num_bytes, seconds[name], read_gbps, options))
-    return {"isa": decoder.isa, "threads": decoder.num_threads, "options": asdict(options), "read_gbps": read_gbps} | {
-        "runs": runs
-    }
-
-
-def _run(
-    name: str, num_bytes: int, seconds: Sequence[tuple[float, float]], read_gbps: float, options: BenchOptions
-) -> dict[str, Any]:
-    token_seconds = statistics.median(decode for decode, _ in seconds)
-    gbps = num_bytes / token_seconds / 1e9
-    return {
-        "name": name,
-        "decode_tok_s": 1 / token_seconds,
-        "bytes_per_token": num_bytes,
-        "gbps": gbps,
-        "share_of_read": gbps / read_gbps,
-        "prefill_tok_s": options.prompt_tokens / statistics.median(prefill for _, prefill in seconds),
-    }
-
-
-def time_decode(decoder: NativeDecoder, num_tokens: int) -> float:
-    """Decode greedily after a short prompt; seconds a token."""
-    decoder.truncate(0)
-    token_id = int(decoder.forward(list(range(1, _START_TOKENS + 1)))[-1].argmax())
-    start = time.perf_counter()
-    for _ in range(num_tokens):
-        token_id = int(decoder.forward([token_id])[-1].argmax())
-    return (time.perf_counter() - start) / num_tokens
-
-
-def time_prefill(decoder: NativeDecoder, num_tokens: int) -> float:
-    """Read a prompt; seconds for all of it."""
-    decoder.truncate(0)
-    start = time.perf_counter()
-    decoder.forward([1 + number % 100 for number in range(num_tokens)])
-    return time.perf_counter() - start
-
-
-def _table(results: Sequence[dict[str, Any]]) -> Iterator[str]:
-    yield (
-        f"{'kernels':12s} {'FFN':6s} {'tok/s':>8s} {'MB/token':>9s} {'GB/s':>6s} {'of read':>8s} "
-        f"{'prefill tok/s':>14s} {'plain read GB/s':>16s}"
+    """Measure how fast the native engine decodes the bundle in DIR, with its dense FFN and with its first pack."""
+    start_logging(verbose=False)
+    options = BenchOptions(
+        isas=tuple(_native.available_isas()) if isa == "all" else (isa,),
+        threads=threads,
+        num_tokens=tokens,
+        num_prompt_tokens=prompt_tokens,
+        num_rounds=rounds,
     )
-    for result in results:
-        for run in result["runs"]:
-            yield (
-                f"{result['isa']:12s} {run['name']:6s} {run['decode_tok_s']:8.1f} {run['bytes_per_token'] / 1e6:9.1f} "
-                f"{run['gbps']:6.1f} {run['share_of_read']:8.0%} {run['prefill_tok_s']:14.0f} "
-                f"{result['read_gbps']:16.1f}"
-            )
+    result = bench(bundle_dir, options)
+    click.echo("\n".join(_table(result, options)))
+    if as_json:
+        click.echo(json.dumps(asdict(result)))
+
+
+def _table(result: BenchResult, options: BenchOptions) -> Iterator[str]:
+    yield f"{result.bundle}, {result.threads} threads, plain read {result.read_gbps:.1f} GB/s"
+    prefill = f"prefill {options.num_prompt_tokens}"
+    yield f"{'kernels':12s} {'FFN':6s} {'tok/s':>8s} {'MB/token':>9s} {'GB/s':>6s} {'of read':>8s} {prefill:>13s} tok/s"
+    for run in result.runs:
+        yield (
+            f"{run.isa:12s} {run.ffn:6s} {run.decode_tok_s:8.1f} {run.bytes_per_token / 1e6:9.1f} {run.gbps:6.1f} "
+            f"{run.share_of_read:8.1%} {run.prefill_tok_s:13.0f}"
+        )

