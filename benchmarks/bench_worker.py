@@ -45,10 +45,10 @@ class CoreInfer:
 
     def decode(self, num_tokens: int) -> None:
         for _ in range(num_tokens):
-            self.next_id = int(self.decoder.forward([self.next_id])[-1].argmax())
+            self.next_id = int(self.decoder.forward([self.next_id], greedy=True)[-1].argmax())
 
     def bytes_per_token(self) -> int:
-        return self.decoder.bytes_per_token(80)
+        return self.decoder.bytes_per_token(80, greedy=True)
 
 
 class Transformers:

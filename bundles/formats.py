@@ -16,14 +16,15 @@ __all__ = [
     "matrix_bytes",
     "pack_int4",
     "pack_int8",
+    "pack_planes",
     "stored_parts",
     "stored_shapes",
     "unpack_codes",
 ]
 
-FORMATS = ("bf16", "f32", "int4", "int8")
+FORMATS = ("bf16", "f32", "int4", "int8", "int8-planes")
 """Storage formats that this version reads."""
-PACKED_FORMATS = ("int4", "int8")
+PACKED_FORMATS = ("int4", "int8", "int8-planes")
 BLOCK_ROWS = 16
 """Output rows that are interleaved."""
 GROUP_SIZE = 32
@@ -31,7 +32,7 @@ GROUP_SIZE = 32
 
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1}
 _PLAIN = {"bf16": "BF16", "f32": "F32"}
-_CODES = {"int4": (".q4", 256), "int8": (".q8", 512)}
+_CODES = {"int4": (".q4", 256), "int8": (".q8", 512), "int8-planes": (".high", 256)}
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -49,6 +50,8 @@ def stored_shapes(name: str, kind: str, shape: tuple[int, int]) -> dict[str, tup
     }
     if kind == "int4":
         shapes[f"{name}.zero"] = ("U8", (*tiles, BLOCK_ROWS))
+    if kind == "int8-planes":
+        shapes[f"{name}.low"] = ("U8", (*tiles, tile_bytes))
     return shapes
 
 
@@ -75,13 +78,8 @@ def pack_int4(codes: Bytes, scales: npt.NDArray[np.float16], zeros: Bytes) -> di
         Suffix of the tensor's name -> tensor.
     """
     blocks, groups = _num_tiles((codes.shape[0], codes.shape[1]))
-    padded = _padded(codes, 0)
-    # A byte holds inputs i and i + 4 of eight: (blocks, 16, groups, 4, 2, 4).
-    tiles = padded.reshape(blocks, BLOCK_ROWS, groups, 4, 2, 4)
-    joined = tiles[..., 0, :] | (tiles[..., 1, :] << 4)
-    interleaved = joined.transpose(0, 2, 3, 1, 4).reshape(blocks, groups, 256)
     return {
-        ".q4": StoredTensor("U8", np.ascontiguousarray(interleaved)),
+        ".q4": StoredTensor("U8", _interleave_nibbles(_padded(codes, 0), (blocks, groups))),
         ".scale": StoredTensor("F16", _interleave_groups(scales)),
         ".zero": StoredTensor("U8", _interleave_groups(zeros)),
     }
@@ -106,6 +104,25 @@ def pack_int8(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> d
     }
 
 
+def pack_planes(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> dict[str, StoredTensor]:
+    """Pack w = scale * code with the high and the low halves of the bytes apart; arguments as of `pack_int8`."""
+    padded = _padded((codes.astype(np.int16) + 128).astype(np.uint8), 128)
+    tiles = _num_tiles((codes.shape[0], codes.shape[1]))
+    return {
+        ".high": StoredTensor("U8", _interleave_nibbles(padded >> 4, tiles)),
+        ".scale": StoredTensor("F16", _interleave_groups(scales)),
+        ".low": StoredTensor("U8", _interleave_nibbles(padded & 15, tiles)),
+    }
+
+
+def _interleave_nibbles(padded: Bytes, num_tiles: tuple[int, int]) -> Bytes:
+    blocks, groups = num_tiles
+    # A byte holds inputs i and i + 4 of eight: (blocks, 16, groups, 4, 2, 4).
+    tiles = padded.reshape(blocks, BLOCK_ROWS, groups, 4, 2, 4)
+    joined = tiles[..., 0, :] | (tiles[..., 1, :] << 4)
+    return np.ascontiguousarray(joined.transpose(0, 2, 3, 1, 4).reshape(blocks, groups, 256))
+
+
 def _padded(codes: Bytes, filler: int) -> Bytes:
     blocks, groups = _num_tiles((codes.shape[0], codes.shape[1]))
     padded = np.full((blocks * BLOCK_ROWS, groups * GROUP_SIZE), filler, dtype=np.uint8)
@@ -125,12 +142,14 @@ def stored_parts(file: Mapping[str, StoredTensor], name: str) -> tuple[str, tupl
     """Find a matrix in a file.
 
     Returns:
-        Its format, and its tensors: values, or codes, scales and (int4) zero points.
+        Its format, and its tensors: values, or codes, scales and, of int4, zero points, of int8-planes, low halves.
     Raises:
         KeyError: the file does not hold it.
     """
     if f"{name}.q4" in file:
         return "int4", (file[f"{name}.q4"], file[f"{name}.scale"], file[f"{name}.zero"])
+    if f"{name}.high" in file:
+        return "int8-planes", (file[f"{name}.high"], file[f"{name}.scale"], file[f"{name}.low"])
     if f"{name}.q8" in file:
         return "int8", (file[f"{name}.q8"], file[f"{name}.scale"])
     stored = file[name]
@@ -148,7 +167,10 @@ def float_matrix(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, 
         return bf16_to_float32(parts[0].array)
     if kind == "f32":
         return np.asarray(parts[0].array, dtype=np.float32)
-    codes, scales = unpack_codes(kind, parts[0].array), _deinterleave(parts[1].array.astype(np.float32))
+    codes = unpack_codes(kind, parts[0].array)
+    if kind == "int8-planes":
+        codes = codes << 4 | unpack_codes(kind, parts[2].array)
+    scales = _deinterleave(parts[1].array.astype(np.float32))
     sixteenths = parts[2].array if kind == "int4" else np.full_like(parts[1].array, 128 * 16, dtype=np.float32)
     zeros = _deinterleave(sixteenths.astype(np.float32) / np.float32(16))
     grouped = codes.reshape(codes.shape[0], -1, GROUP_SIZE).astype(np.float32)
@@ -158,7 +180,10 @@ def float_matrix(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, 
 
 
 def unpack_codes(kind: str, packed: Bytes) -> Bytes:
-    """Undo the interleaving: (blocks, groups, 256 or 512) -> (16 blocks, 32 groups) codes, int8 ones plus 128."""
+    """Undo the interleaving: (blocks, groups, 256 or 512) -> (16 blocks, 32 groups) codes, int8 ones plus 128.
+
+    Of int8-planes one half at a time.
+    """
     blocks, groups = packed.shape[:2]
     if kind == "int8":
         rows = packed.reshape(blocks, groups, 8, BLOCK_ROWS, 4).transpose(0, 3, 1, 2, 4)

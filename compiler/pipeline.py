@@ -138,8 +138,7 @@ def write_bundle(compiled: Compiled, progress: Progress) -> Manifest:
     config, loaded = compiled.config, compiled.loaded
     num_clusters = compiled.routing.clustering.num_clusters
     with progress.stage("write", num_clusters + 3) as advance, stage_bundle(config.output, force=config.force) as stage:
-        formats = QuantizeOptions(body=config.quantize, head=config.effective_head_quantize)
-        packer = Packer(formats=formats, moments=compiled.moments)
+        packer = Packer(formats=_formats(config), moments=compiled.moments)
         base_tensors = write_base(stage, loaded, packer)
         advance()
         if config.dense:
@@ -214,10 +213,17 @@ def _manifest(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
     )
 
 
+def _formats(config: CompileConfig) -> QuantizeOptions:
+    """Formats as they are stored: an int8 head can be screened."""
+    head = config.effective_head_quantize
+    return QuantizeOptions(body=config.quantize, head="int8-planes" if head == "int8" else head)
+
+
 def _quantization(config: CompileConfig, group: str) -> QuantizationRecord:
     if group == "norm":
         return QuantizationRecord(format="f32")
-    kind = config.effective_head_quantize if group in ("embedding", "head") else config.quantize
+    formats = _formats(config)
+    kind = formats.head if group in ("embedding", "head") else formats.body
     return QuantizationRecord(format=kind, group_size=GROUP_SIZE if kind in PACKED_FORMATS else None)
 
 

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from coreinfer.bundles.formats import GROUP_SIZE, PACKED_FORMATS, pack_int4, pack_int8, stored_shapes
+from coreinfer.bundles.formats import GROUP_SIZE, PACKED_FORMATS, pack_int4, pack_int8, pack_planes, stored_shapes
 from coreinfer.bundles.tensors import StoredTensor
 
 from .narrowing import bf16_bits
@@ -74,13 +75,17 @@ def store_matrix(
     Args:
         name: of the matrix.
         weight: (rows, cols).
-        kind: "bf16", "int8" or "int4".
+        kind: "bf16", "int8", "int8-planes" or "int4".
         moments: (cols,) second moments of the inputs; None for all alike.
     """
     if kind not in PACKED_FORMATS:
         return {name: StoredTensor("BF16", bf16_bits(weight.detach()))}
-    quantize = quantize_int4 if kind == "int4" else quantize_int8
-    parts = quantize(weight.detach().float().cpu(), moments)
+    values = weight.detach().float().cpu()
+    if kind == "int4":
+        parts = quantize_int4(values, moments)
+    else:
+        codes, scales = quantize_int8(values, moments)
+        parts = pack_planes(codes, scales) if kind == "int8-planes" else pack_int8(codes, scales)
     assert [name + suffix for suffix in parts] == list(stored_shapes(name, kind, (weight.shape[0], weight.shape[1])))
     return {name + suffix: tensor for suffix, tensor in parts.items()}
 
@@ -99,8 +104,10 @@ def quantize_int4(weight: torch.Tensor, moments: torch.Tensor | None) -> dict[st
     return pack_int4(codes.numpy(), scales, zeros)
 
 
-def quantize_int8(weight: torch.Tensor, moments: torch.Tensor | None) -> dict[str, StoredTensor]:
-    """Round (rows, cols) to 8 bits with a scale a group; see `pack_int8`."""
+def quantize_int8(
+    weight: torch.Tensor, moments: torch.Tensor | None
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """Round (rows, cols) to 8 bits with a scale a group: codes and scales as `pack_int8` takes them."""
     rows, cols = weight.shape
     all_codes, all_scales = [], []
     for groups, importance in _chunks(weight, moments):
@@ -116,7 +123,7 @@ def quantize_int8(weight: torch.Tensor, moments: torch.Tensor | None) -> dict[st
         all_codes.append(best.codes.to(torch.int8))
         all_scales.append(best.scales)
     codes = torch.cat(all_codes).reshape(rows, -1)[:, :cols]
-    return pack_int8(codes.numpy(), torch.cat(all_scales).reshape(rows, -1).numpy().astype(np.float16))
+    return codes.numpy(), torch.cat(all_scales).reshape(rows, -1).numpy().astype(np.float16)
 
 
 def _chunks(weight: torch.Tensor, moments: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -88,7 +88,7 @@ class _Subject:
         start = time.perf_counter()
         token_id = self._prompt[0]
         for _ in range(self._options.num_tokens):
-            token_id = int(self.decoder.forward([token_id])[0].argmax())
+            token_id = int(self.decoder.forward([token_id], greedy=True)[0].argmax())
         self._decode.append(self._options.num_tokens / (time.perf_counter() - start))
 
     def forget(self) -> None:
@@ -106,7 +106,7 @@ class _Subject:
     def run(self, read_gbps: float) -> BenchRun:
         """Sum up."""
         self.decoder.use(self._choice)
-        num_bytes = self.decoder.bytes_per_token(_START_TOKENS + self._options.num_tokens // 2)
+        num_bytes = self.decoder.bytes_per_token(_START_TOKENS + self._options.num_tokens // 2, greedy=True)
         decode = statistics.median(self._decode)
         return BenchRun(
             isa=self.decoder.isa,

@@ -43,8 +43,14 @@ class Decoder(Protocol):
     def truncate(self, num_tokens: int) -> None:
         """Keep only the first `num_tokens` tokens of the KV cache."""
 
-    def forward(self, token_ids: Sequence[int], *, all_logits: bool = False) -> npt.NDArray[np.float32]:
+    def forward(
+        self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False
+    ) -> npt.NDArray[np.float32]:
         """Append tokens to the KV cache.
+
+        Args:
+            all_logits: give the logits of all tokens.
+            greedy: only the likeliest token will be asked for: logits of others may be approximate.
 
         Returns:
             (tokens, vocabulary) float32 logits with `all_logits`, else (1, vocabulary) of the last token.

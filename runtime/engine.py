@@ -215,7 +215,7 @@ class Engine:
                 "another generation is running on this engine; finish or close it, or load a second engine"
             )
         try:
-            logits = self._prefill(request)
+            logits = self._prefill(request, greedy=sampler.greedy)
             prefill_seconds = time.perf_counter() - request.start_seconds
             decode_start = time.perf_counter()
             room = self.manifest.model.max_positions - len(request.token_ids)
@@ -234,11 +234,11 @@ class Engine:
                 )
                 if reason:
                     return
-                logits = self.decoder.forward([token_id])
+                logits = self.decoder.forward([token_id], greedy=sampler.greedy)
         finally:
             self._busy.release()
 
-    def _prefill(self, request: _Request) -> npt.NDArray[np.float32]:
+    def _prefill(self, request: _Request, *, greedy: bool) -> npt.NDArray[np.float32]:
         """Read the prompt, with the dense FFN where there is one, and put the decoding weights in place."""
         if request.plan.mode == "similarity":
             self.bundle.packs[request.route.cluster].prefetch()
@@ -250,7 +250,7 @@ class Engine:
         if request.plan.needs_statistic:
             logits, statistic = self.decoder.prompt_statistic(request.token_ids)
         else:
-            logits = self.decoder.forward(request.token_ids)
+            logits = self.decoder.forward(request.token_ids, greedy=greedy)
         self.decoder.use(decode_choice(request.plan, request.route, self.bundle, statistic, len(request.token_ids)))
         return logits
 

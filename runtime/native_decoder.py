@@ -70,9 +70,12 @@ class NativeDecoder:
         """Tokens in the KV cache."""
         return int(self._model.num_cached)
 
-    def bytes_per_token(self, num_cached: int) -> int:
-        """Bytes of weights and of `num_cached` tokens' keys and values that the next token reads."""
-        return int(self._model.bytes_per_token(num_cached))
+    def bytes_per_token(self, num_cached: int, *, greedy: bool = False) -> int:
+        """Bytes of weights and of `num_cached` tokens' keys and values that the next token reads at least.
+
+        With `greedy` of a screened head what is read for all tokens; what is scored again is not counted.
+        """
+        return int(self._model.bytes_per_token(num_cached, greedy))
 
     def use(self, choice: FfnChoice) -> None:
         """Run with other FFN weights from the next token on.
@@ -109,13 +112,16 @@ class NativeDecoder:
         """Keep only the first `num_tokens` tokens of the KV cache."""
         self._model.truncate(num_tokens)
 
-    def forward(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Floats:
+    def forward(self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False) -> Floats:
         """Append tokens to the KV cache; see `Decoder.forward`.
+
+        With `greedy` an int8 head is screened: tokens that can hardly be the likeliest are scored by the high halves
+        of the weights only.
 
         Raises:
             ConfigError: a token id is out of range, or the KV cache is full.
         """
-        return self._forward(token_ids, all_logits=all_logits, watcher=None)
+        return self._forward(token_ids, all_logits=all_logits, greedy=greedy, watcher=None)
 
     def prompt_statistic(self, token_ids: Sequence[int]) -> tuple[Floats, Floats]:
         """Append a prompt and sum up its FFN activations; see `Decoder.prompt_statistic`."""
@@ -128,14 +134,19 @@ class NativeDecoder:
                 plan.selection, activations[:, : model.ffn_dim], alpha=plan.alpha, beta=plan.beta, sentence=False
             )
 
-        return self._forward(token_ids, all_logits=False, watcher=add), statistics
+        return self._forward(token_ids, all_logits=False, greedy=False, watcher=add), statistics
 
     def _forward(
-        self, token_ids: Sequence[int], *, all_logits: bool, watcher: Callable[[int, Floats], None] | None
+        self,
+        token_ids: Sequence[int],
+        *,
+        all_logits: bool,
+        greedy: bool,
+        watcher: Callable[[int, Floats], None] | None,
     ) -> Floats:
         try:
             ids = np.asarray(token_ids, dtype=np.int32)
-            logits: Floats = self._model.forward(ids, all_logits, watcher)
+            logits: Floats = self._model.forward(ids, all_logits, greedy, watcher)
         except (ValueError, OverflowError) as error:
             raise ConfigError(str(error)) from error
         except RuntimeError as error:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import Bundle, BundleCorrupt, Manifest, UnsupportedModelError
 from coreinfer.bundles.contract import tensor_name
+from coreinfer.bundles.formats import stored_parts
 from coreinfer.bundles.tensors import TensorFile
 
 __all__ = ["ffn_layers", "model_spec"]
@@ -239,18 +240,16 @@ def _positions(base: TensorFile, names: _Names, manifest: Manifest) -> Matrix | 
 
 def _matrix(file: TensorFile, name: str, shape: tuple[int, int]) -> Matrix:
     """Describe a stored matrix as the native module takes it; it checks the sizes."""
-    for kind, suffixes in {"int4": ("q4", "scale", "zero"), "int8": ("q8", "scale")}.items():
-        if f"{name}.{suffixes[0]}" in file:
-            return (kind, *shape, *(file[f"{name}.{suffix}"].array for suffix in suffixes))
-    if name not in file:
-        raise BundleCorrupt(f"{file.path}: tensor {name!r} is missing; compile the bundle again")
-    stored = file[name]
-    if stored.dtype != "BF16":
+    try:
+        kind, parts = stored_parts(file, name)
+    except KeyError as error:
+        raise BundleCorrupt(f"{file.path}: tensor {error} is missing; compile the bundle again") from error
+    if kind == "f32":
         raise UnsupportedModelError(
-            f"{file.path}: tensor {name!r} is {stored.dtype}; the native engine reads bf16, int8 and int4 matrices: "
+            f"{file.path}: tensor {name!r} is F32; the native engine reads bf16, int8 and int4 matrices: "
             "use engine='torch'"
         )
-    return ("bf16", *shape, stored.array)
+    return (kind, *shape, *(part.array for part in parts))
 
 
 def _vector(file: TensorFile, name: str) -> Floats | None:

@@ -64,6 +64,11 @@ class Sampler:
         self._seen = {int(token_id) for token_id in prompt_ids}
         self._generator = np.random.Generator(np.random.PCG64(params.seed))
 
+    @property
+    def greedy(self) -> bool:
+        """Whether only the place of the largest logit matters."""
+        return self._params.temperature == 0 and self._params.repetition_penalty == 1
+
     def sample(self, logits: Logits) -> int:
         """Draw the next token, which counts as seen from then on.
 
@@ -75,7 +80,9 @@ class Sampler:
             ConfigError: the logits are no vector, or a seen token is not among them.
             CoreInferError: the logits hold NaN or infinity, or are minus infinity throughout.
         """
-        if self._params.temperature == 0:
+        if self.greedy:
+            token_id = _largest(logits)
+        elif self._params.temperature == 0:
             token_id = int(_penalized(logits, self._params.repetition_penalty, self._seen).argmax())
         else:
             token_id = self._draw(distribution(logits, self._params, self._seen))
@@ -116,9 +123,23 @@ def distribution(logits: Logits, params: SamplingParams, seen_ids: Collection[in
     return probabilities
 
 
-def _penalized(logits: Logits, penalty: float, seen_ids: Collection[int]) -> Doubles:
+def _largest(logits: Logits) -> int:
+    """Find the likeliest token without a copy of the logits."""
+    _check_vector(logits)
+    token_id = int(logits.argmax())
+    # argmax finds a NaN where there is one.
+    if not np.isfinite(logits[token_id]):
+        raise CoreInferError(_not_finite(logits.astype(np.float64)))
+    return token_id
+
+
+def _check_vector(logits: Logits) -> None:
     if logits.ndim != 1 or logits.size == 0:
         raise ConfigError(f"logits: expected the shape (vocab,), got {logits.shape}")
+
+
+def _penalized(logits: Logits, penalty: float, seen_ids: Collection[int]) -> Doubles:
+    _check_vector(logits)
     scores = logits.astype(np.float64)
     if penalty != 1 and seen_ids:
         seen = _seen_array(seen_ids, scores.size)

@@ -25,7 +25,7 @@ __all__ = ["TorchDecoder"]
 
 _log = logging.getLogger(__name__)
 LayerTensors = list[dict[str, torch.Tensor]]
-_PACKED_SUFFIX = re.compile(r"\.(q4|q8|scale|zero)$")
+_PACKED_SUFFIX = re.compile(r"\.(q4|q8|high|low|scale|zero)$")
 
 
 class TorchDecoder:
@@ -95,8 +95,10 @@ class TorchDecoder:
         elif num_tokens < self.num_cached:
             self._cache.crop(num_tokens - self.num_cached)
 
-    def forward(self, token_ids: Sequence[int], *, all_logits: bool = False) -> npt.NDArray[np.float32]:
-        """Append tokens to the KV cache; see `Decoder.forward`."""
+    def forward(
+        self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Append tokens to the KV cache; see `Decoder.forward`. All logits are exact, `greedy` or not."""
         ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self._device)
         with torch.inference_mode():
             output = self._model(

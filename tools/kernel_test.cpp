@@ -43,7 +43,10 @@ struct Weights {
       halves.get()[i] = float_to_half(0.01f * (1.0f + draw()));
       zeros.get()[i] = generator() % 256;
     }
+    lows.resize(tiles * view.tile_bytes());
+    for (size_t i = 0; i < tiles * view.tile_bytes(); ++i) lows.get()[i] = generator() % 256;
     view.codes = bytes.get();
+    view.lows = lows.get();
     view.scales = halves.get();
     view.zeros = zeros.get();
     if (format != Format::bf16) return;
@@ -51,7 +54,7 @@ struct Weights {
     view.bf16 = halves.get();
   }
   Matrix view;
-  Buffer<uint8_t> bytes, zeros;
+  Buffer<uint8_t> bytes, zeros, lows;
   Buffer<uint16_t> halves;
 };
 
@@ -63,7 +66,7 @@ void fill(ActivationBuffer& x, int num_tokens, int size) {
 
 void test_multiply(const Kernels& kernels) {
   const Kernels& portable = portable_kernels();
-  for (Format format : {Format::bf16, Format::int8, Format::int4})
+  for (Format format : {Format::bf16, Format::int8, Format::int4, Format::int8_planes})
     for (int rows : {1, 5, 16, 17, 50})
       for (int cols : {1, 31, 32, 33, 70, 256})
         for (int num_tokens : {1, 2, 3, 9}) {
@@ -79,6 +82,23 @@ void test_multiply(const Kernels& kernels) {
           portable.multiply(w.view, x.view, num_tokens, expected.get(), stride, 0, w.view.num_blocks());
           compare("multiply", got.get(), expected.get(), num_tokens * stride);
         }
+}
+
+void test_screen(const Kernels& kernels) {
+  for (int rows : {5, 16, 50})
+    for (int cols : {31, 256}) {
+      const Weights w(Format::int8_planes, rows, cols);
+      ActivationBuffer x;
+      fill(x, 1, cols);
+      portable_kernels().quantize(x.view, x.view.stride);
+      const int size = round_up(rows, kBlockRows);
+      Buffer<float> got[2], expected[2];
+      for (auto* pair : {got, expected}) pair[0].resize(size), pair[1].resize(size);
+      kernels.screen(w.view, x.view, got[0].get(), got[1].get(), 0, w.view.num_blocks());
+      portable_kernels().screen(w.view, x.view, expected[0].get(), expected[1].get(), 0, w.view.num_blocks());
+      compare("screen", got[0].get(), expected[0].get(), size);
+      compare("deviations", got[1].get(), expected[1].get(), size);
+    }
 }
 
 void test_quantize(const Kernels& kernels) {
@@ -190,6 +210,7 @@ int main() {
   for (const Kernels* kernels : available_kernels()) {
     const int before = num_failures;
     test_multiply(*kernels);
+    test_screen(*kernels);
     test_quantize(*kernels);
     test_vectors(*kernels);
     test_attend(*kernels);

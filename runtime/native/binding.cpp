@@ -34,7 +34,8 @@ const void* bytes_of(const py::handle& array, size_t num_bytes, const std::strin
   return values.data();
 }
 
-// ("bf16", rows, cols, bits) or ("int8", rows, cols, codes, scales) or ("int4", rows, cols, codes, scales, zeros).
+// ("bf16", rows, cols, bits) or ("int8", rows, cols, codes, scales) or ("int4", rows, cols, codes, scales, zeros)
+// or ("int8-planes", rows, cols, high halves, scales, low halves).
 Matrix read_matrix(const py::handle& object, const std::string& what, Owners& owners) {
   const py::tuple parts = py::cast<py::tuple>(object);
   const std::string format = py::cast<std::string>(parts[0]);
@@ -47,15 +48,16 @@ Matrix read_matrix(const py::handle& object, const std::string& what, Owners& ow
     w.bf16 = static_cast<const uint16_t*>(bytes_of(parts[3], w.num_bytes(), what, owners));
     return w;
   }
-  if (format != "int8" && format != "int4") refuse(what, "bf16, int8 or int4", format);
-  w.format = format == "int8" ? Format::int8 : Format::int4;
+  if (format != "int8" && format != "int4" && format != "int8-planes")
+    refuse(what, "bf16, int8, int8-planes or int4", format);
+  w.format = format == "int8" ? Format::int8 : format == "int4" ? Format::int4 : Format::int8_planes;
   const size_t tiles = size_t(w.num_blocks()) * w.num_groups();
   w.codes = static_cast<const uint8_t*>(bytes_of(parts[3], tiles * w.tile_bytes(), what, owners));
   w.scales = static_cast<const uint16_t*>(bytes_of(parts[4], tiles * kBlockRows * 2, what + " scales", owners));
-  // The kernels step through this pointer even where int8 has no zero points.
-  w.zeros = w.codes;
   if (w.format == Format::int4)
     w.zeros = static_cast<const uint8_t*>(bytes_of(parts[5], tiles * kBlockRows, what + " zeros", owners));
+  if (w.format == Format::int8_planes)
+    w.lows = static_cast<const uint8_t*>(bytes_of(parts[5], tiles * w.tile_bytes(), what + " low halves", owners));
   return w;
 }
 
@@ -235,7 +237,7 @@ class Model {
     return out;
   }
 
-  py::array forward(const Ids& ids, bool all_logits, const py::object& watcher) {
+  py::array forward(const Ids& ids, bool all_logits, bool screened, const py::object& watcher) {
     const std::unique_lock<std::mutex> lock = acquire();
     check_ids(ids);
     const int num_tokens = static_cast<int>(ids.size()), vocab = decoder_->weights.vocab;
@@ -249,7 +251,7 @@ class Model {
       };
     {
       py::gil_scoped_release release;
-      decoder_->forward(ids.data(), num_tokens, all_logits, logits.mutable_data(), watch);
+      decoder_->forward(ids.data(), num_tokens, all_logits, screened, logits.mutable_data(), watch);
     }
     if (failure) std::rethrow_exception(failure);
     return logits[py::make_tuple(py::ellipsis(), py::slice(0, vocab, 1))];
@@ -264,9 +266,9 @@ class Model {
   int num_cached() const { return decoder_->num_cached; }
   int num_threads() const { return decoder_->threads.size(); }
   std::string isa() const { return decoder_->kernels.name; }
-  size_t bytes_per_token(int num_tokens) const {
+  size_t bytes_per_token(int num_tokens, bool screened) const {
     if (!decoder_->ffn) refuse("FFN", "one in use", "none");
-    return decoder_->bytes_per_token(num_tokens);
+    return decoder_->bytes_per_token(num_tokens, screened);
   }
 
  private:
@@ -398,9 +400,10 @@ PYBIND11_MODULE(_native, module) {
            py::arg("num_threads"), py::arg("max_neurons"))
       .def("use", &Model::use, py::arg("ffn"))
       .def("gather", &Model::gather, py::arg("ffn"), py::arg("neuron_ids"))
-      .def("forward", &Model::forward, py::arg("ids"), py::arg("all_logits") = false, py::arg("watcher") = py::none())
+      .def("forward", &Model::forward, py::arg("ids"), py::arg("all_logits") = false, py::arg("screened") = false,
+           py::arg("watcher") = py::none())
       .def("truncate", &Model::truncate, py::arg("num_tokens"))
-      .def("bytes_per_token", &Model::bytes_per_token, py::arg("num_tokens"))
+      .def("bytes_per_token", &Model::bytes_per_token, py::arg("num_tokens"), py::arg("screened") = false)
       .def_property_readonly("num_cached", &Model::num_cached)
       .def_property_readonly("num_threads", &Model::num_threads)
       .def_property_readonly("isa", &Model::isa);

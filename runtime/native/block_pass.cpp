@@ -47,7 +47,7 @@ class BlockPass {
         value_(key_ + round_up(weights_.kv_size(), kGroup)),
         qkv_stride_(value_ + round_up(weights_.kv_size(), kGroup)) {}
 
-  void run(const int32_t* ids, bool all_logits, float* logits, const Watcher& watcher) {
+  void run(const int32_t* ids, bool all_logits, bool screened, float* logits, const Watcher& watcher) {
     each_token([&](int t) { embed(weights_, kernels_, ids[t], start_ + t, own_.inputs.view, residual(t)); });
     const int num_layers = static_cast<int>(weights_.layers.size());
     for (int layer = 0; layer < num_layers; ++layer) {
@@ -58,7 +58,7 @@ class BlockPass {
         decoder_.threads.barrier();
       }
     }
-    if (logits) head(all_logits, logits);
+    if (logits) head(all_logits, screened, logits);
   }
 
  private:
@@ -153,7 +153,7 @@ class BlockPass {
                      shared_.neurons.view.token(t));
   }
 
-  void head(bool all_logits, float* logits) {
+  void head(bool all_logits, bool screened, float* logits) {
     const int first = all_logits ? 0 : num_tokens_ - 1;
     each_token([&](int t) {
       if (t < first) return;
@@ -161,6 +161,7 @@ class BlockPass {
       prepare_inputs(weights_, kernels_, weights_.final_norm, residual(t), inputs);
       if (!weights_.project_out.empty()) project_out(inputs);
     });
+    if (!all_logits) return compute_head(decoder_, shared_.inputs.view.token(first), thread_, screened, logits);
     multiply_share(kernels_, {{&weights_.head, logits}}, shared_.inputs.view.token(first), num_tokens_ - first,
                    round_up(weights_.vocab, kBlockRows), thread_, decoder_.threads);
   }
@@ -184,10 +185,10 @@ class BlockPass {
 
 }  // namespace
 
-void read_block(Decoder& decoder, const int32_t* ids, int num_tokens, bool all_logits, float* logits,
+void read_block(Decoder& decoder, const int32_t* ids, int num_tokens, bool all_logits, bool screened, float* logits,
                 const Watcher& watcher) {
   decoder.threads.run(
-      [&](int thread) { BlockPass(decoder, thread, num_tokens).run(ids, all_logits, logits, watcher); });
+      [&](int thread) { BlockPass(decoder, thread, num_tokens).run(ids, all_logits, screened, logits, watcher); });
   decoder.num_cached += num_tokens;
 }
 

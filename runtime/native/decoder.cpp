@@ -44,23 +44,28 @@ Decoder::Decoder(ModelWeights model, const Kernels& table, int num_threads, int 
       kernels(table),
       cache(static_cast<int>(weights.layers.size()), weights.num_kv_heads, weights.head_dim, weights.max_positions),
       threads(num_threads) {
+  if (weights.head.format == Format::int8_planes) deviations.resize(round_up(weights.vocab, kBlockRows));
   allocate(token, weights, max_neurons, num_threads);
   allocate(block, weights, max_neurons, num_threads);
 }
 
-void Decoder::forward(const int32_t* ids, int num_tokens, bool all_logits, float* logits, const Watcher& watcher) {
-  if (num_tokens == 1 && !watcher) return decode_token(*this, ids[0], logits);
+void Decoder::forward(const int32_t* ids, int num_tokens, bool all_logits, bool screened, float* logits,
+                      const Watcher& watcher) {
+  if (num_tokens == 1 && !watcher) return decode_token(*this, ids[0], screened, logits);
   const size_t stride = round_up(weights.vocab, kBlockRows);
   for (int first = 0; first < num_tokens; first += kBlockTokens) {
     const int count = std::min(kBlockTokens, num_tokens - first);
     const bool last = first + count == num_tokens;
     float* out = all_logits ? logits + first * stride : last ? logits : nullptr;
-    read_block(*this, ids + first, count, all_logits, out, watcher);
+    read_block(*this, ids + first, count, all_logits, screened, out, watcher);
   }
 }
 
-size_t Decoder::bytes_per_token(int num_tokens) const {
-  size_t total = weights.head.num_bytes() + weights.project_in.num_bytes() + weights.project_out.num_bytes();
+size_t Decoder::bytes_per_token(int num_tokens, bool screened) const {
+  // What is scored again after screening is not counted.
+  screened = screened && weights.head.format == Format::int8_planes;
+  size_t total = (screened ? weights.head.screening_bytes() : weights.head.num_bytes()) +
+                 weights.project_in.num_bytes() + weights.project_out.num_bytes();
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     const AttentionWeights& attention = weights.layers[i].attention;
     for (const Linear* linear : {&attention.query, &attention.key, &attention.value, &attention.output})

@@ -76,6 +76,12 @@ void unpack_row(const Matrix& w, int row, float* out) {
     const float zero = four_bits ? w.zeros[tile * kBlockRows + lane] / 16.0f : 128.0f;
     for (int i = 0; i < kGroup && g * kGroup + i < w.cols; ++i) {
       const int quad = i / 4;
+      if (w.format == Format::int8_planes) {
+        const uint8_t* lows = w.lows + tile * w.tile_bytes() + lane * 4;
+        const int at = quad / 2 * 64 + i % 4, shift = quad % 2 * 4;
+        out[g * kGroup + i] = scale * (((codes[at] >> shift & 15) << 4 | (lows[at] >> shift & 15)) - zero);
+        continue;
+      }
       const int byte = four_bits ? codes[quad / 2 * 64 + i % 4] >> (quad % 2 * 4) & 15 : codes[quad * 64 + i % 4];
       out[g * kGroup + i] = scale * (byte - zero);
     }

@@ -31,11 +31,15 @@ struct Kernels {
   // y[token * y_stride + row] for the rows of blocks [block_begin, block_end); y is padded to whole blocks.
   void (*multiply)(const Matrix& w, const Activations& x, int num_tokens, float* y, size_t y_stride, int block_begin,
                    int block_end);
+  // For one token and int8_planes: y from the high halves alone, and the standard deviation of what they leave out.
+  void (*screen)(const Matrix& w, const Activations& x, float* y, float* deviations, int block_begin, int block_end);
   // RMS norm (no bias) or layer norm.
   void (*rms_norm)(const float* x, const float* weight, float epsilon, int size, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int size, float* out);
   // out = act(gate) * up, or act(up) where gate is null; all padded to 16.
   void (*activate)(Nonlinearity kind, const float* gate, const float* up, int size, float* out);
+  // Index of the first of the largest values.
+  int (*largest)(const float* values, int size);
   void (*attend)(const AttentionTask& task);
   void (*add)(float* x, const float* y, int size);  // x += y
   void (*to_half)(const float* x, int size, uint16_t* out);

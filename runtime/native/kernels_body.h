@@ -31,70 +31,109 @@ void quantize(const Activations& x, int num_values) {
     }
     const float amax = V::reduce_max(largest);
     const V::F inverse = V::set1(amax > 0 ? 127.0f / amax : 0.0f);
-    V::F sum = V::set1(0.0f);
+    V::F sum = V::set1(0.0f), energy = V::set1(0.0f);
     for (int i = 0; i < kParts; ++i) {
+      energy = V::fma(part[i], part[i], energy);
       const V::F rounded = V::round(part[i] * inverse);
       V::store_int8(x.codes + g * kGroup + i * V::kLanes, rounded);
       sum = sum + rounded;
     }
     x.scales[g] = amax / 127.0f;
     x.sums[g] = V::reduce_add(sum) / 16.0f;
+    x.energies[g] = V::reduce_add(energy);
   }
 }
 
+// How one tile of 16 rows x 32 inputs is stored, by format.
+template <Format kFormat>
+struct Tile {
+  static constexpr bool kNibbles = kFormat != Format::int8;
+  static constexpr bool kPlanes = kFormat == Format::int8_planes;
+  static constexpr int kBytes = kNibbles ? 256 : 512;
+  // Zero point in sixteenths, where it is the same for all rows.
+  static constexpr float kZero = kPlanes ? 16 * 128.0f : 16.0f * V::kByteOffset;
+};
+
+// Add the products of one tile of nibbles.
+template <int kTokens, int kChains>
+inline void add_nibbles(const uint8_t* codes, const int8_t* quads, int stride, V::I (*sums)[kChains][kVectors]) {
+  for (int j = 0; j < 4; ++j)
+    for (int v = 0; v < kVectors; ++v) {
+      const V::B bytes = V::load_bytes(codes + j * 64 + v * V::kLanes * 4);
+      const V::B low = V::low_nibbles(bytes), high = V::high_nibbles(bytes);
+      for (int t = 0; t < kTokens; ++t) {
+        const int8_t* quad = quads + size_t(t) * stride + j * 8;
+        sums[t][0][v] = V::dot_nibbles(sums[t][0][v], low, quad);
+        sums[t][kChains - 1][v] = V::dot_nibbles(sums[t][kChains - 1][v], high, quad + 4);
+      }
+    }
+}
+
+template <int kTokens, int kChains>
+inline void add_bytes(const uint8_t* codes, const int8_t* quads, int stride, V::I (*sums)[kChains][kVectors]) {
+  for (int j = 0; j < 8; ++j)
+    for (int v = 0; v < kVectors; ++v) {
+      const V::B bytes = V::load_bytes(codes + j * 64 + v * V::kLanes * 4);
+      for (int t = 0; t < kTokens; ++t) {
+        auto& sum = sums[t][j % kChains][v];
+        sum = V::dot_bytes(sum, bytes, quads + size_t(t) * stride + j * 4);
+      }
+    }
+}
+
+template <int kTokens, int kChains>
+inline void clear(V::I (*sums)[kChains][kVectors]) {
+  for (int t = 0; t < kTokens; ++t)
+    for (int c = 0; c < kChains; ++c)
+      for (int v = 0; v < kVectors; ++v) sums[t][c][v] = V::zero();
+}
+
+template <int kChains>
+inline V::F joined(const V::I (*chains)[kVectors], int v) {
+  V::I sum = chains[0][v];
+  if constexpr (kChains == 2) sum = V::add_int(sum, chains[1][v]);
+  return V::to_float(sum);
+}
+
+inline void prefetch_tile(const uint8_t* codes, int num_bytes) {
+  for (int line = 0; line < num_bytes; line += 64) __builtin_prefetch(codes + 1024 + num_bytes + line);
+}
+
 // One block of 16 rows times kTokens tokens, from integer codes.
-template <bool kFourBits, int kTokens>
+template <Format kFormat, int kTokens>
 inline void multiply_codes(const Matrix& w, const Activations& x, float* y, size_t y_stride, int block) {
-  constexpr int kTileBytes = kFourBits ? 256 : 512;
+  using T = Tile<kFormat>;
   constexpr int kChains = kTokens == 1 ? 2 : 1;  // independent sums hide the latency of the dot product
-  constexpr int kLaneBytes = V::kLanes * 4;
   const int num_groups = w.num_groups(), x_groups = x.stride / kGroup;
   const size_t tile = size_t(block) * num_groups;
-  const uint8_t* codes = w.codes + tile * kTileBytes;
+  const uint8_t* codes = w.codes + tile * T::kBytes;
+  const uint8_t* lows = w.lows + (T::kPlanes ? tile * T::kBytes : 0);
   const uint16_t* scales = w.scales + tile * kBlockRows;
-  const uint8_t* zeros = w.zeros + tile * kBlockRows;
+  const uint8_t* zeros = w.zeros + (kFormat == Format::int4 ? tile * kBlockRows : 0);
   V::F total[kTokens][kVectors];
   for (auto& vectors : total)
     for (auto& value : vectors) value = V::set1(0.0f);
-  for (int g = 0; g < num_groups; ++g, codes += kTileBytes, scales += kBlockRows, zeros += kBlockRows) {
-    V::I sums[kTokens][kChains][kVectors];
-    for (auto& chains : sums)
-      for (auto& vectors : chains)
-        for (auto& value : vectors) value = V::zero();
+  for (int g = 0; g < num_groups; ++g, codes += T::kBytes, scales += kBlockRows) {
+    V::I sums[kTokens][kChains][kVectors], low_sums[kTokens][kChains][kVectors];
     const int8_t* quads = x.codes + g * kGroup;
-    if constexpr (kFourBits) {
-      for (int j = 0; j < 4; ++j)
-        for (int v = 0; v < kVectors; ++v) {
-          const V::B bytes = V::load_bytes(codes + j * 64 + v * kLaneBytes);
-          const V::B low = V::low_nibbles(bytes), high = V::high_nibbles(bytes);
-          for (int t = 0; t < kTokens; ++t) {
-            const int8_t* quad = quads + size_t(t) * x.stride + j * 8;
-            sums[t][0][v] = V::dot_nibbles(sums[t][0][v], low, quad);
-            sums[t][kChains - 1][v] = V::dot_nibbles(sums[t][kChains - 1][v], high, quad + 4);
-          }
-        }
-    } else {
-      for (int j = 0; j < 8; ++j)
-        for (int v = 0; v < kVectors; ++v) {
-          const V::B bytes = V::load_bytes(codes + j * 64 + v * kLaneBytes);
-          for (int t = 0; t < kTokens; ++t) {
-            auto& sum = sums[t][j % kChains][v];
-            sum = V::dot_bytes(sum, bytes, quads + size_t(t) * x.stride + j * 4);
-          }
-        }
+    clear<kTokens, kChains>(sums);
+    if constexpr (T::kNibbles)
+      add_nibbles<kTokens, kChains>(codes, quads, x.stride, sums);
+    else
+      add_bytes<kTokens, kChains>(codes, quads, x.stride, sums);
+    if constexpr (T::kPlanes) {
+      clear<kTokens, kChains>(low_sums);
+      add_nibbles<kTokens, kChains>(lows + g * T::kBytes, quads, x.stride, low_sums);
     }
-    if constexpr (kTokens == 1) {
-      for (int line = 0; line < kTileBytes; line += 64) __builtin_prefetch(codes + 1024 + kTileBytes + line);
-    }
+    if constexpr (kTokens == 1) prefetch_tile(codes, T::kBytes);
     for (int v = 0; v < kVectors; ++v) {
       const V::F scale = V::load_half(scales + v * V::kLanes);
-      V::F zero = V::set1(16.0f * V::kByteOffset);
-      if constexpr (kFourBits) zero = V::load_u8(zeros + v * V::kLanes);
+      V::F zero = V::set1(T::kZero);
+      if constexpr (kFormat == Format::int4) zero = V::load_u8(zeros + g * kBlockRows + v * V::kLanes);
       for (int t = 0; t < kTokens; ++t) {
-        V::I sum = sums[t][0][v];
-        if constexpr (kChains == 2) sum = V::add_int(sum, sums[t][1][v]);
-        V::F value = V::to_float(sum);
-        if constexpr (kFourBits || V::kByteOffset != 0)
+        V::F value = joined<kChains>(sums[t], v);
+        if constexpr (T::kPlanes) value = V::fma(value, V::set1(16.0f), joined<kChains>(low_sums[t], v));
+        if constexpr (kFormat == Format::int4 || T::kZero != 0)
           value = V::fnma(zero, V::set1(x.sums[t * x_groups + g]), value);
         total[t][v] = V::fma(value, scale * V::set1(x.scales[t * x_groups + g]), total[t][v]);
       }
@@ -102,6 +141,39 @@ inline void multiply_codes(const Matrix& w, const Activations& x, float* y, size
   }
   for (int t = 0; t < kTokens; ++t)
     for (int v = 0; v < kVectors; ++v) V::store(y + t * y_stride + block * kBlockRows + v * V::kLanes, total[t][v]);
+}
+
+// The low halves are taken for 7.5. As if they were evenly spread, their variance is (16^2 - 1) / 12.
+constexpr float kLowMean = 7.5f, kLowVariance = 21.25f;
+
+inline void screen_block(const Matrix& w, const Activations& x, float* y, float* deviations, int block) {
+  using T = Tile<Format::int8_planes>;
+  const int num_groups = w.num_groups();
+  const size_t tile = size_t(block) * num_groups;
+  const uint8_t* codes = w.codes + tile * T::kBytes;
+  const uint16_t* scales = w.scales + tile * kBlockRows;
+  V::F total[kVectors], variance[kVectors];
+  for (int v = 0; v < kVectors; ++v) total[v] = variance[v] = V::set1(0.0f);
+  for (int g = 0; g < num_groups; ++g, codes += T::kBytes, scales += kBlockRows) {
+    V::I sums[1][2][kVectors];
+    clear<1, 2>(sums);
+    add_nibbles<1, 2>(codes, x.codes + g * kGroup, x.stride, sums);
+    prefetch_tile(codes, T::kBytes);
+    for (int v = 0; v < kVectors; ++v) {
+      const V::F scale = V::load_half(scales + v * V::kLanes);
+      const V::F value = V::fnma(V::set1(128.0f - kLowMean), V::set1(x.sums[g]), joined<2>(sums[0], v));
+      total[v] = V::fma(value, scale * V::set1(16.0f * x.scales[g]), total[v]);
+      variance[v] = V::fma(scale * scale, V::set1(kLowVariance * x.energies[g]), variance[v]);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    V::store(y + block * kBlockRows + v * V::kLanes, total[v]);
+    V::store(deviations + block * kBlockRows + v * V::kLanes, V::sqrt(variance[v]));
+  }
+}
+
+void screen(const Matrix& w, const Activations& x, float* y, float* deviations, int block_begin, int block_end) {
+  for (int block = block_begin; block < block_end; ++block) screen_block(w, x, y, deviations, block);
 }
 
 // kRows rows times kTokens tokens, from bfloat16.
@@ -129,8 +201,9 @@ inline void multiply_bf16_rows(const Matrix& w, const Activations& x, float* y, 
 
 template <int kTokens>
 inline void multiply_block(const Matrix& w, const Activations& x, float* y, size_t y_stride, int block) {
-  if (w.format == Format::int4) return multiply_codes<true, kTokens>(w, x, y, y_stride, block);
-  if (w.format == Format::int8) return multiply_codes<false, kTokens>(w, x, y, y_stride, block);
+  if (w.format == Format::int4) return multiply_codes<Format::int4, kTokens>(w, x, y, y_stride, block);
+  if (w.format == Format::int8) return multiply_codes<Format::int8, kTokens>(w, x, y, y_stride, block);
+  if (w.format == Format::int8_planes) return multiply_codes<Format::int8_planes, kTokens>(w, x, y, y_stride, block);
   const int end = block * kBlockRows + kBlockRows < w.rows ? block * kBlockRows + kBlockRows : w.rows;
   int row = block * kBlockRows;
   for (; row + 4 <= end; row += 4) multiply_bf16_rows<4, kTokens>(w, x, y, y_stride, row);
@@ -290,6 +363,26 @@ void attend(const AttentionTask& task) {
   }
 }
 
+int largest(const float* values, int size) {
+  constexpr int kStep = 1024;
+  float best = values[0];
+  int start = 0;
+  for (int first = 0; first < size; first += kStep) {
+    const int last = first + kStep < size ? first + kStep : size;
+    V::F most = V::set1(best);
+    int i = first;
+    for (; i + V::kLanes <= last; i += V::kLanes) most = V::max(V::load(values + i), most);
+    float found = V::reduce_max(most);
+    for (; i < last; ++i) found = values[i] > found ? values[i] : found;
+    if (found > best) {
+      best = found;
+      start = first;
+    }
+  }
+  while (start + 1 < size && values[start] < best) ++start;
+  return start;
+}
+
 void add(float* x, const float* y, int size) {
   int i = 0;
   for (; i + V::kLanes <= size; i += V::kLanes) V::store(x + i, V::load(x + i) + V::load(y + i));
@@ -319,4 +412,4 @@ uint64_t read_sum(const uint64_t* words, size_t num_words) {
   return total;
 }
 
-const Kernels kTable = {V::kName, quantize, multiply, rms_norm, layer_norm, activate, attend, add, to_half, read_sum};
+const Kernels kTable = {V::kName, quantize, multiply, screen, rms_norm, layer_norm, activate, largest, attend, add, to_half, read_sum};

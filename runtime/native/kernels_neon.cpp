@@ -56,6 +56,7 @@ struct V {
   static F max(F a, F b) { return vmaxq_f32(a, b); }
   static F min(F a, F b) { return vminq_f32(a, b); }
   static F round(F x) { return vrndnq_f32(x); }
+  static F sqrt(F x) { return vsqrtq_f32(x); }
   static F power_of_two(F n) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
   }

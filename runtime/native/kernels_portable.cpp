@@ -72,6 +72,10 @@ struct V {
     for (int i = 0; i < kLanes; ++i) x[i] = std::nearbyint(x[i]);
     return x;
   }
+  static F sqrt(F x) {
+    for (int i = 0; i < kLanes; ++i) x[i] = std::sqrt(x[i]);
+    return x;
+  }
   static F power_of_two(F n) {
     I bits;
     for (int i = 0; i < kLanes; ++i) bits[i] = (static_cast<int32_t>(n[i]) + 127) << 23;

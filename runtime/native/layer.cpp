@@ -118,7 +118,7 @@ void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const F
   kernels.activate(weights.nonlinearity, ffn.gate.weight.empty() ? nullptr : gate, up, (end - begin) * kUnit, values);
   std::fill(out.values + last, out.values + end * kUnit, 0.0f);
   const int group = first / kGroup;
-  kernels.quantize({out.stride, values, out.codes + first, out.scales + group, out.sums + group},
+  kernels.quantize({out.stride, values, out.codes + first, out.scales + group, out.sums + group, out.energies + group},
                    (end - begin) * kUnit);
 }
 
@@ -129,7 +129,8 @@ void ActivationBuffer::resize(int num_tokens, int size) {
   codes_.resize(count);
   scales_.resize(count / kGroup);
   sums_.resize(count / kGroup);
-  view = {stride, values_.get(), codes_.get(), scales_.get(), sums_.get()};
+  energies_.resize(count / kGroup);
+  view = {stride, values_.get(), codes_.get(), scales_.get(), sums_.get(), energies_.get()};
 }
 
 }  // namespace coreinfer

@@ -11,7 +11,8 @@ constexpr int kGroup = 32;      // inputs that share a scale
 
 inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-enum class Format { bf16, int8, int4 };
+// int8_planes is int8 with the high and the low halves of the bytes apart, so that the high ones can be read alone.
+enum class Format { bf16, int8, int4, int8_planes };
 
 // A weight matrix (rows, cols) of a mapped file, or of memory that the owner keeps alive.
 struct Matrix {
@@ -19,7 +20,8 @@ struct Matrix {
   int rows = 0;
   int cols = 0;
   const uint16_t* bf16 = nullptr;    // (rows, cols), row-major
-  const uint8_t* codes = nullptr;    // (row blocks, groups, 256 or 512)
+  const uint8_t* codes = nullptr;    // (row blocks, groups, 256 or 512); of int8_planes the high halves, as of int4
+  const uint8_t* lows = nullptr;     // (row blocks, groups, 256); int8_planes only
   const uint16_t* scales = nullptr;  // (row blocks, groups, 16) fp16
   const uint8_t* zeros = nullptr;    // (row blocks, groups, 16), zero points in sixteenths; int4 only
 
@@ -27,13 +29,16 @@ struct Matrix {
   int num_blocks() const { return (rows + kBlockRows - 1) / kBlockRows; }
   int num_groups() const { return (cols + kGroup - 1) / kGroup; }
   bool quantized() const { return format != Format::bf16; }
-  size_t tile_bytes() const { return format == Format::int4 ? 256 : 512; }
+  size_t tile_bytes() const { return format == Format::int8 ? 512 : 256; }
   size_t num_bytes() const {
     if (empty()) return 0;
     if (!quantized()) return size_t(rows) * cols * 2;
     const size_t tiles = size_t(num_blocks()) * num_groups();
-    return tiles * (tile_bytes() + kBlockRows * (format == Format::int4 ? 3 : 2));
+    const size_t low_bytes = format == Format::int8_planes ? tile_bytes() : 0;
+    return tiles * (tile_bytes() + low_bytes + kBlockRows * (format == Format::int4 ? 3 : 2));
   }
+  // What reading the high halves and the scales alone takes.
+  size_t screening_bytes() const { return size_t(num_blocks()) * num_groups() * (tile_bytes() + kBlockRows * 2); }
 };
 
 // Inputs of a matrix for one or more tokens. `stride` is a multiple of 32, padded with zeros.
@@ -43,10 +48,11 @@ struct Activations {
   int8_t* codes = nullptr;   // (tokens, stride)
   float* scales = nullptr;   // (tokens, stride / 32)
   float* sums = nullptr;     // (tokens, stride / 32): sum of a group's codes / 16
+  float* energies = nullptr; // (tokens, stride / 32): sum of a group's squared inputs
 
   Activations token(int index) const {
     const size_t first = size_t(index) * stride, group = first / kGroup;
-    return {stride, values + first, codes + first, scales + group, sums + group};
+    return {stride, values + first, codes + first, scales + group, sums + group, energies + group};
   }
 };
 

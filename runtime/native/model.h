@@ -110,7 +110,7 @@ struct ActivationBuffer {
   void resize(int num_tokens, int size);
 
  private:
-  Buffer<float> values_, scales_, sums_;
+  Buffer<float> values_, scales_, sums_, energies_;
   Buffer<int8_t> codes_;
 };
 
@@ -143,9 +143,11 @@ struct Decoder {
   Decoder(ModelWeights weights, const Kernels& kernels, int num_threads, int max_neurons);
 
   // Append tokens; ids and room must have been checked. `logits` is (num_tokens or 1, padded vocabulary).
-  void forward(const int32_t* ids, int num_tokens, bool all_logits, float* logits, const Watcher& watcher);
+  // With `screened`, logits of tokens that cannot be the likeliest are approximate where the head allows it.
+  void forward(const int32_t* ids, int num_tokens, bool all_logits, bool screened, float* logits,
+               const Watcher& watcher);
   // Bytes of weights and cache that one more token reads.
-  size_t bytes_per_token(int num_tokens) const;
+  size_t bytes_per_token(int num_tokens, bool screened) const;
 
   const ModelWeights weights;
   const Kernels& kernels;
@@ -155,6 +157,7 @@ struct Decoder {
   Threads threads;
   TokenScratch token;
   BlockScratch block;
+  Buffer<float> deviations;  // (padded vocabulary), of a screened head
 };
 
 constexpr int kBlockTokens = 128;  // tokens that share one read of the weights
@@ -163,8 +166,10 @@ constexpr int kUnit = 32;          // neurons that one thread computes and quant
 
 void allocate(TokenScratch& scratch, const ModelWeights& weights, int max_neurons, int num_threads);
 void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neurons, int num_threads);
-void decode_token(Decoder& decoder, int32_t id, float* logits);
-void read_block(Decoder& decoder, const int32_t* ids, int num_tokens, bool all_logits, float* logits,
+// Logits of one token's final hidden state by the head, all threads together.
+void compute_head(Decoder& decoder, const Activations& x, int thread, bool screened, float* logits);
+void decode_token(Decoder& decoder, int32_t id, bool screened, float* logits);
+void read_block(Decoder& decoder, const int32_t* ids, int num_tokens, bool all_logits, bool screened, float* logits,
                 const Watcher& watcher);
 
 // Parts that both passes share (layer.cpp). Vectors of one token.

@@ -48,7 +48,7 @@ class TokenPass {
         key_(query_ + round_up(weights_.query_size(), kGroup)),
         value_(key_ + round_up(weights_.kv_size(), kGroup)) {}
 
-  void run(int32_t id, float* logits) {
+  void run(int32_t id, bool screened, float* logits) {
     embed(weights_, kernels_, id, position_, inputs_, x_);
     fill_angles(weights_, position_, own_.angles.get());
     for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
@@ -60,7 +60,7 @@ class TokenPass {
     }
     prepare_inputs(weights_, kernels_, weights_.final_norm, x_, inputs_);
     if (!weights_.project_out.empty()) project_out();
-    multiply_share(kernels_, {{&weights_.head, logits}}, inputs_, 1, 0, thread_, decoder_.threads);
+    compute_head(decoder_, inputs_, thread_, screened, logits);
   }
 
  private:
@@ -183,8 +183,8 @@ class TokenPass {
 
 }  // namespace
 
-void decode_token(Decoder& decoder, int32_t id, float* logits) {
-  decoder.threads.run([&](int thread) { TokenPass(decoder, thread).run(id, logits); });
+void decode_token(Decoder& decoder, int32_t id, bool screened, float* logits) {
+  decoder.threads.run([&](int thread) { TokenPass(decoder, thread).run(id, screened, logits); });
   ++decoder.num_cached;
 }
 

@@ -1,1 +1,0 @@
-"""What `decode.py` is made of: model files, the processes that are measured, the report."""

@@ -1,0 +1,45 @@
+// The output head. For greedy decoding it may be screened: all tokens are scored by the high halves of the weights, and
+// only those that could be the likeliest are scored again by the whole bytes.
+#include <algorithm>
+#include <cmath>
+
+#include "model.h"
+
+namespace coreinfer {
+namespace {
+
+// A token is scored again unless the likeliest is ahead of it by so many standard deviations of what screening leaves
+// out. Over a vocabulary of 2^18 tokens a normal error beyond 8 has a probability of about 1e-10.
+constexpr float kDeviations = 8.0f;
+
+}  // namespace
+
+void compute_head(Decoder& decoder, const Activations& x, int thread, bool screened, float* logits) {
+  const Matrix& head = decoder.weights.head;
+  const Kernels& kernels = decoder.kernels;
+  if (!screened || head.format != Format::int8_planes)
+    return multiply_share(kernels, {{&head, logits}}, x, 1, 0, thread, decoder.threads);
+
+  float* deviations = decoder.deviations.get();
+  decoder.threads.deal(thread, head.num_blocks(), [&](int begin, int end) {
+    kernels.screen(head, x, logits, deviations, begin, end);
+  });
+  decoder.threads.barrier();
+  // Every thread looks for the best by screening and scores its block, into memory of its own.
+  const int best = kernels.largest(logits, head.rows) / kBlockRows;
+  float exact[kBlockRows];
+  kernels.multiply(head, x, 1, exact - best * kBlockRows, 0, best, best + 1);
+  const int num_rows = std::min(kBlockRows, head.rows - best * kBlockRows);
+  const float least = exact[kernels.largest(exact, num_rows)];
+  decoder.threads.barrier();
+  decoder.threads.deal(thread, head.num_blocks(), [&](int begin, int end) {
+    for (int block = begin; block < end; ++block) {
+      const float *scores = logits + block * kBlockRows, *spread = deviations + block * kBlockRows;
+      bool possible = false;
+      for (int row = 0; row < kBlockRows; ++row) possible |= !(scores[row] + kDeviations * spread[row] < least);
+      if (possible) kernels.multiply(head, x, 1, logits, 0, block, block + 1);
+    }
+  });
+}
+
+}  // namespace coreinfer
