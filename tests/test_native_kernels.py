@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from coreinfer.bundles.formats import float_matrix, pack_int4, pack_int8, stored_parts, stored_shapes
+from coreinfer.bundles.formats import float_matrix, pack_int4, pack_int8, pack_planes, stored_parts, stored_shapes
 from coreinfer.bundles.tensors import StoredTensor, bf16_to_float32, float32_to_bf16
 from coreinfer.runtime import _native
 
 SHAPES = [(5, 1), (17, 31), (16, 32), (33, 33), (64, 96), (100, 70)]
-FORMATS = ["bf16", "int8", "int4"]
+FORMATS = ["bf16", "int8", "int8-planes", "int4"]
 Floats = npt.NDArray[np.float32]
 
 
@@ -22,6 +22,8 @@ def stored_matrix(kind: str, shape: tuple[int, int], seed: int = 0) -> dict[str,
     scales = (generator.random((shape[0], groups)) * 0.02).astype(np.float16)
     if kind == "int8":
         parts = pack_int8(generator.integers(-127, 128, shape).astype(np.int8), scales)
+    elif kind == "int8-planes":
+        parts = pack_planes(generator.integers(-127, 128, shape).astype(np.int8), scales)
     else:
         zeros = generator.integers(0, 256, (shape[0], groups)).astype(np.uint8)
         parts = pack_int4(generator.integers(0, 16, shape).astype(np.uint8), scales, zeros)
@@ -48,6 +50,16 @@ def plain_int8(file: dict[str, StoredTensor], row: int, col: int) -> float:
     return float(file["w.scale"].array[block, group, lane]) * (byte - 128)
 
 
+def plain_planes(file: dict[str, StoredTensor], row: int, col: int) -> float:
+    block, lane, group, inner = row // 16, row % 16, col // 32, col % 32
+    at, shift = (block, group, inner // 8 * 64 + lane * 4 + inner % 4), 4 if inner % 8 >= 4 else 0
+    high, low = (int(file[name].array[at]) >> shift & 15 for name in ("w.high", "w.low"))
+    return float(file["w.scale"].array[block, group, lane]) * (16 * high + low - 128)
+
+
+PLAIN = {"int4": plain_int4, "int8": plain_int8, "int8-planes": plain_planes}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", FORMATS)
 def test_layout_and_unpacking(kind: str, shape: tuple[int, int]) -> None:
@@ -59,8 +71,7 @@ def test_layout_and_unpacking(kind: str, shape: tuple[int, int]) -> None:
     if kind == "bf16":
         np.testing.assert_array_equal(values, bf16_to_float32(file["w"].array))
         return
-    plain = plain_int4 if kind == "int4" else plain_int8
-    expected = [[plain(file, row, col) for col in range(shape[1])] for row in range(shape[0])]
+    expected = [[PLAIN[kind](file, row, col) for col in range(shape[1])] for row in range(shape[0])]
     np.testing.assert_allclose(values, expected, rtol=1e-6)
 
 
@@ -104,7 +115,7 @@ def test_inputs_of_zeros_and_infinities_do_no_harm() -> None:
         (lambda m: (m[0], 17, *m[2:]), "bytes, got"),
         (lambda m: (m[0], 0, *m[2:]), "rows and columns"),
         (lambda m: (m[0], m[1], -4, *m[3:]), "rows and columns"),
-        (lambda m: ("int3", *m[1:]), "bf16, int8 or int4, got int3"),
+        (lambda m: ("int3", *m[1:]), "int4, got int3"),
         (lambda m: (*m[:4], m[4][:, :, ::2], m[5]), "contiguous"),
     ],
 )

@@ -27,7 +27,7 @@ def nearest_int4(weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (16, 32), (17, 33), (40, 200)])
-@pytest.mark.parametrize(("kind", "error"), [("int4", 0.12), ("int8", 0.008), ("bf16", 0.004)])
+@pytest.mark.parametrize(("kind", "error"), [("int4", 0.12), ("int8", 0.008), ("int8-planes", 0.008), ("bf16", 0.004)])
 def test_rounding_is_close_at_odd_sizes(kind: str, error: float, shape: tuple[int, int]) -> None:
     weight = weights(*shape)
     parts = store_matrix("w", weight, kind, None)
