@@ -40,15 +40,18 @@ class CoreInfer:
         self.next_id = 1
 
     def read(self, token_ids: list[int]) -> None:
+        """See `Contender`."""
         self.decoder.truncate(0)
         self.next_id = int(self.decoder.forward(token_ids)[-1].argmax())
 
     def decode(self, num_tokens: int) -> None:
+        """See `Contender`."""
         for _ in range(num_tokens):
             self.next_id = int(self.decoder.forward([self.next_id], greedy=True)[-1].argmax())
 
     def bytes_per_token(self) -> int:
-        return self.decoder.bytes_per_token(80, greedy=True)
+        """See `Contender`."""
+        return int(self.decoder.bytes_per_token(80, greedy=True))
 
 
 class Transformers:
@@ -67,11 +70,13 @@ class Transformers:
         self.ids = START_IDS
 
     def read(self, token_ids: list[int]) -> None:
+        """See `Contender`."""
         self.ids = token_ids
         with self.torch.inference_mode():
             self.model(self.torch.tensor([token_ids]), use_cache=True, logits_to_keep=1)
 
     def decode(self, num_tokens: int) -> None:
+        """See `Contender`."""
         ids = self.torch.tensor([self.ids])
         self.model.generate(
             ids,
@@ -83,10 +88,11 @@ class Transformers:
         )
 
     def bytes_per_token(self) -> int:
+        """See `Contender`."""
         embedding = self.model.get_input_embeddings().weight
         head = self.model.get_output_embeddings().weight
         lookup = 0 if head is embedding else embedding.numel()
-        return 2 * (sum(parameter.numel() for parameter in self.model.parameters()) - lookup)
+        return int(2 * (sum(parameter.numel() for parameter in self.model.parameters()) - lookup))
 
 
 class LlamaCpp:
@@ -104,11 +110,13 @@ class LlamaCpp:
         self.next_id = 1
 
     def read(self, token_ids: list[int]) -> None:
-        self.model.reset()
+        """See `Contender`."""
+        self.model.n_tokens = 0
         self.model.eval(token_ids)
         self.next_id = self._best()
 
     def decode(self, num_tokens: int) -> None:
+        """See `Contender`."""
         for _ in range(num_tokens):
             self.model.eval([self.next_id])
             self.next_id = self._best()
@@ -118,6 +126,7 @@ class LlamaCpp:
         return int(self.numpy.ctypeslib.as_array(logits, shape=(self.vocab_size,)).argmax())
 
     def bytes_per_token(self) -> int:
+        """See `Contender`."""
         import gguf
 
         tensors = gguf.GGUFReader(self.path).tensors
@@ -134,6 +143,7 @@ class PlainRead:
         self.native, self.threads = _native, threads
 
     def gbps(self, num_bytes: int) -> float:
+        """Read so many bytes; GB/s."""
         return float(self.native.read_bandwidth(self.threads, num_bytes))
 
 

@@ -30,6 +30,8 @@ BLOCK_ROWS = 16
 GROUP_SIZE = 32
 """Inputs that share a scale."""
 
+# Typed, so that shifted bytes stay bytes.
+_NIBBLE, _LOW = np.uint8(4), np.uint8(15)
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1}
 _PLAIN = {"bf16": "BF16", "f32": "F32"}
 _CODES = {"int4": (".q4", 256), "int8": (".q8", 512), "int8-planes": (".high", 256)}
@@ -109,9 +111,9 @@ def pack_planes(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) ->
     padded = _padded((codes.astype(np.int16) + 128).astype(np.uint8), 128)
     tiles = _num_tiles((codes.shape[0], codes.shape[1]))
     return {
-        ".high": StoredTensor("U8", _interleave_nibbles(padded >> 4, tiles)),
+        ".high": StoredTensor("U8", _interleave_nibbles(padded >> _NIBBLE, tiles)),
         ".scale": StoredTensor("F16", _interleave_groups(scales)),
-        ".low": StoredTensor("U8", _interleave_nibbles(padded & 15, tiles)),
+        ".low": StoredTensor("U8", _interleave_nibbles(padded & _LOW, tiles)),
     }
 
 
@@ -169,7 +171,7 @@ def float_matrix(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, 
         return np.asarray(parts[0].array, dtype=np.float32)
     codes = unpack_codes(kind, parts[0].array)
     if kind == "int8-planes":
-        codes = codes << 4 | unpack_codes(kind, parts[2].array)
+        codes = codes << _NIBBLE | unpack_codes(kind, parts[2].array)
     scales = _deinterleave(parts[1].array.astype(np.float32))
     sixteenths = parts[2].array if kind == "int4" else np.full_like(parts[1].array, 128 * 16, dtype=np.float32)
     zeros = _deinterleave(sixteenths.astype(np.float32) / np.float32(16))

@@ -162,8 +162,8 @@ def _check(options: BenchOptions, bundle: Bundle) -> None:
     limit = bundle.manifest.model.max_positions
     if options.num_prompt_tokens > limit or _START_TOKENS + options.num_tokens > limit:
         raise ConfigError(
-            f"--prompt-tokens and --tokens: {bundle.manifest.model.name} has {limit} positions; expected at most {limit} "
-            f"and {limit - _START_TOKENS}, got {options.num_prompt_tokens} and {options.num_tokens}"
+            f"--prompt-tokens and --tokens: {bundle.manifest.model.name} has {limit} positions; expected at most "
+            f"{limit} and {limit - _START_TOKENS}, got {options.num_prompt_tokens} and {options.num_tokens}"
         )
 
 
