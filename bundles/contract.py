@@ -65,8 +65,8 @@ def check_tensors(file: TensorFile, expected: Mapping[str, TensorRecord]) -> lis
 
 
 def _record(file: TensorFile, name: str) -> TensorRecord:
-    tensor = file[name]
-    return TensorRecord(dtype=tensor.dtype, shape=tuple(tensor.array.shape))
+    dtype, shape = file.shape_of(name)
+    return TensorRecord(dtype=dtype, shape=shape)
 
 
 def check_neuron_ids(file: TensorFile, manifest: Manifest) -> list[str]:

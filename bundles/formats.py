@@ -163,12 +163,14 @@ def float_matrix(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, 
 
     Raises:
         KeyError: the file does not hold it.
+        ValueError: its packed parts are not those of that shape.
     """
     kind, parts = stored_parts(file, name)
     if kind == "bf16":
         return bf16_to_float32(parts[0].array)
     if kind == "f32":
         return np.asarray(parts[0].array, dtype=np.float32)
+    _check_parts(file, name, kind, shape)
     codes = unpack_codes(kind, parts[0].array)
     if kind == "int8-planes":
         codes = codes << _NIBBLE | unpack_codes(kind, parts[2].array)
@@ -179,6 +181,13 @@ def float_matrix(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, 
     grouped -= zeros[..., None]
     grouped *= scales[..., None]
     return np.ascontiguousarray(grouped.reshape(codes.shape)[: shape[0], : shape[1]])
+
+
+def _check_parts(file: Mapping[str, StoredTensor], name: str, kind: str, shape: tuple[int, int]) -> None:
+    for part, expected in stored_shapes(name, kind, shape).items():
+        got = (file[part].dtype, file[part].array.shape)
+        if got != expected:
+            raise ValueError(f"tensor {part!r}: expected {expected[0]} {[*expected[1]]}, got {got[0]} {[*got[1]]}")
 
 
 def unpack_codes(kind: str, packed: Bytes) -> Bytes:

@@ -65,7 +65,7 @@ def open_bundle(bundle_dir: str | Path, *, checksums: bool = True, lazy_packs: b
         bundle_dir: a folder that coreinfer-compile wrote.
         checksums: hash every file; without, only presence, sizes, shapes and dtypes are checked.
         lazy_packs: leave it to `Bundle.pack` to hash each cluster pack when it is first used: hashing gigabytes of
-            packs of which one is used would take longer than the answer.
+            packs of which one is used would take longer than the answer. Only with `checksums`.
     Raises:
         BundleNotFound: no bundle is there.
         BundleVersionError: another schema version wrote it.
@@ -73,6 +73,7 @@ def open_bundle(bundle_dir: str | Path, *, checksums: bool = True, lazy_packs: b
     """
     path = Path(bundle_dir)
     manifest = read_manifest(path)
+    lazy_packs = lazy_packs and checksums
     if problems := find_problems(path, manifest, checksums=checksums, lazy_packs=lazy_packs):
         raise BundleCorrupt(f"bundle {path}: {join_problems(problems)}; copy or compile it again")
     return Bundle(
@@ -81,7 +82,7 @@ def open_bundle(bundle_dir: str | Path, *, checksums: bool = True, lazy_packs: b
         base=TensorFile(path / LAYOUT.base),
         dense=TensorFile(path / LAYOUT.dense) if manifest.has_dense else None,
         packs=tuple(TensorFile(path / cluster.file) for cluster in manifest.clusters),
-        unchecked=set(range(len(manifest.clusters))) if checksums and lazy_packs else set(),
+        unchecked=set(range(len(manifest.clusters))) if lazy_packs else set(),
     )
 
 

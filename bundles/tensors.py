@@ -33,6 +33,7 @@ _NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
     "I8": np.int8,
     "U8": np.uint8,
 }
+_ITEM_BYTES = {tag: np.dtype(dtype).itemsize for tag, dtype in _NUMPY_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,20 @@ class TensorFile(Mapping[str, StoredTensor]):
         flat = np.frombuffer(self._map, dtype=dtype, count=count, offset=self._data_start + start)
         return StoredTensor(entry["dtype"], flat.reshape(entry["shape"]))
 
+    def __contains__(self, name: object) -> bool:
+        # The default would make an array for each name that is asked for.
+        return name in self._header
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._header)
 
     def __len__(self) -> int:
         return len(self._header)
+
+    def shape_of(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Dtype tag and shape of a tensor, from the header alone."""
+        entry = self._header[name]
+        return entry["dtype"], tuple(entry["shape"])
 
     def prefetch(self) -> None:
         """Ask the system to read the file's pages ahead; returns at once."""
@@ -175,11 +185,11 @@ def _check_entries(header: dict[str, Any], num_data_bytes: int) -> str | None:
         start, end = entry["data_offsets"]
         if not (_is_size(start) and _is_size(end) and start <= end <= num_data_bytes):
             return f"tensor {name!r} lies at {start}-{end}, beyond the {num_data_bytes} bytes of data"
-        if entry["dtype"] not in _NUMPY_DTYPES:
+        if entry["dtype"] not in _ITEM_BYTES:
             return f"tensor {name!r} has the unknown dtype {entry['dtype']!r}"
         if not _is_shape(entry["shape"]):
             return f"tensor {name!r} has the impossible shape {str(entry['shape'])[:80]}"
-        num_expected = math.prod(entry["shape"]) * np.dtype(_NUMPY_DTYPES[entry["dtype"]]).itemsize
+        num_expected = math.prod(entry["shape"]) * _ITEM_BYTES[entry["dtype"]]
         if num_expected != end - start:
             return f"tensor {name!r} of shape {entry['shape']} has {end - start} bytes, not {num_expected}"
     return None

@@ -169,7 +169,11 @@ def _matrix_to_torch(file: TensorFile, name: str, shape: tuple[int, int]) -> tor
 def _base_tensors(
     bundle: Bundle, model: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Read the base under the names of the model's parameters; names that it does not know are passed on."""
+    """Read the base under the names of the model's parameters; names that it does not know are passed on.
+
+    Raises:
+        BundleCorrupt: a packed matrix does not fit the model.
+    """
     shapes = {name: (parameter.shape[0], parameter.shape[-1]) for name, parameter in model.named_parameters()}
     names = {_PACKED_SUFFIX.sub("", name): None for name in bundle.base}
     tensors = {}
@@ -177,10 +181,21 @@ def _base_tensors(
         if name in bundle.base:
             tensors[name] = _to_torch(bundle.base[name]).to(device=device, dtype=dtype)
         elif name in shapes:
-            tensors[name] = _matrix_to_torch(bundle.base, name, shapes[name]).to(device=device, dtype=dtype)
+            with _fitting(bundle.base):
+                tensors[name] = _matrix_to_torch(bundle.base, name, shapes[name]).to(device=device, dtype=dtype)
         else:
             tensors[name] = torch.empty(0)
     return tensors
+
+
+@contextmanager
+def _fitting(file: TensorFile) -> Iterator[None]:
+    """Turn parts of a packed matrix that are missing or of the wrong shape into an error that names the file."""
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        reason = f"missing {error}" if isinstance(error, KeyError) else str(error)
+        raise BundleCorrupt(f"{file.path}: does not fit the model: {reason}; compile the bundle again") from error
 
 
 def _build_model(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from coreinfer.bundles.contract import cluster_tensors, dense_tensors
+from coreinfer.bundles.formats import GROUP_SIZE, PACKED_FORMATS
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import (
     GROUPS,
@@ -54,7 +55,7 @@ def make_manifest(
     formats = dict.fromkeys(GROUPS, QuantizationRecord(format="bf16")) | {"norm": QuantizationRecord(format="f32")}
     return Manifest(
         model=_model(gated=gated, ffn_bias=ffn_bias),
-        quantization=formats | {"ffn": QuantizationRecord(format=ffn_format)},
+        quantization=formats | {"ffn": _ffn_record(ffn_format)},
         clusters=tuple(_cluster(index) for index in range(num_clusters)),
         router=RouterRecord(
             encoder="static", dimension=16, distance_p99=0.625, agreement=0.9375, num_agreement_sentences=64
@@ -74,6 +75,10 @@ def make_manifest(
             "model.norm.weight": TensorRecord(dtype="F32", shape=(HIDDEN_SIZE,)),
         },
     )
+
+
+def _ffn_record(ffn_format: str) -> QuantizationRecord:
+    return QuantizationRecord(format=ffn_format, group_size=GROUP_SIZE if ffn_format in PACKED_FORMATS else None)
 
 
 def _model(*, gated: bool, ffn_bias: bool) -> ModelRecord:
@@ -169,7 +174,11 @@ def _random_tensor(name: str, record: TensorRecord, rng: np.random.Generator) ->
     if record.dtype == "I32":
         ids = rng.choice(FFN_DIM, size=record.shape[0], replace=False)
         return StoredTensor("I32", np.sort(ids).astype(np.int32))
+    if record.dtype == "U8":
+        return StoredTensor("U8", rng.integers(0, 256, record.shape, dtype=np.uint8))
     values = rng.standard_normal(record.shape, dtype=np.float32)
+    if record.dtype == "F16":
+        return StoredTensor("F16", np.abs(values * 0.01).astype(np.float16))
     if name.endswith(("scores", "norms")):
         values = np.abs(values)
     return StoredTensor(record.dtype, float32_to_bf16(values) if record.dtype == "BF16" else values)
