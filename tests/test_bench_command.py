@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from coreinfer.runtime import _native, bench
-from coreinfer.runtime.bench import main
+from coreinfer.bundles import ConfigError
+from coreinfer.runtime import _native
+from coreinfer.runtime.bench import BenchOptions, bench, main
+from coreinfer.runtime.native_decoder import NativeDecoder
 
-TIMEOUT_SECONDS = 120
-READ_BYTES = 1 << 20
-# The tiny models have 256 positions.
-SHORT = ("--tokens", "4", "--prompt-tokens", "20", "--rounds", "2", "--threads", "1")
-POSITIONS = 256
+from .engine_inputs import MAX_POSITIONS
+from .model_factory import VOCABULARY
+
+QUICK = ("--tokens", 4, "--prompt-tokens", 20, "--rounds", 2, "--threads", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -31,92 +32,117 @@ def restored_process() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_READ_BYTES", READ_BYTES)
+def small_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a gigabyte a round tells nothing here."""
+    monkeypatch.setattr("coreinfer.runtime.bench._READ_BYTES", 1 << 20)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Callable[..., Path]) -> Path:
+    return tiny_bundle("llama", quantize="int4")
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [*SHORT, *map(str, arguments)])
+    return CliRunner().invoke(main, list(map(str, arguments)))
 
 
-def measured(result: Result) -> dict[str, Any]:
+def figures(result: Result) -> dict[str, Any]:
     assert result.exit_code == 0, result.output
-    data: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return data
+    return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
-def test_figures_agree_with_each_other(tiny_bundle: Callable[..., Path]) -> None:
-    data = measured(run(tiny_bundle("llama"), "--json"))
-    assert (data["threads"], [run["ffn"] for run in data["runs"]]) == (1, ["dense", "pack"])
-    for figures in data["runs"]:
-        expected = figures["bytes_per_token"] * figures["decode_tok_s"] / 1e9
-        assert figures["gbps"] == pytest.approx(expected)
-        assert figures["share_of_read"] == pytest.approx(expected / data["read_gbps"])
-        assert figures["prefill_tok_s"] > 0
-    dense, pack = data["runs"]
+def test_table_then_one_json_line(bundle: Path) -> None:
+    result = run(bundle, *QUICK, "--json")
+    got = figures(result)
+    assert [run["ffn"] for run in got["runs"]] == ["dense", "pack"]
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2 + 2 + 1
+    assert f"plain read {got['read_gbps']:.1f} GB/s" in lines[0]
+    assert "1 threads" in lines[0]
+
+
+def test_without_json_the_table_only(bundle: Path) -> None:
+    result = run(bundle, *QUICK)
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) == 4
+    assert "{" not in result.stdout
+
+
+def test_figures_follow_from_each_other(bundle: Path) -> None:
+    got = figures(run(bundle, *QUICK, "--json"))
+    dense, pack = got["runs"]
     assert pack["bytes_per_token"] < dense["bytes_per_token"]
+    for row in got["runs"]:
+        assert row["gbps"] == pytest.approx(row["bytes_per_token"] * row["decode_tok_s"] / 1e9)
+        assert row["share_of_read"] == pytest.approx(row["gbps"] / got["read_gbps"])
+        assert row["prefill_tok_s"] > 0
 
 
-def test_a_table_without_json(tiny_bundle: Callable[..., Path]) -> None:
-    lines = run(tiny_bundle("llama")).stdout.splitlines()
-    assert len(lines) == 4
-    assert "plain read" in lines[0]
-    assert [line.split()[1] for line in lines[2:]] == ["dense", "pack"]
+def test_all_kernels_in_turn(bundle: Path) -> None:
+    got = figures(run(bundle, *QUICK, "--isa", "all", "--json"))
+    isas = _native.available_isas()
+    assert [(row["isa"], row["ffn"]) for row in got["runs"]] == [(i, f) for i in isas for f in ("dense", "pack")]
 
 
-def test_without_a_dense_ffn_only_the_pack_is_measured(tiny_bundle: Callable[..., Path]) -> None:
-    data = measured(run(tiny_bundle("llama", dense=False), "--json"))
-    assert [figures["ffn"] for figures in data["runs"]] == ["pack"]
+def test_no_dense_row_where_the_bundle_has_none(tiny_bundle: Callable[..., Path]) -> None:
+    got = figures(run(tiny_bundle("llama", dense=False), *QUICK, "--json"))
+    assert [row["ffn"] for row in got["runs"]] == ["pack"]
 
 
-def test_all_kernels(tiny_bundle: Callable[..., Path]) -> None:
-    data = measured(run(tiny_bundle("llama"), "--json", "--isa", "all"))
-    assert [figures["isa"] for figures in data["runs"][::2]] == list(_native.available_isas())
+def test_a_round_is_the_prompt_then_a_short_start_and_the_tokens(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    forward = NativeDecoder.forward
+
+    def counted(self: NativeDecoder, token_ids: Any, *, all_logits: bool = False, greedy: bool = False) -> Any:
+        assert all(0 <= token_id < VOCABULARY for token_id in token_ids)
+        lengths.append(len(token_ids))
+        return forward(self, token_ids, all_logits=all_logits, greedy=greedy)
+
+    monkeypatch.setattr(NativeDecoder, "forward", counted)
+    bench(bundle, BenchOptions(threads=1, num_tokens=3, num_prompt_tokens=20, num_rounds=2))
+    # Dense and pack in turn: once to warm up, then twice.
+    assert lengths == [20, 16, 1, 1, 1] * 2 * 3
 
 
-def test_one_kernel(tiny_bundle: Callable[..., Path]) -> None:
-    data = measured(run(tiny_bundle("llama"), "--json", "--isa", "portable"))
-    assert {figures["isa"] for figures in data["runs"]} == {"portable"}
-
-
-@pytest.mark.parametrize("option", ["--tokens", "--prompt-tokens", "--rounds", "--threads"])
-def test_nothing_to_measure_is_an_error(option: str, tiny_bundle: Callable[..., Path]) -> None:
-    result = run(tiny_bundle("llama"), option, 0)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"error: {option.removeprefix('--') if option == '--threads' else option}: ")
+@pytest.mark.parametrize("option", ["num_tokens", "num_prompt_tokens", "num_rounds"])
+def test_numbers_must_be_positive(option: str, bundle: Path) -> None:
+    options: dict[str, Any] = {"num_tokens": 1, "num_prompt_tokens": 1, "num_rounds": 1, option: 0}
+    with pytest.raises(ConfigError, match="expected at least 1, got 0"):
+        bench(bundle, BenchOptions(threads=1, **options))
 
 
 @pytest.mark.parametrize("option", ["--tokens", "--prompt-tokens"])
-def test_more_than_the_model_has_positions(option: str, tiny_bundle: Callable[..., Path]) -> None:
-    result = run(tiny_bundle("llama"), option, POSITIONS + 1)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert f"has {POSITIONS} positions" in result.stderr
-
-
-def test_an_unknown_kernel(tiny_bundle: Callable[..., Path]) -> None:
-    result = run(tiny_bundle("llama"), "--isa", "sse9")
+def test_what_does_not_fit_the_model_is_one_line(option: str, bundle: Path) -> None:
+    result = run(bundle, *QUICK, option, MAX_POSITIONS + 1)
     assert result.exit_code == 2
-    assert "expected auto, " in result.stderr
-    assert "'sse9'" in result.stderr
+    assert f"has {MAX_POSITIONS} positions" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--isa", "abacus"), "isa"), (("--threads", 0), "threads: expected 1 to")],
+)
+def test_wrong_options_are_one_line(arguments: tuple[object, ...], message: str, bundle: Path) -> None:
+    result = run(bundle, *QUICK, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_no_bundle(tmp_path: Path) -> None:
-    result = run(tmp_path / "none")
+    result = run(tmp_path / "missing", *QUICK)
     assert result.exit_code == 2
-    assert result.stderr == f"error: {tmp_path / 'none'} does not exist; give a folder that coreinfer-compile wrote\n"
+    assert "missing" in result.stderr
 
 
-def test_torch_is_not_imported(tiny_bundle: Callable[..., Path]) -> None:
-    program = (
-        "import sys; from coreinfer.runtime.bench import main\n"
-        "main(sys.argv[1:], standalone_mode=False)\n"
-        "print([name for name in ('torch', 'transformers') if name in sys.modules], file=sys.stderr)"
+def test_torch_is_not_imported(bundle: Path) -> None:
+    code = (
+        "import sys; from coreinfer.runtime.bench import main; main(standalone_mode=False); "
+        "sys.exit('torch' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *SHORT, str(tiny_bundle("llama"))],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=True,
-    )
-    assert done.stderr.splitlines()[-1] == "[]"
+    command = [sys.executable, "-c", code, str(bundle), *map(str, QUICK)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith(bundle.name)

@@ -124,11 +124,12 @@ def test_torch_decodes_with_a_packs_weights(kind: str, tiny_bundle: Callable[...
 def test_torch_gathers_neurons_of_unpacked_weights(tiny_bundle: Callable[..., Path]) -> None:
     bundle = open_bundle(tiny_bundle("opt", quantize="int4"))
     decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
-    whole = [layer.fc2.weight.clone() for layer in decoder._layers]  # type: ignore[union-attr, operator]
+    modules: list[Any] = [layer.get_submodule(decoder._family.down) for layer in decoder._layers]
+    whole = [module.weight.clone() for module in modules]
     ids = np.arange(1, 96, 3, dtype=np.int32)
     decoder.use(FfnChoice(neuron_ids=(ids, ids, ids)))
-    for layer, dense in zip(decoder._layers, whole, strict=True):
-        np.testing.assert_array_equal(layer.fc2.weight.numpy(), dense[:, ids].numpy())  # type: ignore[union-attr]
+    for module, dense in zip(modules, whole, strict=True):
+        np.testing.assert_array_equal(module.weight.numpy(), dense[:, ids].numpy())
 
 
 def test_packed_bundles_generate(tiny_bundle: Callable[..., Path]) -> None:
