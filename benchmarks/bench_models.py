@@ -1,5 +1,6 @@
 """The models of the side-by-side benchmark: sources, bundles and llama.cpp files, made once in a work folder."""
 
+import copy
 import ctypes
 import importlib
 import importlib.util
@@ -180,13 +181,29 @@ def transformers_folder(model: BenchModel, work: Path) -> Path:
     target = work / f"{model.name}-bf16"
     if not target.exists():
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GgufConfig
 
         partial = target.with_suffix(".partial")
-        loaded = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, dtype=torch.bfloat16)
-        loaded.save_pretrained(partial)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(source.parent),
+            gguf_file=source.name,
+            # Else the weights stay packed where the package `kernels` is installed.
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        plain = type(loaded)._from_config(_without_quantization(loaded.config), dtype=torch.bfloat16)
+        plain.load_state_dict(loaded.state_dict())
+        plain.save_pretrained(partial)
         partial.rename(target)
     return target
+
+
+def _without_quantization(config: Any) -> Any:
+    """Copy a config without saying where its weights came from: transformers saves no model that was GGUF."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    return plain
 
 
 def bundle_of(model: BenchModel, kind: str, work: Path) -> Path:

@@ -189,12 +189,16 @@ def _first_token(name: str, path: Path, options: Options) -> float:
         worker.close()
         return seconds
     mode = "dense" if name.endswith("dense") else "similarity"
-    command = [sys.executable, "-m", "coreinfer.runtime.cli", str(path), "-n", "1", "--mode", mode, _PROMPT]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    # What the script coreinfer-run does; as `-m coreinfer.runtime.cli` the module is imported and nothing runs.
+    program = "from coreinfer.runtime.cli import main; main()"
+    command = [sys.executable, "-c", program, str(path), "-n", "1", "--threads", str(options.threads)]
+    process = subprocess.Popen([*command, "--mode", mode, _PROMPT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None
-    process.stdout.read(1)
+    first = process.stdout.read(1)
     seconds = time.perf_counter() - start
     process.communicate()
+    if not first or process.returncode != 0:
+        sys.exit(f"error: {name} printed no token (exit {process.returncode}); run coreinfer-run {path} by hand")
     return seconds
 
 

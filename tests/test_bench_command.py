@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from coreinfer.bundles import ConfigError
 from coreinfer.runtime import _native
 from coreinfer.runtime.bench import BenchOptions, bench, main
 from coreinfer.runtime.native_decoder import NativeDecoder
@@ -84,6 +83,11 @@ def test_all_kernels_in_turn(bundle: Path) -> None:
     assert [(row["isa"], row["ffn"]) for row in got["runs"]] == [(i, f) for i in isas for f in ("dense", "pack")]
 
 
+def test_one_kernel(bundle: Path) -> None:
+    got = figures(run(bundle, *QUICK, "--isa", "portable", "--json"))
+    assert {row["isa"] for row in got["runs"]} == {"portable"}
+
+
 def test_no_dense_row_where_the_bundle_has_none(tiny_bundle: Callable[..., Path]) -> None:
     got = figures(run(tiny_bundle("llama", dense=False), *QUICK, "--json"))
     assert [row["ffn"] for row in got["runs"]] == ["pack"]
@@ -104,11 +108,11 @@ def test_a_round_is_the_prompt_then_a_short_start_and_the_tokens(bundle: Path, m
     assert lengths == [20, 16, 1, 1, 1] * 2 * 3
 
 
-@pytest.mark.parametrize("option", ["num_tokens", "num_prompt_tokens", "num_rounds"])
+@pytest.mark.parametrize("option", ["--tokens", "--prompt-tokens", "--rounds"])
 def test_numbers_must_be_positive(option: str, bundle: Path) -> None:
-    options: dict[str, Any] = {"num_tokens": 1, "num_prompt_tokens": 1, "num_rounds": 1, option: 0}
-    with pytest.raises(ConfigError, match="expected at least 1, got 0"):
-        bench(bundle, BenchOptions(threads=1, **options))
+    result = run(bundle, *QUICK, option, 0)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: {option}: expected at least 1, got 0\n"
 
 
 @pytest.mark.parametrize("option", ["--tokens", "--prompt-tokens"])
@@ -121,26 +125,30 @@ def test_what_does_not_fit_the_model_is_one_line(option: str, bundle: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(("--isa", "abacus"), "isa"), (("--threads", 0), "threads: expected 1 to")],
+    ("arguments", "start"),
+    [
+        (("--isa", "abacus"), "error: isa (or COREINFER_ISA): expected auto, "),
+        (("--threads", 0), "error: threads: expected 1 to "),
+    ],
 )
-def test_wrong_options_are_one_line(arguments: tuple[object, ...], message: str, bundle: Path) -> None:
+def test_wrong_options_are_one_line(arguments: tuple[object, ...], start: str, bundle: Path) -> None:
     result = run(bundle, *QUICK, *arguments)
-    assert result.exit_code == 2
-    assert message in result.stderr
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(start)
+    assert f"got {arguments[1]!r}" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
 def test_no_bundle(tmp_path: Path) -> None:
-    result = run(tmp_path / "missing", *QUICK)
+    result = run(tmp_path / "none", *QUICK)
     assert result.exit_code == 2
-    assert "missing" in result.stderr
+    assert result.stderr == f"error: {tmp_path / 'none'} does not exist; give a folder that coreinfer-compile wrote\n"
 
 
 def test_torch_is_not_imported(bundle: Path) -> None:
     code = (
         "import sys; from coreinfer.runtime.bench import main; main(standalone_mode=False); "
-        "sys.exit('torch' in sys.modules)"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(bundle), *map(str, QUICK)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
