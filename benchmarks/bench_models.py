@@ -226,11 +226,17 @@ def llamacpp_file(model: BenchModel, kind: str, work: Path) -> Path:
     target = work / f"{model.name}-{kind}.gguf"
     if not target.exists():
         partial = target.with_suffix(".partial")
+        # It would say four lines a tensor. The callback must outlive the call.
+        silent = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
+        llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
         params.allow_requantize = True
         source = str(model.find(work)).encode()
-        if llama_cpp.llama_model_quantize(source, str(partial).encode(), ctypes.byref(params)) != 0:
+        status = llama_cpp.llama_model_quantize(source, str(partial).encode(), ctypes.byref(params))
+        # Back to its own: other callers would call into a function that is gone.
+        llama_cpp.llama_log_set(llama_cpp.llama_log_callback(0), ctypes.c_void_p(0))
+        if status != 0:
             sys.exit(f"error: llama.cpp cannot requantize {model.name} to {kind}")
         partial.rename(target)
     return target
