@@ -25,7 +25,9 @@ QUICK = ("--tokens", 4, "--prompt-tokens", 20, "--rounds", 2, "--threads", 1)
 def restored_process() -> Iterator[None]:
     """A command installs handlers of signals and of the log, which outlive a call within this process."""
     handler, handlers = signal.getsignal(signal.SIGTERM), list(logging.root.handlers)
+    level = logging.getLogger("coreinfer").level
     yield
+    logging.getLogger("coreinfer").setLevel(level)
     signal.signal(signal.SIGTERM, handler)
     logging.root.handlers[:] = handlers
 
