@@ -36,6 +36,8 @@ CONTENDERS = (
 )
 _PACKAGES = {"transformers": "transformers", "llama.cpp": "llama_cpp", "openvino": "openvino_genai"}
 _READ_BYTES = 1 << 29
+_MOST_BUSY = 0.05
+_LOOK_SECONDS = 0.5
 _PROMPT = "How do I make soup?"
 
 
@@ -145,7 +147,10 @@ def time_model(model: BenchModel, names: Sequence[str], options: Options, reads:
     timings = {name: Timings() for name in names}
     own_reads = []
     for number in range(options.rounds + 1):
-        click.echo(f"{model.name}: round {number} of {options.rounds}", err=True)
+        busy = busy_elsewhere()
+        # Contenders on OpenMP were seen to lose far more to a neighbour than others: such a round flatters the others.
+        warning = ", NOT FIT FOR RATIOS" if busy > _MOST_BUSY else ""
+        click.echo(f"{model.name}: round {number} of {options.rounds}, {busy:.0%} of CPUs busy{warning}", err=True)
         gbps = plain_read.ask("read", _READ_BYTES)["gbps"]
         for name, worker in workers.items():
             decode = worker.ask("decode", options.tokens)["seconds"]
@@ -164,6 +169,20 @@ def time_model(model: BenchModel, names: Sequence[str], options: Options, reads:
         worker.close()
     plain_read.close()
     return runs
+
+
+def busy_elsewhere() -> float:
+    """Share of all CPUs' time that other processes take while every contender waits."""
+    before = _cpu_ticks()
+    time.sleep(_LOOK_SECONDS)
+    idle, total = (after - earlier for after, earlier in zip(_cpu_ticks(), before, strict=True))
+    return 1 - idle / max(1, total)
+
+
+def _cpu_ticks() -> tuple[int, int]:
+    """Idle and total time since the machine started."""
+    ticks = [int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split("\n")[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def path_of(model: BenchModel, name: str, options: Options) -> Path:
