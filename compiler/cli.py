@@ -14,7 +14,7 @@ from coreinfer.bundles.manifest import Manifest
 from coreinfer.bundles.statistics import SELECTIONS
 
 from . import compile_model
-from .config import BUILTIN, Budgets, CompileConfig, DType, Format
+from .config import BUILTIN, Budgets, CompileConfig, DType, Format, Removal
 from .progress import TqdmProgress
 
 __all__ = ["default_cache_dir", "main", "summary"]
@@ -60,10 +60,21 @@ class _NumberOr(click.ParamType[Any]):
     default=None,
     help="Weight of a cluster's own moments.  [default: 0.3 for output-aware, else 1]",
 )
-@click.option("--budgets", type=click.Choice(get_args(Budgets)), default="energy", help="How layers share the neurons.")
-@click.option("--min-layer-keep", type=float, default=0.15, help="Least keep ratio of a layer with energy budgets.")
+@click.option(
+    "--budgets", type=click.Choice(get_args(Budgets)), default="sensitivity", help="How layers share the neurons."
+)
+@click.option("--min-layer-keep", type=float, default=0.15, help="Least keep ratio of a layer, unless uniform.")
+@click.option(
+    "--removal",
+    type=click.Choice(get_args(Removal)),
+    default=None,
+    help="Which neurons go.  [default: second-order for output-aware with a repair, else top-k]",
+)
 @click.option("--reconstruct/--no-reconstruct", default=True, help="Repair the down projections.")
+@click.option("--carry/--no-carry", default=True, help="Repair each layer on what narrowed layers hand on.")
 @click.option("--ridge", type=_NumberOr(float, "auto"), default="auto", help="Relative ridge of the repair, or auto.")
+@click.option("--heal-steps", type=int, default=0, help="Distil the dense model into the packs for so many steps.")
+@click.option("--heal-rate", type=float, default=2e-4, help="Greatest learning rate of these steps.")
 @click.option("--quantize", type=click.Choice(get_args(Format)), default="int4", help="Format of FFN and attention.")
 @click.option(
     "--head-quantize",

@@ -8,9 +8,10 @@ from typing import Literal, get_args
 from coreinfer.bundles.errors import ConfigError, join_problems
 from coreinfer.bundles.statistics import SELECTIONS, Selection
 
-__all__ = ["BUILTIN", "Budgets", "CompileConfig", "DType", "Format"]
+__all__ = ["BUILTIN", "Budgets", "CompileConfig", "DType", "Format", "Removal"]
 
-Budgets = Literal["uniform", "energy"]
+Budgets = Literal["uniform", "energy", "sensitivity"]
+Removal = Literal["second-order", "top-k"]
 DType = Literal["auto", "float32", "bfloat16"]
 Format = Literal["int4", "int8", "bf16"]
 BUILTIN = "builtin"
@@ -36,11 +37,17 @@ class CompileConfig:
         alpha, beta: shares of the paper's statistic; only for selection "coreinfer".
         cluster_weight: weight of the cluster's moments against all text's; None for 0.3 with "output-aware" and 1,
             the papers' own, otherwise.
-        budgets: one keep ratio for all layers, or more for layers whose FFN contributes more.
-        min_layer_keep: least keep ratio of a layer with budgets "energy".
+        budgets: one keep ratio for all layers, or more for layers whose FFN contributes more ("energy"), or for
+            layers where errors cost more KL ("sensitivity").
+        min_layer_keep: least keep ratio of a layer with budgets other than "uniform".
+        removal: keep the highest scores ("top-k"), or take out what costs least after the repair ("second-order");
+            None for the latter with "output-aware" scores and a repair, else the former.
         reconstruct: repair the down projection by ridge least squares.
+        carry: repair each layer on what the narrowed layers before it hand on.
         ridge: relative to the mean diagonal of the Gram matrix; "auto" chooses it for each layer on text that is
             not calibrated on.
+        heal_steps: steps of distilling the dense model into the narrow one, of 1,024 narrow tokens each.
+        heal_rate: greatest learning rate of these steps.
         quantize: format of FFN and attention weights.
         head_quantize: format of token embedding and head; None for int8 where `quantize` is an integer format.
         dense: put the dense FFN into the bundle.
@@ -66,10 +73,14 @@ class CompileConfig:
     alpha: float = 0.4
     beta: float = 0.4
     cluster_weight: float | None = None
-    budgets: Budgets = "energy"
+    budgets: Budgets = "sensitivity"
     min_layer_keep: float = 0.15
+    removal: Removal | None = None
     reconstruct: bool = True
+    carry: bool = True
     ridge: float | Literal["auto"] = "auto"
+    heal_steps: int = 0
+    heal_rate: float = 2e-4
     quantize: Format = "int4"
     head_quantize: Format | None = None
     dense: bool = True
@@ -98,6 +109,13 @@ class CompileConfig:
         return 0.3 if self.selection == "output-aware" else 1.0
 
     @property
+    def effective_removal(self) -> Removal:
+        """The removal with its default filled in: other statistics are kept as their papers have them."""
+        if self.removal is not None:
+            return self.removal
+        return "second-order" if self.selection == "output-aware" and self.reconstruct else "top-k"
+
+    @property
     def effective_head_quantize(self) -> Format:
         """The head's format with its default filled in: each of its errors goes straight into the logits."""
         return self.head_quantize or ("bf16" if self.quantize == "bf16" else "int8")
@@ -115,10 +133,14 @@ def _problems(config: CompileConfig) -> list[str | None]:
         _share("--min-layer-keep", config.min_layer_keep, zero=True),
         _one_of("--selection", config.selection, SELECTIONS),
         _one_of("--budgets", config.budgets, get_args(Budgets)),
+        _one_of("--removal", config.effective_removal, get_args(Removal)),
+        _removal(config),
         _one_of("--quantize", config.quantize, get_args(Format)),
         _one_of("--head-quantize", config.effective_head_quantize, get_args(Format)),
         _one_of("--dtype", config.dtype, get_args(DType)),
         _ridge(config.ridge),
+        _at_least("--heal-steps", config.heal_steps, 0),
+        _positive("--heal-rate", config.heal_rate),
         _at_least("--calibration-tokens", config.calibration_tokens, 1),
         _at_least("--document-tokens", config.document_tokens, 16),
         None if 0 <= config.seed <= _MAX_SEED else f"--seed: expected 0 to {_MAX_SEED}, got {config.seed!r}",
@@ -142,10 +164,20 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str | None:
     return None if value in allowed else f"{name}: expected {', '.join(allowed)}, got {value!r}"
 
 
+def _removal(config: CompileConfig) -> str | None:
+    if config.removal == "second-order" and not config.reconstruct:
+        return "--removal second-order: expected --reconstruct, which it counts on, got --no-reconstruct"
+    return None
+
+
 def _ridge(value: float | str) -> str | None:
     if value == "auto" or (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
         return None
     return f"--ridge: expected auto or a number above 0, got {value!r}"
+
+
+def _positive(name: str, value: float) -> str | None:
+    return None if math.isfinite(value) and value > 0 else f"{name}: expected a number above 0, got {value!r}"
 
 
 def _at_least(name: str, value: int, least: int) -> str | None:

@@ -17,7 +17,7 @@ from .config import BUILTIN, CompileConfig
 from .models import LoadedModel
 from .progress import Progress
 
-__all__ = ["Corpus", "Document", "build_corpus", "read_texts", "split_into_documents"]
+__all__ = ["Corpus", "Document", "build_corpus", "read_texts", "split_into_documents", "split_point", "spread_sample"]
 
 _log = logging.getLogger(__name__)
 _MIN_DOCUMENT_TOKENS = 8
@@ -40,6 +40,17 @@ class Document:
     routing_text: str
     token_ids: tuple[int, ...]
     has_prompt: bool = False
+
+
+def split_point(num_tokens: int) -> int:
+    """Tokens of a text that are read dense; the others are decoded narrow, in fitting as in measuring."""
+    return num_tokens // 2
+
+
+def spread_sample(documents: Sequence[Document], num_tokens: int) -> list[Document]:
+    """Take documents spread evenly over all, of about so many tokens together; all of them if there are fewer."""
+    total = sum(len(document.token_ids) for document in documents)
+    return list(documents[:: max(1, total // num_tokens)])
 
 
 @dataclass(frozen=True, kw_only=True)

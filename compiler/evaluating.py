@@ -15,6 +15,7 @@ from coreinfer.bundles.families import assign_ffn, ffn_tensors
 from coreinfer.bundles.manifest import ClusterQuality, Quality, Score
 from transformers import DynamicCache
 
+from .corpus import split_point
 from .models import LoadedModel
 from .narrowing import CLUSTERS, NarrowModel, narrow_layer
 from .progress import Advance, Progress
@@ -22,12 +23,7 @@ from .progress import Advance, Progress
 # Texts whose dense logits are held in memory at a time.
 _GROUP = 32
 
-__all__ = ["Tally", "compare_logits", "evaluate", "narrow_ffn", "split_point"]
-
-
-def split_point(num_tokens: int) -> int:
-    """Tokens of a text that are read before narrow decoding starts."""
-    return num_tokens // 2
+__all__ = ["Tally", "compare_logits", "evaluate", "narrow_ffn"]
 
 
 @dataclass(kw_only=True)

@@ -20,7 +20,7 @@ from .corpus import Document
 from .models import LoadedModel
 from .progress import Advance
 
-__all__ = ["LayerActivations", "walk_layers"]
+__all__ = ["Batch", "LayerActivations", "LayerRun", "document_starts", "prepare_batches", "run_layer", "walk_layers"]
 
 _BATCH_TOKENS = 4096
 
@@ -51,13 +51,13 @@ class LayerActivations:
 
 
 @dataclass(kw_only=True)
-class _Batch:
+class Batch:
     """Documents that go through a layer together.
 
     Attributes:
         rows: (tokens,) places of the batch's real tokens in the order of all documents.
         mask: (batch, length) which places hold real tokens.
-        hidden: (batch, length, hidden size), overwritten layer by layer.
+        hidden: (batch, length, hidden size) that the next layer reads, overwritten layer by layer.
         arguments: keyword arguments of each layer.
     """
 
@@ -65,6 +65,25 @@ class _Batch:
     mask: torch.Tensor
     hidden: torch.Tensor
     arguments: list[dict[str, Any]]
+
+    def real(self, values: torch.Tensor) -> torch.Tensor:
+        """Drop the padding: (batch, length, n) -> (tokens, n), in the order of `rows`."""
+        return values.reshape(-1, values.shape[-1])[self.mask.reshape(-1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRun:
+    """What came out of one layer for one batch.
+
+    Attributes:
+        output: (batch, length, hidden size) hidden states that leave the layer.
+        activations: (batch, length, ffn_dim), input of the down projection.
+        ffn_output: (batch, length, hidden size), output of the down projection.
+    """
+
+    output: torch.Tensor
+    activations: torch.Tensor
+    ffn_output: torch.Tensor
 
 
 class _Recorder(nn.Module):
@@ -88,20 +107,28 @@ def walk_layers(loaded: LoadedModel, documents: Sequence[Document], advance: Adv
     Args:
         documents: token ids of each are run as one sequence.
     """
-    starts = np.concatenate([[0], np.cumsum([len(document.token_ids) for document in documents])])
+    starts = document_starts(documents)
     with torch.inference_mode():
-        batches = _prepare(loaded, documents, starts)
+        batches = prepare_batches(loaded, documents, starts)
         shape = (int(starts[-1]), loaded.record.ffn_dim)
         activations = torch.empty(shape, dtype=batches[0].hidden.dtype, device=loaded.device)
         stream_energies = torch.empty(shape[0], dtype=torch.float32, device=loaded.device)
         for index in range(loaded.record.num_layers):
             for batch in batches:
-                _run_layer(loaded, index, batch, activations, stream_energies)
+                run = run_layer(loaded, index, batch, batch.hidden)
+                batch.hidden = run.output
+                activations[batch.rows] = batch.real(run.activations)
+                stream_energies[batch.rows] = batch.real(run.output).float().square().sum(dim=-1)
             yield LayerActivations(layer=index, activations=activations, starts=starts, stream_energies=stream_energies)
             advance()
 
 
-def _prepare(loaded: LoadedModel, documents: Sequence[Document], starts: npt.NDArray[np.int64]) -> list[_Batch]:
+def document_starts(documents: Sequence[Document]) -> npt.NDArray[np.int64]:
+    """Where each document's tokens begin, documents one after another: (documents + 1,), the last is their number."""
+    return np.concatenate([[0], np.cumsum([len(document.token_ids) for document in documents])]).astype(np.int64)
+
+
+def prepare_batches(loaded: LoadedModel, documents: Sequence[Document], starts: npt.NDArray[np.int64]) -> list[Batch]:
     """Batch documents of like length and record what the layers are called with."""
     order = sorted(range(len(documents)), key=lambda i: len(documents[i].token_ids))
     batches, members = [], list[int]()
@@ -117,7 +144,7 @@ def _prepare(loaded: LoadedModel, documents: Sequence[Document], starts: npt.NDA
 
 def _record_batch(
     loaded: LoadedModel, documents: Sequence[Document], members: Sequence[int], starts: npt.NDArray[np.int64]
-) -> _Batch:
+) -> Batch:
     lengths = [len(documents[i].token_ids) for i in members]
     token_ids = torch.zeros((len(members), max(lengths)), dtype=torch.long)
     mask = torch.zeros_like(token_ids, dtype=torch.bool)
@@ -129,7 +156,7 @@ def _record_batch(
     calls = _record_calls(loaded, token_ids.to(loaded.device), padding)
     hidden = calls[0]["hidden_states"]
     arguments = [{name: value for name, value in call.items() if name not in _STATE_ARGUMENTS} for call in calls]
-    return _Batch(rows=rows.to(loaded.device), mask=mask.to(loaded.device), hidden=hidden, arguments=arguments)
+    return Batch(rows=rows.to(loaded.device), mask=mask.to(loaded.device), hidden=hidden, arguments=arguments)
 
 
 _STATE_ARGUMENTS = frozenset({"hidden_states", "past_key_values", "use_cache"})
@@ -155,20 +182,29 @@ def _without_layers(loaded: LoadedModel, calls: list[dict[str, Any]]) -> Iterato
         setattr(parent, name, layers)
 
 
-def _run_layer(
-    loaded: LoadedModel, index: int, batch: _Batch, activations: torch.Tensor, stream_energies: torch.Tensor
-) -> None:
-    """Run one batch through one layer; fill in its rows of the activations and energies."""
-    mask = batch.mask.reshape(-1)
+def run_layer(
+    loaded: LoadedModel, index: int, batch: Batch, hidden: torch.Tensor, ffn_output: torch.Tensor | None = None
+) -> LayerRun:
+    """Run one batch through one layer.
 
-    def keep(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        activations[batch.rows] = inputs[0].reshape(-1, inputs[0].shape[-1])[mask]
+    Args:
+        hidden: (batch, length, hidden size) that enters.
+        ffn_output: (batch, length, hidden size) to take in place of the down projection's own output.
+    """
+    seen: dict[str, torch.Tensor] = {}
 
-    handle = loaded.projection(index, "down").register_forward_pre_hook(keep)
+    def keep(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+        # Some models flatten batch and length for their FFN.
+        seen["activations"], seen["ffn_output"] = inputs[0], output
+        return None if ffn_output is None else ffn_output.reshape(output.shape)
+
+    handle = loaded.projection(index, "down").register_forward_hook(keep)
     try:
-        output = loaded.layers[index](batch.hidden, **batch.arguments[index])
+        output = loaded.layers[index](hidden, **batch.arguments[index])
     finally:
         handle.remove()
-    batch.hidden = output[0] if isinstance(output, tuple) else output
-    stream = batch.hidden.reshape(-1, batch.hidden.shape[-1])[mask]
-    stream_energies[batch.rows] = stream.float().square().sum(dim=-1)
+    return LayerRun(
+        output=output[0] if isinstance(output, tuple) else output,
+        activations=seen["activations"].reshape(*hidden.shape[:2], -1),
+        ffn_output=seen["ffn_output"].reshape(hidden.shape),
+    )

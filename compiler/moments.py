@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .cache import Cache
-from .corpus import Document
+from .corpus import Document, spread_sample
 from .models import LoadedModel
 from .progress import Progress
 
@@ -28,15 +28,12 @@ def input_moments(
     """Run some calibration text and average the squared inputs of the linear modules of all layers."""
 
     def compute() -> dict[str, Any]:
-        return {path: moment.numpy() for path, moment in _sums(loaded, _sample(documents), progress).items()}
+        return {
+            path: moment.numpy()
+            for path, moment in _sums(loaded, spread_sample(documents, _NUM_TOKENS), progress).items()
+        }
 
     return {path: torch.from_numpy(values) for path, values in cache.arrays(key, compute).items()}
-
-
-def _sample(documents: Sequence[Document]) -> list[Document]:
-    """Take documents spread evenly over all, until there are enough tokens."""
-    num_tokens = sum(len(document.token_ids) for document in documents)
-    return list(documents[:: max(1, num_tokens // _NUM_TOKENS)])
 
 
 def _sums(loaded: LoadedModel, documents: Sequence[Document], progress: Progress) -> Moments:

@@ -23,13 +23,15 @@ from coreinfer.bundles.manifest import (
 from coreinfer.bundles.writer import check_target, finish_manifest, stage_bundle
 
 from .cache import Cache, stage_key
+from .carrying import NarrowInputs, narrow_all
 from .clustering import label_clusters, map_positions, typical_texts
 from .config import CompileConfig
 from .corpus import Corpus, build_corpus
 from .evaluating import evaluate
+from .healing import HealInputs, heal
 from .models import LoadedModel, load_model, read_config
 from .moments import Moments, input_moments
-from .narrowing import CLUSTERS, NarrowModel, RepairInputs, choose_all, repair_all
+from .narrowing import CLUSTERS, NarrowModel, choose_all
 from .packing import Packer, write_base, write_cluster, write_dense, write_router, write_tokenizer
 from .profiling import profile_model
 from .progress import Progress
@@ -37,6 +39,7 @@ from .quantizing import QuantizeOptions
 from .report import write_report
 from .routing import Routing, build_routing, control_assignments
 from .selecting import layer_budgets
+from .sensitivity import output_metrics, removal_curves
 from .sources import find_source
 
 __all__ = ["Compiled", "compile_loaded", "compile_model"]
@@ -99,22 +102,35 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str
     profile = profile_model(
         config, loaded, corpus.calibration, {a.name: a.calibration for a in assignments}, cache, key, progress
     )
-    budgets = layer_budgets(config, profile, loaded.column_norms)
-    choices = choose_all(config, profile, loaded, assignments, budgets)
-    repair_key = stage_key("packs", upstream=key, budgets=budgets, ridge=config.ridge)
-    inputs = RepairInputs(
+    metrics = output_metrics(config, loaded, corpus.calibration, cache, key, progress)
+    curves = None
+    if config.budgets == "sensitivity" and config.keep < 1:
+        curves_key = stage_key("curves", upstream=key)
+        curves = removal_curves(loaded, corpus.calibration, metrics, cache, curves_key, progress)
+    budgets = layer_budgets(config, profile, loaded.column_norms, curves)
+    inputs = NarrowInputs(
         config=config,
         loaded=loaded,
         calibration=corpus.calibration,
         validation=corpus.validation,
         assignments=assignments,
-        choices=choices,
+        choices=choose_all(config, profile, loaded, assignments, budgets),
+        budgets=budgets,
+        metrics=metrics,
     )
-    narrow = repair_all(inputs, cache, repair_key, progress)
+    narrow_key = stage_key(
+        "packs", upstream=key, budgets=budgets, ridge=config.ridge, removal=config.effective_removal, carry=config.carry
+    )
+    narrow = narrow_all(inputs, cache, narrow_key, progress)
+    if config.heal_steps:
+        narrow = {
+            **narrow,
+            CLUSTERS: _heal(config, loaded, corpus, routing, narrow[CLUSTERS], cache, narrow_key, progress),
+        }
     quality = None
     if config.evaluate and corpus.held_out:
         texts = [document.token_ids for document in corpus.held_out]
-        models = {item.name: (narrow[item.name], item.held_out) for item in assignments}
+        models = {_score_name(config, item.name): (narrow[item.name], item.held_out) for item in assignments}
         quality = evaluate(loaded, texts, models, progress)
     moments = {}
     if config.quantize != "bf16":
@@ -131,6 +147,32 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str
         model_sha256=model_sha256,
     )
     return write_bundle(compiled, progress)
+
+
+def _score_name(config: CompileConfig, name: str) -> str:
+    """Only the clusters are healed: a control must not look as if it were."""
+    return f"{name}, not healed" if config.heal_steps and name != CLUSTERS else name
+
+
+def _heal(
+    config: CompileConfig,
+    loaded: LoadedModel,
+    corpus: Corpus,
+    routing: Routing,
+    narrow: NarrowModel,
+    cache: Cache,
+    upstream: str,
+    progress: Progress,
+) -> NarrowModel:
+    inputs = HealInputs(
+        config=config,
+        loaded=loaded,
+        documents=corpus.calibration,
+        labels=routing.assignment.calibration,
+        narrow=narrow,
+    )
+    key = stage_key("heal", upstream=upstream, steps=config.heal_steps, rate=config.heal_rate)
+    return heal(inputs, cache, key, progress)
 
 
 def write_bundle(compiled: Compiled, progress: Progress) -> Manifest:

@@ -1,40 +1,100 @@
-"""Stage `reconstruct`: refit the down projection on the neurons that are kept.
+"""Stage `reconstruct`, one layer: choose the neurons that stay and refit the down projection on them.
 
-With h the activations, G = E[h h^T], S the kept neurons and W the down projection (ffn_dim, hidden size), the kept
-rows become W' = (G_SS + lam I)^-1 (G_S: W + lam W_S), which minimizes E|h W - h_S W'|^2 + lam |W' - W_S|^2: ridge least
-squares that falls back to the model's own weights where data is thin. SlimGPT and OSSCAR solve the same problem.
+With h the activations that the narrow model really sees in this layer and y what the layer's FFN should put out,
+the kept rows become W' = (G_SS + lam I)^-1 (C_S + lam W_S) with G = E[h h^T] and C = E[h y^T]: ridge least squares that
+falls back to the model's own weights where data is thin. Where the family's down projection has a bias, h and y are
+centred and the bias takes up the difference of the means.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from .layerwise import LayerActivations
+from .removal import System, remove_neurons, solve
 
-__all__ = ["RIDGES", "RepairTask", "gram_matrix", "mean_gram", "repair_layer", "ridge_solutions"]
+__all__ = ["RIDGES", "LayerTokens", "Repaired", "RepairTask", "gram_matrix", "repair_layer"]
 
 RIDGES = (1e-3, 1e-2, 1e-1)
 """Candidates for "auto", relative to the mean diagonal of the Gram matrix; no repair is the last candidate."""
+_REMOVAL_RIDGE = 1e-2
 _TOKEN_CHUNK = 8192
 _COLUMN_BLOCKS = 6
+_MOMENT_BYTES = 4 << 30
+"""Moments of all clusters are held in memory up to this size, and summed twice beyond it."""
+
+Ids = npt.NDArray[np.int32]
+Solutions = list[tuple[torch.Tensor, torch.Tensor]]
+"""A (kept, hidden size) down projection, transposed, and its (hidden size,) bias for each cluster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTokens:
+    """What one layer's FFN sees and should put out, token by token.
+
+    Attributes:
+        activations: (tokens, ffn_dim), input of the down projection.
+        targets: (tokens, hidden size), the wanted output of the down projection, bias included.
+    """
+
+    activations: torch.Tensor
+    targets: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepairTask:
-    """One assignment's clusters to repair in one layer.
+    """One assignment's clusters in one layer.
 
     Attributes:
-        neuron_ids: kept neurons of each cluster, ascending.
-        validation: documents of each cluster that are not calibrated on, as indices into the activations.
-        cluster_weight: weight of the cluster's Gram matrix against that of all text.
+        calibration, validation: rows of each cluster's tokens.
+        weights: (ffn_dim, hidden size) float32, the down projection transposed.
+        bias: (hidden size,) float32, None where the family has none.
+        metric: (hidden size, hidden size) what output errors cost.
+        keep: how many neurons stay.
+        neuron_ids: the neurons of each cluster; None to remove by second order.
+        cluster_weight: weight of the cluster's moments against those of all text.
+        ridges: candidates; None among them stands for no repair.
     """
 
-    neuron_ids: Sequence[npt.NDArray[np.int32]]
-    validation: Sequence[Sequence[int]]
+    calibration: Sequence[torch.Tensor]
+    validation: Sequence[torch.Tensor]
+    weights: torch.Tensor
+    bias: torch.Tensor | None
+    metric: torch.Tensor
+    keep: int
+    neuron_ids: Sequence[Ids] | None
     cluster_weight: float
+    ridges: Sequence[float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repaired:
+    """One layer of one assignment.
+
+    Attributes:
+        neuron_ids: of each cluster, ascending.
+        solutions: of each cluster; the bias is zero where the family has none.
+        ridge: that was taken for all clusters; None where the model's own weights are left.
+    """
+
+    neuron_ids: list[Ids]
+    solutions: Solutions
+    ridge: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Moments:
+    """Means over tokens of h h^T, h y^T, h and y."""
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+    mean_activation: torch.Tensor
+    mean_target: torch.Tensor
+
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        return self.gram, self.cross, self.mean_activation, self.mean_target
 
 
 def gram_matrix(activations: torch.Tensor) -> torch.Tensor:
@@ -58,93 +118,114 @@ def gram_matrix(activations: torch.Tensor) -> torch.Tensor:
     return upper + upper.triu(1).T
 
 
-def ridge_solutions(
-    gram: torch.Tensor, weights: torch.Tensor, neuron_ids: torch.Tensor, ridges: Sequence[float]
-) -> list[torch.Tensor]:
-    """Solve for the kept rows of the down projection, once for each ridge.
+def repair_layer(tokens: LayerTokens, task: RepairTask) -> Repaired:
+    """Choose and refit one layer's neurons for every cluster, with one ridge for all of them.
 
-    Args:
-        gram: (ffn_dim, ffn_dim) mean of h h^T.
-        weights: (ffn_dim, hidden size), the down projection transposed.
-        neuron_ids: (kept,) ascending.
-        ridges: lam divided by the mean diagonal of G_SS.
-    Returns:
-        A (kept, hidden size) float32 matrix for each ridge.
+    The ridge is the candidate with the least cost on the validation tokens; no repair at all is a candidate of
+    "auto", so that a repair which other text rejects is never shipped. Without validation tokens it is the first.
     """
-    rows = gram[neuron_ids]
-    kept, target = rows[:, neuron_ids], rows @ weights
-    # A neuron that never fires has an empty row; the ridge alone then keeps its own weights.
-    scale = kept.diagonal().mean().clamp_min(1e-12)
-    own = weights[neuron_ids]
-    return [_solve(kept, ridge * scale, target + ridge * scale * own) for ridge in ridges]
-
-
-def _solve(kept: torch.Tensor, lam: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    system = kept.clone()
-    system.diagonal().add_(lam)
-    factor, info = torch.linalg.cholesky_ex(system)
-    if int(info):
-        # Rounding made it indefinite: the same system in double precision.
-        return torch.cholesky_solve(right.double(), torch.linalg.cholesky(system.double())).float()
-    return torch.cholesky_solve(right, factor)
-
-
-def repair_layer(
-    layer: LayerActivations,
-    weights: torch.Tensor,
-    task: RepairTask,
-    ridges: Sequence[float],
-    grams: Iterable[torch.Tensor],
-    overall: torch.Tensor,
-) -> tuple[list[torch.Tensor], float | None]:
-    """Repair one layer for every cluster, with one ridge for all of them.
-
-    The ridge is the candidate with the least squared error on the validation documents; no repair at all is a
-    candidate too, so that a repair which other text rejects is never shipped.
-
-    Args:
-        weights: (ffn_dim, hidden size) float32, the down projection transposed.
-        ridges: candidates; without any validation text the first is taken.
-        grams: (ffn_dim, ffn_dim) mean of h h^T over each cluster's documents; taken one at a time.
-        overall: the same over all calibration documents.
-    Returns:
-        A (kept, hidden size) float32 matrix for each cluster, and the ridge; None for no repair.
-    """
-    candidates: list[list[torch.Tensor]] = [[] for _ in ridges]
-    plain = []
-    for ids, gram in zip(task.neuron_ids, grams, strict=True):
-        index = _index(ids, weights)
-        mixed = task.cluster_weight * gram + (1 - task.cluster_weight) * overall
-        for found, solution in zip(candidates, ridge_solutions(mixed, weights, index, ridges), strict=True):
+    neuron_ids: list[Ids] = []
+    candidates: list[Solutions] = [[] for _ in task.ridges]
+    for cluster, mixed in enumerate(_mixed_moments(tokens, task)):
+        system = _system(mixed, task)
+        if task.neuron_ids is None:
+            neuron_ids.append(remove_neurons(system, task.metric, keep=task.keep).neuron_ids)
+        else:
+            neuron_ids.append(task.neuron_ids[cluster])
+        for found, solution in zip(candidates, _solutions(system, mixed, task, neuron_ids[-1]), strict=True):
             found.append(solution)
-        plain.append(weights[index])
-    if not any(task.validation):
-        return candidates[0], ridges[0]
-    errors = _validation_errors(layer, weights, task, [*candidates, plain])
-    best = min(range(len(errors)), key=errors.__getitem__)
-    return (candidates[best], ridges[best]) if best < len(ridges) else (plain, None)
+    best = 0
+    if len(task.ridges) > 1 and any(len(rows) for rows in task.validation):
+        costs = _validation_costs(tokens, task, neuron_ids, candidates)
+        best = min(range(len(costs)), key=costs.__getitem__)
+    return Repaired(neuron_ids=neuron_ids, solutions=candidates[best], ridge=task.ridges[best])
 
 
-def mean_gram(layer: LayerActivations, documents: Sequence[int]) -> torch.Tensor:
-    """Mean of h h^T over the tokens of some documents: (ffn_dim, ffn_dim) float32."""
-    activations = layer.of_documents(documents)
-    return gram_matrix(activations) / max(1, len(activations))
+def _system(moments: _Moments, task: RepairTask) -> System:
+    gram, cross = moments.gram, moments.cross
+    if task.bias is not None:
+        gram = gram - torch.outer(moments.mean_activation, moments.mean_activation)
+        cross = cross - torch.outer(moments.mean_activation, moments.mean_target)
+    return System(gram=gram, cross=cross, own=task.weights, ridge=_REMOVAL_RIDGE)
 
 
-def _index(neuron_ids: npt.NDArray[np.int32], weights: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(neuron_ids).long().to(weights.device)
+def _solutions(system: System, moments: _Moments, task: RepairTask, neuron_ids: Ids) -> Solutions:
+    """One cluster's solution for each candidate ridge."""
+    index = torch.from_numpy(neuron_ids).long().to(task.weights.device)
+    refitted = iter(solve(system, index, [ridge for ridge in task.ridges if ridge is not None]))
+    none = torch.zeros(task.weights.shape[1], device=task.weights.device)
+    solutions: Solutions = []
+    for ridge in task.ridges:
+        if ridge is None:
+            solutions.append((task.weights[index], none if task.bias is None else task.bias))
+            continue
+        down = next(refitted)
+        bias = none if task.bias is None else moments.mean_target - moments.mean_activation[index] @ down
+        solutions.append((down, bias))
+    return solutions
 
 
-def _validation_errors(
-    layer: LayerActivations, weights: torch.Tensor, task: RepairTask, candidates: Sequence[Sequence[torch.Tensor]]
+def _mixed_moments(tokens: LayerTokens, task: RepairTask) -> Iterator[_Moments]:
+    """Each cluster's moments mixed with those of all text, one at a time."""
+    if len(task.calibration) == 1:
+        yield _mean_moments(tokens, task.calibration[0])
+        return
+    num_values = task.weights.shape[0] * (task.weights.shape[0] + task.weights.shape[1])
+    own: Iterable[_Moments]
+    if len(task.calibration) * num_values * 4 > _MOMENT_BYTES:
+        overall = _mean_moments(tokens, torch.cat([*task.calibration]))
+        own = (_mean_moments(tokens, rows) for rows in task.calibration)
+    else:
+        own = [_mean_moments(tokens, rows) for rows in task.calibration]
+        overall = _weighted_sum(own, [len(rows) / sum(map(len, task.calibration)) for rows in task.calibration])
+    for moments in own:
+        yield _weighted_sum([moments, overall], [task.cluster_weight, 1 - task.cluster_weight])
+
+
+def _weighted_sum(moments: Sequence[_Moments], weights: Sequence[float]) -> _Moments:
+    columns = zip(*(item.parts() for item in moments), strict=True)
+    sums = [
+        torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum(dim=0)
+        if parts[0].ndim == 1
+        else _accumulate(parts, weights)
+        for parts in columns
+    ]
+    return _Moments(gram=sums[0], cross=sums[1], mean_activation=sums[2], mean_target=sums[3])
+
+
+def _accumulate(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    total = torch.zeros_like(parts[0])
+    for part, weight in zip(parts, weights, strict=True):
+        total.add_(part, alpha=weight)
+    return total
+
+
+def _mean_moments(tokens: LayerTokens, rows: torch.Tensor) -> _Moments:
+    activations, targets = tokens.activations[rows], tokens.targets[rows]
+    count = max(1, len(rows))
+    ffn_dim, hidden_size = activations.shape[1], targets.shape[1]
+    cross = torch.zeros((ffn_dim, hidden_size), device=activations.device)
+    for values, wanted in zip(activations.split(_TOKEN_CHUNK), targets.split(_TOKEN_CHUNK), strict=True):
+        cross += values.float().T @ wanted.float()
+    return _Moments(
+        gram=gram_matrix(activations) / count,
+        cross=cross / count,
+        mean_activation=activations.sum(dim=0, dtype=torch.float32) / count,
+        mean_target=targets.sum(dim=0, dtype=torch.float32) / count,
+    )
+
+
+def _validation_costs(
+    tokens: LayerTokens, task: RepairTask, neuron_ids: Sequence[Ids], candidates: Sequence[Solutions]
 ) -> list[float]:
-    """Squared error of the FFN's output on the validation documents, for each candidate."""
-    errors = [0.0] * len(candidates)
-    for cluster, (documents, ids) in enumerate(zip(task.validation, task.neuron_ids, strict=True)):
-        index = _index(ids, weights)
-        for chunk in layer.of_documents(documents).split(_TOKEN_CHUNK):
-            values = chunk.float()
-            target, kept = values @ weights, values[:, index]
+    """What each candidate's output errors on the validation tokens cost."""
+    costs = [0.0] * len(candidates)
+    for cluster, (rows, ids) in enumerate(zip(task.validation, neuron_ids, strict=True)):
+        index = torch.from_numpy(ids).long().to(task.weights.device)
+        for part in rows.split(_TOKEN_CHUNK):
+            kept, target = tokens.activations[part][:, index].float(), tokens.targets[part].float()
             for number, solutions in enumerate(candidates):
-                errors[number] += float((target - kept @ solutions[cluster]).square().sum())
-    return errors
+                down, bias = solutions[cluster]
+                errors = target - bias - kept @ down
+                costs[number] += float(((errors @ task.metric) * errors).sum())
+    return costs

@@ -11,9 +11,8 @@ from sentence_transformers import SentenceTransformer
 from .cache import Cache
 from .clustering import Clustering, class_centroids, cluster_embeddings
 from .config import CompileConfig
-from .corpus import Corpus, Document
+from .corpus import Corpus, Document, split_point
 from .embedding import StaticEncoder, distill_encoder, embed_sentences, fit_to_sentences, load_encoder
-from .evaluating import split_point
 from .models import LoadedModel
 from .narrowing import CLUSTERS, Assignment
 from .progress import Progress

@@ -1,5 +1,6 @@
 """Stage `select`: layer budgets, scores, neuron ids."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from coreinfer.bundles.statistics import scores_from_statistic, select_neurons
 from .config import CompileConfig
 from .profiling import Profile
 
-__all__ = ["NEURON_BLOCK", "Choice", "choose_neurons", "cluster_scores", "layer_budgets"]
+__all__ = ["NEURON_BLOCK", "Choice", "choose_neurons", "cheapest_budgets", "cluster_scores", "layer_budgets"]
 
 NEURON_BLOCK = 32
 """Kept neurons a layer are a multiple of this, the kernels' group size."""
@@ -32,8 +33,13 @@ class Choice:
     neuron_ids: list[list[npt.NDArray[np.int32]]]
 
 
-def layer_budgets(config: CompileConfig, profile: Profile, column_norms: Floats) -> list[int]:
+def layer_budgets(
+    config: CompileConfig, profile: Profile, column_norms: Floats, curves: Floats | None = None
+) -> list[int]:
     """Decide how many neurons each layer keeps: multiples of 32 that make up the keep ratio in all.
+
+    Args:
+        curves: of `removal_curves`; only for budgets "sensitivity".
 
     Raises:
         ConfigError: the floor leaves no room for the keep ratio.
@@ -47,11 +53,53 @@ def layer_budgets(config: CompileConfig, profile: Profile, column_norms: Floats)
         raise ConfigError(
             f"--min-layer-keep {config.min_layer_keep:g}: expected at most --keep {config.keep:g}; lower one of them"
         )
+    if config.budgets == "sensitivity":
+        assert curves is not None
+        return cheapest_budgets(curves, config.keep, config.min_layer_keep, ffn_dim)
     energies = (profile.relative_energies * np.square(column_norms)).sum(axis=1)
     # Every layer keeps a block at least, which must not come on top of the keep ratio.
     floor = max(config.min_layer_keep, min(config.keep, NEURON_BLOCK / ffn_dim))
     shares = _proportional_shares(np.sqrt(energies.astype(np.float64)), config.keep, floor)
     return _round_to_blocks(shares * ffn_dim, ffn_dim)
+
+
+def cheapest_budgets(curves: Floats, keep: float, floor: float, ffn_dim: int) -> list[int]:
+    """Take out blocks where they cost least, until the keep ratio is reached.
+
+    Layers are gone through along the lower convex hulls of their curves, so that a cheap stretch behind a dear block
+    is found too; the sum of all curves is then the least for that many blocks, but for the last stretch.
+
+    Args:
+        curves: (layers, removed blocks + 1) cost of removing so many blocks of a layer.
+        keep, floor: kept neurons / all neurons, in all and of a layer at least.
+    """
+    num_layers = len(curves)
+    least_kept = max(NEURON_BLOCK, math.ceil(floor * ffn_dim / NEURON_BLOCK - 1e-9) * NEURON_BLOCK)
+    most_removed = min(curves.shape[1] - 1, max(0, (ffn_dim - least_kept) // NEURON_BLOCK))
+    stretches = [
+        (slope, layer, size)
+        for layer in range(num_layers)
+        for slope, size in _hull(np.maximum.accumulate(curves[layer, : most_removed + 1]))
+    ]
+    total = round(num_layers * ffn_dim * (1 - keep) / NEURON_BLOCK)
+    removed = [0] * num_layers
+    # A hull's slopes grow, so that sorting keeps each layer's stretches in order.
+    for _, layer, size in sorted(stretches, key=lambda stretch: stretch[0]):
+        removed[layer] += min(size, total - sum(removed))
+    return [ffn_dim - NEURON_BLOCK * blocks for blocks in removed]
+
+
+def _hull(costs: Floats) -> list[tuple[float, int]]:
+    """Slopes and lengths of the lower convex hull of a rising curve, from its start."""
+    stretches, start = [], 0
+    while start < len(costs) - 1:
+        ends = np.arange(start + 1, len(costs))
+        slopes = (costs[ends] - costs[start]) / (ends - start)
+        # Of equal slopes the farthest, so that slopes strictly grow.
+        best = int(len(slopes) - 1 - np.argmin(slopes[::-1]))
+        stretches.append((float(slopes[best]), int(ends[best] - start)))
+        start = int(ends[best])
+    return stretches
 
 
 def _to_block(num_neurons: float, ffn_dim: int) -> int:

@@ -9,7 +9,8 @@ import torch
 from coreinfer.bundles.families import family_of_config, ffn_tensors
 from coreinfer.bundles.manifest import Quality
 from coreinfer.compiler import Progress
-from coreinfer.compiler.evaluating import Tally, compare_logits, evaluate, narrow_ffn, split_point
+from coreinfer.compiler.corpus import split_point
+from coreinfer.compiler.evaluating import Tally, compare_logits, evaluate, narrow_ffn
 from coreinfer.compiler.models import LoadedModel, wrap_model
 from coreinfer.compiler.narrowing import NarrowModel, bf16_bits
 from coreinfer.compiler.selecting import Choice
@@ -48,7 +49,9 @@ def narrow_model(kept: Sequence[Sequence[int]], *, repaired: bool = False) -> Na
         for _ in range(3)
     ]
     scores = np.ones((len(kept), 3, FFN_DIM), dtype=np.float32)
-    return NarrowModel(choice=Choice(scores=scores, neuron_ids=ids), downs=downs, ridges=(None,) * 3)
+    return NarrowModel(
+        choice=Choice(scores=scores, neuron_ids=ids), downs=downs, biases=[[None] * len(kept)] * 3, ridges=(None,) * 3
+    )
 
 
 def run(

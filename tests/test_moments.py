@@ -9,7 +9,7 @@ import torch
 from coreinfer.bundles.families import family_of_config
 from coreinfer.compiler import moments
 from coreinfer.compiler.cache import Cache
-from coreinfer.compiler.corpus import Document
+from coreinfer.compiler.corpus import Document, spread_sample
 from coreinfer.compiler.models import LoadedModel, wrap_model
 from coreinfer.compiler.moments import input_moments
 from coreinfer.compiler.progress import Progress
@@ -63,8 +63,8 @@ def test_moments_are_kept(tmp_path: Path) -> None:
 def test_enough_text_is_taken_from_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "_NUM_TOKENS", 100)
     documents = documents_of([20] * 30)
-    taken = moments._sample(documents)
+    taken = spread_sample(documents, moments._NUM_TOKENS)
     assert 100 <= sum(len(document.token_ids) for document in taken) <= 200
     assert taken[0] is documents[0]
     assert documents.index(taken[-1]) >= 20
-    assert moments._sample(documents[:3]) == documents[:3]
+    assert spread_sample(documents[:3], moments._NUM_TOKENS) == documents[:3]

@@ -5,40 +5,24 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from coreinfer.compiler.layerwise import LayerActivations
-from coreinfer.compiler.repair import RIDGES, RepairTask, gram_matrix, mean_gram, repair_layer, ridge_solutions
+from coreinfer.compiler.removal import System, remove_neurons, solve
+from coreinfer.compiler.repair import RIDGES, LayerTokens, Repaired, RepairTask, gram_matrix, repair_layer
 
-HIDDEN = 5
+HIDDEN, FFN_DIM, LENGTH = 5, 16, 50
 
 
 def random_tensor(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def correlated(num_tokens: int, ffn_dim: int, *, seed: int, mixing_seed: int = 100) -> torch.Tensor:
+def correlated(num_tokens: int, *, seed: int) -> torch.Tensor:
     """Activations of few causes, so that kept neurons know much of dropped ones."""
-    causes = random_tensor(num_tokens, 6, seed=seed)
-    return causes @ random_tensor(6, ffn_dim, seed=mixing_seed) + 0.1 * random_tensor(
-        num_tokens, ffn_dim, seed=seed + 1
-    )
-
-
-def as_layer(documents: Sequence[torch.Tensor]) -> LayerActivations:
-    starts = np.concatenate([[0], np.cumsum([len(document) for document in documents])])
-    activations = torch.cat([*documents])
-    return LayerActivations(
-        layer=0, activations=activations, starts=starts, stream_energies=torch.ones(len(activations))
-    )
+    causes = random_tensor(num_tokens, 6, seed=seed) @ random_tensor(6, FFN_DIM, seed=100)
+    return causes + 0.1 * random_tensor(num_tokens, FFN_DIM, seed=seed + 1)
 
 
 def ids_of(*neurons: int) -> npt.NDArray[np.int32]:
     return np.array(neurons, dtype=np.int32)
-
-
-def output_error(activations: torch.Tensor, weights: torch.Tensor, ids: Sequence[int], narrow: torch.Tensor) -> float:
-    """Squared error of the narrow FFN's output, in double precision."""
-    wanted = activations.double() @ weights.double()
-    return float((wanted - activations[:, list(ids)].double() @ narrow.double()).square().sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -52,169 +36,142 @@ def test_gram_matrix_equals_the_product(num_tokens: int, ffn_dim: int, dtype: to
     np.testing.assert_allclose(gram.numpy(), exact, rtol=1e-4, atol=1e-5 * np.abs(exact).max())
 
 
-def test_mean_gram_takes_the_tokens_of_its_documents_only() -> None:
-    documents = [random_tensor(length, 40, seed=length) for length in (3, 8, 5)]
-    chosen = torch.cat([documents[0], documents[2]]).double()
-    got = mean_gram(as_layer(documents), [0, 2])
-    np.testing.assert_allclose(got.double(), chosen.T @ chosen / 8, atol=1e-5)
+WEIGHTS = random_tensor(FFN_DIM, HIDDEN, seed=11)
+IDS = (ids_of(0, 2, 5, 9, 11), ids_of(1, 2, 6, 8, 15))
 
 
-@pytest.mark.parametrize("ridge", [1e-6, 1e-3, 0.1, 3.0])
-def test_ridge_solutions_equal_least_squares_of_the_augmented_system(ridge: float) -> None:
-    activations, weights = correlated(60, 20, seed=3), random_tensor(20, HIDDEN, seed=4)
-    ids = [1, 4, 5, 11, 19]
-    gram = gram_matrix(activations) / len(activations)
-    solution = ridge_solutions(gram, weights, torch.tensor(ids), [0.5, ridge])[1]
-    h, w = activations.double().numpy(), weights.double().numpy()
-    lam = ridge * np.diag(h.T @ h / len(h))[ids].mean()
-    system = np.vstack([h[:, ids] / np.sqrt(len(h)), np.sqrt(lam) * np.eye(len(ids))])
-    right = np.vstack([h @ w / np.sqrt(len(h)), np.sqrt(lam) * w[ids]])
-    expected = np.linalg.lstsq(system, right, rcond=None)[0]
-    np.testing.assert_allclose(solution.numpy(), expected, rtol=1e-3, atol=1e-3)
+def rows_of(*documents: int) -> torch.Tensor:
+    return torch.cat([torch.arange(number * LENGTH, (number + 1) * LENGTH) for number in documents])
 
 
-def test_all_neurons_or_a_large_ridge_give_the_own_weights() -> None:
-    activations, weights = correlated(200, 12, seed=5), random_tensor(12, HIDDEN, seed=6)
-    gram = gram_matrix(activations) / len(activations)
-    everything = ridge_solutions(gram, weights, torch.arange(12), [1e-3])[0]
-    np.testing.assert_allclose(everything, weights, atol=1e-3)
-    ids = torch.tensor([0, 3, 7])
-    small, large = ridge_solutions(gram, weights, ids, [1e-3, 1e6])
-    np.testing.assert_allclose(large, weights[ids], atol=1e-4)
-    assert (small - weights[ids]).abs().max() > 0.1
+def tokens_of(activations: torch.Tensor, targets: torch.Tensor | None = None) -> LayerTokens:
+    return LayerTokens(activations=activations, targets=activations @ WEIGHTS if targets is None else targets)
 
 
-@pytest.mark.parametrize("dead", [[2], [0, 1, 2, 3]])
-def test_dead_neurons_keep_their_own_weights(dead: list[int]) -> None:
-    activations, weights = correlated(100, 8, seed=7), random_tensor(8, HIDDEN, seed=8)
-    activations[:, dead] = 0
-    gram = gram_matrix(activations) / len(activations)
-    solution = ridge_solutions(gram, weights, torch.tensor([0, 1, 2, 3]), [1e-3])[0]
-    np.testing.assert_allclose(solution[dead], weights[dead], atol=1e-5)
-    assert torch.isfinite(solution).all()
+def same_kind_of_text() -> LayerTokens:
+    """Six documents."""
+    return tokens_of(torch.cat([correlated(LENGTH, seed=10 * number) for number in range(6)]))
 
 
-def test_a_system_that_rounding_made_indefinite_is_solved_in_double_precision() -> None:
-    # Three equal neurons of large activations: singular but for the ridge, which float32 rounds away.
-    activations = torch.full((40, 3), 1000.0) * torch.linspace(1, 2, 40)[:, None]
-    gram = gram_matrix(activations) / len(activations)
-    gram[0, 1] = gram[1, 0] = gram[0, 0] * (1 + 1e-7)
-    weights = random_tensor(3, HIDDEN, seed=9)
-    solution = ridge_solutions(gram, weights, torch.arange(3), [1e-6])[0]
-    np.testing.assert_allclose(solution.sum(dim=0), weights.sum(dim=0), atol=1e-2)
-
-
-def two_cluster_task(cluster_weight: float = 0.3) -> RepairTask:
-    """Documents 0 to 3 are calibrated on, 4 and 5 are validation text."""
+def task_of(*, cluster_weight: float = 0.3, ridges: Sequence[float | None] = (1e-2,)) -> RepairTask:
+    """Two clusters; documents 0 to 3 are calibrated on, 4 and 5 are validation text."""
     return RepairTask(
-        neuron_ids=[ids_of(0, 2, 5, 9, 11), ids_of(1, 2, 6, 8, 15)],
-        validation=[[4], [5]],
+        calibration=[rows_of(0, 1), rows_of(2, 3)],
+        validation=[rows_of(4), rows_of(5)],
+        weights=WEIGHTS,
+        bias=None,
+        metric=torch.eye(HIDDEN),
+        keep=5,
+        neuron_ids=IDS,
         cluster_weight=cluster_weight,
+        ridges=ridges,
     )
 
 
-def repair(
-    layer: LayerActivations,
-    weights: torch.Tensor,
-    task: RepairTask,
-    ridges: Sequence[float],
-    documents: Sequence[Sequence[int]] = ((0, 1), (2, 3)),
-) -> tuple[list[torch.Tensor], float | None]:
-    """Repair with the Gram matrices of each cluster's calibration documents."""
-    grams = [mean_gram(layer, members) for members in documents]
-    overall = mean_gram(layer, [index for members in documents for index in members])
-    return repair_layer(layer, weights, task, ridges, iter(grams), overall)
+def moments(tokens: LayerTokens, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    h, y = tokens.activations[rows], tokens.targets[rows]
+    return h.T @ h / len(h), h.T @ y / len(h)
 
 
-def same_kind_of_text() -> LayerActivations:
-    return as_layer([correlated(50, 16, seed=10 * number) for number in range(6)])
+def mixed_system(tokens: LayerTokens, weight: float, cluster: int) -> System:
+    own = moments(tokens, task_of().calibration[cluster])
+    overall = moments(tokens, rows_of(0, 1, 2, 3))
+    gram, cross = (weight * one + (1 - weight) * every for one, every in zip(own, overall, strict=True))
+    return System(gram=gram, cross=cross, own=WEIGHTS, ridge=1e-2)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_repair_mixes_the_cluster_with_all_text(weight: float) -> None:
-    layer, weights, task = same_kind_of_text(), random_tensor(16, HIDDEN, seed=11), two_cluster_task(weight)
-    solutions, ridge = repair(layer, weights, task, (1e-2,))
-    assert ridge == 1e-2
-    for ids, documents, solution in zip(task.neuron_ids, ([0, 1], [2, 3]), solutions, strict=True):
-        gram = weight * mean_gram(layer, documents) + (1 - weight) * mean_gram(layer, range(4))
-        expected = ridge_solutions(gram, weights, torch.from_numpy(ids).long(), [1e-2])[0]
-        np.testing.assert_allclose(solution, expected, atol=1e-4)
+    tokens = same_kind_of_text()
+    found = repair_layer(tokens, task_of(cluster_weight=weight))
+    assert found.ridge == 1e-2
+    for cluster, (down, bias) in enumerate(found.solutions):
+        ids = torch.from_numpy(IDS[cluster]).long()
+        expected = solve(mixed_system(tokens, weight, cluster), ids, [1e-2])[0]
+        np.testing.assert_allclose(down, expected, atol=1e-3)
+        assert not bias.any()
 
 
-def test_without_validation_text_the_first_ridge_is_taken() -> None:
-    layer, weights = same_kind_of_text(), random_tensor(16, HIDDEN, seed=12)
-    task = RepairTask(neuron_ids=[ids_of(0, 4)], validation=[[]], cluster_weight=0.3)
-    solutions, ridge = repair(layer, weights, task, (0.5, 0.1), [[0, 1, 2, 3]])
-    assert ridge == 0.5
-    expected = ridge_solutions(mean_gram(layer, range(4)), weights, torch.tensor([0, 4]), [0.5])[0]
-    np.testing.assert_allclose(solutions[0], expected, atol=1e-5)
+def test_moments_that_do_not_fit_into_memory_are_summed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = same_kind_of_text()
+    together = repair_layer(tokens, task_of())
+    monkeypatch.setattr("coreinfer.compiler.repair._MOMENT_BYTES", 100)
+    one_by_one = repair_layer(tokens, task_of())
+    for (first, _), (second, _) in zip(together.solutions, one_by_one.solutions, strict=True):
+        np.testing.assert_allclose(first, second, atol=1e-4)
 
 
-def validation_error(
-    layer: LayerActivations, weights: torch.Tensor, task: RepairTask, found: Sequence[torch.Tensor]
-) -> float:
-    return sum(
-        output_error(layer.of_documents(documents), weights, ids.tolist(), solution)
-        for documents, ids, solution in zip(task.validation, task.neuron_ids, found, strict=True)
-    )
+def test_neurons_are_removed_by_second_order_where_none_are_given() -> None:
+    tokens = same_kind_of_text()
+    task = replace(task_of(), neuron_ids=None, metric=torch.diag(torch.arange(1.0, HIDDEN + 1)))
+    found = repair_layer(tokens, task)
+    for cluster, ids in enumerate(found.neuron_ids):
+        expected = remove_neurons(mixed_system(tokens, 0.3, cluster), task.metric, keep=5).neuron_ids
+        assert ids.tolist() == expected.tolist()
 
 
-def own_rows(weights: torch.Tensor, task: RepairTask) -> list[torch.Tensor]:
-    return [weights[torch.from_numpy(ids).long()] for ids in task.neuron_ids]
+def test_it_is_fitted_to_the_targets_and_not_to_the_own_output() -> None:
+    """The narrow model's hidden states are off; the wanted output makes up for that."""
+    activations = correlated(6 * LENGTH, seed=3)
+    shifted = random_tensor(FFN_DIM, HIDDEN, seed=4)
+    tokens = tokens_of(activations, activations @ shifted)
+    task = replace(task_of(ridges=(1e-6,)), neuron_ids=[np.arange(FFN_DIM, dtype=np.int32)] * 2, keep=FFN_DIM)
+    for down, _ in repair_layer(tokens, task).solutions:
+        np.testing.assert_allclose(activations @ down, tokens.targets, atol=0.05)
+
+
+def test_the_bias_takes_up_the_means() -> None:
+    activations = correlated(6 * LENGTH, seed=5) + 3.0
+    bias = random_tensor(HIDDEN, seed=6)
+    tokens = tokens_of(activations, activations @ WEIGHTS + bias)
+    with_bias = repair_layer(tokens, replace(task_of(cluster_weight=1.0), bias=bias))
+    for cluster, (down, found) in enumerate(with_bias.solutions):
+        rows, ids = task_of().calibration[cluster], torch.from_numpy(IDS[cluster]).long()
+        errors = tokens.targets[rows] - tokens.activations[rows][:, ids] @ down - found
+        np.testing.assert_allclose(errors.mean(dim=0), torch.zeros(HIDDEN), atol=1e-3)
+    (own, kept_bias), _ = repair_layer(tokens, replace(task_of(ridges=(None,)), bias=bias)).solutions
+    assert torch.equal(own, WEIGHTS[torch.from_numpy(IDS[0]).long()])
+    assert torch.equal(kept_bias, bias)
+
+
+def cost(tokens: LayerTokens, task: RepairTask, found: Repaired) -> float:
+    """Cost of the output errors on validation tokens, in double precision."""
+    total = 0.0
+    for rows, ids, (down, _) in zip(task.validation, found.neuron_ids, found.solutions, strict=True):
+        errors = (tokens.targets[rows] - tokens.activations[rows][:, ids.tolist()] @ down).double()
+        total += float(((errors @ task.metric.double()) * errors).sum())
+    return total
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("num_tokens", [3, 12, 200])
-def test_the_ridge_is_the_best_one_on_validation_text(seed: int, num_tokens: int) -> None:
-    documents = [correlated(num_tokens, 16, seed=100 * seed + 10 * number) for number in range(4)]
-    validation = [correlated(60, 16, seed=100 * seed + 77 + number) for number in range(2)]
-    layer, weights, task = as_layer([*documents, *validation]), random_tensor(16, HIDDEN, seed=seed), two_cluster_task()
-    errors: dict[float | None, float] = {
-        ridge: validation_error(
-            layer, weights, task, repair(layer, weights, replace(task, validation=[[], []]), (ridge,))[0]
-        )
-        for ridge in RIDGES
-    }
-    errors[None] = validation_error(layer, weights, task, own_rows(weights, task))
-    solutions, ridge = repair(layer, weights, task, RIDGES)
-    assert ridge == min(errors, key=lambda key: errors[key])
-    assert validation_error(layer, weights, task, solutions) == pytest.approx(errors[ridge])
-    assert errors[ridge] <= errors[None]
+@pytest.mark.parametrize("noise", [0.0, 1.0, 20.0])
+def test_the_ridge_is_the_best_one_on_validation_text(seed: int, noise: float) -> None:
+    activations = correlated(6 * LENGTH, seed=seed)
+    targets = activations @ WEIGHTS + noise * random_tensor(6 * LENGTH, HIDDEN, seed=seed + 50)
+    tokens, task = tokens_of(activations, targets), task_of(ridges=(*RIDGES, 10.0, None))
+    costs = {ridge: cost(tokens, task, repair_layer(tokens, replace(task, ridges=(ridge,)))) for ridge in task.ridges}
+    found = repair_layer(tokens, task)
+    assert found.ridge == min(costs, key=lambda key: costs[key])
+    assert cost(tokens, task, found) == pytest.approx(costs[found.ridge])
 
 
-def test_noise_in_thin_text_asks_for_a_larger_ridge() -> None:
-    weights, task = random_tensor(16, HIDDEN, seed=1), two_cluster_task()
-    noise = as_layer([random_tensor(length, 16, seed=n) for n, length in enumerate((3, 3, 3, 3, 300, 300))])
-    _, ridge = repair(noise, weights, task, (1e-3, 100.0))
-    assert ridge != 1e-3
-    _, ridge = repair(same_kind_of_text(), weights, task, (100.0, 1e-3))
-    assert ridge == 1e-3
+def test_without_validation_text_the_first_ridge_is_taken() -> None:
+    none = torch.zeros(0, dtype=torch.long)
+    task = replace(task_of(ridges=(0.5, 0.1, None)), validation=[none, none])
+    assert repair_layer(same_kind_of_text(), task).ridge == 0.5
 
 
 def test_a_repair_that_validation_text_contradicts_is_not_shipped() -> None:
     # In calibration text each dropped neuron repeats a kept one, in validation text it does the opposite.
     kept, dropped = [0, 2, 5, 9, 11], [1, 3, 4, 6, 7]
-    documents = []
-    for number in range(6):
-        activations = torch.zeros(80, 16)
-        activations[:, kept] = random_tensor(80, 5, seed=number)
-        activations[:, dropped] = activations[:, kept] * (1 if number < 4 else -1)
-        documents.append(activations)
-    layer, weights = as_layer(documents), random_tensor(16, HIDDEN, seed=20)
-    task = replace(two_cluster_task(), neuron_ids=[ids_of(*kept)] * 2)
-    solutions, ridge = repair(layer, weights, task, RIDGES)
-    assert ridge is None
-    assert all(torch.equal(solution, weights[kept]) for solution in solutions)
-    agreeing = replace(task, validation=[[2], [3]])
-    solutions, ridge = repair(layer, weights, agreeing, RIDGES, [[0], [1]])
-    assert ridge == min(RIDGES)
-    np.testing.assert_allclose(solutions[0], weights[kept] + weights[dropped], atol=0.01)
-
-
-def test_clusters_without_validation_text_have_no_say() -> None:
-    layer, weights = same_kind_of_text(), random_tensor(16, HIDDEN, seed=13)
-    task = replace(two_cluster_task(), validation=[[4], []])
-    solutions, ridge = repair(layer, weights, task, RIDGES)
-    assert ridge in RIDGES
-    assert len(solutions) == 2
-    assert not torch.equal(solutions[1], own_rows(weights, task)[1])
+    activations = torch.zeros(6 * LENGTH, FFN_DIM)
+    activations[:, kept] = random_tensor(6 * LENGTH, 5, seed=1)
+    activations[:, dropped] = activations[:, kept]
+    activations[rows_of(4, 5)[:, None], torch.tensor(dropped)] *= -1
+    tokens, task = tokens_of(activations), replace(task_of(ridges=(*RIDGES, None)), neuron_ids=[ids_of(*kept)] * 2)
+    found = repair_layer(tokens, task)
+    assert found.ridge is None
+    assert all(torch.equal(down, WEIGHTS[kept]) for down, _ in found.solutions)
+    agreeing = repair_layer(tokens, replace(task, validation=[rows_of(2), rows_of(3)]))
+    assert agreeing.ridge == min(RIDGES)
+    np.testing.assert_allclose(agreeing.solutions[0][0], WEIGHTS[kept] + WEIGHTS[dropped], atol=0.01)

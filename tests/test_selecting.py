@@ -1,3 +1,4 @@
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.compiler import CompileConfig
 from coreinfer.compiler.profiling import Profile
-from coreinfer.compiler.selecting import choose_neurons, cluster_scores, layer_budgets
+from coreinfer.compiler.selecting import cheapest_budgets, choose_neurons, cluster_scores, layer_budgets
 
 from .test_config import make_config
 
@@ -159,3 +160,51 @@ def test_an_empty_cluster_has_the_scores_of_all_text() -> None:
     got = cluster_scores(config, sums, counts, norms)
     expected = cluster_scores(make_config(cluster_weight=0.0), sums, counts, norms)
     np.testing.assert_allclose(got[1], expected[1], rtol=1e-5)
+
+
+def total_cost(curves: Floats, budgets: list[int]) -> float:
+    return sum(float(curve[(FFN_DIM - budget) // 32]) for curve, budget in zip(curves, budgets, strict=True))
+
+
+def rising_curves(seed: int, *, convex: bool, num_layers: int = 3) -> Floats:
+    steps = np.random.default_rng(seed).exponential(size=(num_layers, FFN_DIM // 32 - 1))
+    if convex:
+        steps = np.sort(steps, axis=1)
+    return np.concatenate([np.zeros((num_layers, 1)), np.cumsum(steps, axis=1)], axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.75])
+def test_cheapest_budgets_cost_least_of_all(seed: int, keep: float) -> None:
+    curves = rising_curves(seed, convex=True)
+    budgets = cheapest_budgets(curves, keep, 0.1, FFN_DIM)
+    num_removed = round(3 * FFN_DIM * (1 - keep) / 32)
+    assert sum(budgets) == 3 * FFN_DIM - 32 * num_removed
+    removals = [r for r in product(range(8), repeat=3) if sum(r) == num_removed]
+    least = min(total_cost(curves, [FFN_DIM - 32 * blocks for blocks in removal]) for removal in removals)
+    assert total_cost(curves, budgets) == pytest.approx(least)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_budgets_of_any_curves_make_up_the_keep_ratio_above_the_floor(seed: int) -> None:
+    budgets = cheapest_budgets(rising_curves(seed, convex=False, num_layers=7), 0.5, 0.3, FFN_DIM)
+    assert sum(budgets) == 7 * FFN_DIM // 2
+    assert min(budgets) >= 96
+    assert all(budget % 32 == 0 for budget in budgets)
+
+
+def test_a_cheap_stretch_behind_a_dear_block_is_found() -> None:
+    dear_first = np.array([0, 5, 5, 5, 5, 5, 5, 5], dtype=np.float32)
+    steady = np.arange(8, dtype=np.float32)
+    # Seven blocks for 5 are cheaper than the four cheapest of the other layer and three more.
+    assert cheapest_budgets(np.stack([dear_first, steady]), 9 / 16, 0.0, FFN_DIM) == [32, FFN_DIM]
+
+
+def test_sensitivity_budgets_follow_the_curves() -> None:
+    config = make_config(budgets="sensitivity", keep=0.5)
+    curves = rising_curves(1, convex=True) * np.array([[1], [10], [100]], dtype=np.float32)
+    budgets = layer_budgets(
+        config, profile_of(np.ones((3, FFN_DIM), np.float32)), np.ones((3, FFN_DIM), np.float32), curves
+    )
+    assert budgets == sorted(budgets)
+    assert budgets[0] < budgets[-1]

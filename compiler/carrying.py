@@ -1,0 +1,300 @@
+"""Stages `select` and `reconstruct`: narrow a model layer after layer, on the hidden states that it will really have.
+
+The calibration text goes through the dense model and, beside it, through each narrow model as far as it is made: as
+at run time, the first half of every document is read dense and the second half narrow. A layer is therefore fitted on
+what the narrow layers before it hand on, and where hidden states are sums of what the layers add, towards the hidden
+state of the dense model: it also makes up for what the layers before it got wrong. GPTAQ (arXiv 2504.02692) does so
+for rounding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .cache import Cache, stage_key
+from .config import CompileConfig
+from .corpus import Document, split_point
+from .layerwise import Batch, LayerRun, document_starts, prepare_batches, run_layer
+from .models import LoadedModel
+from .narrowing import CLUSTERS, Assignment, NarrowModel, bf16_bits
+from .progress import Progress
+from .repair import RIDGES, LayerTokens, Repaired, RepairTask, repair_layer
+from .selecting import Choice
+
+__all__ = ["NarrowInputs", "narrow_all"]
+
+_OWN_WEIGHTS = np.array([np.nan])
+
+
+@dataclass(frozen=True, kw_only=True)
+class NarrowInputs:
+    """What the narrow models are made from.
+
+    Attributes:
+        calibration, validation: documents; the assignments say which cluster each belongs to.
+        assignments: the clusters first, then the controls.
+        choices: assignment name -> scores, and the neurons that the scores alone would keep.
+        budgets: neurons that each layer keeps.
+        metrics: (layers, hidden size, hidden size) what errors in the FFN outputs cost.
+    """
+
+    config: CompileConfig
+    loaded: LoadedModel
+    calibration: Sequence[Document]
+    validation: Sequence[Document]
+    assignments: Sequence[Assignment]
+    choices: dict[str, Choice]
+    budgets: Sequence[int]
+    metrics: torch.Tensor
+
+
+@dataclass(kw_only=True)
+class _Stream:
+    """One assignment's narrow model on its way through the layers.
+
+    Attributes:
+        calibration, validation: rows of each cluster's tokens; validation rows are those that are read narrow.
+        members: rows of all of each cluster's tokens.
+        hidden: hidden states of each batch, (batch, length, hidden size).
+    """
+
+    item: Assignment
+    calibration: list[torch.Tensor]
+    validation: list[torch.Tensor]
+    members: list[torch.Tensor]
+    hidden: list[torch.Tensor]
+
+
+def narrow_all(inputs: NarrowInputs, cache: Cache, key: str, progress: Progress) -> dict[str, NarrowModel]:
+    """Narrow the model for every assignment; each layer's result is cached as soon as it is there."""
+    num_layers = inputs.loaded.record.num_layers
+    if not inputs.config.reconstruct:
+        results = [_unrepaired(inputs, layer) for layer in range(num_layers)]
+    else:
+        results = _narrow_layers(inputs, cache, key, progress)
+    return {item.name: _collect(inputs, item.name, results) for item in inputs.assignments}
+
+
+def _narrow_layers(inputs: NarrowInputs, cache: Cache, key: str, progress: Progress) -> list[dict[str, Any]]:
+    loaded, num_layers = inputs.loaded, inputs.loaded.record.num_layers
+    keys = [stage_key("narrow", upstream=key, layer=layer) for layer in range(num_layers)]
+    stored = [cache.find_arrays(layer_key) for layer_key in keys]
+    if all(stored):
+        return [arrays for arrays in stored if arrays is not None]
+    documents = [*inputs.calibration, *inputs.validation]
+    starts = document_starts(documents)
+    narrow_rows = _narrow_rows(starts).to(loaded.device)
+    results = []
+    with progress.stage("reconstruct", num_layers) as advance, torch.inference_mode():
+        batches = prepare_batches(loaded, documents, starts)
+        streams = [_stream(inputs, item, starts, narrow_rows, batches) for item in inputs.assignments]
+        for layer in range(num_layers):
+            results.append(_narrow_one_layer(inputs, cache, keys[layer], layer, batches, streams, narrow_rows))
+            advance()
+    return results
+
+
+def _narrow_rows(starts: npt.NDArray[np.int64]) -> torch.Tensor:
+    """Which tokens are read narrow: (tokens,) bool."""
+    parts = [np.arange(length) >= split_point(int(length)) for length in np.diff(starts)]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def _stream(
+    inputs: NarrowInputs,
+    item: Assignment,
+    starts: npt.NDArray[np.int64],
+    narrow_rows: torch.Tensor,
+    batches: Sequence[Batch],
+) -> _Stream:
+    labels = np.concatenate([item.calibration, item.validation])
+    token_labels = torch.from_numpy(np.repeat(labels, np.diff(starts))).to(narrow_rows.device)
+    first_validation = int(starts[len(item.calibration)])
+    calibration, validation, members = [], [], []
+    for cluster in range(int(item.calibration.max()) + 1):
+        rows = (token_labels == cluster).nonzero()[:, 0]
+        members.append(rows)
+        calibration.append(rows[rows < first_validation])
+        validation.append(rows[(rows >= first_validation) & narrow_rows[rows]])
+    return _Stream(
+        item=item,
+        calibration=calibration,
+        validation=validation,
+        members=members,
+        hidden=[batch.hidden for batch in batches],
+    )
+
+
+def _narrow_one_layer(
+    inputs: NarrowInputs,
+    cache: Cache,
+    key: str,
+    layer: int,
+    batches: Sequence[Batch],
+    streams: Sequence[_Stream],
+    narrow_rows: torch.Tensor,
+) -> dict[str, Any]:
+    """Narrow one layer for every assignment and move all hidden states past it."""
+    dense = [run_layer(inputs.loaded, layer, batch, batch.hidden) for batch in batches]
+    stored = cache.find_arrays(key)
+    arrays: dict[str, Any] = dict(stored or {})
+    for stream in streams:
+        runs = dense
+        if inputs.config.carry and layer > 0:
+            pairs = zip(batches, stream.hidden, strict=True)
+            runs = [run_layer(inputs.loaded, layer, batch, hidden) for batch, hidden in pairs]
+        tokens = _tokens(inputs, batches, runs, dense, len(narrow_rows))
+        if stored is None:
+            arrays |= _repair(inputs, layer, stream, tokens, arrays)
+        if inputs.config.carry:
+            outputs = _narrow_outputs(inputs, layer, stream, tokens, arrays)
+            stream.hidden = [
+                _move(inputs, layer, batch, hidden, run, whole, outputs, narrow_rows)
+                for batch, hidden, run, whole in zip(batches, stream.hidden, runs, dense, strict=True)
+            ]
+    for batch, run in zip(batches, dense, strict=True):
+        batch.hidden = run.output
+    return cache.arrays(key, partial(dict, arrays))
+
+
+def _tokens(
+    inputs: NarrowInputs,
+    batches: Sequence[Batch],
+    runs: Sequence[LayerRun],
+    dense: Sequence[LayerRun],
+    num_tokens: int,
+) -> LayerTokens:
+    """Put the batches' tokens in the order of the documents, with what the FFN should put out for each."""
+    record, dtype = inputs.loaded.record, dense[0].output.dtype
+    activations = torch.empty((num_tokens, record.ffn_dim), dtype=dtype, device=inputs.loaded.device)
+    targets = torch.empty((num_tokens, record.hidden_size), dtype=dtype, device=inputs.loaded.device)
+    for batch, run, whole in zip(batches, runs, dense, strict=True):
+        activations[batch.rows] = batch.real(run.activations)
+        target = whole.ffn_output
+        if run is not whole and inputs.loaded.family.adds_ffn_output:
+            target = whole.output.float() - (run.output.float() - run.ffn_output.float())
+        targets[batch.rows] = batch.real(target).to(dtype)
+    return LayerTokens(activations=activations, targets=targets)
+
+
+def _repair(
+    inputs: NarrowInputs, layer: int, stream: _Stream, tokens: LayerTokens, found: dict[str, Any]
+) -> dict[str, Any]:
+    """Narrow one layer for one assignment: arrays for the cache, named after the assignment."""
+    name, config = stream.item.name, inputs.config
+    if inputs.budgets[layer] == inputs.loaded.record.ffn_dim:
+        return _own(inputs, name, layer)
+    module = inputs.loaded.projection(layer, "down")
+    chosen = RIDGES if config.ridge == "auto" else (float(config.ridge),)
+    # A repair that other text rejects is not shipped.
+    ridges: tuple[float | None, ...] = (*chosen, None)
+    if name != CLUSTERS:
+        # Asked to choose for themselves, controls chose the same ridge in nearly every layer (docs/log.md).
+        shared = float(found[f"{CLUSTERS}.ridge"][0])
+        ridges = (None if np.isnan(shared) else shared,)
+    by_scores = [layers[layer] for layers in inputs.choices[name].neuron_ids]
+    task = RepairTask(
+        calibration=stream.calibration,
+        validation=stream.validation,
+        weights=module.weight.detach().float().T.contiguous(),
+        bias=None if module.bias is None else module.bias.detach().float(),
+        metric=inputs.metrics[layer].to(inputs.loaded.device),
+        keep=inputs.budgets[layer],
+        neuron_ids=None if config.effective_removal == "second-order" else by_scores,
+        cluster_weight=_repair_weight(config),
+        ridges=ridges,
+    )
+    return _as_arrays(name, repair_layer(tokens, task))
+
+
+def _repair_weight(config: CompileConfig) -> float:
+    """Moments of one cluster alone are too thin for a repair, whatever the scores are made of."""
+    return 0.3 if config.cluster_weight is None else config.cluster_weight
+
+
+def _as_arrays(name: str, repaired: Repaired) -> dict[str, Any]:
+    arrays: dict[str, Any] = {f"{name}.ids.{cluster}": ids for cluster, ids in enumerate(repaired.neuron_ids)}
+    if repaired.ridge is None:
+        return {**arrays, f"{name}.ridge": _OWN_WEIGHTS}
+    for cluster, (down, bias) in enumerate(repaired.solutions):
+        arrays[f"{name}.down.{cluster}"] = bf16_bits(down)
+        arrays[f"{name}.bias.{cluster}"] = bias.cpu().numpy()
+    return {**arrays, f"{name}.ridge": np.array([repaired.ridge])}
+
+
+def _own(inputs: NarrowInputs, name: str, layer: int) -> dict[str, Any]:
+    """A layer that keeps its own weights, and the neurons that the scores choose."""
+    ids = {f"{name}.ids.{c}": layers[layer] for c, layers in enumerate(inputs.choices[name].neuron_ids)}
+    return {**ids, f"{name}.ridge": _OWN_WEIGHTS}
+
+
+def _unrepaired(inputs: NarrowInputs, layer: int) -> dict[str, Any]:
+    arrays: dict[str, Any] = {}
+    for item in inputs.assignments:
+        arrays |= _own(inputs, item.name, layer)
+    return arrays
+
+
+def _narrow_outputs(
+    inputs: NarrowInputs, layer: int, stream: _Stream, tokens: LayerTokens, arrays: dict[str, Any]
+) -> torch.Tensor:
+    """What the narrow FFN puts out for every token: (tokens, hidden size)."""
+    module, name = inputs.loaded.projection(layer, "down"), stream.item.name
+    outputs = torch.empty_like(tokens.targets)
+    for cluster, rows in enumerate(stream.members):
+        ids = torch.from_numpy(arrays[f"{name}.ids.{cluster}"]).long().to(outputs.device)
+        down: torch.Tensor = module.weight.T[ids]
+        bias: torch.Tensor | None = module.bias
+        if (bits := arrays.get(f"{name}.down.{cluster}")) is not None:
+            down = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).to(outputs)
+            bias = torch.from_numpy(arrays[f"{name}.bias.{cluster}"]).to(outputs)
+        product = tokens.activations[rows][:, ids] @ down
+        outputs[rows] = product if bias is None else product + bias
+    return outputs
+
+
+def _move(
+    inputs: NarrowInputs,
+    layer: int,
+    batch: Batch,
+    hidden: torch.Tensor,
+    run: LayerRun,
+    dense: LayerRun,
+    outputs: torch.Tensor,
+    narrow_rows: torch.Tensor,
+) -> torch.Tensor:
+    """Hidden states of one batch behind the narrow layer; tokens that are read dense have the dense model's."""
+    narrow = run.ffn_output.clone()
+    narrow[batch.mask] = outputs[batch.rows]
+    if inputs.loaded.family.adds_ffn_output:
+        moved = (run.output.float() - run.ffn_output.float() + narrow.float()).to(run.output.dtype)
+    else:
+        moved = run_layer(inputs.loaded, layer, batch, hidden, ffn_output=narrow).output
+    result = dense.output.clone()
+    places = batch.mask.clone()
+    places[batch.mask] = narrow_rows[batch.rows]
+    result[places] = moved[places]
+    return result
+
+
+def _collect(inputs: NarrowInputs, name: str, results: Sequence[dict[str, Any]]) -> NarrowModel:
+    scores = inputs.choices[name].scores
+    clusters = range(len(scores))
+    ridges = [float(arrays[f"{name}.ridge"][0]) for arrays in results]
+    has_bias = inputs.loaded.record.ffn_bias
+    return NarrowModel(
+        choice=Choice(
+            scores=scores,
+            neuron_ids=[[arrays[f"{name}.ids.{cluster}"] for arrays in results] for cluster in clusters],
+        ),
+        downs=[[arrays.get(f"{name}.down.{cluster}") for cluster in clusters] for arrays in results],
+        biases=[
+            [arrays.get(f"{name}.bias.{cluster}") if has_bias else None for cluster in clusters] for arrays in results
+        ],
+        ridges=tuple(None if np.isnan(ridge) else ridge for ridge in ridges),
+    )

@@ -1,0 +1,154 @@
+"""Stage `sensitivity`: what an error in an FFN's output costs the model, and so how many neurons each layer needs.
+
+To second order, an error d_t in a layer's FFN output at token t costs KL = 1/2 d_t^T F d_t with the Fisher matrix
+F = E[g g^T], g the gradient of -log p(y) with respect to that output, y drawn from the model itself. Gradients
+count what an error does to later tokens through attention too. As in K-FAC (arXiv 1503.05671) and LLM Surgeon
+(arXiv 2312.17244), F is averaged apart from the errors; unlike energies it compares one layer with another.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from .cache import Cache, stage_key
+from .config import CompileConfig
+from .corpus import Document, spread_sample
+from .layerwise import walk_layers
+from .models import LoadedModel
+from .progress import Progress
+from .removal import BLOCK, System, remove_neurons
+from .repair import gram_matrix
+
+__all__ = ["fisher_matrices", "output_metrics", "removal_curves"]
+
+Floats = npt.NDArray[np.float32]
+
+_FISHER_TOKENS = 8192
+_CURVE_TOKENS = 16384
+_CURVE_RIDGE = 1e-2
+# A share of the mean diagonal, so that no direction of the output counts for nothing.
+_DAMPING = 0.05
+
+
+def fisher_matrices(
+    loaded: LoadedModel, documents: Sequence[Document], cache: Cache, key: str, progress: Progress, *, seed: int
+) -> torch.Tensor:
+    """Fisher matrices of the FFN outputs, damped.
+
+    Args:
+        documents: calibration text, of which a sample is run forward and backward.
+        seed: of the tokens that are drawn.
+    Returns:
+        (layers, hidden size, hidden size) float32 on the CPU.
+    """
+    sample = spread_sample(documents, _FISHER_TOKENS)
+
+    def compute() -> dict[str, Any]:
+        return {"fisher": _fisher_sums(loaded, sample, progress, seed=seed).cpu().numpy()}
+
+    fisher = torch.from_numpy(cache.arrays(key, compute)["fisher"])
+    damping = _DAMPING * fisher.diagonal(dim1=1, dim2=2).mean(dim=1)
+    return fisher + damping.clamp_min(1e-20)[:, None, None] * torch.eye(fisher.shape[1])
+
+
+def output_metrics(
+    config: CompileConfig,
+    loaded: LoadedModel,
+    documents: Sequence[Document],
+    cache: Cache,
+    key: str,
+    progress: Progress,
+) -> torch.Tensor:
+    """What errors in the FFN outputs cost: Fisher matrices where anything asks for them, else identities."""
+    needed = config.budgets == "sensitivity" or config.reconstruct
+    if needed and config.keep < 1:
+        fisher_key = stage_key("fisher", upstream=key)
+        return fisher_matrices(loaded, documents, cache, fisher_key, progress, seed=config.seed)
+    return torch.eye(loaded.record.hidden_size).expand(loaded.record.num_layers, -1, -1)
+
+
+def _fisher_sums(loaded: LoadedModel, documents: Sequence[Document], progress: Progress, *, seed: int) -> torch.Tensor:
+    size = loaded.record.hidden_size
+    sums = torch.zeros((loaded.record.num_layers, size, size), device=loaded.device)
+    generator = torch.Generator(device=loaded.device).manual_seed(seed)
+    num_tokens = 0
+    with progress.stage("sensitivity", len(documents)) as advance, _watch_outputs(loaded) as outputs:
+        for document in documents:
+            _backward(loaded, document, generator)
+            for layer, output in enumerate(outputs):
+                assert output.grad is not None
+                # The first token, which often only serves as an attention sink, would hide all others.
+                gradients = output.grad.reshape(-1, size)[1:].float()
+                sums[layer] += gradients.T @ gradients
+            num_tokens += max(0, len(document.token_ids) - 1)
+            outputs.clear()
+            advance()
+    return sums / max(1, num_tokens)
+
+
+def _backward(loaded: LoadedModel, document: Document, generator: torch.Generator) -> None:
+    ids = torch.tensor([list(document.token_ids)], device=loaded.device)
+    with torch.enable_grad():
+        log_p = loaded.model(ids, use_cache=False).logits[0].float().log_softmax(dim=-1)
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        (-log_p.gather(1, drawn).sum()).backward()
+
+
+@contextmanager
+def _watch_outputs(loaded: LoadedModel) -> Iterator[list[torch.Tensor]]:
+    """Collect the output of each layer's down projection, with gradients; parameters need none meanwhile."""
+    outputs: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        watched = output if output.requires_grad else output.detach().requires_grad_()
+        watched.retain_grad()
+        outputs.append(watched)
+        return watched
+
+    needs = [(parameter, parameter.requires_grad) for parameter in loaded.model.parameters()]
+    handles = []
+    try:
+        for parameter, _ in needs:
+            parameter.requires_grad_(False)
+        for layer in range(loaded.record.num_layers):
+            handles.append(loaded.projection(layer, "down").register_forward_hook(keep))
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, needed in needs:
+            parameter.requires_grad_(needed)
+
+
+def removal_curves(
+    loaded: LoadedModel,
+    documents: Sequence[Document],
+    fisher: torch.Tensor,
+    cache: Cache,
+    key: str,
+    progress: Progress,
+) -> Floats:
+    """Estimate what it costs to take ever more neurons out of each layer, repaired.
+
+    Returns:
+        (layers, removed blocks of 32 neurons + 1) nats a token, from no block removed to all but one.
+    """
+    sample = spread_sample(documents, _CURVE_TOKENS)
+
+    def compute() -> dict[str, Any]:
+        curves = []
+        with progress.stage("curves", loaded.record.num_layers) as advance:
+            for layer in walk_layers(loaded, sample, advance):
+                weights = loaded.projection(layer.layer, "down").weight.detach().float().T.contiguous()
+                gram = gram_matrix(layer.activations) / max(1, len(layer.activations))
+                system = System(gram=gram, cross=gram @ weights, own=weights, ridge=_CURVE_RIDGE)
+                metric = fisher[layer.layer].to(weights.device)
+                curves.append(0.5 * remove_neurons(system, metric, keep=min(BLOCK, len(gram)), step=BLOCK).losses)
+        return {"curves": np.stack(curves).astype(np.float32)}
+
+    return cache.arrays(key, compute)["curves"]

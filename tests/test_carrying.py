@@ -1,0 +1,193 @@
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from coreinfer.bundles.families import assign_ffn, family_of_config, ffn_tensors
+from coreinfer.compiler.cache import Cache
+from coreinfer.compiler.carrying import NarrowInputs, narrow_all
+from coreinfer.compiler.corpus import Document, split_point
+from coreinfer.compiler.models import LoadedModel, wrap_model
+from coreinfer.compiler.narrowing import Assignment, NarrowModel, narrow_layer
+from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.repair import LayerTokens, repair_layer
+from coreinfer.compiler.selecting import Choice
+from transformers import DynamicCache
+
+from .model_factory import FAMILIES, VOCABULARY, build_model, build_tokenizer
+from .test_config import make_config
+
+LENGTHS = (20, 41, 33, 20, 57, 26, 38, 40)
+NUM_VALIDATION = 2
+BUDGETS = [64, 96, 32]
+CLUSTERS = np.array([0, 1, 1, 0, 1, 0])
+
+
+def load(name: str) -> LoadedModel:
+    model = build_model(name)
+    family = family_of_config(model.config.to_dict(), name)
+    return wrap_model(model, build_tokenizer(), family=family, name=name, config=model.config)
+
+
+def documents() -> list[Document]:
+    generator = np.random.default_rng(1)
+    rows = [generator.integers(3, VOCABULARY, length).tolist() for length in LENGTHS]
+    return [Document(text="", routing_text="", token_ids=tuple(row)) for row in rows]
+
+
+def inputs_of(loaded: LoadedModel, **options: Any) -> NarrowInputs:
+    texts = documents()
+    scores = np.random.default_rng(2).random((2, 3, 96)).astype(np.float32)
+    ids = [
+        [np.sort(np.argsort(-layer)[:budget]).astype(np.int32) for layer, budget in zip(rows, BUDGETS, strict=True)]
+        for rows in scores
+    ]
+    main = Assignment(
+        name="clusters", calibration=CLUSTERS, validation=np.array([0, 1]), held_out=np.zeros(0, np.int64)
+    )
+    one = Assignment(
+        name="one static mask",
+        calibration=CLUSTERS * 0,
+        validation=np.zeros(2, np.int64),
+        held_out=np.zeros(0, np.int64),
+    )
+    return NarrowInputs(
+        config=make_config(**options),
+        loaded=loaded,
+        calibration=texts[:-NUM_VALIDATION],
+        validation=texts[-NUM_VALIDATION:],
+        assignments=[main, one],
+        choices={
+            main.name: Choice(scores=scores, neuron_ids=ids),
+            one.name: Choice(scores=scores[:1], neuron_ids=ids[:1]),
+        },
+        budgets=BUDGETS,
+        metrics=torch.eye(32).expand(3, -1, -1),
+    )
+
+
+def run(inputs: NarrowInputs, folder: Path | None = None) -> dict[str, NarrowModel]:
+    return narrow_all(inputs, Cache(folder), "key", Progress())
+
+
+def activations_behind(loaded: LoadedModel, narrow: NarrowModel, cluster: int, layer: int, document: Document) -> Any:
+    """What a layer's FFN really sees: the first half read dense, the second narrow in the layers before it."""
+    seen = []
+    handle = loaded.projection(layer, "down").register_forward_pre_hook(lambda _, x: seen.append(x[0].reshape(-1, 96)))
+    start, ids = split_point(len(document.token_ids)), torch.tensor([document.token_ids])
+    dense = [ffn_tensors(module, loaded.family) for module in loaded.layers]
+    cache = DynamicCache()
+    try:
+        with torch.inference_mode():
+            loaded.model(ids[:, :start], past_key_values=cache, use_cache=True)
+            narrowed = [narrow_layer(loaded, narrow, index, cluster) for index in range(layer)]
+            for module, tensors in zip(loaded.layers, narrowed, strict=False):
+                assign_ffn(module, loaded.family, tensors)
+            loaded.model(ids[:, start:], past_key_values=cache, use_cache=True)
+    finally:
+        handle.remove()
+        for module, tensors in zip(loaded.layers, dense, strict=True):
+            assign_ffn(module, loaded.family, tensors)
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_are_fitted_on_what_the_narrow_model_really_sees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, seen = load(name), list[LayerTokens]()
+
+    def spy(tokens: LayerTokens, task: Any) -> Any:
+        seen.append(tokens)
+        return repair_layer(tokens, task)
+
+    monkeypatch.setattr("coreinfer.compiler.carrying.repair_layer", spy)
+    narrow = run(inputs_of(loaded))
+    # Layers 0 and 2 are narrowed, for the clusters and for the control; layer 1 keeps all its neurons.
+    labels = {"clusters": [*CLUSTERS, 0, 1], "one static mask": [0] * 8}
+    for tokens, item in zip(seen[2:], labels, strict=True):
+        first = 0
+        for document, cluster in zip(documents(), labels[item], strict=True):
+            rows = tokens.activations[first : first + len(document.token_ids)]
+            expected = activations_behind(loaded, narrow[item], int(cluster), 2, document)
+            np.testing.assert_allclose(rows, expected, atol=2e-4)
+            first += len(document.token_ids)
+
+
+def test_without_carrying_layers_see_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, seen = load("llama"), list[LayerTokens]()
+
+    def spy(tokens: LayerTokens, task: Any) -> Any:
+        seen.append(tokens)
+        return repair_layer(tokens, task)
+
+    monkeypatch.setattr("coreinfer.compiler.carrying.repair_layer", spy)
+    run(inputs_of(loaded, carry=False))
+    every = NarrowModel(
+        choice=Choice(scores=np.ones((1, 3, 96), np.float32), neuron_ids=[[np.arange(96, dtype=np.int32)] * 3]),
+        downs=[[None]] * 3,
+        biases=[[None]] * 3,
+        ridges=(None,) * 3,
+    )
+    expected = torch.cat([activations_behind(loaded, every, 0, 2, document) for document in documents()])
+    np.testing.assert_allclose(seen[2].activations, expected, atol=1e-4)
+    assert torch.equal(seen[2].activations, seen[3].activations)
+
+
+def output_errors(loaded: LoadedModel, narrow: NarrowModel, item: Sequence[int]) -> float:
+    """Squared error of the narrow model's last hidden states on the second halves."""
+    total = 0.0
+    for document, cluster in zip(documents(), item, strict=True):
+        whole = activations_behind(loaded, narrow, int(cluster), 2, document)[split_point(len(document.token_ids)) :]
+        layer, dense = narrow_layer(loaded, narrow, 2, int(cluster)), ffn_tensors(loaded.layers[2], loaded.family)
+        ids = torch.from_numpy(narrow.choice.neuron_ids[int(cluster)][2]).long()
+        total += float((whole @ dense["down"].T - whole[:, ids] @ layer["down"].T).square().sum())
+    return total
+
+
+def test_repaired_second_order_removal_beats_the_scores_alone() -> None:
+    loaded = load("llama")
+    labels = [*CLUSTERS, 0, 1]
+    second = run(inputs_of(loaded))["clusters"]
+    plain = run(inputs_of(loaded, reconstruct=False))["clusters"]
+    assert [len(ids) for ids in second.choice.neuron_ids[0]] == BUDGETS
+    assert plain.choice.neuron_ids[0][0].tolist() == inputs_of(loaded).choices["clusters"].neuron_ids[0][0].tolist()
+    assert output_errors(loaded, second, labels) < 0.8 * output_errors(loaded, plain, labels)
+
+
+def test_top_k_keeps_the_neurons_of_the_scores() -> None:
+    inputs = inputs_of(load("llama"), removal="top-k")
+    narrow = run(inputs)["clusters"]
+    for found, wanted in zip(narrow.choice.neuron_ids, inputs.choices["clusters"].neuron_ids, strict=True):
+        assert [ids.tolist() for ids in found] == [ids.tolist() for ids in wanted]
+    assert narrow.downs[0][0] is not None
+    assert narrow.downs[1][0] is None
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_an_interrupted_pass_goes_on_and_ends_alike(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(name)
+    whole = run(inputs_of(loaded), tmp_path / "whole")
+    real, calls = repair_layer, list[int]()
+
+    def fail_at_third(tokens: LayerTokens, task: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(tokens, task)
+
+    monkeypatch.setattr("coreinfer.compiler.carrying.repair_layer", fail_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(inputs_of(loaded), tmp_path / "half")
+    resumed = run(inputs_of(loaded), tmp_path / "half")
+    # Two assignments in layer 2 only: layer 0 is not solved again.
+    assert len(calls) == 5
+    for item, model in whole.items():
+        for layer in range(3):
+            for cluster in range(len(model.choice.neuron_ids)):
+                first, second = model.downs[layer][cluster], resumed[item].downs[layer][cluster]
+                assert (first is None) == (second is None)
+                if first is not None and second is not None:
+                    np.testing.assert_array_equal(first, second)
+    assert replace(whole["clusters"]).ridges == resumed["clusters"].ridges

@@ -1,0 +1,116 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from coreinfer.bundles import open_bundle
+from coreinfer.bundles.families import ffn_tensors
+from coreinfer.compiler.cache import Cache
+from coreinfer.compiler.evaluating import evaluate
+from coreinfer.compiler.healing import HealInputs, heal
+from coreinfer.compiler.models import LoadedModel
+from coreinfer.compiler.narrowing import NarrowModel, narrow_layer
+from coreinfer.compiler.progress import Progress
+
+from .model_factory import FAMILIES
+from .test_carrying import CLUSTERS, documents, inputs_of, load, run
+from .test_config import make_config
+
+
+def heal_inputs(loaded: LoadedModel, **options: Any) -> HealInputs:
+    inputs = inputs_of(loaded)
+    return HealInputs(
+        config=make_config(**{"heal_steps": 60, "heal_rate": 3e-3, **options}),
+        loaded=loaded,
+        documents=inputs.calibration,
+        labels=CLUSTERS,
+        narrow=run(inputs)["clusters"],
+    )
+
+
+def kl(loaded: LoadedModel, narrow: NarrowModel) -> float:
+    texts = [document.token_ids for document in documents()[:6]]
+    return evaluate(loaded, texts, {"clusters": (narrow, CLUSTERS)}, Progress()).clusters.kl
+
+
+def bits(narrow: NarrowModel) -> list[np.ndarray[Any, Any]]:
+    assert narrow.inner is not None
+    inner = [array for layer in narrow.inner for roles in layer for array in roles.values()]
+    return inner + [down for layer in narrow.downs for down in layer if down is not None]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_healing_lowers_the_divergence_on_its_own_text(name: str) -> None:
+    inputs = heal_inputs(load(name))
+    before = kl(inputs.loaded, inputs.narrow)
+    healed = heal(inputs, Cache(None), "key", Progress())
+    assert kl(inputs.loaded, healed) < 0.8 * before
+    assert healed.choice is inputs.narrow.choice
+    shapes = {role: tuple(t.shape) for role, t in narrow_layer(inputs.loaded, healed, 0, 1).items()}
+    assert shapes == {role: tuple(t.shape) for role, t in narrow_layer(inputs.loaded, inputs.narrow, 0, 1).items()}
+
+
+def test_the_dense_model_is_left_alone() -> None:
+    inputs = heal_inputs(load("llama"), heal_steps=3)
+    before = [
+        {role: t.clone() for role, t in ffn_tensors(layer, inputs.loaded.family).items()}
+        for layer in inputs.loaded.layers
+    ]
+    heal(inputs, Cache(None), "key", Progress())
+    for layer, tensors in zip(inputs.loaded.layers, before, strict=True):
+        assert all(torch.equal(t, tensors[role]) for role, t in ffn_tensors(layer, inputs.loaded.family).items())
+
+
+def test_an_interrupted_healing_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coreinfer.compiler.healing._CHECKPOINT_STEPS", 4)
+    inputs = heal_inputs(load("llama"), heal_steps=10)
+    whole = heal(inputs, Cache(None), "key", Progress())
+
+    class Interrupted(Progress):
+        def bar(self, name: str, num_steps: int) -> Any:
+            return interrupt_after(7)
+
+    with pytest.raises(KeyboardInterrupt):
+        heal(inputs, Cache(tmp_path), "key", Interrupted())
+    resumed = heal(inputs, Cache(tmp_path), "key", Progress())
+    for first, second in zip(bits(whole), bits(resumed), strict=True):
+        np.testing.assert_array_equal(first, second)
+    # A finished healing is not done again.
+    again = Progress()
+    heal(inputs, Cache(tmp_path), "key", again)
+    assert not again.stage_seconds
+
+
+class interrupt_after:  # noqa: N801
+    """A bar that gives up after some steps."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.left = num_steps
+
+    def __enter__(self) -> Callable[..., None]:
+        return self.advance
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def advance(self, steps: int = 1) -> None:
+        self.left -= steps
+        if self.left <= 0:
+            raise KeyboardInterrupt
+
+
+def test_a_healed_bundle_says_so(tiny_bundle: Callable[..., Path]) -> None:
+    plain, healed = (open_bundle(tiny_bundle("llama", heal_steps=steps)) for steps in (0, 2))
+    assert healed.manifest.provenance.config["heal_steps"] == 2
+    quality = healed.manifest.quality
+    assert quality is not None
+    assert [score.name for score in quality.controls] == [
+        "one static mask, not healed",
+        "random assignment, not healed",
+    ]
+    first, second = plain.pack(0), healed.pack(0)
+    gates = [name for name in first if ".gate" in name]
+    assert gates
+    assert any(not np.array_equal(first[name].array, second[name].array) for name in gates)
