@@ -32,6 +32,9 @@ WRONG: list[tuple[str, Any, str]] = [
     ("ridge", 0.0, "--ridge"),
     ("ridge", float("nan"), "--ridge"),
     ("ridge", "best", "--ridge"),
+    ("removal", "magic", "--removal"),
+    ("heal_steps", -1, "--heal-steps"),
+    ("heal_rate", 0.0, "--heal-rate"),
     ("calibration_tokens", 0, "--calibration-tokens"),
     ("document_tokens", 15, "--document-tokens"),
     ("seed", -1, "--seed"),
@@ -95,3 +98,11 @@ def test_effective_cluster_weight(selection: str, given: float | None, effective
 def test_the_cache_is_no_part_of_what_is_compiled() -> None:
     assert make_config(cache_dir=Path("a")) == make_config(cache_dir=None)
     assert make_config(seed=1) != make_config(seed=2)
+
+
+def test_second_order_removal_needs_the_repair_that_it_counts_on() -> None:
+    with pytest.raises(ConfigError, match="--removal second-order: expected --reconstruct"):
+        make_config(removal="second-order", reconstruct=False)
+    assert make_config(reconstruct=False).effective_removal == "top-k"
+    assert make_config(selection="griffin").effective_removal == "top-k"
+    assert make_config().effective_removal == "second-order"

@@ -118,15 +118,15 @@ def test_repaired_layers_are_not_repaired_again(
     config = replace(tiny_inputs("llama"), output=tmp_path / "bundle", cache_dir=tmp_path / "cache")
     with pytest.raises(KeyboardInterrupt):
         compile_model(config, Interrupting(at_stage="reconstruct", after_steps=2))
-    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("repair-*")}
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("narrow-*")}
     assert len(finished) == 2
     compile_model(config)
-    assert len([*(tmp_path / "cache").glob("repair-*")]) == 3
+    assert len([*(tmp_path / "cache").glob("narrow-*")]) == 3
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert contents(tmp_path / "bundle") == contents(tiny_bundle("llama"))
 
 
-@pytest.mark.parametrize("stage", ["embed", "distil", "distil-tokenizer", "profile", "repair"])
+@pytest.mark.parametrize("stage", ["embed", "distil", "distil-tokenizer", "profile", "narrow"])
 def test_damaged_cache_files_are_computed_again(
     stage: str,
     tiny_inputs: Callable[[str], CompileConfig],
