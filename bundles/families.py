@@ -5,6 +5,7 @@ of the model that transformers builds. Adding a family is one row here and one t
 (docs/adding-a-family.md).
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -12,7 +13,16 @@ from typing import Any
 
 from .errors import UnsupportedModelError
 
-__all__ = ["FAMILIES", "Family", "assign_ffn", "family_by_name", "family_of_config", "ffn_tensors", "resolve"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "assign_ffn",
+    "cache_argument",
+    "family_by_name",
+    "family_of_config",
+    "ffn_tensors",
+    "resolve",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +116,12 @@ def family_of_config(config: Mapping[str, Any], where: str) -> Family:
 def resolve(root: Any, path: str) -> Any:
     """Follow a dotted attribute path."""
     return reduce(getattr, path.split("."), root)
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """Name a key-value cache as the model's forward pass does: `cache` from transformers 5.24 on."""
+    names = inspect.signature(type(model).forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 def assign_ffn(layer: Any, family: Family, tensors: Mapping[str, Any]) -> None:

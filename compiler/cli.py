@@ -41,6 +41,7 @@ class _NumberOr(click.ParamType[Any]):
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write the bundle to.")
 @click.option("--clusters", type=_NumberOr(int, "auto"), default=32, help="Number of clusters, or auto.")
 @click.option("--keep", type=float, default=0.7, help="Kept neurons / all neurons, in (0, 1].")
+@click.option("--budget-mb", type=float, default=None, help="Instead of --keep: MB of weights read for a token.")
 @click.option("--encoder", default=None, help="Sentence encoder that clusters.  [default: all-MiniLM-L6-v2]")
 @click.option(
     "--calibration",
@@ -112,6 +113,9 @@ def main(context: click.Context, /, **_options: object) -> None:
 def _config(options: Mapping[str, Any]) -> CompileConfig:
     """Take the options that are fields of `CompileConfig`; each has its field's name."""
     values = {field.name: options[field.name] for field in fields(CompileConfig)}
+    source = click.get_current_context().get_parameter_source("keep")
+    if values["budget_mb"] is not None and source is not click.core.ParameterSource.DEFAULT:
+        raise ConfigError("--keep and --budget-mb: expected one of them, got both")
     if options["no_cache"] and values["cache_dir"]:
         raise ConfigError("--cache and --no-cache: expected one of them, got both")
     values["cache_dir"] = None if options["no_cache"] else values["cache_dir"] or default_cache_dir()

@@ -28,6 +28,7 @@ class CompileConfig:
         output: folder to write the bundle to.
         clusters: how many clusters, or "auto".
         keep: kept neurons / all neurons, in (0, 1].
+        budget_mb: megabytes of weights that one decoded token may read, head included; takes the place of `keep`.
         encoder: sentence encoder that clusters, in the forms of `model`; None for all-MiniLM-L6-v2.
         calibration: "builtin", paths of JSON Lines, text or Parquet files, or `hf:NAME[:split[:field]]`.
         text_field: field that holds the text in JSON Lines and Parquet.
@@ -64,6 +65,7 @@ class CompileConfig:
     output: Path
     clusters: int | Literal["auto"] = 32
     keep: float = 0.7
+    budget_mb: float | None = None
     encoder: str | None = None
     calibration: tuple[str, ...] = (BUILTIN,)
     text_field: str = "text"
@@ -127,6 +129,7 @@ def _problems(config: CompileConfig) -> list[str | None]:
         None if config.calibration else "--calibration: expected at least one source, got none",
         _clusters(config.clusters),
         _share("--keep", config.keep, zero=False),
+        None if config.budget_mb is None else _positive("--budget-mb", config.budget_mb),
         _share("--alpha", config.alpha, zero=False),
         _share("--beta", config.beta, zero=False),
         _share("--cluster-weight", config.effective_cluster_weight, zero=True),

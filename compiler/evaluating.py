@@ -141,7 +141,7 @@ def _dense_pass(loaded: LoadedModel, token_ids: Sequence[int]) -> _Text:
     ids = torch.tensor([list(token_ids)], device=loaded.device)
     start = split_point(len(token_ids))
     cache = DynamicCache()
-    logits = loaded.model(ids, past_key_values=cache, use_cache=True).logits[0, start:-1]
+    logits = loaded.forward(ids, cache)[0, start:-1]
     cache.crop(start - len(token_ids))
     return _Text(token_ids=ids, start=start, logits=logits.clone(), cache=cache)
 
@@ -156,7 +156,7 @@ def _narrow_pass(
     tally = Tally()
     with narrow_ffn(loaded, narrow, cluster):
         for number, text in texts.items():
-            logits = loaded.model(text.token_ids[:, text.start :], past_key_values=text.cache, use_cache=True).logits
+            logits = loaded.forward(text.token_ids[:, text.start :], text.cache)
             text.cache.crop(text.start - text.token_ids.shape[1])
             tally.add(_score_text(text, logits[0, :-1], number))
             advance()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from coreinfer.bundles.families import resolve
+from coreinfer.bundles.families import cache_argument, resolve
 from torch.func import functional_call
 from transformers import DynamicCache
 
@@ -105,11 +105,11 @@ def _step(inputs: HealInputs, changes: Changes, optimizer: torch.optim.Optimizer
     start = split_point(token_ids.shape[1])
     cache = DynamicCache()
     with torch.no_grad():
-        dense = inputs.loaded.model(token_ids, past_key_values=cache, use_cache=True).logits[:, start:]
+        dense = inputs.loaded.forward(token_ids, cache)[:, start:]
         log_p = dense.float().log_softmax(dim=-1)
         cache.crop(start - token_ids.shape[1])
     weights = _narrow_weights(inputs, changes, cluster)
-    arguments = {"input_ids": token_ids[:, start:], "past_key_values": cache, "use_cache": True}
+    arguments = {"input_ids": token_ids[:, start:], "use_cache": True, **cache_argument(inputs.loaded.model, cache)}
     narrow = functional_call(inputs.loaded.model, weights, kwargs=arguments).logits
     log_q = narrow.float().log_softmax(dim=-1)
     loss = (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()

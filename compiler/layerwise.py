@@ -159,7 +159,7 @@ def _record_batch(
     return Batch(rows=rows.to(loaded.device), mask=mask.to(loaded.device), hidden=hidden, arguments=arguments)
 
 
-_STATE_ARGUMENTS = frozenset({"hidden_states", "past_key_values", "use_cache"})
+_STATE_ARGUMENTS = frozenset({"hidden_states", "cache", "past_key_values", "use_cache"})
 
 
 def _record_calls(loaded: LoadedModel, token_ids: torch.Tensor, mask: torch.Tensor | None) -> list[dict[str, Any]]:

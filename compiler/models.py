@@ -11,12 +11,12 @@ import numpy as np
 import torch
 import transformers
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
-from coreinfer.bundles.families import FAMILIES, Family, family_of_config, resolve
+from coreinfer.bundles.families import FAMILIES, Family, cache_argument, family_of_config, resolve
 from coreinfer.bundles.machine import cpu_multiplies_bf16
 from coreinfer.bundles.manifest import ModelRecord
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig
 
 from .config import DType
 from .sources import ModelSource
@@ -58,6 +58,11 @@ class LoadedModel:
     def layers(self) -> list[nn.Module]:
         """The decoder layers."""
         return list(resolve(self.model, self.family.layers))
+
+    def forward(self, token_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Read tokens behind those in the cache, which grows: (batch, tokens) -> (batch, tokens, vocabulary)."""
+        logits: torch.Tensor = self.model(token_ids, use_cache=True, **cache_argument(self.model, cache)).logits
+        return logits
 
     def projection(self, layer: int, role: str) -> nn.Linear:
         """One linear module of a layer's FFN: "gate", "up" or "down"."""

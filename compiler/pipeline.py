@@ -40,6 +40,7 @@ from .report import write_report
 from .routing import Routing, build_routing, control_assignments
 from .selecting import layer_budgets
 from .sensitivity import output_metrics, removal_curves
+from .sizing import fit_budget
 from .sources import find_source
 
 __all__ = ["Compiled", "compile_loaded", "compile_model"]
@@ -91,6 +92,7 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
 
 def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str, progress: Progress) -> Manifest:
     """Compile a model that is in memory; `model_sha256` stands for it in the cache and in the manifest."""
+    config = fit_budget(config, loaded)
     cache = Cache(config.cache_dir)
     corpus = build_corpus(config, loaded, cache, model_sha256, progress)
     routing = build_routing(config, loaded, corpus, cache, progress)

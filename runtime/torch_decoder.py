@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError
 from coreinfer.bundles.contract import tensor_name
-from coreinfer.bundles.families import Family, assign_ffn, family_by_name, resolve
+from coreinfer.bundles.families import Family, assign_ffn, cache_argument, family_by_name, resolve
 from coreinfer.bundles.formats import PACKED_FORMATS, float_matrix, stored_parts
 from coreinfer.bundles.machine import cpu_multiplies_bf16
 from coreinfer.bundles.statistics import document_statistic
@@ -102,7 +102,7 @@ class TorchDecoder:
         ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self._device)
         with torch.inference_mode():
             output = self._model(
-                ids, past_key_values=self._cache, use_cache=True, logits_to_keep=0 if all_logits else 1
+                ids, **cache_argument(self._model, self._cache), use_cache=True, logits_to_keep=0 if all_logits else 1
             )
         logits: npt.NDArray[np.float32] = output.logits[0].float().cpu().numpy()
         return logits

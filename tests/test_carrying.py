@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coreinfer.bundles.families import assign_ffn, family_of_config, ffn_tensors
+from coreinfer.bundles.families import assign_ffn, cache_argument, family_of_config, ffn_tensors
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.carrying import NarrowInputs, narrow_all
 from coreinfer.compiler.corpus import Document, split_point
@@ -82,11 +82,11 @@ def activations_behind(loaded: LoadedModel, narrow: NarrowModel, cluster: int, l
     cache = DynamicCache()
     try:
         with torch.inference_mode():
-            loaded.model(ids[:, :start], past_key_values=cache, use_cache=True)
+            loaded.model(ids[:, :start], **cache_argument(loaded.model, cache), use_cache=True)
             narrowed = [narrow_layer(loaded, narrow, index, cluster) for index in range(layer)]
             for module, tensors in zip(loaded.layers, narrowed, strict=False):
                 assign_ffn(module, loaded.family, tensors)
-            loaded.model(ids[:, start:], past_key_values=cache, use_cache=True)
+            loaded.model(ids[:, start:], **cache_argument(loaded.model, cache), use_cache=True)
     finally:
         handle.remove()
         for module, tensors in zip(loaded.layers, dense, strict=True):

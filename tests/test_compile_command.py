@@ -80,6 +80,7 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "budgets": (["--budgets", "uniform"], "uniform"),
     "min_layer_keep": (["--min-layer-keep", "0.3"], 0.3),
     "reconstruct": (["--no-reconstruct"], False),
+    "budget_mb": (["--budget-mb", "80"], 80.0),
     "removal": (["--removal", "top-k"], "top-k"),
     "carry": (["--no-carry"], False),
     "heal_steps": (["--heal-steps", "7"], 7),
@@ -217,3 +218,9 @@ def test_bugs_show_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(cli, "compile_model", broken)
     assert isinstance(run("--model", "m", "-o", tmp_path / "b").exception, ZeroDivisionError)
+
+
+def test_a_keep_ratio_and_a_budget_are_too_much(tmp_path: Path) -> None:
+    result = run("--model", "m", "-o", tmp_path / "b", "--keep", "0.7", "--budget-mb", "80")
+    assert result.exit_code == 2
+    assert "--keep and --budget-mb: expected one of them, got both" in result.stderr

@@ -32,6 +32,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("ridge", 0.0, "--ridge"),
     ("ridge", float("nan"), "--ridge"),
     ("ridge", "best", "--ridge"),
+    ("budget_mb", 0.0, "--budget-mb"),
+    ("budget_mb", float("nan"), "--budget-mb"),
     ("removal", "magic", "--removal"),
     ("heal_steps", -1, "--heal-steps"),
     ("heal_rate", 0.0, "--heal-rate"),

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from coreinfer.bundles.families import family_of_config, ffn_tensors
+from coreinfer.bundles.families import cache_argument, family_of_config, ffn_tensors
 from coreinfer.bundles.manifest import Quality
 from coreinfer.compiler import Progress
 from coreinfer.compiler.corpus import split_point
@@ -92,9 +92,11 @@ def naive_tally(loaded: LoadedModel, texts: list[list[int]], narrow: NarrowModel
         with torch.inference_mode():
             dense = loaded.model(torch.tensor([ids]), use_cache=False).logits[0].double()
             cache = DynamicCache()
-            loaded.model(torch.tensor([ids[:half]]), past_key_values=cache, use_cache=True)
+            loaded.model(torch.tensor([ids[:half]]), **cache_argument(loaded.model, cache), use_cache=True)
             model = naive_narrow(loaded, narrow, label)
-            decoded = model(torch.tensor([ids[half:]]), past_key_values=cache, use_cache=True).logits[0].double()
+            decoded = (
+                model(torch.tensor([ids[half:]]), **cache_argument(model, cache), use_cache=True).logits[0].double()
+            )
         for position in range(half, len(ids) - 1):
             p, q = dense[position].softmax(-1), decoded[position - half].softmax(-1)
             total.kl += float((p * (p.log() - q.log())).sum())

@@ -1,0 +1,56 @@
+"""From a budget of bytes a token to a keep ratio."""
+
+from dataclasses import replace
+
+from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.formats import matrix_bytes
+from torch import nn
+
+from .config import CompileConfig
+from .models import LoadedModel
+from .selecting import NEURON_BLOCK
+
+__all__ = ["base_bytes", "block_bytes", "fit_budget"]
+
+
+def fit_budget(config: CompileConfig, loaded: LoadedModel) -> CompileConfig:
+    """Turn `budget_mb` into the largest keep ratio whose weights fit; without it the options are left as they are.
+
+    Raises:
+        ConfigError: not even the smallest narrow FFN fits.
+    """
+    if config.budget_mb is None:
+        return config
+    record = loaded.record
+    fixed, one = base_bytes(config, loaded), block_bytes(config, loaded)
+    num_blocks = record.num_layers * record.ffn_dim / NEURON_BLOCK
+    least = max(record.num_layers, config.min_layer_keep * num_blocks)
+    fitting = (config.budget_mb * 1e6 - fixed) // one
+    if fitting < least:
+        raise ConfigError(
+            f"--budget-mb: expected at least {(fixed + least * one) / 1e6:.1f}, {fixed / 1e6:.1f} of it no FFN, "
+            f"got {config.budget_mb:g}; use fewer bits (--quantize) or a lower --min-layer-keep"
+        )
+    return replace(config, keep=min(1.0, fitting / num_blocks))
+
+
+def base_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
+    """Bytes of attention, other linear layers and the whole head that one decoded token reads, as they are stored."""
+    ffn = {id(loaded.projection(layer, role)) for layer in range(loaded.record.num_layers) for role in _roles(loaded)}
+    total = 0
+    for path, module in loaded.model.named_modules():
+        if isinstance(module, nn.Linear) and id(module) not in ffn:
+            kind = config.effective_head_quantize if path == "lm_head" else config.quantize
+            total += matrix_bytes(kind, (module.weight.shape[0], module.weight.shape[1]))
+    return total
+
+
+def block_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
+    """Bytes of 32 neurons of one layer."""
+    size = loaded.record.hidden_size
+    shapes = [(size, NEURON_BLOCK) if role == "down" else (NEURON_BLOCK, size) for role in _roles(loaded)]
+    return sum(matrix_bytes(config.quantize, shape) for shape in shapes)
+
+
+def _roles(loaded: LoadedModel) -> tuple[str, ...]:
+    return tuple(loaded.family.projections)

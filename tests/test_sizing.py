@@ -1,0 +1,51 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from coreinfer.bundles import open_bundle
+from coreinfer.bundles.errors import ConfigError
+from coreinfer.compiler.sizing import base_bytes, block_bytes, fit_budget
+from coreinfer.runtime.decoder import FfnChoice
+from coreinfer.runtime.native_decoder import NativeDecoder
+
+from .model_factory import FAMILIES
+from .test_carrying import load
+from .test_config import make_config
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("quantize", ["bf16", "int8", "int4"])
+def test_the_largest_keep_ratio_that_fits_is_taken(name: str, quantize: str) -> None:
+    loaded, options = load(name), {"quantize": quantize, "min_layer_keep": 0.0}
+    fixed, one = (part(make_config(**options), loaded) for part in (base_bytes, block_bytes))
+    for blocks in (3, 4, 7, 9, 20):
+        config = fit_budget(make_config(**options, budget_mb=(fixed + blocks * one + one // 2) / 1e6), loaded)
+        assert config.keep == pytest.approx(min(blocks, 9) / 9)
+
+
+def test_without_a_budget_nothing_changes() -> None:
+    config = make_config(keep=0.4)
+    assert fit_budget(config, load("llama")) is config
+
+
+def test_a_budget_that_nothing_fits_is_one_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        fit_budget(make_config(budget_mb=0.001), load("llama"))
+    assert str(caught.value).startswith("--budget-mb: expected at least ")
+    assert "got 0.001" in str(caught.value)
+
+
+@pytest.mark.parametrize("quantize", ["bf16", "int4"])
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma3"])
+def test_what_a_compiled_pack_reads_is_within_the_budget(
+    name: str, quantize: Any, tiny_bundle: Callable[..., Path]
+) -> None:
+    loaded, options = load(name), {"quantize": quantize, "min_layer_keep": 0.0}
+    fixed, one = (part(make_config(**options), loaded) for part in (base_bytes, block_bytes))
+    budget = (fixed + 6 * one) / 1e6
+    folder = tiny_bundle(name, budget_mb=budget, quantize=quantize, min_layer_keep=0.0, evaluate=False)
+    assert sum(open_bundle(folder).manifest.plan.layer_budgets) == 6 * 32
+    decoder = NativeDecoder(open_bundle(folder), threads=1)
+    decoder.use(FfnChoice(cluster=0))
+    assert decoder.bytes_per_token(0) == pytest.approx(budget * 1e6, rel=0.02)
