@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from coreinfer.bundles.statistics import Selection
 
 __all__ = ["DENSE", "Decoder", "FfnChoice"]
 
@@ -56,9 +57,14 @@ class Decoder(Protocol):
             (tokens, vocabulary) float32 logits with `all_logits`, else (1, vocabulary) of the last token.
         """
 
-    def prompt_statistic(self, token_ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Append a prompt like `forward` and sum up its FFN activations by the bundle's selection.
+    def prompt_statistics(
+        self, token_ids: Sequence[int], selections: Sequence[Selection]
+    ) -> tuple[npt.NDArray[np.float32], dict[Selection, npt.NDArray[np.float32]]]:
+        """Append a prompt like `forward` and sum up its FFN activations.
+
+        Args:
+            selections: ways to sum them up; see `document_statistic`.
 
         Returns:
-            Logits (1, vocabulary), and statistics (layers, ffn_dim) float32.
+            Logits (1, vocabulary), and for each selection statistics (layers, ffn_dim) float32.
         """

@@ -185,7 +185,7 @@ class Engine:
             source, token_ids = prompt, self._encode(prompt, add_special_tokens=True)
         else:
             check_messages(prompt)
-            source, token_ids = routing_text(prompt), self._chat_ids(prompt)
+            source, token_ids = routing_text(prompt), self.prompt_ids(prompt)
         limit = self.manifest.model.max_positions
         if not 0 < len(token_ids) < limit:
             raise ConfigError(f"prompt: expected 1 to {limit - 1} tokens, got {len(token_ids)}")
@@ -193,7 +193,12 @@ class Engine:
         plan = plan_mode(mode, self.manifest, route, len(token_ids))
         return _Request(token_ids=token_ids, route=route, plan=plan, start_seconds=start)
 
-    def _chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation in the model's chat template.
+
+        Raises:
+            ConfigError: the model has no chat template, or it refuses the messages.
+        """
         if self.chat_template is None:
             raise ConfigError(f"{self.manifest.model.name} has no chat template; give the prompt as text")
         text = render_chat(self.chat_template, messages, special_tokens=self.special_tokens)
@@ -248,7 +253,9 @@ class Engine:
         )
         statistic = None
         if request.plan.needs_statistic:
-            logits, statistic = self.decoder.prompt_statistic(request.token_ids)
+            selection = self.manifest.plan.selection
+            logits, statistics = self.decoder.prompt_statistics(request.token_ids, (selection,))
+            statistic = statistics[selection]
         else:
             logits = self.decoder.forward(request.token_ids, greedy=greedy)
         self.decoder.use(decode_choice(request.plan, request.route, self.bundle, statistic, len(request.token_ids)))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, CoreInferError
-from coreinfer.bundles.statistics import document_statistic
+from coreinfer.bundles.statistics import Selection, document_statistic
 
 from . import _native
 from .decoder import DENSE, FfnChoice
@@ -123,16 +123,20 @@ class NativeDecoder:
         """
         return self._forward(token_ids, all_logits=all_logits, greedy=greedy, watcher=None)
 
-    def prompt_statistic(self, token_ids: Sequence[int]) -> tuple[Floats, Floats]:
-        """Append a prompt and sum up its FFN activations; see `Decoder.prompt_statistic`."""
+    def prompt_statistics(
+        self, token_ids: Sequence[int], selections: Sequence[Selection]
+    ) -> tuple[Floats, dict[Selection, Floats]]:
+        """Append a prompt and sum up its FFN activations; see `Decoder.prompt_statistics`."""
         plan, model = self._bundle.manifest.plan, self._bundle.manifest.model
-        statistics = np.zeros((model.num_layers, model.ffn_dim), dtype=np.float32)
+        shape = (model.num_layers, model.ffn_dim)
+        statistics = {selection: np.zeros(shape, dtype=np.float32) for selection in selections}
 
         def add(layer: int, activations: Floats) -> None:
             # Prompts are read in blocks; all statistics are sums over tokens.
-            statistics[layer] += document_statistic(
-                plan.selection, activations[:, : model.ffn_dim], alpha=plan.alpha, beta=plan.beta, sentence=False
-            )
+            for selection, sums in statistics.items():
+                sums[layer] += document_statistic(
+                    selection, activations[:, : model.ffn_dim], alpha=plan.alpha, beta=plan.beta, sentence=False
+                )
 
         return self._forward(token_ids, all_logits=False, greedy=False, watcher=add), statistics
 

@@ -14,7 +14,7 @@ from coreinfer.bundles.contract import tensor_name
 from coreinfer.bundles.families import Family, assign_ffn, cache_argument, family_by_name, resolve
 from coreinfer.bundles.formats import PACKED_FORMATS, float_matrix, stored_parts
 from coreinfer.bundles.machine import cpu_multiplies_bf16
-from coreinfer.bundles.statistics import document_statistic
+from coreinfer.bundles.statistics import Selection, document_statistic
 from coreinfer.bundles.tensors import StoredTensor, TensorFile
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -107,16 +107,18 @@ class TorchDecoder:
         logits: npt.NDArray[np.float32] = output.logits[0].float().cpu().numpy()
         return logits
 
-    def prompt_statistic(self, token_ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Append a prompt and sum up its FFN activations; see `Decoder.prompt_statistic`."""
+    def prompt_statistics(
+        self, token_ids: Sequence[int], selections: Sequence[Selection]
+    ) -> tuple[npt.NDArray[np.float32], dict[Selection, npt.NDArray[np.float32]]]:
+        """Append a prompt and sum up its FFN activations; see `Decoder.prompt_statistics`."""
         plan, model = self._bundle.manifest.plan, self._bundle.manifest.model
-        statistics = np.zeros((model.num_layers, model.ffn_dim), dtype=np.float32)
+        shape = (model.num_layers, model.ffn_dim)
+        statistics = {selection: np.zeros(shape, dtype=np.float32) for selection in selections}
 
         def collect(layer: int, activations: torch.Tensor) -> None:
             flat = activations.reshape(-1, activations.shape[-1]).float().cpu().numpy()
-            statistics[layer] = document_statistic(
-                plan.selection, flat, alpha=plan.alpha, beta=plan.beta, sentence=False
-            )
+            for selection, sums in statistics.items():
+                sums[layer] = document_statistic(selection, flat, alpha=plan.alpha, beta=plan.beta, sentence=False)
 
         with _watch_activations(self._layers, self._family, collect):
             logits = self.forward(token_ids)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from coreinfer import runtime
 from coreinfer.bundles import BundleCorrupt, ConfigError, open_bundle
+from coreinfer.bundles.statistics import SELECTIONS
 from coreinfer.runtime import _native
 from coreinfer.runtime.decoder import DENSE, Decoder, FfnChoice
 from coreinfer.runtime.native_decoder import NativeDecoder
@@ -123,13 +124,14 @@ def test_truncating_forgets(tiny_bundle: Callable[..., Path]) -> None:
     np.testing.assert_allclose(decoder.forward(IDS[20:40], all_logits=True), whole[20:], atol=1e-4)
 
 
-@pytest.mark.parametrize("selection", ["output-aware", "griffin", "coreinfer"])
-def test_prompt_statistics_are_those_of_torch(selection: str, tiny_bundle: Callable[..., Path]) -> None:
-    bundle = open_bundle(tiny_bundle("llama", selection=selection))
-    expected_logits, expected = TorchDecoder(bundle, device="cpu", dtype="float32").prompt_statistic(IDS)
-    logits, got = NativeDecoder(bundle, threads=2).prompt_statistic(IDS)
+def test_prompt_statistics_are_those_of_torch(tiny_bundle: Callable[..., Path]) -> None:
+    bundle = open_bundle(tiny_bundle("llama"))
+    expected_logits, expected = TorchDecoder(bundle, device="cpu", dtype="float32").prompt_statistics(IDS, SELECTIONS)
+    logits, got = NativeDecoder(bundle, threads=2).prompt_statistics(IDS, SELECTIONS)
     assert difference(logits, expected_logits) < 2e-2
-    assert difference(got, expected) < (0.1 if selection == "coreinfer" else 2e-2)
+    assert got.keys() == expected.keys() == set(SELECTIONS)
+    for selection, statistic in got.items():
+        assert difference(statistic, expected[selection]) < (0.1 if selection == "coreinfer" else 2e-2)
 
 
 def test_the_native_engine_is_the_default(tiny_bundle: Callable[..., Path]) -> None:
@@ -259,7 +261,7 @@ def test_a_failing_watcher_is_heard(tiny_bundle: Callable[..., Path], monkeypatc
 
     monkeypatch.setattr(native_decoder, "document_statistic", broken)
     with pytest.raises(ZeroDivisionError, match="on purpose"):
-        decoder.prompt_statistic(IDS)
+        decoder.prompt_statistics(IDS, SELECTIONS)
 
 
 def test_torch_is_not_imported(tiny_bundle: Callable[..., Path]) -> None:

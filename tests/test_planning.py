@@ -148,7 +148,8 @@ def test_fused_goes_from_the_cluster_to_the_prompt(selection: str, load_tiny: Ca
     prompt_ids = engine.tokenizer.encode(corpus_texts()[5]).ids
     engine.decoder.truncate(0)
     engine.decoder.use(DENSE)
-    _, statistic = engine.decoder.prompt_statistic(prompt_ids)
+    selection = engine.manifest.plan.selection
+    statistic = engine.decoder.prompt_statistics(prompt_ids, (selection,))[1][selection]
     own = decode_choice(ModePlan(mode="stability"), NEAR, engine.bundle, statistic, len(prompt_ids))
 
     def fused(num_tokens: int) -> list[list[int]]:
@@ -178,7 +179,8 @@ def test_fused_weighs_both_alike_at_half_tokens(load_tiny: Callable[..., runtime
     prompt_ids = engine.tokenizer.encode(" ".join(corpus_texts())).ids[:half]
     engine.decoder.truncate(0)
     engine.decoder.use(DENSE)
-    _, statistic = engine.decoder.prompt_statistic(prompt_ids)
+    selection = engine.manifest.plan.selection
+    statistic = engine.decoder.prompt_statistics(prompt_ids, (selection,))[1][selection]
     expected = []
     pack = engine.bundle.packs[NEAR.cluster]
     for layer, (h, norms) in enumerate(zip(prompt_activations("llama", prompt_ids), down_norms("llama"), strict=True)):

@@ -88,7 +88,8 @@ def test_last_logits_are_the_last_of_all(decoder: Callable[..., TorchDecoder]) -
 def test_a_statistic_leaves_the_cache_and_the_logits_as_forward_does(decoder: Callable[..., TorchDecoder]) -> None:
     used, plain = decoder(), decoder()
     expected = plain.forward(TOKEN_IDS)
-    logits, statistic = used.prompt_statistic(TOKEN_IDS)
+    logits, statistics = used.prompt_statistics(TOKEN_IDS, ("griffin",))
+    statistic = statistics["griffin"]
     np.testing.assert_array_equal(logits, expected)
     assert used.num_cached == len(TOKEN_IDS)
     before = statistic.copy()

@@ -1,0 +1,160 @@
+"""What is evaluated: anything that reads a prefix and goes on from it, one or several ways."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles import ConfigError
+from coreinfer.bundles.contract import tensor_name
+from coreinfer.bundles.statistics import SELECTIONS, Selection, mix_scores, scores_from_statistic, select_neurons
+from coreinfer.runtime import load
+from coreinfer.runtime.decoder import DENSE, FfnChoice
+from coreinfer.runtime.engines import EngineName
+from coreinfer.runtime.native_decoder import NativeDecoder
+
+__all__ = ["MODES", "BundleSubject", "Subject"]
+
+Floats = npt.NDArray[np.float32]
+
+MODES = ("dense", "similarity", "stability", "fused", "random", "griffin", "coreinfer")
+"""How a bundle's FFN weights are chosen: the runtime's modes, and controls at the same bytes: a pack by chance, and
+GRIFFIN's (arXiv 2404.01365) and the paper's stability-guided (arXiv 2410.18311) choice by the prompt, unrepaired."""
+
+_STATISTICS: dict[str, Selection] = {"griffin": "griffin", "coreinfer": "coreinfer"}
+
+
+class Subject(Protocol):
+    """A model that is evaluated.
+
+    Attributes:
+        name: in the tables.
+        modes: the ways it is run; each is a row.
+    """
+
+    name: str
+    modes: tuple[str, ...]
+
+    def bytes_per_token(self, mode: str) -> int | None:
+        """Bytes of weights that one decoded token reads; None where unknown."""
+
+    def read(self, prefix_ids: Sequence[int], routing_text: str) -> None:
+        """Begin a text: read its prefix as the runtime reads prompts, dense where there is a dense FFN.
+
+        Args:
+            prefix_ids: may be empty.
+            routing_text: what the runtime would see of the text.
+        """
+
+    def begin(self, mode: str) -> None:
+        """Go back to the end of the prefix, and put a mode's weights in place."""
+
+    def append(self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False) -> Floats:
+        """Append tokens; returns logits as `Decoder.forward` does."""
+
+
+class BundleSubject:
+    """A bundle in the runtime's own engine, in several modes."""
+
+    def __init__(
+        self, bundle_dir: Path, *, modes: Sequence[str], engine: EngineName = "auto", threads: int | None = None
+    ) -> None:
+        """Load a bundle.
+
+        Args:
+            modes: of `MODES`; those that this bundle cannot have (no dense FFN, one cluster only) are left out.
+        Raises:
+            BundleError: there is no bundle, or it is damaged.
+            ConfigError: none of the modes is left.
+        """
+        self.engine = load(bundle_dir, engine=engine, threads=threads)
+        self.name = bundle_dir.name
+        self.tokenizer = self.engine.tokenizer
+        self.modes = tuple(mode for mode in modes if self._has(mode))
+        if not self.modes:
+            raise ConfigError(f"bundle {bundle_dir}: it has none of the modes {', '.join(modes)}")
+        self._prefix: list[int] = []
+        self._text = ""
+        self._statistics: dict[Selection, Floats] = {}
+
+    def _has(self, mode: str) -> bool:
+        manifest = self.engine.manifest
+        if mode == "random":
+            return len(manifest.clusters) > 1
+        return mode == "similarity" or manifest.has_dense
+
+    def bytes_per_token(self, mode: str) -> int | None:
+        """Bytes of weights that one decoded token reads; known of the native engine."""
+        decoder = self.engine.decoder
+        if not isinstance(decoder, NativeDecoder):
+            return None
+        decoder.truncate(0)
+        # All packs have the same budgets, and so have neurons that a prompt chooses.
+        decoder.use(DENSE if mode == "dense" else FfnChoice(cluster=0))
+        return decoder.bytes_per_token(0)
+
+    def read(self, prefix_ids: Sequence[int], routing_text: str) -> None:
+        """Read the prefix, and sum up its activations for the modes that choose neurons by them."""
+        decoder, manifest = self.engine.decoder, self.engine.manifest
+        self._prefix, self._text = list(prefix_ids), routing_text
+        self._route = self.engine.router.route(routing_text)
+        decoder.truncate(0)
+        decoder.use(DENSE if manifest.has_dense else FfnChoice(cluster=self._route.cluster))
+        if selections := {self._selection(mode) for mode in self.modes} - {None}:
+            ordered = tuple(selection for selection in SELECTIONS if selection in selections)
+            _, self._statistics = decoder.prompt_statistics(self._prefix, ordered)
+        elif self._prefix:
+            decoder.forward(self._prefix)
+
+    def _selection(self, mode: str) -> Selection | None:
+        if mode in ("stability", "fused"):
+            return self.engine.manifest.plan.selection
+        return _STATISTICS.get(mode)
+
+    def begin(self, mode: str) -> None:
+        """Go back to the end of the prefix, and put a mode's weights in place."""
+        self.engine.decoder.truncate(len(self._prefix))
+        self.engine.decoder.use(self._choice(mode))
+
+    def _choice(self, mode: str) -> FfnChoice:
+        if mode == "dense":
+            return DENSE
+        if mode == "similarity":
+            return FfnChoice(cluster=self._route.cluster)
+        if mode == "random":
+            # By the text, so that a run repeated, or a part of one, draws the same packs.
+            drawn = int.from_bytes(hashlib.sha256(self._text.encode()).digest()[:8], "little")
+            return FfnChoice(cluster=drawn % len(self.engine.manifest.clusters))
+        return FfnChoice(neuron_ids=tuple(select_neurons(self._scores(mode), self._budgets(mode))))
+
+    def _scores(self, mode: str) -> Floats:
+        selection, plan = self._selection(mode), self.engine.manifest.plan
+        assert selection is not None
+        scores = scores_from_statistic(
+            selection, self._statistics[selection], len(self._prefix), self._layers("column_norms", None)
+        )
+        if mode == "fused":
+            scores = mix_scores(
+                scores,
+                self._layers("scores", self._route.cluster),
+                num_prompt_tokens=len(self._prefix),
+                half_tokens=plan.fused_half_tokens,
+            )
+        return scores
+
+    def _budgets(self, mode: str) -> Sequence[int]:
+        """Budgets of the plan; the papers' own methods give each layer the same."""
+        budgets = self.engine.manifest.plan.layer_budgets
+        return (sum(budgets) // len(budgets),) * len(budgets) if mode in _STATISTICS else budgets
+
+    def _layers(self, role: str, cluster: int | None) -> Floats:
+        bundle = self.engine.bundle
+        file = bundle.dense if cluster is None else bundle.pack(cluster)
+        assert file is not None
+        return np.stack([file[tensor_name(layer, role)].array for layer in range(bundle.manifest.model.num_layers)])
+
+    def append(self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False) -> Floats:
+        """Append tokens; returns logits as `Decoder.forward` does."""
+        return self.engine.decoder.forward(token_ids, all_logits=all_logits, greedy=greedy)
