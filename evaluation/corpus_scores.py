@@ -1,32 +1,39 @@
 """Scores of a whole corpus of translations, by sacrebleu."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from .scores import NUM_RESAMPLES, Score
+import numpy as np
+
+from .scores import NUM_RESAMPLES, TAILS, Score
 
 __all__ = ["translation_scores"]
 
 
-def translation_scores(row: str, dataset: str, answers: Sequence[str], expected: Sequence[str]) -> list[Score]:
-    """BLEU and chrF (WMT 2018's BLEU, arXiv 1804.08771; chrF2, Popović 2015), 0 to 100, with 95% intervals."""
+def translation_scores(
+    row: str, dataset: str, answers: Sequence[str], expected: Sequence[str], *, seed: int = 0
+) -> list[Score]:
+    """BLEU and chrF (arXiv 1804.08771; chrF2, Popović 2015), 0 to 100, with 95% intervals over resampled sentences."""
     # Its import takes a while, which other tasks need not wait for.
     from sacrebleu.metrics import BLEU, CHRF
 
     scores = []
     for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
-        # sacrebleu resamples sentences' sufficient statistics; below two sentences there is nothing to resample.
-        resamples = NUM_RESAMPLES if len(answers) > 1 else 1
-        found = metric.corpus_score(list(answers), [list(expected)], n_bootstrap=resamples)
-        mean, half_width = (found._mean, found._ci) if resamples > 1 else (found.score, 0.0)
+        low, high = _interval(metric, answers, expected, seed)
+        value = float(metric.corpus_score(list(answers), [list(expected)]).score)
         scores.append(
-            Score(
-                row=row,
-                dataset=dataset,
-                metric=name,
-                value=float(found.score),
-                low=max(0.0, float(mean - half_width)),
-                high=min(100.0, float(mean + half_width)),
-                num_items=len(answers),
-            )
+            Score(row=row, dataset=dataset, metric=name, value=value, low=low, high=high, num_items=len(answers))
         )
     return scores
+
+
+def _interval(metric: Any, answers: Sequence[str], expected: Sequence[str], seed: int) -> tuple[float, float]:
+    """Percentiles of scores from resampled sums of each sentence's counts.
+
+    sacrebleu's own `n_bootstrap` fails where a resample scores 0 (2.6: its sums mix floats and numpy's).
+    """
+    counts = np.array(metric._extract_corpus_statistics(list(answers), [list(expected)]))
+    picks = np.random.default_rng(seed).integers(0, len(counts), size=(NUM_RESAMPLES, len(counts)))
+    values = [float(metric._compute_score_from_stats(counts[pick].sum(axis=0).tolist()).score) for pick in picks]
+    low, high = np.percentile(values, TAILS)
+    return float(low), float(high)

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from coreinfer.bundles import ConfigError
+from coreinfer.bundles import ConfigError, read_manifest
 from coreinfer.bundles.errors import join_problems
 from coreinfer.compiler.progress import Progress
 from coreinfer.runtime import Engine
@@ -130,20 +130,20 @@ def evaluate(
 def _load(config: EvaluationConfig, folder: Path) -> _Run:
     bundles: list[BundleSubject] = []
     for path in config.bundles:
-        bundles.append(
-            BundleSubject(path, modes=_modes(config, path, bundles), engine=config.engine, threads=config.threads)
-        )
+        modes = _modes(config, path, bundles)
+        bundles.append(BundleSubject(path, modes=modes, engine=config.engine, threads=config.threads))
     engine = bundles[0].engine
     room = min(_ROOM, engine.manifest.model.max_positions)
     tools = Tools(tokenizer=engine.tokenizer, eos_ids=engine.eos_token_ids, room=room)
-    original = TransformersSubject(config.against, threads=config.threads) if config.against else None
+    original: Subject | None = None
+    if config.against:
+        original = TransformersSubject(config.against, threads=config.threads)
     others = _llamacpp_subjects(config, folder, room)
-    for subject in [*others, *([original] if original else [])]:
-        _check_vocabulary(subject.name, subject.vocab_size, engine)
-    for other in bundles[1:]:
-        _check_vocabulary(other.name, other.engine.manifest.model.vocab_size, engine)
+    subjects: list[Subject] = [*bundles, *others]
+    for subject in [*subjects, *([original] if original else [])]:
+        _check_vocabulary(subject, engine)
     return _Run(
-        subjects=[*bundles, *others],
+        subjects=subjects,
         original=original,
         reference=(original, "original") if original else _dense_reference(bundles),
         engine=engine,
@@ -153,8 +153,6 @@ def _load(config: EvaluationConfig, folder: Path) -> _Run:
 
 def _modes(config: EvaluationConfig, path: Path, before: Sequence[BundleSubject]) -> tuple[str, ...]:
     """Leave out the dense row of a bundle whose model and formats an earlier one has: it would be the same row."""
-    from coreinfer.bundles import read_manifest
-
     manifest = read_manifest(path)
     for subject in before:
         other = subject.engine.manifest
@@ -182,10 +180,12 @@ def _llamacpp_subjects(config: EvaluationConfig, folder: Path, room: int) -> lis
     return [LlamaCppSubject(source, kind, folder, room=room, threads=config.threads) for kind in LLAMACPP_FORMATS]
 
 
-def _check_vocabulary(name: str, vocab_size: int, engine: Engine) -> None:
+def _check_vocabulary(subject: Subject, engine: Engine) -> None:
     expected = engine.manifest.model.vocab_size
-    if vocab_size != expected:
-        raise ConfigError(f"{name}: expected a model with {expected} tokens like the first bundle's, got {vocab_size}")
+    if subject.vocab_size != expected:
+        raise ConfigError(
+            f"{subject.name}: expected {expected} tokens like the first bundle's, got {subject.vocab_size}"
+        )
 
 
 def _reference_name(run: _Run) -> str:
@@ -215,13 +215,8 @@ def _observe_all(
         if seen is not None:
             found.append((item, seen))
         advance()
-    if len(found) < len(dataset.items):
-        _log.warning(
-            "%s: %d of %d items left out, under 2 tokens of context or too long",
-            dataset.name,
-            len(dataset.items) - len(found),
-            len(dataset.items),
-        )
+    if num_skipped := len(dataset.items) - len(found):
+        _log.warning("%s: %d items left out: too short or too long", dataset.name, num_skipped)
     return found
 
 
@@ -265,13 +260,15 @@ def _plain_text(run: _Run, config: EvaluationConfig, item: Item) -> Text | None:
 def _prompt_text(run: _Run, item: Item) -> Text | None:
     """The reference's own greedy answer to a prompt, in the model's chat template where it has one."""
     ids = _prompt_ids(run, item.context)
-    if not 2 <= len(ids) <= run.tools.room - _ANSWER_TOKENS:
+    # A model of few positions answers in half of them.
+    num_new = min(_ANSWER_TOKENS, run.tools.room // 2)
+    if not 2 <= len(ids) <= run.tools.room - num_new:
         return None
     subject, mode = run.reference
     subject.read(ids[:-1], item.context)
     subject.begin(mode)
     answer = greedy_ids(
-        subject.append, ids[-1], max_new_tokens=_ANSWER_TOKENS, eos_ids=run.tools.eos_ids, stopped=lambda _ids: False
+        subject.append, ids[-1], max_new_tokens=num_new, eos_ids=run.tools.eos_ids, stopped=lambda _ids: False
     )
     if len(answer) < 4:
         return None
@@ -294,5 +291,6 @@ def _scores(dataset: Dataset, found: Sequence[tuple[Item, Seen]], seed: int) -> 
             scores.append(ratio_score(row, dataset.name, metric, shares, seed=seed))
         if dataset.kind == "translation":
             expected = [item.answers[0] for item, _ in found]
-            scores += translation_scores(row, dataset.name, [observation.answer for observation in seen], expected)
+            answers = [observation.answer for observation in seen]
+            scores += translation_scores(row, dataset.name, answers, expected, seed=seed)
     return scores

@@ -27,7 +27,7 @@ _DEFAULT_NEW_TOKENS = 256
 
 
 @register_model("coreinfer")
-class CoreInferLM(LM):
+class CoreInferLM(LM):  # type: ignore[misc]
     """Scores and generates with a bundle; all scored tokens are predicted by the mode's own FFN."""
 
     def __init__(

@@ -108,7 +108,8 @@ def read_datasets(paths: Sequence[str], *, limit: int | None = None, as_text: bo
     Raises:
         ConfigError: a path matches nothing, a file's name or a line of it is not of a known kind. All are named.
     """
-    datasets, problems = [], []
+    datasets: list[Dataset] = []
+    problems: list[str] = []
     for path in _files(paths, problems):
         try:
             datasets.append(_read(path, limit, as_text=as_text))

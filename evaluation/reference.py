@@ -23,7 +23,7 @@ LLAMACPP_FORMATS = ("Q8_0", "Q4_K_M", "Q4_0", "Q3_K_M")
 class TransformersSubject:
     """The original model in transformers, float32."""
 
-    modes = ("original",)
+    modes: tuple[str, ...] = ("original",)
 
     def __init__(self, model: str, *, threads: int | None) -> None:
         """Load a model, in the forms of coreinfer-compile.
@@ -50,9 +50,9 @@ class TransformersSubject:
 
     def bytes_per_token(self, mode: str) -> int | None:
         """In the file's own bf16, which is what it would be run in: 2 bytes a weight."""
-        model = self._loaded.model
-        embedding = 0 if self._loaded.record.tied_head else model.get_input_embeddings().weight.numel()
-        return 2 * (sum(parameter.numel() for parameter in model.parameters()) - embedding)
+        record, parameters = self._loaded.record, self._loaded.model.parameters()
+        embedding = 0 if record.tied_head else record.vocab_size * record.hidden_size
+        return 2 * (sum(parameter.numel() for parameter in parameters) - embedding)
 
     def read(self, prefix_ids: Sequence[int], routing_text: str) -> None:
         """Read the prefix."""
@@ -107,7 +107,7 @@ class LlamaCppSubject:
         silence(llama_cpp)
         _quantize(llama_cpp, source, kind, path)
         self.name = f"llama.cpp {kind}"
-        self.modes = ("",)
+        self.modes: tuple[str, ...] = ("",)
         self._llama = llama_cpp.Llama(
             model_path=str(path), n_ctx=room, n_batch=min(room, 512), n_threads=threads, logits_all=True, verbose=False
         )

@@ -9,7 +9,7 @@ import numpy.typing as npt
 __all__ = ["Evaluation", "Ratio", "Row", "Score", "interval", "ratio_score"]
 
 NUM_RESAMPLES = 1000
-_TAILS = (2.5, 97.5)
+TAILS = (2.5, 97.5)
 
 Values = npt.NDArray[np.float64]
 
@@ -93,5 +93,5 @@ def interval(numerators: Values, denominators: Values, *, seed: int = 0) -> tupl
     generator = np.random.default_rng(seed)
     picks = generator.integers(0, len(numerators), size=(NUM_RESAMPLES, len(numerators)))
     ratios = numerators[picks].sum(axis=1) / np.maximum(denominators[picks].sum(axis=1), 1e-30)
-    low, high = np.percentile(ratios, _TAILS)
+    low, high = np.percentile(ratios, TAILS)
     return float(numerators.sum() / max(denominators.sum(), 1e-30)), float(low), float(high)

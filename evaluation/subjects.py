@@ -32,10 +32,12 @@ class Subject(Protocol):
     Attributes:
         name: in the tables.
         modes: the ways it is run; each is a row.
+        vocab_size: of its logits.
     """
 
     name: str
     modes: tuple[str, ...]
+    vocab_size: int
 
     def bytes_per_token(self, mode: str) -> int | None:
         """Bytes of weights that one decoded token reads; None where unknown."""
@@ -71,7 +73,7 @@ class BundleSubject:
         """
         self.engine = load(bundle_dir, engine=engine, threads=threads)
         self.name = bundle_dir.name
-        self.tokenizer = self.engine.tokenizer
+        self.vocab_size = self.engine.manifest.model.vocab_size
         self.modes = tuple(mode for mode in modes if self._has(mode))
         if not self.modes:
             raise ConfigError(f"bundle {bundle_dir}: it has none of the modes {', '.join(modes)}")

@@ -11,14 +11,29 @@ from pathlib import Path
 
 import coreinfer.bundles
 import coreinfer.compiler
+import coreinfer.evaluation
 import coreinfer.runtime
 import pytest
 
-PACKAGES = {"bundles": coreinfer.bundles, "compiler": coreinfer.compiler, "runtime": coreinfer.runtime}
+PACKAGES = {
+    "bundles": coreinfer.bundles,
+    "compiler": coreinfer.compiler,
+    "evaluation": coreinfer.evaluation,
+    "runtime": coreinfer.runtime,
+}
 FORBIDDEN = {
-    "bundles": {"coreinfer.compiler", "coreinfer.runtime", "torch", "transformers", "faiss", "tokenizers"},
-    "compiler": {"coreinfer.runtime"},
-    "runtime": {"coreinfer.compiler"},
+    "bundles": {
+        "coreinfer.compiler",
+        "coreinfer.evaluation",
+        "coreinfer.runtime",
+        "torch",
+        "transformers",
+        "faiss",
+        "tokenizers",
+    },
+    "compiler": {"coreinfer.evaluation", "coreinfer.runtime"},
+    "evaluation": set(),
+    "runtime": {"coreinfer.compiler", "coreinfer.evaluation"},
 }
 HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "datasets", "gguf", "model2vec", "pyarrow")
 MODULES = sorted(
@@ -69,7 +84,7 @@ def fresh(code: str) -> str:
         "from coreinfer import runtime",
         "import coreinfer.bundles",
         "import coreinfer.compiler",
-        "import coreinfer.runtime.cli, coreinfer.bundles.inspect, coreinfer.compiler.cli",
+        "import coreinfer.runtime.cli, coreinfer.bundles.inspect, coreinfer.compiler.cli, coreinfer.evaluation.cli",
     ],
 )
 def test_no_import_drags_in_the_heavy_packages(statement: str) -> None:

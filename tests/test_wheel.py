@@ -23,11 +23,12 @@ SHIPPED = (
     "LICENSE",
     "bundles",
     "compiler",
+    "evaluation",
     "runtime",
     "tests",
     "benchmarks",
 )
-COMMANDS = ("coreinfer-compile", "coreinfer-run", "coreinfer-inspect")
+COMMANDS = ("coreinfer-compile", "coreinfer-eval", "coreinfer-run", "coreinfer-inspect")
 
 
 def execute(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -71,7 +72,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    packages = ("bundles", "compiler", "runtime")
+    packages = ("bundles", "compiler", "evaluation", "runtime")
     expected = {
         f"coreinfer/{path.relative_to(ROOT)}" for package in packages for path in (ROOT / package).rglob("*.py")
     }
