@@ -15,7 +15,7 @@ from coreinfer.bundles.statistics import SELECTIONS
 
 from . import compile_model
 from .config import BUILTIN, Budgets, CompileConfig, DType, Format, Removal
-from .progress import TqdmProgress
+from .progress import Progress, TqdmProgress
 
 __all__ = ["default_cache_dir", "main", "summary"]
 
@@ -42,6 +42,8 @@ class _NumberOr(click.ParamType[Any]):
 @click.option("--clusters", type=_NumberOr(int, "auto"), default=32, help="Number of clusters, or auto.")
 @click.option("--keep", type=float, default=0.7, help="Kept neurons / all neurons, in (0, 1].")
 @click.option("--budget-mb", type=float, default=None, help="Instead of --keep: MB of weights read for a token.")
+@click.option("--max-kl", type=float, default=None, help="Instead of --keep: greatest KL on held-out text.")
+@click.option("--min-top1", type=float, default=None, help="Instead of --keep: least top-1 agreement there, in (0, 1].")
 @click.option("--encoder", default=None, help="Sentence encoder that clusters.  [default: all-MiniLM-L6-v2]")
 @click.option(
     "--calibration",
@@ -105,17 +107,20 @@ def main(context: click.Context, /, **_options: object) -> None:
     progress = TqdmProgress()
     manifest = compile_model(config, progress)
     if options["as_json"]:
-        click.echo(json.dumps({**asdict(manifest), "stage_seconds": progress.stage_seconds}, ensure_ascii=False))
+        stages = {"stage_seconds": progress.stage_seconds, "stage_peak_bytes": progress.stage_peak_bytes}
+        click.echo(json.dumps({**asdict(manifest), **stages}, ensure_ascii=False))
     else:
-        click.echo("\n".join(summary(config.output, manifest, progress.stage_seconds)))
+        click.echo("\n".join(summary(config.output, manifest, progress)))
 
 
 def _config(options: Mapping[str, Any]) -> CompileConfig:
     """Take the options that are fields of `CompileConfig`; each has its field's name."""
     values = {field.name: options[field.name] for field in fields(CompileConfig)}
     source = click.get_current_context().get_parameter_source("keep")
-    if values["budget_mb"] is not None and source is not click.core.ParameterSource.DEFAULT:
-        raise ConfigError("--keep and --budget-mb: expected one of them, got both")
+    aims = [name for name in ("budget_mb", "max_kl", "min_top1") if values[name] is not None]
+    if aims and source is not click.core.ParameterSource.DEFAULT:
+        option = f"--{aims[0].replace('_', '-')}"
+        raise ConfigError(f"--keep and {option}: expected one of them, got both")
     if options["no_cache"] and values["cache_dir"]:
         raise ConfigError("--cache and --no-cache: expected one of them, got both")
     values["cache_dir"] = None if options["no_cache"] else values["cache_dir"] or default_cache_dir()
@@ -129,8 +134,8 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coreinfer"
 
 
-def summary(output: Path, manifest: Manifest, stage_seconds: dict[str, float]) -> Iterator[str]:
-    """Say what was compiled: sizes, quality, seconds a stage."""
+def summary(output: Path, manifest: Manifest, progress: Progress) -> Iterator[str]:
+    """Say what was compiled: sizes, quality, seconds and memory a stage."""
     total = sum(record.bytes for record in manifest.files.values())
     pack = manifest.clusters[0].ffn_bytes
     yield f"bundle     {output}, {total / 1e6:.1f} MB, {len(manifest.clusters)} clusters"
@@ -142,5 +147,8 @@ def summary(output: Path, manifest: Manifest, stage_seconds: dict[str, float]) -
         yield f"           {'':20s} {'perplexity':>10s} {'KL':>7s} {'top-1':>6s}"
         for score in (manifest.quality.dense, manifest.quality.clusters, *manifest.quality.controls):
             yield f"           {score.name:20s} {score.perplexity:10.2f} {score.kl:7.3f} {score.top1:6.3f}"
-    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stage_seconds.items())
-    yield f"seconds    {sum(stage_seconds.values()):.1f}: {stages}"
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in progress.stage_seconds.items())
+    yield f"seconds    {sum(progress.stage_seconds.values()):.1f}: {stages}"
+    peaks = ", ".join(f"{name} {peak / 1e9:.2f}" for name, peak in progress.stage_peak_bytes.items())
+    if peaks:
+        yield f"GB         {max(progress.stage_peak_bytes.values()) / 1e9:.2f} resident at most; by the end of {peaks}"

@@ -29,6 +29,9 @@ class CompileConfig:
         clusters: how many clusters, or "auto".
         keep: kept neurons / all neurons, in (0, 1].
         budget_mb: megabytes of weights that one decoded token may read, head included; takes the place of `keep`.
+        max_kl: greatest KL, in nats a token on held-out text, of packs in bf16 before healing; the lowest keep ratio
+            that holds it takes the place of `keep`.
+        min_top1: least share of held-out tokens on which packs and dense model agree; like `max_kl`.
         encoder: sentence encoder that clusters, in the forms of `model`; None for all-MiniLM-L6-v2.
         calibration: "builtin", paths of JSON Lines, text or Parquet files, or `hf:NAME[:split[:field]]`.
         text_field: field that holds the text in JSON Lines and Parquet.
@@ -66,6 +69,8 @@ class CompileConfig:
     clusters: int | Literal["auto"] = 32
     keep: float = 0.7
     budget_mb: float | None = None
+    max_kl: float | None = None
+    min_top1: float | None = None
     encoder: str | None = None
     calibration: tuple[str, ...] = (BUILTIN,)
     text_field: str = "text"
@@ -130,6 +135,9 @@ def _problems(config: CompileConfig) -> list[str | None]:
         _clusters(config.clusters),
         _share("--keep", config.keep, zero=False),
         None if config.budget_mb is None else _positive("--budget-mb", config.budget_mb),
+        None if config.max_kl is None else _positive("--max-kl", config.max_kl),
+        None if config.min_top1 is None else _share("--min-top1", config.min_top1, zero=False),
+        _one_aim(config),
         _share("--alpha", config.alpha, zero=False),
         _share("--beta", config.beta, zero=False),
         _share("--cluster-weight", config.effective_cluster_weight, zero=True),
@@ -170,6 +178,14 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str | None:
 def _removal(config: CompileConfig) -> str | None:
     if config.removal == "second-order" and not config.reconstruct:
         return "--removal second-order: expected --reconstruct, which it counts on, got --no-reconstruct"
+    return None
+
+
+def _one_aim(config: CompileConfig) -> str | None:
+    if config.budget_mb is not None and (config.max_kl is not None or config.min_top1 is not None):
+        return "--budget-mb and --max-kl or --min-top1: expected bytes or a quality to aim at, got both"
+    if config.keep == 1 and (config.max_kl is not None or config.min_top1 is not None):
+        return "--max-kl, --min-top1: expected a keep ratio below 1 to begin with, got 1"
     return None
 
 

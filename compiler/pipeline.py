@@ -1,12 +1,16 @@
 """Compile a model into a bundle: the compiler's main path."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import faiss
+import numpy as np
+import numpy.typing as npt
 import torch
 from coreinfer.bundles.formats import GROUP_SIZE, PACKED_FORMATS, matrix_bytes
 from coreinfer.bundles.layout import LAYOUT
@@ -19,6 +23,7 @@ from coreinfer.bundles.manifest import (
     Quality,
     QuantizationRecord,
     RouterRecord,
+    Score,
 )
 from coreinfer.bundles.writer import check_target, finish_manifest, stage_bundle
 
@@ -31,13 +36,14 @@ from .evaluating import evaluate
 from .healing import HealInputs, heal
 from .models import LoadedModel, load_model, read_config
 from .moments import Moments, input_moments
-from .narrowing import CLUSTERS, NarrowModel, choose_all
+from .narrowing import CLUSTERS, Assignment, NarrowModel, choose_all
 from .packing import Packer, write_base, write_cluster, write_dense, write_router, write_tokenizer
-from .profiling import profile_model
+from .profiling import Profile, profile_model
 from .progress import Progress
 from .quantizing import QuantizeOptions
 from .report import write_report
 from .routing import Routing, build_routing, control_assignments
+from .searching import fit_quality
 from .selecting import layer_budgets
 from .sensitivity import output_metrics, removal_curves
 from .sizing import fit_budget
@@ -93,55 +99,25 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
 def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str, progress: Progress) -> Manifest:
     """Compile a model that is in memory; `model_sha256` stands for it in the cache and in the manifest."""
     config = fit_budget(config, loaded)
-    cache = Cache(config.cache_dir)
-    corpus = build_corpus(config, loaded, cache, model_sha256, progress)
-    routing = build_routing(config, loaded, corpus, cache, progress)
-    assignments = [routing.assignment]
-    if config.evaluate and corpus.held_out:
-        assignments += control_assignments(routing.assignment, seed=config.seed)
-    key = _stage_key(config, loaded, corpus, routing, model_sha256, [item.name for item in assignments])
-
-    profile = profile_model(
-        config, loaded, corpus.calibration, {a.name: a.calibration for a in assignments}, cache, key, progress
-    )
-    metrics = output_metrics(config, loaded, corpus.calibration, cache, key, progress)
-    curves = None
-    if config.budgets == "sensitivity" and config.keep < 1:
-        curves_key = stage_key("curves", upstream=key)
-        curves = removal_curves(loaded, corpus.calibration, metrics, cache, curves_key, progress)
-    budgets = layer_budgets(config, profile, loaded.column_norms, curves)
-    inputs = NarrowInputs(
-        config=config,
-        loaded=loaded,
-        calibration=corpus.calibration,
-        validation=corpus.validation,
-        assignments=assignments,
-        choices=choose_all(config, profile, loaded, assignments, budgets),
-        budgets=budgets,
-        metrics=metrics,
-    )
-    narrow_key = stage_key(
-        "packs", upstream=key, budgets=budgets, ridge=config.ridge, removal=config.effective_removal, carry=config.carry
-    )
-    narrow = narrow_all(inputs, cache, narrow_key, progress)
+    ground = _prepare(config, loaded, model_sha256, progress)
+    corpus = ground.corpus
+    config = fit_quality(config, partial(_measure, ground, progress), has_held_out=bool(corpus.held_out))
+    budgets, narrow_key, narrow = _narrow(ground, config, ground.assignments, progress)
     if config.heal_steps:
-        narrow = {
-            **narrow,
-            CLUSTERS: _heal(config, loaded, corpus, routing, narrow[CLUSTERS], cache, narrow_key, progress),
-        }
+        narrow[CLUSTERS] = _heal(config, ground, narrow[CLUSTERS], narrow_key, progress)
     quality = None
     if config.evaluate and corpus.held_out:
-        texts = [document.token_ids for document in corpus.held_out]
-        models = {_score_name(config, item.name): (narrow[item.name], item.held_out) for item in assignments}
-        quality = evaluate(loaded, texts, models, progress)
+        models = {_score_name(config, item.name): (narrow[item.name], item.held_out) for item in ground.assignments}
+        quality = evaluate(loaded, ground.held_out_ids, models, progress)
     moments = {}
     if config.quantize != "bf16":
-        moments = input_moments(loaded, corpus.calibration, cache, stage_key("moments", upstream=key), progress)
+        key = stage_key("moments", upstream=ground.key)
+        moments = input_moments(loaded, corpus.calibration, ground.cache, key, progress)
     compiled = Compiled(
         config=config,
         loaded=loaded,
         corpus=corpus,
-        routing=routing,
+        routing=ground.routing,
         budgets=budgets,
         narrow=narrow[CLUSTERS],
         moments=moments,
@@ -151,30 +127,113 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str
     return write_bundle(compiled, progress)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Ground:
+    """What does not depend on how much is kept.
+
+    Attributes:
+        assignments: the clusters and the controls.
+        curves: of `removal_curves`, for budgets by sensitivity.
+        key: of the profile; later stages' keys go on from it.
+    """
+
+    loaded: LoadedModel
+    corpus: Corpus
+    routing: Routing
+    assignments: list[Assignment]
+    profile: Profile
+    metrics: torch.Tensor
+    curves: npt.NDArray[np.float32] | None
+    cache: Cache
+    key: str
+
+    @property
+    def held_out_ids(self) -> list[tuple[int, ...]]:
+        """Token ids of the held-out texts."""
+        return [document.token_ids for document in self.corpus.held_out]
+
+
+def _prepare(config: CompileConfig, loaded: LoadedModel, model_sha256: str, progress: Progress) -> _Ground:
+    cache = Cache(config.cache_dir)
+    corpus = build_corpus(config, loaded, cache, model_sha256, progress)
+    routing = build_routing(config, loaded, corpus, cache, progress)
+    assignments = [routing.assignment]
+    if config.evaluate and corpus.held_out:
+        assignments += control_assignments(routing.assignment, seed=config.seed)
+    key = _stage_key(config, loaded, corpus, routing, model_sha256, [item.name for item in assignments])
+    profile = profile_model(
+        config, loaded, corpus.calibration, {a.name: a.calibration for a in assignments}, cache, key, progress
+    )
+    metrics = output_metrics(config, loaded, corpus.calibration, cache, key, progress)
+    curves = None
+    if config.budgets == "sensitivity" and config.keep < 1:
+        curves_key = stage_key("curves", upstream=key)
+        curves = removal_curves(loaded, corpus.calibration, metrics, cache, curves_key, progress)
+    return _Ground(
+        loaded=loaded,
+        corpus=corpus,
+        routing=routing,
+        assignments=assignments,
+        profile=profile,
+        metrics=metrics,
+        curves=curves,
+        cache=cache,
+        key=key,
+    )
+
+
+def _narrow(
+    ground: _Ground, config: CompileConfig, assignments: Sequence[Assignment], progress: Progress
+) -> tuple[list[int], str, dict[str, NarrowModel]]:
+    """Narrow at the options' keep ratio: budgets, the stage's key, assignment name -> narrow model."""
+    budgets = layer_budgets(config, ground.profile, ground.loaded.column_norms, ground.curves)
+    inputs = NarrowInputs(
+        config=config,
+        loaded=ground.loaded,
+        calibration=ground.corpus.calibration,
+        validation=ground.corpus.validation,
+        assignments=assignments,
+        choices=choose_all(config, ground.profile, ground.loaded, assignments, budgets),
+        budgets=budgets,
+        metrics=ground.metrics,
+    )
+    key = stage_key(
+        "packs",
+        upstream=ground.key,
+        budgets=budgets,
+        ridge=config.ridge,
+        removal=config.effective_removal,
+        carry=config.carry,
+        assignments=[item.name for item in assignments],
+    )
+    return budgets, key, dict(narrow_all(inputs, ground.cache, key, progress))
+
+
+def _measure(ground: _Ground, progress: Progress, config: CompileConfig) -> Score:
+    """Narrow the clusters alone, and score them on held-out text."""
+    clusters = ground.assignments[:1]
+    _, _, narrow = _narrow(ground, config, clusters, progress)
+    models = {CLUSTERS: (narrow[CLUSTERS], clusters[0].held_out)}
+    return evaluate(ground.loaded, ground.held_out_ids, models, progress).clusters
+
+
 def _score_name(config: CompileConfig, name: str) -> str:
     """Only the clusters are healed: a control must not look as if it were."""
     return f"{name}, not healed" if config.heal_steps and name != CLUSTERS else name
 
 
 def _heal(
-    config: CompileConfig,
-    loaded: LoadedModel,
-    corpus: Corpus,
-    routing: Routing,
-    narrow: NarrowModel,
-    cache: Cache,
-    upstream: str,
-    progress: Progress,
+    config: CompileConfig, ground: _Ground, narrow: NarrowModel, upstream: str, progress: Progress
 ) -> NarrowModel:
     inputs = HealInputs(
         config=config,
-        loaded=loaded,
-        documents=corpus.calibration,
-        labels=routing.assignment.calibration,
+        loaded=ground.loaded,
+        documents=ground.corpus.calibration,
+        labels=ground.routing.assignment.calibration,
         narrow=narrow,
     )
     key = stage_key("heal", upstream=upstream, steps=config.heal_steps, rate=config.heal_rate)
-    return heal(inputs, cache, key, progress)
+    return heal(inputs, ground.cache, key, progress)
 
 
 def write_bundle(compiled: Compiled, progress: Progress) -> Manifest:

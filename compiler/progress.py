@@ -9,7 +9,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-__all__ = ["Advance", "Progress", "TqdmProgress"]
+__all__ = ["Advance", "Progress", "TqdmProgress", "peak_memory_bytes"]
 
 
 class Advance(Protocol):
@@ -29,9 +29,12 @@ class Progress:
 
     Attributes:
         stage_seconds: stage -> seconds, in the order in which the stages ran.
+        stage_peak_bytes: stage -> the process's greatest resident memory until the stage's end; empty where the
+            system does not tell.
     """
 
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    stage_peak_bytes: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str, num_steps: int) -> Iterator[Advance]:
@@ -40,11 +43,23 @@ class Progress:
         with self.bar(name, num_steps) as advance:
             yield advance
         self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + time.perf_counter() - start
+        if (peak := peak_memory_bytes()) is not None:
+            self.stage_peak_bytes[name] = peak
 
     @contextmanager
     def bar(self, name: str, num_steps: int) -> Iterator[Advance]:
         """Draw a stage; this class draws nothing."""
         yield _ignore
+
+
+def peak_memory_bytes() -> int | None:
+    """Greatest resident memory of this process until now; None where the system does not tell."""
+    try:
+        import resource  # Not on Windows.
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class TqdmProgress(Progress):

@@ -12,6 +12,7 @@ from coreinfer.bundles.manifest import Manifest, read_manifest
 from coreinfer.compiler import CompileConfig, Progress, cli
 from coreinfer.compiler.cli import default_cache_dir, main, summary
 
+PROGRESS = Progress(stage_seconds={"load": 1.0, "write": 2.5}, stage_peak_bytes={"load": 10**9, "write": 3 * 10**9})
 SWITCHES = {"cache_dir": "--cache"}
 """Options whose name is not that of the field."""
 
@@ -81,6 +82,8 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "min_layer_keep": (["--min-layer-keep", "0.3"], 0.3),
     "reconstruct": (["--no-reconstruct"], False),
     "budget_mb": (["--budget-mb", "80"], 80.0),
+    "max_kl": (["--max-kl", "0.1"], 0.1),
+    "min_top1": (["--min-top1", "0.9"], 0.9),
     "removal": (["--removal", "top-k"], "top-k"),
     "carry": (["--no-carry"], False),
     "heal_steps": (["--heal-steps", "7"], 7),
@@ -137,6 +140,7 @@ def test_json_output_is_the_manifest(
     printed = json.loads(result.stdout)
     seconds = printed.pop("stage_seconds")
     assert {"load", "profile", "reconstruct", "evaluate", "write"} <= set(seconds)
+    assert printed.pop("stage_peak_bytes").keys() == seconds.keys()
     assert printed == json.loads(json.dumps(asdict(read_manifest(tmp_path / "bundle"))))
     name = "clusters/000.safetensors"
     assert (tmp_path / "bundle" / name).read_bytes() == (tiny_bundle("llama") / name).read_bytes()
@@ -153,8 +157,9 @@ def test_the_summary_shows_sizes_quality_and_seconds(given: list[CompileConfig],
 
 def test_the_summary_of_a_bundle_without_quality(tiny_bundle: Callable[..., Path]) -> None:
     manifest = read_manifest(tiny_bundle("llama", evaluate=False))
-    lines = [*summary(Path("b"), manifest, {"load": 1.0, "write": 2.5})]
-    assert len(lines) == 3
+    lines = [*summary(Path("b"), manifest, PROGRESS)]
+    assert len(lines) == 4
+    assert lines[-1].startswith("GB         3.00 resident at most")
     assert lines[-1] == "seconds    3.5: load 1.0, write 2.5"
 
 
@@ -218,6 +223,16 @@ def test_bugs_show_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(cli, "compile_model", broken)
     assert isinstance(run("--model", "m", "-o", tmp_path / "b").exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--max-kl", "0.1"), ("--min-top1", "0.9")])
+def test_a_keep_ratio_and_a_quality_are_too_much(option: str, value: str, tmp_path: Path) -> None:
+    result = run("--model", "m", "-o", tmp_path / "b", "--keep", "0.7", option, value)
+    assert result.exit_code == 2
+    assert f"--keep and {option}: expected one of them, got both" in result.stderr
+    result = run("--model", "m", "-o", tmp_path / "b", "--budget-mb", "80", option, value)
+    assert result.exit_code == 2
+    assert "expected bytes or a quality to aim at, got both" in result.stderr
 
 
 def test_a_keep_ratio_and_a_budget_are_too_much(tmp_path: Path) -> None:
