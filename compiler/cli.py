@@ -39,7 +39,12 @@ class _NumberOr(click.ParamType[Any]):
 @click.command(context_settings={"show_default": True})
 @click.option("--model", required=True, help="Hub id, folder, .gguf file, or package:NAME/PATH.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write the bundle to.")
-@click.option("--clusters", type=_NumberOr(int, "auto"), default=32, help="Number of clusters, or auto.")
+@click.option(
+    "--clusters",
+    type=_NumberOr(int, "auto"),
+    default=32,
+    help="How many; auto: the fewest of nearly the best held-out KL.",
+)
 @click.option("--keep", type=float, default=0.7, help="Kept neurons / all neurons, in (0, 1].")
 @click.option("--budget-mb", type=float, default=None, help="Instead of --keep: MB of weights read for a token.")
 @click.option("--max-kl", type=float, default=None, help="Instead of --keep: greatest KL on held-out text.")

@@ -26,7 +26,7 @@ class CompileConfig:
     Attributes:
         model: Hub id, local folder, path of a `.gguf` file, or `package:NAME/PATH`.
         output: folder to write the bundle to.
-        clusters: how many clusters, or "auto".
+        clusters: how many clusters, or "auto" for the fewest whose held-out KL is within 2% of the best tried.
         keep: kept neurons / all neurons, in (0, 1].
         budget_mb: megabytes of weights that one decoded token may read, head included; takes the place of `keep`.
         max_kl: greatest KL, in nats a token on held-out text, of packs in bf16 before healing; the lowest keep ratio

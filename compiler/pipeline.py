@@ -1,75 +1,40 @@
 """Compile a model into a bundle: the compiler's main path."""
 
-import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 import torch
-from coreinfer.bundles.formats import GROUP_SIZE, PACKED_FORMATS, matrix_bytes
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.bundles.manifest import (
-    GROUPS,
-    ClusterRecord,
-    Manifest,
-    Plan,
-    Provenance,
-    Quality,
-    QuantizationRecord,
-    RouterRecord,
-    Score,
-)
+from coreinfer.bundles.manifest import Manifest, Score
 from coreinfer.bundles.writer import check_target, finish_manifest, stage_bundle
 
 from .cache import Cache, stage_key
 from .carrying import NarrowInputs, narrow_all
-from .clustering import label_clusters, map_positions, typical_texts
 from .config import CompileConfig
 from .corpus import Corpus, build_corpus
+from .describing import PACKAGES, Compiled, formats_of, manifest_of
 from .evaluating import evaluate
 from .healing import HealInputs, heal
 from .models import LoadedModel, load_model, read_config
-from .moments import Moments, input_moments
+from .moments import input_moments
 from .narrowing import CLUSTERS, Assignment, NarrowModel, choose_all
 from .packing import Packer, write_base, write_cluster, write_dense, write_router, write_tokenizer
 from .profiling import Profile, profile_model
 from .progress import Progress
-from .quantizing import QuantizeOptions
 from .report import write_report
 from .routing import Routing, build_routing, control_assignments
-from .searching import fit_quality
+from .searching import fit_clusters, fit_quality
 from .selecting import layer_budgets
 from .sensitivity import output_metrics, removal_curves
 from .sizing import fit_budget
 from .sources import find_source
 
-__all__ = ["Compiled", "compile_loaded", "compile_model"]
-
-_log = logging.getLogger(__name__)
-_PACKAGES = ("torch", "transformers", "numpy", "faiss-cpu", "model2vec")
-_STABILITY_MIN_TOKENS = 200
-_FUSED_HALF_TOKENS = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compiled:
-    """All that a bundle is written from."""
-
-    config: CompileConfig
-    loaded: LoadedModel
-    corpus: Corpus
-    routing: Routing
-    budgets: list[int]
-    narrow: NarrowModel
-    moments: Moments
-    quality: Quality | None
-    model_sha256: str
+__all__ = ["compile_loaded", "compile_model"]
 
 
 def compile_model(config: CompileConfig, progress: Progress | None = None) -> Manifest:
@@ -99,8 +64,11 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
 def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str, progress: Progress) -> Manifest:
     """Compile a model that is in memory; `model_sha256` stands for it in the cache and in the manifest."""
     config = fit_budget(config, loaded)
-    ground = _prepare(config, loaded, model_sha256, progress)
-    corpus = ground.corpus
+    text = _read_text(config, loaded, model_sha256, progress)
+    corpus = text.corpus
+    num_documents = len(corpus.calibration) if corpus.held_out else 0
+    config = fit_clusters(config, partial(_measure_clusters, text, progress), num_documents=num_documents)
+    ground = _prepare(config, text, progress)
     config = fit_quality(config, partial(_measure, ground, progress), has_held_out=bool(corpus.held_out))
     budgets, narrow_key, narrow = _narrow(ground, config, ground.assignments, progress)
     if config.heal_steps:
@@ -108,11 +76,11 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str
     quality = None
     if config.evaluate and corpus.held_out:
         models = {_score_name(config, item.name): (narrow[item.name], item.held_out) for item in ground.assignments}
-        quality = evaluate(loaded, ground.held_out_ids, models, progress)
+        quality = evaluate(loaded, text.held_out_ids, models, progress)
     moments = {}
     if config.quantize != "bf16":
-        key = stage_key("moments", upstream=ground.key)
-        moments = input_moments(loaded, corpus.calibration, ground.cache, key, progress)
+        key = stage_key("moments", upstream=text.key)
+        moments = input_moments(loaded, corpus.calibration, text.cache, key, progress)
     compiled = Compiled(
         config=config,
         loaded=loaded,
@@ -128,22 +96,15 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Ground:
-    """What does not depend on how much is kept.
+class _Text:
+    """A model and the text that it is compiled for.
 
     Attributes:
-        assignments: the clusters and the controls.
-        curves: of `removal_curves`, for budgets by sensitivity.
-        key: of the profile; later stages' keys go on from it.
+        key: of all that depends on these two alone.
     """
 
     loaded: LoadedModel
     corpus: Corpus
-    routing: Routing
-    assignments: list[Assignment]
-    profile: Profile
-    metrics: torch.Tensor
-    curves: npt.NDArray[np.float32] | None
     cache: Cache
     key: str
 
@@ -153,31 +114,64 @@ class _Ground:
         return [document.token_ids for document in self.corpus.held_out]
 
 
-def _prepare(config: CompileConfig, loaded: LoadedModel, model_sha256: str, progress: Progress) -> _Ground:
+@dataclass(frozen=True, kw_only=True)
+class _Ground:
+    """What does not depend on how much is kept.
+
+    Attributes:
+        assignments: the clusters and the controls.
+        metrics: of `output_metrics`.
+        curves: of `removal_curves`, for budgets by sensitivity.
+        key: of the profile; later stages' keys go on from it.
+    """
+
+    text: _Text
+    routing: Routing
+    assignments: list[Assignment]
+    profile: Profile
+    metrics: torch.Tensor
+    curves: npt.NDArray[np.float32] | None
+    key: str
+
+
+def _read_text(config: CompileConfig, loaded: LoadedModel, model_sha256: str, progress: Progress) -> _Text:
     cache = Cache(config.cache_dir)
     corpus = build_corpus(config, loaded, cache, model_sha256, progress)
-    routing = build_routing(config, loaded, corpus, cache, progress)
-    assignments = [routing.assignment]
-    if config.evaluate and corpus.held_out:
-        assignments += control_assignments(routing.assignment, seed=config.seed)
-    key = _stage_key(config, loaded, corpus, routing, model_sha256, [item.name for item in assignments])
-    profile = profile_model(
-        config, loaded, corpus.calibration, {a.name: a.calibration for a in assignments}, cache, key, progress
+    key = stage_key(
+        "text",
+        model=model_sha256,
+        corpus=corpus.sha256,
+        seed=config.seed,
+        device=str(loaded.device),
+        dtype=str(next(loaded.model.parameters()).dtype),
+        threads=torch.get_num_threads(),
+        packages={name: version(name) for name in PACKAGES},
+        coreinfer=version("coreinfer"),
     )
-    metrics = output_metrics(config, loaded, corpus.calibration, cache, key, progress)
+    return _Text(loaded=loaded, corpus=corpus, cache=cache, key=key)
+
+
+def _prepare(config: CompileConfig, text: _Text, progress: Progress) -> _Ground:
+    loaded, calibration, cache = text.loaded, text.corpus.calibration, text.cache
+    routing = build_routing(config, loaded, text.corpus, cache, progress)
+    assignments = [routing.assignment]
+    if config.evaluate and text.corpus.held_out:
+        assignments += control_assignments(routing.assignment, seed=config.seed)
+    key = _profile_key(config, text, routing, [item.name for item in assignments])
+    labels = {item.name: item.calibration for item in assignments}
+    profile = profile_model(config, loaded, calibration, labels, cache, key, progress)
+    metrics = output_metrics(config, loaded, calibration, cache, text.key, progress)
     curves = None
     if config.budgets == "sensitivity" and config.keep < 1:
-        curves_key = stage_key("curves", upstream=key)
-        curves = removal_curves(loaded, corpus.calibration, metrics, cache, curves_key, progress)
+        curves_key = stage_key("curves", upstream=text.key)
+        curves = removal_curves(loaded, calibration, metrics, cache, curves_key, progress)
     return _Ground(
-        loaded=loaded,
-        corpus=corpus,
+        text=text,
         routing=routing,
         assignments=assignments,
         profile=profile,
         metrics=metrics,
         curves=curves,
-        cache=cache,
         key=key,
     )
 
@@ -186,14 +180,14 @@ def _narrow(
     ground: _Ground, config: CompileConfig, assignments: Sequence[Assignment], progress: Progress
 ) -> tuple[list[int], str, dict[str, NarrowModel]]:
     """Narrow at the options' keep ratio: budgets, the stage's key, assignment name -> narrow model."""
-    budgets = layer_budgets(config, ground.profile, ground.loaded.column_norms, ground.curves)
+    budgets = layer_budgets(config, ground.profile, ground.text.loaded.column_norms, ground.curves)
     inputs = NarrowInputs(
         config=config,
-        loaded=ground.loaded,
-        calibration=ground.corpus.calibration,
-        validation=ground.corpus.validation,
+        loaded=ground.text.loaded,
+        calibration=ground.text.corpus.calibration,
+        validation=ground.text.corpus.validation,
         assignments=assignments,
-        choices=choose_all(config, ground.profile, ground.loaded, assignments, budgets),
+        choices=choose_all(config, ground.profile, ground.text.loaded, assignments, budgets),
         budgets=budgets,
         metrics=ground.metrics,
     )
@@ -206,7 +200,7 @@ def _narrow(
         carry=config.carry,
         assignments=[item.name for item in assignments],
     )
-    return budgets, key, dict(narrow_all(inputs, ground.cache, key, progress))
+    return budgets, key, dict(narrow_all(inputs, ground.text.cache, key, progress))
 
 
 def _measure(ground: _Ground, progress: Progress, config: CompileConfig) -> Score:
@@ -214,7 +208,13 @@ def _measure(ground: _Ground, progress: Progress, config: CompileConfig) -> Scor
     clusters = ground.assignments[:1]
     _, _, narrow = _narrow(ground, config, clusters, progress)
     models = {CLUSTERS: (narrow[CLUSTERS], clusters[0].held_out)}
-    return evaluate(ground.loaded, ground.held_out_ids, models, progress).clusters
+    return evaluate(ground.text.loaded, ground.text.held_out_ids, models, progress).clusters
+
+
+def _measure_clusters(text: _Text, progress: Progress, config: CompileConfig) -> Score:
+    """Score the clusters' packs with another number of clusters, without controls."""
+    config = replace(config, evaluate=False)
+    return _measure(_prepare(config, text, progress), progress, config)
 
 
 def _score_name(config: CompileConfig, name: str) -> str:
@@ -227,13 +227,13 @@ def _heal(
 ) -> NarrowModel:
     inputs = HealInputs(
         config=config,
-        loaded=ground.loaded,
-        documents=ground.corpus.calibration,
+        loaded=ground.text.loaded,
+        documents=ground.text.corpus.calibration,
         labels=ground.routing.assignment.calibration,
         narrow=narrow,
     )
     key = stage_key("heal", upstream=upstream, steps=config.heal_steps, rate=config.heal_rate)
-    return heal(inputs, ground.cache, key, progress)
+    return heal(inputs, ground.text.cache, key, progress)
 
 
 def write_bundle(compiled: Compiled, progress: Progress) -> Manifest:
@@ -241,7 +241,7 @@ def write_bundle(compiled: Compiled, progress: Progress) -> Manifest:
     config, loaded = compiled.config, compiled.loaded
     num_clusters = compiled.routing.clustering.num_clusters
     with progress.stage("write", num_clusters + 3) as advance, stage_bundle(config.output, force=config.force) as stage:
-        packer = Packer(formats=_formats(config), moments=compiled.moments)
+        packer = Packer(formats=formats_of(config), moments=compiled.moments)
         base_tensors = write_base(stage, loaded, packer)
         advance()
         if config.dense:
@@ -252,21 +252,18 @@ def write_bundle(compiled: Compiled, progress: Progress) -> Manifest:
             advance()
         write_tokenizer(stage, loaded)
         write_router(stage, compiled.routing.encoder, compiled.routing.centroids)
-        manifest = _manifest(compiled, base_tensors)
+        manifest = manifest_of(compiled, base_tensors)
         write_report(stage / LAYOUT.report, manifest)
         manifest = finish_manifest(stage, manifest)
         advance()
     return manifest
 
 
-def _stage_key(
-    config: CompileConfig, loaded: LoadedModel, corpus: Corpus, routing: Routing, model_sha256: str, names: list[str]
-) -> str:
+def _profile_key(config: CompileConfig, text: _Text, routing: Routing, names: list[str]) -> str:
     """Key of the profile: everything that shapes the sums."""
     return stage_key(
         "profile",
-        model=model_sha256,
-        corpus=corpus.sha256,
+        upstream=text.key,
         clusters=routing.clustering.labels.tolist(),
         validation=routing.assignment.validation.tolist(),
         assignments=names,
@@ -274,118 +271,4 @@ def _stage_key(
         alpha=config.alpha,
         beta=config.beta,
         cluster_weight=config.cluster_weight,
-        seed=config.seed,
-        device=str(loaded.device),
-        dtype=str(next(loaded.model.parameters()).dtype),
-        threads=torch.get_num_threads(),
-        packages={name: version(name) for name in _PACKAGES},
-        coreinfer=version("coreinfer"),
     )
-
-
-def _manifest(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
-    config, routing = compiled.config, compiled.routing
-    return Manifest(
-        model=compiled.loaded.record,
-        quantization={group: _quantization(config, group) for group in GROUPS},
-        clusters=_cluster_records(compiled),
-        router=RouterRecord(
-            encoder="static",
-            dimension=routing.centroids.shape[1],
-            distance_p99=routing.distance_p99,
-            agreement=routing.agreement,
-            num_agreement_sentences=len(compiled.corpus.held_out),
-        ),
-        plan=Plan(
-            selection=config.selection,
-            keep=config.keep,
-            alpha=config.alpha,
-            beta=config.beta,
-            cluster_weight=config.effective_cluster_weight,
-            budgets=config.budgets,
-            layer_budgets=tuple(compiled.budgets),
-            reconstruct=config.reconstruct,
-            ridges=compiled.narrow.ridges,
-            dense=config.dense,
-            stability_min_tokens=_STABILITY_MIN_TOKENS,
-            fused_half_tokens=_FUSED_HALF_TOKENS,
-        ),
-        quality=compiled.quality,
-        provenance=_provenance(compiled),
-        base_tensors=base_tensors,
-    )
-
-
-def _formats(config: CompileConfig) -> QuantizeOptions:
-    """Formats as they are stored: an int8 head can be screened."""
-    head = config.effective_head_quantize
-    return QuantizeOptions(body=config.quantize, head="int8-planes" if head == "int8" else head)
-
-
-def _quantization(config: CompileConfig, group: str) -> QuantizationRecord:
-    if group == "norm":
-        return QuantizationRecord(format="f32")
-    formats = _formats(config)
-    kind = formats.head if group in ("embedding", "head") else formats.body
-    return QuantizationRecord(format=kind, group_size=GROUP_SIZE if kind in PACKED_FORMATS else None)
-
-
-def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
-    clustering, documents = compiled.routing.clustering, compiled.corpus.calibration
-    texts = [document.routing_text for document in documents]
-    labels = label_clusters(texts, clustering.labels)
-    examples = typical_texts(texts, compiled.routing.embeddings, clustering)
-    positions = map_positions(clustering.centroids)
-    record = compiled.loaded.record
-    keep_ratio = sum(compiled.budgets) / (record.num_layers * record.ffn_dim)
-    return tuple(
-        ClusterRecord(
-            file=LAYOUT.cluster(cluster),
-            label=labels[cluster],
-            num_sentences=int((clustering.labels == cluster).sum()),
-            num_tokens=sum(
-                len(d.token_ids) for d, label in zip(documents, clustering.labels, strict=True) if label == cluster
-            ),
-            examples=examples[cluster],
-            keep_ratio=round(keep_ratio, 5),
-            ffn_bytes=_ffn_bytes(compiled),
-            map_x=float(positions[cluster][0]),
-            map_y=float(positions[cluster][1]),
-        )
-        for cluster in range(clustering.num_clusters)
-    )
-
-
-def _ffn_bytes(compiled: Compiled) -> int:
-    """Bytes of a pack's weights that are read for one token."""
-    record, kind = compiled.loaded.record, compiled.config.quantize
-    num_inner = 2 if record.gated else 1
-    return sum(
-        num_inner * matrix_bytes(kind, (budget, record.hidden_size)) + matrix_bytes(kind, (record.hidden_size, budget))
-        for budget in compiled.budgets
-    )
-
-
-def _provenance(compiled: Compiled) -> Provenance:
-    options = {
-        name: _plain(value) for name, value in asdict(compiled.config).items() if name not in _UNRECORDED_OPTIONS
-    }
-    return Provenance(
-        coreinfer=version("coreinfer"),
-        packages={name: version(name) for name in _PACKAGES},
-        model_sha256=compiled.model_sha256,
-        corpus_sha256=compiled.corpus.sha256,
-        encoder=compiled.routing.encoder_name,
-        config=options,
-    )
-
-
-# Where a bundle was written and cached says nothing of what it is, and would make equal bundles differ.
-_UNRECORDED_OPTIONS = frozenset({"output", "force", "cache_dir", "model", "encoder"})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    # Calibration files are recorded by name, not by this machine's paths.
-    return Path(value).name if isinstance(value, str) and "/" in value else value

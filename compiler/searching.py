@@ -1,7 +1,7 @@
-"""From a quality to a keep ratio: the narrowest packs whose held-out quality is still good enough."""
+"""From what is wanted to options: the narrowest packs of a quality, the fewest clusters that earn their place."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from coreinfer.bundles.errors import ConfigError
@@ -9,10 +9,14 @@ from coreinfer.bundles.manifest import Score
 
 from .config import CompileConfig
 
-__all__ = ["fit_quality", "least_keep"]
+__all__ = ["fewest_clusters", "fit_clusters", "fit_quality", "least_keep"]
 
 _log = logging.getLogger(__name__)
 _NUM_TRIES = 6
+_LADDER = (1, 2, 4, 8, 16, 32, 64)
+_CLUSTER_MARGIN = 0.02
+_CLUSTER_DOCUMENTS = 8
+"""Fewer documents a cluster on average are not worth a try."""
 
 Measure = Callable[[CompileConfig], Score]
 """Narrows with the options and scores the clusters' packs on held-out text."""
@@ -63,3 +67,39 @@ def least_keep(holds: Callable[[float], bool], *, least: float, num_tries: int =
         else:
             low = middle
     return high
+
+
+def fit_clusters(config: CompileConfig, measure: Measure, *, num_documents: int) -> CompileConfig:
+    """Turn clusters "auto" into the fewest whose held-out KL is within 2% of the best tried, all at the same bytes.
+
+    With a quality to aim at, numbers of clusters are compared at the options' keep ratio.
+
+    Args:
+        num_documents: to calibrate on; 0 where nothing is held out, and clusters are counted by their embeddings alone.
+    """
+    if config.clusters != "auto":
+        return config
+    if not num_documents:
+        _log.warning("--clusters auto: no text is held out to measure KL on; counting clusters by their embeddings")
+        return config
+    ladder = [count for count in _LADDER if count == 1 or count * _CLUSTER_DOCUMENTS <= num_documents]
+    return replace(config, clusters=fewest_clusters(lambda count: measure(replace(config, clusters=count)).kl, ladder))
+
+
+def fewest_clusters(kl_of: Callable[[int], float], ladder: Sequence[int]) -> int:
+    """Climb until two counts in a row bring no new best by the margin; give the fewest within the margin of the best.
+
+    Args:
+        kl_of: held-out KL of a number of clusters.
+        ladder: counts to try, ascending.
+    """
+    tried: dict[int, float] = {}
+    best, num_idle = float("inf"), 0
+    for count in ladder:
+        tried[count] = kl_of(count)
+        _log.info("%d clusters: held-out KL %.4f", count, tried[count])
+        num_idle = 0 if tried[count] < best * (1 - _CLUSTER_MARGIN) else num_idle + 1
+        best = min(best, tried[count])
+        if num_idle == 2:
+            break
+    return min(count for count, kl in tried.items() if kl <= best * (1 + _CLUSTER_MARGIN))

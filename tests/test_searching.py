@@ -9,9 +9,11 @@ import pytest
 from coreinfer.bundles import ConfigError, read_manifest
 from coreinfer.bundles.manifest import Score
 from coreinfer.compiler import CompileConfig, Progress, compile_model
-from coreinfer.compiler.searching import fit_quality, least_keep
+from coreinfer.compiler.searching import fewest_clusters, fit_clusters, fit_quality, least_keep
 
 from .test_config import make_config
+
+LADDER = (1, 2, 4, 8, 16, 32)
 
 
 @pytest.mark.parametrize("limit", [0.2, 0.31, 0.5, 0.77, 0.999])
@@ -91,3 +93,57 @@ def test_a_compiled_bundle_holds_its_quality(
     assert manifest.provenance.config["max_kl"] == limit
     assert progress.stage_peak_bytes.keys() == progress.stage_seconds.keys()
     assert min(progress.stage_peak_bytes.values()) > 10**7
+
+
+@pytest.mark.parametrize(
+    ("kls", "expected", "num_tried"),
+    [
+        ([1.0, 0.9, 0.8, 0.7, 0.6, 0.5], 32, 6),
+        ([1.0, 0.9, 0.8, 0.79, 0.785, 0.1], 4, 5),
+        ([1.0, 1.1, 1.2, 0.1, 0.1, 0.1], 1, 3),
+        ([1.0, 0.985, 0.97, 0.1, 0.1, 0.1], 2, 3),
+    ],
+)
+def test_the_fewest_clusters_that_earn_their_place(kls: list[float], expected: int, num_tried: int) -> None:
+    tried: list[int] = []
+
+    def kl_of(count: int) -> float:
+        tried.append(count)
+        return kls[LADDER.index(count)]
+
+    assert fewest_clusters(kl_of, LADDER) == expected
+    assert tried == list(LADDER[:num_tried])
+
+
+def test_few_documents_make_few_clusters() -> None:
+    tried = []
+
+    def measure(config: CompileConfig) -> Score:
+        tried.append(config.clusters)
+        assert isinstance(config.clusters, int)
+        return score(config.clusters / 100)
+
+    assert fit_clusters(make_config(clusters="auto"), measure, num_documents=40).clusters == 4
+    assert tried == [1, 2, 4]
+    config = make_config(clusters=7)
+    assert fit_clusters(config, measure, num_documents=40) is config
+
+
+def test_auto_without_held_out_text_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    config = make_config(clusters="auto")
+    assert fit_clusters(config, lambda _config: pytest.fail("measured"), num_documents=0) is config
+    assert "no text is held out" in caplog.text
+
+
+def test_auto_compiles_what_it_measured_best(
+    tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(tiny_inputs("llama"), output=tmp_path / "b", cache_dir=tmp_path / "c", clusters="auto")
+    with caplog.at_level("INFO", logger="coreinfer"):
+        manifest = compile_model(config)
+    lines = [record.message for record in caplog.records if "clusters: held-out KL" in record.message]
+    kls = {int(line.split()[0]): float(line.split()[-1]) for line in lines}
+    assert len(kls) >= 3
+    assert manifest.quality is not None
+    assert manifest.quality.clusters.kl == pytest.approx(kls[len(manifest.clusters)], abs=1e-4)
+    assert kls[len(manifest.clusters)] <= min(kls.values()) * 1.021
