@@ -40,10 +40,7 @@ class _NumberOr(click.ParamType[Any]):
 @click.option("--model", required=True, help="Hub id, folder, .gguf file, or package:NAME/PATH.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write the bundle to.")
 @click.option(
-    "--clusters",
-    type=_NumberOr(int, "auto"),
-    default=32,
-    help="How many; auto: the fewest of nearly the best held-out KL.",
+    "--clusters", type=_NumberOr(int, "auto"), default=32, help="How many; auto: fewest of nearly the best KL."
 )
 @click.option("--keep", type=float, default=0.7, help="Kept neurons / all neurons, in (0, 1].")
 @click.option("--budget-mb", type=float, default=None, help="Instead of --keep: MB of weights read for a token.")
