@@ -8,7 +8,7 @@ for rounding.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -140,15 +140,15 @@ def _narrow_one_layer(
     narrow_rows: torch.Tensor,
 ) -> dict[str, Any]:
     """Narrow one layer for every assignment and move all hidden states past it."""
-    dense = [run_layer(inputs.loaded, layer, batch, batch.hidden) for batch in batches]
+    carried = inputs.config.carry and layer > 0
+    read = (run_layer(inputs.loaded, layer, batch, batch.hidden) for batch in batches)
+    # Once there are narrowed layers before, only the narrow model's own activations are looked at.
+    dense = [_without_activations(run) if carried else run for run in read]
     stored = cache.find_arrays(key)
     arrays: dict[str, Any] = dict(stored or {})
     for stream in streams:
-        runs = dense
-        if inputs.config.carry and layer > 0:
-            pairs = zip(batches, stream.hidden, strict=True)
-            runs = [run_layer(inputs.loaded, layer, batch, hidden) for batch, hidden in pairs]
-        tokens = _tokens(inputs, batches, runs, dense, len(narrow_rows))
+        states = stream.hidden if carried else None
+        tokens, runs = _tokens(inputs, layer, batches, dense, states, len(narrow_rows))
         if stored is None:
             arrays |= _repair(inputs, layer, stream, tokens, arrays)
         if inputs.config.carry:
@@ -164,22 +164,36 @@ def _narrow_one_layer(
 
 def _tokens(
     inputs: NarrowInputs,
+    layer: int,
     batches: Sequence[Batch],
-    runs: Sequence[LayerRun],
     dense: Sequence[LayerRun],
+    states: Sequence[torch.Tensor] | None,
     num_tokens: int,
-) -> LayerTokens:
-    """Put the batches' tokens in the order of the documents, with what the FFN should put out for each."""
+) -> tuple[LayerTokens, list[LayerRun]]:
+    """Read a layer: the tokens in the order of the documents, with what its FFN should put out for each.
+
+    Args:
+        states: hidden states of each batch that the narrowed layers before hand on; None to take the dense ones' runs.
+    Returns:
+        The tokens, and each batch's run without its activations, which would be in memory twice.
+    """
     record, dtype = inputs.loaded.record, dense[0].output.dtype
     activations = torch.empty((num_tokens, record.ffn_dim), dtype=dtype, device=inputs.loaded.device)
     targets = torch.empty((num_tokens, record.hidden_size), dtype=dtype, device=inputs.loaded.device)
-    for batch, run, whole in zip(batches, runs, dense, strict=True):
+    runs = []
+    for number, (batch, whole) in enumerate(zip(batches, dense, strict=True)):
+        run = whole if states is None else run_layer(inputs.loaded, layer, batch, states[number])
         activations[batch.rows] = batch.real(run.activations)
         target = whole.ffn_output
         if run is not whole and inputs.loaded.family.adds_ffn_output:
             target = whole.output.float() - (run.output.float() - run.ffn_output.float())
         targets[batch.rows] = batch.real(target).to(dtype)
-    return LayerTokens(activations=activations, targets=targets)
+        runs.append(_without_activations(run))
+    return LayerTokens(activations=activations, targets=targets), runs
+
+
+def _without_activations(run: LayerRun) -> LayerRun:
+    return replace(run, activations=run.activations.new_empty(0))
 
 
 def _repair(
