@@ -3,17 +3,18 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import ConfigError
-from coreinfer.bundles.contract import tensor_name
-from coreinfer.bundles.statistics import SELECTIONS, Selection, mix_scores, scores_from_statistic, select_neurons
+from coreinfer.bundles.statistics import SELECTIONS, Selection, scores_from_statistic, select_neurons
 from coreinfer.runtime import load
 from coreinfer.runtime.decoder import DENSE, FfnChoice
 from coreinfer.runtime.engines import EngineName
+from coreinfer.runtime.generation import Mode
 from coreinfer.runtime.native_decoder import NativeDecoder
+from coreinfer.runtime.planning import ModePlan, decode_choice
 
 __all__ = ["MODES", "BundleSubject", "Subject"]
 
@@ -105,6 +106,8 @@ class BundleSubject:
         decoder.truncate(0)
         decoder.use(DENSE if manifest.has_dense else FfnChoice(cluster=self._route.cluster))
         if selections := {self._selection(mode) for mode in self.modes} - {None}:
+            if not self._prefix:
+                raise ConfigError(f"modes {', '.join(self.modes)}: expected a context of at least 2 tokens, got 1")
             ordered = tuple(selection for selection in SELECTIONS if selection in selections)
             _, self._statistics = decoder.prompt_statistics(self._prefix, ordered)
         elif self._prefix:
@@ -121,41 +124,23 @@ class BundleSubject:
         self.engine.decoder.use(self._choice(mode))
 
     def _choice(self, mode: str) -> FfnChoice:
-        if mode == "dense":
-            return DENSE
-        if mode == "similarity":
-            return FfnChoice(cluster=self._route.cluster)
+        manifest = self.engine.manifest
         if mode == "random":
             # By the text, so that a run repeated, or a part of one, draws the same packs.
             drawn = int.from_bytes(hashlib.sha256(self._text.encode()).digest()[:8], "little")
-            return FfnChoice(cluster=drawn % len(self.engine.manifest.clusters))
-        return FfnChoice(neuron_ids=tuple(select_neurons(self._scores(mode), self._budgets(mode))))
+            return FfnChoice(cluster=drawn % len(manifest.clusters))
+        if mode in _STATISTICS:
+            return FfnChoice(neuron_ids=self._unrepaired(_STATISTICS[mode]))
+        plan = ModePlan(mode=cast(Mode, mode))
+        statistic = self._statistics[manifest.plan.selection] if plan.needs_statistic else None
+        return decode_choice(plan, self._route, self.engine.bundle, statistic, len(self._prefix))
 
-    def _scores(self, mode: str) -> Floats:
-        selection, plan = self._selection(mode), self.engine.manifest.plan
-        assert selection is not None
-        scores = scores_from_statistic(
-            selection, self._statistics[selection], len(self._prefix), self._layers("column_norms", None)
-        )
-        if mode == "fused":
-            scores = mix_scores(
-                scores,
-                self._layers("scores", self._route.cluster),
-                num_prompt_tokens=len(self._prefix),
-                half_tokens=plan.fused_half_tokens,
-            )
-        return scores
-
-    def _budgets(self, mode: str) -> Sequence[int]:
-        """Budgets of the plan; the papers' own methods give each layer the same."""
-        budgets = self.engine.manifest.plan.layer_budgets
-        return (sum(budgets) // len(budgets),) * len(budgets) if mode in _STATISTICS else budgets
-
-    def _layers(self, role: str, cluster: int | None) -> Floats:
-        bundle = self.engine.bundle
-        file = bundle.dense if cluster is None else bundle.pack(cluster)
-        assert file is not None
-        return np.stack([file[tensor_name(layer, role)].array for layer in range(bundle.manifest.model.num_layers)])
+    def _unrepaired(self, selection: Selection) -> tuple[npt.NDArray[np.int32], ...]:
+        """A paper's own choice by the prompt: as many neurons in each layer, with the model's own weights."""
+        statistic, budgets = self._statistics[selection], self.engine.manifest.plan.layer_budgets
+        # Neither paper weighs neurons by the down projection's columns.
+        scores = scores_from_statistic(selection, statistic, len(self._prefix), np.ones_like(statistic))
+        return tuple(select_neurons(scores, (sum(budgets) // len(budgets),) * len(budgets)))
 
     def append(self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False) -> Floats:
         """Append tokens; returns logits as `Decoder.forward` does."""
