@@ -102,4 +102,6 @@ def fewest_clusters(kl_of: Callable[[int], float], ladder: Sequence[int]) -> int
         best = min(best, tried[count])
         if num_idle == 2:
             break
-    return min(count for count, kl in tried.items() if kl <= best * (1 + _CLUSTER_MARGIN))
+    fewest = min(count for count, kl in tried.items() if kl <= best * (1 + _CLUSTER_MARGIN))
+    _log.info("clusters auto: %d asked for; empty and tiny ones are merged", fewest)
+    return fewest

@@ -141,9 +141,13 @@ def test_auto_compiles_what_it_measured_best(
     config = replace(tiny_inputs("llama"), output=tmp_path / "b", cache_dir=tmp_path / "c", clusters="auto")
     with caplog.at_level("INFO", logger="coreinfer"):
         manifest = compile_model(config)
-    lines = [record.message for record in caplog.records if "clusters: held-out KL" in record.message]
+    messages = [record.message for record in caplog.records]
+    lines = [message for message in messages if "clusters: held-out KL" in message]
     kls = {int(line.split()[0]): float(line.split()[-1]) for line in lines}
     assert len(kls) >= 3
+    (chosen,) = [int(message.split()[2]) for message in messages if message.startswith("clusters auto:")]
+    # Which tiny clusters are merged depends on the CPU.
+    assert 1 <= len(manifest.clusters) <= chosen
     assert manifest.quality is not None
-    assert manifest.quality.clusters.kl == pytest.approx(kls[len(manifest.clusters)], abs=1e-4)
-    assert kls[len(manifest.clusters)] <= min(kls.values()) * 1.021
+    assert manifest.quality.clusters.kl == pytest.approx(kls[chosen], abs=1e-4)
+    assert kls[chosen] <= min(kls.values()) * 1.021
