@@ -9,6 +9,7 @@ from .contract import check_neuron_ids, check_tensors, cluster_tensors, dense_te
 from .errors import BundleCorrupt, BundleError, join_problems
 from .layout import LAYOUT
 from .manifest import Manifest, TensorRecord, read_manifest
+from .pages import read_ahead
 from .tensors import TensorFile
 from .writer import file_sha256
 
@@ -154,6 +155,8 @@ def _file_problem(path: Path, name: str, manifest: Manifest, *, checksums: bool)
             return f"{name}: is no file"
         if num_bytes != record.bytes:
             return f"{name}: expected {record.bytes} bytes, got {num_bytes}"
+        if checksums:
+            read_ahead(path)
         if checksums and (digest := file_sha256(path)) != record.sha256:
             return f"{name}: expected sha256 {record.sha256[:12]}..., got {digest[:12]}..."
     except FileNotFoundError:

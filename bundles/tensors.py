@@ -7,9 +7,10 @@ numpy has no bfloat16: such tensors are carried as uint16 with the dtype tag "BF
 
 import json
 import math
-import mmap
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import BundleCorrupt
+from .pages import map_file, touch
 
 __all__ = ["ALIGNMENT_BYTES", "StoredTensor", "TensorFile", "bf16_to_float32", "float32_to_bf16", "write_tensors"]
 
@@ -106,10 +108,7 @@ def _write_header(file: BinaryIO, header: Mapping[str, Any]) -> None:
 
 
 class TensorFile(Mapping[str, StoredTensor]):
-    """The tensors of one safetensors file, memory-mapped and never copied.
-
-    The mapping is private (copy on write), so that frameworks which want writable memory can wrap it.
-    """
+    """The tensors of one safetensors file, memory-mapped and never copied."""
 
     def __init__(self, path: Path) -> None:
         """Map a file.
@@ -119,8 +118,7 @@ class TensorFile(Mapping[str, StoredTensor]):
         """
         self.path = path
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._map = map_file(path)
         except (OSError, ValueError) as error:
             raise BundleCorrupt(f"{path}: cannot be mapped ({error}); compile the bundle again") from error
         self._header, self._data_start = _read_header(path, self._map)
@@ -149,9 +147,8 @@ class TensorFile(Mapping[str, StoredTensor]):
         return entry["dtype"], tuple(entry["shape"])
 
     def prefetch(self) -> None:
-        """Ask the system to read the file's pages ahead; returns at once."""
-        if hasattr(mmap, "MADV_WILLNEED"):
-            self._map.madvise(mmap.MADV_WILLNEED)
+        """Have the file's pages read ahead; returns at once."""
+        threading.Thread(target=touch, args=(self._map,), daemon=True).start()
 
     @property
     def num_bytes(self) -> int:
@@ -159,7 +156,7 @@ class TensorFile(Mapping[str, StoredTensor]):
         return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in self._header.values())
 
 
-def _read_header(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], int]:
+def _read_header(path: Path, data: mmap) -> tuple[dict[str, Any], int]:
     """Parse and check a header; fillers are left out."""
     if len(data) < 8:
         raise BundleCorrupt(f"{path}: {len(data)} bytes, too short for a safetensors file; compile the bundle again")

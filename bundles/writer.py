@@ -14,6 +14,7 @@ from pathlib import Path
 from .errors import BundleError
 from .layout import LAYOUT
 from .manifest import FileRecord, Manifest, write_manifest
+from .pages import forget_pages
 
 __all__ = ["check_target", "file_sha256", "finish_manifest", "stage_bundle"]
 
@@ -109,6 +110,7 @@ def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        forget_pages(descriptor)
     finally:
         os.close(descriptor)
 

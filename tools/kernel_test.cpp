@@ -18,8 +18,8 @@ int num_failures = 0;
 
 float draw() { return std::uniform_real_distribution<float>(-2.0f, 2.0f)(generator); }
 
-void compare(const char* what, const float* got, const float* expected, size_t count) {
-  float scale = 1e-6f;
+// `scale`: of what is computed with, where results can be much smaller.
+void compare(const char* what, const float* got, const float* expected, size_t count, float scale = 1e-6f) {
   for (size_t i = 0; i < count; ++i) scale = std::max(scale, std::fabs(expected[i]));
   for (size_t i = 0; i < count; ++i) {
     if (std::fabs(got[i] - expected[i]) <= 2e-5f * scale) continue;
@@ -144,7 +144,7 @@ void test_vectors(const Kernels& kernels) {
         if (kind == Nonlinearity::gelu_erf) a = 0.5 * v * (1 + std::erf(v / std::sqrt(2.0)));
         expected.get()[i] = static_cast<float>(a * y.get()[i]);
       }
-      compare("activate", got.get(), expected.get(), size);
+      compare("activate", got.get(), expected.get(), size, 1.0f);
     }
     uint16_t halves[112];
     kernels.to_half(x.get(), size, halves);
@@ -199,6 +199,51 @@ void test_attend(const Kernels& kernels) {
       }
 }
 
+// Attending to two ranges of positions and combining them is attending to both at once; a part may be empty.
+void test_combine(const Kernels& kernels) {
+  for (int head_dim : {2, 8, 24, 64, 80})
+    for (int split : {1, 20, 40}) {
+      const int num_heads = 3, stride = round_up(head_dim, 16), size = 40;
+      Buffer<float> values[3], maxima[3], sums[3], queries, key, out, expected;
+      const KvCache cache(1, 1, head_dim, size);
+      for (Buffer<float>* buffer : {&queries, &key, &out, &expected}) buffer->resize(size_t(size) * num_heads * stride);
+      for (int i = 0; i < num_heads * head_dim; ++i) queries.get()[i] = draw();
+      for (int p = 0; p < size; ++p) {
+        for (int i = 0; i < head_dim; ++i) key.get()[i] = draw();
+        cache.store(portable_kernels(), 0, 0, p, key.get(), key.get());
+      }
+      const int bounds[3][2] = {{0, split}, {split, size}, {0, size}};
+      for (int part = 0; part < 3; ++part) {
+        values[part].resize(num_heads * stride);
+        maxima[part].resize(num_heads);
+        sums[part].resize(num_heads);
+        kernels.attend({cache.keys(0, 0), cache.values(0, 0), head_dim, stride, queries.get(), num_heads,
+                        bounds[part][0], bounds[part][1], values[part].get(), maxima[part].get(), sums[part].get()});
+      }
+      const AttentionPart parts[3] = {{values[0].get(), maxima[0].get(), sums[0].get()},
+                                      {values[1].get(), maxima[1].get(), sums[1].get()},
+                                      {values[2].get(), maxima[2].get(), sums[2].get()}};
+      kernels.combine(parts, 2, num_heads, head_dim, out.get());
+      portable_kernels().combine(parts + 2, 1, num_heads, head_dim, expected.get());
+      compare("combine", out.get(), expected.get(), num_heads * head_dim);
+    }
+}
+
+void test_rotate(const Kernels& kernels) {
+  for (int half : {1, 4, 12, 32, 40}) {
+    Buffer<float> got, angles, expected;
+    for (Buffer<float>* buffer : {&got, &angles, &expected}) buffer->resize(2 * half);
+    for (int i = 0; i < 2 * half; ++i) got.get()[i] = draw(), angles.get()[i] = draw();
+    for (int i = 0; i < half; ++i) {
+      const float low = got.get()[i], high = got.get()[half + i], c = angles.get()[i], s = angles.get()[half + i];
+      expected.get()[i] = low * c - high * s;
+      expected.get()[half + i] = high * c + low * s;
+    }
+    kernels.rotate(got.get(), angles.get(), half);
+    compare("rotate", got.get(), expected.get(), 2 * half);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -214,6 +259,8 @@ int main() {
     test_quantize(*kernels);
     test_vectors(*kernels);
     test_attend(*kernels);
+    test_combine(*kernels);
+    test_rotate(*kernels);
     std::printf("%s: %s\n", kernels->name, num_failures == before ? "agrees" : "DIFFERS");
   }
   return num_failures == 0 ? 0 : 1;

@@ -24,6 +24,13 @@ struct AttentionTask {
   float* sums;             // (num_queries): sum of exp(score - max)
 };
 
+// What `attend` wrote for all heads of some of the positions.
+struct AttentionPart {
+  const float* values;  // (num_heads, head_dim rounded up to 16)
+  const float* maxima;  // (num_heads)
+  const float* sums;    // (num_heads); 0 where there were no positions
+};
+
 struct Kernels {
   const char* name;
   // Round groups of 32 values to int8 with a scale each; `num_values` is a multiple of 32.
@@ -41,6 +48,10 @@ struct Kernels {
   // Index of the first of the largest values.
   int (*largest)(const float* values, int size);
   void (*attend)(const AttentionTask& task);
+  // Put parts of the softmax over different positions together: (num_heads, head_dim).
+  void (*combine)(const AttentionPart* parts, int num_parts, int num_heads, int head_dim, float* out);
+  // Rotate one head in place by (half) cosines, then as many sines.
+  void (*rotate)(float* head, const float* angles, int half);
   void (*add)(float* x, const float* y, int size);  // x += y
   void (*to_half)(const float* x, int size, uint16_t* out);
   // Sum of 64-bit words, as plain a read as there is.

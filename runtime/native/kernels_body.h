@@ -279,18 +279,23 @@ constexpr int kQueries = 4;      // queries that share one read of the keys
 
 template <int kCount>
 inline void score_block(const AttentionTask& task, int query, int block, float (*scores)[kChunk], int column) {
-  V::F sums[kCount][kVectors];
-  for (auto& vectors : sums)
-    for (auto& value : vectors) value = V::set1(0.0f);
+  // Two independent sums for even and odd dimensions hide the latency of the products.
+  V::F sums[2][kCount][kVectors];
+  for (auto& half : sums)
+    for (auto& vectors : half)
+      for (auto& value : vectors) value = V::set1(0.0f);
   const uint16_t* keys = task.keys + size_t(block) * task.head_dim * kPositions;
   const float* q = task.queries + size_t(query) * task.head_dim;
-  for (int d = 0; d < task.head_dim; ++d)
-    for (int v = 0; v < kVectors; ++v) {
-      const V::F key = V::load_half(keys + d * kPositions + v * V::kLanes);
-      for (int i = 0; i < kCount; ++i) sums[i][v] = V::fma(key, V::set1(q[i * task.head_dim + d]), sums[i][v]);
-    }
+  for (int d = 0; d < task.head_dim; d += 2)
+    for (int odd = 0; odd < 2; ++odd)
+      for (int v = 0; v < kVectors; ++v) {
+        const V::F key = V::load_half(keys + (d + odd) * kPositions + v * V::kLanes);
+        for (int i = 0; i < kCount; ++i)
+          sums[odd][i][v] = V::fma(key, V::set1(q[i * task.head_dim + d + odd]), sums[odd][i][v]);
+      }
   for (int i = 0; i < kCount; ++i)
-    for (int v = 0; v < kVectors; ++v) V::store(scores[i] + column + v * V::kLanes, sums[i][v]);
+    for (int v = 0; v < kVectors; ++v)
+      V::store(scores[i] + column + v * V::kLanes, sums[0][i][v] + sums[1][i][v]);
 }
 
 // Turn scores into weights relative to the running maximum; returns what earlier sums shrink by.
@@ -310,23 +315,35 @@ inline float soften(float* scores, int size, float& maximum, float& sum) {
   return shrink;
 }
 
+// Weighted values of kSteps x 16 dimensions from `d` on.
+template <int kCount, int kSteps>
+inline void add_value_columns(const AttentionTask& task, int query, int begin, int end, int base,
+                              const float (*weights)[kChunk], const float* shrink, int d) {
+  constexpr int kColumns = kSteps * kVectors;
+  V::F sums[kCount][kColumns];
+  float* out = task.out + size_t(query) * task.value_stride + d;
+  for (int i = 0; i < kCount; ++i)
+    for (int c = 0; c < kColumns; ++c)
+      sums[i][c] = V::load(out + size_t(i) * task.value_stride + c * V::kLanes) * V::set1(shrink[i]);
+  for (int position = begin; position < end; ++position)
+    for (int c = 0; c < kColumns; ++c) {
+      const V::F value = V::load_half(task.values + size_t(position) * task.value_stride + d + c * V::kLanes);
+      for (int i = 0; i < kCount; ++i) sums[i][c] = V::fma(value, V::set1(weights[i][position - base]), sums[i][c]);
+    }
+  for (int i = 0; i < kCount; ++i)
+    for (int c = 0; c < kColumns; ++c) V::store(out + size_t(i) * task.value_stride + c * V::kLanes, sums[i][c]);
+}
+
 template <int kCount>
 inline void add_values(const AttentionTask& task, int query, int begin, int end, int base,
                        const float (*weights)[kChunk], const float* shrink) {
-  for (int d = 0; d < task.value_stride; d += kPositions) {
-    V::F sums[kCount][kVectors];
-    for (int i = 0; i < kCount; ++i)
-      for (int v = 0; v < kVectors; ++v)
-        sums[i][v] = V::load(task.out + size_t(query + i) * task.value_stride + d + v * V::kLanes) * V::set1(shrink[i]);
-    for (int position = begin; position < end; ++position)
-      for (int v = 0; v < kVectors; ++v) {
-        const V::F value = V::load_half(task.values + size_t(position) * task.value_stride + d + v * V::kLanes);
-        for (int i = 0; i < kCount; ++i) sums[i][v] = V::fma(value, V::set1(weights[i][position - base]), sums[i][v]);
-      }
-    for (int i = 0; i < kCount; ++i)
-      for (int v = 0; v < kVectors; ++v)
-        V::store(task.out + size_t(query + i) * task.value_stride + d + v * V::kLanes, sums[i][v]);
-  }
+  // As many sums side by side as the registers hold.
+  constexpr int kSteps = kVectors == 1 ? 4 : 1;
+  int d = 0;
+  for (; d + kSteps * kPositions <= task.value_stride; d += kSteps * kPositions)
+    add_value_columns<kCount, kSteps>(task, query, begin, end, base, weights, shrink, d);
+  for (; d < task.value_stride; d += kPositions)
+    add_value_columns<kCount, 1>(task, query, begin, end, base, weights, shrink, d);
 }
 
 template <int kCount>
@@ -337,6 +354,7 @@ inline void attend_queries(const AttentionTask& task, int query) {
     task.sums[query + i] = 0.0f;
     for (int d = 0; d < task.value_stride; ++d) task.out[size_t(query + i) * task.value_stride + d] = 0.0f;
   }
+  if (task.begin >= task.end) return;
   // Whole blocks of positions are scored; what lies outside [begin, end) is masked.
   for (int base = task.begin / kPositions * kPositions; base < task.end; base += kChunk) {
     const int last = base + kChunk < task.end ? base + kChunk : task.end;
@@ -360,6 +378,43 @@ void attend(const AttentionTask& task) {
     case 2: attend_queries<2>(task, query); break;
     case 1: attend_queries<1>(task, query); break;
     default: break;
+  }
+}
+
+void combine(const AttentionPart* parts, int num_parts, int num_heads, int head_dim, float* out) {
+  const int stride = (head_dim + kPositions - 1) / kPositions * kPositions;
+  for (int head = 0; head < num_heads; ++head, out += head_dim) {
+    float maximum = -__builtin_inff(), total = 0.0f;
+    for (int p = 0; p < num_parts; ++p)
+      if (parts[p].maxima[head] > maximum) maximum = parts[p].maxima[head];
+    for (int i = 0; i < head_dim; ++i) out[i] = 0.0f;
+    for (int p = 0; p < num_parts; ++p) {
+      if (parts[p].sums[head] == 0.0f) continue;
+      const float weight = __builtin_expf(parts[p].maxima[head] - maximum);
+      total += weight * parts[p].sums[head];
+      const float* values = parts[p].values + size_t(head) * stride;
+      int i = 0;
+      for (; i + V::kLanes <= head_dim; i += V::kLanes)
+        V::store(out + i, V::fma(V::load(values + i), V::set1(weight), V::load(out + i)));
+      for (; i < head_dim; ++i) out[i] += weight * values[i];
+    }
+    const float scale = 1.0f / total;
+    for (int i = 0; i < head_dim; ++i) out[i] *= scale;
+  }
+}
+
+void rotate(float* head, const float* angles, int half) {
+  int i = 0;
+  for (; i + V::kLanes <= half; i += V::kLanes) {
+    const V::F low = V::load(head + i), high = V::load(head + half + i);
+    const V::F cosine = V::load(angles + i), sine = V::load(angles + half + i);
+    V::store(head + i, V::fnma(high, sine, low * cosine));
+    V::store(head + half + i, V::fma(low, sine, high * cosine));
+  }
+  for (; i < half; ++i) {
+    const float low = head[i], high = head[half + i];
+    head[i] = low * angles[i] - high * angles[half + i];
+    head[half + i] = high * angles[i] + low * angles[half + i];
   }
 }
 
@@ -412,4 +467,4 @@ uint64_t read_sum(const uint64_t* words, size_t num_words) {
   return total;
 }
 
-const Kernels kTable = {V::kName, quantize, multiply, screen, rms_norm, layer_norm, activate, largest, attend, add, to_half, read_sum};
+const Kernels kTable = {V::kName, quantize, multiply, screen, rms_norm, layer_norm, activate, largest, attend, combine, rotate, add, to_half, read_sum};

@@ -11,7 +11,7 @@ void multiply_share(const Kernels& kernels, std::initializer_list<Job> jobs, con
                     size_t y_stride, int thread, Threads& threads) {
   int num_blocks = 0;
   for (const Job& job : jobs) num_blocks += job.weight->num_blocks();
-  threads.deal(thread, num_blocks, [&](int part_begin, int part_end) {
+  const auto work = [&](int part_begin, int part_end) {
     int first = 0;
     for (const Job& job : jobs) {
       const int count = job.weight->num_blocks();
@@ -19,18 +19,27 @@ void multiply_share(const Kernels& kernels, std::initializer_list<Job> jobs, con
       if (begin < end) kernels.multiply(*job.weight, x, num_tokens, job.y, y_stride, begin, end);
       first += count;
     }
+  };
+  threads.deal(thread, num_blocks, work, [&](int block) {
+    for (const Job& job : jobs) {
+      const int count = job.weight->num_blocks();
+      if (block >= 0 && block < count) prefetch_block(*job.weight, block, kPartPrefetchBytes);
+      block -= count;
+    }
   });
 }
 
+void prefetch_block(const Matrix& w, int block, size_t num_bytes) {
+  if (!w.quantized()) return prefetch_bytes(w.bf16 + size_t(block) * kBlockRows * w.cols, num_bytes);
+  const size_t tile = size_t(block) * w.num_groups(), num_tiles = num_bytes / w.tile_bytes();
+  prefetch_bytes(w.codes + tile * w.tile_bytes(), num_bytes);
+  prefetch_bytes(w.scales + tile * kBlockRows, num_tiles * kBlockRows * sizeof(uint16_t));
+  if (w.zeros) prefetch_bytes(w.zeros + tile * kBlockRows, num_tiles * kBlockRows);
+}
+
 void prefetch_share(const Matrix& w, int thread, int num_threads) {
-  const int reserved = w.num_blocks() * 3 / 4 / num_threads;  // as Threads::deal deals
-  if (reserved == 0) return;
-  const size_t block_bytes =
-      w.quantized() ? w.num_groups() * w.tile_bytes() : size_t(kBlockRows) * w.cols * sizeof(uint16_t);
-  const char* start = w.quantized() ? reinterpret_cast<const char*>(w.codes) : reinterpret_cast<const char*>(w.bf16);
-  start += size_t(thread) * reserved * block_bytes;
-  const size_t size = std::min(kPrefetchBytes, reserved * block_bytes);
-  for (size_t offset = 0; offset < size; offset += 64) __builtin_prefetch(start + offset);
+  const int reserved = Threads::reserved_share(w.num_blocks(), num_threads);
+  if (reserved > 0) prefetch_block(w, thread * reserved, kPrefetchBytes);
 }
 
 void embed(const ModelWeights& weights, const Kernels& kernels, int32_t id, int position, const Activations& scratch,
@@ -84,13 +93,17 @@ void prepare_heads(const ModelWeights& weights, const Kernels& kernels, const Li
   if (linear.bias) kernels.add(heads, linear.bias, num_heads * size);
   for (int head = 0; head < num_heads; ++head, heads += size) {
     if (norm.present()) apply_norm(weights, kernels, norm, heads, size, heads);
-    if (!angles) continue;
-    for (int i = 0; i < half; ++i) {
-      const float low = heads[i], high = heads[i + half];
-      heads[i] = low * angles[i] - high * angles[half + i];
-      heads[i + half] = high * angles[i] + low * angles[half + i];
-    }
+    if (angles) kernels.rotate(heads, angles, half);
   }
+}
+
+Range attention_share(const AttentionWeights& attention, int position, int thread, int num_threads) {
+  const int first = first_position(attention, position), first_block = first / kBlockRows;
+  const int num_blocks = position / kBlockRows + 1 - first_block;
+  // Rounded up: the thread that has the last positions also stores the new token, and has the fewest.
+  const auto bound = [&](int t) { return (first_block + (num_blocks * t + num_threads - 1) / num_threads) * kBlockRows; };
+  const int begin = std::max(first, bound(thread));
+  return {begin, std::max(begin, std::min(position + 1, bound(thread + 1)))};
 }
 
 void fill_angles(const ModelWeights& weights, int position, float* angles) {

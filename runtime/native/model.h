@@ -124,6 +124,7 @@ struct TokenScratch {
     ActivationBuffer inputs;
   };
   std::vector<PerThread> threads;
+  std::vector<AttentionPart> parts;  // what each thread attended to
   Buffer<float> qkv, attended, gate, up, ffn_out;
   ActivationBuffer neurons;
 };
@@ -161,7 +162,8 @@ struct Decoder {
 };
 
 constexpr int kBlockTokens = 128;  // tokens that share one read of the weights
-constexpr size_t kPrefetchBytes = 8192;
+constexpr size_t kPrefetchBytes = 8192;      // of the next phase's codes, asked for before its barrier
+constexpr size_t kPartPrefetchBytes = 1536;  // of the next part's codes, asked for before the one before it is done
 constexpr int kUnit = 32;          // neurons that one thread computes and quantizes together
 
 void allocate(TokenScratch& scratch, const ModelWeights& weights, int max_neurons, int num_threads);
@@ -179,6 +181,11 @@ struct Job {  // rows of one matrix into y, as one of several matrices with the 
 };
 void multiply_share(const Kernels& kernels, std::initializer_list<Job> jobs, const Activations& x, int num_tokens,
                     size_t y_stride, int thread, Threads& threads);
+inline void prefetch_bytes(const void* start, size_t size) {
+  for (size_t offset = 0; offset < size; offset += 64) __builtin_prefetch(static_cast<const char*>(start) + offset);
+}
+// Ask for the first `num_bytes` of codes from a block on, and for their scales.
+void prefetch_block(const Matrix& w, int block, size_t num_bytes);
 // Ask for the first weights of a thread's share, just before it waits for the others.
 void prefetch_share(const Matrix& w, int thread, int num_threads);
 void embed(const ModelWeights& weights, const Kernels& kernels, int32_t id, int position, const Activations& scratch,
@@ -203,6 +210,9 @@ void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const F
 inline int first_position(const AttentionWeights& attention, int position) {
   return attention.window > 0 && position >= attention.window ? position - attention.window + 1 : 0;
 }
+
+// The positions that one of several threads attends to for the token at `position`; may be empty.
+Range attention_share(const AttentionWeights& attention, int position, int thread, int num_threads);
 
 // A matrix that owns its memory: rows or columns picked from another (gather.cpp).
 struct OwnedMatrix {

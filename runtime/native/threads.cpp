@@ -25,10 +25,17 @@ inline void pause() {
 }
 
 #if defined(__linux__)
-void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
-  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+// A futex is the low half of the counter.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the low half comes first");
+
+template <class Counter>
+void sleep_while(Counter& counter, uint32_t value) {
+  syscall(SYS_futex, &counter, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
 }
-void wake_all(std::atomic<uint32_t>& word) { syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
+template <class Counter>
+void wake_all(Counter& counter) {
+  syscall(SYS_futex, &counter, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
 
 // Ask the scheduler for short time slices. A thread that waits at a barrier sleeps and wakes thousands of times a second;
 // with a short slice Linux 6.12 and later lets it run at once where a busy neighbour has the core, instead of when the
@@ -53,8 +60,12 @@ void ask_for_short_slices() {
 }
 #else
 void ask_for_short_slices() {}
-void sleep_while(std::atomic<uint32_t>&, uint32_t) { std::this_thread::yield(); }
-void wake_all(std::atomic<uint32_t>&) {}
+template <class Counter>
+void sleep_while(Counter&, uint32_t) {
+  std::this_thread::yield();
+}
+template <class Counter>
+void wake_all(Counter&) {}
 #endif
 
 }  // namespace
@@ -108,13 +119,21 @@ void Threads::serve(int thread) {
 }
 
 void Threads::barrier() {
-  const uint32_t seen = phase_.value();
-  if (num_arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads_) {
-    num_arrived_.store(0, std::memory_order_relaxed);
-    phase_.advance();
-  } else {
-    phase_.wait_beyond(seen);
+  // Sequentially consistent with the sleepers' count, as in Event.
+  const uint64_t before = num_arrived_.fetch_add(1, std::memory_order_seq_cst);
+  const uint64_t target = (before / num_threads_ + 1) * num_threads_;
+  if (before + 1 == target) {
+    if (num_sleepers_.load(std::memory_order_seq_cst) != 0) wake_all(num_arrived_);
+    return;
   }
+  for (int spin = 0; spin < kSpins; ++spin) {
+    if (num_arrived_.load(std::memory_order_acquire) >= target) return;
+    pause();
+  }
+  num_sleepers_.fetch_add(1, std::memory_order_seq_cst);
+  for (uint64_t seen; (seen = num_arrived_.load(std::memory_order_seq_cst)) < target;)
+    sleep_while(num_arrived_, static_cast<uint32_t>(seen));
+  num_sleepers_.fetch_sub(1, std::memory_order_seq_cst);
 }
 
 }  // namespace coreinfer

@@ -37,24 +37,34 @@ class Threads {
   void run(const std::function<void(int)>& work);
 
   // Inside `run`: call work(begin, end) so that all threads' calls together cover [0, count). Each thread has most of
-  // its share for sure; the last quarter goes to whoever is free, because cores are never equally fast. All threads
-  // must deal the same counts in the same order.
-  template <class Work>
-  void deal(int thread, int count, Work work) {
-    const int reserved = count * 3 / 4 / num_threads_, first = reserved * num_threads_;
+  // its share for sure; the last quarter goes to whoever is free, because cores are never equally fast. A part is drawn
+  // while the one before it is still to be done, and announced by ahead(begin): what it reads first can be asked for.
+  // All threads must deal the same counts in the same order.
+  template <class Work, class Ahead>
+  void deal(int thread, int count, Work work, Ahead ahead) {
+    const int reserved = reserved_share(count, num_threads_), first = reserved * num_threads_;
     const int size = std::max(1, (count - first) / (4 * num_threads_));
     const int num_parts = (count - first + size - 1) / size;
-    if (reserved > 0) work(thread * reserved, (thread + 1) * reserved);
     uint32_t& base = bases_[thread].value;
+    int begin = thread * reserved, end = begin + reserved;
     for (;;) {
       const int part = static_cast<int>(tickets_.fetch_add(1, std::memory_order_relaxed) - base);
+      const int next = first + part * size;
+      if (part < num_parts) ahead(next);
+      if (begin < end) work(begin, end);
       if (part >= num_parts) break;
-      const int begin = first + part * size;
-      work(begin, std::min(begin + size, count));
+      begin = next;
+      end = std::min(next + size, count);
     }
     // Every thread drew one ticket in vain.
     base += num_parts + num_threads_;
   }
+  template <class Work>
+  void deal(int thread, int count, Work work) {
+    deal(thread, count, work, [](int) {});
+  }
+  // How many of `count` each thread has for sure.
+  static int reserved_share(int count, int num_threads) { return count * 3 / 4 / num_threads; }
 
   // Inside `run`: wait until all threads have come here.
   void barrier();
@@ -67,8 +77,9 @@ class Threads {
   const std::function<void(int)>* work_ = nullptr;
   bool stop_ = false;
   alignas(64) Event started_;
-  alignas(64) Event phase_;
-  alignas(64) std::atomic<int> num_arrived_{0};
+  // Arrivals at all barriers so far: one cache line tells the last thread that it is the last, and all others that it came.
+  alignas(64) std::atomic<uint64_t> num_arrived_{0};
+  std::atomic<uint32_t> num_sleepers_{0};
   alignas(64) std::atomic<uint32_t> tickets_{0};
   struct alignas(64) Base {
     uint32_t value = 0;

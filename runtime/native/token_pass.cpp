@@ -20,6 +20,7 @@ void allocate(TokenScratch& scratch, const ModelWeights& weights, int max_neuron
     own.maxima.resize(weights.num_heads);
     own.sums.resize(weights.num_heads);
     own.inputs.resize(1, widest);
+    scratch.parts.push_back({own.partial.get(), own.maxima.get(), own.sums.get()});
   }
   scratch.qkv.resize(round_up(weights.query_size(), kGroup) + 2 * round_up(weights.kv_size(), kGroup));
   scratch.attended.resize(hidden);
@@ -79,18 +80,36 @@ class TokenPass {
     const Layer& weights = weights_.layers[layer];
     const AttentionWeights& attention = weights.attention;
     prepare_inputs(weights_, kernels_, weights.attention_norms.before, x_, inputs_);
-    multiply({{&attention.query.weight, query_}, {&attention.key.weight, key_}, {&attention.value.weight, value_}},
-             inputs_, attention.output.weight);
+    multiply_share(kernels_,
+                   {{&attention.query.weight, query_}, {&attention.key.weight, key_}, {&attention.value.weight, value_}},
+                   inputs_, 1, 0, thread_, decoder_.threads);
+    const Range positions = attention_share(attention, position_, thread_, num_threads_);
+    prefetch_cache(layer, positions);
+    decoder_.threads.barrier();
     const float* angles = angles_of(weights_, attention, own_.angles.get());
-    if (thread_ == num_threads_ - 1) store(layer, attention, angles);
-    attend(layer, attention, angles);
+    // Nobody else reads the new token's key and value.
+    if (positions.begin <= position_ && position_ < positions.end) store(layer, attention, angles);
+    attend(layer, attention, angles, positions);
+    prefetch_share(attention.output.weight, thread_, num_threads_);
     decoder_.threads.barrier();
     combine();
     multiply({{&attention.output.weight, shared_.attended.get()}}, inputs_, next);
     finish(weights.attention_norms, attention.output.bias, shared_.attended.get());
   }
 
-  // The last thread's positions include the new token's, which nobody else reads.
+  // Ask for the thread's keys and values: pieces too short for the hardware to see them coming.
+  void prefetch_cache(int layer, Range positions) const {
+    if (positions.begin >= positions.end) return;
+    const KvCache& cache = decoder_.cache;
+    const size_t stride = cache.value_stride(), head_dim = weights_.head_dim;
+    const size_t most = kPrefetchBytes / weights_.num_kv_heads, first = positions.begin / kBlockRows * kBlockRows;
+    for (int head = 0; head < weights_.num_kv_heads; ++head) {
+      const size_t count = positions.end - first;
+      prefetch_bytes(cache.keys(layer, head) + first * head_dim, std::min(most, count * head_dim * 2));
+      prefetch_bytes(cache.values(layer, head) + first * stride, std::min(most, count * stride * 2));
+    }
+  }
+
   void store(int layer, const AttentionWeights& attention, const float* angles) {
     prepare_heads(weights_, kernels_, attention.key, attention.key_norm, angles, weights_.num_kv_heads, key_);
     if (attention.value.bias) kernels_.add(value_, attention.value.bias, weights_.kv_size());
@@ -99,42 +118,24 @@ class TokenPass {
                            value_ + head * weights_.head_dim);
   }
 
-  void attend(int layer, const AttentionWeights& attention, const float* angles) {
+  void attend(int layer, const AttentionWeights& attention, const float* angles, Range positions) {
     float* queries = own_.queries.get();
     std::memcpy(queries, query_, sizeof(float) * weights_.query_size());
     prepare_heads(weights_, kernels_, attention.query, attention.query_norm, angles, weights_.num_heads, queries);
     for (int i = 0; i < weights_.query_size(); ++i) queries[i] *= weights_.attention_scale;
-    const int first = first_position(attention, position_), first_block = first / kBlockRows;
-    const Range blocks = share(position_ / kBlockRows + 1 - first_block, thread_, num_threads_);
-    const int begin = std::max(first, (first_block + blocks.begin) * kBlockRows);
-    const int end = std::min(position_ + 1, (first_block + blocks.end) * kBlockRows);
     const int group = weights_.group_size(), stride = decoder_.cache.value_stride();
     for (int head = 0; head < weights_.num_kv_heads; ++head)
       kernels_.attend({decoder_.cache.keys(layer, head), decoder_.cache.values(layer, head), weights_.head_dim, stride,
-                       queries + head * group * weights_.head_dim, group, begin, end,
+                       queries + head * group * weights_.head_dim, group, positions.begin, positions.end,
                        own_.partial.get() + size_t(head) * group * stride, own_.maxima.get() + head * group,
                        own_.sums.get() + head * group});
   }
 
   // Put the threads' parts of the softmax together; every thread does it for itself.
   void combine() {
-    const int stride = decoder_.cache.value_stride(), size = weights_.head_dim;
-    float* out = inputs_.values;
-    const int padded = round_up(weights_.query_size(), kGroup);
-    std::fill(out, out + padded, 0.0f);
-    for (int head = 0; head < weights_.num_heads; ++head, out += size) {
-      float maximum = -INFINITY, total = 0.0f;
-      for (const auto& part : shared_.threads) maximum = std::max(maximum, part.maxima.get()[head]);
-      for (const auto& part : shared_.threads)
-        if (part.sums.get()[head] > 0.0f)
-          total += part.sums.get()[head] * std::exp(part.maxima.get()[head] - maximum);
-      for (const auto& part : shared_.threads) {
-        if (part.sums.get()[head] == 0.0f) continue;
-        const float weight = std::exp(part.maxima.get()[head] - maximum) / total;
-        const float* values = part.partial.get() + size_t(head) * stride;
-        for (int i = 0; i < size; ++i) out[i] += weight * values[i];
-      }
-    }
+    const int size = weights_.query_size(), padded = round_up(size, kGroup);
+    kernels_.combine(shared_.parts.data(), num_threads_, weights_.num_heads, weights_.head_dim, inputs_.values);
+    std::fill(inputs_.values + size, inputs_.values + padded, 0.0f);
     kernels_.quantize(inputs_, padded);
   }
 
@@ -142,12 +143,15 @@ class TokenPass {
     prepare_inputs(weights_, kernels_, weights.ffn_norms.before, x_, inputs_);
     const int num_blocks = ffn.up.weight.num_blocks();
     float *gate = shared_.gate.get(), *up = shared_.up.get();
-    decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, [&](int first, int last) {
+    const auto work = [&](int first, int last) {
       const int begin = first * 2, end = std::min(last * 2, num_blocks);
       if (!ffn.gate.weight.empty()) kernels_.multiply(ffn.gate.weight, inputs_, 1, gate, 0, begin, end);
       kernels_.multiply(ffn.up.weight, inputs_, 1, up, 0, begin, end);
       finish_neurons(weights_, kernels_, ffn, first, last, gate + first * kUnit, up + first * kUnit,
                      shared_.neurons.view);
+    };
+    decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, work, [&](int first) {
+      prefetch_block(ffn.gate.weight.empty() ? ffn.up.weight : ffn.gate.weight, first * 2, kPartPrefetchBytes);
     });
     prefetch_share(ffn.down.weight, thread_, num_threads_);
     decoder_.threads.barrier();
