@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from .router import lead
+
 __all__ = ["MARGIN", "DriftWatch"]
 
-# How much nearer another cluster must be than the one in use; docs/log.md has the measurement.
+# By which share another cluster must be nearer than the one in use; docs/log.md has the measurement.
 MARGIN = 0.05
 
 
@@ -44,7 +46,7 @@ class DriftWatch:
             Whether `cluster` has become another one.
         """
         nearest = int(distances.argmin())
-        leaves = nearest != self.cluster and distances[self.cluster] - distances[nearest] >= MARGIN
+        leaves = nearest != self.cluster and lead(distances[nearest], distances[self.cluster]) >= MARGIN
         if leaves and nearest == self._candidate:
             self.cluster, self._candidate = nearest, None
             return True

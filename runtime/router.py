@@ -1,6 +1,5 @@
 """The router: which cluster a prompt belongs to, and how far it is from it."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +12,10 @@ from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.tensors import TensorFile
 from tokenizers import Tokenizer
 
-__all__ = ["UNSURE_MARGIN", "Route", "Router"]
+__all__ = ["UNSURE_MARGIN", "Route", "Router", "lead"]
 
 # Below it the two nearest clusters are all but a coin toss; docs/log.md has the measurement.
-UNSURE_MARGIN = 0.01
+UNSURE_MARGIN = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +25,8 @@ class Route:
     Attributes:
         cluster: nearest cluster.
         distance: 1 - cosine to its centroid.
-        margin: how much farther the second nearest centroid is; infinite where there is one cluster only.
+        margin: by which share of the second nearest distance the nearest is nearer, see `lead`; 1 where there is one
+            cluster only.
         familiar: whether the distance is within the 99th percentile of calibration text.
     """
 
@@ -75,7 +75,7 @@ class Router:
         return Route(
             cluster=int(clusters[0]),
             distance=distance,
-            margin=float(distances[1]) - distance if len(distances) > 1 else math.inf,
+            margin=lead(distance, float(distances[1])) if len(distances) > 1 else 1.0,
             familiar=distance <= self._distance_p99,
         )
 
@@ -89,6 +89,14 @@ class Router:
         token_ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         similarities, clusters = self._index.search(embed_token_ids(self._table, [token_ids]), count)
         return clusters[0], np.clip(1.0 - similarities[0].astype(np.float64), 0.0, 2.0)
+
+
+def lead(near: float, far: float) -> float:
+    """Give by which share of `far` a distance is nearer: 0 for equal ones, up to 1.
+
+    A share, because the distances of one encoder may be a hundredth of another's.
+    """
+    return 1.0 - near / far if far > 0 else 0.0
 
 
 def _read_table(bundle: Bundle) -> npt.NDArray[Any]:
