@@ -21,7 +21,11 @@ def engine(tiny_bundle: Callable[..., Path]) -> runtime.Engine:
 
 
 def workers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("coreinfer")]
+    """The worker threads that do not end."""
+    found = [thread for thread in threading.enumerate() if thread.name.startswith("coreinfer")]
+    for thread in found:
+        thread.join(TIMEOUT_SECONDS)
+    return [thread.name for thread in found if thread.is_alive()]
 
 
 def test_it_gives_what_stream_gives(engine: runtime.Engine) -> None:
