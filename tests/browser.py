@@ -2,7 +2,7 @@
 
     python -m tests.browser FILE_OR_URL PICTURE [--screen phone-dark]
 
-Tests take the fixture `browser` (conftest.py) and open pages with `visit`, which fails on whatever the page complains of
+Tests take the fixture `browser` (conftest.py) and open pages with `visit`, which fails on what the page complains of
 and on each request that leaves it. Where playwright or Chromium is not installed, they are skipped.
 """
 
@@ -149,13 +149,9 @@ def main(source: str, picture: Path, name: str, height: int | None) -> None:
     """Take a picture of SOURCE, a file or a loopback URL."""
     screen = next(screen for screen in SCREENS if screen.name == name)
     url = source if "://" in source else Path(os.path.abspath(source)).as_uri()
-    for browser in open_browser():
-        with visit(browser, url, screen) as page:
-            page.screenshot(
-                path=picture,
-                full_page=True,
-                clip={"x": 0, "y": 0, "width": screen.width, "height": height or screen.height},
-            )
+    clip = {"x": 0.0, "y": 0.0, "width": float(screen.width), "height": float(height or screen.height)}
+    with contextmanager(open_browser)() as browser, visit(browser, url, screen) as page:
+        page.screenshot(path=picture, full_page=True, clip=clip)
 
 
 if __name__ == "__main__":
