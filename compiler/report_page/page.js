@@ -35,6 +35,11 @@ function point(event) {
   if (mark) show(mark);
 }
 
+function focus(event) {
+  const mark = event.target.closest("[data-cluster]");
+  if (mark) show(mark);
+}
+
 function step(event) {
   const by = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
   const here = event.target.closest("[data-cluster]");
@@ -46,5 +51,6 @@ function step(event) {
 
 map.addEventListener("pointermove", point);
 map.addEventListener("pointerdown", point);
-map.addEventListener("focusin", (event) => show(event.target.closest("[data-cluster]")));
-map.addEventListener("keydown", step);
+// On the parent: an SVG that listens for focus becomes a stop of the Tab key itself.
+map.parentNode.addEventListener("focusin", focus);
+map.parentNode.addEventListener("keydown", step);
