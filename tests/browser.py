@@ -144,13 +144,16 @@ def overflow_pixels(page: "Page") -> int:
 @click.argument("source")
 @click.argument("picture", type=click.Path(path_type=Path))
 @click.option("--screen", "name", type=click.Choice([screen.name for screen in SCREENS]), default=SCREENS[0].name)
+@click.option("--focus", default=None, help="Selector of what has the keyboard's focus.  [default: nothing]")
 @click.option("--height", type=int, default=None, help="Pixels to take from the top.  [default: one screen]")
-def main(source: str, picture: Path, name: str, height: int | None) -> None:
+def main(source: str, picture: Path, name: str, focus: str | None, height: int | None) -> None:
     """Take a picture of SOURCE, a file or a loopback URL."""
     screen = next(screen for screen in SCREENS if screen.name == name)
     url = source if "://" in source else Path(os.path.abspath(source)).as_uri()
     clip = {"x": 0.0, "y": 0.0, "width": float(screen.width), "height": float(height or screen.height)}
     with contextmanager(open_browser)() as browser, visit(browser, url, screen) as page:
+        if focus:
+            page.locator(focus).focus()
         page.screenshot(path=picture, full_page=True, clip=clip)
 
 

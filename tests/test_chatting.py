@@ -237,9 +237,10 @@ def test_an_interrupt_at_the_prompt_ends_the_chat(bundle: Path) -> None:
 
 
 SLOW = (
-    "import time, coreinfer.runtime.native_decoder as n\n"
+    "import sys, time, coreinfer.runtime.native_decoder as n\n"
     "forward = n.NativeDecoder.forward\n"
-    "n.NativeDecoder.forward = lambda *a, **k: (time.sleep(0.05), forward(*a, **k))[1]\n"
+    "wait = lambda: (print('forward', file=sys.stderr, flush=True), time.sleep(0.05))\n"
+    "n.NativeDecoder.forward = lambda *a, **k: (wait(), forward(*a, **k))[1]\n"
 )
 
 
@@ -248,8 +249,9 @@ def test_an_interrupt_during_an_answer_ends_the_answer_alone(bundle: Path, monke
     monkeypatch.setitem(globals(), "COMMAND", [*COMMAND[:2], SLOW + COMMAND[2]])
     with at_terminal(bundle, "-n", "200", "--json") as (terminal, process):
         terminal.wait_for("> ")
-        terminal.type("hello there\r\n")
-        time.sleep(1)
+        terminal.type("hello there\r")
+        for _ in range(3):
+            terminal.wait_for("forward")
         terminal.type("\x03")
         terminal.wait_for('"finish_reason": "cancelled"')
         terminal.wait_for("> ")
