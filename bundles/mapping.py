@@ -1,5 +1,7 @@
 """The map of clusters: where a text lies between them."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -8,7 +10,7 @@ __all__ = ["place_texts"]
 _SHARPNESS = 10.0
 
 
-def place_texts(similarities: npt.NDArray[np.floating], centers: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+def place_texts(similarities: npt.NDArray[Any], centers: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Place texts on the map whose clusters lie at `ClusterRecord.map_x` and `map_y`.
 
     A text lies at the mean of the clusters' places, weighed by exp(10 cosine): near the clusters that it is like. Of

@@ -150,11 +150,14 @@ def main(source: str, picture: Path, name: str, focus: str | None, height: int |
     """Take a picture of SOURCE, a file or a loopback URL."""
     screen = next(screen for screen in SCREENS if screen.name == name)
     url = source if "://" in source else Path(os.path.abspath(source)).as_uri()
-    clip = {"x": 0.0, "y": 0.0, "width": float(screen.width), "height": float(height or screen.height)}
     with contextmanager(open_browser)() as browser, visit(browser, url, screen) as page:
         if focus:
             page.locator(focus).focus()
-        page.screenshot(path=picture, full_page=True, clip=clip)
+        page.screenshot(
+            path=picture,
+            full_page=True,
+            clip={"x": 0, "y": 0, "width": screen.width, "height": height or screen.height},
+        )
 
 
 if __name__ == "__main__":
