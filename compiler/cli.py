@@ -43,9 +43,15 @@ class _NumberOr(click.ParamType[Any]):
     "--clusters", type=_NumberOr(int, "auto"), default=32, help="How many; auto: fewest of nearly the best KL."
 )
 @click.option("--keep", type=float, default=0.7, help="Kept neurons / all neurons, in (0, 1].")
-@click.option("--budget-mb", type=float, default=None, help="Instead of --keep: MB of weights read for a token.")
-@click.option("--max-kl", type=float, default=None, help="Instead of --keep: greatest KL on held-out text.")
-@click.option("--min-top1", type=float, default=None, help="Instead of --keep: least top-1 agreement there, in (0, 1].")
+@click.option(
+    "--budget-mb", type=float, default=None, help="Instead of --keep: MB of weights read for a token.  [default: none]"
+)
+@click.option(
+    "--max-kl", type=float, default=None, help="Instead of --keep: greatest KL on held-out text.  [default: none]"
+)
+@click.option(
+    "--min-top1", type=float, default=None, help="Instead of --keep: least top-1 agreement there.  [default: none]"
+)
 @click.option("--encoder", default=None, help="Sentence encoder that clusters.  [default: all-MiniLM-L6-v2]")
 @click.option(
     "--calibration",
@@ -89,11 +95,23 @@ class _NumberOr(click.ParamType[Any]):
 )
 @click.option("--dense/--no-dense", default=True, help="Put the dense FFN into the bundle.")
 @click.option("--evaluate/--no-evaluate", default=True, help="Measure quality on held-out text, with controls.")
+@click.option(
+    "--report-sentences",
+    type=int,
+    default=None,
+    help="Calibration sentences that report.html shows on its map.  [default: 400, text of builtin ones only]",
+)
 @click.option("--seed", type=int, default=0, help="Seed of sampling, splitting and clustering.")
 @click.option("--threads", type=int, default=None, help="CPU threads.  [default: all cores]")
 @click.option("--device", default="cpu", help="torch device that runs the model.")
 @click.option("--dtype", type=click.Choice(get_args(DType)), default="auto", help="Arithmetic of the forward passes.")
-@click.option("--cache", "cache_dir", type=click.Path(path_type=Path), default=None, help="Folder of stage results.")
+@click.option(
+    "--cache",
+    "cache_dir",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder of stage results.  [default: COREINFER_CACHE, else coreinfer in the cache folder]",
+)
 @click.option("--no-cache", is_flag=True, help="Keep no stage results.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle, once the new one is whole.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")

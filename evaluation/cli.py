@@ -25,7 +25,9 @@ __all__ = ["main"]
 @click.argument("bundles", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--data", multiple=True, required=True, help="File, folder or pattern of JSON Lines; repeatable.")
 @click.option("--against", default=None, help="Original model that KL is measured against.  [default: dense FFN]")
-@click.option("--mode", "modes", multiple=True, type=click.Choice(MODES), default=DEFAULT_MODES, help="Repeatable.")
+@click.option(
+    "--mode", "modes", multiple=True, type=click.Choice(MODES), default=DEFAULT_MODES, help="How to decode; repeatable."
+)
 @click.option(
     "--llamacpp/--no-llamacpp",
     default=None,
@@ -37,7 +39,12 @@ __all__ = ["main"]
 @click.option("--engine", type=click.Choice(get_args(EngineName)), default="auto", help="Engine of the bundles.")
 @click.option("--threads", type=int, default=None, help="CPU threads.  [default: all cores]")
 @click.option("--seed", type=int, default=0, help="Seed of the bootstrap.")
-@click.option("--plot", type=click.Path(path_type=Path), default=None, help="Draw KL against bytes: .png or .svg.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Draw KL against bytes: .png or .svg.  [default: no plot]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print all scores as one JSON object.")
 @click.option("-v", "--verbose", is_flag=True, help="Log remarks on stderr.")
 @click.version_option(package_name="coreinfer")

@@ -19,6 +19,7 @@ from coreinfer import runtime
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.runtime import router
 from coreinfer.runtime.cli import main
+from coreinfer.runtime.options import GenerationOptions
 
 from .bundle_factory import flip_bit, list_again
 from .model_factory import corpus_texts
@@ -155,12 +156,9 @@ def test_the_prompt_may_come_from_standard_input(bundle: Path) -> None:
 
 @pytest.mark.parametrize("given_first", [False, True])
 def test_chat_keeps_the_history(given_first: bool, bundle: Path, engine: runtime.Engine) -> None:
-    history: list[dict[str, str]] = [{"role": "system", "content": "Be brief."}]
-    expected = []
-    for line in (FIRST, SECOND, "and salt"):
-        history.append(user(line))
-        expected.append(engine.generate(history, max_new_tokens=6))
-        history.append({"role": "assistant", "content": expected[-1].text})
+    conversation = engine.conversation("Be brief.")
+    options = GenerationOptions(max_new_tokens=6)
+    expected = [conversation.send(line, options) for line in (FIRST, SECOND, "and salt")]
     rest = f"\n  {SECOND}  \n\nand salt"
     arguments = ["--chat", "--system", "Be brief.", "-n", "6", "--json"]
     result = run(bundle, FIRST, *arguments, text=rest) if given_first else run(bundle, *arguments, text=FIRST + rest)
