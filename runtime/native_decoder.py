@@ -11,6 +11,7 @@ from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, CoreInferError
 from coreinfer.bundles.statistics import Selection, document_statistic
 
 from . import _native
+from .cached import CachedTokens
 from .decoder import DENSE, FfnChoice
 from .native_model import ffn_layers, model_spec
 
@@ -23,6 +24,7 @@ class NativeDecoder:
     """Runs a bundle's mapped weights in place; changing the FFN is a pointer swap."""
 
     name = "native"
+    block_tokens = 64
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, isa: str = "auto") -> None:
         """Put the model together; nothing is copied but norms.
@@ -48,6 +50,7 @@ class NativeDecoder:
             self._model = _native.Model(model_spec(bundle), isa, num_threads, model.ffn_dim)
         self._ffns: dict[int | None, Any] = {}
         self._choice: FfnChoice | None = None
+        self.cached = CachedTokens()
         self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
 
     @property
@@ -111,6 +114,7 @@ class NativeDecoder:
     def truncate(self, num_tokens: int) -> None:
         """Keep only the first `num_tokens` tokens of the KV cache."""
         self._model.truncate(num_tokens)
+        self.cached.truncate(num_tokens)
 
     def forward(self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False) -> Floats:
         """Append tokens to the KV cache; see `Decoder.forward`.
@@ -155,6 +159,7 @@ class NativeDecoder:
             raise ConfigError(str(error)) from error
         except RuntimeError as error:
             raise CoreInferError(str(error)) from error
+        self.cached.append(token_ids, self._choice)
         return logits
 
 

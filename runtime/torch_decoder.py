@@ -19,6 +19,7 @@ from coreinfer.bundles.tensors import StoredTensor, TensorFile
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from .cached import CachedTokens
 from .decoder import DENSE, FfnChoice
 
 __all__ = ["TorchDecoder"]
@@ -36,6 +37,7 @@ class TorchDecoder:
     """
 
     name = "torch"
+    block_tokens = 256
 
     def __init__(self, bundle: Bundle, *, device: str, dtype: str) -> None:
         """Build the model on the device.
@@ -52,6 +54,7 @@ class TorchDecoder:
         self._layers: list[nn.Module] = list(resolve(self._model, self._family.layers))
         self._dense = self._tensors(bundle.dense) if bundle.dense else None
         self._cache = DynamicCache()
+        self.cached = CachedTokens()
         self._choice: FfnChoice | None = None
         self.use(DENSE if self._dense else FfnChoice(cluster=0))
 
@@ -89,6 +92,7 @@ class TorchDecoder:
 
     def truncate(self, num_tokens: int) -> None:
         """Keep only the first `num_tokens` tokens of the KV cache."""
+        self.cached.truncate(num_tokens)
         if num_tokens == 0:
             # Without a config every layer keeps all tokens; sliding windows are left to the mask.
             self._cache = DynamicCache()
@@ -105,6 +109,7 @@ class TorchDecoder:
                 ids, **cache_argument(self._model, self._cache), use_cache=True, logits_to_keep=0 if all_logits else 1
             )
         logits: npt.NDArray[np.float32] = output.logits[0].float().cpu().numpy()
+        self.cached.append(token_ids, self._choice)
         return logits
 
     def prompt_statistics(
