@@ -1,14 +1,18 @@
 """`coreinfer-serve`: answer requests with bundles."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast, get_args
 
 import click
 from coreinfer.bundles.command import command_errors, start_logging
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.runtime import MODES, Mode, load
+from coreinfer.runtime import Mode, load
 from coreinfer.runtime.engines import EngineName
+from coreinfer.runtime.generation import MODES
+
+from .config import LOOPBACK_HOSTS, ServerConfig
 
 __all__ = ["main"]
 
@@ -66,10 +70,11 @@ def main(
     """
     start_logging(verbose=verbose)
     try:
-        from .config import LOOPBACK_HOSTS, ServerConfig
-        from .service import model_names
-        from .serving import bind, serve
+        # Loaded here, so that `--help` works without the extra.
+        from . import serving
     except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("coreinfer"):
+            raise
         raise ConfigError(f"serving needs the package {error.name}; pip install 'coreinfer[serve]'") from error
     is_loopback = host in LOOPBACK_HOSTS
     config = ServerConfig(
@@ -81,16 +86,28 @@ def main(
         api_key=os.environ.get(_KEY),
         allowed_hosts=(*LOOPBACK_HOSTS, *allow_host) if is_loopback else (),
     )
-    names = model_names(bundle_dirs)
-    taken = bind(host, port)
+    names = _model_names(bundle_dirs)
+    taken = serving.bind(host, port)
     if not is_loopback and config.api_key is None:
         click.echo(f"warning: {host} can be reached from elsewhere, and no key is asked for; set {_KEY}", err=True)
     engines = {
-        name: load(
-            path, engine=engine, device=device, dtype=dtype, mode=cast(Mode, mode), threads=threads, isa=isa
-        )
+        name: load(path, engine=engine, device=device, dtype=dtype, mode=cast(Mode, mode), threads=threads, isa=isa)
         for name, path in zip(names, bundle_dirs, strict=True)
     }
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{taken.getsockname()[1]}"
-    serve(engines, config, taken, on_start=lambda: click.echo(f"serving {', '.join(names)} on {address}", err=True))
+    serving.serve(
+        engines, config, taken, on_start=lambda: click.echo(f"serving {', '.join(names)} on {address}", err=True)
+    )
+
+
+def _model_names(bundle_dirs: Sequence[Path]) -> list[str]:
+    """Name each bundle after its folder.
+
+    Raises:
+        ConfigError: two folders have one name.
+    """
+    names = [path.resolve().name for path in bundle_dirs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"DIR: a bundle is served under its folder's name, and two are called {', '.join(twice)}")
+    return names

@@ -1,10 +1,10 @@
 """What a client is told when a request fails: OpenAI's shape, one JSON object with a status that fits.
 
-    ApiError                 any status
-    ├── QueueFull            429, with Retry-After
-    ├── RequestTimedOut      504, or the last event of a stream
-    ├── ShuttingDown         503, or the last event of a stream
-    └── ClientGone           499, seen in the metrics only
+ApiError                 any status
+├── QueueFull            429, with Retry-After
+├── RequestTimedOut      504, or the last event of a stream
+├── ShuttingDown         503, or the last event of a stream
+└── ClientGone           499, seen in the metrics only
 """
 
 import logging

@@ -42,9 +42,7 @@ class Metrics:
             "first_token_seconds", "From a request's arrival to its first token.", _SECONDS, "model"
         )
         self.decode_seconds = self._histogram("decode_seconds", "Decoding of one answer.", _SECONDS, "model")
-        self.queue = Gauge(
-            "coreinfer_queue_length", "Requests that wait.", ["model"], registry=self.registry
-        )
+        self.queue = Gauge("coreinfer_queue_length", "Requests that wait.", ["model"], registry=self.registry)
 
     def page(self) -> bytes:
         """Write everything in Prometheus' text format."""

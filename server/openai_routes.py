@@ -4,8 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from coreinfer.runtime import Token
-from coreinfer.runtime.options import GenerationOptions
+from coreinfer.runtime import GenerationOptions, Token
 from coreinfer.runtime.requests import Prompt
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response

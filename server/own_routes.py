@@ -6,7 +6,7 @@ import re
 from importlib import metadata, resources
 from typing import Annotated
 
-from coreinfer.runtime import MODES
+from coreinfer.runtime.generation import MODES
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST

@@ -1,7 +1,7 @@
 """The requests that the server takes: what may be in them, checked and described in /openapi.json.
 
-A field of OpenAI's interface that is missing here is refused by name, and a field that is here does what it says, or may
-only have the value that changes nothing. Nothing is ignored.
+A field of OpenAI's interface that is missing here is refused by name, and a field that is here does what it says, or
+may only have the value that changes nothing. Nothing is ignored.
 """
 
 from typing import Annotated, Any, Literal

@@ -1,14 +1,11 @@
 """What is served: models with their workers, and what routes share."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.runtime import Engine
-from coreinfer.runtime.options import GenerationOptions
+from coreinfer.runtime import Engine, GenerationOptions
 from coreinfer.runtime.requests import Prompt
 from fastapi import Request
 
@@ -17,7 +14,8 @@ from .errors import ApiError
 from .metrics import Metrics, ModelMetrics
 from .worker import Job, Worker
 
-__all__ = ["Model", "Service", "model_names", "service_of"]
+__all__ = ["Model", "Service", "service_of"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -105,15 +103,3 @@ def service_of(request: Request) -> Service:
     service = request.app.state.service
     assert isinstance(service, Service)
     return service
-
-
-def model_names(bundle_dirs: Sequence[Path]) -> list[str]:
-    """Name each bundle after its folder.
-
-    Raises:
-        ConfigError: two folders have one name.
-    """
-    names = [path.resolve().name for path in bundle_dirs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"DIR: a bundle is served under its folder's name, and two are called {', '.join(twice)}")
-    return names

@@ -79,9 +79,7 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _event_texts(
-    first: Token, job: Job, events: Callable[[Token], list[BaseModel]]
-) -> AsyncGenerator[str, None]:
+async def _event_texts(first: Token, job: Job, events: Callable[[Token], list[BaseModel]]) -> AsyncGenerator[str, None]:
     try:
         for event in events(first):
             yield _event_text(event)

@@ -26,9 +26,7 @@ _MAX_RETRY_SECONDS = 60
 class Job:
     """A request that waits or is answered."""
 
-    def __init__(
-        self, start: StartStream, worker: "Worker", *, arrived_seconds: float, timeout_seconds: float
-    ) -> None:
+    def __init__(self, start: StartStream, worker: "Worker", *, arrived_seconds: float, timeout_seconds: float) -> None:
         """Prepare a job on the running event loop.
 
         Args:
