@@ -89,6 +89,12 @@ class _NumberOr(click.ParamType[Any]):
 )
 @click.option("--dense/--no-dense", default=True, help="Put the dense FFN into the bundle.")
 @click.option("--evaluate/--no-evaluate", default=True, help="Measure quality on held-out text, with controls.")
+@click.option(
+    "--report-sentences",
+    type=int,
+    default=None,
+    help="Calibration sentences that report.html shows on its map.  [default: 400, text of builtin ones only]",
+)
 @click.option("--seed", type=int, default=0, help="Seed of sampling, splitting and clustering.")
 @click.option("--threads", type=int, default=None, help="CPU threads.  [default: all cores]")
 @click.option("--device", default="cpu", help="torch device that runs the model.")

@@ -12,7 +12,15 @@ from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import silhouette_score
 
-__all__ = ["Clustering", "class_centroids", "cluster_embeddings", "label_clusters", "map_positions", "typical_texts"]
+__all__ = [
+    "Clustering",
+    "class_centroids",
+    "cluster_embeddings",
+    "label_clusters",
+    "map_positions",
+    "shorten",
+    "typical_texts",
+]
 
 _log = logging.getLogger(__name__)
 _AUTO_CANDIDATES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -145,12 +153,13 @@ def typical_texts(texts: Sequence[str], embeddings: Floats, clustering: Clusteri
     for cluster, centroid in enumerate(clustering.centroids):
         members = np.flatnonzero(clustering.labels == cluster)
         nearest = members[np.argsort(-(embeddings[members] @ centroid), kind="stable")]
-        shortened = dict.fromkeys(_shorten(texts[i]) for i in nearest)
+        shortened = dict.fromkeys(shorten(texts[i]) for i in nearest)
         found.append(tuple(shortened)[:_NUM_EXAMPLES])
     return found
 
 
-def _shorten(text: str) -> str:
+def shorten(text: str) -> str:
+    """Put a sentence on one line of at most 160 characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= _EXAMPLE_CHARACTERS else flat[: _EXAMPLE_CHARACTERS - 1].rstrip() + "…"
 

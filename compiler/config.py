@@ -56,6 +56,8 @@ class CompileConfig:
         head_quantize: format of token embedding and head; None for int8 where `quantize` is an integer format.
         dense: put the dense FFN into the bundle.
         evaluate: measure quality on held-out text, with the controls.
+        report_sentences: calibration sentences on the map of report.html, with their text; None for 400, with the text
+            of builtin ones only.
         seed: of sampling, splitting and clustering.
         threads: of torch and FAISS; None for all cores.
         device: torch device.
@@ -92,6 +94,7 @@ class CompileConfig:
     head_quantize: Format | None = None
     dense: bool = True
     evaluate: bool = True
+    report_sentences: int | None = None
     seed: int = 0
     threads: int | None = None
     device: str = "cpu"
@@ -154,6 +157,7 @@ def _problems(config: CompileConfig) -> list[str | None]:
         _positive("--heal-rate", config.heal_rate),
         _at_least("--calibration-tokens", config.calibration_tokens, 1),
         _at_least("--document-tokens", config.document_tokens, 16),
+        None if config.report_sentences is None else _at_least("--report-sentences", config.report_sentences, 0),
         None if 0 <= config.seed <= _MAX_SEED else f"--seed: expected 0 to {_MAX_SEED}, got {config.seed!r}",
         None if config.threads is None else _at_least("--threads", config.threads, 1),
     ]

@@ -20,13 +20,14 @@ from .corpus import Corpus, build_corpus
 from .describing import PACKAGES, Compiled, formats_of, manifest_of
 from .evaluating import evaluate
 from .healing import HealInputs, heal
+from .mapping import map_points
 from .models import LoadedModel, load_model, read_config
 from .moments import input_moments
 from .narrowing import CLUSTERS, Assignment, NarrowModel, choose_all
 from .packing import Packer, write_base, write_cluster, write_dense, write_router, write_tokenizer
 from .profiling import Profile, profile_model
 from .progress import Progress
-from .report import write_report
+from .report import file_sizes, write_report
 from .routing import Routing, build_routing, control_assignments
 from .searching import fit_clusters, fit_quality
 from .selecting import layer_budgets
@@ -253,7 +254,8 @@ def write_bundle(compiled: Compiled, progress: Progress) -> Manifest:
         write_tokenizer(stage, loaded)
         write_router(stage, compiled.routing.encoder, compiled.routing.centroids)
         manifest = manifest_of(compiled, base_tensors)
-        write_report(stage / LAYOUT.report, manifest)
+        points = map_points(config, compiled.routing, compiled.corpus.calibration)
+        write_report(stage / LAYOUT.report, manifest, points, file_sizes(stage))
         manifest = finish_manifest(stage, manifest)
         advance()
     return manifest

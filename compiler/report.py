@@ -1,51 +1,67 @@
-"""The report that ships in a bundle: one self-contained page."""
+"""The report that ships in a bundle: one self-contained page, readable without its script."""
 
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from coreinfer.bundles.manifest import Manifest
+from markupsafe import Markup
 
-__all__ = ["write_report"]
+from .mapping import MapPoint
+from .report_view import report_view
 
-_WIDTH, _HEIGHT, _MARGIN = 400, 240, 30
+__all__ = ["file_sizes", "write_report"]
 
 
-def write_report(path: Path, manifest: Manifest) -> None:
-    """Write what was compiled as a page: quality, clusters and their map, layer budgets, origin."""
-    template = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
-    # Cluster examples are other people's text: autoescape keeps it text.
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    quality = manifest.quality
-    scores = [quality.dense, quality.clusters, *quality.controls] if quality else []
-    page = environment.from_string(template).render(
-        m=manifest,
-        scores=scores,
-        points=_points(manifest),
-        kl={entry.cluster: f"{entry.score.kl:.3f}" for entry in quality.per_cluster} if quality else {},
+def write_report(
+    path: Path, manifest: Manifest, points: Sequence[MapPoint] = (), file_bytes: Mapping[str, int] | None = None
+) -> None:
+    """Write what was compiled as a page: map, clusters, quality, layer budgets, bytes, expected speed, origin.
+
+    Args:
+        points: calibration sentences on the map.
+        file_bytes: sizes of the bundle's files, by name; the manifest lists them only after the report is written.
+    """
+    script = _part("page.js")
+    page = _environment().get_template("page.html.jinja")
+    html = page.render(
+        # Ours, and nothing of the bundle's: the only text that is not escaped.
+        script=Markup(script),
+        style=Markup(_part("page.css")),
+        script_hash=_policy_hash(script),
+        **report_view(manifest, points, file_bytes or {}),
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(html.lstrip(), encoding="utf-8")
 
 
-def _points(manifest: Manifest) -> list[dict[str, Any]]:
-    """Place the clusters on the map, with an area by their number of sentences."""
-    xs = [cluster.map_x for cluster in manifest.clusters]
-    ys = [cluster.map_y for cluster in manifest.clusters]
-    most = max(cluster.num_sentences for cluster in manifest.clusters)
-    return [
-        {
-            "id": index,
-            "label": cluster.label,
-            "x": round(_scale(cluster.map_x, xs, _WIDTH), 1),
-            "y": round(_scale(cluster.map_y, ys, _HEIGHT), 1),
-            "r": round(6 + 16 * (cluster.num_sentences / most) ** 0.5, 1),
-        }
-        for index, cluster in enumerate(manifest.clusters)
-    ]
+def file_sizes(folder: Path) -> dict[str, int]:
+    """List the files of a folder and their bytes, by name."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
-def _scale(value: float, values: list[float], size: int) -> float:
-    low, high = min(values), max(values)
-    share = (value - low) / (high - low) if high > low else 0.5
-    return _MARGIN + share * (size - 2 * _MARGIN)
+def _environment() -> jinja2.Environment:
+    """Sentences and labels are other people's text: autoescape keeps it text."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(_part),
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "megabytes": lambda size: f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB",
+        "ratio": lambda value: f"{value:.2f}",
+    }
+    return environment
+
+
+def _part(name: str) -> str:
+    return resources.files(__package__).joinpath("report_page", name).read_text(encoding="utf-8")
+
+
+def _policy_hash(script: str) -> str:
+    """Name the one script that the page's content security policy lets run."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"

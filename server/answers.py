@@ -158,7 +158,8 @@ def _completion_logprobs(header: Header, tokens: Sequence[Token], offset: int) -
         if token.logprob is not None:
             answer.tokens.append(header.word(token.token_id))
             answer.token_logprobs.append(token.logprob)
-            answer.top_logprobs.append({top.text: top.logprob for top in token.top_logprobs})
+            # Parts of characters have one text: the likeliest of them stands for it.
+            answer.top_logprobs.append({top.text: top.logprob for top in reversed(token.top_logprobs)})
             answer.text_offset.append(offset)
         offset += len(token.text)
     return answer if answer.tokens else None

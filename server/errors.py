@@ -165,7 +165,7 @@ def _invalid(error: RequestValidationError) -> ApiError:
         problems.setdefault(where, _reason(detail))
     if any(detail["type"] == "json_invalid" for detail in error.errors()):
         return ApiError(400, f"the body is not JSON: {error.errors()[0].get('ctx', {}).get('error', '')}")
-    message = "; ".join(f"{where or 'body'}: {reason}" for where, reason in problems.items())
+    message = "; ".join(f"{where}: {reason}" if where else reason for where, reason in problems.items())
     return ApiError(400, message, param=next(iter(problems)) or None)
 
 

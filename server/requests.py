@@ -7,7 +7,7 @@ may only have the value that changes nothing. Nothing is ignored.
 from typing import Annotated, Any, Literal
 
 from coreinfer.runtime import Mode
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["ChatRequest", "CompletionRequest", "MessageIn", "PlaceRequest", "SamplingFields", "StreamOptions"]
 
@@ -16,7 +16,17 @@ _MAX_TOP_LOGPROBS = 20
 
 Zero = Annotated[float, Field(ge=0, le=0, description="Only 0, which changes nothing.")]
 One = Annotated[int, Field(ge=1, le=1, description="Only 1, which changes nothing.")]
-Text = Annotated[str, Field(min_length=1)]
+
+
+def _check_unicode(text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        # JSON can write it, but no tokenizer reads it.
+        raise ValueError("expected Unicode text, got half a character")
+    return text
+
+
+Plain = Annotated[str, AfterValidator(_check_unicode)]
+Text = Annotated[Plain, Field(min_length=1)]
 
 
 class StreamOptions(BaseModel):
@@ -46,7 +56,7 @@ class SamplingFields(BaseModel):
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0, description="Only empty.")] | None = None
-    user: str | None = Field(default=None, description="Any text; kept nowhere, and without effect, as at OpenAI.")
+    user: Plain | None = Field(default=None, description="Any text; kept nowhere, and without effect, as at OpenAI.")
     mode: Mode | None = Field(default=None, description="How FFN weights are chosen. Not in OpenAI's interface.")
     top_k: int | None = Field(default=None, ge=0, lt=1 << 31, description="0 is off. Not in OpenAI's interface.")
     min_p: float | None = Field(default=None, ge=0, le=1, description="0 is off. Not in OpenAI's interface.")
@@ -67,7 +77,7 @@ class TextPart(BaseModel):
     model_config = _STRICT
 
     type: Literal["text"]
-    text: str
+    text: Plain
 
 
 class MessageIn(BaseModel):
@@ -76,7 +86,7 @@ class MessageIn(BaseModel):
     model_config = _STRICT
 
     role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is read as system.")
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Plain | Annotated[list[TextPart], Field(min_length=1)]
 
     @property
     def plain(self) -> dict[str, str]:
@@ -92,10 +102,10 @@ class JsonSchemaFormat(BaseModel):
 
     model_config = _STRICT
 
-    name: Annotated[str, Field(min_length=1, max_length=64)]
+    name: Annotated[Plain, Field(min_length=1, max_length=64)]
     # Under another name, because pydantic's models have a method `schema`.
     json_schema: dict[str, Any] = Field(alias="schema")
-    description: str | None = None
+    description: Plain | None = None
     strict: bool | None = Field(default=None, description="The schema is always followed to the letter.")
 
 
@@ -153,7 +163,7 @@ class CompletionRequest(SamplingFields):
     logprobs: int | None = Field(default=None, ge=0, le=_MAX_TOP_LOGPROBS)
     best_of: One | None = None
     echo: Literal[False] | None = None
-    suffix: Annotated[str, Field(max_length=0, description="Only empty.")] | None = None
+    suffix: Annotated[Plain, Field(max_length=0, description="Only empty.")] | None = None
 
     @property
     def text(self) -> str:

@@ -1,17 +1,22 @@
 """Fixtures that several test modules share."""
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from coreinfer.compiler import CompileConfig, compile_model
 
+from .browser import open_browser
 from .bundle_factory import write_bundle
 from .model_factory import save_corpus, save_encoder, save_model
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +91,20 @@ def tiny_bundle(
         return written[key]
 
     return bundle
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """Headless Chromium; tests are skipped where there is none."""
+    yield from open_browser()
+
+
+@pytest.fixture(scope="session")
+def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder for screenshots: COREINFER_SCREENSHOTS, else one of pytest's own."""
+    folder = Path(os.environ.get("COREINFER_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

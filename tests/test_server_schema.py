@@ -1,4 +1,4 @@
-"""The server against its own description: schemathesis makes up requests by /openapi.json, right ones and wrong ones."""
+"""The server against its own description: schemathesis makes up requests, right and wrong ones."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -78,8 +78,9 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
         f"coreinfer/{path.relative_to(ROOT)}" for package in packages for path in (ROOT / package).rglob("*.py")
     }
     expected |= {f"coreinfer/{package}/py.typed" for package in packages}
-    expected |= {"coreinfer/compiler/seeds.jsonl", "coreinfer/compiler/report.html.jinja"}
     expected |= {"coreinfer/server/page.html"}
+    expected |= {f"coreinfer/{path.relative_to(ROOT)}" for path in (ROOT / "compiler/report_page").iterdir()}
+    expected |= {"coreinfer/compiler/seeds.jsonl"}
     expected |= {"coreinfer/runtime/_native.pyi", f"coreinfer/runtime/_native{sysconfig.get_config_var('EXT_SUFFIX')}"}
     assert set(names) == expected
     assert len(names) == len(expected)

@@ -1,0 +1,114 @@
+"""Write docs/cli.md: every option of every command, from the commands themselves.
+
+    python tools/cli_docs.py            # writes docs/cli.md; `make docs` does
+    python tools/cli_docs.py --check    # exits 1 where the file is not what would be written
+
+Commands are those of pyproject.toml, so that a new one joins by itself.
+"""
+
+import importlib
+import inspect
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "docs" / "cli.md"
+_INTRODUCTION = """# Commands
+
+Written by `make docs` from the commands themselves; do not edit. Each command shows the same with `--help`. What is
+asked for goes to stdout, progress and figures to stderr. An expected error is one line and exit code 2, Ctrl-C and
+SIGTERM are exit code 130.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """A console script of pyproject.toml.
+
+    Attributes:
+        entry: what it calls; None where its module cannot be imported.
+        missing: why it cannot, such as the package that is not installed.
+    """
+
+    name: str
+    entry: Any
+    missing: str | None = None
+
+    @property
+    def command(self) -> click.Command | None:
+        """The click command, None where the script is something else."""
+        return self.entry if isinstance(self.entry, click.Command) else None
+
+
+def read_scripts(pyproject: Path = ROOT / "pyproject.toml") -> list[Script]:
+    """Import the console scripts."""
+    return [
+        _import(name, target) for name, target in tomllib.loads(pyproject.read_text())["project"]["scripts"].items()
+    ]
+
+
+def _import(name: str, target: str) -> Script:
+    module, _, attribute = target.partition(":")
+    try:
+        return Script(name=name, entry=getattr(importlib.import_module(module), attribute))
+    except ImportError as error:
+        return Script(name=name, entry=None, missing=str(error))
+
+
+def document(scripts: list[Script]) -> str:
+    """Describe the commands in Markdown."""
+    return "\n".join([_INTRODUCTION, *(line for script in scripts for line in _section(script))])
+
+
+def _section(script: Script) -> Iterator[str]:
+    yield f"## {script.name}\n"
+    if script.command is not None:
+        yield from _command(script.name, script.command)
+    elif script.missing is not None:
+        yield f"Not described: it needs what is not installed here ({script.missing}).\n"
+    else:
+        yield f"{inspect.getdoc(script.entry) or ''}\n"
+        yield f"Its options are another program's: `{script.name} --help` shows them.\n"
+
+
+def _command(name: str, command: click.Command) -> Iterator[str]:
+    # With the command's own settings, such as show_default, and without parsing anything.
+    with command.make_context(name, [], resilient_parsing=True) as context:
+        yield f"```\n{name} {' '.join(command.collect_usage_pieces(context))}\n```\n"
+        yield f"{inspect.cleandoc(command.help or '')}\n"
+        yield "| option | |\n|---|---|"
+        for parameter in command.get_params(context):
+            # Arguments are explained by the text above.
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(context)):
+                yield f"| `{_cell(record[0])}` | {_cell(record[1])} |"
+    yield ""
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 where docs/cli.md is not current.")
+def main(check: bool) -> None:
+    """Write docs/cli.md."""
+    scripts = read_scripts()
+    for script in scripts:
+        if script.missing is not None:
+            click.echo(f"{script.name}: not described, {script.missing}; install .[compile,eval,lm-eval,dev]", err=True)
+    text = document(scripts)
+    if not check:
+        TARGET.write_text(text, encoding="utf-8")
+    elif not TARGET.exists() or TARGET.read_text(encoding="utf-8") != text:
+        click.echo("docs/cli.md is not current; run make docs", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
