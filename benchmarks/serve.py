@@ -2,7 +2,7 @@
 
     python benchmarks/serve.py build/demo-bundle
 
-Starts `coreinfer-serve` on a loopback port, asks 500 questions by 32 clients at a time through the `openai` package, half
+Starts `coreinfer-serve` on a loopback port, asks 500 questions, 32 at a time, through the `openai` package, half
 of them streamed, compares each answer with a single run of the same prompt and seed, and prints percentiles, resident
 memory and what the server counted. Ends after --seconds at the latest.
 """
