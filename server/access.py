@@ -62,15 +62,18 @@ class Gate:
         if headers.get("expect", "").lower() == "100-continue" and int(headers.get("content-length") or 0) > limit:
             # Such a client waits to hear whether it may send.
             raise too_large
-        chunks, size = [], 0
+        chunks: list[bytes] = []
+        size = 0
         try:
             async with asyncio.timeout(_BODY_SECONDS):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    size += len(message.get("body", b""))
-                    chunks = [*chunks, message.get("body", b"")] if size <= limit else []
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > limit:
+                        chunks.clear()
                     if not message.get("more_body") or size > _MAX_DISCARDED_BYTES:
                         break
         except TimeoutError as error:

@@ -23,13 +23,29 @@ router = APIRouter()
 
 ServiceOf = Annotated[Service, Depends(service_of)]
 
+
+def _policy(page: str) -> str:
+    """Allow the page its own script and style, by their hashes, and requests to where it came from."""
+    script, style = (_hash(page, tag) for tag in ("script", "style"))
+    return (
+        f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _hash(page: str, tag: str) -> str:
+    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
 _PAGE = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+_PAGE_HEADERS = {"Content-Security-Policy": _policy(_PAGE), "Referrer-Policy": "no-referrer"}
 
 
 @router.get("/", response_class=HTMLResponse)
 async def page() -> HTMLResponse:
     """Show the page; it runs what is in it, asks this server, and nothing else."""
-    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _policy(_PAGE), "Referrer-Policy": "no-referrer"})
+    return HTMLResponse(_PAGE, headers=_PAGE_HEADERS)
 
 
 @router.get("/health")
@@ -93,17 +109,3 @@ async def show_place(body: PlaceRequest, service: ServiceOf) -> Place:
         distances=distances.tolist(),
         weights=weights.tolist(),
     )
-
-
-def _policy(page: str) -> str:
-    """Allow the page its own script and style, by their hashes, and requests to where it came from."""
-    script, style = (_hash(page, tag) for tag in ("script", "style"))
-    return (
-        f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
-def _hash(page: str, tag: str) -> str:
-    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

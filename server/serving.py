@@ -73,6 +73,9 @@ def serve(
     except KeyboardInterrupt:
         # uvicorn raises the signal again that it ended by; it has done all that there was to do.
         _log.info("ended by a signal")
+    finally:
+        # A second Ctrl-C skips the application's own end.
+        app.state.service.close()
 
 
 class _Server(uvicorn.Server):
