@@ -56,6 +56,11 @@ def serve(
     server = _Server(
         uvicorn.Config(
             app,
+            # What else is installed shall not change how the server behaves.
+            http="h11",
+            loop="asyncio",
+            ws="none",
+            lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,

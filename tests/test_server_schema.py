@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
-from schemathesis.checks import not_a_server_error
-from schemathesis.openapi.checks import (
+from schemathesis.checks import (
     content_type_conformance,
     negative_data_rejection,
+    not_a_server_error,
     response_schema_conformance,
     status_code_conformance,
     unsupported_method,
