@@ -19,6 +19,7 @@ __all__ = [
     "Delta",
     "ErrorBody",
     "Figures",
+    "Finish",
     "Health",
     "Message",
     "ModelCard",
