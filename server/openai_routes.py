@@ -29,7 +29,9 @@ _COMPLETION_TOKENS = 16
 
 
 def _answers(description: str) -> dict[int | str, dict[str, Any]]:
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    # Of each event; its data is a chunk, an error, or [DONE].
+    event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+    stream = {"text/event-stream": {"schema": event}}
     return {200: {"description": description, "content": stream}, **ERRORS}
 
 

@@ -86,6 +86,7 @@ async def show_map(model: Annotated[str, Query(min_length=1)], service: ServiceO
     return ModelMap(
         model=model,
         name=engine.manifest.model.name,
+        max_new_tokens=service.config.max_new_tokens,
         has_chat_template=engine.chat_template is not None,
         modes=list(MODES) if engine.manifest.has_dense else ["auto", "similarity"],
         clusters=clusters,

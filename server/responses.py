@@ -232,6 +232,7 @@ class ModelMap(BaseModel):
     model: str
     name: str
     has_chat_template: bool
+    max_new_tokens: int
     modes: list[Mode]
     clusters: list[ClusterPoint]
 

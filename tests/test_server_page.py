@@ -32,8 +32,8 @@ def bundle(tiny_bundle: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def server(bundle: Path, browser: "Browser") -> Iterator[RunningServer]:
-    # Chromium first: without it there is nothing to serve.
-    with serving(bundle) as running:
+    # Chromium first: without it there is nothing to serve. Two turns have room in the tiny model's 256 tokens.
+    with serving(bundle, "--max-new-tokens", 60) as running:
         yield running
 
 
@@ -123,7 +123,9 @@ def test_a_key_is_asked_for_and_answers_can_be_stopped(browser: "Browser", slow_
         page.keyboard.press("Tab")
         ask(page, QUESTION)
         # It streams: text is there long before the answer is whole.
-        page.wait_for_function("document.querySelector('.turn.assistant .text').textContent.length > 5")
+        answer = page.locator(".turn.assistant .text")
+        while len(answer.text_content() or "") < 6:
+            page.wait_for_timeout(50)
         page.locator("#stop").click()
         page.get_by_text("stopped", exact=True).wait_for()
         assert page.locator("#send").is_visible()
