@@ -81,11 +81,11 @@ def main(
             def ask_one(number: int) -> Answer | None:
                 return ask(client, bundle_dir.resolve().name, number, num_tokens, deadline)
 
-            before = resident_bytes(process.pid)
+            before = resident_mb(process.pid)
             start_seconds = time.monotonic()
             answers = [answer for answer in pool.map(ask_one, range(num_requests)) if answer]
             wall_seconds = time.monotonic() - start_seconds
-        after, counted = resident_bytes(process.pid), metrics(url)
+        after, counted = resident_mb(process.pid), metrics(url)
     finally:
         process.terminate()
         exit_code = process.wait(60)
@@ -102,8 +102,8 @@ def main(
         "requests_per_second": round(len(answers) / wall_seconds, 2),
         "answer_seconds": percentiles([answer.whole_seconds for answer in answers]),
         "first_token_seconds": percentiles([a.first_seconds for a in answers if a.first_seconds is not None]),
-        "resident_mb_before": round(before / 1e6, 1),
-        "resident_mb_after": round(after / 1e6, 1),
+        "resident_mb_before": before,
+        "resident_mb_after": after,
         "swaps": counted.get("coreinfer_swaps_total", 0.0),
         "exit_code": exit_code,
     }
@@ -186,10 +186,14 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{percent}": round(cuts[percent - 1], 3) for percent in PERCENTILES}
 
 
-def resident_bytes(pid: int) -> int:
-    """Memory of a process that is in RAM, the bundle's mapped weights too."""
+def resident_mb(pid: int) -> dict[str, float]:
+    """Memory of a process that is in RAM, in megabytes: its own, and the bundle's mapped weights as far as they were read.
+
+    The system takes the latter back when it needs memory.
+    """
     status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    return int(status.split("VmRSS:")[1].split()[0]) << 10
+    kinds = {"own": "RssAnon:", "mapped": "RssFile:"}
+    return {kind: round(int(status.split(name)[1].split()[0]) * 1024 / 1e6, 1) for kind, name in kinds.items()}
 
 
 def metrics(url: str) -> dict[str, float]:
