@@ -187,7 +187,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def resident_mb(pid: int) -> dict[str, float]:
-    """Memory of a process that is in RAM, in megabytes: its own, and the bundle's mapped weights as far as they were read.
+    """Memory of a process that is in RAM, in megabytes: its own, and what it read of the bundle's mapped weights.
 
     The system takes the latter back when it needs memory.
     """
