@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.errors import ConfigError, CoreInferError
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -151,7 +151,7 @@ def add_error_handlers(app: FastAPI) -> None:
         return error_response(ApiError(error.status_code, str(error.detail), headers=error.headers))
 
     app.add_exception_handler(ApiError, failed)
-    app.add_exception_handler(ConfigError, failed)
+    app.add_exception_handler(CoreInferError, failed)
     app.add_exception_handler(Exception, failed)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, refused)

@@ -61,7 +61,7 @@ class SamplingFields(BaseModel):
     top_k: int | None = Field(default=None, ge=0, lt=1 << 31, description="0 is off. Not in OpenAI's interface.")
     min_p: float | None = Field(default=None, ge=0, le=1, description="0 is off. Not in OpenAI's interface.")
     repetition_penalty: float | None = Field(
-        default=None, gt=0, le=10, description="1 is off. Not in OpenAI's interface."
+        default=None, ge=0.1, le=10, description="1 is off. Not in OpenAI's interface."
     )
 
     @model_validator(mode="after")
