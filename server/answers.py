@@ -59,10 +59,12 @@ class Header:
 def chat_answer(header: Header, tokens: Sequence[Token]) -> Chat:
     """Put all tokens of a generation into a chat's answer."""
     last = tokens[-1]
+    finish_reason = _finish(last)
+    assert finish_reason is not None
     choice = ChatChoice(
         message=Message(content="".join(token.text for token in tokens)),
         logprobs=_chat_logprobs(header, tokens),
-        finish_reason=_finish(last),
+        finish_reason=finish_reason,
     )
     return Chat(**header.fields("chatcmpl"), choices=[choice], usage=_usage(last), coreinfer=figures(last))
 

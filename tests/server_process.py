@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import openai
@@ -41,7 +42,7 @@ class RunningServer:
     key: str = "none"
     lines: list[str] = field(default_factory=list)
 
-    def client(self, **options: object) -> openai.OpenAI:
+    def client(self, **options: Any) -> openai.OpenAI:
         """A client that tries once."""
         return openai.OpenAI(
             **{"base_url": f"{self.url}/v1", "api_key": self.key, "max_retries": 0, "timeout": 60, **options}
@@ -50,7 +51,7 @@ class RunningServer:
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, timeout=30)
 
-    def post(self, path: str, **options: object) -> httpx.Response:
+    def post(self, path: str, **options: Any) -> httpx.Response:
         return httpx.post(self.url + path, **{"timeout": 30, **options})
 
     @property

@@ -116,12 +116,8 @@ def test_text_of_users_and_models_is_never_markup(browser: "Browser", server: Ru
         assert page.locator(".turn.user .text").inner_text() == "<img src=x onerror=alert(1)><b>bold</b>"
 
 
-def test_a_key_is_asked_for_and_answers_can_be_stopped(browser: "Browser", slow_server: RunningServer) -> None:
-    # The one request that fails is the one that was stopped.
-    with (
-        pytest.raises(AssertionError, match=r"^failed: \S+/v1/chat/completions \(net::ERR_ABORTED\)$"),
-        visit(browser, slow_server.url) as page,
-    ):
+def stop_an_answer(browser: "Browser", server: RunningServer) -> None:
+    with visit(browser, server.url) as page:
         page.get_by_text("This server asks for a key.").wait_for()
         page.locator("#key").fill("sesame")
         page.keyboard.press("Tab")
@@ -136,6 +132,12 @@ def test_a_key_is_asked_for_and_answers_can_be_stopped(browser: "Browser", slow_
         length = len(answer.text_content() or "")
         page.wait_for_timeout(300)
         assert len(answer.text_content() or "") == length
+
+
+def test_a_key_is_asked_for_and_answers_can_be_stopped(browser: "Browser", slow_server: RunningServer) -> None:
+    # The one request that fails is the one that was stopped.
+    with pytest.raises(AssertionError, match=r"^failed: \S+/v1/chat/completions \(net::ERR_ABORTED\)$"):
+        stop_an_answer(browser, slow_server)
 
 
 def test_the_page_may_run_and_load_nothing_else(server: RunningServer) -> None:
