@@ -32,7 +32,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	# Copies of the tree that know no symbolic links leave files in their place.
-	for package in bundles compiler evaluation runtime; do ln -sfn ../../../$$package tools/typing/coreinfer/$$package; done
+	for package in bundles compiler evaluation runtime server; do ln -sfn ../../../$$package tools/typing/coreinfer/$$package; done
 	$(BIN)/mypy
 
 docs: $(VENV)/.test
@@ -50,7 +50,7 @@ $(VENV)/.demo: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.demo
-	$(PIP) -e '.[compile,eval,json,lm-eval,dev]'
+	$(PIP) -e '.[compile,eval,json,lm-eval,serve,dev]'
 	touch $@
 
 clean:

@@ -13,6 +13,7 @@ import coreinfer.bundles
 import coreinfer.compiler
 import coreinfer.evaluation
 import coreinfer.runtime
+import coreinfer.server
 import pytest
 
 PACKAGES = {
@@ -20,20 +21,23 @@ PACKAGES = {
     "compiler": coreinfer.compiler,
     "evaluation": coreinfer.evaluation,
     "runtime": coreinfer.runtime,
+    "server": coreinfer.server,
 }
 FORBIDDEN = {
     "bundles": {
         "coreinfer.compiler",
         "coreinfer.evaluation",
         "coreinfer.runtime",
+        "coreinfer.server",
         "torch",
         "transformers",
         "faiss",
         "tokenizers",
     },
-    "compiler": {"coreinfer.evaluation", "coreinfer.runtime"},
-    "evaluation": set(),
-    "runtime": {"coreinfer.compiler", "coreinfer.evaluation"},
+    "compiler": {"coreinfer.evaluation", "coreinfer.runtime", "coreinfer.server"},
+    "evaluation": {"coreinfer.server"},
+    "runtime": {"coreinfer.compiler", "coreinfer.evaluation", "coreinfer.server"},
+    "server": {"coreinfer.compiler", "coreinfer.evaluation"},
 }
 HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "datasets", "gguf", "model2vec", "pyarrow")
 MODULES = sorted(
@@ -84,7 +88,8 @@ def fresh(code: str) -> str:
         "from coreinfer import runtime",
         "import coreinfer.bundles",
         "import coreinfer.compiler",
-        "import coreinfer.runtime.cli, coreinfer.bundles.inspect, coreinfer.compiler.cli, coreinfer.evaluation.cli",
+        "import coreinfer.runtime.cli, coreinfer.bundles.inspect, coreinfer.compiler.cli, coreinfer.evaluation.cli\n"
+        "import coreinfer.server.cli",
     ],
 )
 def test_no_import_drags_in_the_heavy_packages(statement: str) -> None:

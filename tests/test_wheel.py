@@ -25,10 +25,11 @@ SHIPPED = (
     "compiler",
     "evaluation",
     "runtime",
+    "server",
     "tests",
     "benchmarks",
 )
-COMMANDS = ("coreinfer-compile", "coreinfer-eval", "coreinfer-run", "coreinfer-inspect")
+COMMANDS = ("coreinfer-compile", "coreinfer-eval", "coreinfer-run", "coreinfer-serve", "coreinfer-inspect")
 
 
 def execute(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -72,11 +73,12 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    packages = ("bundles", "compiler", "evaluation", "runtime")
+    packages = ("bundles", "compiler", "evaluation", "runtime", "server")
     expected = {
         f"coreinfer/{path.relative_to(ROOT)}" for package in packages for path in (ROOT / package).rglob("*.py")
     }
     expected |= {f"coreinfer/{package}/py.typed" for package in packages}
+    expected |= {"coreinfer/server/page.html"}
     expected |= {f"coreinfer/{path.relative_to(ROOT)}" for path in (ROOT / "compiler/report_page").iterdir()}
     expected |= {"coreinfer/compiler/seeds.jsonl"}
     expected |= {"coreinfer/runtime/_native.pyi", f"coreinfer/runtime/_native{sysconfig.get_config_var('EXT_SUFFIX')}"}
@@ -91,7 +93,7 @@ def test_the_wheel_says_what_it_needs(wheel: Path) -> None:
     base = {name for name, rest in required if "extra ==" not in rest}
     assert base == {"click", "faiss-cpu", "jinja2", "numpy", "safetensors", "tokenizers", "tqdm"}
     extras = {extra for _, rest in required for extra in re.findall(r"extra == ['\"]([\w-]+)", rest)}
-    assert extras == {"torch", "compile", "dev", "eval", "json", "lm-eval"}
+    assert extras == {"torch", "compile", "dev", "eval", "json", "lm-eval", "serve"}
     assert any(name.endswith("/licenses/LICENSE") for name in archive.namelist())
 
 
@@ -127,6 +129,12 @@ def test_compiling_names_the_extra(installed: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: compiling needs the package torch; pip install 'coreinfer[compile]'\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_serving_names_the_extra(installed: Path, tmp_path: Path) -> None:
+    done = execute(installed / "coreinfer-serve", tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: serving needs the package \w+; pip install 'coreinfer\[serve\]'\n", done.stderr)
 
 
 def test_running_needs_no_extra(installed: Path, tiny_bundle: Callable[..., Path]) -> None:

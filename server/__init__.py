@@ -1,0 +1,36 @@
+"""The server: bundles behind OpenAI's interface, and a page with a map. Needs the extra `coreinfer[serve]`.
+
+from coreinfer import runtime, server
+
+app = server.create_app({"demo": runtime.load("build/demo-bundle")}, server.ServerConfig())
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from coreinfer.runtime import Engine
+
+from .config import ServerConfig
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+__all__ = ["ServerConfig", "create_app"]
+
+
+def create_app(engines: Mapping[str, Engine], config: ServerConfig) -> "FastAPI":
+    """Put the server's application together; see `coreinfer.server.app.create_app`.
+
+    Raises:
+        ConfigError: the packages of the extra `serve` are not installed.
+    """
+    from coreinfer.bundles.errors import ConfigError
+
+    try:
+        # Loaded only when something is served, so that `--help` works without them.
+        from . import app
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("coreinfer"):
+            raise
+        raise ConfigError(f"serving needs the package {error.name}; pip install 'coreinfer[serve]'") from error
+    return app.create_app(engines, config)

@@ -1,0 +1,51 @@
+"""The application: its routes, and what every request passes through."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from importlib import metadata
+
+from coreinfer.runtime import Engine
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from . import openai_routes, own_routes
+from .access import Gate
+from .config import ServerConfig
+from .errors import add_error_handlers
+from .metrics import CountRequests
+from .service import Service
+
+__all__ = ["create_app"]
+
+
+def create_app(engines: Mapping[str, Engine], config: ServerConfig) -> FastAPI:
+    """Put the server's application together.
+
+    Args:
+        engines: loaded bundles by the names that clients use.
+        config: limits and access.
+    Returns:
+        An ASGI application; its workers end with its lifespan. `app.state.service` is what it serves.
+    """
+    service = Service(engines, config)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = FastAPI(
+        title="CoreInfer",
+        version=metadata.version("coreinfer"),
+        description="OpenAI's interface to bundles, and a page with a map of their clusters.",
+        lifespan=lifespan,
+        # These pages load their scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        middleware=[Middleware(CountRequests, metrics=service.metrics), Middleware(Gate, config=config)],
+    )
+    app.state.service = service
+    app.include_router(openai_routes.router)
+    app.include_router(own_routes.router)
+    add_error_handlers(app)
+    return app

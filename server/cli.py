@@ -1,0 +1,113 @@
+"""`coreinfer-serve`: answer requests with bundles."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast, get_args
+
+import click
+from coreinfer.bundles.command import command_errors, start_logging
+from coreinfer.bundles.errors import ConfigError
+from coreinfer.runtime import Mode, load
+from coreinfer.runtime.engines import EngineName
+from coreinfer.runtime.generation import MODES
+
+from .config import LOOPBACK_HOSTS, ServerConfig
+
+__all__ = ["main"]
+
+_KEY = "COREINFER_API_KEY"
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("bundle_dirs", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all of this machine.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 for any that is free.")
+@click.option("--queue", type=int, default=64, help="Requests that may wait for each bundle; more get status 429.")
+@click.option("--timeout", type=float, default=300.0, help="Seconds for one request, waiting included.")
+@click.option("--grace", type=float, default=10.0, help="Seconds that requests get to finish at SIGTERM or Ctrl-C.")
+@click.option("--max-body-kb", type=int, default=1024, help="Largest body of a request.")
+@click.option("--max-new-tokens", type=int, default=2048, help="Most tokens that a request may ask for.")
+@click.option(
+    "--allow-host", multiple=True, help="Answer requests to this name too; only needed when listening on loopback."
+)
+@click.option("--mode", type=click.Choice(MODES), default="auto", help="How FFN weights are chosen.")
+@click.option(
+    "--engine",
+    type=click.Choice(get_args(EngineName)),
+    default="auto",
+    help="native: C++ on the CPU; torch: any device; auto: native, but torch for a GPU, --device or --dtype.",
+)
+@click.option("--isa", default="auto", help="Kernels of the native engine, such as avx2; auto for the CPU's best.")
+@click.option("--device", default="auto", help="torch device.")
+@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", help="Arithmetic.")
+@click.option("--threads", type=int, default=None, help="CPU threads for each bundle.")
+@click.option("-v", "--verbose", is_flag=True, help="Log remarks on stderr.")
+@click.version_option(package_name="coreinfer")
+@command_errors
+def main(
+    bundle_dirs: tuple[Path, ...],
+    host: str,
+    port: int,
+    queue: int,
+    timeout: float,
+    grace: float,
+    max_body_kb: int,
+    max_new_tokens: int,
+    allow_host: tuple[str, ...],
+    mode: str,
+    engine: EngineName,
+    isa: str,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    verbose: bool,
+) -> None:
+    """Serve the bundle in each DIR under its folder's name: OpenAI's interface at /v1, a page at /.
+
+    Clients must send the key in the environment variable COREINFER_API_KEY, if there is one. SIGTERM and Ctrl-C end
+    the server in good order, with exit code 0.
+    """
+    start_logging(verbose=verbose)
+    try:
+        # Loaded here, so that `--help` works without the extra.
+        from . import serving
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("coreinfer"):
+            raise
+        raise ConfigError(f"serving needs the package {error.name}; pip install 'coreinfer[serve]'") from error
+    is_loopback = host in LOOPBACK_HOSTS
+    config = ServerConfig(
+        queue=queue,
+        timeout_seconds=timeout,
+        grace_seconds=grace,
+        max_body_bytes=max_body_kb << 10,
+        max_new_tokens=max_new_tokens,
+        api_key=os.environ.get(_KEY),
+        allowed_hosts=(*LOOPBACK_HOSTS, *allow_host) if is_loopback else (),
+    )
+    names = _model_names(bundle_dirs)
+    taken = serving.bind(host, port)
+    if not is_loopback and config.api_key is None:
+        click.echo(f"warning: {host} can be reached from elsewhere, and no key is asked for; set {_KEY}", err=True)
+    engines = {
+        name: load(path, engine=engine, device=device, dtype=dtype, mode=cast(Mode, mode), threads=threads, isa=isa)
+        for name, path in zip(names, bundle_dirs, strict=True)
+    }
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{taken.getsockname()[1]}"
+    serving.serve(
+        engines, config, taken, on_start=lambda: click.echo(f"serving {', '.join(names)} on {address}", err=True)
+    )
+
+
+def _model_names(bundle_dirs: Sequence[Path]) -> list[str]:
+    """Name each bundle after its folder.
+
+    Raises:
+        ConfigError: two folders have one name.
+    """
+    names = [path.resolve().name for path in bundle_dirs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"DIR: a bundle is served under its folder's name, and two are called {', '.join(twice)}")
+    return names

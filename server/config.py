@@ -1,0 +1,52 @@
+"""How the server is to behave."""
+
+from dataclasses import dataclass
+
+from coreinfer.bundles.errors import ConfigError, join_problems
+
+__all__ = ["LOOPBACK_HOSTS", "ServerConfig"]
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Limits and access of a server.
+
+    Attributes:
+        queue: requests that may wait for each model, besides the one that it answers.
+        timeout_seconds: a request's whole time, waiting included.
+        grace_seconds: time that running requests get at shutdown.
+        max_body_bytes: of a request's body.
+        max_new_tokens: most tokens that a request may ask for, and what it gets where it does not say.
+        api_key: clients must send it as a bearer token; None for no key.
+        allowed_hosts: values of the header Host that are answered; empty for all. Guards a server that is bound to a
+            loopback address against pages that point a name of their own at it.
+    """
+
+    queue: int = 64
+    timeout_seconds: float = 300.0
+    grace_seconds: float = 10.0
+    max_body_bytes: int = 1 << 20
+    max_new_tokens: int = 2048
+    api_key: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            ConfigError: naming all values that are wrong.
+        """
+        least: list[tuple[str, float, float]] = [
+            ("queue", self.queue, 1),
+            ("timeout", self.timeout_seconds, 0.001),
+            ("grace", self.grace_seconds, 0),
+            ("max_body_bytes", self.max_body_bytes, 1),
+            ("max_new_tokens", self.max_new_tokens, 1),
+        ]
+        problems = [f"{name}: expected at least {low}, got {value}" for name, value, low in least if not value >= low]
+        if self.api_key == "":
+            problems.append("COREINFER_API_KEY: expected a key, got an empty text; unset it to serve without one")
+        if problems:
+            raise ConfigError(join_problems(problems))

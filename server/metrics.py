@@ -1,0 +1,123 @@
+"""What the server counts, in a registry of its own, for Prometheus."""
+
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from coreinfer.runtime import Token
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+__all__ = ["CountRequests", "Metrics", "ModelMetrics", "Outcome"]
+
+Outcome = Literal["stop", "length", "cancelled", "error"]
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+_DISTANCES = tuple(round(0.05 * step, 2) for step in range(1, 21))
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+AsgiApp = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
+
+
+class Metrics:
+    """All counters of one server."""
+
+    def __init__(self) -> None:
+        """Begin at zero."""
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = self._counter("http_requests", "Requests answered.", "route", "status")
+        self.request_seconds = self._histogram("request_seconds", "Whole time of requests.", _SECONDS, "route")
+        self.generations = self._counter("generations", "Generations, by how they ended.", "model", "outcome")
+        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.", "model")
+        self.cached_tokens = self._counter("cached_tokens", "Tokens of prompts that need not be read.", "model")
+        self.new_tokens = self._counter("completion_tokens", "Tokens decoded.", "model")
+        self.cluster_hits = self._counter("cluster_hits", "Generations by nearest cluster.", "model", "cluster")
+        self.swaps = self._counter("swaps", "Changes from one cluster pack to another.", "model")
+        self.modes = self._counter("modes", "Generations by mode.", "model", "mode")
+        self.distance = self._histogram("distance", "Distance of prompts to their cluster.", _DISTANCES, "model")
+        self.first_token_seconds = self._histogram(
+            "first_token_seconds", "From a request's arrival to its first token.", _SECONDS, "model"
+        )
+        self.decode_seconds = self._histogram("decode_seconds", "Decoding of one answer.", _SECONDS, "model")
+        self.queue = Gauge("coreinfer_queue_length", "Requests that wait.", ["model"], registry=self.registry)
+
+    def page(self) -> bytes:
+        """Write everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"coreinfer_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"coreinfer_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+
+@dataclass(kw_only=True)
+class ModelMetrics:
+    """The counters of one model; a worker's thread calls it."""
+
+    metrics: Metrics
+    model: str
+    _pack: int | None = field(default=None, init=False)
+
+    def queue_length(self, length: int) -> None:
+        """Note how many requests wait."""
+        self.metrics.queue.labels(self.model).set(length)
+
+    def first_token(self, seconds: float) -> None:
+        """Note how long a client waited for its first token."""
+        self.metrics.first_token_seconds.labels(self.model).observe(seconds)
+
+    def finished(self, outcome: Outcome, last: Token | None) -> None:
+        """Note a generation that ended, with its last token, if it had any."""
+        metrics, model = self.metrics, self.model
+        metrics.generations.labels(model, outcome).inc()
+        if last is None:
+            return
+        metrics.prompt_tokens.labels(model).inc(last.num_prompt_tokens)
+        metrics.cached_tokens.labels(model).inc(last.num_cached_tokens)
+        metrics.new_tokens.labels(model).inc(last.num_tokens)
+        metrics.cluster_hits.labels(model, str(last.cluster)).inc()
+        metrics.modes.labels(model, last.mode).inc()
+        metrics.distance.labels(model).observe(last.distance)
+        metrics.decode_seconds.labels(model).observe(last.decode_seconds)
+        if last.mode == "similarity":
+            self._count_swaps(last)
+
+    def _count_swaps(self, last: Token) -> None:
+        for step in last.path:
+            if self._pack is not None and step.cluster != self._pack:
+                self.metrics.swaps.labels(self.model).inc()
+            self._pack = step.cluster
+
+
+class CountRequests:
+    """ASGI middleware: counts every response by route and status, and times it to its last byte."""
+
+    def __init__(self, app: AsgiApp, *, metrics: Metrics) -> None:
+        """Wrap an application."""
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status = time.monotonic(), 500
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counted)
+        finally:
+            # A path that matches no route could be anything: it must not become a label.
+            route = getattr(scope.get("route"), "path", "none")
+            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.request_seconds.labels(route).observe(time.monotonic() - start)

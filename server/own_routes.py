@@ -1,0 +1,112 @@
+"""The routes beside OpenAI's: the page, the map behind it, health and metrics."""
+
+import base64
+import hashlib
+import re
+from importlib import metadata, resources
+from typing import Annotated
+
+from coreinfer.runtime.generation import MODES
+from fastapi import APIRouter, Depends, Query
+from fastapi.responses import HTMLResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from .errors import ERRORS
+from .place import place_weights
+from .requests import PlaceRequest
+from .responses import ClusterPoint, Health, ModelMap, Place
+from .service import Service, service_of
+
+__all__ = ["router"]
+
+router = APIRouter()
+
+ServiceOf = Annotated[Service, Depends(service_of)]
+
+
+def _policy(page: str) -> str:
+    """Allow the page its own script and style, by their hashes, and requests to where it came from."""
+    script, style = (_hash(page, tag) for tag in ("script", "style"))
+    return (
+        f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _hash(page: str, tag: str) -> str:
+    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+_PAGE = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+_PAGE_HEADERS = {"Content-Security-Policy": _policy(_PAGE), "Referrer-Policy": "no-referrer"}
+
+
+@router.get("/", response_class=HTMLResponse)
+async def page() -> HTMLResponse:
+    """Show the page; it runs what is in it, asks this server, and nothing else."""
+    return HTMLResponse(_PAGE, headers=_PAGE_HEADERS)
+
+
+@router.get("/health")
+async def health(service: ServiceOf) -> Health:
+    """Say that the server lives."""
+    return Health(
+        version=metadata.version("coreinfer"),
+        models=list(service.models),
+        key_required=service.config.api_key is not None,
+    )
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}, 401: ERRORS[401]},
+)
+async def metrics(service: ServiceOf) -> Response:
+    """Give all counters in Prometheus' text format."""
+    return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/coreinfer/map", responses={status: ERRORS[status] for status in (400, 401, 404)})
+async def show_map(model: Annotated[str, Query(min_length=1)], service: ServiceOf) -> ModelMap:
+    """Show a bundle's clusters and their places on its map."""
+    engine = service.model(model).engine
+    clusters = [
+        ClusterPoint(
+            id=number,
+            label=cluster.label,
+            num_sentences=cluster.num_sentences,
+            examples=list(cluster.examples),
+            x=cluster.map_x,
+            y=cluster.map_y,
+        )
+        for number, cluster in enumerate(engine.manifest.clusters)
+    ]
+    return ModelMap(
+        model=model,
+        name=engine.manifest.model.name,
+        max_new_tokens=service.config.max_new_tokens,
+        has_chat_template=engine.chat_template is not None,
+        modes=list(MODES) if engine.manifest.has_dense else ["auto", "similarity"],
+        clusters=clusters,
+    )
+
+
+@router.post("/coreinfer/place", responses={status: ERRORS[status] for status in (400, 401, 404, 413, 415)})
+async def show_place(body: PlaceRequest, service: ServiceOf) -> Place:
+    """Say where a text is on the map, without answering it."""
+    engine = service.model(body.model).engine
+    clusters = engine.manifest.clusters
+    route, distances = engine.router.route(body.text), engine.router.distances(body.text)
+    weights = place_weights(distances)
+    return Place(
+        cluster=route.cluster,
+        label=clusters[route.cluster].label,
+        distance=route.distance,
+        familiar=route.familiar,
+        x=sum(weight * cluster.map_x for weight, cluster in zip(weights, clusters, strict=True)),
+        y=sum(weight * cluster.map_y for weight, cluster in zip(weights, clusters, strict=True)),
+        distances=distances.tolist(),
+        weights=weights.tolist(),
+    )
