@@ -51,7 +51,9 @@ class TorchDecoder:
         self._model = _build_model(bundle, self._device, self._dtype)
         self._layers: list[nn.Module] = list(resolve(self._model, self._family.layers))
         self._dense = self._tensors(bundle.dense) if bundle.dense else None
-        self._cache = DynamicCache()
+        # Without a config every layer of a cache keeps all tokens; sliding windows are left to the mask.
+        self._caches = {0: DynamicCache()}
+        self.sequence = 0
         self._choice: FfnChoice | None = None
         self.use(DENSE if self._dense else FfnChoice(cluster=0))
 
@@ -63,7 +65,7 @@ class TorchDecoder:
     @property
     def num_cached(self) -> int:
         """Tokens in the KV cache."""
-        return int(self._cache.get_seq_length())
+        return int(self._caches[self.sequence].get_seq_length())
 
     def use(self, choice: FfnChoice) -> None:
         """Run with other FFN weights from the next token on.
@@ -90,10 +92,44 @@ class TorchDecoder:
     def truncate(self, num_tokens: int) -> None:
         """Keep only the first `num_tokens` tokens of the KV cache."""
         if num_tokens == 0:
-            # Without a config every layer keeps all tokens; sliding windows are left to the mask.
-            self._cache = DynamicCache()
+            self._caches[self.sequence] = DynamicCache()
         elif num_tokens < self.num_cached:
-            self._cache.crop(num_tokens - self.num_cached)
+            self._caches[self.sequence].crop(num_tokens - self.num_cached)
+
+    def add_sequence(self) -> int:
+        """Begin another sequence; see `Decoder.add_sequence`."""
+        number = max(self._caches) + 1
+        self._caches[number] = DynamicCache()
+        return number
+
+    def drop_sequence(self, sequence: int) -> None:
+        """Give a sequence's memory back; see `Decoder.drop_sequence`."""
+        if sequence == 0 or sequence not in self._caches:
+            raise ConfigError(f"sequence: expected one that was added, other than 0, got {sequence}")
+        del self._caches[sequence]
+        if sequence == self.sequence:
+            self.sequence = 0
+
+    def select(self, sequence: int) -> None:
+        """Choose the sequence to go on with; see `Decoder.select`."""
+        if sequence not in self._caches:
+            raise ConfigError(f"sequence: expected one that was added, got {sequence}")
+        self.sequence = sequence
+
+    def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Append tokens to several sequences, one sequence after another; see `Decoder.forward_rows`."""
+        rows: dict[int, list[int]] = {}
+        for row, sequence in enumerate(sequences):
+            rows.setdefault(sequence, []).append(row)
+        if unknown := sorted(set(rows) - set(self._caches)):
+            raise ConfigError(f"sequences: expected such that were added, got {unknown[0]}")
+        selected = self.sequence
+        logits = np.empty((len(token_ids), self._bundle.manifest.model.vocab_size), dtype=np.float32)
+        for sequence, places in rows.items():
+            self.select(sequence)
+            logits[places] = self.forward([token_ids[row] for row in places], all_logits=True)
+        self.select(selected)
+        return logits
 
     def forward(
         self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False
@@ -102,7 +138,7 @@ class TorchDecoder:
         ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self._device)
         with torch.inference_mode():
             output = self._model(
-                ids, **cache_argument(self._model, self._cache), use_cache=True, logits_to_keep=0 if all_logits else 1
+                ids, **cache_argument(self._model, self._caches[self.sequence]), use_cache=True, logits_to_keep=0 if all_logits else 1
             )
         logits: npt.NDArray[np.float32] = output.logits[0].float().cpu().numpy()
         return logits
