@@ -45,7 +45,7 @@ class DraftLength:
         self._num_decisions = self._num_rounds = 0
         self._pause = _PAUSE_TOKENS
         self._plain_left = self._probes_left = 0
-        self._drafted = self._kept = self._num_plain = 0
+        self._num_drafted = self._num_tried = self._num_accepted = self._num_plain = 0
         self._turned_off = False
 
     def next(self, limit: int) -> int:
@@ -83,25 +83,25 @@ class DraftLength:
     def note_round(self, num_drafted: int, draft_seconds: float, verify_seconds: float) -> None:
         """Take down a round: the drafting of all its tokens, and the verification of one row more."""
         self._num_rounds += 1
-        self._drafted += num_drafted
+        self._num_drafted += num_drafted
+        self._accepted *= _FADING
+        self._tried *= _FADING
         self._draft.add(draft_seconds / num_drafted)
         self._verify[num_drafted + 1].add(verify_seconds)
 
-    def note_acceptance(self, num_accepted: int, *, rejected: bool) -> None:
-        """Take down how far a round's drafts were accepted.
-
-        Args:
-            rejected: whether the one behind those was looked at and rejected.
-        """
-        self._kept += num_accepted
-        self._accepted = self._accepted * _FADING + num_accepted
-        self._tried = self._tried * _FADING + num_accepted + rejected
+    def note_choice(self, *, accepted: bool) -> None:
+        """Take down that a token was chosen where one was drafted."""
+        self._num_tried += 1
+        self._num_accepted += accepted
+        self._tried += 1
+        self._accepted += accepted
 
     def report(self) -> Drafting:
         """Sum up the generation so far."""
         return Drafting(
-            num_drafted=self._drafted,
-            num_accepted=self._kept,
+            num_drafted=self._num_drafted,
+            num_tried=self._num_tried,
+            num_accepted=self._num_accepted,
             num_rounds=self._num_rounds,
             num_plain=self._num_plain,
             turned_off=self._turned_off,

@@ -5,8 +5,8 @@ from typing import Literal
 
 __all__ = ["MODES", "FinishReason", "Generation", "Mode", "Token"]
 
-Mode = Literal["auto", "similarity", "stability", "fused", "dense"]
-MODES: tuple[Mode, ...] = ("auto", "similarity", "stability", "fused", "dense")
+Mode = Literal["auto", "similarity", "stability", "fused", "dense", "lossless"]
+MODES: tuple[Mode, ...] = ("auto", "similarity", "stability", "fused", "dense", "lossless")
 FinishReason = Literal["stop", "length"]
 
 

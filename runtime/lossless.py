@@ -59,17 +59,61 @@ def lossless_rows(
     token_id = yield Row(logits=first)
     num_left = num_tokens - 1
     while True:
-        # A round gives at least one token and at most one more than were drafted.
+        # A round gives one token more than are accepted.
         length = lengths.next(num_left - 1)
         if length < 1:
-            token_id = yield _plain(decoder, token_id, lengths, greedy=greedy)
+            token_id = yield _decode_plainly(decoder, token_id, lengths, greedy=greedy)
             num_left -= 1
             continue
-        start = decoder.num_cached
-        drafts, draft_seconds = _draft(decoder, token_id, length, pack(), propose)
-        rows, verify_seconds = _verify(decoder, start, [token_id, *(draft.token_id for draft in drafts)])
-        lengths.note_round(length, draft_seconds, verify_seconds)
-        num_sent = yield from _offer(rows, drafts, lengths)
-        token_id = num_sent[-1]
-        num_left -= len(num_sent)
-        decoder.truncate(start + len(num_sent))
+        start, begin = decoder.num_cached, time.perf_counter()
+        drafts = _draft(decoder, token_id, length, pack(), propose, greedy=greedy)
+        drafted = time.perf_counter()
+        rows = _verify(decoder, start, [token_id, *(draft.token_id for draft in drafts)])
+        lengths.note_round(length, drafted - begin, time.perf_counter() - drafted)
+        sent = yield from _offer(decoder, start, rows, drafts)
+        token_id = sent[-1]
+        num_left -= len(sent)
+
+
+def _decode_plainly(decoder: Decoder, token_id: int, lengths: DraftLength, *, greedy: bool) -> Row:
+    begin = time.perf_counter()
+    logits = decoder.forward([token_id], greedy=greedy)
+    lengths.note_plain(time.perf_counter() - begin)
+    return Row(logits=logits[-1])
+
+
+def _draft(
+    decoder: Decoder, token_id: int, length: int, pack: FfnChoice, propose: Propose, *, greedy: bool
+) -> list[Draft]:
+    """Let the pack decode ahead; what it puts into the KV cache is scratch."""
+    decoder.use(pack)
+    drafts: list[Draft] = []
+    for _ in range(length):
+        logits = decoder.forward([token_id], greedy=greedy)
+        drafts.append(propose(logits[-1], [draft.token_id for draft in drafts]))
+        token_id = drafts[-1].token_id
+    decoder.use(DENSE)
+    return drafts
+
+
+def _verify(decoder: Decoder, start: int, token_ids: list[int]) -> Logits:
+    """Read tokens again with the dense FFN: (tokens, vocab)."""
+    decoder.truncate(start)
+    return decoder.forward_rows([decoder.sequence] * len(token_ids), token_ids)
+
+
+def _offer(
+    decoder: Decoder, start: int, rows: Logits, drafts: list[Draft]
+) -> Generator[Row, int, list[int]]:
+    """Give one row after another until another token than the draft is sent; returns what was sent."""
+    sent: list[int] = []
+    try:
+        for logits, draft in zip(rows, [*drafts, None], strict=True):
+            sent.append((yield Row(logits=logits, draft=draft)))
+            if draft is None or sent[-1] != draft.token_id:
+                # This one is not in the cache yet.
+                return sent
+        raise AssertionError("the last row has no draft")
+    finally:
+        num_accepted = sum(token == draft.token_id for token, draft in zip(sent, drafts, strict=False))
+        decoder.truncate(start + 1 + num_accepted)
