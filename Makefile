@@ -46,7 +46,7 @@ $(VENV)/.demo: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.demo
-	$(PIP) -e '.[compile,eval,lm-eval,dev]'
+	$(PIP) -e '.[compile,eval,json,lm-eval,dev]'
 	touch $@
 
 clean:

@@ -15,8 +15,10 @@ from coreinfer.bundles import (
     CoreInferError,
 )
 
+from .conversation import Conversation
 from .engine import Engine, load
-from .generation import Generation, Mode, Token
+from .generation import Generation, Mode, PathStep, Token, TopLogprob, collect
+from .options import GenerationOptions
 
 __all__ = [
     "BundleCorrupt",
@@ -24,10 +26,15 @@ __all__ = [
     "BundleNotFound",
     "BundleVersionError",
     "ConfigError",
+    "Conversation",
     "CoreInferError",
     "Engine",
     "Generation",
+    "GenerationOptions",
     "Mode",
+    "PathStep",
     "Token",
+    "TopLogprob",
+    "collect",
     "load",
 ]

@@ -13,6 +13,7 @@ from coreinfer.bundles.errors import ConfigError, join_problems
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -25,6 +26,7 @@ def render_chat(
     messages: Sequence[Mapping[str, str]],
     *,
     special_tokens: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
 ) -> str:
     """Write a conversation as the model was trained to read it.
@@ -33,25 +35,50 @@ def render_chat(
         template: a Hugging Face chat template, in jinja2's language.
         messages: as `check_messages` wants them; other keys reach the template too, if JSON can hold their values.
         special_tokens: the tokens that the template may name, such as `bos_token`, with their text.
+        tools: JSON schemas of functions that the model may call.
         add_generation_prompt: end with what introduces the assistant's answer.
     Returns:
         The prompt's text. It holds its special tokens, so none must be added when it is tokenized.
     Raises:
-        ConfigError: the messages are malformed, or the template is, or it refuses the messages.
+        ConfigError: the messages or the tools are malformed, or the template is, or it refuses them or leaves them out.
     """
     check_messages(messages)
+    if tools:
+        _check_tools(template, tools)
     variables: dict[str, Any] = {
         **special_tokens,
-        "messages": _plain(messages),
+        "messages": _plain("messages", messages),
         "add_generation_prompt": add_generation_prompt,
         # Templates ask `tools is none`, which is false of a name that is not there.
-        "tools": None,
+        "tools": _plain("tools", tools) if tools else None,
         "documents": None,
     }
     try:
-        return _environment().from_string(template).render(variables)
+        text = _environment().from_string(template).render(variables)
     except Exception as error:  # A template is a program: it can raise anything, a division by zero for one.
         raise ConfigError(f"chat template: {_reason(error)}") from error
+    _check_system(messages, text)
+    return text
+
+
+def _check_tools(template: str, tools: object) -> None:
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ConfigError(f"tools: expected a list of JSON schemas, got {_short(tools)}")
+    try:
+        names = find_undeclared_variables(_environment().parse(template))
+    except TemplateError as error:
+        raise ConfigError(f"chat template: {_reason(error)}") from error
+    if "tools" not in names:
+        raise ConfigError("tools: this model's chat template takes none; describe them in a message")
+
+
+def _check_system(messages: Sequence[Mapping[str, str]], text: str) -> None:
+    """Refuse a template that knows no system message and leaves it out without a word."""
+    for index, message in enumerate(messages):
+        if message["role"] == "system" and message["content"].strip() not in text:
+            raise ConfigError(
+                f"messages[{index}]: this model's chat template leaves system messages out; put it into a user message"
+            )
 
 
 def check_messages(messages: object) -> None:
@@ -148,12 +175,12 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _plain(messages: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+def _plain(name: str, items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Copy messages as plain data: the sandbox cannot know what the methods of other objects do."""
     try:
-        return [json.loads(json.dumps(dict(message))) for message in messages]
+        return [json.loads(json.dumps(dict(item))) for item in items]
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"messages: expected values that JSON can hold, got another: {error}") from error
+        raise ConfigError(f"{name}: expected values that JSON can hold, got another: {error}") from error
 
 
 def _reason(error: Exception) -> str:

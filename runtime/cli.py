@@ -12,9 +12,9 @@ import click
 from coreinfer.bundles.command import command_errors, start_logging
 from coreinfer.bundles.errors import ConfigError
 
-from .engine import Engine, Prompt, collect, load
+from .engine import Engine, Prompt, load
 from .engines import EngineName
-from .generation import MODES, Mode, Token
+from .generation import MODES, Fallback, Mode, Token, collect
 
 __all__ = ["main"]
 
@@ -135,12 +135,20 @@ def _answer(prompt: Prompt, stream: Stream, *, as_json: bool) -> str:
     return generation.text
 
 
+_FALLBACKS: dict[Fallback | None, str] = {
+    "unfamiliar": ", unlike calibration text",
+    "unsure": ", about as near to a second cluster",
+}
+
+
 def _figures(tokens: Sequence[Token]) -> str:
     last = tokens[-1]
-    distance = f"{last.distance:.3f}" + ("" if last.familiar else ", unlike calibration text")
+    cached = f" ({last.num_cached_tokens} cached)" if last.num_cached_tokens else ""
+    path = " -> ".join(f"{step.cluster} ({step.label})" for step in last.path)
+    distance = f"{last.distance:.3f}{_FALLBACKS.get(last.fallback, '')}"
     return (
-        f"[cluster {last.cluster} ({last.cluster_label}), distance {distance}, mode {last.mode}; "
-        f"{last.num_prompt_tokens} prompt tokens in {last.prefill_seconds:.2f} s, "
+        f"[cluster {path}, distance {distance}, mode {last.mode}; "
+        f"{last.num_prompt_tokens} prompt tokens{cached} in {last.prefill_seconds:.2f} s, "
         f"{last.num_tokens} tokens at {last.decode_tokens_per_second:.1f} tok/s, {last.finish_reason}]"
     )
 

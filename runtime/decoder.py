@@ -1,12 +1,15 @@
-"""What executes a model: the seam between `Engine` and its decoders (torch now, native C++ later)."""
+"""What executes a model: the seam between `Engine` and its decoders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles.statistics import Selection
+
+if TYPE_CHECKING:
+    from .cached import CachedTokens
 
 __all__ = ["DENSE", "Decoder", "FfnChoice"]
 
@@ -61,6 +64,14 @@ class Decoder(Protocol):
         Raises:
             ConfigError: there is no such sequence.
         """
+
+    @property
+    def block_tokens(self) -> int:
+        """How many tokens of a prompt a call should read: enough to share a read of the weights."""
+
+    @property
+    def cached(self) -> "CachedTokens":
+        """Which tokens are in the selected sequence's KV cache, and what computed them; the decoder keeps it right."""
 
     def use(self, choice: FfnChoice) -> None:
         """Run with other FFN weights from the next token on."""

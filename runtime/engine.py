@@ -1,32 +1,25 @@
 """Load a bundle and generate from it: the runtime's main path."""
 
-import json
 import threading
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
-import numpy as np
-import numpy.typing as npt
-from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, Manifest, open_bundle
-from coreinfer.bundles.layout import LAYOUT
-from tokenizers import Tokenizer
+from coreinfer.bundles import Bundle, ConfigError, Manifest, open_bundle
 
-from .chat import check_messages, render_chat, routing_text
-from .decoder import DENSE, Decoder
+from .asynchronous import in_thread
+from .conversation import Conversation
+from .decoder import Decoder
+from .decoding import decode
 from .engines import EngineName, load_decoder
-from .generation import MODES, FinishReason, Generation, Mode, Token
-from .planning import ModePlan, decode_choice, plan_mode
-from .router import Route, Router
-from .sampling import Sampler, SamplingParams
-from .text import TextStream
+from .generation import MODES, Generation, Mode, Token, collect
+from .json_schema import JsonGrammars
+from .options import DEFAULTS, Cancel, GenerationOptions, check_choice
+from .prompts import PromptFormat
+from .requests import Loaded, Prompt, Request, read_request
+from .router import Router
 
-__all__ = ["Engine", "load"]
-
-Prompt = str | Sequence[Mapping[str, str]]
-T = TypeVar("T")
+__all__ = ["Engine", "Prompt", "load"]
 
 
 def load(
@@ -57,21 +50,11 @@ def load(
         ConfigError: an argument is wrong, or the engine's packages are not installed.
         UnsupportedModelError: engine "native" does not compute this model.
     """
-    _check_choice("mode", mode, MODES)
-    _check_choice("engine", engine, get_args(EngineName))
+    check_choice("mode", mode, MODES)
+    check_choice("engine", engine, get_args(EngineName))
     bundle = open_bundle(bundle_dir, lazy_packs=True)
     decoder = load_decoder(bundle, engine=engine, device=device, threads=threads, dtype=dtype, isa=isa)
     return Engine(bundle, decoder, mode=mode)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Request:
-    """A prompt that was read: its token ids, where it belongs, and how it is decoded."""
-
-    token_ids: list[int]
-    route: Route
-    plan: ModePlan
-    start_seconds: float
 
 
 class Engine:
@@ -79,13 +62,19 @@ class Engine:
 
     def __init__(self, bundle: Bundle, decoder: Decoder, *, mode: Mode = "auto") -> None:
         """Put an engine together; `load` is the way to get one."""
-        self.bundle = bundle
-        self.decoder = decoder
-        self.mode: Mode = mode
-        self.router = Router(bundle)
-        self.tokenizer = _parse(bundle, LAYOUT.tokenizer, Tokenizer.from_str)
-        self.chat_template = _parse(bundle, LAYOUT.chat_template, str) if bundle.has(LAYOUT.chat_template) else None
-        self.eos_token_ids, self.special_tokens = _parse(bundle, LAYOUT.generation, _generation_defaults)
+        prompts = PromptFormat(bundle)
+        vocab_size = bundle.manifest.model.vocab_size
+        self.loaded = Loaded(
+            bundle=bundle,
+            decoder=decoder,
+            router=Router(bundle),
+            prompts=prompts,
+            grammars=JsonGrammars(prompts.tokenizer, vocab_size=vocab_size, eos_token_ids=prompts.eos_token_ids),
+            mode=mode,
+        )
+        self.bundle, self.decoder, self.mode, self.router = bundle, decoder, mode, self.loaded.router
+        self.tokenizer, self.chat_template = prompts.tokenizer, prompts.chat_template
+        self.eos_token_ids, self.special_tokens = prompts.eos_token_ids, prompts.special_tokens
         self._busy = threading.Lock()
 
     @property
@@ -106,27 +95,36 @@ class Engine:
         seed: int | None = None,
         stop: Sequence[str] = (),
         mode: Mode | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        drift_tokens: int = 64,
+        logprobs: int | None = None,
+        json_schema: Mapping[str, Any] | str | None = None,
+        on_token: Callable[[Token], object] | None = None,
+        cancel: Cancel | None = None,
     ) -> Generation:
         """Generate text; the arguments are those of `stream`.
 
         Returns:
             The text, its token ids, and what was measured.
         """
-        tokens = list(
-            self.stream(
-                prompt,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                seed=seed,
-                stop=stop,
-                mode=mode,
-            )
+        options = GenerationOptions(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            mode=mode,
+            tools=tools,
+            drift_tokens=drift_tokens,
+            logprobs=logprobs,
+            json_schema=json_schema,
+            on_token=on_token,
+            cancel=cancel,
         )
-        return collect(tokens)
+        return collect(list(self.start(prompt, options)))
 
     def stream(
         self,
@@ -141,8 +139,16 @@ class Engine:
         seed: int | None = None,
         stop: Sequence[str] = (),
         mode: Mode | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        drift_tokens: int = 64,
+        logprobs: int | None = None,
+        json_schema: Mapping[str, Any] | str | None = None,
+        on_token: Callable[[Token], object] | None = None,
+        cancel: Cancel | None = None,
     ) -> Generator[Token, None, None]:
         """Generate token by token.
+
+        The same prompt, options and seed give the same text, whatever ran before.
 
         Args:
             prompt: text to continue as it is, or chat messages ({"role", "content"}) for the chat template.
@@ -153,45 +159,52 @@ class Engine:
             seed: of sampling; the same seed gives the same text.
             stop: texts that end the generation; they are not part of it.
             mode: how FFN weights are chosen; None for the engine's own.
+            tools: JSON schemas of functions that the model may call, for a chat template that takes them.
+            drift_tokens: route the recent text again after so many decoded tokens; 0 keeps the pack.
+            logprobs: give each token's log-probability, and so many of the likeliest tokens with theirs.
+            json_schema: a JSON schema, or its text, that the answer must follow; needs the package llguidance.
+            on_token: called with each token before it is given out.
+            cancel: a `threading.Event` or the like; ends the generation with the token during which it is set.
         Yields:
             A `Token` for each token; the last has a finish reason.
         Raises:
             ConfigError: an argument is wrong, the prompt is too long, or another generation is running.
         """
-        params = SamplingParams(
+        options = GenerationOptions(
+            max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             seed=seed,
+            stop=stop,
+            mode=mode,
+            tools=tools,
+            drift_tokens=drift_tokens,
+            logprobs=logprobs,
+            json_schema=json_schema,
+            on_token=on_token,
+            cancel=cancel,
         )
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens: expected a whole number of at least 1, got {max_new_tokens!r}")
-        _check_choice("mode", mode or self.mode, MODES)
-        text = TextStream(self.tokenizer, stop)
-        request = self._read(prompt, mode or self.mode)
-        sampler = Sampler(params, request.token_ids)
-        # Arguments are checked when `stream` is called, not when its first token is asked for.
-        return self._decode(request, sampler, text, max_new_tokens)
+        return self.start(prompt, options)
 
-    def _read(self, prompt: Prompt, mode: Mode) -> _Request:
-        """Tokenize and route a prompt, and settle the mode."""
-        start = time.perf_counter()
-        if prompt == "":
-            # Many tokenizers begin a text with a token of its own, so that this would be a prompt of 1 token.
-            raise ConfigError("prompt: expected text or messages, got an empty text")
-        if isinstance(prompt, str):
-            source, token_ids = prompt, self._encode(prompt, add_special_tokens=True)
-        else:
-            check_messages(prompt)
-            source, token_ids = routing_text(prompt), self.prompt_ids(prompt)
-        limit = self.manifest.model.max_positions
-        if not 0 < len(token_ids) < limit:
-            raise ConfigError(f"prompt: expected 1 to {limit - 1} tokens, got {len(token_ids)}")
-        route = self.router.route(source)
-        plan = plan_mode(mode, self.manifest, route, len(token_ids))
-        return _Request(token_ids=token_ids, route=route, plan=plan, start_seconds=start)
+    def start(self, prompt: Prompt, options: GenerationOptions = DEFAULTS) -> Generator[Token, None, None]:
+        """Generate token by token, with the options of `stream` in one object."""
+        # Arguments are checked when a stream is made, not when its first token is asked for.
+        return self._answer(read_request(self.loaded, prompt, options), options)
+
+    def astream(self, prompt: Prompt, options: GenerationOptions = DEFAULTS) -> AsyncGenerator[Token, None]:
+        """Generate token by token for asyncio, in a worker thread; closing the stream ends the generation."""
+        return in_thread(self.start(prompt, options))
+
+    def conversation(self, system: str | None = None) -> Conversation:
+        """Begin a conversation, whose turns keep what the KV cache holds of it.
+
+        Args:
+            system: the system message.
+        """
+        return Conversation(self.loaded, self._answer, system=system)
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation in the model's chat template.
@@ -199,141 +212,18 @@ class Engine:
         Raises:
             ConfigError: the model has no chat template, or it refuses the messages.
         """
-        if self.chat_template is None:
-            raise ConfigError(f"{self.manifest.model.name} has no chat template; give the prompt as text")
-        text = render_chat(self.chat_template, messages, special_tokens=self.special_tokens)
-        return self._encode(text, add_special_tokens=False)
+        return self.loaded.prompts.encode(self.loaded.prompts.render(messages), add_special_tokens=False)
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            # Python keeps bytes of the command line that are not UTF-8 as halves of surrogate pairs.
-            raise ConfigError(f"prompt: expected Unicode text, got half a character at {error.start}") from error
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+    def _answer(self, request: Request, options: GenerationOptions) -> Generator[Token, None, None]:
+        return self._alone(decode(self.loaded, request, options))
 
-    def _decode(
-        self, request: _Request, sampler: Sampler, text: TextStream, max_new_tokens: int
-    ) -> Generator[Token, None, None]:
+    def _alone(self, tokens: Generator[Token, None, None]) -> Generator[Token, None, None]:
+        """Let one generation run at a time."""
         if not self._busy.acquire(blocking=False):
             raise ConfigError(
                 "another generation is running on this engine; finish or close it, or load a second engine"
             )
         try:
-            logits = self._prefill(request, greedy=sampler.greedy)
-            prefill_seconds = time.perf_counter() - request.start_seconds
-            decode_start = time.perf_counter()
-            room = self.manifest.model.max_positions - len(request.token_ids)
-            last = min(max_new_tokens, room)
-            for number in range(1, last + 1):
-                token_id = sampler.sample(logits[-1])
-                piece, reason = self._advance(text, token_id, is_last=number == last)
-                yield self._token(
-                    request,
-                    token_id,
-                    piece,
-                    number=number,
-                    prefill_seconds=prefill_seconds,
-                    decode_seconds=time.perf_counter() - decode_start,
-                    reason=reason,
-                )
-                if reason:
-                    return
-                logits = self.decoder.forward([token_id], greedy=sampler.greedy)
+            yield from tokens
         finally:
             self._busy.release()
-
-    def _prefill(self, request: _Request, *, greedy: bool) -> npt.NDArray[np.float32]:
-        """Read the prompt, with the dense FFN where there is one, and put the decoding weights in place."""
-        if request.plan.mode == "similarity":
-            self.bundle.packs[request.route.cluster].prefetch()
-        self.decoder.truncate(0)
-        self.decoder.use(
-            DENSE if self.bundle.dense else decode_choice(request.plan, request.route, self.bundle, None, 0)
-        )
-        statistic = None
-        if request.plan.needs_statistic:
-            selection = self.manifest.plan.selection
-            logits, statistics = self.decoder.prompt_statistics(request.token_ids, (selection,))
-            statistic = statistics[selection]
-        else:
-            logits = self.decoder.forward(request.token_ids, greedy=greedy)
-        self.decoder.use(decode_choice(request.plan, request.route, self.bundle, statistic, len(request.token_ids)))
-        return logits
-
-    def _advance(self, text: TextStream, token_id: int, *, is_last: bool) -> tuple[str, FinishReason | None]:
-        """Turn a token into text, and say whether the generation ends with it."""
-        if token_id in self.eos_token_ids:
-            return text.flush(), "stop"
-        piece = text.push(token_id)
-        if is_last and not text.stopped:
-            # What was held back may complete a stop string.
-            piece += text.flush()
-            return piece, "stop" if text.stopped else "length"
-        return piece, "stop" if text.stopped else None
-
-    def _token(
-        self,
-        request: _Request,
-        token_id: int,
-        piece: str,
-        *,
-        number: int,
-        prefill_seconds: float,
-        decode_seconds: float,
-        reason: FinishReason | None,
-    ) -> Token:
-        return Token(
-            token_id=token_id,
-            text=piece,
-            cluster=request.route.cluster,
-            cluster_label=self.manifest.clusters[request.route.cluster].label,
-            distance=request.route.distance,
-            familiar=request.route.familiar,
-            mode=request.plan.mode,
-            num_prompt_tokens=len(request.token_ids),
-            num_tokens=number,
-            prefill_seconds=prefill_seconds,
-            decode_seconds=decode_seconds,
-            finish_reason=reason,
-        )
-
-
-def collect(tokens: Sequence[Token]) -> Generation:
-    """Put the tokens of a finished stream together."""
-    last = tokens[-1]
-    assert last.finish_reason is not None
-    return Generation(
-        text="".join(token.text for token in tokens),
-        token_ids=tuple(token.token_id for token in tokens),
-        cluster=last.cluster,
-        cluster_label=last.cluster_label,
-        distance=last.distance,
-        familiar=last.familiar,
-        mode=last.mode,
-        num_prompt_tokens=last.num_prompt_tokens,
-        prefill_seconds=last.prefill_seconds,
-        decode_seconds=last.decode_seconds,
-        decode_tokens_per_second=last.decode_tokens_per_second,
-        finish_reason=last.finish_reason,
-    )
-
-
-def _parse(bundle: Bundle, name: str, parse: Callable[[str], T]) -> T:
-    try:
-        return parse(bundle.read_bytes(name).decode())
-    except Exception as error:
-        # tokenizers raises bare Exceptions.
-        raise BundleCorrupt(f"{bundle.path / name}: cannot be parsed ({error}); compile the bundle again") from error
-
-
-def _generation_defaults(text: str) -> tuple[frozenset[int], dict[str, str]]:
-    """Read the tokens that end a text, and the special tokens that a chat template may name."""
-    data = json.loads(text)
-    eos_token_ids = frozenset(int(token_id) for token_id in data["eos_token_ids"])
-    return eos_token_ids, {str(name): str(token) for name, token in data["special_tokens"].items()}
-
-
-def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name}: expected {', '.join(allowed)}, got {value!r}")

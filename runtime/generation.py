@@ -1,13 +1,83 @@
 """What a generation gives back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["MODES", "FinishReason", "Generation", "Mode", "Token"]
+__all__ = [
+    "MODES",
+    "Drafting",
+    "Fallback",
+    "FinishReason",
+    "Generation",
+    "Mode",
+    "PathStep",
+    "Token",
+    "TopLogprob",
+    "collect",
+]
 
 Mode = Literal["auto", "similarity", "stability", "fused", "dense", "lossless"]
 MODES: tuple[Mode, ...] = ("auto", "similarity", "stability", "fused", "dense", "lossless")
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
+Fallback = Literal["unfamiliar", "unsure"]
+"""Why mode auto took no nearest pack: unlike calibration text, or nearly as near to a second cluster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathStep:
+    """A stretch of a generation that one cluster serves.
+
+    Attributes:
+        first_token: number of its first token; 1 is the first of the generation.
+        cluster, label: the cluster and its most typical words.
+        distance: 1 - cosine of the text that was routed to the cluster's centroid.
+    """
+
+    first_token: int
+    cluster: int
+    label: str
+    distance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopLogprob:
+    """One of the likeliest tokens at a position, with its natural log-probability."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafting:
+    """What drafting gave in lossless decoding.
+
+    Attributes:
+        num_drafted: tokens that the pack drafted.
+        num_tried, num_accepted: of those, what the dense model looked at, and what it accepted; what lies behind a
+            rejected draft is not looked at.
+        num_rounds: verifications.
+        num_plain: tokens that were decoded without drafting.
+        turned_off: whether drafting was paused, at least for a while, because plain dense decoding was faster.
+    """
+
+    num_drafted: int
+    num_tried: int
+    num_accepted: int
+    num_rounds: int
+    num_plain: int
+    turned_off: bool
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafts looked at that were accepted."""
+        return self.num_accepted / self.num_tried if self.num_tried else 0.0
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens drafted in a round."""
+        return self.num_drafted / self.num_rounds if self.num_rounds else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,15 +87,22 @@ class Token:
     Attributes:
         token_id: its id.
         text: text that became final with it; may be empty inside a character or a possible stop string.
-        cluster: cluster of the prompt.
+        cluster: the cluster that serves now: the prompt's nearest one, the largest where a prompt falls back to it, or
+            what the text drifted to.
         cluster_label: the cluster's most typical words.
-        distance: 1 - cosine of the prompt to the cluster's centroid.
+        distance: 1 - cosine of the prompt to its nearest centroid.
         familiar: whether that distance is within the 99th percentile of calibration text.
+        fallback: why mode auto left the nearest pack alone; None where it did not.
+        path: the clusters so far; longer than 1 where the text drifted.
         mode: the mode that was used; never "auto".
-        num_prompt_tokens, num_tokens: tokens read, tokens decoded so far.
+        num_prompt_tokens, num_tokens: tokens of the prompt, tokens decoded so far.
+        num_cached_tokens: those of the prompt that were in the KV cache already.
         prefill_seconds: routing and reading of the prompt.
         decode_seconds: since the prompt was read.
-        finish_reason: on the last token "stop" (end of text or stop string) or "length", before it None.
+        logprob: natural log of the model's probability of the token, before sampling options; None if not asked for.
+        top_logprobs: the likeliest tokens, likeliest first; empty if not asked for.
+        drafting: what it gave so far in mode lossless; else None.
+        finish_reason: on the last token "stop" (end of text or stop string), "length" or "cancelled", before it None.
     """
 
     token_id: int
@@ -34,11 +111,17 @@ class Token:
     cluster_label: str
     distance: float
     familiar: bool
+    fallback: Fallback | None
+    path: tuple[PathStep, ...]
     mode: Mode
     num_prompt_tokens: int
+    num_cached_tokens: int
     num_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    logprob: float | None
+    top_logprobs: tuple[TopLogprob, ...]
+    drafting: Drafting | None
     finish_reason: FinishReason | None
 
     @property
@@ -49,7 +132,12 @@ class Token:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """A finished generation; the fields are those of its last `Token`, for the whole of it."""
+    """A finished generation; the fields are those of its last `Token`, for the whole of it.
+
+    Attributes:
+        logprobs: of each token; empty if not asked for.
+        top_logprobs: at each token; empty if not asked for.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -57,9 +145,41 @@ class Generation:
     cluster_label: str
     distance: float
     familiar: bool
+    fallback: Fallback | None
+    path: tuple[PathStep, ...]
     mode: Mode
     num_prompt_tokens: int
+    num_cached_tokens: int
     prefill_seconds: float
     decode_seconds: float
     decode_tokens_per_second: float
+    logprobs: tuple[float, ...]
+    top_logprobs: tuple[tuple[TopLogprob, ...], ...]
+    drafting: Drafting | None
     finish_reason: FinishReason
+
+
+def collect(tokens: Sequence[Token]) -> Generation:
+    """Put the tokens of a finished stream together."""
+    last = tokens[-1]
+    assert last.finish_reason is not None
+    return Generation(
+        text="".join(token.text for token in tokens),
+        token_ids=tuple(token.token_id for token in tokens),
+        cluster=last.cluster,
+        cluster_label=last.cluster_label,
+        distance=last.distance,
+        familiar=last.familiar,
+        fallback=last.fallback,
+        path=last.path,
+        mode=last.mode,
+        num_prompt_tokens=last.num_prompt_tokens,
+        num_cached_tokens=last.num_cached_tokens,
+        prefill_seconds=last.prefill_seconds,
+        decode_seconds=last.decode_seconds,
+        decode_tokens_per_second=last.decode_tokens_per_second,
+        logprobs=tuple(token.logprob for token in tokens if token.logprob is not None),
+        top_logprobs=tuple(token.top_logprobs for token in tokens if token.logprob is not None),
+        drafting=last.drafting,
+        finish_reason=last.finish_reason,
+    )

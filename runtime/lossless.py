@@ -102,9 +102,7 @@ def _verify(decoder: Decoder, start: int, token_ids: list[int]) -> Logits:
     return decoder.forward_rows([decoder.sequence] * len(token_ids), token_ids)
 
 
-def _offer(
-    decoder: Decoder, start: int, rows: Logits, drafts: list[Draft]
-) -> Generator[Row, int, list[int]]:
+def _offer(decoder: Decoder, start: int, rows: Logits, drafts: list[Draft]) -> Generator[Row, int, list[int]]:
     """Give one row after another until another token than the draft is sent; returns what was sent."""
     sent: list[int] = []
     try:

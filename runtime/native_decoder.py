@@ -11,6 +11,7 @@ from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, CoreInferError
 from coreinfer.bundles.statistics import Selection, document_statistic
 
 from . import _native
+from .cached import CachedTokens
 from .decoder import DENSE, FfnChoice
 from .native_model import ffn_layers, model_spec
 
@@ -23,6 +24,7 @@ class NativeDecoder:
     """Runs a bundle's mapped weights in place; changing the FFN is a pointer swap."""
 
     name = "native"
+    block_tokens = 64
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, isa: str = "auto") -> None:
         """Put the model together; nothing is copied but norms.
@@ -48,6 +50,7 @@ class NativeDecoder:
             self._model = _native.Model(model_spec(bundle), isa, num_threads, model.ffn_dim)
         self._ffns: dict[int | None, Any] = {}
         self._choice: FfnChoice | None = None
+        self._records = {0: CachedTokens()}
         self.sequence = 0
         self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
 
@@ -70,6 +73,11 @@ class NativeDecoder:
     def num_cached(self) -> int:
         """Tokens in the KV cache."""
         return self._model.num_cached(self.sequence)
+
+    @property
+    def cached(self) -> CachedTokens:
+        """Which tokens are in the KV cache of the selected sequence."""
+        return self._records[self.sequence]
 
     def bytes_per_token(self, num_cached: int, *, greedy: bool = False) -> int:
         """Bytes of weights and of `num_cached` tokens' keys and values that the next token reads at least.
@@ -112,15 +120,19 @@ class NativeDecoder:
     def truncate(self, num_tokens: int) -> None:
         """Keep only the first `num_tokens` tokens of the KV cache."""
         self._model.truncate(num_tokens, self.sequence)
+        self.cached.truncate(num_tokens)
 
     def add_sequence(self) -> int:
         """Begin another sequence; memory is reserved for all positions and taken page by page."""
-        return self._model.add_sequence()
+        number = self._model.add_sequence()
+        self._records[number] = CachedTokens()
+        return number
 
     def drop_sequence(self, sequence: int) -> None:
         """Give a sequence's memory back; see `Decoder.drop_sequence`."""
         with _refused():
             self._model.drop_sequence(sequence)
+        del self._records[sequence]
         if sequence == self.sequence:
             self.sequence = 0
 
@@ -150,9 +162,12 @@ class NativeDecoder:
             ConfigError: there is no such sequence, a token id is out of range, or a KV cache is full.
         """
         with _refused():
-            return self._model.forward_rows(
+            logits = self._model.forward_rows(
                 np.asarray(sequences, dtype=np.int32), np.asarray(token_ids, dtype=np.int32)
             )
+        for sequence, token_id in zip(sequences, token_ids, strict=True):
+            self._records[sequence].append([token_id], self._choice)
+        return logits
 
     def prompt_statistics(
         self, token_ids: Sequence[int], selections: Sequence[Selection]
@@ -181,7 +196,9 @@ class NativeDecoder:
     ) -> Floats:
         with _refused():
             ids = np.asarray(token_ids, dtype=np.int32)
-            return self._model.forward(ids, all_logits, greedy, watcher, self.sequence)
+            logits = self._model.forward(ids, all_logits, greedy, watcher, self.sequence)
+        self.cached.append(token_ids, self._choice)
+        return logits
 
 
 _MAX_THREADS = 256

@@ -12,7 +12,10 @@ from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.tensors import TensorFile
 from tokenizers import Tokenizer
 
-__all__ = ["Route", "Router"]
+__all__ = ["UNSURE_MARGIN", "Route", "Router", "lead"]
+
+# Below it the two nearest clusters are all but a coin toss; docs/log.md has the measurement.
+UNSURE_MARGIN = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +25,20 @@ class Route:
     Attributes:
         cluster: nearest cluster.
         distance: 1 - cosine to its centroid.
+        margin: by which share of the second nearest distance the nearest is nearer, see `lead`; 1 where there is one
+            cluster only.
         familiar: whether the distance is within the 99th percentile of calibration text.
     """
 
     cluster: int
     distance: float
+    margin: float
     familiar: bool
+
+    @property
+    def sure(self) -> bool:
+        """Whether the margin says which cluster it is."""
+        return self.margin >= UNSURE_MARGIN
 
 
 class Router:
@@ -59,11 +70,33 @@ class Router:
 
     def route(self, text: str) -> Route:
         """Find the cluster nearest to a text; a text without known tokens has distance 1 to all."""
+        clusters, distances = self._nearest(text, min(2, self._index.ntotal))
+        distance = float(distances[0])
+        return Route(
+            cluster=int(clusters[0]),
+            distance=distance,
+            margin=lead(distance, float(distances[1])) if len(distances) > 1 else 1.0,
+            familiar=distance <= self._distance_p99,
+        )
+
+    def distances(self, text: str) -> npt.NDArray[np.float64]:
+        """Give a text's distance to every cluster: (clusters,) 1 - cosine."""
+        clusters, distances = self._nearest(text, self._index.ntotal)
+        return np.asarray(distances[np.argsort(clusters)], dtype=np.float64)
+
+    def _nearest(self, text: str, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """Find clusters and their distances, (count,) each, nearest first."""
         token_ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        vector = embed_token_ids(self._table, [token_ids])
-        similarities, clusters = self._index.search(vector, 1)
-        distance = float(np.clip(1.0 - similarities[0, 0], 0.0, 2.0))
-        return Route(cluster=int(clusters[0, 0]), distance=distance, familiar=distance <= self._distance_p99)
+        similarities, clusters = self._index.search(embed_token_ids(self._table, [token_ids]), count)
+        return clusters[0], np.clip(1.0 - similarities[0].astype(np.float64), 0.0, 2.0)
+
+
+def lead(near: float, far: float) -> float:
+    """Give by which share of `far` a distance is nearer: 0 for equal ones, up to 1.
+
+    A share, because the distances of one encoder may be a hundredth of another's.
+    """
+    return 1.0 - near / far if far > 0 else 0.0
 
 
 def _read_table(bundle: Bundle) -> npt.NDArray[Any]:

@@ -6,7 +6,7 @@ from coreinfer.bundles.errors import ConfigError, join_problems
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-__all__ = ["TextStream"]
+__all__ = ["TextStream", "check_stop"]
 
 
 class TextStream:
@@ -25,7 +25,7 @@ class TextStream:
         Raises:
             ConfigError: a stop string is empty or no string.
         """
-        _check_stop(stop)
+        check_stop(stop)
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._decoder = DecodeStream(skip_special_tokens=True)
@@ -83,7 +83,12 @@ class TextStream:
         return text[:num_final]
 
 
-def _check_stop(stop: object) -> None:
+def check_stop(stop: object) -> None:
+    """Check the stop strings of a generation.
+
+    Raises:
+        ConfigError: they are no list of strings that are not empty.
+    """
     # A bare string is a sequence of strings too: each of its characters would stop the text.
     if isinstance(stop, (str, bytes)) or not isinstance(stop, Sequence):
         raise ConfigError(f"stop: expected a list of strings, got {type(stop).__name__} {str(stop)[:40]!r}")

@@ -19,6 +19,7 @@ from coreinfer.bundles.tensors import StoredTensor, TensorFile
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from .cached import CachedTokens
 from .decoder import DENSE, FfnChoice
 
 __all__ = ["TorchDecoder"]
@@ -36,6 +37,7 @@ class TorchDecoder:
     """
 
     name = "torch"
+    block_tokens = 256
 
     def __init__(self, bundle: Bundle, *, device: str, dtype: str) -> None:
         """Build the model on the device.
@@ -53,6 +55,7 @@ class TorchDecoder:
         self._dense = self._tensors(bundle.dense) if bundle.dense else None
         # Without a config every layer of a cache keeps all tokens; sliding windows are left to the mask.
         self._caches = {0: DynamicCache()}
+        self._records = {0: CachedTokens()}
         self.sequence = 0
         self._choice: FfnChoice | None = None
         self.use(DENSE if self._dense else FfnChoice(cluster=0))
@@ -66,6 +69,11 @@ class TorchDecoder:
     def num_cached(self) -> int:
         """Tokens in the KV cache."""
         return int(self._caches[self.sequence].get_seq_length())
+
+    @property
+    def cached(self) -> CachedTokens:
+        """Which tokens are in the KV cache of the selected sequence."""
+        return self._records[self.sequence]
 
     def use(self, choice: FfnChoice) -> None:
         """Run with other FFN weights from the next token on.
@@ -91,6 +99,7 @@ class TorchDecoder:
 
     def truncate(self, num_tokens: int) -> None:
         """Keep only the first `num_tokens` tokens of the KV cache."""
+        self.cached.truncate(num_tokens)
         if num_tokens == 0:
             self._caches[self.sequence] = DynamicCache()
         elif num_tokens < self.num_cached:
@@ -99,14 +108,14 @@ class TorchDecoder:
     def add_sequence(self) -> int:
         """Begin another sequence; see `Decoder.add_sequence`."""
         number = max(self._caches) + 1
-        self._caches[number] = DynamicCache()
+        self._caches[number], self._records[number] = DynamicCache(), CachedTokens()
         return number
 
     def drop_sequence(self, sequence: int) -> None:
         """Give a sequence's memory back; see `Decoder.drop_sequence`."""
         if sequence == 0 or sequence not in self._caches:
             raise ConfigError(f"sequence: expected one that was added, other than 0, got {sequence}")
-        del self._caches[sequence]
+        del self._caches[sequence], self._records[sequence]
         if sequence == self.sequence:
             self.sequence = 0
 
@@ -125,10 +134,12 @@ class TorchDecoder:
             raise ConfigError(f"sequences: expected such that were added, got {unknown[0]}")
         selected = self.sequence
         logits = np.empty((len(token_ids), self._bundle.manifest.model.vocab_size), dtype=np.float32)
-        for sequence, places in rows.items():
-            self.select(sequence)
-            logits[places] = self.forward([token_ids[row] for row in places], all_logits=True)
-        self.select(selected)
+        try:
+            for sequence, places in rows.items():
+                self.select(sequence)
+                logits[places] = self.forward([token_ids[row] for row in places], all_logits=True)
+        finally:
+            self.select(selected)
         return logits
 
     def forward(
@@ -138,9 +149,13 @@ class TorchDecoder:
         ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self._device)
         with torch.inference_mode():
             output = self._model(
-                ids, **cache_argument(self._model, self._caches[self.sequence]), use_cache=True, logits_to_keep=0 if all_logits else 1
+                ids,
+                **cache_argument(self._model, self._caches[self.sequence]),
+                use_cache=True,
+                logits_to_keep=0 if all_logits else 1,
             )
         logits: npt.NDArray[np.float32] = output.logits[0].float().cpu().numpy()
+        self.cached.append(token_ids, self._choice)
         return logits
 
     def prompt_statistics(

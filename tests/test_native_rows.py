@@ -76,9 +76,7 @@ def test_rows_are_to_the_bit_what_single_tokens_give(
 
 @pytest.mark.parametrize("isa", _native.available_isas())
 @pytest.mark.parametrize("kind", ["int4", "int8", "bf16"])
-def test_rows_are_exact_in_every_format_by_all_kernels(
-    kind: str, isa: str, tiny_bundle: Callable[..., Path]
-) -> None:
+def test_rows_are_exact_in_every_format_by_all_kernels(kind: str, isa: str, tiny_bundle: Callable[..., Path]) -> None:
     decoder = NativeDecoder(open_bundle(tiny_bundle("gemma3", quantize=kind)), threads=3, isa=isa)
     for choice in (DENSE, FfnChoice(cluster=1)):
         decoder.use(choice)
@@ -87,7 +85,9 @@ def test_rows_are_exact_in_every_format_by_all_kernels(
 
 @pytest.mark.parametrize("head", ["int8", "bf16", "int4"])
 def test_rows_are_exact_with_any_head(head: str, tiny_bundle: Callable[..., Path]) -> None:
-    check_mixed(NativeDecoder(open_bundle(tiny_bundle("opt-post-norm", quantize="int4", head_quantize=head)), threads=2))
+    check_mixed(
+        NativeDecoder(open_bundle(tiny_bundle("opt-post-norm", quantize="int4", head_quantize=head)), threads=2)
+    )
 
 
 def test_a_screened_head_chooses_the_token_of_exact_rows(tiny_bundle: Callable[..., Path]) -> None:
@@ -119,9 +119,7 @@ def test_prompts_are_attended_to_in_another_order(tiny_bundle: Callable[..., Pat
 def test_sequences_do_not_know_of_each_other(engine: str, tiny_bundle: Callable[..., Path]) -> None:
     bundle = open_bundle(tiny_bundle("gemma3"))
     decoder: Any = (
-        NativeDecoder(bundle, threads=2)
-        if engine == "native"
-        else TorchDecoder(bundle, device="cpu", dtype="float32")
+        NativeDecoder(bundle, threads=2) if engine == "native" else TorchDecoder(bundle, device="cpu", dtype="float32")
     )
     expected = one_by_one(decoder, 20, 4)
     other = decoder.add_sequence()
@@ -145,9 +143,7 @@ def test_sequences_do_not_know_of_each_other(engine: str, tiny_bundle: Callable[
 def test_wrong_sequences_are_refused(engine: str, tiny_bundle: Callable[..., Path]) -> None:
     bundle = open_bundle(tiny_bundle("llama"))
     decoder: Any = (
-        NativeDecoder(bundle, threads=1)
-        if engine == "native"
-        else TorchDecoder(bundle, device="cpu", dtype="float32")
+        NativeDecoder(bundle, threads=1) if engine == "native" else TorchDecoder(bundle, device="cpu", dtype="float32")
     )
     number = decoder.add_sequence()
     decoder.drop_sequence(number)

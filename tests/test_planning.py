@@ -21,7 +21,7 @@ from coreinfer.runtime.router import Route
 from .bundle_factory import make_manifest
 from .model_factory import build_model, corpus_texts
 
-NEAR = Route(cluster=1, distance=0.01, familiar=True)
+NEAR = Route(cluster=1, distance=0.01, margin=0.2, familiar=True)
 FAR = replace(NEAR, distance=1.5, familiar=False)
 SELECTIONS = ["output-aware", "coreinfer", "griffin"]
 ALPHA = 0.25

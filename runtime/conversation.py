@@ -1,0 +1,88 @@
+"""A conversation: turn after turn on one KV cache."""
+
+from collections.abc import Callable, Generator
+
+from coreinfer.bundles import ConfigError
+
+from .generation import Generation, Token, collect
+from .options import DEFAULTS, GenerationOptions
+from .requests import Loaded, Request, read_request
+
+__all__ = ["Conversation"]
+
+Answer = Callable[[Request, GenerationOptions], Generator[Token, None, None]]
+
+
+class Conversation:
+    """Messages, and the tokens that they were read and written as.
+
+    Each turn routes anew and swaps the pack. The KV cache keeps the tokens of earlier turns as they were computed:
+    prompts dense, answers by the pack that wrote them. What another generation on the engine overwrote in between is
+    read again.
+
+    Attributes:
+        messages: so far, {"role", "content"} each.
+    """
+
+    def __init__(self, loaded: Loaded, answer: Answer, *, system: str | None = None) -> None:
+        """Begin a conversation; `Engine.conversation` is the way to get one."""
+        self._loaded = loaded
+        self._answer = answer
+        self._system = system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all turns; the system message stays."""
+        self.messages: list[dict[str, str]] = (
+            [{"role": "system", "content": self._system}] if self._system is not None else []
+        )
+        self._known_ids: tuple[int, ...] = ()
+
+    def send(self, text: str, options: GenerationOptions = DEFAULTS, *, role: str = "user") -> Generation:
+        """Say something and take the whole answer; the arguments are those of `stream`."""
+        return collect(list(self.stream(text, options, role=role)))
+
+    def stream(
+        self, text: str, options: GenerationOptions = DEFAULTS, *, role: str = "user"
+    ) -> Generator[Token, None, None]:
+        """Say something and take the answer token by token.
+
+        What was said and answered becomes part of `messages` when the stream ends; when it is closed early, with the
+        text so far. A stream that fails or never began leaves the conversation as it was.
+
+        Args:
+            text: what is said.
+            options: of this answer.
+            role: of the message; "tool" for what a tool gave, where the chat template has such a role.
+        Yields:
+            A `Token` for each token; the last has a finish reason.
+        Raises:
+            ConfigError: the chat template refuses the messages, the conversation has become too long, or another
+                generation is running.
+        """
+        messages = [*self.messages, {"role": role, "content": text}]
+        request = read_request(self._loaded, messages, options, known_ids=self._known_ids)
+        return self._take(messages, request, self._answer(request, options))
+
+    def _take(
+        self, messages: list[dict[str, str]], request: Request, stream: Generator[Token, None, None]
+    ) -> Generator[Token, None, None]:
+        if self.messages != messages[:-1]:
+            raise ConfigError("conversation: it went on since this turn was made; make the turn again")
+        tokens: list[Token] = []
+        try:
+            for token in stream:
+                tokens.append(token)
+                yield token
+        except GeneratorExit:
+            self._note(messages, request, tokens)
+            raise
+        else:
+            self._note(messages, request, tokens)
+        finally:
+            stream.close()
+
+    def _note(self, messages: list[dict[str, str]], request: Request, tokens: list[Token]) -> None:
+        answer = "".join(token.text for token in tokens)
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        self._known_ids = (*request.token_ids, *(token.token_id for token in tokens))

@@ -1,0 +1,54 @@
+"""Whether a text has moved on to another cluster while it was decoded."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from .router import lead
+
+__all__ = ["MARGIN", "DriftWatch"]
+
+# By which share another cluster must be nearer than the one in use; docs/log.md has the measurement.
+MARGIN = 0.05
+
+
+class DriftWatch:
+    """Follows the clusters that stretches of one generation belong to.
+
+    A pack is swapped when two stretches in a row, which share no token, are nearest to the same other cluster, each by
+    a margin. One stretch may quote or digress; a lasting change shows in both.
+    """
+
+    def __init__(self, cluster: int, *, stretch_tokens: int) -> None:
+        """Begin a generation.
+
+        Args:
+            cluster: that it begins with.
+            stretch_tokens: length of a stretch; 0 never looks.
+        """
+        self.cluster = cluster
+        self._stretch_tokens = stretch_tokens
+        self._candidate: int | None = None
+
+    def stretch(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """Give the tokens to route now, given all that were decoded; none except at the end of a stretch."""
+        if self._stretch_tokens == 0 or len(token_ids) % self._stretch_tokens:
+            return ()
+        return token_ids[-self._stretch_tokens :]
+
+    def swaps(self, distances: npt.NDArray[np.float64]) -> bool:
+        """Judge a stretch.
+
+        Args:
+            distances: (clusters,) of its text to all clusters.
+        Returns:
+            Whether `cluster` has become another one.
+        """
+        nearest = int(distances.argmin())
+        leaves = nearest != self.cluster and lead(distances[nearest], distances[self.cluster]) >= MARGIN
+        if leaves and nearest == self._candidate:
+            self.cluster, self._candidate = nearest, None
+            return True
+        self._candidate = nearest if leaves else None
+        return False

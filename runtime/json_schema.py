@@ -1,0 +1,108 @@
+"""Answers that follow a JSON schema: llguidance says, token by token, how the text may go on."""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles import ConfigError, CoreInferError
+from tokenizers import Tokenizer
+
+__all__ = ["JsonGrammar", "JsonGrammars"]
+
+Logits = npt.NDArray[np.float32]
+
+
+class JsonGrammars:
+    """Makes grammars for one tokenizer; what llguidance knows of it is made once, when it is first needed."""
+
+    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+        """Note the tokenizer; llguidance is imported when a schema comes.
+
+        Args:
+            vocab_size: number of logits, which may be more than the tokenizer has tokens.
+            eos_token_ids: tokens that end a text.
+        """
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._known: Any = None
+
+    def grammar(self, schema: Mapping[str, Any] | str) -> "JsonGrammar":
+        """Begin a text that follows a schema.
+
+        Raises:
+            ConfigError: llguidance is not installed, or it does not understand the schema.
+        """
+        try:
+            from llguidance import LLMatcher, LLTokenizer
+        except ModuleNotFoundError as error:
+            raise ConfigError("json_schema needs the package llguidance; pip install 'coreinfer[json]'") from error
+        text = _schema_text(schema)
+        if self._known is None:
+            self._known = LLTokenizer(
+                self._tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=list(self._eos_token_ids)
+            )
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
+        except ValueError as error:
+            raise ConfigError(f"json_schema: {_one_line(error)}") from error
+        matcher = LLMatcher(self._known, grammar, log_level=0)
+        if matcher.is_error():
+            raise ConfigError(f"json_schema: {_one_line(matcher.get_error())}")
+        return JsonGrammar(matcher, self._vocab_size)
+
+
+class JsonGrammar:
+    """Follows one text."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        """Begin a text.
+
+        Args:
+            matcher: an llguidance LLMatcher.
+        """
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def masked(self, logits: Logits) -> Logits:
+        """Give logits in which tokens that the text cannot go on with are minus infinity.
+
+        Tokens that end a text are allowed where the text is whole.
+
+        Args:
+            logits: (vocab,) float32; left as they are.
+        Raises:
+            CoreInferError: the grammar became too complex for llguidance's limits.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        allowed = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(np.bool_)
+        return np.where(allowed, logits, np.float32(-np.inf))
+
+    def advance(self, token_id: int) -> None:
+        """Take the token that was chosen."""
+        self._matcher.consume_token(token_id)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise CoreInferError(f"json_schema: {_one_line(self._matcher.get_error())}")
+
+
+def _schema_text(schema: object) -> str:
+    if not isinstance(schema, (str, Mapping)):
+        raise ConfigError(f"json_schema: expected a schema or its text, got {type(schema).__name__}")
+    try:
+        data = json.loads(schema) if isinstance(schema, str) else dict(schema)
+        text = json.dumps(data)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"json_schema: expected JSON, got other text: {error}") from error
+    if not isinstance(data, (dict, bool)):
+        raise ConfigError(f"json_schema: expected an object, got {text[:40]}")
+    return text
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,100 @@
+"""The options of one generation."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from coreinfer.bundles.errors import ConfigError, join_problems
+
+from .generation import MODES, Mode, Token
+from .sampling import SamplingParams
+from .text import check_stop
+
+__all__ = ["DEFAULTS", "Cancel", "GenerationOptions", "check_choice"]
+
+
+class Cancel(Protocol):
+    """What can ask a generation to end, such as a `threading.Event`."""
+
+    def is_set(self) -> bool:
+        """Whether the generation shall end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How a prompt is answered; `Engine.stream` and `Engine.generate` take the same as keywords.
+
+    Attributes:
+        max_new_tokens: decode at most so many tokens.
+        temperature, top_k, top_p, min_p, repetition_penalty, seed: of sampling; see `SamplingParams`.
+        stop: texts that end the generation; they are not part of it.
+        mode: how FFN weights are chosen; None for the engine's own.
+        tools: JSON schemas of functions that the model may call, for a chat template that takes them.
+        drift_tokens: route the recent text again after so many decoded tokens; 0 keeps the pack.
+        logprobs: give each token's log-probability, and so many of the likeliest tokens with theirs; None for neither.
+        json_schema: a JSON schema, or its text, that the answer must follow; needs the package llguidance.
+        on_token: called with each token before it is given out.
+        cancel: ends the generation with the token during which it is set.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    mode: Mode | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    drift_tokens: int = 64
+    logprobs: int | None = None
+    json_schema: Mapping[str, Any] | str | None = None
+    on_token: Callable[[Token], object] | None = None
+    cancel: Cancel | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value but the schema and the tools, which their own libraries read.
+
+        Raises:
+            ConfigError: naming what is wrong.
+        """
+        _ = self.sampling
+        check_stop(self.stop)
+        if self.mode is not None:
+            check_choice("mode", self.mode, MODES)
+        whole = [("max_new_tokens", self.max_new_tokens, 1), ("drift_tokens", self.drift_tokens, 0)]
+        whole += [("logprobs", self.logprobs, 0)] if self.logprobs is not None else []
+        if problems := [text for name, value, least in whole for text in _whole(name, value, least)]:
+            raise ConfigError(join_problems(problems))
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The options of sampling."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+        )
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Refuse a value that is not among those allowed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if value not in allowed:
+        raise ConfigError(f"{name}: expected {', '.join(allowed)}, got {value!r}")
+
+
+def _whole(name: str, value: object, least: int) -> list[str]:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        return []
+    return [f"{name}: expected a whole number of at least {least}, got {value!r}"]
+
+
+DEFAULTS = GenerationOptions()

@@ -1,0 +1,91 @@
+"""From a prompt and its options to a request: what to read, where it belongs, how to decode it."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from coreinfer.bundles import Bundle, ConfigError
+
+from .chat import check_messages, routing_text
+from .decoder import Decoder
+from .generation import Mode
+from .json_schema import JsonGrammars
+from .options import GenerationOptions
+from .planning import ModePlan, plan_mode
+from .prompts import PromptFormat
+from .router import Route, Router
+
+__all__ = ["Loaded", "Prompt", "Request", "read_request"]
+
+Prompt = str | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What generating needs of a loaded bundle."""
+
+    bundle: Bundle
+    decoder: Decoder
+    router: Router
+    prompts: PromptFormat
+    grammars: JsonGrammars
+    mode: Mode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt, ready to be read.
+
+    Attributes:
+        token_ids: of the whole prompt.
+        route: where it belongs.
+        plan: the mode that serves it.
+        distance: of the prompt to the cluster that serves it.
+        keeps_decoded: whether all that it shares with the KV cache counts as read, decoded tokens too; otherwise only
+            what reading it would compute once more, bit for bit.
+        start_seconds: when it came in, by `time.perf_counter`.
+    """
+
+    token_ids: tuple[int, ...]
+    route: Route
+    plan: ModePlan
+    distance: float
+    keeps_decoded: bool
+    start_seconds: float
+
+
+def read_request(
+    loaded: Loaded, prompt: Prompt, options: GenerationOptions, *, known_ids: Sequence[int] = ()
+) -> Request:
+    """Tokenize and route a prompt, and settle the mode.
+
+    Args:
+        known_ids: of a conversation's prompt and answer before this turn; whatever of them is in the KV cache is kept.
+    Raises:
+        ConfigError: the prompt is empty, malformed or too long, or its mode cannot be had.
+    """
+    start = time.perf_counter()
+    if prompt == "":
+        # Many tokenizers begin a text with a token of its own, so that this would be a prompt of 1 token.
+        raise ConfigError("prompt: expected text or messages, got an empty text")
+    if isinstance(prompt, str):
+        if options.tools:
+            raise ConfigError("tools: they go with messages, not with a prompt that is plain text")
+        source, token_ids = prompt, loaded.prompts.encode(prompt, add_special_tokens=True)
+    else:
+        check_messages(prompt)
+        source = routing_text(prompt)
+        token_ids = loaded.prompts.encode_after(known_ids, loaded.prompts.render(prompt, tools=options.tools))
+    limit = loaded.bundle.manifest.model.max_positions
+    if not 0 < len(token_ids) < limit:
+        raise ConfigError(f"prompt: expected 1 to {limit - 1} tokens, got {len(token_ids)}")
+    route = loaded.router.route(source)
+    plan = plan_mode(options.mode or loaded.mode, loaded.bundle.manifest, route, len(token_ids))
+    return Request(
+        token_ids=tuple(token_ids),
+        route=route,
+        plan=plan,
+        distance=route.distance if plan.cluster is None else float(loaded.router.distances(source)[plan.cluster]),
+        keeps_decoded=bool(known_ids),
+        start_seconds=start,
+    )
