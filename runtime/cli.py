@@ -14,7 +14,7 @@ from coreinfer.bundles.errors import ConfigError
 
 from .engine import Engine, Prompt, load
 from .engines import EngineName
-from .generation import MODES, Fallback, Mode, Token, collect
+from .generation import MODES, Drafting, Fallback, Mode, Token, collect
 
 __all__ = ["main"]
 
@@ -147,10 +147,17 @@ def _figures(tokens: Sequence[Token]) -> str:
     path = " -> ".join(f"{step.cluster} ({step.label})" for step in last.path)
     distance = f"{last.distance:.3f}{_FALLBACKS.get(last.fallback, '')}"
     return (
-        f"[cluster {path}, distance {distance}, mode {last.mode}; "
+        f"[cluster {path}, distance {distance}, mode {last.mode}{_drafted(last.drafting)}; "
         f"{last.num_prompt_tokens} prompt tokens{cached} in {last.prefill_seconds:.2f} s, "
         f"{last.num_tokens} tokens at {last.decode_tokens_per_second:.1f} tok/s, {last.finish_reason}]"
     )
+
+
+def _drafted(drafting: Drafting | None) -> str:
+    if drafting is None:
+        return ""
+    off = ", off where it did not pay" if drafting.turned_off else ""
+    return f" ({drafting.acceptance:.0%} of drafts accepted, {drafting.mean_length:.1f} a round{off})"
 
 
 def _chat(engine: Engine, stream: Stream, system: str | None, first: str | None, *, as_json: bool) -> None:

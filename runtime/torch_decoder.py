@@ -58,6 +58,7 @@ class TorchDecoder:
         self._records = {0: CachedTokens()}
         self.sequence = 0
         self._choice: FfnChoice | None = None
+        self._last_pack: dict[int, LayerTensors] = {}
         self.use(DENSE if self._dense else FfnChoice(cluster=0))
 
     @property
@@ -90,7 +91,10 @@ class TorchDecoder:
 
     def _chosen(self, choice: FfnChoice) -> LayerTensors:
         if choice.cluster is not None:
-            return self._tensors(self._bundle.pack(choice.cluster))
+            # Lossless decoding goes to and fro between one pack and the dense FFN.
+            if choice.cluster not in self._last_pack:
+                self._last_pack = {choice.cluster: self._tensors(self._bundle.pack(choice.cluster))}
+            return self._last_pack[choice.cluster]
         if self._dense is None:
             raise ConfigError(f"bundle {self._bundle.path} has no dense FFN; compile it with --dense or use a cluster")
         if choice.neuron_ids is None:
