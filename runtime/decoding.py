@@ -84,14 +84,14 @@ def prepare(loaded: Loaded, request: Request, options: GenerationOptions) -> Run
         chooser=TokenChooser(options, request.token_ids, tokenizer, grammar),
         text=TextStream(tokenizer, options.stop),
         drift=DriftWatch(cluster, stretch_tokens=options.drift_tokens if request.plan.uses_pack else 0),
-        lengths=_draft_length(options) if request.plan.mode == "lossless" else None,
+        lengths=_draft_length(loaded, options) if request.plan.mode == "lossless" else None,
         path=(_step(loaded, cluster, first_token=1, distance=request.distance),),
     )
 
 
-def _draft_length(options: GenerationOptions) -> DraftLength:
-    # With a seed the text must not depend on the clock. Greedy text does not anyhow.
-    return DraftLength(timed=options.seed is None or options.temperature == 0)
+def _draft_length(loaded: Loaded, options: GenerationOptions) -> DraftLength:
+    # With a seed the text must not depend on the clock, nor on what ran before. Greedy text does not anyhow.
+    return DraftLength(loaded.draft_costs if options.seed is None or options.temperature == 0 else None)
 
 
 def tokens(run: Run) -> Generator[Token, None, None]:

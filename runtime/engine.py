@@ -13,6 +13,7 @@ from .batching import decode_together
 from .conversation import Conversation
 from .decoder import Decoder
 from .decoding import decode
+from .drafting import DraftCosts
 from .engines import EngineName, load_decoder
 from .generation import MODES, Generation, Mode, Token, collect
 from .json_schema import JsonGrammars
@@ -72,6 +73,7 @@ class Engine:
             router=Router(bundle),
             prompts=prompts,
             grammars=JsonGrammars(prompts.tokenizer, vocab_size=vocab_size, eos_token_ids=prompts.eos_token_ids),
+            draft_costs=DraftCosts(),
             mode=mode,
         )
         self.bundle, self.decoder, self.mode, self.router = bundle, decoder, mode, self.loaded.router

@@ -9,6 +9,7 @@ from coreinfer.bundles import Bundle, ConfigError
 
 from .chat import check_messages, routing_text
 from .decoder import Decoder
+from .drafting import DraftCosts
 from .generation import Mode
 from .json_schema import JsonGrammars
 from .options import GenerationOptions
@@ -31,6 +32,7 @@ class Loaded:
     router: Router
     prompts: PromptFormat
     grammars: JsonGrammars
+    draft_costs: DraftCosts
     mode: Mode
 
 

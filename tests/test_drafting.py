@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from coreinfer.runtime.drafting import MAX_LENGTH, DraftLength, expected_tokens
+from coreinfer.runtime.drafting import MAX_LENGTH, DraftCosts, DraftLength, expected_tokens
 
 
 def decode(
@@ -43,7 +43,7 @@ def best_length(acceptance: float, draft_seconds: float, row_seconds: float) -> 
 
 @pytest.mark.parametrize(("acceptance", "draft_seconds"), [(0.9, 0.1), (0.8, 0.3), (0.97, 0.2), (1.0, 0.05)])
 def test_lengths_settle_at_the_best(acceptance: float, draft_seconds: float) -> None:
-    lengths = DraftLength(timed=True)
+    lengths = DraftLength(DraftCosts())
     chosen = decode(lengths, num_tokens=3000, acceptance=acceptance, draft_seconds=draft_seconds)
     best = best_length(acceptance, draft_seconds, 0.05)
     typical = sorted(chosen[20:-1])[len(chosen[20:-1]) // 2]
@@ -58,7 +58,7 @@ def test_lengths_settle_at_the_best(acceptance: float, draft_seconds: float) -> 
 
 @pytest.mark.parametrize(("acceptance", "draft_seconds"), [(0.1, 0.5), (0.7, 0.95), (0.0, 0.1)])
 def test_drafting_turns_itself_off_where_it_does_not_pay(acceptance: float, draft_seconds: float) -> None:
-    lengths = DraftLength(timed=True)
+    lengths = DraftLength(DraftCosts())
     chosen = decode(lengths, num_tokens=3000, acceptance=acceptance, draft_seconds=draft_seconds)
     assert lengths.report().turned_off
     assert chosen.count(0) > 0.9 * 3000
@@ -68,18 +68,28 @@ def test_drafting_turns_itself_off_where_it_does_not_pay(acceptance: float, draf
 
 
 def test_drafting_comes_back_when_it_pays_again() -> None:
-    lengths = DraftLength(timed=True)
+    lengths = DraftLength(DraftCosts())
     decode(lengths, num_tokens=400, acceptance=0.0, draft_seconds=0.2)
     chosen = decode(lengths, num_tokens=2000, acceptance=0.98, draft_seconds=0.2)
     assert chosen[-50:].count(0) == 0
 
 
+def test_what_was_learnt_serves_the_next_generation() -> None:
+    costs = DraftCosts()
+    assert decode(DraftLength(costs), num_tokens=300, acceptance=0.1, draft_seconds=0.8)[:4] == [0, 0, 3, 7]
+    second = DraftLength(costs)
+    chosen = decode(second, num_tokens=60, acceptance=0.1, draft_seconds=0.8)
+    assert chosen.count(0) >= 57
+    assert second.report().turned_off
+    assert second.report().num_plain == chosen.count(0)
+
+
 def test_without_a_clock_the_lengths_follow_from_the_tokens() -> None:
-    quick = decode(DraftLength(timed=False), num_tokens=500, acceptance=0.9, draft_seconds=0.1)
-    slow = decode(DraftLength(timed=False), num_tokens=500, acceptance=0.9, draft_seconds=9.0, plain_seconds=3.0)
+    quick = decode(DraftLength(), num_tokens=500, acceptance=0.9, draft_seconds=0.1)
+    slow = decode(DraftLength(), num_tokens=500, acceptance=0.9, draft_seconds=9.0, plain_seconds=3.0)
     assert quick == slow
     assert max(quick) > 1
-    assert decode(DraftLength(timed=False), num_tokens=500, acceptance=0.0).count(0) > 400
+    assert decode(DraftLength(), num_tokens=500, acceptance=0.0).count(0) > 400
 
 
 def test_expected_tokens() -> None:

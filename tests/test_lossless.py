@@ -216,7 +216,7 @@ def sampled_text(decoder: NativeDecoder, seed: int) -> tuple[int, ...]:
         first,
         pack=lambda: FfnChoice(cluster=1),
         propose=sampler.propose,
-        lengths=_FixedLength(timed=False),
+        lengths=_FixedLength(),
         num_tokens=NUM_TOKENS,
         greedy=False,
     )

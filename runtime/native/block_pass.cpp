@@ -16,9 +16,13 @@ void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neuron
     own.gate.resize(size_t(kBlockTokens) * kUnit);
     own.up.resize(size_t(kBlockTokens) * kUnit);
     own.angles.resize(weights.rotary.size() * weights.head_dim);
-    own.heads.resize(size_t(num_threads) * weights.group_size() * value_stride);
-    own.maxima.resize(size_t(num_threads) * weights.group_size());
-    own.sums.resize(size_t(num_threads) * weights.group_size());
+    const size_t group = weights.group_size();
+    own.heads.resize(num_threads * group * value_stride);
+    own.maxima.resize(num_threads * group);
+    own.sums.resize(num_threads * group);
+    for (int part = 0; part < num_threads; ++part)
+      own.parts.push_back({own.heads.get() + part * group * value_stride, own.maxima.get() + part * group,
+                           own.sums.get() + part * group});
     own.inputs.resize(1, widest);
   }
   scratch.residual.resize(size_t(kBlockTokens) * hidden);
@@ -149,14 +153,10 @@ class BlockPass {
   // As decode_token shares the positions out over its threads, so that floats are added up in the same order.
   void attend_in_parts(int layer, const AttentionWeights& attention, int t, int head, float* out) {
     for (int part = 0; part < num_threads_; ++part) {
-      const Range positions = positions_of_part(attention, rows_[t].position, part, num_threads_);
+      const Range positions = attention_share(attention, rows_[t].position, part, num_threads_);
       attend_part(layer, t, head, part, positions.begin, positions.end);
     }
-    const int group = weights_.group_size(), stride = rows_[t].cache->value_stride();
-    for (int query = 0; query < group; ++query, out += weights_.head_dim)
-      combine_parts({num_threads_, own_.heads.get() + query * stride, size_t(group) * stride,
-                     own_.maxima.get() + query, own_.sums.get() + query, size_t(group)},
-                    weights_.head_dim, out);
+    combine(own_.parts.data(), num_threads_, weights_.group_size(), weights_.head_dim, out);
   }
 
   void ffn(const Layer& weights, const FfnWeights& ffn) {

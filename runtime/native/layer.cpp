@@ -109,25 +109,27 @@ const float* angles_of(const ModelWeights& weights, const AttentionWeights& atte
   return attention.rope < 0 ? nullptr : angles + attention.rope * weights.head_dim;
 }
 
-Range positions_of_part(const AttentionWeights& attention, int position, int part, int num_parts) {
+Range attention_share(const AttentionWeights& attention, int position, int thread, int num_threads) {
   const int first = first_position(attention, position), first_block = first / kBlockRows;
-  const Range blocks = share(position / kBlockRows + 1 - first_block, part, num_parts);
+  const Range blocks = share(position / kBlockRows + 1 - first_block, thread, num_threads);
   return {std::max(first, (first_block + blocks.begin) * kBlockRows),
           std::min(position + 1, (first_block + blocks.end) * kBlockRows)};
 }
 
-void combine_parts(const SoftmaxParts& parts, int head_dim, float* out) {
-  auto maximum_of = [&](int part) { return parts.maxima[part * parts.scalar_stride]; };
-  auto sum_of = [&](int part) { return parts.sums[part * parts.scalar_stride]; };
-  float maximum = -INFINITY, total = 0.0f;
-  for (int part = 0; part < parts.num_parts; ++part) maximum = std::max(maximum, maximum_of(part));
-  for (int part = 0; part < parts.num_parts; ++part)
-    if (sum_of(part) > 0.0f) total += sum_of(part) * std::exp(maximum_of(part) - maximum);
-  for (int part = 0; part < parts.num_parts; ++part) {
-    if (sum_of(part) == 0.0f) continue;
-    const float weight = std::exp(maximum_of(part) - maximum) / total;
-    const float* values = parts.values + part * parts.value_stride;
-    for (int i = 0; i < head_dim; ++i) out[i] += weight * values[i];
+void combine(const AttentionPart* parts, int num_parts, int num_heads, int head_dim, float* out) {
+  const int stride = round_up(head_dim, 16);
+  std::fill(out, out + num_heads * head_dim, 0.0f);
+  for (int head = 0; head < num_heads; ++head, out += head_dim) {
+    float maximum = -INFINITY, total = 0.0f;
+    for (int p = 0; p < num_parts; ++p) maximum = std::max(maximum, parts[p].maxima[head]);
+    for (int p = 0; p < num_parts; ++p)
+      if (parts[p].sums[head] > 0.0f) total += parts[p].sums[head] * std::exp(parts[p].maxima[head] - maximum);
+    for (int p = 0; p < num_parts; ++p) {
+      if (parts[p].sums[head] == 0.0f) continue;
+      const float weight = std::exp(parts[p].maxima[head] - maximum) / total;
+      const float* values = parts[p].values + size_t(head) * stride;
+      for (int i = 0; i < head_dim; ++i) out[i] += weight * values[i];
+    }
   }
 }
 

@@ -130,6 +130,13 @@ struct ActivationBuffer {
 // Called with the FFN activations (tokens, ffn_dim) of each layer, row stride in floats, outside of all phases.
 using Watcher = std::function<void(int layer, const float* activations, int num_tokens, int stride)>;
 
+// What `attend` wrote for all heads of some of the positions.
+struct AttentionPart {
+  const float* values;  // (num_heads, head_dim rounded up to 16)
+  const float* maxima;  // (num_heads)
+  const float* sums;    // (num_heads); 0 where there were no positions
+};
+
 // Memory of the passes, allocated once.
 struct TokenScratch {
   struct PerThread {
@@ -143,7 +150,9 @@ struct TokenScratch {
 
 struct BlockScratch {
   struct PerThread {
-    Buffer<float> gate, up, angles, heads, maxima, sums;  // heads, maxima and sums: for each part of the positions
+    Buffer<float> gate, up, angles;
+    Buffer<float> heads, maxima, sums;  // of one key-value head's queries, for each part of the positions
+    std::vector<AttentionPart> parts;
     ActivationBuffer inputs;
   };
   std::vector<PerThread> threads;
@@ -234,18 +243,10 @@ inline int first_position(const AttentionWeights& attention, int position) {
   return attention.window > 0 && position >= attention.window ? position - attention.window + 1 : 0;
 }
 
-// The part of a token's positions that thread `part` of `num_parts` attends to when one token is decoded.
-Range positions_of_part(const AttentionWeights& attention, int position, int part, int num_parts);
-// One query head's attention in parts, each part's values (head_dim), maximum and sum so many floats behind the last's.
-struct SoftmaxParts {
-  int num_parts;
-  const float* values;
-  size_t value_stride;
-  const float *maxima, *sums;
-  size_t scalar_stride;
-};
-// Put the parts together: added to `out` (head_dim), in the order and with the rounding of decode_token.
-void combine_parts(const SoftmaxParts& parts, int head_dim, float* out);
+// The positions that one of several threads attends to for the token at `position`; may be empty.
+Range attention_share(const AttentionWeights& attention, int position, int thread, int num_threads);
+// Put parts of the softmax over different positions together: (num_heads, head_dim), rounded as decode_token does it.
+void combine(const AttentionPart* parts, int num_parts, int num_heads, int head_dim, float* out);
 
 // A matrix that owns its memory: rows or columns picked from another (gather.cpp).
 struct OwnedMatrix {
