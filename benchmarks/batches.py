@@ -2,9 +2,9 @@
 
     python benchmarks/batches.py DIR [--sizes 1,2,4,8] [--tokens 128] [--rounds 3] [--threads N]
 
-Decoding alone is timed, which is what a batch speeds up; rounds are interleaved, medians are shown. Then all prompts are
-answered one by one and together, and the answers must be equal. A table goes to stdout, then one JSON line; the exit
-status is 1 if an answer differs.
+Decoding alone is timed, which is what a batch speeds up; rounds are interleaved, medians are shown. Then all prompts
+are answered one by one and together, and the answers must be equal. A table goes to stdout, then one JSON line; the
+exit status is 1 if an answer differs.
 """
 
 import json
