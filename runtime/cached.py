@@ -10,7 +10,7 @@ __all__ = ["CachedTokens", "blocks"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
-    """One call of `Decoder.forward`: the positions that it computed, and with which FFN weights."""
+    """One call of `Decoder.forward`: the positions that it computed, and with which FFN weights; None where unknown."""
 
     start: int
     end: int
@@ -39,6 +39,9 @@ class CachedTokens:
         del self.token_ids[num_tokens:]
         while self._calls and self._calls[-1].start >= num_tokens:
             self._calls.pop()
+        if self._calls and self._calls[-1].end > num_tokens:
+            # What is left of a call was computed by a longer one: like no call that could be made for it.
+            self._calls[-1] = _Call(start=self._calls[-1].start, end=num_tokens, choice=None)
 
     def num_common(self, prompt_ids: Sequence[int]) -> int:
         """Count the tokens that a prompt shares with the cache from the start on, its last one left to be read."""

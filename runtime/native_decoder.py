@@ -24,7 +24,7 @@ class NativeDecoder:
     """Runs a bundle's mapped weights in place; changing the FFN is a pointer swap."""
 
     name = "native"
-    block_tokens = 64
+    block_tokens = 32
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, isa: str = "auto") -> None:
         """Put the model together; nothing is copied but norms.

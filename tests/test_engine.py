@@ -13,6 +13,7 @@ import torch
 from coreinfer import runtime
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.runtime.decoder import DENSE, FfnChoice
+from coreinfer.runtime.planning import largest_cluster
 
 from .bundle_factory import list_again
 from .engine_inputs import DIALOGUE, MAX_POSITIONS, PROMPT, SAMPLED, UNFAMILIAR, load
@@ -195,11 +196,11 @@ def test_the_context_ends_a_text(engine: runtime.Engine) -> None:
 
 def test_auto_takes_the_dense_ffn_for_an_unfamiliar_prompt(engine: runtime.Engine) -> None:
     got = engine.generate(UNFAMILIAR, max_new_tokens=15)
-    assert (got.mode, got.familiar) == ("dense", False)
+    assert (got.mode, got.familiar, got.fallback) == ("dense", False, "unfamiliar")
     assert got.distance > engine.manifest.router.distance_p99
     assert got.token_ids == engine.generate(UNFAMILIAR, mode="dense", max_new_tokens=15).token_ids
     usual = engine.generate(PROMPT, max_new_tokens=15)
-    assert (usual.mode, usual.familiar) == ("similarity", True)
+    assert (usual.mode, usual.familiar, usual.fallback) == ("similarity", True, None)
     assert usual.distance <= engine.manifest.router.distance_p99
 
 
@@ -210,6 +211,11 @@ def test_without_the_dense_ffn_packs_do_all(tiny_bundle: Callable[..., Path]) ->
         pack = FfnChoice(cluster=got.cluster)
         assert list(got.token_ids) == greedy_ids(engine, text, pack, pack, 10)[: len(got.token_ids)]
         assert got.mode == engine.generate(text, mode="similarity", max_new_tokens=2).mode == "similarity"
+    # The last one was unfamiliar: the cluster with most calibration text serves it, and its distance is that cluster's.
+    clusters = engine.manifest.clusters
+    assert (got.fallback, got.cluster) == ("unfamiliar", largest_cluster(engine.manifest))
+    assert clusters[got.cluster].num_tokens == max(cluster.num_tokens for cluster in clusters)
+    assert got.path[0].distance == engine.router.distances(UNFAMILIAR)[got.cluster] >= got.distance
     modes: list[runtime.Mode] = ["stability", "fused", "dense"]
     for mode in modes:
         with pytest.raises(runtime.ConfigError, match=f"mode '{mode}' needs the dense FFN.*--dense"):

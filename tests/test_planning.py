@@ -15,14 +15,16 @@ from coreinfer.bundles.families import family_by_name, resolve
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import FileRecord
 from coreinfer.runtime.decoder import DENSE, FfnChoice
-from coreinfer.runtime.planning import ModePlan, decode_choice, plan_mode
-from coreinfer.runtime.router import Route
+from coreinfer.runtime.planning import ModePlan, decode_choice, plan_mode, serving_cluster
+from coreinfer.runtime.router import UNSURE_MARGIN, Route
 
 from .bundle_factory import make_manifest
 from .model_factory import build_model, corpus_texts
 
 NEAR = Route(cluster=1, distance=0.01, margin=0.2, familiar=True)
 FAR = replace(NEAR, distance=1.5, familiar=False)
+TORN = replace(NEAR, margin=0.9 * UNSURE_MARGIN)
+LARGEST = 2
 SELECTIONS = ["output-aware", "coreinfer", "griffin"]
 ALPHA = 0.25
 
@@ -215,32 +217,43 @@ def test_modes_without_a_prompts_neurons(load_tiny: Callable[..., runtime.Engine
     engine = load_tiny("llama")
     assert decode_choice(ModePlan(mode="dense"), NEAR, engine.bundle, None, 9) == DENSE
     assert decode_choice(ModePlan(mode="similarity"), NEAR, engine.bundle, None, 9) == FfnChoice(cluster=1)
+    instead = ModePlan(mode="similarity", fallback="unsure", cluster=3)
+    assert decode_choice(instead, NEAR, engine.bundle, None, 9) == FfnChoice(cluster=3)
 
 
 @pytest.mark.parametrize(
     ("dense", "reconstruct", "route", "num_tokens", "expected"),
     [
-        (True, True, NEAR, 10, "similarity"),
-        (True, True, NEAR, 5000, "similarity"),
-        (True, True, FAR, 10, "dense"),
-        (True, False, NEAR, 199, "similarity"),
-        (True, False, NEAR, 200, "stability"),
-        (True, False, FAR, 5000, "dense"),
-        (False, True, FAR, 10, "similarity"),
-        (False, False, NEAR, 5000, "similarity"),
+        (True, True, NEAR, 10, ModePlan(mode="similarity")),
+        (True, True, NEAR, 5000, ModePlan(mode="similarity")),
+        (True, True, FAR, 10, ModePlan(mode="dense", fallback="unfamiliar")),
+        (True, True, TORN, 10, ModePlan(mode="dense", fallback="unsure")),
+        (True, True, replace(TORN, familiar=False), 10, ModePlan(mode="dense", fallback="unfamiliar")),
+        (True, True, replace(NEAR, margin=UNSURE_MARGIN), 10, ModePlan(mode="similarity")),
+        (True, False, NEAR, 199, ModePlan(mode="similarity")),
+        (True, False, NEAR, 200, ModePlan(mode="stability")),
+        (True, False, FAR, 5000, ModePlan(mode="dense", fallback="unfamiliar")),
+        (True, False, TORN, 5000, ModePlan(mode="dense", fallback="unsure")),
+        (False, True, FAR, 10, ModePlan(mode="similarity", fallback="unfamiliar", cluster=LARGEST)),
+        (False, True, TORN, 10, ModePlan(mode="similarity", fallback="unsure", cluster=LARGEST)),
+        (False, False, NEAR, 5000, ModePlan(mode="similarity")),
     ],
 )
-def test_auto(dense: bool, reconstruct: bool, route: Route, num_tokens: int, expected: str) -> None:
-    manifest = make_manifest(dense=dense)
+def test_auto(dense: bool, reconstruct: bool, route: Route, num_tokens: int, expected: ModePlan) -> None:
+    manifest = make_manifest(dense=dense, num_clusters=4)
+    clusters = list(manifest.clusters)
+    clusters[LARGEST] = replace(clusters[LARGEST], num_tokens=5000)
+    manifest = replace(manifest, clusters=tuple(clusters))
     files = {LAYOUT.dense: FileRecord(sha256="", bytes=0)} if dense else {}
     manifest = replace(manifest, plan=replace(manifest.plan, reconstruct=reconstruct), files=files)
     plan = plan_mode("auto", manifest, route, num_tokens)
-    assert plan.mode == expected
-    assert plan.needs_statistic == (expected == "stability")
+    assert plan == expected
+    assert plan.needs_statistic == (expected.mode == "stability")
+    assert serving_cluster(plan, route) == (route.cluster if expected.cluster is None else LARGEST)
 
 
 @pytest.mark.parametrize("mode", ["similarity", "stability", "fused", "dense"])
-@pytest.mark.parametrize("route", [NEAR, FAR])
+@pytest.mark.parametrize("route", [NEAR, FAR, TORN])
 def test_a_named_mode_is_taken_at_its_word(
     mode: runtime.Mode, route: Route, load_tiny: Callable[..., runtime.Engine]
 ) -> None:

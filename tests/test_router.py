@@ -13,7 +13,7 @@ from coreinfer import runtime
 from coreinfer.bundles import open_bundle
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.tensors import StoredTensor, TensorFile
-from coreinfer.runtime.router import Router
+from coreinfer.runtime.router import UNSURE_MARGIN, Route, Router, lead
 from tokenizers import Tokenizer
 
 from .bundle_factory import change_tensors, list_again
@@ -50,7 +50,23 @@ def test_the_nearest_centroid_by_cosine(tiny_bundle: Callable[..., Path]) -> Non
         cosines = centroids @ (mean / np.linalg.norm(mean))
         assert route.cluster == int(cosines.argmax())
         assert route.distance == pytest.approx(1 - cosines.max(), abs=1e-5)
+        np.testing.assert_allclose(router.distances(text), 1 - cosines, atol=1e-5)
+        nearest, second = np.sort(router.distances(text))[:2]
+        assert route.margin == pytest.approx(1 - nearest / second, abs=1e-6)
     assert {route.cluster for route in routes} == {0, 1, 2, 3}
+
+
+def test_margins_are_shares_of_the_farther_distance() -> None:
+    assert [lead(0.1, 0.4), lead(0.4, 0.4), lead(0.0, 0.0)] == [0.75, 0, 0]
+    route = Route(cluster=0, distance=0.1, margin=UNSURE_MARGIN, familiar=True)
+    assert route.sure
+    assert not replace(route, margin=0.99 * UNSURE_MARGIN).sure
+
+
+def test_one_cluster_is_always_sure(tiny_bundle: Callable[..., Path]) -> None:
+    router = Router(open_bundle(tiny_bundle("llama", clusters=1)))
+    for text in (corpus_texts()[0], ""):
+        assert (router.route(text).cluster, router.route(text).margin) == (0, 1.0)
 
 
 def test_topics_have_clusters_of_their_own(tiny_bundle: Callable[..., Path]) -> None:

@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from coreinfer import runtime
 from coreinfer.bundles.layout import LAYOUT
+from coreinfer.runtime import router
 from coreinfer.runtime.cli import main
 
 from .bundle_factory import flip_bit, list_again
@@ -85,6 +86,13 @@ def test_text_on_stdout_and_figures_on_stderr(bundle: Path, engine: runtime.Engi
 def test_figures_say_when_a_prompt_is_unfamiliar(bundle: Path) -> None:
     assert "unlike calibration text, mode dense;" in run(bundle, "zzz qqq", "-n", 2).stderr
     assert "unlike" not in run(bundle, FIRST, "-n", 2).stderr
+
+
+def test_figures_say_when_the_router_is_unsure(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "UNSURE_MARGIN", 2.0)
+    result = run(bundle, FIRST, "-n", 2, "--json")
+    assert json.loads(said(result))["fallback"] == "unsure"
+    assert ", about as near to a second cluster, mode dense;" in result.stderr
 
 
 def test_raw_continues_the_text(bundle: Path, engine: runtime.Engine) -> None:

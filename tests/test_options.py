@@ -1,0 +1,71 @@
+"""The options of a generation: what is refused, and that every way to give them takes the same ones."""
+
+import inspect
+import threading
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from coreinfer import runtime
+from coreinfer.runtime.options import GenerationOptions
+
+from .engine_inputs import PROMPT, load
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bundle: Callable[..., Path]) -> runtime.Engine:
+    return load(tiny_bundle("llama"))
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_keywords_are_the_options(method: str) -> None:
+    parameters = list(inspect.signature(getattr(runtime.Engine, method)).parameters.values())[2:]
+    assert [(parameter.name, parameter.default) for parameter in parameters] == [
+        (field.name, field.default) for field in fields(GenerationOptions)
+    ]
+    assert {parameter.kind for parameter in parameters} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"drift_tokens": -1}, "drift_tokens: expected a whole number of at least 0, got -1"),
+        ({"drift_tokens": 1.5}, "drift_tokens: expected"),
+        ({"logprobs": -1}, "logprobs: expected a whole number of at least 0, got -1"),
+        ({"logprobs": True}, "logprobs: expected"),
+        ({"max_new_tokens": 0, "logprobs": -2}, "2 problems"),
+        ({"mode": "fast"}, "mode: expected auto"),
+        ({"stop": "x"}, "stop: expected a list"),
+        ({"temperature": -1}, "temperature: expected"),
+    ],
+)
+def test_wrong_options_are_refused(options: Any, named: str, engine: runtime.Engine) -> None:
+    for make in (GenerationOptions, lambda **given: engine.stream(PROMPT, **given)):
+        with pytest.raises(runtime.ConfigError, match=named):
+            make(**options)
+
+
+def test_on_token_sees_every_token(engine: runtime.Engine) -> None:
+    seen: list[runtime.Token] = []
+    got = engine.generate(PROMPT, max_new_tokens=6, on_token=seen.append)
+    assert tuple(token.token_id for token in seen) == got.token_ids
+    stream = engine.stream(PROMPT, max_new_tokens=6, on_token=seen.append)
+    assert [next(stream), next(stream)] == seen[6:]
+
+
+def test_cancel_ends_a_generation_with_the_token_under_way(engine: runtime.Engine) -> None:
+    whole = engine.generate(PROMPT, max_new_tokens=20)
+    cancel = threading.Event()
+
+    def count(token: runtime.Token) -> None:
+        if token.num_tokens == 4:
+            cancel.set()
+
+    got = engine.generate(PROMPT, max_new_tokens=20, on_token=count, cancel=cancel)
+    assert (got.token_ids, got.finish_reason) == (whole.token_ids[:5], "cancelled")
+    assert got.text == engine.tokenizer.decode(list(got.token_ids))
+    # What ends by itself is not cancelled.
+    assert engine.generate(PROMPT, max_new_tokens=1, cancel=cancel).finish_reason == "length"
+    assert engine.generate(PROMPT, max_new_tokens=20).token_ids == whole.token_ids
