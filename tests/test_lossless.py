@@ -73,7 +73,12 @@ def test_any_draft_length_gives_the_dense_tokens(
     assert 0 < got.drafting.mean_length <= length
 
 
-@pytest.mark.parametrize("options", [{"repetition_penalty": 1.3}, {"logprobs": 2}, {"drift_tokens": 8}])
+SCHEMA = {"type": "array", "items": {"type": "boolean"}, "minItems": 3, "maxItems": 9}
+
+
+@pytest.mark.parametrize(
+    "options", [{"repetition_penalty": 1.3}, {"logprobs": 2}, {"drift_tokens": 8}, {"json_schema": SCHEMA}]
+)
 def test_greedy_options_give_the_dense_tokens(options: Any, tiny_bundle: Bundles) -> None:
     loaded = load(tiny_bundle("llama"))
     got = check_equal(loaded, PROMPT, max_new_tokens=100, **options)
