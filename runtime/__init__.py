@@ -17,7 +17,7 @@ from coreinfer.bundles import (
 
 from .conversation import Conversation
 from .engine import Engine, load
-from .generation import Generation, Mode, PathStep, Token, TopLogprob, collect
+from .generation import Drafting, Generation, Mode, PathStep, Token, TopLogprob, collect
 from .options import GenerationOptions
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "ConfigError",
     "Conversation",
     "CoreInferError",
+    "Drafting",
     "Engine",
     "Generation",
     "GenerationOptions",

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from .generation import TopLogprob
 from .json_schema import JsonGrammar
 from .options import GenerationOptions
-from .sampling import Sampler
+from .sampling import Draft, Sampler
 
 __all__ = ["Chosen", "TokenChooser"]
 
@@ -52,13 +52,18 @@ class TokenChooser:
         """Whether only the place of the largest logit matters, so that the others may be approximate."""
         return self._sampler.greedy and self._grammar is None and self._num_logprobs is None
 
-    def choose(self, logits: Logits) -> Chosen:
+    def propose(self, logits: Logits, ahead_ids: Sequence[int]) -> Draft:
+        """Draft a token from a pack's logits; see `Sampler.propose`. A grammar looks at chosen tokens only."""
+        return self._sampler.propose(logits, ahead_ids)
+
+    def choose(self, logits: Logits, draft: Draft | None = None) -> Chosen:
         """Choose the next token.
 
         Args:
             logits: (vocab,) float32; left as they are.
+            draft: by `propose`; does not change what is chosen how often, see `Sampler.sample`.
         """
-        token_id = self._sampler.sample(logits if self._grammar is None else self._grammar.masked(logits))
+        token_id = self._sampler.sample(logits if self._grammar is None else self._grammar.masked(logits), draft)
         if self._grammar is not None:
             self._grammar.advance(token_id)
         if self._num_logprobs is None:

@@ -39,7 +39,31 @@ class Decoder(Protocol):
 
     @property
     def num_cached(self) -> int:
-        """Tokens in the KV cache."""
+        """Tokens in the KV cache of the selected sequence."""
+
+    sequence: int
+    """Number of the selected sequence, the one that `forward`, `prompt_statistics` and `truncate` go on with."""
+
+    def add_sequence(self) -> int:
+        """Begin another sequence, with a KV cache of its own.
+
+        Returns:
+            Its number; sequence 0 is there from the start.
+        """
+
+    def drop_sequence(self, sequence: int) -> None:
+        """Forget a sequence and give its memory back; if it is the selected one, 0 is selected.
+
+        Raises:
+            ConfigError: there is no such sequence, or it is 0, which stays.
+        """
+
+    def select(self, sequence: int) -> None:
+        """Choose the sequence to go on with.
+
+        Raises:
+            ConfigError: there is no such sequence.
+        """
 
     @property
     def block_tokens(self) -> int:
@@ -47,7 +71,7 @@ class Decoder(Protocol):
 
     @property
     def cached(self) -> "CachedTokens":
-        """Which tokens are in the KV cache, and what computed them; `forward` and `truncate` keep it right."""
+        """Which tokens are in the selected sequence's KV cache, and what computed them; the decoder keeps it right."""
 
     def use(self, choice: FfnChoice) -> None:
         """Run with other FFN weights from the next token on."""
@@ -66,6 +90,19 @@ class Decoder(Protocol):
 
         Returns:
             (tokens, vocabulary) float32 logits with `all_logits`, else (1, vocabulary) of the last token.
+        """
+
+    def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Append tokens to several sequences, all with the FFN weights in use.
+
+        Args:
+            sequences: the sequence of each token; those of one sequence are appended in their order.
+            token_ids: as many.
+
+        Returns:
+            (tokens, vocabulary) float32: each token's exact logits. The native engine reads the weights once for all
+            rows, and a row is to the bit what `forward` gives for the token alone; the torch engine runs sequence by
+            sequence, and a row of several tokens of one sequence differs from that by float rounding.
         """
 
     def prompt_statistics(

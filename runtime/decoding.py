@@ -1,7 +1,8 @@
-"""Read a prompt, then decode token by token: the loop that every generation runs."""
+"""Read a prompt, then decode token by token: the loop of every generation that runs alone, and the steps of all."""
 
 import time
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,23 +11,27 @@ import numpy.typing as npt
 from .cached import blocks
 from .choosing import Chosen, TokenChooser
 from .decoder import DENSE, FfnChoice
+from .drafting import DraftLength
 from .drift import DriftWatch
 from .generation import FinishReason, PathStep, Token
+from .lossless import Row, lossless_rows
 from .options import GenerationOptions
 from .planning import decode_choice, serving_cluster
 from .requests import Loaded, Request
 from .text import TextStream
 
-__all__ = ["decode"]
+__all__ = ["Run", "decode", "follow_drift", "next_token", "prepare", "read_prompt", "tokens"]
 
 Logits = npt.NDArray[np.float32]
 
 
 @dataclass(kw_only=True)
-class _Run:
+class Run:
     """One generation under way.
 
     Attributes:
+        lengths: of drafts, in mode lossless.
+        choice: the FFN weights that decode, in mode lossless those that draft; known when the prompt was read.
         num_cached_tokens: of the prompt, those that were not read again.
         token_ids: that were decoded.
     """
@@ -37,11 +42,19 @@ class _Run:
     chooser: TokenChooser
     text: TextStream
     drift: DriftWatch
+    lengths: DraftLength | None
     path: tuple[PathStep, ...]
+    choice: FfnChoice = DENSE
     num_cached_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_start: float = 0.0
     token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens after which it ends, at the latest."""
+        room = self.loaded.bundle.manifest.model.max_positions - len(self.request.token_ids)
+        return min(self.options.max_new_tokens, room)
 
 
 def decode(loaded: Loaded, request: Request, options: GenerationOptions) -> Generator[Token, None, None]:
@@ -52,48 +65,89 @@ def decode(loaded: Loaded, request: Request, options: GenerationOptions) -> Gene
     Raises:
         ConfigError: the JSON schema cannot be used; raised at the call, not when the first token is asked for.
     """
+    return tokens(prepare(loaded, request, options))
+
+
+def prepare(loaded: Loaded, request: Request, options: GenerationOptions) -> Run:
+    """Put together what answering a request needs.
+
+    Raises:
+        ConfigError: the JSON schema cannot be used.
+    """
     grammar = None if options.json_schema is None else loaded.grammars.grammar(options.json_schema)
     tokenizer = loaded.prompts.tokenizer
     cluster = serving_cluster(request.plan, request.route)
-    run = _Run(
+    return Run(
         loaded=loaded,
         request=request,
         options=options,
         chooser=TokenChooser(options, request.token_ids, tokenizer, grammar),
         text=TextStream(tokenizer, options.stop),
         drift=DriftWatch(cluster, stretch_tokens=options.drift_tokens if request.plan.uses_pack else 0),
+        lengths=_draft_length(loaded, options) if request.plan.mode == "lossless" else None,
         path=(_step(loaded, cluster, first_token=1, distance=request.distance),),
     )
-    return _tokens(run)
 
 
-def _tokens(run: _Run) -> Generator[Token, None, None]:
-    decoder = run.loaded.decoder
+def _draft_length(loaded: Loaded, options: GenerationOptions) -> DraftLength:
+    # With a seed the text must not depend on the clock, nor on what ran before. Greedy text does not anyhow.
+    return DraftLength(loaded.draft_costs if options.seed is None or options.temperature == 0 else None)
+
+
+def tokens(run: Run) -> Generator[Token, None, None]:
+    """Run a generation alone, on the decoder's selected sequence."""
     try:
-        logits = _read_prompt(run)
-        run.prefill_seconds = time.perf_counter() - run.request.start_seconds
-        run.decode_start = time.perf_counter()
-        room = run.loaded.bundle.manifest.model.max_positions - len(run.request.token_ids)
-        last = min(run.options.max_new_tokens, room)
-        for number in range(1, last + 1):
-            token = _next_token(run, logits[-1], is_last=number == last)
-            if run.options.on_token:
-                run.options.on_token(token)
-            yield token
-            if token.finish_reason:
-                return
-            _follow_drift(run)
-            logits = decoder.forward([token.token_id], greedy=run.chooser.greedy)
+        first = read_prompt(run)
+        with closing(_rows(run, first)) as rows:
+            row = next(rows)
+            while True:
+                token = next_token(run, row)
+                if run.options.on_token:
+                    run.options.on_token(token)
+                yield token
+                if token.finish_reason:
+                    return
+                follow_drift(run)
+                row = rows.send(token.token_id)
     except GeneratorExit:
         raise
     except BaseException:
         # A call that failed may have left some layers' caches longer than others.
-        decoder.truncate(0)
+        run.loaded.decoder.truncate(0)
         raise
 
 
-def _read_prompt(run: _Run) -> Logits:
-    """Read what of the prompt is not cached, dense where the bundle can, and put the decoding weights in place."""
+def _rows(run: Run, first: Logits) -> Generator[Row, int, None]:
+    """Give the logits for one token after another; what was chosen is to be sent."""
+    if run.lengths is None:
+        return _plain_rows(run, first)
+    return lossless_rows(
+        run.loaded.decoder,
+        first,
+        pack=lambda: run.choice,
+        propose=run.chooser.propose,
+        lengths=run.lengths,
+        num_tokens=run.max_tokens,
+        greedy=run.chooser.greedy,
+    )
+
+
+def _plain_rows(run: Run, first: Logits) -> Generator[Row, int, None]:
+    decoder, in_use = run.loaded.decoder, run.choice
+    token_id = yield Row(logits=first)
+    while True:
+        if run.choice is not in_use:
+            in_use = run.choice
+            decoder.use(in_use)
+        token_id = yield Row(logits=decoder.forward([token_id], greedy=run.chooser.greedy)[-1])
+
+
+def read_prompt(run: Run) -> Logits:
+    """Read what of the prompt is not cached, dense where the bundle can, and put the decoding weights in place.
+
+    Returns:
+        (vocab,) logits for the first token.
+    """
     decoder, bundle, request = run.loaded.decoder, run.loaded.bundle, run.request
     if request.plan.uses_pack:
         bundle.packs[run.drift.cluster].prefetch()
@@ -108,11 +162,15 @@ def _read_prompt(run: _Run) -> Logits:
         statistic = statistics[selection]
     else:
         logits = _read_blocks(run)
-    decoder.use(decode_choice(request.plan, request.route, bundle, statistic, len(new_ids)))
-    return logits
+    run.choice = decode_choice(request.plan, request.route, bundle, statistic, len(new_ids))
+    decoder.use(run.choice)
+    run.decode_start = time.perf_counter()
+    run.prefill_seconds = run.decode_start - request.start_seconds
+    last: Logits = logits[-1]
+    return last
 
 
-def _num_kept(run: _Run, reader: FfnChoice) -> int:
+def _num_kept(run: Run, reader: FfnChoice) -> int:
     cached, request = run.loaded.decoder.cached, run.request
     if request.keeps_decoded:
         return cached.num_common(request.token_ids)
@@ -122,7 +180,7 @@ def _num_kept(run: _Run, reader: FfnChoice) -> int:
     return cached.num_exact(request.token_ids, reader, run.loaded.decoder.block_tokens)
 
 
-def _read_blocks(run: _Run) -> Logits:
+def _read_blocks(run: Run) -> Logits:
     decoder, token_ids = run.loaded.decoder, run.request.token_ids
     logits: Logits = np.empty((0, 0), dtype=np.float32)
     for start, end in blocks(run.num_cached_tokens, len(token_ids), decoder.block_tokens):
@@ -132,16 +190,19 @@ def _read_blocks(run: _Run) -> Logits:
     return logits
 
 
-def _next_token(run: _Run, logits: Logits, *, is_last: bool) -> Token:
-    chosen = run.chooser.choose(logits)
+def next_token(run: Run, row: Row) -> Token:
+    """Choose a token, and say what became of the text with it."""
+    chosen = run.chooser.choose(row.logits, row.draft)
+    if run.lengths and row.draft:
+        run.lengths.note_choice(accepted=chosen.token_id == row.draft.token_id)
     run.token_ids.append(chosen.token_id)
-    piece, reason = _advance(run, chosen.token_id, is_last=is_last)
+    piece, reason = _advance(run, chosen.token_id, is_last=len(run.token_ids) == run.max_tokens)
     if reason is None and run.options.cancel is not None and run.options.cancel.is_set():
         piece, reason = piece + run.text.flush(), "cancelled"
     return _token(run, chosen, piece, reason)
 
 
-def _advance(run: _Run, token_id: int, *, is_last: bool) -> tuple[str, FinishReason | None]:
+def _advance(run: Run, token_id: int, *, is_last: bool) -> tuple[str, FinishReason | None]:
     """Turn a token into text, and say whether the generation ends with it."""
     text = run.text
     if token_id in run.loaded.prompts.eos_token_ids:
@@ -154,7 +215,7 @@ def _advance(run: _Run, token_id: int, *, is_last: bool) -> tuple[str, FinishRea
     return piece, "stop" if text.stopped else None
 
 
-def _follow_drift(run: _Run) -> None:
+def follow_drift(run: Run) -> None:
     """Route the last stretch of text again where one ends, and swap packs where the text has moved on for good."""
     stretch = run.drift.stretch(run.token_ids)
     if not stretch:
@@ -164,7 +225,7 @@ def _follow_drift(run: _Run) -> None:
         cluster = run.drift.cluster
         step = _step(run.loaded, cluster, first_token=len(run.token_ids) + 1, distance=float(distances[cluster]))
         run.path = (*run.path, step)
-        run.loaded.decoder.use(FfnChoice(cluster=cluster))
+        run.choice = FfnChoice(cluster=cluster)
 
 
 def _step(loaded: Loaded, cluster: int, *, first_token: int, distance: float) -> PathStep:
@@ -172,7 +233,7 @@ def _step(loaded: Loaded, cluster: int, *, first_token: int, distance: float) ->
     return PathStep(first_token=first_token, cluster=cluster, label=label, distance=distance)
 
 
-def _token(run: _Run, chosen: Chosen, piece: str, reason: FinishReason | None) -> Token:
+def _token(run: Run, chosen: Chosen, piece: str, reason: FinishReason | None) -> Token:
     request, serving = run.request, run.path[-1]
     return Token(
         token_id=chosen.token_id,
@@ -191,5 +252,6 @@ def _token(run: _Run, chosen: Chosen, piece: str, reason: FinishReason | None) -
         decode_seconds=time.perf_counter() - run.decode_start,
         logprob=chosen.logprob,
         top_logprobs=chosen.top_logprobs,
+        drafting=run.lengths.report() if run.lengths else None,
         finish_reason=reason,
     )

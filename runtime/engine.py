@@ -1,25 +1,28 @@
 """Load a bundle and generate from it: the runtime's main path."""
 
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Unpack, get_args, overload
 
 from coreinfer.bundles import Bundle, ConfigError, Manifest, open_bundle
 
 from .asynchronous import in_thread
+from .batching import decode_together
 from .conversation import Conversation
 from .decoder import Decoder
 from .decoding import decode
+from .drafting import DraftCosts
 from .engines import EngineName, load_decoder
 from .generation import MODES, Generation, Mode, Token, collect
 from .json_schema import JsonGrammars
-from .options import DEFAULTS, Cancel, GenerationOptions, check_choice
+from .options import DEFAULTS, Cancel, GenerationKeywords, GenerationOptions, check_choice
 from .prompts import PromptFormat
-from .requests import Loaded, Prompt, Request, read_request
+from .requests import Loaded, Prompt, Prompts, Request, is_batch, read_request, read_requests
 from .router import Router
 
-__all__ = ["Engine", "Prompt", "load"]
+__all__ = ["Engine", "Prompt", "Prompts", "load"]
 
 
 def load(
@@ -70,6 +73,7 @@ class Engine:
             router=Router(bundle),
             prompts=prompts,
             grammars=JsonGrammars(prompts.tokenizer, vocab_size=vocab_size, eos_token_ids=prompts.eos_token_ids),
+            draft_costs=DraftCosts(),
             mode=mode,
         )
         self.bundle, self.decoder, self.mode, self.router = bundle, decoder, mode, self.loaded.router
@@ -82,9 +86,18 @@ class Engine:
         """What the bundle says of itself."""
         return self.bundle.manifest
 
+    # A text is also a sequence of texts, of one character each; it is never taken for one.
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: Prompt, **options: Unpack[GenerationKeywords]
+    ) -> Generation: ...
+
+    @overload
+    def generate(self, prompt: Prompts, **options: Unpack[GenerationKeywords]) -> list[Generation]: ...
+
     def generate(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Prompts,
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
@@ -101,11 +114,17 @@ class Engine:
         json_schema: Mapping[str, Any] | str | None = None,
         on_token: Callable[[Token], object] | None = None,
         cancel: Cancel | None = None,
-    ) -> Generation:
+    ) -> Generation | list[Generation]:
         """Generate text; the arguments are those of `stream`.
 
+        Args:
+            prompt: as `stream` takes it; or a list of such prompts, all texts or all lists of messages, which are
+                answered together: prompts of one cluster share each read of the weights. Each gets the text that it
+                would get alone. A list of messages (a list of dicts) is always one conversation.
         Returns:
-            The text, its token ids, and what was measured.
+            The text, its token ids, and what was measured; of several prompts a list in their order.
+        Raises:
+            ConfigError: as `stream`; or `on_token` is given, which does not go with several prompts.
         """
         options = GenerationOptions(
             max_new_tokens=max_new_tokens,
@@ -124,7 +143,7 @@ class Engine:
             on_token=on_token,
             cancel=cancel,
         )
-        return collect(list(self.start(prompt, options)))
+        return self.answer_all(prompt, options) if is_batch(prompt) else collect(list(self.start(prompt, options)))
 
     def stream(
         self,
@@ -194,6 +213,12 @@ class Engine:
         # Arguments are checked when a stream is made, not when its first token is asked for.
         return self._answer(read_request(self.loaded, prompt, options), options)
 
+    def answer_all(self, prompts: Prompts, options: GenerationOptions = DEFAULTS) -> list[Generation]:
+        """Answer several prompts together, with the options of `generate` in one object."""
+        requests = read_requests(self.loaded, prompts, options)
+        with self._alone():
+            return [collect(tokens) for tokens in decode_together(self.loaded, requests, options)]
+
     def astream(self, prompt: Prompt, options: GenerationOptions = DEFAULTS) -> AsyncGenerator[Token, None]:
         """Generate token by token for asyncio, in a worker thread; closing the stream ends the generation."""
         return in_thread(self.start(prompt, options))
@@ -215,15 +240,20 @@ class Engine:
         return self.loaded.prompts.encode(self.loaded.prompts.render(messages), add_special_tokens=False)
 
     def _answer(self, request: Request, options: GenerationOptions) -> Generator[Token, None, None]:
-        return self._alone(decode(self.loaded, request, options))
+        return self._guarded(decode(self.loaded, request, options))
 
-    def _alone(self, tokens: Generator[Token, None, None]) -> Generator[Token, None, None]:
+    def _guarded(self, tokens: Generator[Token, None, None]) -> Generator[Token, None, None]:
+        with self._alone():
+            yield from tokens
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
         """Let one generation run at a time."""
         if not self._busy.acquire(blocking=False):
             raise ConfigError(
                 "another generation is running on this engine; finish or close it, or load a second engine"
             )
         try:
-            yield from tokens
+            yield
         finally:
             self._busy.release()

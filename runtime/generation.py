@@ -4,10 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["MODES", "Fallback", "FinishReason", "Generation", "Mode", "PathStep", "Token", "TopLogprob", "collect"]
+__all__ = [
+    "MODES",
+    "Drafting",
+    "Fallback",
+    "FinishReason",
+    "Generation",
+    "Mode",
+    "PathStep",
+    "Token",
+    "TopLogprob",
+    "collect",
+]
 
-Mode = Literal["auto", "similarity", "stability", "fused", "dense"]
-MODES: tuple[Mode, ...] = ("auto", "similarity", "stability", "fused", "dense")
+Mode = Literal["auto", "similarity", "stability", "fused", "dense", "lossless"]
+MODES: tuple[Mode, ...] = ("auto", "similarity", "stability", "fused", "dense", "lossless")
 FinishReason = Literal["stop", "length", "cancelled"]
 Fallback = Literal["unfamiliar", "unsure"]
 """Why mode auto took no nearest pack: unlike calibration text, or nearly as near to a second cluster."""
@@ -39,6 +50,37 @@ class TopLogprob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drafting:
+    """What drafting gave in lossless decoding.
+
+    Attributes:
+        num_drafted: tokens that the pack drafted.
+        num_tried, num_accepted: of those, what the dense model looked at, and what it accepted; what lies behind a
+            rejected draft is not looked at.
+        num_rounds: verifications.
+        num_plain: tokens that were decoded without drafting.
+        turned_off: whether drafting was paused, at least for a while, because plain dense decoding was faster.
+    """
+
+    num_drafted: int
+    num_tried: int
+    num_accepted: int
+    num_rounds: int
+    num_plain: int
+    turned_off: bool
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafts looked at that were accepted."""
+        return self.num_accepted / self.num_tried if self.num_tried else 0.0
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens drafted in a round."""
+        return self.num_drafted / self.num_rounds if self.num_rounds else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Token:
     """One decoded token, with the measurements so far.
 
@@ -59,6 +101,7 @@ class Token:
         decode_seconds: since the prompt was read.
         logprob: natural log of the model's probability of the token, before sampling options; None if not asked for.
         top_logprobs: the likeliest tokens, likeliest first; empty if not asked for.
+        drafting: what it gave so far in mode lossless; else None.
         finish_reason: on the last token "stop" (end of text or stop string), "length" or "cancelled", before it None.
     """
 
@@ -78,6 +121,7 @@ class Token:
     decode_seconds: float
     logprob: float | None
     top_logprobs: tuple[TopLogprob, ...]
+    drafting: Drafting | None
     finish_reason: FinishReason | None
 
     @property
@@ -111,6 +155,7 @@ class Generation:
     decode_tokens_per_second: float
     logprobs: tuple[float, ...]
     top_logprobs: tuple[tuple[TopLogprob, ...], ...]
+    drafting: Drafting | None
     finish_reason: FinishReason
 
 
@@ -135,5 +180,6 @@ def collect(tokens: Sequence[Token]) -> Generation:
         decode_tokens_per_second=last.decode_tokens_per_second,
         logprobs=tuple(token.logprob for token in tokens if token.logprob is not None),
         top_logprobs=tuple(token.top_logprobs for token in tokens if token.logprob is not None),
+        drafting=last.drafting,
         finish_reason=last.finish_reason,
     )

@@ -50,7 +50,8 @@ class NativeDecoder:
             self._model = _native.Model(model_spec(bundle), isa, num_threads, model.ffn_dim)
         self._ffns: dict[int | None, Any] = {}
         self._choice: FfnChoice | None = None
-        self.cached = CachedTokens()
+        self._records = {0: CachedTokens()}
+        self.sequence = 0
         self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
 
     @property
@@ -71,7 +72,12 @@ class NativeDecoder:
     @property
     def num_cached(self) -> int:
         """Tokens in the KV cache."""
-        return int(self._model.num_cached)
+        return self._model.num_cached(self.sequence)
+
+    @property
+    def cached(self) -> CachedTokens:
+        """Which tokens are in the KV cache of the selected sequence."""
+        return self._records[self.sequence]
 
     def bytes_per_token(self, num_cached: int, *, greedy: bool = False) -> int:
         """Bytes of weights and of `num_cached` tokens' keys and values that the next token reads at least.
@@ -113,8 +119,28 @@ class NativeDecoder:
 
     def truncate(self, num_tokens: int) -> None:
         """Keep only the first `num_tokens` tokens of the KV cache."""
-        self._model.truncate(num_tokens)
+        self._model.truncate(num_tokens, self.sequence)
         self.cached.truncate(num_tokens)
+
+    def add_sequence(self) -> int:
+        """Begin another sequence; memory is reserved for all positions and taken page by page."""
+        number = self._model.add_sequence()
+        self._records[number] = CachedTokens()
+        return number
+
+    def drop_sequence(self, sequence: int) -> None:
+        """Give a sequence's memory back; see `Decoder.drop_sequence`."""
+        with _refused():
+            self._model.drop_sequence(sequence)
+        del self._records[sequence]
+        if sequence == self.sequence:
+            self.sequence = 0
+
+    def select(self, sequence: int) -> None:
+        """Choose the sequence to go on with; see `Decoder.select`."""
+        with _refused():
+            self._model.num_cached(sequence)
+        self.sequence = sequence
 
     def forward(self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False) -> Floats:
         """Append tokens to the KV cache; see `Decoder.forward`.
@@ -126,6 +152,22 @@ class NativeDecoder:
             ConfigError: a token id is out of range, or the KV cache is full.
         """
         return self._forward(token_ids, all_logits=all_logits, greedy=greedy, watcher=None)
+
+    def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int]) -> Floats:
+        """Append tokens to several sequences in one pass over the weights; see `Decoder.forward_rows`.
+
+        A row's logits are to the bit those of `forward` for the token alone, with the exact head.
+
+        Raises:
+            ConfigError: there is no such sequence, a token id is out of range, or a KV cache is full.
+        """
+        with _refused():
+            logits = self._model.forward_rows(
+                np.asarray(sequences, dtype=np.int32), np.asarray(token_ids, dtype=np.int32)
+            )
+        for sequence, token_id in zip(sequences, token_ids, strict=True):
+            self._records[sequence].append([token_id], self._choice)
+        return logits
 
     def prompt_statistics(
         self, token_ids: Sequence[int], selections: Sequence[Selection]
@@ -152,13 +194,9 @@ class NativeDecoder:
         greedy: bool,
         watcher: Callable[[int, Floats], None] | None,
     ) -> Floats:
-        try:
+        with _refused():
             ids = np.asarray(token_ids, dtype=np.int32)
-            logits: Floats = self._model.forward(ids, all_logits, greedy, watcher)
-        except (ValueError, OverflowError) as error:
-            raise ConfigError(str(error)) from error
-        except RuntimeError as error:
-            raise CoreInferError(str(error)) from error
+            logits = self._model.forward(ids, all_logits, greedy, watcher, self.sequence)
         self.cached.append(token_ids, self._choice)
         return logits
 
@@ -178,6 +216,17 @@ def _core_of(cpu: int) -> str:
             return file.read()
     except OSError:
         return str(cpu)
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Turn what the native module refuses into errors of the package."""
+    try:
+        yield
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(str(error)) from error
+    except RuntimeError as error:
+        raise CoreInferError(str(error)) from error
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from coreinfer.bundles.errors import ConfigError, join_problems
 
@@ -10,7 +10,7 @@ from .generation import MODES, Mode, Token
 from .sampling import SamplingParams
 from .text import check_stop
 
-__all__ = ["DEFAULTS", "Cancel", "GenerationOptions", "check_choice"]
+__all__ = ["DEFAULTS", "Cancel", "GenerationKeywords", "GenerationOptions", "check_choice"]
 
 
 class Cancel(Protocol):
@@ -79,6 +79,26 @@ class GenerationOptions:
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
         )
+
+
+class GenerationKeywords(TypedDict, total=False):
+    """The same as keywords, for type checkers."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: Sequence[str]
+    mode: Mode | None
+    tools: Sequence[Mapping[str, Any]] | None
+    drift_tokens: int
+    logprobs: int | None
+    json_schema: Mapping[str, Any] | str | None
+    on_token: Callable[[Token], object] | None
+    cancel: Cancel | None
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:

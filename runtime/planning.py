@@ -33,8 +33,8 @@ class ModePlan:
 
     @property
     def uses_pack(self) -> bool:
-        """Whether a cluster's pack decodes, so that another cluster's can take over where the text drifts."""
-        return self.mode == "similarity"
+        """Whether a cluster's pack decodes or drafts, so that another cluster's can take over where the text drifts."""
+        return self.mode in ("similarity", "lossless")
 
     @property
     def needs_statistic(self) -> bool:
@@ -87,14 +87,14 @@ def serving_cluster(plan: ModePlan, route: Route) -> int:
 def decode_choice(
     plan: ModePlan, route: Route, bundle: Bundle, statistic: Floats | None, num_prompt_tokens: int
 ) -> FfnChoice:
-    """Choose the FFN weights for decoding.
+    """Choose the FFN weights for decoding, in mode lossless those that draft.
 
     Args:
         statistic: (layers, ffn_dim) sums over the prompt, for the modes that need them.
     """
     if plan.mode == "dense":
         return DENSE
-    if plan.mode == "similarity" or statistic is None:
+    if plan.uses_pack or statistic is None:
         return FfnChoice(cluster=serving_cluster(plan, route))
     scores = scores_from_statistic(
         bundle.manifest.plan.selection, statistic, num_prompt_tokens, _layers(bundle, "column_norms", None)

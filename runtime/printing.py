@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from coreinfer.bundles.errors import ConfigError
 
-from .generation import Fallback, Token
+from .generation import Drafting, Fallback, Token
 
 __all__ = ["figures", "from_stdin"]
 
@@ -20,10 +20,17 @@ def figures(last: Token) -> str:
     path = " -> ".join(f"{step.cluster} ({step.label})" for step in last.path)
     distance = f"{last.distance:.3f}{_FALLBACKS.get(last.fallback, '')}"
     return (
-        f"[cluster {path}, distance {distance}, mode {last.mode}; "
+        f"[cluster {path}, distance {distance}, mode {last.mode}{_drafted(last.drafting)}; "
         f"{last.num_prompt_tokens} prompt tokens{cached} in {last.prefill_seconds:.2f} s, "
         f"{last.num_tokens} tokens at {last.decode_tokens_per_second:.1f} tok/s, {last.finish_reason}]"
     )
+
+
+def _drafted(drafting: Drafting | None) -> str:
+    if drafting is None:
+        return ""
+    off = ", off where it did not pay" if drafting.turned_off else ""
+    return f" ({drafting.acceptance:.0%} of drafts accepted, {drafting.mean_length:.1f} a round{off})"
 
 
 def from_stdin(read: Callable[[], str]) -> str:

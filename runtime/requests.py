@@ -3,11 +3,13 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from coreinfer.bundles import Bundle, ConfigError
 
 from .chat import check_messages, routing_text
 from .decoder import Decoder
+from .drafting import DraftCosts
 from .generation import Mode
 from .json_schema import JsonGrammars
 from .options import GenerationOptions
@@ -15,9 +17,10 @@ from .planning import ModePlan, plan_mode
 from .prompts import PromptFormat
 from .router import Route, Router
 
-__all__ = ["Loaded", "Prompt", "Request", "read_request"]
+__all__ = ["Loaded", "Prompt", "Prompts", "Request", "is_batch", "read_request", "read_requests"]
 
 Prompt = str | Sequence[Mapping[str, str]]
+Prompts = Sequence[str] | Sequence[Sequence[Mapping[str, str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class Loaded:
     router: Router
     prompts: PromptFormat
     grammars: JsonGrammars
+    draft_costs: DraftCosts
     mode: Mode
 
 
@@ -52,6 +56,32 @@ class Request:
     distance: float
     keeps_decoded: bool
     start_seconds: float
+
+
+def is_batch(prompt: Prompt | Prompts) -> TypeGuard[Prompts]:
+    """Whether this is a list of prompts: no text, and no list whose first item is a message.
+
+    An empty list is a conversation without messages.
+    """
+    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+    return is_list and len(prompt) > 0 and not isinstance(prompt[0], Mapping)
+
+
+def read_requests(loaded: Loaded, prompts: Prompts, options: GenerationOptions) -> list[Request]:
+    """Read several prompts; see `read_request`.
+
+    Raises:
+        ConfigError: naming the prompt; or `on_token` is given.
+    """
+    if options.on_token is not None:
+        raise ConfigError("on_token: it goes with one prompt, not with several; leave it out")
+    requests = []
+    for number, prompt in enumerate(prompts):
+        try:
+            requests.append(read_request(loaded, prompt, options))
+        except ConfigError as error:
+            raise ConfigError(f"prompts[{number}]: {error}") from error
+    return requests
 
 
 def read_request(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles.errors import ConfigError, CoreInferError, join_problems
 
-__all__ = ["Sampler", "SamplingParams", "distribution"]
+__all__ = ["Draft", "Sampler", "SamplingParams", "distribution"]
 
 Logits = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -50,6 +50,19 @@ class SamplingParams:
             raise ConfigError(join_problems(problems))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A token that another model proposes.
+
+    Attributes:
+        token_id: what is proposed.
+        probabilities: (vocab,) float64 that it was drawn from; None where nothing is drawn.
+    """
+
+    token_id: int
+    probabilities: Doubles | None
+
+
 class Sampler:
     """Draws the tokens of one generation."""
 
@@ -69,25 +82,57 @@ class Sampler:
         """Whether only the place of the largest logit matters."""
         return self._params.temperature == 0 and self._params.repetition_penalty == 1
 
-    def sample(self, logits: Logits) -> int:
+    def sample(self, logits: Logits, draft: Draft | None = None) -> int:
         """Draw the next token, which counts as seen from then on.
 
         Args:
             logits: (vocab,) float32; left as they are.
+            draft: a proposal by `propose`. The token is distributed as without it, and is the proposed one with the
+                highest probability that allows this (the rejection rule of arXiv 2211.17192 and 2302.01318).
         Returns:
             The token's id.
         Raises:
             ConfigError: the logits are no vector, or a seen token is not among them.
             CoreInferError: the logits hold NaN or infinity, or are minus infinity throughout.
         """
-        if self.greedy:
-            token_id = _largest(logits)
-        elif self._params.temperature == 0:
-            token_id = int(_penalized(logits, self._params.repetition_penalty, self._seen).argmax())
-        else:
-            token_id = self._draw(distribution(logits, self._params, self._seen))
+        token_id = self._likeliest(logits, self._seen)
+        if token_id is None:
+            token_id = self._draw_beside(distribution(logits, self._params, self._seen), draft)
         self._seen.add(token_id)
         return token_id
+
+    def propose(self, logits: Logits, ahead_ids: Collection[int]) -> Draft:
+        """Draw a token from another model's logits; nothing counts as seen.
+
+        Args:
+            logits: (vocab,) float32; left as they are.
+            ahead_ids: tokens proposed before this one since the last that was sampled; here they do count as seen.
+        Raises:
+            ConfigError, CoreInferError: as `sample`.
+        """
+        seen = self._seen if self._params.repetition_penalty == 1 else self._seen.union(ahead_ids)
+        token_id = self._likeliest(logits, seen)
+        if token_id is not None:
+            return Draft(token_id=token_id, probabilities=None)
+        probabilities = distribution(logits, self._params, seen)
+        return Draft(token_id=self._draw(probabilities), probabilities=probabilities)
+
+    def _likeliest(self, logits: Logits, seen: Collection[int]) -> int | None:
+        """Find the next token where none is drawn."""
+        if self.greedy:
+            return _largest(logits)
+        if self._params.temperature == 0:
+            return int(_penalized(logits, self._params.repetition_penalty, seen).argmax())
+        return None
+
+    def _draw_beside(self, probabilities: Doubles, draft: Draft | None) -> int:
+        if draft is None or draft.probabilities is None:
+            return self._draw(probabilities)
+        proposed = draft.probabilities[draft.token_id]
+        if self._generator.random() * proposed < probabilities[draft.token_id]:
+            return draft.token_id
+        # Rejected only where it was proposed more often than it may come; elsewhere something is wanting then.
+        return self._draw(np.maximum(probabilities - draft.probabilities, 0))
 
     def _draw(self, probabilities: Doubles) -> int:
         token_ids = np.flatnonzero(probabilities)

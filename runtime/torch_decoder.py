@@ -53,9 +53,12 @@ class TorchDecoder:
         self._model = _build_model(bundle, self._device, self._dtype)
         self._layers: list[nn.Module] = list(resolve(self._model, self._family.layers))
         self._dense = self._tensors(bundle.dense) if bundle.dense else None
-        self._cache = DynamicCache()
-        self.cached = CachedTokens()
+        # Without a config every layer of a cache keeps all tokens; sliding windows are left to the mask.
+        self._caches = {0: DynamicCache()}
+        self._records = {0: CachedTokens()}
+        self.sequence = 0
         self._choice: FfnChoice | None = None
+        self._last_pack: dict[int, LayerTensors] = {}
         self.use(DENSE if self._dense else FfnChoice(cluster=0))
 
     @property
@@ -66,7 +69,12 @@ class TorchDecoder:
     @property
     def num_cached(self) -> int:
         """Tokens in the KV cache."""
-        return int(self._cache.get_seq_length())
+        return int(self._caches[self.sequence].get_seq_length())
+
+    @property
+    def cached(self) -> CachedTokens:
+        """Which tokens are in the KV cache of the selected sequence."""
+        return self._records[self.sequence]
 
     def use(self, choice: FfnChoice) -> None:
         """Run with other FFN weights from the next token on.
@@ -83,7 +91,10 @@ class TorchDecoder:
 
     def _chosen(self, choice: FfnChoice) -> LayerTensors:
         if choice.cluster is not None:
-            return self._tensors(self._bundle.pack(choice.cluster))
+            # Lossless decoding goes to and fro between one pack and the dense FFN.
+            if choice.cluster not in self._last_pack:
+                self._last_pack = {choice.cluster: self._tensors(self._bundle.pack(choice.cluster))}
+            return self._last_pack[choice.cluster]
         if self._dense is None:
             raise ConfigError(f"bundle {self._bundle.path} has no dense FFN; compile it with --dense or use a cluster")
         if choice.neuron_ids is None:
@@ -94,10 +105,46 @@ class TorchDecoder:
         """Keep only the first `num_tokens` tokens of the KV cache."""
         self.cached.truncate(num_tokens)
         if num_tokens == 0:
-            # Without a config every layer keeps all tokens; sliding windows are left to the mask.
-            self._cache = DynamicCache()
+            self._caches[self.sequence] = DynamicCache()
         elif num_tokens < self.num_cached:
-            self._cache.crop(num_tokens - self.num_cached)
+            self._caches[self.sequence].crop(num_tokens - self.num_cached)
+
+    def add_sequence(self) -> int:
+        """Begin another sequence; see `Decoder.add_sequence`."""
+        number = max(self._caches) + 1
+        self._caches[number], self._records[number] = DynamicCache(), CachedTokens()
+        return number
+
+    def drop_sequence(self, sequence: int) -> None:
+        """Give a sequence's memory back; see `Decoder.drop_sequence`."""
+        if sequence == 0 or sequence not in self._caches:
+            raise ConfigError(f"sequence: expected one that was added, other than 0, got {sequence}")
+        del self._caches[sequence], self._records[sequence]
+        if sequence == self.sequence:
+            self.sequence = 0
+
+    def select(self, sequence: int) -> None:
+        """Choose the sequence to go on with; see `Decoder.select`."""
+        if sequence not in self._caches:
+            raise ConfigError(f"sequence: expected one that was added, got {sequence}")
+        self.sequence = sequence
+
+    def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Append tokens to several sequences, one sequence after another; see `Decoder.forward_rows`."""
+        rows: dict[int, list[int]] = {}
+        for row, sequence in enumerate(sequences):
+            rows.setdefault(sequence, []).append(row)
+        if unknown := sorted(set(rows) - set(self._caches)):
+            raise ConfigError(f"sequences: expected such that were added, got {unknown[0]}")
+        selected = self.sequence
+        logits = np.empty((len(token_ids), self._bundle.manifest.model.vocab_size), dtype=np.float32)
+        try:
+            for sequence, places in rows.items():
+                self.select(sequence)
+                logits[places] = self.forward([token_ids[row] for row in places], all_logits=True)
+        finally:
+            self.select(selected)
+        return logits
 
     def forward(
         self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False
@@ -106,7 +153,10 @@ class TorchDecoder:
         ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self._device)
         with torch.inference_mode():
             output = self._model(
-                ids, **cache_argument(self._model, self._cache), use_cache=True, logits_to_keep=0 if all_logits else 1
+                ids,
+                **cache_argument(self._model, self._caches[self.sequence]),
+                use_cache=True,
+                logits_to_keep=0 if all_logits else 1,
             )
         logits: npt.NDArray[np.float32] = output.logits[0].float().cpu().numpy()
         self.cached.append(token_ids, self._choice)

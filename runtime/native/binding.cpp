@@ -237,9 +237,44 @@ class Model {
     return out;
   }
 
-  py::array forward(const Ids& ids, bool all_logits, bool screened, const py::object& watcher) {
+  int add_sequence() {
     const std::unique_lock<std::mutex> lock = acquire();
+    return decoder_->add_sequence();
+  }
+
+  void drop_sequence(int number) {
+    const std::unique_lock<std::mutex> lock = acquire();
+    check_sequence(number);
+    if (number == 0) refuse("sequence", "another than 0, which stays", "0");
+    decoder_->drop_sequence(number);
+  }
+
+  py::array forward_rows(const Ids& numbers, const Ids& ids) {
+    const std::unique_lock<std::mutex> lock = acquire();
+    if (numbers.ndim() != 1 || numbers.size() != ids.size())
+      refuse("sequences", std::to_string(ids.size()) + ", one a token", std::to_string(numbers.size()));
+    std::vector<int> counts(decoder_->sequences.size());
+    for (py::ssize_t i = 0; i < numbers.size(); ++i) {
+      check_sequence(numbers.data()[i]);
+      ++counts[numbers.data()[i]];
+    }
     check_ids(ids);
+    for (size_t number = 0; number < counts.size(); ++number)
+      if (counts[number] > 0) check_room(static_cast<int>(number), counts[number]);
+    const int num_rows = static_cast<int>(ids.size()), vocab = decoder_->weights.vocab;
+    py::array_t<float> logits({num_rows, round_up(vocab, kBlockRows)});
+    {
+      py::gil_scoped_release release;
+      decoder_->forward_rows(numbers.data(), ids.data(), num_rows, logits.mutable_data());
+    }
+    return logits[py::make_tuple(py::ellipsis(), py::slice(0, vocab, 1))];
+  }
+
+  py::array forward(const Ids& ids, bool all_logits, bool screened, const py::object& watcher, int sequence) {
+    const std::unique_lock<std::mutex> lock = acquire();
+    check_sequence(sequence);
+    check_ids(ids);
+    check_room(sequence, ids.size());
     const int num_tokens = static_cast<int>(ids.size()), vocab = decoder_->weights.vocab;
     const int padded = round_up(vocab, kBlockRows);
     py::array_t<float> logits({all_logits ? num_tokens : 1, padded});
@@ -251,19 +286,24 @@ class Model {
       };
     {
       py::gil_scoped_release release;
-      decoder_->forward(ids.data(), num_tokens, all_logits, screened, logits.mutable_data(), watch);
+      decoder_->forward(sequence, ids.data(), num_tokens, all_logits, screened, logits.mutable_data(), watch);
     }
     if (failure) std::rethrow_exception(failure);
     return logits[py::make_tuple(py::ellipsis(), py::slice(0, vocab, 1))];
   }
 
-  void truncate(int num_tokens) {
+  void truncate(int num_tokens, int sequence) {
     const std::unique_lock<std::mutex> lock = acquire();
+    check_sequence(sequence);
     if (num_tokens < 0) refuse("num_tokens", "at least 0", std::to_string(num_tokens));
-    decoder_->num_cached = std::min(decoder_->num_cached, num_tokens);
+    int& num_cached = decoder_->sequences[sequence]->num_cached;
+    num_cached = std::min(num_cached, num_tokens);
   }
 
-  int num_cached() const { return decoder_->num_cached; }
+  int num_cached(int sequence) const {
+    check_sequence(sequence);
+    return decoder_->sequences[sequence]->num_cached;
+  }
   int num_threads() const { return decoder_->threads.size(); }
   std::string isa() const { return decoder_->kernels.name; }
   size_t bytes_per_token(int num_tokens, bool screened) const {
@@ -282,12 +322,19 @@ class Model {
     const ModelWeights& weights = decoder_->weights;
     if (!decoder_->ffn) refuse("FFN", "one in use", "none");
     if (ids.ndim() != 1 || ids.size() == 0) refuse("token ids", "at least one", "none");
-    const int room = weights.max_positions - decoder_->num_cached;
-    if (ids.size() > room)
-      refuse("token ids", "at most " + std::to_string(room) + " more in the KV cache", std::to_string(ids.size()));
     for (py::ssize_t i = 0; i < ids.size(); ++i)
       if (ids.data()[i] < 0 || ids.data()[i] >= weights.vocab)
         refuse("token id", "0 to " + std::to_string(weights.vocab - 1), std::to_string(ids.data()[i]));
+  }
+
+  void check_sequence(int number) const {
+    if (!decoder_->has(number)) refuse("sequence", "one that was added", std::to_string(number));
+  }
+
+  void check_room(int sequence, py::ssize_t num_tokens) const {
+    const int room = decoder_->weights.max_positions - decoder_->sequences[sequence]->num_cached;
+    if (num_tokens > room)
+      refuse("token ids", "at most " + std::to_string(room) + " more in the KV cache", std::to_string(num_tokens));
   }
 
   static void call_watcher(const py::object& watcher, int layer, const float* values, int count, int stride,
@@ -401,10 +448,13 @@ PYBIND11_MODULE(_native, module) {
       .def("use", &Model::use, py::arg("ffn"))
       .def("gather", &Model::gather, py::arg("ffn"), py::arg("neuron_ids"))
       .def("forward", &Model::forward, py::arg("ids"), py::arg("all_logits") = false, py::arg("screened") = false,
-           py::arg("watcher") = py::none())
-      .def("truncate", &Model::truncate, py::arg("num_tokens"))
+           py::arg("watcher") = py::none(), py::arg("sequence") = 0)
+      .def("forward_rows", &Model::forward_rows, py::arg("sequences"), py::arg("ids"))
+      .def("add_sequence", &Model::add_sequence)
+      .def("drop_sequence", &Model::drop_sequence, py::arg("sequence"))
+      .def("truncate", &Model::truncate, py::arg("num_tokens"), py::arg("sequence") = 0)
       .def("bytes_per_token", &Model::bytes_per_token, py::arg("num_tokens"), py::arg("screened") = false)
-      .def_property_readonly("num_cached", &Model::num_cached)
+      .def("num_cached", &Model::num_cached, py::arg("sequence") = 0)
       .def_property_readonly("num_threads", &Model::num_threads)
       .def_property_readonly("isa", &Model::isa);
   module.def("available_isas", &isa_names);

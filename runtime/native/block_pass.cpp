@@ -1,4 +1,5 @@
-// Read a block of tokens: each weight is read once for all of them. Tokens or rows are shared out, phase by phase.
+// Read a block of tokens, of one sequence or of several: each weight is read once for all of them. Tokens or matrix rows
+// are shared out, phase by phase.
 #include <algorithm>
 #include <cstring>
 
@@ -15,9 +16,13 @@ void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neuron
     own.gate.resize(size_t(kBlockTokens) * kUnit);
     own.up.resize(size_t(kBlockTokens) * kUnit);
     own.angles.resize(weights.rotary.size() * weights.head_dim);
-    own.heads.resize(size_t(weights.group_size()) * value_stride);
-    own.maxima.resize(weights.group_size());
-    own.sums.resize(weights.group_size());
+    const size_t group = weights.group_size();
+    own.heads.resize(num_threads * group * value_stride);
+    own.maxima.resize(num_threads * group);
+    own.sums.resize(num_threads * group);
+    for (int part = 0; part < num_threads; ++part)
+      own.parts.push_back({own.heads.get() + part * group * value_stride, own.maxima.get() + part * group,
+                           own.sums.get() + part * group});
     own.inputs.resize(1, widest);
   }
   scratch.residual.resize(size_t(kBlockTokens) * hidden);
@@ -32,23 +37,26 @@ namespace {
 
 class BlockPass {
  public:
-  BlockPass(Decoder& decoder, int thread, int num_tokens)
+  BlockPass(Decoder& decoder, int thread, const std::vector<Row>& rows, const BlockOptions& options)
       : decoder_(decoder),
+        rows_(rows),
+        options_(options),
         weights_(decoder.weights),
         kernels_(decoder.kernels),
         shared_(decoder.block),
         own_(decoder.block.threads[thread]),
         thread_(thread),
         num_threads_(decoder.threads.size()),
-        num_tokens_(num_tokens),
-        start_(decoder.num_cached),
+        num_tokens_(static_cast<int>(rows.size())),
         hidden_(round_up(weights_.hidden, kGroup)),
         key_(round_up(weights_.query_size(), kGroup)),
         value_(key_ + round_up(weights_.kv_size(), kGroup)),
         qkv_stride_(value_ + round_up(weights_.kv_size(), kGroup)) {}
 
-  void run(const int32_t* ids, bool all_logits, bool screened, float* logits, const Watcher& watcher) {
-    each_token([&](int t) { embed(weights_, kernels_, ids[t], start_ + t, own_.inputs.view, residual(t)); });
+  void run(float* logits, const Watcher& watcher) {
+    each_token([&](int t) {
+      embed(weights_, kernels_, rows_[t].id, rows_[t].position, own_.inputs.view, residual(t));
+    });
     const int num_layers = static_cast<int>(weights_.layers.size());
     for (int layer = 0; layer < num_layers; ++layer) {
       attention(layer);
@@ -58,7 +66,7 @@ class BlockPass {
         decoder_.threads.barrier();
       }
     }
-    if (logits) head(all_logits, screened, logits);
+    if (logits) head(logits);
   }
 
  private:
@@ -100,31 +108,55 @@ class BlockPass {
 
   void prepare(int layer, const AttentionWeights& attention, int t) {
     float* heads = qkv(t);
-    fill_angles(weights_, start_ + t, own_.angles.get());
+    fill_angles(weights_, rows_[t].position, own_.angles.get());
     const float* angles = angles_of(weights_, attention, own_.angles.get());
     prepare_heads(weights_, kernels_, attention.query, attention.query_norm, angles, weights_.num_heads, heads);
     prepare_heads(weights_, kernels_, attention.key, attention.key_norm, angles, weights_.num_kv_heads, heads + key_);
     for (int i = 0; i < weights_.query_size(); ++i) heads[i] *= weights_.attention_scale;
     if (attention.value.bias) kernels_.add(heads + value_, attention.value.bias, weights_.kv_size());
     for (int head = 0; head < weights_.num_kv_heads; ++head)
-      decoder_.cache.store(kernels_, layer, head, start_ + t, heads + key_ + head * weights_.head_dim,
-                           heads + value_ + head * weights_.head_dim);
+      rows_[t].cache->store(kernels_, layer, head, rows_[t].position, heads + key_ + head * weights_.head_dim,
+                            heads + value_ + head * weights_.head_dim);
   }
 
   void attend(int layer, const AttentionWeights& attention, int t) {
-    const int group = weights_.group_size(), size = weights_.head_dim, stride = decoder_.cache.value_stride();
+    const int group = weights_.group_size(), size = weights_.head_dim;
     const Activations inputs = shared_.inputs.view.token(t);
     float* out = inputs.values;
     const int padded = round_up(weights_.query_size(), kGroup);
     std::fill(out, out + padded, 0.0f);
-    for (int head = 0; head < weights_.num_kv_heads; ++head) {
-      kernels_.attend({decoder_.cache.keys(layer, head), decoder_.cache.values(layer, head), size, stride,
-                       qkv(t) + head * group * size, group, first_position(attention, start_ + t), start_ + t + 1,
-                       own_.heads.get(), own_.maxima.get(), own_.sums.get()});
-      for (int query = 0; query < group; ++query, out += size)
-        for (int i = 0; i < size; ++i) out[i] = own_.heads.get()[query * stride + i] / own_.sums.get()[query];
+    for (int head = 0; head < weights_.num_kv_heads; ++head, out += group * size) {
+      if (options_.exact)
+        attend_in_parts(layer, attention, t, head, out);
+      else
+        attend_at_once(layer, attention, t, head, out);
     }
     kernels_.quantize(inputs, padded);
+  }
+
+  // Part `part` of the scratch takes what the queries of one key-value head see of positions [begin, end).
+  void attend_part(int layer, int t, int head, int part, int begin, int end) {
+    const KvCache& cache = *rows_[t].cache;
+    const int group = weights_.group_size(), size = weights_.head_dim, stride = cache.value_stride();
+    kernels_.attend({cache.keys(layer, head), cache.values(layer, head), size, stride, qkv(t) + head * group * size,
+                     group, begin, end, own_.heads.get() + size_t(part) * group * stride,
+                     own_.maxima.get() + part * group, own_.sums.get() + part * group});
+  }
+
+  void attend_at_once(int layer, const AttentionWeights& attention, int t, int head, float* out) {
+    const int position = rows_[t].position, size = weights_.head_dim, stride = rows_[t].cache->value_stride();
+    attend_part(layer, t, head, 0, first_position(attention, position), position + 1);
+    for (int query = 0; query < weights_.group_size(); ++query, out += size)
+      for (int i = 0; i < size; ++i) out[i] = own_.heads.get()[query * stride + i] / own_.sums.get()[query];
+  }
+
+  // As decode_token shares the positions out over its threads, so that floats are added up in the same order.
+  void attend_in_parts(int layer, const AttentionWeights& attention, int t, int head, float* out) {
+    for (int part = 0; part < num_threads_; ++part) {
+      const Range positions = attention_share(attention, rows_[t].position, part, num_threads_);
+      attend_part(layer, t, head, part, positions.begin, positions.end);
+    }
+    kernels_.combine(own_.parts.data(), num_threads_, weights_.group_size(), weights_.head_dim, out);
   }
 
   void ffn(const Layer& weights, const FfnWeights& ffn) {
@@ -153,15 +185,16 @@ class BlockPass {
                      shared_.neurons.view.token(t));
   }
 
-  void head(bool all_logits, bool screened, float* logits) {
-    const int first = all_logits ? 0 : num_tokens_ - 1;
+  void head(float* logits) {
+    const int first = options_.all_logits ? 0 : num_tokens_ - 1;
     each_token([&](int t) {
       if (t < first) return;
       const Activations inputs = shared_.inputs.view.token(t);
       prepare_inputs(weights_, kernels_, weights_.final_norm, residual(t), inputs);
       if (!weights_.project_out.empty()) project_out(inputs);
     });
-    if (!all_logits) return compute_head(decoder_, shared_.inputs.view.token(first), thread_, screened, logits);
+    if (!options_.all_logits)
+      return compute_head(decoder_, shared_.inputs.view.token(first), thread_, options_.screened, logits);
     multiply_share(kernels_, {{&weights_.head, logits}}, shared_.inputs.view.token(first), num_tokens_ - first,
                    round_up(weights_.vocab, kBlockRows), thread_, decoder_.threads);
   }
@@ -176,20 +209,20 @@ class BlockPass {
   }
 
   Decoder& decoder_;
+  const std::vector<Row>& rows_;
+  const BlockOptions& options_;
   const ModelWeights& weights_;
   const Kernels& kernels_;
   BlockScratch& shared_;
   BlockScratch::PerThread& own_;
-  int thread_, num_threads_, num_tokens_, start_, hidden_, key_, value_, qkv_stride_;
+  int thread_, num_threads_, num_tokens_, hidden_, key_, value_, qkv_stride_;
 };
 
 }  // namespace
 
-void read_block(Decoder& decoder, const int32_t* ids, int num_tokens, bool all_logits, bool screened, float* logits,
+void read_block(Decoder& decoder, const std::vector<Row>& rows, const BlockOptions& options, float* logits,
                 const Watcher& watcher) {
-  decoder.threads.run(
-      [&](int thread) { BlockPass(decoder, thread, num_tokens).run(ids, all_logits, screened, logits, watcher); });
-  decoder.num_cached += num_tokens;
+  decoder.threads.run([&](int thread) { BlockPass(decoder, thread, rows, options).run(logits, watcher); });
 }
 
 }  // namespace coreinfer

@@ -10,7 +10,13 @@ namespace coreinfer {
 
 namespace {
 constexpr int kPositionBlock = 16;
+
+KvCache cache_for(const ModelWeights& weights) {
+  return KvCache(static_cast<int>(weights.layers.size()), weights.num_kv_heads, weights.head_dim,
+                 weights.max_positions);
 }
+
+}  // namespace
 
 KvCache::KvCache(int num_layers, int num_kv_heads, int head_dim, int max_positions)
     : num_kv_heads_(num_kv_heads),
@@ -18,13 +24,11 @@ KvCache::KvCache(int num_layers, int num_kv_heads, int head_dim, int max_positio
       value_stride_(round_up(head_dim, 16)),
       capacity_(round_up(max_positions, kPositionBlock)) {
   head_halves_ = size_t(capacity_) * (head_dim_ + value_stride_);
-  num_bytes_ = size_t(num_layers) * num_kv_heads_ * head_halves_ * 2;
-  void* memory = mmap(nullptr, num_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  const size_t num_bytes = size_t(num_layers) * num_kv_heads_ * head_halves_ * 2;
+  void* memory = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-  base_ = static_cast<uint16_t*>(memory);
+  base_.reset(static_cast<uint16_t*>(memory), [num_bytes](uint16_t* base) { munmap(base, num_bytes); });
 }
-
-KvCache::~KvCache() { munmap(base_, num_bytes_); }
 
 void KvCache::store(const Kernels& kernels, int layer, int head, int position, const float* key,
                     const float* value) const {
@@ -42,22 +46,63 @@ void KvCache::store(const Kernels& kernels, int layer, int head, int position, c
 Decoder::Decoder(ModelWeights model, const Kernels& table, int num_threads, int max_neurons)
     : weights(std::move(model)),
       kernels(table),
-      cache(static_cast<int>(weights.layers.size()), weights.num_kv_heads, weights.head_dim, weights.max_positions),
+      cache(cache_for(weights)),
       threads(num_threads) {
+  sequences.push_back(std::make_unique<Sequence>(Sequence{cache}));
   if (weights.head.format == Format::int8_planes) deviations.resize(round_up(weights.vocab, kBlockRows));
   allocate(token, weights, max_neurons, num_threads);
   allocate(block, weights, max_neurons, num_threads);
 }
 
-void Decoder::forward(const int32_t* ids, int num_tokens, bool all_logits, bool screened, float* logits,
+int Decoder::add_sequence() {
+  auto sequence = std::make_unique<Sequence>(Sequence{cache_for(weights)});
+  const auto free = std::find(sequences.begin(), sequences.end(), nullptr);
+  const int number = static_cast<int>(free - sequences.begin());
+  if (free == sequences.end())
+    sequences.push_back(std::move(sequence));
+  else
+    *free = std::move(sequence);
+  return number;
+}
+
+void Decoder::drop_sequence(int number) {
+  sequences[number].reset();
+  cache = sequences[0]->cache;  // or the memory would be kept
+}
+
+void Decoder::forward(int number, const int32_t* ids, int num_tokens, bool all_logits, bool screened, float* logits,
                       const Watcher& watcher) {
-  if (num_tokens == 1 && !watcher) return decode_token(*this, ids[0], screened, logits);
+  Sequence& sequence = *sequences[number];
+  if (num_tokens == 1 && !watcher) {
+    cache = sequence.cache;
+    num_cached = sequence.num_cached;
+    decode_token(*this, ids[0], screened, logits);
+    sequence.num_cached = num_cached;
+    return;
+  }
   const size_t stride = round_up(weights.vocab, kBlockRows);
+  std::vector<Row> rows;
   for (int first = 0; first < num_tokens; first += kBlockTokens) {
     const int count = std::min(kBlockTokens, num_tokens - first);
     const bool last = first + count == num_tokens;
     float* out = all_logits ? logits + first * stride : last ? logits : nullptr;
-    read_block(*this, ids + first, count, all_logits, screened, out, watcher);
+    rows.clear();
+    for (int t = 0; t < count; ++t) rows.push_back({ids[first + t], sequence.num_cached + t, &sequence.cache});
+    read_block(*this, rows, {false, all_logits, screened}, out, watcher);
+    sequence.num_cached += count;
+  }
+}
+
+void Decoder::forward_rows(const int32_t* numbers, const int32_t* ids, int num_rows, float* logits) {
+  const size_t stride = round_up(weights.vocab, kBlockRows);
+  std::vector<Row> rows;
+  for (int first = 0; first < num_rows; first += kBlockTokens) {
+    rows.clear();
+    for (int row = first; row < std::min(first + kBlockTokens, num_rows); ++row) {
+      Sequence& sequence = *sequences[numbers[row]];
+      rows.push_back({ids[row], sequence.num_cached++, &sequence.cache});
+    }
+    read_block(*this, rows, {true, true, false}, logits + first * stride, nullptr);
   }
 }
 

@@ -125,7 +125,7 @@ inline void multiply_codes(const Matrix& w, const Activations& x, float* y, size
       clear<kTokens, kChains>(low_sums);
       add_nibbles<kTokens, kChains>(lows + g * T::kBytes, quads, x.stride, low_sums);
     }
-    if constexpr (kTokens == 1) prefetch_tile(codes, T::kBytes);
+    prefetch_tile(codes, T::kBytes);
     for (int v = 0; v < kVectors; ++v) {
       const V::F scale = V::load_half(scales + v * V::kLanes);
       V::F zero = V::set1(T::kZero);
@@ -217,6 +217,11 @@ void multiply(const Matrix& w, const Activations& x, int num_tokens, float* y, s
     int t = 0;
     for (; t + V::kTileTokens <= num_tokens; t += V::kTileTokens)
       multiply_block<V::kTileTokens>(w, x.token(t), y + t * y_stride, y_stride, block);
+    // A few tokens that decode together.
+    if constexpr (V::kTileTokens > 4)
+      for (; t + 4 <= num_tokens; t += 4) multiply_block<4>(w, x.token(t), y + t * y_stride, y_stride, block);
+    if constexpr (V::kTileTokens > 2)
+      for (; t + 2 <= num_tokens; t += 2) multiply_block<2>(w, x.token(t), y + t * y_stride, y_stride, block);
     for (; t < num_tokens; ++t) multiply_block<1>(w, x.token(t), y + t * y_stride, y_stride, block);
   }
 }

@@ -70,15 +70,15 @@ struct ModelWeights {
   int group_size() const { return num_heads / num_kv_heads; }
 };
 
-// Keys and values of all tokens so far, fp16. Memory is reserved for all positions and taken page by page.
+// Keys and values of one sequence's tokens, fp16. Memory is reserved for all positions and taken page by page. Copies
+// share the memory.
 class KvCache {
  public:
   KvCache(int num_layers, int num_kv_heads, int head_dim, int max_positions);
-  ~KvCache();
-  KvCache(const KvCache&) = delete;
-  KvCache& operator=(const KvCache&) = delete;
 
-  uint16_t* keys(int layer, int head) const { return base_ + (size_t(layer) * num_kv_heads_ + head) * head_halves_; }
+  uint16_t* keys(int layer, int head) const {
+    return base_.get() + (size_t(layer) * num_kv_heads_ + head) * head_halves_;
+  }
   uint16_t* values(int layer, int head) const { return keys(layer, head) + size_t(capacity_) * head_dim_; }
   int value_stride() const { return value_stride_; }
   // Write one token's key and value of one head.
@@ -89,8 +89,21 @@ class KvCache {
 
  private:
   int num_kv_heads_, head_dim_, value_stride_, capacity_;
-  size_t head_halves_, num_bytes_;
-  uint16_t* base_;
+  size_t head_halves_;
+  std::shared_ptr<uint16_t> base_;
+};
+
+// One text: what it keeps, and how much of it.
+struct Sequence {
+  KvCache cache;
+  int num_cached = 0;
+};
+
+// A token to be read at a position of a sequence.
+struct Row {
+  int32_t id;
+  int position;
+  const KvCache* cache;
 };
 
 // Memory that starts at a cache line.
@@ -131,7 +144,9 @@ struct TokenScratch {
 
 struct BlockScratch {
   struct PerThread {
-    Buffer<float> gate, up, angles, heads, maxima, sums;
+    Buffer<float> gate, up, angles;
+    Buffer<float> heads, maxima, sums;  // of one key-value head's queries, for each part of the positions
+    std::vector<AttentionPart> parts;
     ActivationBuffer inputs;
   };
   std::vector<PerThread> threads;
@@ -139,20 +154,31 @@ struct BlockScratch {
   ActivationBuffer inputs, neurons;
 };
 
-// One sequence: weights, the FFN in use, the cache and the threads.
+// Weights, the FFN in use, the sequences and the threads.
 struct Decoder {
   Decoder(ModelWeights weights, const Kernels& kernels, int num_threads, int max_neurons);
 
-  // Append tokens; ids and room must have been checked. `logits` is (num_tokens or 1, padded vocabulary).
+  // Sequences are named by number, 0 is always there. A dropped one's number is given out again.
+  int add_sequence();
+  void drop_sequence(int number);
+  bool has(int number) const { return number >= 0 && number < int(sequences.size()) && sequences[number]; }
+
+  // Append tokens to a sequence; ids and room must have been checked. `logits` is (num_tokens or 1, padded vocabulary).
   // With `screened`, logits of tokens that cannot be the likeliest are approximate where the head allows it.
-  void forward(const int32_t* ids, int num_tokens, bool all_logits, bool screened, float* logits,
+  void forward(int sequence, const int32_t* ids, int num_tokens, bool all_logits, bool screened, float* logits,
                const Watcher& watcher);
+  // Append tokens to several sequences, those of one sequence in their order, with one read of the weights for
+  // kBlockTokens of them. Each row's logits (padded vocabulary) are to the bit what `forward` gives for that token
+  // alone, whatever else is read with it.
+  void forward_rows(const int32_t* numbers, const int32_t* ids, int num_rows, float* logits);
   // Bytes of weights and cache that one more token reads.
   size_t bytes_per_token(int num_tokens, bool screened) const;
 
   const ModelWeights weights;
   const Kernels& kernels;
   std::shared_ptr<const Ffn> ffn;
+  std::vector<std::unique_ptr<Sequence>> sequences;  // empty where one was dropped
+  // Of the sequence that `forward` is appending to.
   int num_cached = 0;
   KvCache cache;
   Threads threads;
@@ -171,7 +197,13 @@ void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neuron
 // Logits of one token's final hidden state by the head, all threads together.
 void compute_head(Decoder& decoder, const Activations& x, int thread, bool screened, float* logits);
 void decode_token(Decoder& decoder, int32_t id, bool screened, float* logits);
-void read_block(Decoder& decoder, const int32_t* ids, int num_tokens, bool all_logits, bool screened, float* logits,
+// How a block is read.
+struct BlockOptions {
+  bool exact = false;       // attention to the bit as decode_token computes it; else in the fastest way
+  bool all_logits = false;  // else the last row's, if `logits` is not null
+  bool screened = false;
+};
+void read_block(Decoder& decoder, const std::vector<Row>& rows, const BlockOptions& options, float* logits,
                 const Watcher& watcher);
 
 // Parts that both passes share (layer.cpp). Vectors of one token.
