@@ -13,7 +13,7 @@ from coreinfer.bundles.command import command_errors, start_logging
 from coreinfer.bundles.errors import ConfigError
 
 from .engine import Engine, Prompt, collect, load
-from .engines import EngineName
+from .engines import CudaGraphs, EngineName, Weights
 from .generation import MODES, Mode, Token
 
 __all__ = ["main"]
@@ -48,6 +48,9 @@ Stream = Callable[[Prompt], Iterator[Token]]
 @click.option("--device", default="auto", help="torch device.")
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", help="Arithmetic.")
 @click.option("--threads", type=int, default=None, help="CPU threads.")
+@click.option("--gpu-memory-mb", type=float, default=None, help="Bound of weights and KV cache on the GPU.")
+@click.option("--cuda-graphs", type=click.Choice(get_args(CudaGraphs)), default="auto", help="Recorded decoding steps.")
+@click.option("--weights", type=click.Choice(get_args(Weights)), default="auto", help="int4 on a GPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print the generation as one JSON object.")
 @click.option("-v", "--verbose", is_flag=True, help="Log remarks on stderr.")
 @click.version_option(package_name="coreinfer")
@@ -72,6 +75,9 @@ def main(
     device: str,
     dtype: str,
     threads: int | None,
+    gpu_memory_mb: float | None,
+    cuda_graphs: CudaGraphs,
+    weights: Weights,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -84,7 +90,16 @@ def main(
     if (chat or system) and raw:
         raise ConfigError("--raw goes with neither --chat nor --system; leave one out")
     loaded = load(
-        bundle_dir, engine=engine, device=device, dtype=dtype, mode=cast(Mode, mode), threads=threads, isa=isa
+        bundle_dir,
+        engine=engine,
+        device=device,
+        dtype=dtype,
+        mode=cast(Mode, mode),
+        threads=threads,
+        isa=isa,
+        gpu_memory_mb=gpu_memory_mb,
+        cuda_graphs=cuda_graphs,
+        weights=weights,
     )
     stream = partial(
         loaded.stream,

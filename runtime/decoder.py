@@ -38,6 +38,12 @@ class Decoder(Protocol):
     def num_cached(self) -> int:
         """Tokens in the KV cache."""
 
+    def prepare(self, choice: FfnChoice) -> None:
+        """Begin to bring a pack that will soon be used to where it is needed; returns at once, changes no result.
+
+        Called once the router has spoken, while the prompt is still to be read. Weights in use are left alone.
+        """
+
     def use(self, choice: FfnChoice) -> None:
         """Run with other FFN weights from the next token on."""
 

@@ -15,8 +15,8 @@ from coreinfer.bundles.layout import LAYOUT
 from tokenizers import Tokenizer
 
 from .chat import check_messages, render_chat, routing_text
-from .decoder import DENSE, Decoder
-from .engines import EngineName, load_decoder
+from .decoder import DENSE, Decoder, FfnChoice
+from .engines import CudaGraphs, EngineName, Weights, load_decoder
 from .generation import MODES, FinishReason, Generation, Mode, Token
 from .planning import ModePlan, decode_choice, plan_mode
 from .router import Route, Router
@@ -38,6 +38,9 @@ def load(
     threads: int | None = None,
     dtype: str = "auto",
     isa: str = "auto",
+    gpu_memory_mb: float | None = None,
+    cuda_graphs: CudaGraphs = "auto",
+    weights: Weights = "auto",
 ) -> "Engine":
     """Open a bundle, check it, and make it ready to generate.
 
@@ -52,6 +55,11 @@ def load(
         threads: CPU threads; None for one a core.
         dtype: of the torch engine: "bfloat16", "float32", or "auto" for bfloat16 where the device computes it natively.
         isa: kernels of the native engine, such as "avx2"; "auto" for COREINFER_ISA, else the best that the CPU has.
+        gpu_memory_mb: of the torch engine: megabytes of weights and KV cache on the GPU; None for what is free. Where
+            the dense FFN does not fit, its layers are streamed while a prompt is read (docs/gpu.md).
+        cuda_graphs: of the torch engine: decode in recorded steps of fixed shapes; "auto" on a GPU.
+        weights: of the torch engine: "packed" multiplies by int4 weights as they are, "bfloat16" unpacks them; "auto"
+            is packed for int4 on a GPU that can.
     Raises:
         BundleError: there is no bundle, or it is damaged; all damaged files are named.
         ConfigError: an argument is wrong, or the engine's packages are not installed.
@@ -59,8 +67,20 @@ def load(
     """
     _check_choice("mode", mode, MODES)
     _check_choice("engine", engine, get_args(EngineName))
+    _check_choice("cuda_graphs", cuda_graphs, get_args(CudaGraphs))
+    _check_choice("weights", weights, get_args(Weights))
     bundle = open_bundle(bundle_dir, lazy_packs=True)
-    decoder = load_decoder(bundle, engine=engine, device=device, threads=threads, dtype=dtype, isa=isa)
+    decoder = load_decoder(
+        bundle,
+        engine=engine,
+        device=device,
+        threads=threads,
+        dtype=dtype,
+        isa=isa,
+        gpu_memory_mb=gpu_memory_mb,
+        cuda_graphs=cuda_graphs,
+        weights=weights,
+    )
     return Engine(bundle, decoder, mode=mode)
 
 
@@ -245,12 +265,13 @@ class Engine:
 
     def _prefill(self, request: _Request, *, greedy: bool) -> npt.NDArray[np.float32]:
         """Read the prompt, with the dense FFN where there is one, and put the decoding weights in place."""
-        if request.plan.mode == "similarity":
-            self.bundle.packs[request.route.cluster].prefetch()
         self.decoder.truncate(0)
         self.decoder.use(
             DENSE if self.bundle.dense else decode_choice(request.plan, request.route, self.bundle, None, 0)
         )
+        # The pack comes while the prompt is read; it may take the place of the last generation's, now out of use.
+        if request.plan.mode == "similarity":
+            self.decoder.prepare(FfnChoice(cluster=request.route.cluster))
         statistic = None
         if request.plan.needs_statistic:
             selection = self.manifest.plan.selection
