@@ -31,6 +31,12 @@ class MemoryNeeds:
     kv_per_token: int
     max_positions: int
 
+    @property
+    def least(self) -> int:
+        """The smallest limit that works: base, pack, two layer buffers for a dense FFN, a short KV cache."""
+        buffers = 2 * self.layer if self.dense else 0
+        return self.base + self.pack + buffers + self.kv_per_token * min(self.max_positions, _MIN_KV_TOKENS)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
@@ -56,21 +62,21 @@ def plan_memory(needs: MemoryNeeds, *, limit_mb: float | None, free_bytes: int) 
     """
     if limit_mb is not None and not limit_mb > 0:
         raise ConfigError(f"gpu_memory_mb: expected more than 0, got {limit_mb}")
-    limit = int(free_bytes - max(_MARGIN_SHARE * free_bytes, _MARGIN_BYTES) if limit_mb is None else limit_mb * _MB)
+    room = free_bytes - max(_MARGIN_SHARE * free_bytes, _MARGIN_BYTES)
+    limit = round(room if limit_mb is None else limit_mb * _MB)
     roomy = needs.kv_per_token * min(needs.max_positions, _ROOMY_KV_TOKENS)
     stream = bool(needs.dense) and needs.base + needs.pack + needs.dense + roomy > limit
-    buffers = 2 * needs.layer if stream else 0
-    kv = needs.kv_per_token * min(needs.max_positions, _MIN_KV_TOKENS)
-    total = needs.base + needs.pack + buffers + kv
-    if total > limit:
+    buffers = 2 * needs.layer if needs.dense else 0
+    if (stream or not needs.dense) and needs.least > limit:
+        kv = needs.least - needs.base - needs.pack - buffers
         name = "gpu_memory_mb" if limit_mb is not None else "free device memory less a margin"
         raise ConfigError(
-            f"{name}: expected at least {_mb(total)} MB (base {_mb(needs.base)}, pack {_mb(needs.pack)}, two layer "
-            f"buffers {_mb(buffers)}, KV cache {_mb(kv)}), got {_mb(limit)}; raise it, or compile with a lower --keep "
-            "or --quantize int4"
+            f"{name}: expected at least {_mb(needs.least)} MB (base {_mb(needs.base)}, pack {_mb(needs.pack)}, two "
+            f"layer buffers {_mb(buffers)}, KV cache {_mb(kv)}), got {_mb(limit)}; raise it, or compile with a lower "
+            "--keep or --quantize int4"
         )
     return MemoryPlan(limit_bytes=limit, stream_dense=stream)
 
 
 def _mb(num_bytes: float) -> str:
-    return f"{num_bytes / _MB:.3g}" if num_bytes < 100 * _MB else f"{num_bytes / _MB:.0f}"
+    return f"{num_bytes / _MB:.4g}" if num_bytes < 1000 * _MB else f"{num_bytes / _MB:.0f}"

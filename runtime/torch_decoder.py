@@ -79,6 +79,8 @@ class TorchDecoder:
         self._model = empty_model(bundle, self._device, self._dtype, packed=packed)
         self._layers: list[nn.Module] = decoder_layers(self._model, self._family)
         self._kv_bytes_per_token = kv_bytes_per_token(bundle.manifest.model, self._dtype.itemsize)
+        self.needs: MemoryNeeds | None = None
+        """What the bundle takes on the device; None where weights are used in place."""
         moves = self._device.type != "cpu" or gpu_memory_mb is not None
         transfer = transfer or (pick_transfer(self._device) if moves else None)
         self._placement = self._place_weights(transfer, gpu_memory_mb)
@@ -97,7 +99,7 @@ class TorchDecoder:
         host = HostWeights(self._reader, transfer)
         num_bytes = base_bytes(self._model)
         has_dense = self._bundle.dense is not None
-        needs = MemoryNeeds(
+        needs = self.needs = MemoryNeeds(
             base=num_bytes,
             pack=host.bytes_of(0),
             dense=host.bytes_of(None) if has_dense else 0,

@@ -33,6 +33,7 @@ class Sizes:
         ffn = {module for layer in decoder._layers for module in map(layer.get_submodule, projections(decoder))}
         own = {id(parameter) for module in ffn for parameter in module.parameters()}
         self.base = sum(4 * p.numel() for p in decoder._model.parameters() if id(p) not in own)
+        self.buffers = sum(buffer.nbytes for buffer in decoder._model.buffers())
         self.dense = sum(p.nbytes for module in ffn for p in module.parameters())
         self.layer = self.dense // NUM_LAYERS
         decoder.use(PACKS[0])
@@ -41,7 +42,7 @@ class Sizes:
         self.kv_token = 2 * NUM_LAYERS * model.num_kv_heads * model.head_dim * 4
 
     def least_mb(self, *, num_tokens: int = 256) -> float:
-        return (self.base + self.pack + 2 * self.layer + num_tokens * self.kv_token) / 1e6
+        return (self.base + self.buffers + self.pack + 2 * self.layer + num_tokens * self.kv_token) / 1e6
 
 
 def projections(decoder: TorchDecoder) -> list[str]:
@@ -285,7 +286,7 @@ def test_a_bound_that_is_too_small_is_refused_with_the_numbers(bundle: Callable[
     least = Sizes(opened).least_mb()
     on_device(opened, FakeDevice(), least)
     expected = (
-        rf"gpu_memory_mb: expected at least {least:.3g} MB \(base .*, pack .*, two layer buffers .*, KV cache .*\)"
+        rf"gpu_memory_mb: expected at least {least:.4g} MB \(base .*, pack .*, two layer buffers .*, KV cache .*\)"
     )
     device = FakeDevice()
     with pytest.raises(runtime.ConfigError, match=expected):
