@@ -25,7 +25,7 @@ from coreinfer.runtime import Engine
 from coreinfer.runtime.decoder import DENSE, FfnChoice
 from coreinfer.runtime.generation import MODES
 from coreinfer.runtime.packed_linear import PackedLinear
-from coreinfer.runtime.torch_decoder import TorchDecoder
+from coreinfer.runtime.torch_decoder import TorchDecoder, device_needs
 
 CONTENDERS = ("transformers", "dense", "pack", "lossless", "bounded")
 _TEXT = "The ferry leaves the harbour at noon and returns before the lamps are lit. "
@@ -240,9 +240,17 @@ def contenders(
 
 def least_mb(bundle: Bundle, options: Options) -> float:
     """Find the smallest bound under which the benchmark runs: two layer buffers, and a KV cache for its tokens."""
-    needs = CoreInfer(bundle, FfnChoice(cluster=0), options, limit_mb=1e9).decoder.needs
-    assert needs is not None
+    needs = device_needs(bundle, device=options.device, dtype=options.dtype, weights=options.weights)
     return (needs.least + needs.kv_per_token * (len(options.prompt_ids) + options.tokens + 1)) / 1e6
+
+
+def try_sample(name: str, load: Callable[[], Contender], options: Options) -> Sample | None:
+    """Take a sample; None where the contender does not fit on the device."""
+    try:
+        return sample(load, options)
+    except torch.OutOfMemoryError:
+        click.echo(f"{name}: does not fit on {options.device}", err=True)
+        return None
 
 
 def sample(load: Callable[[], Contender], options: Options) -> Sample:
@@ -328,9 +336,10 @@ def main(
         click.echo(f"round {number} of {rounds}", err=True)
         reads.append(read_gbps(options))
         for name, load in loaders:
-            samples[name].append(sample(load, options))
+            if taken := try_sample(name, load, options):
+                samples[name].append(taken)
     gbps = statistics.median(reads)
-    runs = [summarize(name, taken, gbps) for name, taken in samples.items()]
+    runs = [summarize(name, taken, gbps) for name, taken in samples.items() if taken]
     device = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else options.device
     click.echo("\n".join(table(runs, device, gbps)))
     described = {key: value for key, value in asdict(options).items() if key != "prompt_ids"}

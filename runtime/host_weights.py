@@ -71,6 +71,11 @@ class FfnReader:
                 shapes[f"{role}_bias"] = ((width,), self.dtype)
         return shapes
 
+    def num_bytes(self, cluster: int | None) -> int:
+        """Memory that all layers take."""
+        num_layers = self.bundle.manifest.model.num_layers
+        return sum(layer_bytes(self.shapes(cluster, layer)) for layer in range(num_layers))
+
     def _bias(self, file: TensorFile, name: str, tensors: Tensors, role: str) -> torch.Tensor:
         bias = to_torch(file[f"{name}_bias"]).to(self.dtype)
         if role == "down" or f"{role}_grid" not in tensors:
@@ -147,8 +152,8 @@ class HostWeights:
         return sum(self.bytes_of(cluster) for cluster in self._pinned)
 
     def bytes_of(self, cluster: int | None) -> int:
-        """Memory that a pack, or with None the dense FFN, takes in this form."""
-        return sum(layer_bytes(self._reader.shapes(cluster, layer)) for layer in range(self._num_layers))
+        """Memory that a pack, or with None the dense FFN, takes."""
+        return self._reader.num_bytes(cluster)
 
 
 def gather(tensors: Tensors, neuron_ids: npt.NDArray[np.int32]) -> Tensors:

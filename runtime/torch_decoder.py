@@ -30,7 +30,7 @@ from .torch_model import (
 )
 from .transfer import Transfer, pick_transfer
 
-__all__ = ["TorchDecoder"]
+__all__ = ["TorchDecoder", "device_needs"]
 
 _log = logging.getLogger(__name__)
 
@@ -79,8 +79,8 @@ class TorchDecoder:
         self._model = empty_model(bundle, self._device, self._dtype, packed=packed)
         self._layers: list[nn.Module] = decoder_layers(self._model, self._family)
         self._kv_bytes_per_token = kv_bytes_per_token(bundle.manifest.model, self._dtype.itemsize)
-        self.needs: MemoryNeeds | None = None
-        """What the bundle takes on the device; None where weights are used in place."""
+        if device == "auto" and self._device.type == "cpu" and gpu_memory_mb is not None:
+            raise ConfigError("gpu_memory_mb: torch sees no GPU here; leave it out, or try it with device 'cpu'")
         moves = self._device.type != "cpu" or gpu_memory_mb is not None
         transfer = transfer or (pick_transfer(self._device) if moves else None)
         self._placement = self._place_weights(transfer, gpu_memory_mb)
@@ -97,16 +97,8 @@ class TorchDecoder:
             fill_model(self._model, self._bundle, self._dtype, lambda tensor: tensor.to(self._device))
             return MappedPlacement(self._layers, self._family, self._reader)
         host = HostWeights(self._reader, transfer)
-        num_bytes = base_bytes(self._model)
         has_dense = self._bundle.dense is not None
-        needs = self.needs = MemoryNeeds(
-            base=num_bytes,
-            pack=host.bytes_of(0),
-            dense=host.bytes_of(None) if has_dense else 0,
-            layer=layer_bytes(self._reader.shapes(None, 0)),
-            kv_per_token=self._kv_bytes_per_token,
-            max_positions=self._bundle.manifest.model.max_positions,
-        )
+        needs = _needs(self._model, self._reader)
         plan = plan_memory(needs, limit_mb=gpu_memory_mb, free_bytes=transfer.free_bytes())
         if plan.stream_dense:
             _log.info("the dense FFN (%.0f MB) is streamed layer by layer", needs.dense / 1e6)
@@ -118,7 +110,7 @@ class TorchDecoder:
 
         fill_model(self._model, self._bundle, self._dtype, place)
         return DevicePlacement(
-            self._layers, self._family, host, transfer, plan, base_bytes=num_bytes, has_dense=has_dense
+            self._layers, self._family, host, transfer, plan, base_bytes=needs.base, has_dense=has_dense
         )
 
     def _pick_static(self, cuda_graphs: str, transfer: Transfer | None) -> StaticStep | None:
@@ -243,6 +235,29 @@ class TorchDecoder:
         with watch_activations(self._layers, self._family, collect):
             logits = self.forward(token_ids)
         return logits, statistics
+
+
+def device_needs(bundle: Bundle, *, device: str, dtype: str, weights: str = "auto") -> MemoryNeeds:
+    """Find out what a bundle would take on a device, without taking it; arguments as of `TorchDecoder`."""
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place)
+    packed = _pick_packed(bundle, weights, place, kind)
+    family = family_by_name(bundle.manifest.model.family)
+    reader = FfnReader(bundle=bundle, family=family, dtype=kind, device=place, packed=packed)
+    return _needs(empty_model(bundle, place, kind, packed=packed), reader)
+
+
+def _needs(model: nn.Module, reader: FfnReader) -> MemoryNeeds:
+    record = reader.bundle.manifest.model
+    has_dense = reader.bundle.dense is not None
+    return MemoryNeeds(
+        base=base_bytes(model),
+        pack=reader.num_bytes(0),
+        dense=reader.num_bytes(None) if has_dense else 0,
+        layer=layer_bytes(reader.shapes(None, 0)),
+        kv_per_token=kv_bytes_per_token(record, reader.dtype.itemsize),
+        max_positions=record.max_positions,
+    )
 
 
 def _pick_packed(bundle: Bundle, weights: str, device: torch.device, dtype: torch.dtype) -> bool:

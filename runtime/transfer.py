@@ -145,8 +145,8 @@ class CudaTransfer:
                 rewind()
         computing.wait_stream(warm_up)
         graph = torch.cuda.CUDAGraph()
-        # Capturing runs nothing, so there is nothing to rewind.
-        with torch.cuda.graph(graph):
+        # On the same stream, on which libraries have set themselves up. Capturing runs nothing: nothing to rewind.
+        with torch.cuda.graph(graph, stream=warm_up):
             step()
         return graph.replay
 

@@ -11,7 +11,7 @@ import torch
 from coreinfer.bundles import open_bundle
 from coreinfer.runtime.decoder import DENSE, FfnChoice
 from coreinfer.runtime.packed_linear import packed_problem
-from coreinfer.runtime.torch_decoder import TorchDecoder
+from coreinfer.runtime.torch_decoder import TorchDecoder, device_needs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -33,15 +33,13 @@ def logits_of(bundle_dir: Path, dtype: str, **options: Any) -> npt.NDArray[np.fl
 
 
 def least_mb(bundle_dir: Path, **options: Any) -> float:
-    needs = TorchDecoder(open_bundle(bundle_dir), device="cuda", **options).needs
-    assert needs is not None
-    return needs.least / 1e6
+    return device_needs(open_bundle(bundle_dir), device="cuda", **options).least / 1e6
 
 
 def test_streamed_is_resident_to_the_bit(tiny_bundle: Callable[..., Path]) -> None:
     options: dict[str, Any] = {"dtype": "float32", "cuda_graphs": "off", "weights": "bfloat16"}
     resident = logits_of(tiny_bundle("llama"), **options)
-    limit_mb = least_mb(tiny_bundle("llama"), **options)
+    limit_mb = least_mb(tiny_bundle("llama"), dtype="float32", weights="bfloat16")
     np.testing.assert_array_equal(logits_of(tiny_bundle("llama"), gpu_memory_mb=limit_mb, **options), resident)
 
 

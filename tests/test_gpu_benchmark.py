@@ -59,6 +59,22 @@ def test_what_cannot_run_is_said(gpu: ModuleType, tiny_bundle: Callable[..., Pat
     assert "dense: left out, the bundle has no dense FFN" in result.stderr
 
 
+def test_what_does_not_fit_is_said(
+    gpu: ModuleType, tiny_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = gpu.sample
+
+    def run_out(load: Any, options: Any) -> Any:
+        if gpu.DENSE in load.args:
+            raise gpu.torch.OutOfMemoryError("CUDA out of memory")
+        return sample(load, options)
+
+    monkeypatch.setattr(gpu, "sample", run_out)
+    result = run(gpu, tiny_bundle("llama"), "--contenders", "dense", "--contenders", "pack")
+    assert "dense: does not fit on cpu" in result.stderr
+    assert [one["name"] for one in json.loads(result.stdout.splitlines()[-1])["runs"]] == ["pack"]
+
+
 def test_packed_weights(gpu: ModuleType, tiny_bundle: Callable[..., Path]) -> None:
     folder = tiny_bundle("llama", quantize="int4")
     sizes = []

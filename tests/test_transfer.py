@@ -53,9 +53,9 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         current.pop()
 
     @contextmanager
-    def capture(graph: FakeGraph) -> Iterator[None]:
+    def capture(graph: FakeGraph, stream: FakeStream) -> Iterator[None]:
         graph.log = notes
-        notes.append("capture")
+        notes.append(f"capture on {stream.name}")
         yield
         notes.append("captured")
 
@@ -88,7 +88,7 @@ def test_a_step_is_warmed_up_beside_the_computation_and_then_captured(log: list[
     transfer = CudaTransfer(DEVICE)
     replay = transfer.record(lambda: log.append("step"), lambda: log.append("rewind"))
     warm_up = [("warm-up", "waits for", "computing"), *["step", "rewind"] * 3, ("computing", "waits for", "warm-up")]
-    assert log == [*warm_up, "capture", "step", "captured"]
+    assert log == [*warm_up, "capture on warm-up", "step", "captured"]
     replay()
     assert log[-1] == "replay"
 
