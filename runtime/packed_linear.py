@@ -78,11 +78,13 @@ def _inner_tiles(num_columns: int) -> int:
 def packed_shapes(role: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Shapes:
     """Shapes and dtypes of what `pack_matrix` gives."""
     rows, columns = _padded_shape(role, shape)
-    grid = {role + GRID: ((columns // GROUP_SIZE, rows, 2), dtype)}
+    shapes: Shapes = {role + GRID: ((columns // GROUP_SIZE, rows, 2), dtype)}
     if device.type == "cpu":
-        return {role: ((rows, columns // 2), torch.uint8)} | grid
-    tiles = _inner_tiles(columns)
-    return {role: ((-(-rows // 8), columns // (tiles * _TILE), 32, tiles // 2), torch.int32)} | grid
+        shapes[role] = ((rows, columns // 2), torch.uint8)
+    else:
+        tiles = _inner_tiles(columns)
+        shapes[role] = ((-(-rows // 8), columns // (tiles * _TILE), 32, tiles // 2), torch.int32)
+    return shapes
 
 
 def pack_matrix(

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .decoder import FfnChoice
 from .host_weights import FfnReader, HostWeights, gather
-from .memory_plan import MemoryPlan
+from .memory_plan import MemoryNeeds, MemoryPlan
 from .packed_linear import PackedLinear, Tensors
 from .transfer import Kind, Ticket, Transfer
 
@@ -236,24 +236,21 @@ class DevicePlacement:
         host: HostWeights,
         transfer: Transfer,
         plan: MemoryPlan,
-        *,
-        base_bytes: int,
-        has_dense: bool,
+        needs: MemoryNeeds,
     ) -> None:
         self._layers, self._family, self._host = layers, family, host
-        self._limit_bytes, self._base_bytes = plan.limit_bytes, base_bytes
+        self._limit_bytes, self._needs = plan.limit_bytes, needs
         self._pack = Slot("pack", transfer)
         self._dense = Slot("dense", transfer)
         self._stream = None
-        self._has_dense = has_dense
         self._in_pack: FfnChoice | None = None
         """What the pack's memory holds, or will hold once the copy is done."""
         self._used: FfnChoice | None = None
         self._kv_bytes = 0
-        if has_dense and plan.stream_dense:
+        if plan.stream_dense:
             host.pin_dense()
             self._stream = LayerStream(layers, family, host, transfer)
-        elif has_dense:
+        elif needs.dense:
             self._dense.fill(host.layer(None, number) for number in range(len(layers)))
             self._dense.settle()
 
@@ -269,7 +266,7 @@ class DevicePlacement:
         Raises:
             ConfigError: the choice needs the dense FFN, which the bundle lacks; or there is no room for it.
         """
-        if choice.cluster is None and not self._has_dense:
+        if choice.cluster is None and not self._needs.dense:
             # Says that there is none.
             self._host.layer(None, 0)
         if not _is_dense(choice):
@@ -298,8 +295,9 @@ class DevicePlacement:
 
     @property
     def kv_room_bytes(self) -> int | None:
-        """See `Placement`."""
-        return self._limit_bytes - self._base_bytes - self._pack.num_bytes - self._buffer_bytes
+        """See `Placement`. The pack's room is kept for it from the start."""
+        pack_bytes = max(self._needs.pack, self._pack.num_bytes)
+        return self._limit_bytes - self._needs.base - pack_bytes - self._buffer_bytes
 
     def hold_kv(self, num_bytes: int) -> None:
         """See `Placement`."""
@@ -313,7 +311,7 @@ class DevicePlacement:
         # Arrays do not compare as one, so neurons are always gathered.
         if choice.neuron_ids is None and choice == self._in_pack:
             return
-        left = self._limit_bytes - self._base_bytes - self._buffer_bytes - self._kv_bytes
+        left = self._limit_bytes - self._needs.base - self._buffer_bytes - self._kv_bytes
         ids = choice.neuron_ids
         source = self._host.layers(choice.cluster) if ids is None else self._host.neurons(ids)
         self._in_pack = None

@@ -97,7 +97,6 @@ class TorchDecoder:
             fill_model(self._model, self._bundle, self._dtype, lambda tensor: tensor.to(self._device))
             return MappedPlacement(self._layers, self._family, self._reader)
         host = HostWeights(self._reader, transfer)
-        has_dense = self._bundle.dense is not None
         needs = _needs(self._model, self._reader)
         plan = plan_memory(needs, limit_mb=gpu_memory_mb, free_bytes=transfer.free_bytes())
         if plan.stream_dense:
@@ -109,9 +108,7 @@ class TorchDecoder:
             return target
 
         fill_model(self._model, self._bundle, self._dtype, place)
-        return DevicePlacement(
-            self._layers, self._family, host, transfer, plan, base_bytes=needs.base, has_dense=has_dense
-        )
+        return DevicePlacement(self._layers, self._family, host, transfer, plan, needs)
 
     def _pick_static(self, cuda_graphs: str, transfer: Transfer | None) -> StaticStep | None:
         if cuda_graphs not in ("auto", "on", "off"):

@@ -11,7 +11,7 @@ from coreinfer import runtime
 from coreinfer.bundles import open_bundle
 from coreinfer.runtime import static_step
 from coreinfer.runtime.decoder import DENSE, FfnChoice
-from coreinfer.runtime.torch_decoder import TorchDecoder
+from coreinfer.runtime.torch_decoder import TorchDecoder, device_needs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .engine_inputs import PROMPT
@@ -105,23 +105,31 @@ def test_the_cache_grows_and_keeps_what_it_has(decoders: Callable[..., Any], mon
     assert device.num_recorded == 3
 
 
+def least_mb(decoder: TorchDecoder) -> float:
+    return device_needs(decoder._bundle, device="cpu", dtype="float32").least / 1e6
+
+
 def test_under_a_bound_the_cache_takes_no_more_than_there_is(
     decoders: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    static, _, _ = decoders()
-    held = static._placement._base_bytes + static._placement._pack.num_bytes + static._placement._buffer_bytes
-    room = 256 * static._kv_bytes_per_token
-    tight, plain, _ = decoders(limit_mb=(held + room) / 1e6)
-    both(tight, plain, TOKEN_IDS)
-    assert tight._static.capacity <= 256
-    assert tight._static.capacity >= len(TOKEN_IDS)
+    monkeypatch.setattr("coreinfer.runtime.memory_plan._MIN_KV_TOKENS", 30)
+    roomy, plain, _ = decoders()
+    tight, _, _ = decoders(limit_mb=least_mb(plain))
+    for used, capacity in ((roomy, 256), (tight, 30)):
+        used.forward(TOKEN_IDS)
+        assert used._static.capacity == capacity
+    plain.forward(TOKEN_IDS)
+    tight.use(FfnChoice(cluster=1))
+    plain.use(FfnChoice(cluster=1))
+    for token_id in range(3, 11):
+        both(tight, plain, [token_id])
+    with pytest.raises(runtime.ConfigError, match="a KV cache of 31 tokens does not fit, there is room for 30"):
+        tight.forward([4])
 
 
 def test_a_streamed_dense_ffn_is_not_recorded(decoders: Callable[..., Any]) -> None:
-    static, plain, _ = decoders()
-    placement = static._placement
-    held = placement._base_bytes + placement._pack.num_bytes + 2 * placement._dense.num_bytes // 3
-    tight, plain, device = decoders(limit_mb=(held + 256 * static._kv_bytes_per_token) / 1e6)
+    _, plain, _ = decoders()
+    tight, plain, device = decoders(limit_mb=least_mb(plain))
     assert device.peak["layer"]
     both(tight, plain, TOKEN_IDS)
     both(tight, plain, [6])
