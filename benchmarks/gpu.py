@@ -82,7 +82,8 @@ class Transformers:
     def __init__(self, folder: Path, options: Options) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(options.device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        self.model: Any = model.to(options.device).eval()
         self.ids = torch.tensor([options.prompt_ids], device=options.device)
 
     def prefill(self) -> float:
@@ -91,8 +92,9 @@ class Transformers:
 
     def decode(self, num_tokens: int) -> float:
         """See `Contender`. The prompt's share is taken off by a run of one token."""
-        one, all_tokens = (_seconds(self.ids.device, lambda n=n: self._generate(n)) for n in (1, num_tokens + 1))
-        return num_tokens / max(all_tokens - one, 1e-9)
+        one = _seconds(self.ids.device, partial(self._generate, 1))
+        every = _seconds(self.ids.device, partial(self._generate, num_tokens + 1))
+        return num_tokens / max(every - one, 1e-9)
 
     def _generate(self, num_tokens: int) -> None:
         self.model.generate(

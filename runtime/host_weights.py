@@ -47,7 +47,7 @@ class FfnReader:
         """
         packed = self.packed if packed is None else packed
         file = self._file(cluster)
-        tensors = {}
+        tensors: Tensors = {}
         for role, shape in self._matrices(cluster, layer).items():
             name = tensor_name(layer, role)
             if packed:

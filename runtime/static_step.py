@@ -39,7 +39,9 @@ class StaticStep:
         self._logits: torch.Tensor | None = None
         self.num_cached = 0
         self.capacity = 0
-        self._cache = Cache(layers=[StaticLayer(0) for _ in range(num_layers)])
+        # The cache itself works on this list; what it may hold besides is of no concern here.
+        self._kv: list[Any] = [StaticLayer(0) for _ in range(num_layers)]
+        self._cache = Cache(layers=self._kv)
         self._mask = torch.ones((1, 0), dtype=torch.long, device=device)
 
     def capacity_for(self, num_tokens: int, *, most: int) -> int:
@@ -54,14 +56,14 @@ class StaticStep:
         if capacity <= self.capacity:
             return
         self._recorded.clear()
-        for number, old in enumerate(self._cache.layers):
-            new = StaticLayer(capacity)
+        for number, old in enumerate(self._kv):
+            new: Any = StaticLayer(capacity)
             if old.is_initialized:
                 new.lazy_initialization(old.keys, old.values)
                 new.keys[:, :, : self.num_cached] = old.keys[:, :, : self.num_cached]
                 new.values[:, :, : self.num_cached] = old.values[:, :, : self.num_cached]
             # One layer at a time, so that at most one is held twice.
-            self._cache.layers[number] = new
+            self._kv[number] = new
         self._mask = torch.ones((1, capacity), dtype=torch.long, device=self._transfer.device)
         self.capacity = capacity
         self.truncate(self.num_cached)
@@ -69,7 +71,7 @@ class StaticStep:
     def truncate(self, num_tokens: int) -> None:
         """Keep only the first tokens; their memory is kept too."""
         self.num_cached = min(num_tokens, self.num_cached)
-        for layer in self._cache.layers:
+        for layer in self._kv:
             layer.cumulative_length.fill_(self.num_cached)
 
     def read(self, ids: torch.Tensor, *, logits_to_keep: int) -> torch.Tensor:

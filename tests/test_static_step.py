@@ -43,8 +43,7 @@ def addresses(decoder: TorchDecoder) -> list[int]:
     assert static is not None
     modules = [layer.get_submodule(path) for layer in decoder._layers for path in decoder._family.projections.values()]
     tensors: list[Any] = [module.weight for module in modules]
-    tensors += [tensor for layer in static._cache.layers for tensor in (layer.keys, layer.values)]  # type: ignore[union-attr]
-    tensors += [layer.cumulative_length for layer in static._cache.layers]  # type: ignore[union-attr]
+    tensors += [tensor for layer in static._kv for tensor in (layer.keys, layer.values, layer.cumulative_length)]
     return [tensor.data_ptr() for tensor in (*tensors, static._token, static._position, static._logits, static._mask)]
 
 
@@ -146,7 +145,7 @@ class HostQuestions(TorchDispatchMode):
     NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "lift_fresh", "equal")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[str] = []
         self.num_operators = 0
 
