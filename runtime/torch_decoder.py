@@ -174,19 +174,28 @@ class TorchDecoder:
         Raises:
             ConfigError: the KV cache would not fit beside the weights.
         """
-        with torch.inference_mode():
-            output = self._append(token_ids, logits_to_keep=0 if all_logits else 1)
-        logits: npt.NDArray[np.float32] = output[0].float().cpu().numpy()
-        return logits
+        return self._append(token_ids, logits_to_keep=0 if all_logits else 1)
 
-    def _append(self, token_ids: Sequence[int], *, logits_to_keep: int) -> torch.Tensor:
-        """Append tokens; gives logits (1, tokens or 1, vocabulary) on the device."""
+    @torch.inference_mode()
+    def _append(
+        self, token_ids: Sequence[int], *, logits_to_keep: int, watched: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Append tokens; gives logits (tokens or 1, vocabulary).
+
+        Args:
+            watched: hooks of the model are to run, which a recorded step leaves out.
+        """
+        logits = self._pass(token_ids, logits_to_keep=logits_to_keep, watched=watched)
+        values: npt.NDArray[np.float32] = logits[0].float().cpu().numpy()
+        return values
+
+    def _pass(self, token_ids: Sequence[int], *, logits_to_keep: int, watched: bool) -> torch.Tensor:
         capacity = self._make_room(self.num_cached + len(token_ids))
         self._placement.settle()
         if self._static is not None:
             self._static.reserve(capacity)
             addresses = self._placement.addresses
-            if len(token_ids) == 1 and addresses is not None:
+            if len(token_ids) == 1 and addresses is not None and not watched:
                 return self._static.decode(token_ids[0], addresses)
         ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self._device)
         if self._static is not None:
@@ -230,7 +239,7 @@ class TorchDecoder:
                 sums[layer] = document_statistic(selection, flat, alpha=plan.alpha, beta=plan.beta, sentence=False)
 
         with watch_activations(self._layers, self._family, collect):
-            logits = self.forward(token_ids)
+            logits = self._append(token_ids, logits_to_keep=1, watched=True)
         return logits, statistics
 
 

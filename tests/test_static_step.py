@@ -139,6 +139,15 @@ def test_a_streamed_dense_ffn_is_not_recorded(decoders: Callable[..., Any]) -> N
     assert device.num_recorded == 1
 
 
+def test_a_prompt_of_one_token_is_watched(decoders: Callable[..., Any]) -> None:
+    """A recorded step calls no hooks."""
+    static, plain, device = decoders()
+    got, expected = (used.prompt_statistics([7], ("griffin",))[1]["griffin"] for used in (static, plain))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert expected.any()
+    assert device.num_recorded == 0
+
+
 class HostQuestions(TorchDispatchMode):
     """Notes what would have the host wait for the device, which no recording can hold."""
 
