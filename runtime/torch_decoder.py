@@ -176,7 +176,6 @@ class TorchDecoder:
         """
         return self._append(token_ids, logits_to_keep=0 if all_logits else 1)
 
-    @torch.inference_mode()
     def _append(
         self, token_ids: Sequence[int], *, logits_to_keep: int, watched: bool = False
     ) -> npt.NDArray[np.float32]:
@@ -185,7 +184,8 @@ class TorchDecoder:
         Args:
             watched: hooks of the model are to run, which a recorded step leaves out.
         """
-        logits = self._pass(token_ids, logits_to_keep=logits_to_keep, watched=watched)
+        with torch.inference_mode():
+            logits = self._pass(token_ids, logits_to_keep=logits_to_keep, watched=watched)
         values: npt.NDArray[np.float32] = logits[0].float().cpu().numpy()
         return values
 
