@@ -82,7 +82,7 @@ class StaticStep:
         return logits
 
     def decode(self, token_id: int, addresses: Hashable) -> torch.Tensor:
-        """Append one token; gives logits (1, 1, vocabulary), which the next step overwrites.
+        """Append one token; gives logits (1, 1, vocabulary).
 
         Args:
             addresses: names where the weights in use lie: another recorded step serves other addresses.
@@ -94,7 +94,8 @@ class StaticStep:
         self._recorded[addresses]()
         self.num_cached += 1
         assert self._logits is not None
-        return self._logits
+        # The next step writes over them.
+        return self._logits.clone()
 
     def _record(self) -> Any:
         if not self._can_record:

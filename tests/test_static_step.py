@@ -80,6 +80,13 @@ def test_packs_swap_under_one_recording(decoders: Callable[..., Any]) -> None:
     assert device.num_recorded == 1
 
 
+def test_logits_are_the_callers_own(decoders: Callable[..., Any]) -> None:
+    static, plain, _ = decoders()
+    kept = [static.forward([token_id]) for token_id in NEXT_IDS]
+    expected = [plain.forward([token_id]) for token_id in NEXT_IDS]
+    np.testing.assert_allclose(np.concatenate(kept), np.concatenate(expected), atol=2e-5, rtol=1e-5)
+
+
 def test_weights_that_move_are_recorded_anew(decoders: Callable[..., Any]) -> None:
     static, plain, device = decoders()
     own = FfnChoice(neuron_ids=tuple(np.arange(start, 96, 2, dtype=np.int32) for start in (0, 1, 0)))
