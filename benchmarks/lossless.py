@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,7 @@ def time_parts(decoder: Decoder) -> dict[str, float]:
     }
     for num_rows in _NUM_ROWS:
         sequences, token_ids = [decoder.sequence] * num_rows, list(range(20, 20 + num_rows))
-        jobs[f"verify {num_rows}"] = (
-            DENSE,
-            lambda sequences=sequences, token_ids=token_ids: decoder.forward_rows(sequences, token_ids),
-        )
+        jobs[f"verify {num_rows}"] = (DENSE, partial(decoder.forward_rows, sequences, token_ids))
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(_NUM_TIMINGS):
         for name, (choice, work) in jobs.items():

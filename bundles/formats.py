@@ -13,6 +13,7 @@ __all__ = [
     "GROUP_SIZE",
     "PACKED_FORMATS",
     "float_matrix",
+    "int4_grid",
     "matrix_bytes",
     "pack_int4",
     "pack_int8",
@@ -181,6 +182,21 @@ def float_matrix(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, 
     grouped -= zeros[..., None]
     grouped *= scales[..., None]
     return np.ascontiguousarray(grouped.reshape(codes.shape)[: shape[0], : shape[1]])
+
+
+def int4_grid(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, int]) -> tuple[Bytes, Floats, Floats]:
+    """Read an int4 matrix without multiplying it out: w = scale * (code - zero).
+
+    Returns:
+        Codes (16 blocks, 32 groups) uint8, scales and zeros (16 blocks, groups) float32; padding rows have scale 0.
+    Raises:
+        KeyError: the file does not hold it as int4.
+        ValueError: its parts are not those of that shape.
+    """
+    _check_parts(file, name, "int4", shape)
+    codes, scales, sixteenths = (file[name + suffix].array for suffix in (".q4", ".scale", ".zero"))
+    zeros = _deinterleave(sixteenths.astype(np.float32) / np.float32(16))
+    return unpack_codes("int4", codes), _deinterleave(scales.astype(np.float32)), zeros
 
 
 def _check_parts(file: Mapping[str, StoredTensor], name: str, kind: str, shape: tuple[int, int]) -> None:

@@ -12,7 +12,7 @@ from coreinfer.bundles.errors import ConfigError
 
 from .chatting import chat as run_chat
 from .engine import Engine, Prompt, load
-from .engines import EngineName
+from .engines import CudaGraphs, EngineName, Weights
 from .generation import MODES, Mode, Token, collect
 from .options import GenerationOptions
 from .printing import figures, from_stdin
@@ -50,6 +50,19 @@ __all__ = ["main"]
     help="Arithmetic of the torch engine.",
 )
 @click.option("--threads", type=int, default=None, help="CPU threads.  [default: one a physical core]")
+@click.option("--gpu-memory-mb", type=float, default=None, help="Bound of weights and KV cache on the GPU.")
+@click.option(
+    "--cuda-graphs",
+    type=click.Choice(get_args(CudaGraphs)),
+    default="off",
+    help="Decode in recorded steps of fixed shapes on the GPU; auto where there is one.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(get_args(Weights)),
+    default="bfloat16",
+    help="packed: multiply by int4 weights as they are on the GPU; auto where it can; bfloat16: unpack them.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the generation as one JSON object.")
 @click.option("-v", "--verbose", is_flag=True, help="Log remarks on stderr.")
 @click.version_option(package_name="coreinfer")
@@ -74,6 +87,9 @@ def main(
     device: str,
     dtype: str,
     threads: int | None,
+    gpu_memory_mb: float | None,
+    cuda_graphs: CudaGraphs,
+    weights: Weights,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -87,7 +103,16 @@ def main(
     if (chat or system) and raw:
         raise ConfigError("--raw goes with neither --chat nor --system; leave one out")
     loaded = load(
-        bundle_dir, engine=engine, device=device, dtype=dtype, mode=cast(Mode, mode), threads=threads, isa=isa
+        bundle_dir,
+        engine=engine,
+        device=device,
+        dtype=dtype,
+        mode=cast(Mode, mode),
+        threads=threads,
+        isa=isa,
+        gpu_memory_mb=gpu_memory_mb,
+        cuda_graphs=cuda_graphs,
+        weights=weights,
     )
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,

@@ -41,8 +41,9 @@ class Decoder(Protocol):
     def num_cached(self) -> int:
         """Tokens in the KV cache of the selected sequence."""
 
-    sequence: int
-    """Number of the selected sequence, the one that `forward`, `prompt_statistics` and `truncate` go on with."""
+    @property
+    def sequence(self) -> int:
+        """Number of the selected sequence, the one that `forward`, `prompt_statistics` and `truncate` go on with."""
 
     def add_sequence(self) -> int:
         """Begin another sequence, with a KV cache of its own.
@@ -72,6 +73,12 @@ class Decoder(Protocol):
     @property
     def cached(self) -> "CachedTokens":
         """Which tokens are in the selected sequence's KV cache, and what computed them; the decoder keeps it right."""
+
+    def prepare(self, choice: FfnChoice) -> None:
+        """Begin to bring a pack that will soon be used to where it is needed; returns at once, changes no result.
+
+        Called once the router has spoken, while the prompt is still to be read. Weights in use are left alone.
+        """
 
     def use(self, choice: FfnChoice) -> None:
         """Run with other FFN weights from the next token on."""

@@ -149,12 +149,13 @@ def read_prompt(run: Run) -> Logits:
         (vocab,) logits for the first token.
     """
     decoder, bundle, request = run.loaded.decoder, run.loaded.bundle, run.request
-    if request.plan.uses_pack:
-        bundle.packs[run.drift.cluster].prefetch()
     reader = DENSE if bundle.dense else FfnChoice(cluster=run.drift.cluster)
     run.num_cached_tokens = _num_kept(run, reader)
     decoder.truncate(run.num_cached_tokens)
     decoder.use(reader)
+    # The pack comes while the prompt is read; it may take the place of the last generation's, now out of use.
+    if request.plan.uses_pack:
+        decoder.prepare(FfnChoice(cluster=run.drift.cluster))
     new_ids, statistic = request.token_ids[run.num_cached_tokens :], None
     if request.plan.needs_statistic:
         selection = bundle.manifest.plan.selection

@@ -4,7 +4,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Unpack, get_args, overload
+from typing import Any, Unpack, cast, get_args, overload
 
 from coreinfer.bundles import Bundle, ConfigError, Manifest, open_bundle
 
@@ -14,7 +14,7 @@ from .conversation import Conversation
 from .decoder import Decoder
 from .decoding import decode
 from .drafting import DraftCosts
-from .engines import EngineName, load_decoder
+from .engines import CudaGraphs, EngineName, Weights, load_decoder
 from .generation import MODES, Generation, Mode, Token, collect
 from .json_schema import JsonGrammars
 from .options import DEFAULTS, Cancel, GenerationKeywords, GenerationOptions, check_choice
@@ -34,6 +34,9 @@ def load(
     threads: int | None = None,
     dtype: str = "auto",
     isa: str = "auto",
+    gpu_memory_mb: float | None = None,
+    cuda_graphs: CudaGraphs = "off",
+    weights: Weights = "bfloat16",
 ) -> "Engine":
     """Open a bundle, check it, and make it ready to generate.
 
@@ -48,6 +51,12 @@ def load(
         threads: CPU threads; None for one a core.
         dtype: of the torch engine: "bfloat16", "float32", or "auto" for bfloat16 where the device computes it natively.
         isa: kernels of the native engine, such as "avx2"; "auto" for COREINFER_ISA, else the best that the CPU has.
+        gpu_memory_mb: of the torch engine: megabytes of weights and KV cache on the GPU; None for what is free. Where
+            the dense FFN does not fit, its layers are streamed while a prompt is read (docs/gpu.md).
+        cuda_graphs: of the torch engine: decode in recorded steps of fixed shapes; "auto" on a GPU. Off unless asked
+            for: no GPU has tried it yet.
+        weights: of the torch engine: "packed" multiplies by int4 weights as they are, "bfloat16" unpacks them; "auto"
+            is packed for int4 on a GPU that can. No GPU has tried it yet.
     Raises:
         BundleError: there is no bundle, or it is damaged; all damaged files are named.
         ConfigError: an argument is wrong, or the engine's packages are not installed.
@@ -55,8 +64,20 @@ def load(
     """
     check_choice("mode", mode, MODES)
     check_choice("engine", engine, get_args(EngineName))
+    check_choice("cuda_graphs", cuda_graphs, get_args(CudaGraphs))
+    check_choice("weights", weights, get_args(Weights))
     bundle = open_bundle(bundle_dir, lazy_packs=True)
-    decoder = load_decoder(bundle, engine=engine, device=device, threads=threads, dtype=dtype, isa=isa)
+    decoder = load_decoder(
+        bundle,
+        engine=engine,
+        device=device,
+        threads=threads,
+        dtype=dtype,
+        isa=isa,
+        gpu_memory_mb=gpu_memory_mb,
+        cuda_graphs=cuda_graphs,
+        weights=weights,
+    )
     return Engine(bundle, decoder, mode=mode)
 
 
@@ -143,7 +164,9 @@ class Engine:
             on_token=on_token,
             cancel=cancel,
         )
-        return self.answer_all(prompt, options) if is_batch(prompt) else collect(list(self.start(prompt, options)))
+        if is_batch(prompt):
+            return self.answer_all(prompt, options)
+        return collect(list(self.start(cast(Prompt, prompt), options)))
 
     def stream(
         self,

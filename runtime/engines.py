@@ -2,39 +2,56 @@
 
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from coreinfer.bundles import Bundle, ConfigError, UnsupportedModelError
 
 from .decoder import Decoder
 
-__all__ = ["EngineName", "load_decoder"]
+__all__ = ["CudaGraphs", "EngineName", "Weights", "load_decoder"]
 
 _log = logging.getLogger(__name__)
 EngineName = Literal["auto", "native", "torch"]
+CudaGraphs = Literal["auto", "on", "off"]
+Weights = Literal["auto", "bfloat16", "packed"]
 
 
 def load_decoder(
-    bundle: Bundle, *, engine: EngineName, device: str, threads: int | None, dtype: str, isa: str
+    bundle: Bundle,
+    *,
+    engine: EngineName,
+    device: str,
+    threads: int | None,
+    dtype: str,
+    isa: str,
+    gpu_memory_mb: float | None = None,
+    cuda_graphs: CudaGraphs = "off",
+    weights: Weights = "bfloat16",
 ) -> Decoder:
     """Load the engine that was asked for, or the one that serves best here; see `load` of engine.py."""
     if threads is not None and threads < 1:
         raise ConfigError(f"threads: expected at least 1, got {threads}")
+    for_torch = dtype != "auto" or gpu_memory_mb is not None or (cuda_graphs, weights) != ("off", "bfloat16")
     if engine == "native":
-        if device not in ("auto", "cpu") or dtype != "auto":
+        if device not in ("auto", "cpu") or for_torch:
             raise ConfigError(
-                f"engine native: it runs on the CPU with the bundle's own formats; got device {device!r} and dtype "
-                f"{dtype!r}: leave them out, or use engine torch"
+                f"engine native: it runs on the CPU with the bundle's own formats; got device {device!r}, dtype "
+                f"{dtype!r}, gpu_memory_mb {gpu_memory_mb}, cuda_graphs {cuda_graphs!r} and weights {weights!r}: leave "
+                "them out, or use engine torch"
             )
         return _load_native(bundle, threads=threads, isa=isa)
-    if engine == "auto" and device in ("auto", "cpu") and dtype == "auto" and not (device == "auto" and _has_gpu()):
+    if engine == "auto" and device in ("auto", "cpu") and not for_torch and not (device == "auto" and _has_gpu()):
         try:
             return _load_native(bundle, threads=threads, isa=isa)
         except UnsupportedModelError as error:
             _log.warning("%s; going on with the torch engine", error)
     if isa != "auto":
         raise ConfigError(f"isa: expected auto with the torch engine, got {isa!r}")
-    return _load_torch(bundle, device=device, dtype=dtype, threads=threads)
+    TorchDecoder = _import_torch_decoder(threads)  # noqa: N806
+    decoder: Decoder = TorchDecoder(
+        bundle, device=device, dtype=dtype, gpu_memory_mb=gpu_memory_mb, cuda_graphs=cuda_graphs, weights=weights
+    )
+    return decoder
 
 
 def _has_gpu() -> bool:
@@ -54,7 +71,8 @@ def _load_native(bundle: Bundle, *, threads: int | None, isa: str) -> Decoder:
     return NativeDecoder(bundle, threads=threads, isa=isa)
 
 
-def _load_torch(bundle: Bundle, *, device: str, dtype: str, threads: int | None) -> Decoder:
+def _import_torch_decoder(threads: int | None) -> Any:
+    """Import the torch engine, and set torch's threads."""
     try:
         import torch
 
@@ -63,4 +81,4 @@ def _load_torch(bundle: Bundle, *, device: str, dtype: str, threads: int | None)
         raise ConfigError(f"the torch engine needs the package {error.name}; pip install 'coreinfer[torch]'") from error
     if threads is not None:
         torch.set_num_threads(threads)
-    return TorchDecoder(bundle, device=device, dtype=dtype)
+    return TorchDecoder

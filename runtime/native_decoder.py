@@ -86,6 +86,11 @@ class NativeDecoder:
         """
         return int(self._model.bytes_per_token(num_cached, greedy))
 
+    def prepare(self, choice: FfnChoice) -> None:
+        """Have the system read a pack ahead."""
+        if choice.cluster is not None:
+            self._bundle.packs[choice.cluster].prefetch()
+
     def use(self, choice: FfnChoice) -> None:
         """Run with other FFN weights from the next token on.
 

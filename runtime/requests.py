@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 from coreinfer.bundles import Bundle, ConfigError
 
@@ -76,7 +76,7 @@ def read_requests(loaded: Loaded, prompts: Prompts, options: GenerationOptions) 
     if options.on_token is not None:
         raise ConfigError("on_token: it goes with one prompt, not with several; leave it out")
     requests = []
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(cast(Sequence[Prompt], prompts)):
         try:
             requests.append(read_request(loaded, prompt, options))
         except ConfigError as error:

@@ -1,65 +1,133 @@
 """The torch engine: any device and every family of the table, through transformers."""
 
 import logging
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError
-from coreinfer.bundles.contract import tensor_name
-from coreinfer.bundles.families import Family, assign_ffn, cache_argument, family_by_name, resolve
-from coreinfer.bundles.formats import PACKED_FORMATS, float_matrix, stored_parts
-from coreinfer.bundles.machine import cpu_multiplies_bf16
+from coreinfer.bundles import Bundle, ConfigError
+from coreinfer.bundles.families import cache_argument, family_by_name
 from coreinfer.bundles.statistics import Selection, document_statistic
-from coreinfer.bundles.tensors import StoredTensor, TensorFile
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from .cached import CachedTokens
 from .decoder import DENSE, FfnChoice
+from .host_weights import FfnReader, HostWeights, layer_bytes
+from .memory_plan import MemoryNeeds, kv_bytes_per_token, plan_memory
+from .packed_linear import packed_problem
+from .placement import DevicePlacement, MappedPlacement, Placement
+from .static_step import StaticStep
+from .torch_model import (
+    base_bytes,
+    decoder_layers,
+    empty_model,
+    fill_model,
+    pick_device,
+    pick_dtype,
+    watch_activations,
+)
+from .torch_sequences import TorchSequences
+from .transfer import Transfer, pick_transfer
 
-__all__ = ["TorchDecoder"]
+__all__ = ["TorchDecoder", "device_needs"]
 
 _log = logging.getLogger(__name__)
-LayerTensors = list[dict[str, torch.Tensor]]
-_PACKED_SUFFIX = re.compile(r"\.(q4|q8|high|low|scale|zero)$")
 
 
 class TorchDecoder:
     """Runs the transformers model of a bundle, with FFN weights that change by pointer swap.
 
-    On the CPU in bfloat16 the weights are the mapped file itself; other dtypes and devices hold copies of the base,
-    of the dense FFN where the bundle has one, and of one pack.
+    On the CPU in bfloat16 the weights are the mapped file itself. A GPU holds the base, one pack, and the dense FFN
+    where it fits; see `placement`.
     """
 
     name = "torch"
     block_tokens = 256
 
-    def __init__(self, bundle: Bundle, *, device: str, dtype: str) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str,
+        dtype: str,
+        gpu_memory_mb: float | None = None,
+        cuda_graphs: str = "off",
+        weights: str = "bfloat16",
+        transfer: Transfer | None = None,
+    ) -> None:
         """Build the model on the device.
 
+        Args:
+            gpu_memory_mb: bound of weights and KV cache on the device; None for what is free. On the CPU it has the
+                weights copied as they would be to a GPU, and bounds the copies.
+            cuda_graphs: "on" decodes in steps of fixed shapes, recorded where the device is a GPU; "auto": on a GPU.
+            weights: "packed" multiplies by int4 weights as they are, "bfloat16" unpacks them to `dtype`; "auto" is
+                packed for int4 on a GPU that can.
+            transfer: the seam to the device; None for the device's own.
         Raises:
-            ConfigError: the device or the dtype cannot be had.
+            ConfigError: the device or an option cannot be had, or the weights do not fit.
             BundleCorrupt: the base does not hold what the model needs.
         """
         self._bundle = bundle
         self._family = family_by_name(bundle.manifest.model.family)
-        self._device = _pick_device(device)
-        self._dtype = _pick_dtype(dtype, self._device)
-        self._model = _build_model(bundle, self._device, self._dtype)
-        self._layers: list[nn.Module] = list(resolve(self._model, self._family.layers))
-        self._dense = self._tensors(bundle.dense) if bundle.dense else None
-        # Without a config every layer of a cache keeps all tokens; sliding windows are left to the mask.
-        self._caches = {0: DynamicCache()}
-        self._records = {0: CachedTokens()}
-        self.sequence = 0
+        self._device = pick_device(device)
+        self._dtype = pick_dtype(dtype, self._device)
+        packed = _pick_packed(bundle, weights, self._device, self._dtype)
+        self._reader = FfnReader(
+            bundle=bundle, family=self._family, dtype=self._dtype, device=self._device, packed=packed
+        )
+        self._model = empty_model(bundle, self._device, self._dtype, packed=packed)
+        self._layers: list[nn.Module] = decoder_layers(self._model, self._family)
+        self._kv_bytes_per_token = kv_bytes_per_token(bundle.manifest.model, self._dtype.itemsize)
+        if device == "auto" and self._device.type == "cpu" and gpu_memory_mb is not None:
+            raise ConfigError("gpu_memory_mb: torch sees no GPU here; leave it out, or try it with device 'cpu'")
+        moves = self._device.type != "cpu" or gpu_memory_mb is not None
+        transfer = transfer or (pick_transfer(self._device) if moves else None)
+        self._placement = self._place_weights(transfer, gpu_memory_mb)
+        self._sequences = TorchSequences(self._pick_static(cuda_graphs, transfer))
         self._choice: FfnChoice | None = None
-        self._last_pack: dict[int, LayerTensors] = {}
-        self.use(DENSE if self._dense else FfnChoice(cluster=0))
+        self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
+
+    def _place_weights(self, transfer: Transfer | None, gpu_memory_mb: float | None) -> Placement:
+        """Fill the model's base, and decide where FFN weights live."""
+        if transfer is None:
+            if gpu_memory_mb is not None:
+                raise ConfigError(f"gpu_memory_mb: expected a CUDA device, got device {str(self._device)!r}")
+            fill_model(self._model, self._bundle, self._dtype, lambda tensor: tensor.to(self._device))
+            return MappedPlacement(self._layers, self._family, self._reader)
+        host = HostWeights(self._reader, transfer)
+        needs = _needs(self._model, self._reader)
+        plan = plan_memory(needs, limit_mb=gpu_memory_mb, free_bytes=transfer.free_bytes())
+        if plan.stream_dense:
+            _log.info("the dense FFN (%.0f MB) is streamed layer by layer", needs.dense / 1e6)
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            target = transfer.allocate("base", tensor.shape, tensor.dtype)
+            transfer.wait(transfer.copy([(tensor, target)]))
+            return target
+
+        fill_model(self._model, self._bundle, self._dtype, place)
+        return DevicePlacement(self._layers, self._family, host, transfer, plan, needs)
+
+    def _pick_static(self, cuda_graphs: str, transfer: Transfer | None) -> StaticStep | None:
+        if cuda_graphs not in ("auto", "on", "off"):
+            raise ConfigError(f"cuda_graphs: expected auto, on, off, got {cuda_graphs!r}")
+        if cuda_graphs == "off" or (cuda_graphs == "auto" and self._device.type != "cuda"):
+            return None
+        if transfer is None:
+            raise ConfigError(
+                "cuda_graphs: expected a CUDA device (or device 'cpu' with gpu_memory_mb, which tries the same steps "
+                f"without a graph), got device {str(self._device)!r}"
+            )
+        with torch.inference_mode():
+            return StaticStep(
+                self._model,
+                transfer,
+                num_layers=self._bundle.manifest.model.num_layers,
+                required=cuda_graphs == "on",
+            )
 
     @property
     def device(self) -> str:
@@ -68,77 +136,63 @@ class TorchDecoder:
 
     @property
     def num_cached(self) -> int:
-        """Tokens in the KV cache."""
-        return int(self._caches[self.sequence].get_seq_length())
+        """Tokens in the KV cache of the selected sequence."""
+        return self._sequences.num_cached
 
     @property
     def cached(self) -> CachedTokens:
         """Which tokens are in the KV cache of the selected sequence."""
-        return self._records[self.sequence]
+        return self._sequences.record
+
+    @property
+    def sequence(self) -> int:
+        """Number of the selected sequence."""
+        return self._sequences.selected
+
+    def prepare(self, choice: FfnChoice) -> None:
+        """Begin to bring a pack that will soon be used; see `Decoder.prepare`."""
+        self._placement.prepare(choice)
 
     def use(self, choice: FfnChoice) -> None:
         """Run with other FFN weights from the next token on.
 
         Raises:
-            ConfigError: the choice needs the dense FFN and the bundle has none.
+            ConfigError: the choice needs the dense FFN and the bundle has none, or there is no room on the device.
+            BundleCorrupt: the pack is damaged.
         """
         # Arrays do not compare as one, so neuron ids are always gathered.
         if choice.neuron_ids is None and choice == self._choice:
             return
-        for layer, tensors in zip(self._layers, self._chosen(choice), strict=True):
-            assign_ffn(layer, self._family, tensors)
+        self._placement.use(choice)
         self._choice = choice
-
-    def _chosen(self, choice: FfnChoice) -> LayerTensors:
-        if choice.cluster is not None:
-            # Lossless decoding goes to and fro between one pack and the dense FFN.
-            if choice.cluster not in self._last_pack:
-                self._last_pack = {choice.cluster: self._tensors(self._bundle.pack(choice.cluster))}
-            return self._last_pack[choice.cluster]
-        if self._dense is None:
-            raise ConfigError(f"bundle {self._bundle.path} has no dense FFN; compile it with --dense or use a cluster")
-        if choice.neuron_ids is None:
-            return self._dense
-        return [_gather(tensors, ids) for tensors, ids in zip(self._dense, choice.neuron_ids, strict=True)]
 
     def truncate(self, num_tokens: int) -> None:
         """Keep only the first `num_tokens` tokens of the KV cache."""
-        self.cached.truncate(num_tokens)
-        if num_tokens == 0:
-            self._caches[self.sequence] = DynamicCache()
-        elif num_tokens < self.num_cached:
-            self._caches[self.sequence].crop(num_tokens - self.num_cached)
+        with torch.inference_mode():
+            self._sequences.truncate(num_tokens)
 
     def add_sequence(self) -> int:
         """Begin another sequence; see `Decoder.add_sequence`."""
-        number = max(self._caches) + 1
-        self._caches[number], self._records[number] = DynamicCache(), CachedTokens()
-        return number
+        return self._sequences.add()
 
     def drop_sequence(self, sequence: int) -> None:
         """Give a sequence's memory back; see `Decoder.drop_sequence`."""
-        if sequence == 0 or sequence not in self._caches:
-            raise ConfigError(f"sequence: expected one that was added, other than 0, got {sequence}")
-        del self._caches[sequence], self._records[sequence]
-        if sequence == self.sequence:
-            self.sequence = 0
+        self._sequences.drop(sequence)
 
     def select(self, sequence: int) -> None:
         """Choose the sequence to go on with; see `Decoder.select`."""
-        if sequence not in self._caches:
-            raise ConfigError(f"sequence: expected one that was added, got {sequence}")
-        self.sequence = sequence
+        self._sequences.select(sequence)
 
     def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Append tokens to several sequences, one sequence after another; see `Decoder.forward_rows`."""
         rows: dict[int, list[int]] = {}
         for row, sequence in enumerate(sequences):
             rows.setdefault(sequence, []).append(row)
-        if unknown := sorted(set(rows) - set(self._caches)):
-            raise ConfigError(f"sequences: expected such that were added, got {unknown[0]}")
         selected = self.sequence
         logits = np.empty((len(token_ids), self._bundle.manifest.model.vocab_size), dtype=np.float32)
         try:
+            for sequence in rows:
+                self.select(sequence)
             for sequence, places in rows.items():
                 self.select(sequence)
                 logits[places] = self.forward([token_ids[row] for row in places], all_logits=True)
@@ -149,18 +203,63 @@ class TorchDecoder:
     def forward(
         self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False
     ) -> npt.NDArray[np.float32]:
-        """Append tokens to the KV cache; see `Decoder.forward`. All logits are exact, `greedy` or not."""
-        ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self._device)
+        """Append tokens to the KV cache; see `Decoder.forward`. All logits are exact, `greedy` or not.
+
+        Raises:
+            ConfigError: the KV cache would not fit beside the weights.
+        """
+        return self._append(token_ids, logits_to_keep=0 if all_logits else 1)
+
+    def _append(
+        self, token_ids: Sequence[int], *, logits_to_keep: int, watched: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Append tokens; gives logits (tokens or 1, vocabulary).
+
+        Args:
+            watched: hooks of the model are to run, which a recorded step leaves out.
+        """
         with torch.inference_mode():
-            output = self._model(
-                ids,
-                **cache_argument(self._model, self._caches[self.sequence]),
-                use_cache=True,
-                logits_to_keep=0 if all_logits else 1,
-            )
-        logits: npt.NDArray[np.float32] = output.logits[0].float().cpu().numpy()
+            logits = self._pass(token_ids, logits_to_keep=logits_to_keep, watched=watched)
+        values: npt.NDArray[np.float32] = logits[0].float().cpu().numpy()
         self.cached.append(token_ids, self._choice)
+        return values
+
+    def _pass(self, token_ids: Sequence[int], *, logits_to_keep: int, watched: bool) -> torch.Tensor:
+        capacity = self._make_room(self.num_cached + len(token_ids))
+        self._placement.settle()
+        static = self._sequences.static
+        if static is not None:
+            static.reserve(capacity)
+            addresses = self._placement.addresses
+            if len(token_ids) == 1 and addresses is not None and not watched:
+                return static.decode(token_ids[0], addresses)
+        ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self._device)
+        if static is not None:
+            return static.read(ids, logits_to_keep=logits_to_keep)
+        cache = cache_argument(self._model, self._sequences.cache)
+        output: Any = self._model(ids, **cache, use_cache=True, logits_to_keep=logits_to_keep)
+        logits: torch.Tensor = output.logits
         return logits
+
+    def _make_room(self, num_tokens: int) -> int:
+        """Find out for how many tokens the selected sequence's KV cache is to have room.
+
+        Raises:
+            ConfigError: not so many fit beside the weights and the other sequences.
+        """
+        room, static = self._placement.kv_room_bytes, self._sequences.static
+        elsewhere = self._sequences.num_elsewhere
+        most = self._bundle.manifest.model.max_positions
+        if room is not None:
+            most = min(most, room // self._kv_bytes_per_token - elsewhere)
+            if num_tokens > most and (num_tokens + elsewhere) * self._kv_bytes_per_token > room:
+                raise ConfigError(
+                    f"gpu_memory_mb: a KV cache of {num_tokens} tokens does not fit, there is room for {max(most, 0)} "
+                    "beside the weights; raise it, or generate less"
+                )
+        capacity = num_tokens if static is None else static.capacity_for(num_tokens, most=most)
+        self._placement.hold_kv((capacity + elsewhere) * self._kv_bytes_per_token)
+        return capacity
 
     def prompt_statistics(
         self, token_ids: Sequence[int], selections: Sequence[Selection]
@@ -171,178 +270,55 @@ class TorchDecoder:
         statistics = {selection: np.zeros(shape, dtype=np.float32) for selection in selections}
 
         def collect(layer: int, activations: torch.Tensor) -> None:
-            flat = activations.reshape(-1, activations.shape[-1]).float().cpu().numpy()
+            # Packed weights have padding rows.
+            flat = activations.reshape(-1, activations.shape[-1])[:, : model.ffn_dim].float().cpu().numpy()
             for selection, sums in statistics.items():
                 sums[layer] = document_statistic(selection, flat, alpha=plan.alpha, beta=plan.beta, sentence=False)
 
-        with _watch_activations(self._layers, self._family, collect):
-            logits = self.forward(token_ids)
+        with watch_activations(self._layers, self._family, collect):
+            logits = self._append(token_ids, logits_to_keep=1, watched=True)
         return logits, statistics
 
-    def _tensors(self, file: TensorFile) -> LayerTensors:
-        manifest = self._bundle.manifest
-        wide = (manifest.model.ffn_dim,) * manifest.model.num_layers
-        budgets = wide if file is self._bundle.dense else manifest.plan.layer_budgets
-        return [self._layer_tensors(file, layer, budget) for layer, budget in enumerate(budgets)]
 
-    def _layer_tensors(self, file: TensorFile, layer: int, num_neurons: int) -> dict[str, torch.Tensor]:
-        hidden = self._bundle.manifest.model.hidden_size
-        tensors = {}
-        for role in self._family.projections:
-            name = tensor_name(layer, role)
-            shape = (hidden, num_neurons) if role == "down" else (num_neurons, hidden)
-            tensors[role] = self._place(_matrix_to_torch(file, name, shape))
-            if f"{name}_bias" in file:
-                tensors[f"{role}_bias"] = self._place(_to_torch(file[f"{name}_bias"]))
-        return tensors
-
-    def _place(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device=self._device, dtype=self._dtype)
+def device_needs(bundle: Bundle, *, device: str, dtype: str, weights: str = "bfloat16") -> MemoryNeeds:
+    """Find out what a bundle would take on a device, without taking it; arguments as of `TorchDecoder`."""
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place)
+    packed = _pick_packed(bundle, weights, place, kind)
+    family = family_by_name(bundle.manifest.model.family)
+    reader = FfnReader(bundle=bundle, family=family, dtype=kind, device=place, packed=packed)
+    return _needs(empty_model(bundle, place, kind, packed=packed), reader)
 
 
-def _gather(tensors: dict[str, torch.Tensor], neuron_ids: npt.NDArray[np.int32]) -> dict[str, torch.Tensor]:
-    """Cut a dense layer down to some neurons; the bias behind the down projection stays whole."""
-    ids = torch.from_numpy(neuron_ids).long().to(tensors["down"].device)
-    narrow = {role: tensor[ids] for role, tensor in tensors.items() if role not in ("down", "down_bias")}
-    narrow["down"] = tensors["down"][:, ids]
-    return narrow | {role: tensors[role] for role in ("down_bias",) if role in tensors}
+def _needs(model: nn.Module, reader: FfnReader) -> MemoryNeeds:
+    record = reader.bundle.manifest.model
+    has_dense = reader.bundle.dense is not None
+    return MemoryNeeds(
+        base=base_bytes(model),
+        pack=reader.num_bytes(0),
+        dense=reader.num_bytes(None) if has_dense else 0,
+        layer=layer_bytes(reader.shapes(None, 0)),
+        kv_per_token=kv_bytes_per_token(record, reader.dtype.itemsize),
+        max_positions=record.max_positions,
+    )
 
 
-def _to_torch(stored: StoredTensor) -> torch.Tensor:
-    """Wrap stored values without a copy."""
-    if stored.dtype == "BF16":
-        return torch.from_numpy(stored.array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(stored.array)
-
-
-def _matrix_to_torch(file: TensorFile, name: str, shape: tuple[int, int]) -> torch.Tensor:
-    """Wrap a stored matrix without a copy, or unpack it."""
-    kind, parts = stored_parts(file, name)
-    if kind in PACKED_FORMATS:
-        return torch.from_numpy(float_matrix(file, name, shape))
-    return _to_torch(parts[0])
-
-
-def _base_tensors(
-    bundle: Bundle, model: nn.Module, device: torch.device, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Read the base under the names of the model's parameters; names that it does not know are passed on.
+def _pick_packed(bundle: Bundle, weights: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Decide whether int4 weights are multiplied as they are.
 
     Raises:
-        BundleCorrupt: a packed matrix does not fit the model.
+        ConfigError: they are asked to be and cannot.
     """
-    shapes = {name: (parameter.shape[0], parameter.shape[-1]) for name, parameter in model.named_parameters()}
-    names = {_PACKED_SUFFIX.sub("", name): None for name in bundle.base}
-    tensors = {}
-    for name in names:
-        if name in bundle.base:
-            tensors[name] = _to_torch(bundle.base[name]).to(device=device, dtype=dtype)
-        elif name in shapes:
-            with _fitting(bundle.base):
-                tensors[name] = _matrix_to_torch(bundle.base, name, shapes[name]).to(device=device, dtype=dtype)
-        else:
-            tensors[name] = torch.empty(0)
-    return tensors
-
-
-@contextmanager
-def _fitting(file: TensorFile) -> Iterator[None]:
-    """Turn parts of a packed matrix that are missing or of the wrong shape into an error that names the file."""
-    try:
-        yield
-    except (KeyError, ValueError) as error:
-        reason = f"missing {error}" if isinstance(error, KeyError) else str(error)
-        raise BundleCorrupt(f"{file.path}: does not fit the model: {reason}; compile the bundle again") from error
-
-
-def _build_model(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Build the model without weights, then put the base's tensors into it."""
-    model = _model_of_config(bundle, dtype)
-    for name, buffer in list(model.named_non_persistent_buffers()):
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent).register_buffer(leaf, torch.empty_like(buffer, device=device), persistent=False)
-    # Only those buffers are filled in: parameters are still without memory.
-    model.apply(model._init_weights)
-    _empty_ffn(model, family_by_name(bundle.manifest.model.family), device, dtype)
-    tensors = _base_tensors(bundle, model, device, dtype)
-    try:
-        _, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
-    except RuntimeError as error:
-        # Shapes that differ are raised even where names may.
-        reason = " ".join(str(error).split())
-        raise BundleCorrupt(
-            f"{bundle.base.path}: does not fit the model ({reason}); compile the bundle again"
-        ) from error
-    model.tie_weights()
-    missing = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
-    if unexpected or missing:
-        raise BundleCorrupt(
-            f"{bundle.base.path}: does not fit the model: missing {missing or 'nothing'}, "
-            f"unknown {unexpected or 'nothing'}; compile the bundle again"
-        )
-    frozen: nn.Module = model.eval().requires_grad_(False)
-    return frozen
-
-
-def _model_of_config(bundle: Bundle, dtype: torch.dtype) -> Any:
-    """Build the model of the manifest's config without memory for its weights."""
-    settings = dict(bundle.manifest.model.config)
-    try:
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BundleCorrupt(
-            f"bundle {bundle.path}: transformers builds no model from manifest.model.config ({reason}); "
-            "compile the bundle again, or upgrade transformers"
-        ) from error
-
-
-def _empty_ffn(model: nn.Module, family: Family, device: torch.device, dtype: torch.dtype) -> None:
-    """Give the FFN modules parameters that `assign_ffn` can swap; their weights come with the first choice."""
-    for layer in resolve(model, family.layers):
-        for path in family.projections.values():
-            module = layer.get_submodule(path)
-            for name, _ in list(module.named_parameters()):
-                empty = torch.empty(0, device=device, dtype=dtype)
-                module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-
-
-@contextmanager
-def _watch_activations(layers: Sequence[nn.Module], family: Family, collect: Any) -> Iterator[None]:
-    """Call `collect(layer, activations)` with the input of every down projection."""
-
-    def hook(layer: int) -> Any:
-        def before(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            collect(layer, inputs[0])
-
-        return before
-
-    handles = [resolve(layer, family.down).register_forward_pre_hook(hook(index)) for index, layer in enumerate(layers)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"device {name!r}: torch cannot use it here ({reason}); try 'cpu'") from error
-    return device
-
-
-def _pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if name == "auto":
-        return torch.bfloat16 if device.type != "cpu" or cpu_multiplies_bf16() else torch.float32
-    if name not in dtypes:
-        raise ConfigError(f"dtype: expected auto, {', '.join(dtypes)}, got {name!r}")
-    return dtypes[name]
+    if weights not in ("auto", "bfloat16", "packed"):
+        raise ConfigError(f"weights: expected auto, bfloat16, packed, got {weights!r}")
+    kind = bundle.manifest.quantization["ffn"].format
+    if weights == "bfloat16" or (weights == "auto" and (device.type != "cuda" or kind != "int4")):
+        return False
+    problem = f"the FFN is stored as {kind}, and torch multiplies int4 only" if kind != "int4" else None
+    problem = problem or packed_problem(device, dtype)
+    if problem is None:
+        return True
+    if weights == "packed":
+        raise ConfigError(f"weights 'packed': {problem}; use 'bfloat16'")
+    _log.warning("int4 weights are unpacked: %s", problem)
+    return False

@@ -1,6 +1,6 @@
 """Several prompts at once give, prompt by prompt, what they give alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,12 @@ def test_prompts_of_a_cluster_share_passes(tiny_bundle: Bundles, monkeypatch: py
     engine = load(tiny_bundle("llama"))
     groups: list[int] = []
     forward_rows = engine.decoder.forward_rows
-    monkeypatch.setattr(
-        engine.decoder,
-        "forward_rows",
-        lambda sequences, token_ids: (groups.append(len(sequences)), forward_rows(sequences, token_ids))[1],
-    )
+
+    def counted(sequences: Sequence[int], token_ids: Sequence[int]) -> Any:
+        groups.append(len(sequences))
+        return forward_rows(sequences, token_ids)
+
+    monkeypatch.setattr(engine.decoder, "forward_rows", counted)
     generations = engine.generate(PROMPTS, mode="similarity", max_new_tokens=10, drift_tokens=0)
     clusters = [generation.cluster for generation in generations]
     assert set(groups) <= {clusters.count(cluster) for cluster in clusters}

@@ -42,7 +42,7 @@ def check_equal(engine: runtime.Engine, prompt: Any, **options: Any) -> runtime.
     """Generate dense and lossless; returns the latter."""
     dense = engine.generate(prompt, mode="dense", **options)
     dense_cached = list(engine.decoder.cached.token_ids)
-    got = engine.generate(prompt, mode="lossless", **options)
+    got: runtime.Generation = engine.generate(prompt, mode="lossless", **options)
     assert (got.token_ids, got.text, got.finish_reason) == (dense.token_ids, dense.text, dense.finish_reason)
     assert (got.mode, dense.drafting) == ("lossless", None)
     assert got.drafting is not None
@@ -157,7 +157,7 @@ def test_turns_of_a_conversation(tiny_bundle: Bundles) -> None:
     for mode in ("dense", "lossless"):
         conversation = loaded.conversation()
         answers = [
-            conversation.send(text, replace(options, mode=mode))  # type: ignore[arg-type]
+            conversation.send(text, replace(options, mode=mode))
             for text in ("Speak of soup.", "And of ships?", "And of law?")
         ]
         assert all(answer.num_cached_tokens for answer in answers[1:])
@@ -205,8 +205,8 @@ def dense_probabilities(decoder: NativeDecoder) -> dict[tuple[int, ...], float]:
         for token_id in head:
             logits = decoder.forward([token_id])
         next_ones = distribution(logits[-1], PARAMS, {*PROMPT_IDS, *head})
-        for token_id in np.flatnonzero(next_ones):
-            yield from texts((*head, int(token_id)), probability * float(next_ones[token_id]))
+        for next_id in map(int, np.flatnonzero(next_ones)):
+            yield from texts((*head, next_id), probability * float(next_ones[next_id]))
 
     return dict(texts((), 1.0))
 

@@ -13,6 +13,7 @@ import pytest
 from coreinfer import runtime
 from coreinfer.bundles import BundleCorrupt, ConfigError, open_bundle
 from coreinfer.bundles.statistics import SELECTIONS
+from coreinfer.bundles.tensors import TensorFile
 from coreinfer.runtime import _native
 from coreinfer.runtime.decoder import DENSE, Decoder, FfnChoice
 from coreinfer.runtime.native_decoder import NativeDecoder
@@ -275,3 +276,17 @@ def test_torch_is_not_imported(tiny_bundle: Callable[..., Path]) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ)
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_preparing_has_a_packs_pages_read_ahead(
+    tiny_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = NativeDecoder(open_bundle(tiny_bundle("llama")), threads=1)
+    expected = decoder.forward(IDS[:9])
+    asked: list[str] = []
+    monkeypatch.setattr(TensorFile, "prefetch", lambda file: asked.append(file.path.name))
+    decoder.prepare(FfnChoice(cluster=2))
+    decoder.prepare(DENSE)
+    assert asked == ["002.safetensors"]
+    decoder.truncate(0)
+    np.testing.assert_array_equal(decoder.forward(IDS[:9]), expected)

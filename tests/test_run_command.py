@@ -330,3 +330,16 @@ def test_an_error_of_the_process_is_one_line(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path / 'none'} does not exist; give a folder that coreinfer-compile wrote\n"
+
+
+def test_bounded_device_memory_changes_no_word(bundle: Path) -> None:
+    plain = said(run(bundle, FIRST, "--mode", "similarity", "-n", 8))
+    for options in (("--gpu-memory-mb", 0.4), ("--gpu-memory-mb", 100, "--cuda-graphs", "on")):
+        assert said(run(bundle, FIRST, "--mode", "similarity", "-n", 8, *options)) == plain
+
+
+def test_too_little_device_memory_is_one_line(bundle: Path) -> None:
+    result = run(bundle, FIRST, "--gpu-memory-mb", 0.1)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "gpu_memory_mb: expected at least 0.3327 MB (base" in result.stderr

@@ -17,7 +17,7 @@ from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import TensorRecord
 from coreinfer.bundles.tensors import StoredTensor, TensorFile
 from coreinfer.bundles.writer import finish_manifest
-from coreinfer.runtime import torch_decoder
+from coreinfer.runtime import torch_model
 from coreinfer.runtime.decoder import DENSE, FfnChoice
 from coreinfer.runtime.torch_decoder import TorchDecoder
 
@@ -193,7 +193,7 @@ def test_dtypes_agree_up_to_rounding(family: str, choice: FfnChoice, decoder: Ca
 def test_auto_dtype_goes_by_the_processor(
     native: bool, expected: torch.dtype, decoder: Callable[..., TorchDecoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_decoder, "cpu_multiplies_bf16", lambda: native)
+    monkeypatch.setattr(torch_model, "cpu_multiplies_bf16", lambda: native)
     assert {parameter.dtype for parameter in decoder(dtype="auto")._model.parameters()} == {expected}
 
 

@@ -1,0 +1,58 @@
+"""The same as on the fake device, on a real GPU. Skipped where there is none, and so far run nowhere (docs/gpu.md)."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from coreinfer.bundles import open_bundle
+from coreinfer.runtime.decoder import DENSE, FfnChoice
+from coreinfer.runtime.packed_linear import packed_problem
+from coreinfer.runtime.torch_decoder import TorchDecoder, device_needs
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+TOKEN_IDS = [1, 57, 200, 300, 21, 99, 140, 7, 250, 33, 180, 77]
+CHOICES = [FfnChoice(cluster=number) for number in (0, 2, 1, 3)]
+
+
+def logits_of(bundle_dir: Path, dtype: str, **options: Any) -> npt.NDArray[np.float32]:
+    decoder = TorchDecoder(open_bundle(bundle_dir), device="cuda", dtype=dtype, **options)
+    logits = []
+    for choice in CHOICES:
+        decoder.truncate(0)
+        decoder.use(DENSE)
+        decoder.prepare(choice)
+        logits.append(decoder.forward(TOKEN_IDS, all_logits=True))
+        decoder.use(choice)
+        logits += [decoder.forward([token_id]) for token_id in (9, 8, 77)]
+    return np.concatenate(logits)
+
+
+def least_mb(bundle_dir: Path, **options: Any) -> float:
+    return device_needs(open_bundle(bundle_dir), device="cuda", **options).least / 1e6
+
+
+def test_streamed_is_resident_to_the_bit(tiny_bundle: Callable[..., Path]) -> None:
+    options: dict[str, Any] = {"dtype": "float32", "cuda_graphs": "off", "weights": "bfloat16"}
+    resident = logits_of(tiny_bundle("llama"), **options)
+    limit_mb = least_mb(tiny_bundle("llama"), dtype="float32", weights="bfloat16")
+    np.testing.assert_array_equal(logits_of(tiny_bundle("llama"), gpu_memory_mb=limit_mb, **options), resident)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3", "mistral"])
+def test_a_graph_gives_what_the_plain_pass_gives(family: str, tiny_bundle: Callable[..., Path]) -> None:
+    plain = logits_of(tiny_bundle(family), "float32", cuda_graphs="off")
+    np.testing.assert_allclose(logits_of(tiny_bundle(family), "float32", cuda_graphs="on"), plain, atol=2e-4, rtol=1e-3)
+
+
+def test_packed_is_near_unpacked(tiny_bundle: Callable[..., Path]) -> None:
+    assert packed_problem(torch.device("cuda"), torch.bfloat16) is None
+    folder = tiny_bundle("llama", quantize="int4")
+    exact = logits_of(folder, "float32", weights="bfloat16", cuda_graphs="off")
+    for weights in ("bfloat16", "packed"):
+        logits = logits_of(folder, "bfloat16", weights=weights)
+        assert np.linalg.norm(logits - exact) / np.linalg.norm(exact) < 0.06

@@ -1,0 +1,94 @@
+"""benchmarks/gpu.py on the CPU: every contender runs, and the figures have their form."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from .model_factory import save_model
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+QUICK = ("--device", "cpu", "--dtype", "float32", "--tokens", 3, "--prompt-tokens", 8, "--rounds", 2)
+
+
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_gpu", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(gpu: ModuleType, *arguments: object) -> Result:
+    return CliRunner().invoke(gpu.main, [str(one) for one in (*arguments, *QUICK, "--read-bytes", 1 << 20)])
+
+
+def test_table_then_one_json_line(gpu: ModuleType, tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    result = run(gpu, tiny_bundle("llama"), "--transformers", folder)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    figures: dict[str, Any] = json.loads(lines[-1])
+    expected = [name for name in gpu.CONTENDERS if name != "lossless" or "lossless" in gpu.MODES]
+    assert [run["name"] for run in figures["runs"]] == expected
+    assert len(lines) == 2 + len(expected) + 1
+    for one in figures["runs"]:
+        assert one["decode_tok_s"] > 0
+        assert one["prefill_tok_s"] > 0
+        assert one["peak_mb"] is None
+    by_name = {one["name"]: one for one in figures["runs"]}
+    assert by_name["pack"]["bytes_per_token"] == by_name["bounded"]["bytes_per_token"]
+    assert by_name["pack"]["bytes_per_token"] < by_name["dense"]["bytes_per_token"]
+    assert 2 * by_name["transformers"]["bytes_per_token"] == by_name["dense"]["bytes_per_token"]
+    assert figures["read_gbps"] > 0
+    assert "bounded: " in result.stderr
+
+
+def test_what_cannot_run_is_said(gpu: ModuleType, tiny_bundle: Callable[..., Path]) -> None:
+    result = run(gpu, tiny_bundle("llama", dense=False), "--contenders", "transformers", "--contenders", "dense")
+    assert "transformers: left out" in result.stderr
+    assert "dense: left out, the bundle has no dense FFN" in result.stderr
+
+
+def test_what_does_not_fit_is_said(
+    gpu: ModuleType, tiny_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = gpu.sample
+
+    def run_out(load: Any, options: Any) -> Any:
+        if gpu.DENSE in load.args:
+            raise gpu.torch.OutOfMemoryError("CUDA out of memory")
+        return sample(load, options)
+
+    monkeypatch.setattr(gpu, "sample", run_out)
+    result = run(gpu, tiny_bundle("llama"), "--contenders", "dense", "--contenders", "pack")
+    assert "dense: does not fit on cpu" in result.stderr
+    assert [one["name"] for one in json.loads(result.stdout.splitlines()[-1])["runs"]] == ["pack"]
+
+
+def test_packed_weights(gpu: ModuleType, tiny_bundle: Callable[..., Path]) -> None:
+    folder = tiny_bundle("llama", quantize="int4")
+    sizes = []
+    for weights in ("bfloat16", "packed"):
+        result = run(gpu, folder, "--contenders", "pack", "--weights", weights, "--cuda-graphs", "off")
+        assert result.exit_code == 0, result.output
+        sizes.append(json.loads(result.stdout.splitlines()[-1])["runs"][0]["bytes_per_token"])
+    assert sizes[1] < sizes[0]
+
+
+def test_a_gpu_that_is_not_there(gpu: ModuleType, tiny_bundle: Callable[..., Path]) -> None:
+    if gpu.torch.cuda.is_available():
+        pytest.skip("there is one")
+    result = CliRunner().invoke(gpu.main, [str(tiny_bundle("llama"))])
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "torch sees no GPU here" in result.stderr
