@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import cast, get_args
 
 import click
@@ -39,9 +40,17 @@ _KEY = "COREINFER_API_KEY"
     help="native: C++ on the CPU; torch: any device; auto: native, but torch for a GPU, --device or --dtype.",
 )
 @click.option("--isa", default="auto", help="Kernels of the native engine, such as avx2; auto for the CPU's best.")
-@click.option("--device", default="auto", help="torch device.")
-@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", help="Arithmetic.")
-@click.option("--threads", type=int, default=None, help="CPU threads for each bundle.")
+@click.option("--device", default="auto", help="Device of the torch engine; auto for a GPU where there is one.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float32"]),
+    default="auto",
+    help="Arithmetic of the torch engine.",
+)
+@click.option("--threads", type=int, default=None, help="CPU threads for each bundle.  [default: one a physical core]")
+@click.option(
+    "--gpu-memory-mb", type=float, default=None, help="Bound of each bundle's weights and KV cache on the GPU."
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log remarks on stderr.")
 @click.version_option(package_name="coreinfer")
 @command_errors
@@ -61,6 +70,7 @@ def main(
     device: str,
     dtype: str,
     threads: int | None,
+    gpu_memory_mb: float | None,
     verbose: bool,
 ) -> None:
     """Serve the bundle in each DIR under its folder's name: OpenAI's interface at /v1, a page at /.
@@ -69,13 +79,7 @@ def main(
     the server in good order, with exit code 0.
     """
     start_logging(verbose=verbose)
-    try:
-        # Loaded here, so that `--help` works without the extra.
-        from . import serving
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("coreinfer"):
-            raise
-        raise ConfigError(f"serving needs the package {error.name}; pip install 'coreinfer[serve]'") from error
+    serving = _import_serving()
     is_loopback = host in LOOPBACK_HOSTS
     config = ServerConfig(
         queue=queue,
@@ -91,7 +95,16 @@ def main(
     if not is_loopback and config.api_key is None:
         click.echo(f"warning: {host} can be reached from elsewhere, and no key is asked for; set {_KEY}", err=True)
     engines = {
-        name: load(path, engine=engine, device=device, dtype=dtype, mode=cast(Mode, mode), threads=threads, isa=isa)
+        name: load(
+            path,
+            engine=engine,
+            device=device,
+            dtype=dtype,
+            mode=cast(Mode, mode),
+            threads=threads,
+            isa=isa,
+            gpu_memory_mb=gpu_memory_mb,
+        )
         for name, path in zip(names, bundle_dirs, strict=True)
     }
     shown = f"[{host}]" if ":" in host else host
@@ -99,6 +112,21 @@ def main(
     serving.serve(
         engines, config, taken, on_start=lambda: click.echo(f"serving {', '.join(names)} on {address}", err=True)
     )
+
+
+def _import_serving() -> ModuleType:
+    """Load what the extra brings; not at the top, so that `--help` works without it.
+
+    Raises:
+        ConfigError: the extra is not installed.
+    """
+    try:
+        from . import serving
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("coreinfer"):
+            raise
+        raise ConfigError(f"serving needs the package {error.name}; pip install 'coreinfer[serve]'") from error
+    return serving
 
 
 def _model_names(bundle_dirs: Sequence[Path]) -> list[str]:

@@ -78,7 +78,7 @@ def test_help_names_every_command(bundle: Path) -> None:
 def test_mode_is_shown_and_changed(bundle: Path, engine: runtime.Engine) -> None:
     result = pipe(bundle, "/mode", "/mode dense", FIRST, arguments=("--mode", "similarity"))
     assert result.stderr.splitlines()[:2] == [
-        f"mode {mode}, of auto, similarity, stability, fused, dense" for mode in ("similarity", "dense")
+        f"mode {mode}, of auto, similarity, stability, fused, dense, lossless" for mode in ("similarity", "dense")
     ]
     assert json.loads(result.stdout)["mode"] == "dense"
     options = GenerationOptions(max_new_tokens=5, mode="dense")
@@ -134,7 +134,7 @@ def test_nothing_is_read_after_quit(bundle: Path) -> None:
     ("line", "named"),
     [
         ("/fly", "error: /fly: no such command; /help lists them"),
-        ("/mode fast", "error: /mode: expected auto, similarity, stability, fused, dense, got 'fast'"),
+        ("/mode fast", "error: /mode: expected auto, similarity, stability, fused, dense, lossless, got 'fast'"),
         ("flour " * 300, "error: prompt: expected 1 to 255 tokens, got "),
     ],
 )
