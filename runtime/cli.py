@@ -50,7 +50,12 @@ __all__ = ["main"]
     help="Arithmetic of the torch engine.",
 )
 @click.option("--threads", type=int, default=None, help="CPU threads.  [default: one a physical core]")
-@click.option("--gpu-memory-mb", type=float, default=None, help="Bound of weights and KV cache on the GPU.")
+@click.option(
+    "--gpu-memory-mb",
+    type=float,
+    default=None,
+    help="Bound of weights and KV cache on the GPU.  [default: what is free]",
+)
 @click.option(
     "--cuda-graphs",
     type=click.Choice(get_args(CudaGraphs)),

@@ -30,7 +30,9 @@ _KEY = "COREINFER_API_KEY"
 @click.option("--max-body-kb", type=int, default=1024, help="Largest body of a request.")
 @click.option("--max-new-tokens", type=int, default=2048, help="Most tokens that a request may ask for.")
 @click.option(
-    "--allow-host", multiple=True, help="Answer requests to this name too; only needed when listening on loopback."
+    "--allow-host",
+    multiple=True,
+    help="Answer requests to this name too; only needed when listening on loopback.  [default: none]",
 )
 @click.option("--mode", type=click.Choice(MODES), default="auto", help="How FFN weights are chosen.")
 @click.option(
@@ -49,7 +51,10 @@ _KEY = "COREINFER_API_KEY"
 )
 @click.option("--threads", type=int, default=None, help="CPU threads for each bundle.  [default: one a physical core]")
 @click.option(
-    "--gpu-memory-mb", type=float, default=None, help="Bound of each bundle's weights and KV cache on the GPU."
+    "--gpu-memory-mb",
+    type=float,
+    default=None,
+    help="Bound of each bundle's weights and KV cache on the GPU.  [default: what is free]",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Log remarks on stderr.")
 @click.version_option(package_name="coreinfer")

@@ -34,7 +34,7 @@ def engine(tiny_bundle: Callable[..., Path]) -> runtime.Engine:
         ({"max_new_tokens": 1.5}, "max_new_tokens"),
         ({"stop": "text"}, "stop"),
         ({"stop": ["fine", ""]}, r"stop\[1\]"),
-        ({"mode": "fast"}, "mode: expected auto, similarity, stability, fused, dense, got 'fast'"),
+        ({"mode": "fast"}, "mode: expected auto, similarity, stability, fused, dense, lossless, got 'fast'"),
     ],
 )
 def test_wrong_arguments_are_refused_at_the_call(options: Any, named: str, engine: runtime.Engine) -> None:
@@ -95,7 +95,7 @@ def torch_threads() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"mode": "fast"}, "mode: expected auto, similarity, stability, fused, dense, got 'fast'"),
+        ({"mode": "fast"}, "mode: expected auto, similarity, stability, fused, dense, lossless, got 'fast'"),
         ({"mode": None}, "mode"),
         ({"engine": "native-2"}, "engine: expected auto, native, torch"),
         ({"device": "abacus"}, "device 'abacus'"),

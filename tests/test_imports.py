@@ -172,6 +172,7 @@ def test_only_the_torch_engine_needs_torch() -> None:
         "static_step.py",
         "torch_decoder.py",
         "torch_model.py",
+        "torch_sequences.py",
         "transfer.py",
     }
 
@@ -191,7 +192,7 @@ def test_nothing_prints(package: str) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_only_commands_echo(package: str) -> None:
-    commands = {"cli.py", "inspect.py", "command.py", "bench.py"}
+    commands = {"cli.py", "chatting.py", "inspect.py", "command.py", "bench.py"}
     users = {path.name for path in sources(package) if "click.echo" in path.read_text(encoding="utf-8")}
     assert users
     assert users <= commands

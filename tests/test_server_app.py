@@ -206,7 +206,11 @@ def test_models(client: openai.OpenAI, model: str) -> None:
         ({"max_tokens": 2, "max_completion_tokens": 2}, "max_tokens, max_completion_tokens: give one of the two", None),
         ({"top_logprobs": 2}, "top_logprobs: only with logprobs true", None),
         ({"stream_options": {}}, "stream_options: only with stream true", None),
-        ({"mode": "fast"}, "mode: Input should be 'auto', 'similarity', 'stability', 'fused' or 'dense'", "mode"),
+        (
+            {"mode": "fast"},
+            "mode: Input should be 'auto', 'similarity', 'stability', 'fused', 'dense' or 'lossless'",
+            "mode",
+        ),
         (
             {"response_format": {"type": "json_schema"}},
             "response_format: json_schema: it goes with type",
