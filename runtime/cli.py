@@ -101,12 +101,10 @@ def main(
     """Generate from the bundle in DIR: an answer to PROMPT, or to standard input when there is none.
 
     The text goes to stdout, the figures to stderr. A prompt is put into the model's chat template when it has one;
-    --raw continues it as plain text. With --chat each line is a turn, at a terminal with line editing; it ends with the
-    input, and with exit code 2 where a turn of piped input failed.
+    --raw continues it as plain text. With --chat each line is a turn; exit code 2 says that one of piped input failed.
     """
     start_logging(verbose=verbose)
-    if (chat or system) and raw:
-        raise ConfigError("--raw goes with neither --chat nor --system; leave one out")
+    _check_raw(raw, chat or bool(system))
     loaded = load(
         bundle_dir,
         engine=engine,
@@ -130,15 +128,31 @@ def main(
         stop=stop,
     )
     if chat:
-        num_errors = run_chat(loaded, options, system=system, first=prompt, as_json=as_json)
-        # Whoever sits at a terminal has read them; a script has not.
-        if num_errors and not sys.stdin.isatty():
-            sys.exit(EXIT_ERROR)
-        return
+        _converse(loaded, prompt, system, options, as_json=as_json)
+    else:
+        text = _text_of(prompt)
+        _answer(loaded, text if raw else _as_messages(loaded, text, system), options, as_json=as_json)
+
+
+def _converse(
+    engine: Engine, first: str | None, system: str | None, options: GenerationOptions, *, as_json: bool
+) -> None:
+    num_errors = run_chat(engine, options, system=system, first=first, as_json=as_json)
+    # Whoever sits at a terminal has read them; a script has not.
+    if num_errors and not sys.stdin.isatty():
+        sys.exit(EXIT_ERROR)
+
+
+def _check_raw(raw: bool, templated: bool) -> None:
+    if raw and templated:
+        raise ConfigError("--raw goes with neither --chat nor --system; leave one out")
+
+
+def _text_of(prompt: str | None) -> str:
     text = prompt if prompt is not None else from_stdin(sys.stdin.read)
     if not text.strip():
         raise ConfigError("prompt: expected text, got nothing; give it as an argument or on standard input")
-    _answer(loaded, text if raw else _as_messages(loaded, text, system), options, as_json=as_json)
+    return text
 
 
 def _as_messages(engine: Engine, text: str, system: str | None) -> Prompt:

@@ -188,9 +188,7 @@ class Engine:
         on_token: Callable[[Token], object] | None = None,
         cancel: Cancel | None = None,
     ) -> Generator[Token, None, None]:
-        """Generate token by token.
-
-        The same prompt, options and seed give the same text, whatever ran before.
+        """Generate token by token; the same prompt, options and seed give the same text, whatever ran before.
 
         Args:
             prompt: text to continue as it is, or chat messages ({"role", "content"}) for the chat template.
@@ -204,7 +202,7 @@ class Engine:
             tools: JSON schemas of functions that the model may call, for a chat template that takes them.
             drift_tokens: route the recent text again after so many decoded tokens; 0 keeps the pack.
             logprobs: give each token's log-probability, and so many of the likeliest tokens with theirs.
-            json_schema: a JSON schema, or its text, that the answer must follow; needs the package llguidance.
+            json_schema: a JSON schema, or its text, that the answer must follow; needs llguidance.
             on_token: called with each token before it is given out.
             cancel: a `threading.Event` or the like; ends the generation with the token during which it is set.
         Yields:

@@ -1,0 +1,147 @@
+// The kernels of attention: scores, softmax and weighted values of some positions, their parts joined, and rotation.
+// Included by kernels_body.h, on the terms that it states.
+
+constexpr int kPositions = 16;   // positions whose keys are interleaved
+constexpr int kChunk = 128;      // positions between two rescalings of the running sums
+constexpr int kQueries = 4;      // queries that share one read of the keys
+
+template <int kCount>
+inline void score_block(const AttentionTask& task, int query, int block, float (*scores)[kChunk], int column) {
+  // Two independent sums for even and odd dimensions hide the latency of the products.
+  V::F sums[2][kCount][kVectors];
+  for (auto& half : sums)
+    for (auto& vectors : half)
+      for (auto& value : vectors) value = V::set1(0.0f);
+  const uint16_t* keys = task.keys + size_t(block) * task.head_dim * kPositions;
+  const float* q = task.queries + size_t(query) * task.head_dim;
+  for (int d = 0; d < task.head_dim; d += 2)
+    for (int odd = 0; odd < 2; ++odd)
+      for (int v = 0; v < kVectors; ++v) {
+        const V::F key = V::load_half(keys + (d + odd) * kPositions + v * V::kLanes);
+        for (int i = 0; i < kCount; ++i)
+          sums[odd][i][v] = V::fma(key, V::set1(q[i * task.head_dim + d + odd]), sums[odd][i][v]);
+      }
+  for (int i = 0; i < kCount; ++i)
+    for (int v = 0; v < kVectors; ++v)
+      V::store(scores[i] + column + v * V::kLanes, sums[0][i][v] + sums[1][i][v]);
+}
+
+// Turn scores into weights relative to the running maximum; returns what earlier sums shrink by.
+inline float soften(float* scores, int size, float& maximum, float& sum) {
+  V::F largest = V::set1(maximum);
+  for (int i = 0; i < size; i += V::kLanes) largest = V::max(largest, V::load(scores + i));
+  const float next = V::reduce_max(largest);
+  V::F total = V::set1(0.0f);
+  for (int i = 0; i < size; i += V::kLanes) {
+    const V::F weight = exp_vector(V::load(scores + i) - V::set1(next));
+    V::store(scores + i, weight);
+    total = total + weight;
+  }
+  const float shrink = maximum <= -kHuge ? 0.0f : __builtin_expf(maximum - next);
+  sum = sum * shrink + V::reduce_add(total);
+  maximum = next;
+  return shrink;
+}
+
+// Weighted values of kSteps x 16 dimensions from `d` on.
+template <int kCount, int kSteps>
+inline void add_value_columns(const AttentionTask& task, int query, int begin, int end, int base,
+                              const float (*weights)[kChunk], const float* shrink, int d) {
+  constexpr int kColumns = kSteps * kVectors;
+  V::F sums[kCount][kColumns];
+  float* out = task.out + size_t(query) * task.value_stride + d;
+  for (int i = 0; i < kCount; ++i)
+    for (int c = 0; c < kColumns; ++c)
+      sums[i][c] = V::load(out + size_t(i) * task.value_stride + c * V::kLanes) * V::set1(shrink[i]);
+  for (int position = begin; position < end; ++position)
+    for (int c = 0; c < kColumns; ++c) {
+      const V::F value = V::load_half(task.values + size_t(position) * task.value_stride + d + c * V::kLanes);
+      for (int i = 0; i < kCount; ++i) sums[i][c] = V::fma(value, V::set1(weights[i][position - base]), sums[i][c]);
+    }
+  for (int i = 0; i < kCount; ++i)
+    for (int c = 0; c < kColumns; ++c) V::store(out + size_t(i) * task.value_stride + c * V::kLanes, sums[i][c]);
+}
+
+template <int kCount>
+inline void add_values(const AttentionTask& task, int query, int begin, int end, int base,
+                       const float (*weights)[kChunk], const float* shrink) {
+  // As many sums side by side as the registers hold.
+  constexpr int kSteps = kVectors == 1 ? 4 : 1;
+  int d = 0;
+  for (; d + kSteps * kPositions <= task.value_stride; d += kSteps * kPositions)
+    add_value_columns<kCount, kSteps>(task, query, begin, end, base, weights, shrink, d);
+  for (; d < task.value_stride; d += kPositions)
+    add_value_columns<kCount, 1>(task, query, begin, end, base, weights, shrink, d);
+}
+
+template <int kCount>
+inline void attend_queries(const AttentionTask& task, int query) {
+  float scores[kCount][kChunk], shrink[kCount];
+  for (int i = 0; i < kCount; ++i) {
+    task.maxima[query + i] = -__builtin_inff();
+    task.sums[query + i] = 0.0f;
+    for (int d = 0; d < task.value_stride; ++d) task.out[size_t(query + i) * task.value_stride + d] = 0.0f;
+  }
+  if (task.begin >= task.end) return;
+  // Whole blocks of positions are scored; what lies outside [begin, end) is masked.
+  for (int base = task.begin / kPositions * kPositions; base < task.end; base += kChunk) {
+    const int last = base + kChunk < task.end ? base + kChunk : task.end;
+    const int size = (last - base + kPositions - 1) / kPositions * kPositions;
+    for (int column = 0; column < size; column += kPositions)
+      score_block<kCount>(task, query, (base + column) / kPositions, scores, column);
+    for (int i = 0; i < kCount; ++i) {
+      for (int position = base; position < task.begin; ++position) scores[i][position - base] = -__builtin_inff();
+      for (int column = last - base; column < size; ++column) scores[i][column] = -__builtin_inff();
+      shrink[i] = soften(scores[i], size, task.maxima[query + i], task.sums[query + i]);
+    }
+    add_values<kCount>(task, query, base < task.begin ? task.begin : base, last, base, scores, shrink);
+  }
+}
+
+void attend(const AttentionTask& task) {
+  int query = 0;
+  for (; query + kQueries <= task.num_queries; query += kQueries) attend_queries<kQueries>(task, query);
+  switch (task.num_queries - query) {
+    case 3: attend_queries<3>(task, query); break;
+    case 2: attend_queries<2>(task, query); break;
+    case 1: attend_queries<1>(task, query); break;
+    default: break;
+  }
+}
+
+void combine(const AttentionPart* parts, int num_parts, int num_heads, int head_dim, float* out) {
+  const int stride = (head_dim + kPositions - 1) / kPositions * kPositions;
+  for (int head = 0; head < num_heads; ++head, out += head_dim) {
+    float maximum = -__builtin_inff(), total = 0.0f;
+    for (int p = 0; p < num_parts; ++p)
+      if (parts[p].maxima[head] > maximum) maximum = parts[p].maxima[head];
+    for (int i = 0; i < head_dim; ++i) out[i] = 0.0f;
+    for (int p = 0; p < num_parts; ++p) {
+      if (parts[p].sums[head] == 0.0f) continue;
+      const float weight = __builtin_expf(parts[p].maxima[head] - maximum);
+      total += weight * parts[p].sums[head];
+      const float* values = parts[p].values + size_t(head) * stride;
+      int i = 0;
+      for (; i + V::kLanes <= head_dim; i += V::kLanes)
+        V::store(out + i, V::fma(V::load(values + i), V::set1(weight), V::load(out + i)));
+      for (; i < head_dim; ++i) out[i] += weight * values[i];
+    }
+    const float scale = 1.0f / total;
+    for (int i = 0; i < head_dim; ++i) out[i] *= scale;
+  }
+}
+
+void rotate(float* head, const float* angles, int half) {
+  int i = 0;
+  for (; i + V::kLanes <= half; i += V::kLanes) {
+    const V::F low = V::load(head + i), high = V::load(head + half + i);
+    const V::F cosine = V::load(angles + i), sine = V::load(angles + half + i);
+    V::store(head + i, V::fnma(high, sine, low * cosine));
+    V::store(head + half + i, V::fma(low, sine, high * cosine));
+  }
+  for (; i < half; ++i) {
+    const float low = head[i], high = head[half + i];
+    head[i] = low * angles[i] - high * angles[half + i];
+    head[half + i] = high * angles[i] + low * angles[half + i];
+  }
+}
