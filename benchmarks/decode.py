@@ -124,9 +124,11 @@ def main(
     names = [name for name in contenders or CONTENDERS if _installed(name)]
     chosen = [model for model in MODELS if not models or model.name in models]
     reads: list[float] = []
-    results = [{"model": model.name, "runs": time_model(model, names, options, reads)} for model in chosen]
-    for result in results:
-        click.echo("\n".join(table(result)))
+    results = []
+    for model in chosen:
+        results.append({"model": model.name, "runs": time_model(model, names, options, reads)})
+        # At once: the next model may take long to make.
+        click.echo("\n".join(table(results[-1])))
     click.echo(json.dumps({"read_gbps": round(statistics.median(reads), 2), "models": results}))
 
 
