@@ -59,13 +59,13 @@ __all__ = ["main"]
 @click.option(
     "--cuda-graphs",
     type=click.Choice(get_args(CudaGraphs)),
-    default="off",
+    default="auto",
     help="Decode in recorded steps of fixed shapes on the GPU; auto where there is one.",
 )
 @click.option(
     "--weights",
     type=click.Choice(get_args(Weights)),
-    default="bfloat16",
+    default="auto",
     help="packed: multiply by int4 weights as they are on the GPU; auto where it can; bfloat16: unpack them.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the generation as one JSON object.")

@@ -35,8 +35,8 @@ def load(
     dtype: str = "auto",
     isa: str = "auto",
     gpu_memory_mb: float | None = None,
-    cuda_graphs: CudaGraphs = "off",
-    weights: Weights = "bfloat16",
+    cuda_graphs: CudaGraphs = "auto",
+    weights: Weights = "auto",
 ) -> "Engine":
     """Open a bundle, check it, and make it ready to generate.
 
@@ -53,10 +53,10 @@ def load(
         isa: kernels of the native engine, such as "avx2"; "auto" for COREINFER_ISA, else the best that the CPU has.
         gpu_memory_mb: of the torch engine: megabytes of weights and KV cache on the GPU; None for what is free. Where
             the dense FFN does not fit, its layers are streamed while a prompt is read (docs/gpu.md).
-        cuda_graphs: of the torch engine: decode in recorded steps of fixed shapes; "auto" on a GPU. Off unless asked
-            for: no GPU has tried it yet.
+        cuda_graphs: of the torch engine: decode in recorded steps of fixed shapes; "auto" on a GPU, unless a recorded
+            step differs from the step itself.
         weights: of the torch engine: "packed" multiplies by int4 weights as they are, "bfloat16" unpacks them; "auto"
-            is packed for int4 on a GPU that can. No GPU has tried it yet.
+            is packed for int4 on a GPU whose product comes out right.
     Raises:
         BundleError: there is no bundle, or it is damaged; all damaged files are named.
         ConfigError: an argument is wrong, or the engine's packages are not installed.

@@ -25,13 +25,13 @@ def load_decoder(
     dtype: str,
     isa: str,
     gpu_memory_mb: float | None = None,
-    cuda_graphs: CudaGraphs = "off",
-    weights: Weights = "bfloat16",
+    cuda_graphs: CudaGraphs = "auto",
+    weights: Weights = "auto",
 ) -> Decoder:
     """Load the engine that was asked for, or the one that serves best here; see `load` of engine.py."""
     if threads is not None and threads < 1:
         raise ConfigError(f"threads: expected at least 1, got {threads}")
-    for_torch = dtype != "auto" or gpu_memory_mb is not None or (cuda_graphs, weights) != ("off", "bfloat16")
+    for_torch = dtype != "auto" or gpu_memory_mb is not None or (cuda_graphs, weights) != ("auto", "auto")
     if engine == "native":
         if device not in ("auto", "cpu") or for_torch:
             raise ConfigError(

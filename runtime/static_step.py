@@ -18,6 +18,8 @@ __all__ = ["StaticStep"]
 
 _log = logging.getLogger(__name__)
 _FIRST_CAPACITY = 1024
+_TOLERANCE = 0.01
+"""Of logits, relative: the kernels are the same, only their order in time may differ."""
 
 
 class StaticStep:
@@ -87,10 +89,10 @@ class StaticStep:
         Args:
             addresses: names where the weights in use lie: another recorded step serves other addresses.
         """
-        if addresses not in self._recorded:
-            self._recorded[addresses] = self._record()
         self._token.fill_(token_id)
         self._position.fill_(self.num_cached)
+        if addresses not in self._recorded:
+            self._recorded[addresses] = self._record()
         self._recorded[addresses]()
         self.num_cached += 1
         assert self._logits is not None
@@ -101,7 +103,9 @@ class StaticStep:
         if not self._can_record:
             return self._step
         try:
-            return self._transfer.record(self._step, self._rewind)
+            recorded = self._transfer.record(self._step, self._rewind)
+            self._check(recorded)
+            return recorded
         except RuntimeError as error:
             if self._required:
                 raise
@@ -109,6 +113,24 @@ class StaticStep:
             self._can_record = False
             self._rewind()
             return self._step
+
+    def _check(self, recorded: Any) -> None:
+        """Compare a recorded step with the step as it is, on the token that is to be decoded.
+
+        Raises:
+            RuntimeError: the logits differ.
+        """
+        expected, got = self._logits_of(self._step), self._logits_of(recorded)
+        relative = float((got - expected).norm() / expected.norm())
+        # Not a number is no agreement.
+        if not relative < _TOLERANCE:
+            raise RuntimeError(f"the logits of a recorded step are off by {relative:.1%}")
+
+    def _logits_of(self, step: Any) -> torch.Tensor:
+        step()
+        self._rewind()
+        assert self._logits is not None
+        return self._logits.float().clone()
 
     def _rewind(self) -> None:
         self.truncate(self.num_cached)

@@ -53,8 +53,8 @@ class TorchDecoder:
         device: str,
         dtype: str,
         gpu_memory_mb: float | None = None,
-        cuda_graphs: str = "off",
-        weights: str = "bfloat16",
+        cuda_graphs: str = "auto",
+        weights: str = "auto",
         transfer: Transfer | None = None,
     ) -> None:
         """Build the model on the device.
@@ -280,7 +280,7 @@ class TorchDecoder:
         return logits, statistics
 
 
-def device_needs(bundle: Bundle, *, device: str, dtype: str, weights: str = "bfloat16") -> MemoryNeeds:
+def device_needs(bundle: Bundle, *, device: str, dtype: str, weights: str = "auto") -> MemoryNeeds:
     """Find out what a bundle would take on a device, without taking it; arguments as of `TorchDecoder`."""
     place = pick_device(device)
     kind = pick_dtype(dtype, place)

@@ -207,6 +207,26 @@ def test_what_cannot_be_recorded_runs_as_it_is(
     assert caplog.text.count("decoding goes on without a CUDA graph") == 1
 
 
+@pytest.mark.parametrize("spoiled", [1.5, float("nan")])
+def test_a_recorded_step_that_differs_is_not_used(
+    spoiled: float, decoders: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    static, plain, device = decoders()
+    steps = static._sequences.static
+
+    def record(step: Callable[[], None], rewind: Callable[[], None]) -> Callable[[], None]:
+        return lambda: (step(), steps._logits.mul_(spoiled))[0]  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(device, "record", record)
+    both(static, plain, TOKEN_IDS)
+    with pytest.raises(RuntimeError, match="logits of a recorded step are off by"):
+        static.forward([4])
+    steps._required = False
+    both(static, plain, [4])
+    both(static, plain, [5])
+    assert caplog.text.count("decoding goes on without a CUDA graph: the logits of a recorded step are off by") == 1
+
+
 def test_an_engine_says_the_same(tiny_bundle: Callable[..., Path]) -> None:
     folder = tiny_bundle("llama")
     plain = runtime.load(folder, device="cpu", dtype="float32")
