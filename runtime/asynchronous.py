@@ -1,6 +1,5 @@
 """Tokens for asyncio: the generation runs in a thread of its own."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Generator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +13,9 @@ async def in_thread(stream: Generator[Token, None, None]) -> AsyncGenerator[Toke
 
     When the consumer stops, the stream is closed after the token in progress.
     """
+    # Not at the top: coreinfer-run would wait some 25 ms for it at each start.
+    import asyncio
+
     loop = asyncio.get_running_loop()
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coreinfer")
     try:
