@@ -4,16 +4,15 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast, get_args
 
 import click
 from coreinfer.bundles.command import EXIT_ERROR, command_errors, start_logging
 from coreinfer.bundles.errors import ConfigError
 
 from .chatting import chat as run_chat
-from .engine import Engine, Prompt, load
-from .engines import CudaGraphs, EngineName, Weights
-from .generation import MODES, Mode, Token, collect
+from .engine import Engine, Prompt
+from .engine_options import LoadOptions, load_options
+from .generation import Token, collect
 from .options import GenerationOptions
 from .printing import figures, from_stdin
 
@@ -34,40 +33,7 @@ __all__ = ["main"]
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 makes repetition less likely.")
 @click.option("--seed", type=int, default=None, help="Seed of sampling.  [default: a new one each time]")
 @click.option("--stop", multiple=True, help="End at this text; repeatable.  [default: none]")
-@click.option("--mode", type=click.Choice(MODES), default="auto", help="How FFN weights are chosen.")
-@click.option(
-    "--engine",
-    type=click.Choice(get_args(EngineName)),
-    default="auto",
-    help="native: C++ on the CPU; torch: any device; auto: native, but torch for a GPU, --device or --dtype.",
-)
-@click.option("--isa", default="auto", help="Kernels of the native engine, such as avx2; auto for the CPU's best.")
-@click.option("--device", default="auto", help="Device of the torch engine; auto for a GPU where there is one.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float32"]),
-    default="auto",
-    help="Arithmetic of the torch engine.",
-)
-@click.option("--threads", type=int, default=None, help="CPU threads.  [default: one a physical core]")
-@click.option(
-    "--gpu-memory-mb",
-    type=float,
-    default=None,
-    help="Bound of weights and KV cache on the GPU.  [default: what is free]",
-)
-@click.option(
-    "--cuda-graphs",
-    type=click.Choice(get_args(CudaGraphs)),
-    default="auto",
-    help="Decode in recorded steps of fixed shapes on the GPU; auto where there is one.",
-)
-@click.option(
-    "--weights",
-    type=click.Choice(get_args(Weights)),
-    default="auto",
-    help="packed: multiply by int4 weights as they are on the GPU; auto where it can; bfloat16: unpack them.",
-)
+@load_options
 @click.option("--json", "as_json", is_flag=True, help="Print the generation as one JSON object.")
 @click.option("-v", "--verbose", is_flag=True, help="Log remarks on stderr.")
 @click.version_option(package_name="coreinfer")
@@ -86,15 +52,7 @@ def main(
     repetition_penalty: float,
     seed: int | None,
     stop: tuple[str, ...],
-    mode: str,
-    engine: EngineName,
-    isa: str,
-    device: str,
-    dtype: str,
-    threads: int | None,
-    gpu_memory_mb: float | None,
-    cuda_graphs: CudaGraphs,
-    weights: Weights,
+    loading: LoadOptions,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -104,19 +62,9 @@ def main(
     --raw continues it as plain text. With --chat each line is a turn; exit code 2 says that one of piped input failed.
     """
     start_logging(verbose=verbose)
-    _check_raw(raw, chat or bool(system))
-    loaded = load(
-        bundle_dir,
-        engine=engine,
-        device=device,
-        dtype=dtype,
-        mode=cast(Mode, mode),
-        threads=threads,
-        isa=isa,
-        gpu_memory_mb=gpu_memory_mb,
-        cuda_graphs=cuda_graphs,
-        weights=weights,
-    )
+    if (chat or system) and raw:
+        raise ConfigError("--raw goes with neither --chat nor --system; leave one out")
+    loaded = loading.load(bundle_dir)
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -141,11 +89,6 @@ def _converse(
     # Whoever sits at a terminal has read them; a script has not.
     if num_errors and not sys.stdin.isatty():
         sys.exit(EXIT_ERROR)
-
-
-def _check_raw(raw: bool, templated: bool) -> None:
-    if raw and templated:
-        raise ConfigError("--raw goes with neither --chat nor --system; leave one out")
 
 
 def _text_of(prompt: str | None) -> str:

@@ -4,14 +4,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import cast, get_args
 
 import click
 from coreinfer.bundles.command import command_errors, start_logging
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.runtime import Mode, load
-from coreinfer.runtime.engines import EngineName
-from coreinfer.runtime.generation import MODES
+from coreinfer.runtime.engine_options import LoadOptions, load_options
 
 from .config import LOOPBACK_HOSTS, ServerConfig
 
@@ -34,28 +31,7 @@ _KEY = "COREINFER_API_KEY"
     multiple=True,
     help="Answer requests to this name too; only needed when listening on loopback.  [default: none]",
 )
-@click.option("--mode", type=click.Choice(MODES), default="auto", help="How FFN weights are chosen.")
-@click.option(
-    "--engine",
-    type=click.Choice(get_args(EngineName)),
-    default="auto",
-    help="native: C++ on the CPU; torch: any device; auto: native, but torch for a GPU, --device or --dtype.",
-)
-@click.option("--isa", default="auto", help="Kernels of the native engine, such as avx2; auto for the CPU's best.")
-@click.option("--device", default="auto", help="Device of the torch engine; auto for a GPU where there is one.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float32"]),
-    default="auto",
-    help="Arithmetic of the torch engine.",
-)
-@click.option("--threads", type=int, default=None, help="CPU threads for each bundle.  [default: one a physical core]")
-@click.option(
-    "--gpu-memory-mb",
-    type=float,
-    default=None,
-    help="Bound of each bundle's weights and KV cache on the GPU.  [default: what is free]",
-)
+@load_options
 @click.option("-v", "--verbose", is_flag=True, help="Log remarks on stderr.")
 @click.version_option(package_name="coreinfer")
 @command_errors
@@ -69,13 +45,7 @@ def main(
     max_body_kb: int,
     max_new_tokens: int,
     allow_host: tuple[str, ...],
-    mode: str,
-    engine: EngineName,
-    isa: str,
-    device: str,
-    dtype: str,
-    threads: int | None,
-    gpu_memory_mb: float | None,
+    loading: LoadOptions,
     verbose: bool,
 ) -> None:
     """Serve the bundle in each DIR under its folder's name: OpenAI's interface at /v1, a page at /.
@@ -99,19 +69,7 @@ def main(
     taken = serving.bind(host, port)
     if not is_loopback and config.api_key is None:
         click.echo(f"warning: {host} can be reached from elsewhere, and no key is asked for; set {_KEY}", err=True)
-    engines = {
-        name: load(
-            path,
-            engine=engine,
-            device=device,
-            dtype=dtype,
-            mode=cast(Mode, mode),
-            threads=threads,
-            isa=isa,
-            gpu_memory_mb=gpu_memory_mb,
-        )
-        for name, path in zip(names, bundle_dirs, strict=True)
-    }
+    engines = {name: loading.load(path) for name, path in zip(names, bundle_dirs, strict=True)}
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{taken.getsockname()[1]}"
     serving.serve(
