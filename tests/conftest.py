@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from coreinfer import runtime
 from coreinfer.compiler import CompileConfig, compile_model
 
 from .browser import open_browser
@@ -97,6 +98,18 @@ def tiny_bundle(
         return written[key]
 
     return bundle
+
+
+@pytest.fixture(scope="session")
+def bundle(tiny_bundle: Callable[..., Path]) -> Path:
+    """A tiny bundle for tests to which any will do; do not change it."""
+    return tiny_bundle("llama")
+
+
+@pytest.fixture(scope="module")
+def engine(bundle: Path) -> runtime.Engine:
+    """The native engine on `bundle`."""
+    return runtime.load(bundle, engine="native", threads=1)
 
 
 @pytest.fixture(scope="module")

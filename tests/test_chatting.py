@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,16 +32,6 @@ def restored_process() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle: Callable[..., Path]) -> Path:
-    return tiny_bundle("llama")
-
-
-@pytest.fixture(scope="module")
-def engine(bundle: Path) -> runtime.Engine:
-    return runtime.load(bundle, engine="native", threads=1)
 
 
 def pipe(bundle: Path, *lines: str, arguments: tuple[str, ...] = ()) -> Result:

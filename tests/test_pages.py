@@ -1,7 +1,6 @@
 """Mapped files: what is read, what is forgotten, what is only a hint."""
 
 import mmap
-import os
 from pathlib import Path
 
 import pytest
@@ -32,12 +31,8 @@ def test_reading_ahead_leaves_the_bytes_alone(path: Path) -> None:
 
 
 def test_pages_that_are_forgotten_are_read_again(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        forget_pages(descriptor)
-    finally:
-        os.close(descriptor)
+    with path.open("rb") as file:
+        forget_pages(file.fileno())
     assert path.read_bytes() == CONTENT
 
 

@@ -39,11 +39,6 @@ def restored_process() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_bundle: Callable[..., Path]) -> Path:
-    return tiny_bundle("llama")
-
-
-@pytest.fixture(scope="module")
 def engine(bundle: Path) -> runtime.Engine:
     return runtime.load(bundle, device="cpu", dtype="float32")
 

@@ -5,18 +5,10 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from .bundle_factory import flip_bit
 from .server_process import COMMAND, serving
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle: Callable[..., Path]) -> Path:
-    return tiny_bundle("llama")
 
 
 def refused(*arguments: object, **environment: str) -> str:

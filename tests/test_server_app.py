@@ -18,16 +18,6 @@ SEEDED: dict[str, Any] = {"temperature": 0.9, "seed": 7, "max_tokens": 12}
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_bundle: Callable[..., Path]) -> Path:
-    return tiny_bundle("llama")
-
-
-@pytest.fixture(scope="module")
-def engine(bundle: Path) -> runtime.Engine:
-    return runtime.load(bundle, engine="native", threads=1)
-
-
-@pytest.fixture(scope="module")
 def server(bundle: Path) -> Iterator[RunningServer]:
     with serving(bundle, "--max-new-tokens", 64) as running:
         yield running

@@ -26,16 +26,6 @@ MAX_GROWTH_BYTES = 24 << 20
 TOKEN_SECONDS = 0.02
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle: Callable[..., Path]) -> Path:
-    return tiny_bundle("llama")
-
-
-@pytest.fixture(scope="module")
-def engine(bundle: Path) -> runtime.Engine:
-    return runtime.load(bundle, engine="native", threads=1)
-
-
 @pytest.fixture
 def slow_server(bundle: Path) -> Iterator[RunningServer]:
     """Three places, 20 ms a token, 3 s a request."""

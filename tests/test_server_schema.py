@@ -1,6 +1,6 @@
 """The server against its own description: schemathesis makes up requests, right and wrong ones."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,6 @@ CHECKS = [
     negative_data_rejection,
     unsupported_method,
 ]
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle: Callable[..., Path]) -> Path:
-    return tiny_bundle("llama")
 
 
 @pytest.fixture(scope="module")
