@@ -11,6 +11,7 @@ import pytest
 from coreinfer import runtime
 
 from .engine_inputs import DIALOGUE, PROMPT
+from .model_factory import corpus_texts
 from .server_process import RunningServer, serving
 
 OTHER = "The law text number 7 speaks of court and judge and verdict."
@@ -324,10 +325,12 @@ def test_metrics_count_what_happened(server: RunningServer, client: openai.OpenA
 
 def test_swaps_are_counted(server: RunningServer, client: openai.OpenAI, model: str, engine: runtime.Engine) -> None:
     options: dict[str, Any] = {"model": model, "max_tokens": 2, "temperature": 0, "extra_body": {"mode": "similarity"}}
-    assert engine.router.route(PROMPT).cluster != engine.router.route(OTHER).cluster
+    # What becomes of a text that lies between two clusters depends on the CPU.
+    own = engine.router.route(PROMPT).cluster
+    other = next(text for text in corpus_texts() if engine.router.route(text).cluster != own)
     client.completions.create(prompt=PROMPT, **options)
     before = server.metric("coreinfer_swaps_total", model=model)
-    for prompt in (PROMPT, OTHER, OTHER, PROMPT):
+    for prompt in (PROMPT, other, other, PROMPT):
         client.completions.create(prompt=prompt, **options)
     assert server.metric("coreinfer_swaps_total", model=model) - before == 2
 
