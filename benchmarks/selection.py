@@ -89,7 +89,7 @@ class Bench:
         halves = [self.loaded.tokenizer.decode(list(ids[: split_point(len(ids))])) for ids in self.token_ids]
         routed = nearest(self.routing.encoder.embed(halves), self.routing.centroids)
         clusters = replace(self.routing.assignment, held_out=routed)
-        return [clusters, *control_assignments(clusters, seed=self.config.seed)]
+        return [clusters, *(control_assignments(clusters, seed=self.config.seed) if self.config.controls else ())]
 
     def profile(self, config: CompileConfig) -> Profile:
         """Profile the corpus with one selection's statistic."""
@@ -114,6 +114,7 @@ class Bench:
             alpha=config.alpha,
             beta=config.beta,
             weight=config.cluster_weight,
+            assignments=[item.name for item in self.assignments],
             budgets=list(budgets),
             ridge=config.ridge,
             reconstruct=config.reconstruct,

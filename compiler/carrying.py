@@ -8,7 +8,7 @@ for rounding.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from .cache import Cache, stage_key
 from .config import CompileConfig
 from .corpus import Document, split_point
-from .layerwise import Batch, LayerRun, document_starts, prepare_batches, run_layer
+from .layerwise import Batch, document_starts, prepare_batches, run_layer, run_partly
 from .models import LoadedModel
 from .narrowing import CLUSTERS, Assignment, NarrowModel, bf16_bits
 from .progress import Progress
@@ -59,15 +59,30 @@ class _Stream:
 
     Attributes:
         calibration, validation: rows of each cluster's tokens; validation rows are those that are read narrow.
-        members: rows of all of each cluster's tokens.
-        hidden: hidden states of each batch, (batch, length, hidden size).
+        narrow: rows of each cluster's tokens that are read narrow.
+        hidden: of each batch, (its tokens that are read narrow, hidden size); all other hidden states are the dense
+            model's.
     """
 
     item: Assignment
     calibration: list[torch.Tensor]
     validation: list[torch.Tensor]
-    members: list[torch.Tensor]
+    narrow: list[torch.Tensor]
     hidden: list[torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A batch, and its tokens that are read narrow.
+
+    Attributes:
+        places: (batch, length) bool, where they are.
+        rows: (tokens,) their places in the order of all documents.
+    """
+
+    batch: Batch
+    places: torch.Tensor
+    rows: torch.Tensor
 
 
 def narrow_all(inputs: NarrowInputs, cache: Cache, key: str, progress: Progress) -> dict[str, NarrowModel]:
@@ -91,12 +106,28 @@ def _narrow_layers(inputs: NarrowInputs, cache: Cache, key: str, progress: Progr
     narrow_rows = _narrow_rows(starts).to(loaded.device)
     results = []
     with progress.stage("reconstruct", num_layers) as advance, torch.inference_mode():
-        batches = prepare_batches(loaded, documents, starts)
-        streams = [_stream(inputs, item, starts, narrow_rows, batches) for item in inputs.assignments]
+        parts = [_part(batch, narrow_rows) for batch in prepare_batches(loaded, documents, starts)]
+        tokens = _empty_tokens(loaded, parts[0].batch.hidden.dtype, len(narrow_rows))
+        streams = [_stream(inputs, item, starts, narrow_rows, parts) for item in inputs.assignments]
         for layer in range(num_layers):
-            results.append(_narrow_one_layer(inputs, cache, keys[layer], layer, batches, streams, narrow_rows))
+            results.append(_narrow_one_layer(inputs, cache, keys[layer], layer, parts, streams, tokens))
             advance()
     return results
+
+
+def _part(batch: Batch, narrow_rows: torch.Tensor) -> _Part:
+    is_narrow = narrow_rows[batch.rows]
+    places = batch.mask.clone()
+    places[batch.mask] = is_narrow
+    return _Part(batch=batch, places=places, rows=batch.rows[is_narrow])
+
+
+def _empty_tokens(loaded: LoadedModel, dtype: torch.dtype, num_tokens: int) -> LayerTokens:
+    """Room for one layer's activations, which are by far the most that is in memory; layers and streams share it."""
+    return LayerTokens(
+        activations=torch.empty((num_tokens, loaded.record.ffn_dim), dtype=dtype, device=loaded.device),
+        targets=torch.empty((num_tokens, loaded.record.hidden_size), dtype=dtype, device=loaded.device),
+    )
 
 
 def _narrow_rows(starts: npt.NDArray[np.int64]) -> torch.Tensor:
@@ -110,23 +141,23 @@ def _stream(
     item: Assignment,
     starts: npt.NDArray[np.int64],
     narrow_rows: torch.Tensor,
-    batches: Sequence[Batch],
+    parts: Sequence[_Part],
 ) -> _Stream:
     labels = np.concatenate([item.calibration, item.validation])
     token_labels = torch.from_numpy(np.repeat(labels, np.diff(starts))).to(narrow_rows.device)
     first_validation = int(starts[len(item.calibration)])
-    calibration, validation, members = [], [], []
+    calibration, validation, narrow = [], [], []
     for cluster in range(int(item.calibration.max()) + 1):
         rows = (token_labels == cluster).nonzero()[:, 0]
-        members.append(rows)
+        narrow.append(rows[narrow_rows[rows]])
         calibration.append(rows[rows < first_validation])
-        validation.append(rows[(rows >= first_validation) & narrow_rows[rows]])
+        validation.append(narrow[-1][narrow[-1] >= first_validation])
     return _Stream(
         item=item,
         calibration=calibration,
         validation=validation,
-        members=members,
-        hidden=[batch.hidden for batch in batches],
+        narrow=narrow,
+        hidden=[part.batch.hidden[part.places] for part in parts],
     )
 
 
@@ -135,65 +166,69 @@ def _narrow_one_layer(
     cache: Cache,
     key: str,
     layer: int,
-    batches: Sequence[Batch],
+    parts: Sequence[_Part],
     streams: Sequence[_Stream],
-    narrow_rows: torch.Tensor,
+    tokens: LayerTokens,
 ) -> dict[str, Any]:
     """Narrow one layer for every assignment and move all hidden states past it."""
-    carried = inputs.config.carry and layer > 0
-    read = (run_layer(inputs.loaded, layer, batch, batch.hidden) for batch in batches)
-    # Once there are narrowed layers before, only the narrow model's own activations are looked at.
-    dense = [_without_activations(run) if carried else run for run in read]
+    entering = [part.batch.hidden for part in parts]
+    for part in parts:
+        _read_dense(inputs, layer, part, tokens)
     stored = cache.find_arrays(key)
     arrays: dict[str, Any] = dict(stored or {})
     for stream in streams:
-        states = stream.hidden if carried else None
-        tokens, runs = _tokens(inputs, layer, batches, dense, states, len(narrow_rows))
+        runs = []
+        if inputs.config.carry:
+            runs = [
+                _read_narrow(inputs, layer, part, hidden, own, tokens)
+                for part, hidden, own in zip(parts, entering, stream.hidden, strict=True)
+            ]
         if stored is None:
             arrays |= _repair(inputs, layer, stream, tokens, arrays)
         if inputs.config.carry:
             outputs = _narrow_outputs(inputs, layer, stream, tokens, arrays)
             stream.hidden = [
-                _move(inputs, layer, batch, hidden, run, whole, outputs, narrow_rows)
-                for batch, hidden, run, whole in zip(batches, stream.hidden, runs, dense, strict=True)
+                _move(inputs, layer, part, hidden, own, run, outputs)
+                for part, hidden, own, run in zip(parts, entering, stream.hidden, runs, strict=True)
             ]
-    for batch, run in zip(batches, dense, strict=True):
-        batch.hidden = run.output
     return cache.arrays(key, partial(dict, arrays))
 
 
-def _tokens(
-    inputs: NarrowInputs,
-    layer: int,
-    batches: Sequence[Batch],
-    dense: Sequence[LayerRun],
-    states: Sequence[torch.Tensor] | None,
-    num_tokens: int,
-) -> tuple[LayerTokens, list[LayerRun]]:
-    """Read a layer: the tokens in the order of the documents, with what its FFN should put out for each.
+def _read_dense(inputs: NarrowInputs, layer: int, part: _Part, tokens: LayerTokens) -> None:
+    """Run a batch through the dense layer: its hidden states move on, and its tokens are the layer's to begin with."""
+    batch = part.batch
+    run = run_layer(inputs.loaded, layer, batch, batch.hidden)
+    tokens.activations[batch.rows] = batch.real(run.activations)
+    tokens.targets[batch.rows] = batch.real(run.ffn_output)
+    batch.hidden = run.output
+
+
+def _read_narrow(
+    inputs: NarrowInputs, layer: int, part: _Part, entering: torch.Tensor, own: torch.Tensor, tokens: LayerTokens
+) -> torch.Tensor:
+    """Run a batch behind a stream's narrowed layers: what is read narrow takes its place among the layer's tokens.
 
     Args:
-        states: hidden states of each batch that the narrowed layers before hand on; None to take the dense ones' runs.
+        entering: (batch, length, hidden size) the dense model's hidden states.
+        own: (tokens that are read narrow, hidden size) the stream's.
     Returns:
-        The tokens, and each batch's run without its activations, which would be in memory twice.
+        Their hidden states behind the layer but for what its FFN adds, where that is just added.
     """
-    record, dtype = inputs.loaded.record, dense[0].output.dtype
-    activations = torch.empty((num_tokens, record.ffn_dim), dtype=dtype, device=inputs.loaded.device)
-    targets = torch.empty((num_tokens, record.hidden_size), dtype=dtype, device=inputs.loaded.device)
-    runs = []
-    for number, (batch, whole) in enumerate(zip(batches, dense, strict=True)):
-        run = whole if states is None else run_layer(inputs.loaded, layer, batch, states[number])
-        activations[batch.rows] = batch.real(run.activations)
-        target = whole.ffn_output
-        if run is not whole and inputs.loaded.family.adds_ffn_output:
-            target = whole.output.float() - (run.output.float() - run.ffn_output.float())
-        targets[batch.rows] = batch.real(target).to(dtype)
-        runs.append(_without_activations(run))
-    return LayerTokens(activations=activations, targets=targets), runs
+    hidden = _put(entering, part.places, own)
+    run = run_partly(inputs.loaded, layer, part.batch, hidden, part.places, torch.zeros_like(hidden))
+    without_ffn = run.output[part.places]
+    tokens.activations[part.rows] = run.activations
+    if inputs.loaded.family.adds_ffn_output:
+        target = part.batch.hidden[part.places].float() - without_ffn.float()
+        tokens.targets[part.rows] = target.to(tokens.targets.dtype)
+    return without_ffn
 
 
-def _without_activations(run: LayerRun) -> LayerRun:
-    return replace(run, activations=run.activations.new_empty(0))
+def _put(values: torch.Tensor, places: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Copy (batch, length, n) values with others at some places."""
+    result = values.clone()
+    result[places] = own
+    return result
 
 
 def _repair(
@@ -257,10 +292,10 @@ def _unrepaired(inputs: NarrowInputs, layer: int) -> dict[str, Any]:
 def _narrow_outputs(
     inputs: NarrowInputs, layer: int, stream: _Stream, tokens: LayerTokens, arrays: dict[str, Any]
 ) -> torch.Tensor:
-    """What the narrow FFN puts out for every token: (tokens, hidden size)."""
+    """What the narrow FFN puts out: (tokens, hidden size), of which only what is read narrow is filled in."""
     module, name = inputs.loaded.projection(layer, "down"), stream.item.name
     outputs = torch.empty_like(tokens.targets)
-    for cluster, rows in enumerate(stream.members):
+    for cluster, rows in enumerate(stream.narrow):
         ids = torch.from_numpy(arrays[f"{name}.ids.{cluster}"]).long().to(outputs.device)
         down: torch.Tensor = module.weight.T[ids]
         bias: torch.Tensor | None = module.bias
@@ -275,25 +310,20 @@ def _narrow_outputs(
 def _move(
     inputs: NarrowInputs,
     layer: int,
-    batch: Batch,
-    hidden: torch.Tensor,
-    run: LayerRun,
-    dense: LayerRun,
+    part: _Part,
+    entering: torch.Tensor,
+    own: torch.Tensor,
+    without_ffn: torch.Tensor,
     outputs: torch.Tensor,
-    narrow_rows: torch.Tensor,
 ) -> torch.Tensor:
-    """Hidden states of one batch behind the narrow layer; tokens that are read dense have the dense model's."""
-    narrow = run.ffn_output.clone()
-    narrow[batch.mask] = outputs[batch.rows]
+    """A stream's hidden states behind the narrow layer: (tokens that are read narrow, hidden size)."""
+    narrow = outputs[part.rows]
     if inputs.loaded.family.adds_ffn_output:
-        moved = (run.output.float() - run.ffn_output.float() + narrow.float()).to(run.output.dtype)
-    else:
-        moved = run_layer(inputs.loaded, layer, batch, hidden, ffn_output=narrow).output
-    result = dense.output.clone()
-    places = batch.mask.clone()
-    places[batch.mask] = narrow_rows[batch.rows]
-    result[places] = moved[places]
-    return result
+        return (without_ffn.float() + narrow.float()).to(without_ffn.dtype)
+    hidden = _put(entering, part.places, own)
+    ffn_output = _put(torch.zeros_like(hidden), part.places, narrow)
+    nowhere = torch.zeros_like(part.places)
+    return run_partly(inputs.loaded, layer, part.batch, hidden, nowhere, ffn_output).output[part.places]
 
 
 def _collect(inputs: NarrowInputs, name: str, results: Sequence[dict[str, Any]]) -> NarrowModel:

@@ -94,7 +94,8 @@ class _NumberOr(click.ParamType[Any]):
     help="Format of embedding and head.  [default: int8, bf16 with --quantize bf16]",
 )
 @click.option("--dense/--no-dense", default=True, help="Put the dense FFN into the bundle.")
-@click.option("--evaluate/--no-evaluate", default=True, help="Measure quality on held-out text, with controls.")
+@click.option("--evaluate/--no-evaluate", default=True, help="Measure quality on held-out text.")
+@click.option("--controls/--no-controls", default=True, help="Compile and measure controls beside it; twice the time.")
 @click.option(
     "--report-sentences",
     type=int,

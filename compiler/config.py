@@ -55,7 +55,9 @@ class CompileConfig:
         quantize: format of FFN and attention weights.
         head_quantize: format of token embedding and head; None for int8 where `quantize` is an integer format.
         dense: put the dense FFN into the bundle.
-        evaluate: measure quality on held-out text, with the controls.
+        evaluate: measure quality on held-out text.
+        controls: compile and measure one static mask and random clusters beside it, at the same bytes; they take most
+            of the time that a compile takes, and are not shipped.
         report_sentences: calibration sentences on the map of report.html, with their text; None for 400, with the text
             of builtin ones only.
         seed: of sampling, splitting and clustering.
@@ -94,6 +96,7 @@ class CompileConfig:
     head_quantize: Format | None = None
     dense: bool = True
     evaluate: bool = True
+    controls: bool = True
     report_sentences: int | None = None
     seed: int = 0
     threads: int | None = None

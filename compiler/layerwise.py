@@ -5,7 +5,7 @@ all. What each layer wants besides hidden states (masks, positions, rotary embed
 it is recorded by running the model's own forward pass once with its layers taken out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,17 @@ from .corpus import Document
 from .models import LoadedModel
 from .progress import Advance
 
-__all__ = ["Batch", "LayerActivations", "LayerRun", "document_starts", "prepare_batches", "run_layer", "walk_layers"]
+__all__ = [
+    "Batch",
+    "LayerActivations",
+    "LayerRun",
+    "PartialRun",
+    "document_starts",
+    "prepare_batches",
+    "run_layer",
+    "run_partly",
+    "walk_layers",
+]
 
 _BATCH_TOKENS = 4096
 
@@ -84,6 +94,19 @@ class LayerRun:
     output: torch.Tensor
     activations: torch.Tensor
     ffn_output: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialRun:
+    """What came out of a layer whose FFN was computed for some tokens, and only as far as the down projection.
+
+    Attributes:
+        output: (batch, length, hidden size) hidden states that leave the layer.
+        activations: (tokens asked for, ffn_dim), what the down projection would read.
+    """
+
+    output: torch.Tensor
+    activations: torch.Tensor
 
 
 class _Recorder(nn.Module):
@@ -182,21 +205,17 @@ def _without_layers(loaded: LoadedModel, calls: list[dict[str, Any]]) -> Iterato
         setattr(parent, name, layers)
 
 
-def run_layer(
-    loaded: LoadedModel, index: int, batch: Batch, hidden: torch.Tensor, ffn_output: torch.Tensor | None = None
-) -> LayerRun:
+def run_layer(loaded: LoadedModel, index: int, batch: Batch, hidden: torch.Tensor) -> LayerRun:
     """Run one batch through one layer.
 
     Args:
         hidden: (batch, length, hidden size) that enters.
-        ffn_output: (batch, length, hidden size) to take in place of the down projection's own output.
     """
     seen: dict[str, torch.Tensor] = {}
 
-    def keep(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+    def keep(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         # Some models flatten batch and length for their FFN.
         seen["activations"], seen["ffn_output"] = inputs[0], output
-        return None if ffn_output is None else ffn_output.reshape(output.shape)
 
     handle = loaded.projection(index, "down").register_forward_hook(keep)
     try:
@@ -204,7 +223,54 @@ def run_layer(
     finally:
         handle.remove()
     return LayerRun(
-        output=output[0] if isinstance(output, tuple) else output,
+        output=_hidden_states(output),
         activations=seen["activations"].reshape(*hidden.shape[:2], -1),
         ffn_output=seen["ffn_output"].reshape(hidden.shape),
     )
+
+
+def run_partly(
+    loaded: LoadedModel, index: int, batch: Batch, hidden: torch.Tensor, places: torch.Tensor, ffn_output: torch.Tensor
+) -> PartialRun:
+    """Run one batch through one layer, but its FFN for some tokens only and without the down projection.
+
+    Args:
+        hidden: (batch, length, hidden size) that enters.
+        places: (batch, length) bool, the tokens whose activations are wanted.
+        ffn_output: (batch, length, hidden size) to take as the down projection's output.
+    """
+    seen: dict[str, torch.Tensor] = {}
+    flat_places = places.reshape(-1)
+
+    def pick(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        # Some models flatten batch and length for their FFN, and want its output back in that shape.
+        seen["entering"] = inputs[0]
+        return inputs[0].reshape(-1, inputs[0].shape[-1])[flat_places]
+
+    def put(activations: torch.Tensor) -> torch.Tensor:
+        seen["activations"] = activations
+        return ffn_output.reshape(seen["entering"].shape)
+
+    entries = [role for role in loaded.family.projections if role != "down"]
+    handles = [loaded.projection(index, role).register_forward_pre_hook(pick) for role in entries]
+    try:
+        with _computed_by(loaded.projection(index, "down"), put):
+            output = loaded.layers[index](hidden, **batch.arguments[index])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return PartialRun(output=_hidden_states(output), activations=seen["activations"])
+
+
+@contextmanager
+def _computed_by(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Let a function take the place of a module's forward: a hook could only replace what was computed in vain."""
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _hidden_states(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -156,7 +156,7 @@ def _prepare(config: CompileConfig, text: _Text, progress: Progress) -> _Ground:
     loaded, calibration, cache = text.loaded, text.corpus.calibration, text.cache
     routing = build_routing(config, loaded, text.corpus, cache, progress)
     assignments = [routing.assignment]
-    if config.evaluate and text.corpus.held_out:
+    if config.evaluate and config.controls and text.corpus.held_out:
         assignments += control_assignments(routing.assignment, seed=config.seed)
     key = _profile_key(config, text, routing, [item.name for item in assignments])
     labels = {item.name: item.calibration for item in assignments}
@@ -273,4 +273,5 @@ def _profile_key(config: CompileConfig, text: _Text, routing: Routing, names: li
         alpha=config.alpha,
         beta=config.beta,
         cluster_weight=config.cluster_weight,
+        removal=config.effective_removal,
     )

@@ -15,10 +15,14 @@ from .layerwise import walk_layers
 from .models import LoadedModel
 from .progress import Progress
 
-__all__ = ["Profile", "profile_model"]
+__all__ = ["Profile", "profile_model", "spread_over_clusters"]
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
+
+_SAMPLE_TOKENS = 65_536
+"""Enough for scores that no neuron is removed by; it is what modes stability and fused go by at run time."""
+_LEAST_DOCUMENTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,25 +53,51 @@ def profile_model(
 ) -> Profile:
     """Sum up each document's statistic into the cluster that each assignment puts it in.
 
+    Where neurons are not removed by scores, large corpora are sampled, spread evenly over the clusters.
+
     Args:
         documents: calibration text only.
-        assignments: name -> (documents,) cluster ids, such as the clusters and a random control.
+        assignments: name -> (documents,) cluster ids, such as the clusters and a random control; the clusters first.
     """
+    num_clusters = {name: int(labels.max()) + 1 for name, labels in assignments.items()}
+    if config.effective_removal == "second-order":
+        picked = spread_over_clusters(
+            documents, next(iter(assignments.values())), _SAMPLE_TOKENS, least=_LEAST_DOCUMENTS
+        )
+        documents = [documents[index] for index in picked]
+        assignments = {name: labels[picked] for name, labels in assignments.items()}
 
     def compute() -> dict[str, Any]:
-        return _sums(config, loaded, documents, assignments, progress)
+        return _sums(config, loaded, documents, assignments, num_clusters, progress)
 
     arrays = cache.arrays(key, compute)
     lengths = np.array([len(document.token_ids) for document in documents])
     return Profile(
         statistics={name: arrays[f"statistic.{name}"] for name in assignments},
-        num_tokens={name: _count(labels, lengths) for name, labels in assignments.items()},
+        num_tokens={name: _count(labels, lengths, num_clusters[name]) for name, labels in assignments.items()},
         relative_energies=arrays["relative_energies"],
     )
 
 
-def _count(labels: Labels, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    return np.bincount(labels, weights=lengths).astype(np.int64)
+def spread_over_clusters(documents: Sequence[Document], labels: Labels, num_tokens: int, *, least: int) -> Labels:
+    """Take documents evenly from each cluster, of about so many tokens together, and `least` of each if it has them.
+
+    Args:
+        labels: (documents,) cluster ids.
+    Returns:
+        Their indices, ascending.
+    """
+    total = sum(len(document.token_ids) for document in documents)
+    step = max(1, total // num_tokens)
+    picked = []
+    for cluster in range(int(labels.max()) + 1):
+        members = np.flatnonzero(labels == cluster)
+        picked.append(members[:: max(1, min(step, len(members) // least))])
+    return np.sort(np.concatenate(picked))
+
+
+def _count(labels: Labels, lengths: npt.NDArray[np.int64], num_clusters: int) -> npt.NDArray[np.int64]:
+    return np.bincount(labels, weights=lengths, minlength=num_clusters).astype(np.int64)
 
 
 def _sums(
@@ -75,13 +105,11 @@ def _sums(
     loaded: LoadedModel,
     documents: Sequence[Document],
     assignments: dict[str, Labels],
+    num_clusters: dict[str, int],
     progress: Progress,
 ) -> dict[str, Any]:
     num_layers, ffn_dim = loaded.record.num_layers, loaded.record.ffn_dim
-    sums = {
-        name: np.zeros((int(labels.max()) + 1, num_layers, ffn_dim), dtype=np.float32)
-        for name, labels in assignments.items()
-    }
+    sums = {name: np.zeros((num_clusters[name], num_layers, ffn_dim), dtype=np.float32) for name in assignments}
     energies = np.zeros((num_layers, ffn_dim), dtype=np.float32)
     with progress.stage("profile", num_layers) as advance:
         for layer in walk_layers(loaded, documents, advance):

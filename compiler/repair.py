@@ -109,13 +109,24 @@ def gram_matrix(activations: torch.Tensor) -> torch.Tensor:
     """
     num_columns = activations.shape[1]
     gram = torch.zeros((num_columns, num_columns), dtype=torch.float32, device=activations.device)
-    step = max(64, -(-num_columns // _COLUMN_BLOCKS))
     for chunk in activations.split(_TOKEN_CHUNK):
-        values = chunk.float()
-        for start in range(0, num_columns, step):
-            gram[start : start + step, start:] += values[:, start : start + step].T @ values[:, start:]
-    upper = gram.triu()
-    return upper + upper.triu(1).T
+        _add_upper(gram, chunk.float())
+    _mirror(gram)
+    return gram
+
+
+def _add_upper(gram: torch.Tensor, values: torch.Tensor) -> None:
+    """Add (tokens, n) float32 values' products to the blocks on and above the diagonal."""
+    num_columns = values.shape[1]
+    step = max(64, -(-num_columns // _COLUMN_BLOCKS))
+    for start in range(0, num_columns, step):
+        gram[start : start + step, start:].addmm_(values[:, start : start + step].T, values[:, start:])
+
+
+def _mirror(gram: torch.Tensor) -> None:
+    """Put what is above the diagonal below it as well."""
+    gram.triu_()
+    gram += gram.triu(1).T
 
 
 def repair_layer(tokens: LayerTokens, task: RepairTask) -> Repaired:
@@ -201,18 +212,25 @@ def _accumulate(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> torc
 
 
 def _mean_moments(tokens: LayerTokens, rows: torch.Tensor) -> _Moments:
-    activations, targets = tokens.activations[rows], tokens.targets[rows]
-    count = max(1, len(rows))
-    ffn_dim, hidden_size = activations.shape[1], targets.shape[1]
-    cross = torch.zeros((ffn_dim, hidden_size), device=activations.device)
-    for values, wanted in zip(activations.split(_TOKEN_CHUNK), targets.split(_TOKEN_CHUNK), strict=True):
-        cross += values.float().T @ wanted.float()
-    return _Moments(
-        gram=gram_matrix(activations) / count,
-        cross=cross / count,
-        mean_activation=activations.sum(dim=0, dtype=torch.float32) / count,
-        mean_target=targets.sum(dim=0, dtype=torch.float32) / count,
+    ffn_dim, hidden_size = tokens.activations.shape[1], tokens.targets.shape[1]
+    device, count = tokens.activations.device, max(1, len(rows))
+    sums = _Moments(
+        gram=torch.zeros((ffn_dim, ffn_dim), device=device),
+        cross=torch.zeros((ffn_dim, hidden_size), device=device),
+        mean_activation=torch.zeros(ffn_dim, device=device),
+        mean_target=torch.zeros(hidden_size, device=device),
     )
+    # Some at a time: a copy of all rows would be as large as the activations themselves.
+    for part in rows.split(_TOKEN_CHUNK):
+        values, wanted = tokens.activations[part].float(), tokens.targets[part].float()
+        _add_upper(sums.gram, values)
+        sums.cross.addmm_(values.T, wanted)
+        sums.mean_activation.add_(values.sum(dim=0))
+        sums.mean_target.add_(wanted.sum(dim=0))
+    _mirror(sums.gram)
+    for total in sums.parts():
+        total.div_(count)
+    return sums
 
 
 def _validation_costs(

@@ -99,7 +99,8 @@ def test_layers_are_fitted_on_what_the_narrow_model_really_sees(name: str, monke
     loaded, seen = load(name), list[LayerTokens]()
 
     def spy(tokens: LayerTokens, task: Any) -> Any:
-        seen.append(tokens)
+        # Layers and streams share one buffer.
+        seen.append(LayerTokens(activations=tokens.activations.clone(), targets=tokens.targets.clone()))
         return repair_layer(tokens, task)
 
     monkeypatch.setattr("coreinfer.compiler.carrying.repair_layer", spy)
@@ -119,7 +120,8 @@ def test_without_carrying_layers_see_the_dense_model(monkeypatch: pytest.MonkeyP
     loaded, seen = load("llama"), list[LayerTokens]()
 
     def spy(tokens: LayerTokens, task: Any) -> Any:
-        seen.append(tokens)
+        # Layers and streams share one buffer.
+        seen.append(LayerTokens(activations=tokens.activations.clone(), targets=tokens.targets.clone()))
         return repair_layer(tokens, task)
 
     monkeypatch.setattr("coreinfer.compiler.carrying.repair_layer", spy)

@@ -91,6 +91,7 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "ridge": (["--ridge", "0.5"], 0.5),
     "dense": (["--no-dense"], False),
     "evaluate": (["--no-evaluate"], False),
+    "controls": (["--no-controls"], False),
     "report_sentences": (["--report-sentences", "0"], 0),
     "seed": (["--seed", "9"], 9),
     "threads": (["--threads", "1"], 1),

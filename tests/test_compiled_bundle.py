@@ -8,6 +8,7 @@ import pytest
 import transformers
 from coreinfer.bundles import open_bundle
 from coreinfer.bundles.contract import tensor_name
+from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import Manifest, read_manifest
 from coreinfer.compiler import CompileConfig
 
@@ -79,6 +80,17 @@ def test_without_evaluation_there_is_no_quality_and_the_packs_stay_the_same(tiny
     assert read(bundle).quality is None
     name = "clusters/001.safetensors"
     assert (bundle / name).read_bytes() == (tiny_bundle("llama") / name).read_bytes()
+
+
+def test_without_controls_the_clusters_are_measured_and_stay_the_same(tiny_bundle: Callable[..., Path]) -> None:
+    bundle, whole = tiny_bundle("llama", controls=False), tiny_bundle("llama")
+    quality, expected = read(bundle).quality, read(whole).quality
+    assert quality
+    assert expected
+    assert (quality.controls, quality.clusters, quality.dense) == ((), expected.clusters, expected.dense)
+    name = "clusters/001.safetensors"
+    assert (bundle / name).read_bytes() == (whole / name).read_bytes()
+    assert "random assignment" not in (bundle / LAYOUT.report).read_text(encoding="utf-8")
 
 
 def test_one_cluster_has_the_static_control_only(tiny_bundle: Callable[..., Path]) -> None:

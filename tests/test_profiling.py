@@ -12,7 +12,7 @@ from coreinfer.compiler import Progress
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.corpus import Document
 from coreinfer.compiler.models import LoadedModel, wrap_model
-from coreinfer.compiler.profiling import Profile, profile_model
+from coreinfer.compiler.profiling import Profile, profile_model, spread_over_clusters
 
 from .model_factory import VOCABULARY, build_model, build_tokenizer
 from .test_config import make_config
@@ -139,3 +139,32 @@ def test_a_cached_profile_is_the_same_and_runs_nothing(
     for name in ASSIGNMENTS:
         np.testing.assert_array_equal(first.statistics[name], second.statistics[name])
         np.testing.assert_array_equal(first.num_tokens[name], second.num_tokens[name])
+
+
+def corpus_of(labels: npt.NDArray[np.int64]) -> list[Document]:
+    return [Document(text="", routing_text="", token_ids=(3,) * 100) for _ in labels]
+
+
+def test_a_sample_is_spread_over_the_clusters() -> None:
+    labels = np.array([0] * 400 + [1] * 100 + [2] * 20 + [3] * 3)
+    picked = spread_over_clusters(corpus_of(labels), labels, 5230, least=4)
+    assert np.all(np.diff(picked) > 0)
+    # Every tenth of each cluster; of small ones at least four, of the smallest all.
+    assert np.bincount(labels[picked]).tolist() == [40, 10, 4, 3]
+
+
+def test_a_small_corpus_is_profiled_whole() -> None:
+    labels = np.array([0, 1, 1])
+    assert spread_over_clusters(corpus_of(labels), labels, 300, least=1).tolist() == [0, 1, 2]
+
+
+def test_a_cluster_without_sampled_documents_has_scores_of_nothing(
+    loaded: LoadedModel, documents: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coreinfer.compiler.profiling._SAMPLE_TOKENS", 1)
+    monkeypatch.setattr("coreinfer.compiler.profiling._LEAST_DOCUMENTS", 1)
+    found = profile(loaded, documents, "output-aware")
+    for name, labels in ASSIGNMENTS.items():
+        assert len(found.statistics[name]) == len(found.num_tokens[name]) == labels.max() + 1
+    # The clusters choose the sample; a control's document may be left out.
+    assert all(found.num_tokens[next(iter(ASSIGNMENTS))])

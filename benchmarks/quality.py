@@ -1,0 +1,109 @@
+"""What narrowing costs at several keep ratios, with and without healing, beside the controls.
+
+    python benchmarks/quality.py --calibration CALIB --data 'DEV/lm_*' --data 'DEV/completion_*' --keep 0.4 --keep 0.8
+
+Compiles in memory as coreinfer-compile does (packs in the model's own dtype), and scores on texts of other files:
+routed by their first half, read dense to there, decoded narrow after it under teacher forcing. Prints a Markdown
+table, then one JSON line.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import click
+from coreinfer.bundles.manifest import Quality
+from coreinfer.compiler.config import CompileConfig
+from coreinfer.compiler.evaluating import evaluate
+from coreinfer.compiler.healing import HealInputs, heal
+from coreinfer.compiler.narrowing import CLUSTERS, NarrowModel
+from selection import DEMO_MODEL, Bench, expand, read_records
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--model", default=DEMO_MODEL)
+@click.option("--calibration", multiple=True, required=True, help="Files or folders to calibrate on; repeatable.")
+@click.option("--data", multiple=True, required=True, help="Files to evaluate on; repeatable.")
+@click.option("--limit", default=20, help="Texts a file.")
+@click.option("--clusters", default=16)
+@click.option("--calibration-tokens", default=200_000)
+@click.option("--keep", "keeps", type=float, multiple=True, required=True, help="Keep ratio; repeatable.")
+@click.option("--heal-steps", default=0, help="Heal the clusters' packs too.")
+@click.option("--controls/--no-controls", default=True)
+@click.option("--cache", "cache_dir", type=click.Path(path_type=Path), default=Path("build/cache"))
+def main(
+    model: str,
+    calibration: tuple[str, ...],
+    data: tuple[str, ...],
+    limit: int,
+    clusters: int,
+    calibration_tokens: int,
+    keeps: tuple[float, ...],
+    heal_steps: int,
+    cache_dir: Path,
+    *,
+    controls: bool,
+) -> None:
+    """Print the table of the module's docstring; a folder stands for the .jsonl files in it, patterns are expanded."""
+    config = CompileConfig(
+        model=model,
+        output=Path("unused"),
+        clusters=clusters,
+        calibration=expand(calibration),
+        calibration_tokens=calibration_tokens,
+        heal_steps=heal_steps,
+        controls=controls,
+        cache_dir=cache_dir,
+    )
+    bench = Bench(config, read_records(expand(data), limit))
+    print("| keep | decoded with | perplexity | KL to dense | top-1 agreement |\n|---|---|---|---|---|")
+    results = []
+    for keep in keeps:
+        start = time.monotonic()
+        for quality, healed in measure(bench, replace(config, keep=keep)):
+            print("\n".join(rows(keep, quality, healed)), flush=True)
+            seconds = round(time.monotonic() - start, 1)
+            results.append({"keep": keep, "healed": healed, "seconds": seconds, **asdict(quality)})
+    stages = {"stage_seconds": bench.progress.stage_seconds, "stage_peak_bytes": bench.progress.stage_peak_bytes}
+    print("\n" + json.dumps({"num_texts": len(bench.documents), "results": results, **stages}))
+
+
+def measure(bench: Bench, config: CompileConfig) -> Iterator[tuple[Quality, bool]]:
+    """Narrow and score; heal and score again, where that is asked for."""
+    profile = bench.profile(config)
+    budgets = bench.budgets(config, profile)
+    narrow = bench.narrow(config, budgets, profile)
+    held_out = {item.name: item.held_out for item in bench.assignments}
+    models = {name: (narrow[name], held_out[name]) for name in narrow}
+    yield evaluate(bench.loaded, bench.token_ids, models, bench.progress), False
+    if config.heal_steps:
+        healed = heal_clusters(bench, config, narrow[CLUSTERS], budgets)
+        models = {CLUSTERS: (healed, held_out[CLUSTERS])}
+        yield evaluate(bench.loaded, bench.token_ids, models, bench.progress), True
+
+
+def heal_clusters(bench: Bench, config: CompileConfig, narrow: NarrowModel, budgets: list[int]) -> NarrowModel:
+    """Heal as the compiler does."""
+    inputs = HealInputs(
+        config=config,
+        loaded=bench.loaded,
+        documents=bench.corpus.calibration,
+        labels=bench.routing.assignment.calibration,
+        narrow=narrow,
+    )
+    key = f"{bench.key(config, 'packs', budgets)}-{config.heal_steps}-{config.heal_rate}"
+    return heal(inputs, bench.cache, key, bench.progress)
+
+
+def rows(keep: float, quality: Quality, healed: bool) -> Iterator[str]:
+    """Lines of the table."""
+    scores = (quality.clusters,) if healed else (quality.dense, quality.clusters, *quality.controls)
+    for score in scores:
+        name = f"{score.name}, healed" if healed else score.name
+        yield f"| {keep:g} | {name} | {score.perplexity:.1f} | {score.kl:.3f} | {score.top1:.3f} |"
+
+
+if __name__ == "__main__":
+    main()
