@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["forget_pages", "map_file", "read_ahead", "touch"]
+__all__ = ["forget_pages", "map_file", "populate", "touch"]
 
 # Linux 5.14; Python has no name for it.
 _MADV_POPULATE_READ = 22
@@ -29,10 +29,13 @@ def map_file(path: Path) -> mmap.mmap:
     return mapped
 
 
-def read_ahead(path: Path) -> None:
-    """Bring a file's pages into memory in the form in which they will be mapped, before anything else reads them."""
-    with suppress(OSError, ValueError), map_file(path) as mapped:
-        mapped.madvise(_MADV_POPULATE_READ)
+def populate(mapped: mmap.mmap) -> None:
+    """Bring a mapping's pages into memory, before anything reads the file and they come in another form.
+
+    Raises:
+        OSError: a page cannot be read, or the system cannot do this.
+    """
+    mapped.madvise(_MADV_POPULATE_READ)
 
 
 def touch(mapped: mmap.mmap) -> None:

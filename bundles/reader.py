@@ -5,13 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from .checksums import mapped_sha256
 from .contract import check_neuron_ids, check_tensors, cluster_tensors, dense_tensors
 from .errors import BundleCorrupt, BundleError, join_problems
 from .layout import LAYOUT
 from .manifest import Manifest, TensorRecord, read_manifest
-from .pages import read_ahead
 from .tensors import TensorFile
-from .writer import file_sha256
 
 __all__ = ["Bundle", "find_problems", "open_bundle"]
 
@@ -75,14 +74,15 @@ def open_bundle(bundle_dir: str | Path, *, checksums: bool = True, lazy_packs: b
     path = Path(bundle_dir)
     manifest = read_manifest(path)
     lazy_packs = lazy_packs and checksums
-    if problems := find_problems(path, manifest, checksums=checksums, lazy_packs=lazy_packs):
+    problems, files = _examine(path, manifest, checksums=checksums, lazy_packs=lazy_packs)
+    if problems:
         raise BundleCorrupt(f"bundle {path}: {join_problems(problems)}; copy or compile it again")
     return Bundle(
         path=path,
         manifest=manifest,
-        base=TensorFile(path / LAYOUT.base),
-        dense=TensorFile(path / LAYOUT.dense) if manifest.has_dense else None,
-        packs=tuple(TensorFile(path / cluster.file) for cluster in manifest.clusters),
+        base=files[LAYOUT.base],
+        dense=files[LAYOUT.dense] if manifest.has_dense else None,
+        packs=tuple(files[cluster.file] for cluster in manifest.clusters),
         unchecked=set(range(len(manifest.clusters))) if lazy_packs else set(),
     )
 
@@ -94,16 +94,30 @@ def find_problems(
 
     With `lazy_packs` neither hashes nor neuron ids of cluster packs are looked at.
     """
+    return _examine(bundle_dir, manifest, checksums=checksums, lazy_packs=lazy_packs)[0]
+
+
+def _examine(
+    bundle_dir: Path, manifest: Manifest, *, checksums: bool, lazy_packs: bool
+) -> tuple[list[str], dict[str, TensorFile]]:
+    """List what is wrong, and map the tensor files by their names: all of them where nothing is wrong."""
     if problems := _outside_paths(manifest) or _unlisted_parts(manifest):
-        return problems
+        return problems, {}
     unread = {cluster.file for cluster in manifest.clusters} if lazy_packs else set()
     hashed = set(manifest.files) - unread if checksums else set()
     damaged = _damaged_files(bundle_dir, manifest, hashed)
     problems = list(damaged.values())
+    files: dict[str, TensorFile] = {}
     for name, expected in _tensor_files(manifest):
-        if name not in damaged:
-            problems += _tensor_problems(bundle_dir / name, name, expected, manifest, with_ids=name not in unread)
-    return problems
+        if name in damaged:
+            continue
+        try:
+            files[name] = TensorFile(bundle_dir / name)
+        except BundleError as error:
+            problems.append(str(error))
+        else:
+            problems += _tensor_problems(files[name], name, expected, manifest, with_ids=name not in unread)
+    return problems, files
 
 
 def _outside_paths(manifest: Manifest) -> list[str]:
@@ -155,9 +169,7 @@ def _file_problem(path: Path, name: str, manifest: Manifest, *, checksums: bool)
             return f"{name}: is no file"
         if num_bytes != record.bytes:
             return f"{name}: expected {record.bytes} bytes, got {num_bytes}"
-        if checksums:
-            read_ahead(path)
-        if checksums and (digest := file_sha256(path)) != record.sha256:
+        if checksums and (digest := mapped_sha256(path)) != record.sha256:
             return f"{name}: expected sha256 {record.sha256[:12]}..., got {digest[:12]}..."
     except FileNotFoundError:
         return f"{name}: missing"
@@ -174,18 +186,14 @@ def _tensor_files(manifest: Manifest) -> Sequence[tuple[str, Callable[[Manifest]
 
 
 def _tensor_problems(
-    path: Path,
+    file: TensorFile,
     name: str,
     expected: Callable[[Manifest], dict[str, TensorRecord]],
     manifest: Manifest,
     *,
     with_ids: bool,
 ) -> list[str]:
-    try:
-        file = TensorFile(path)
-    except BundleError as error:
-        return [str(error)]
     problems = check_tensors(file, expected(manifest))
     if expected is cluster_tensors and with_ids and not problems:
         problems = check_neuron_ids(file, manifest)
-    return [problem.replace(str(path), name) for problem in problems]
+    return [problem.replace(str(file.path), name) for problem in problems]

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import types
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["parse"]
@@ -26,7 +27,7 @@ def parse(cls: type[T], data: Any, where: str, problems: list[str]) -> T | None:
         problems.append(f"{where}: expected an object, got {type(data).__name__}")
         return None
     num_before = len(problems)
-    hints = get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name in data:
@@ -34,6 +35,12 @@ def parse(cls: type[T], data: Any, where: str, problems: list[str]) -> T | None:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             problems.append(f"{where}.{field.name}: missing")
     return cls(**values) if len(problems) == num_before else None
+
+
+@cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    """Types of a dataclass's fields; a manifest has hundreds of some."""
+    return get_type_hints(cls)
 
 
 def _value(hint: Any, data: Any, where: str, problems: list[str]) -> Any:

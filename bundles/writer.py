@@ -1,7 +1,6 @@
 """Write a bundle so that it is either whole or not there."""
 
 import errno
-import hashlib
 import logging
 import os
 import shutil
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from .checksums import file_sha256
 from .errors import BundleError
 from .layout import LAYOUT
 from .manifest import FileRecord, Manifest, write_manifest
@@ -19,7 +19,6 @@ from .pages import forget_pages
 __all__ = ["check_target", "file_sha256", "finish_manifest", "stage_bundle"]
 
 _log = logging.getLogger(__name__)
-_CHUNK_BYTES = 1 << 22
 
 
 def check_target(target: Path, *, force: bool) -> None:
@@ -82,15 +81,6 @@ def finish_manifest(stage: Path, manifest: Manifest) -> Manifest:
     whole = replace(manifest, files=files)
     write_manifest(stage / LAYOUT.manifest, whole)
     return whole
-
-
-def file_sha256(path: Path) -> str:
-    """Hash a file's bytes, as hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _cannot_write(target: Path, error: OSError) -> BundleError:

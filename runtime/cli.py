@@ -9,7 +9,6 @@ import click
 from coreinfer.bundles.command import EXIT_ERROR, command_errors, start_logging
 from coreinfer.bundles.errors import ConfigError
 
-from .chatting import chat as run_chat
 from .engine import Engine, Prompt
 from .engine_options import LoadOptions, load_options
 from .generation import Token, collect
@@ -85,6 +84,9 @@ def main(
 def _converse(
     engine: Engine, first: str | None, system: str | None, options: GenerationOptions, *, as_json: bool
 ) -> None:
+    # Not at the top: one answer does without, and would wait some 5 ms for it.
+    from .chatting import chat as run_chat
+
     num_errors = run_chat(engine, options, system=system, first=first, as_json=as_json)
     # Whoever sits at a terminal has read them; a script has not.
     if num_errors and not sys.stdin.isatty():

@@ -2,11 +2,14 @@
 
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Unpack, cast, get_args, overload
 
 from coreinfer.bundles import Bundle, ConfigError, Manifest, open_bundle
+from tokenizers import Tokenizer
 
 from .asynchronous import in_thread
 from .batching import decode_together
@@ -18,7 +21,7 @@ from .engines import CudaGraphs, EngineName, Weights, load_decoder
 from .generation import MODES, Generation, Mode, Token, collect
 from .json_schema import JsonGrammars
 from .options import DEFAULTS, Cancel, GenerationKeywords, GenerationOptions, check_choice
-from .prompts import PromptFormat
+from .prompts import PromptFormat, read_tokenizer
 from .requests import Loaded, Prompt, Prompts, Request, is_batch, read_request, read_requests
 from .router import Router
 
@@ -66,7 +69,7 @@ def load(
     check_choice("engine", engine, get_args(EngineName))
     check_choice("cuda_graphs", cuda_graphs, get_args(CudaGraphs))
     check_choice("weights", weights, get_args(Weights))
-    bundle = open_bundle(bundle_dir, lazy_packs=True)
+    bundle, tokenizer = _open(bundle_dir)
     decoder = load_decoder(
         bundle,
         engine=engine,
@@ -78,15 +81,32 @@ def load(
         cuda_graphs=cuda_graphs,
         weights=weights,
     )
-    return Engine(bundle, decoder, mode=mode)
+    return Engine(bundle, decoder, mode=mode, tokenizer=tokenizer)
+
+
+def _open(bundle_dir: str | Path) -> tuple[Bundle, Future[Tokenizer]]:
+    """Open a bundle, and meanwhile do what comes after: hashing leaves Python's lock to it.
+
+    Returns:
+        The bundle, and what parsing gave or raised; its thread has ended.
+    Raises:
+        BundleError: as `load`; whatever parsing says of a damaged bundle is dropped.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="coreinfer-load") as pool:
+        # First, because parsing keeps the lock to its end: an import lets the threads that hash begin.
+        pool.submit(import_module, "faiss")
+        tokenizer = pool.submit(read_tokenizer, Path(bundle_dir))
+        return open_bundle(bundle_dir, lazy_packs=True), tokenizer
 
 
 class Engine:
     """A loaded bundle. One generation runs at a time."""
 
-    def __init__(self, bundle: Bundle, decoder: Decoder, *, mode: Mode = "auto") -> None:
+    def __init__(
+        self, bundle: Bundle, decoder: Decoder, *, mode: Mode = "auto", tokenizer: Future[Tokenizer] | None = None
+    ) -> None:
         """Put an engine together; `load` is the way to get one."""
-        prompts = PromptFormat(bundle)
+        prompts = PromptFormat(bundle, tokenizer)
         vocab_size = bundle.manifest.model.vocab_size
         self.loaded = Loaded(
             bundle=bundle,

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError
@@ -10,7 +12,7 @@ from tokenizers import Tokenizer
 
 from .chat import render_chat
 
-__all__ = ["PromptFormat"]
+__all__ = ["PromptFormat", "read_tokenizer"]
 
 T = TypeVar("T")
 
@@ -25,16 +27,20 @@ class PromptFormat:
         special_tokens: those that a chat template may name.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, tokenizer: Future[Tokenizer] | None = None) -> None:
         """Read the tokenizer's files of a bundle whose checksums were verified.
 
+        Args:
+            tokenizer: what `read_tokenizer` gave or raised while they were verified; None to call it now.
         Raises:
             BundleCorrupt: a file cannot be parsed.
         """
         self._model_name = bundle.manifest.model.name
-        self.tokenizer = _parse(bundle, LAYOUT.tokenizer, Tokenizer.from_str)
-        self.chat_template = _parse(bundle, LAYOUT.chat_template, str) if bundle.has(LAYOUT.chat_template) else None
-        self.eos_token_ids, self.special_tokens = _parse(bundle, LAYOUT.generation, _generation_defaults)
+        self.tokenizer = _parsed(
+            bundle, LAYOUT.tokenizer, tokenizer.result if tokenizer else lambda: read_tokenizer(bundle.path)
+        )
+        self.chat_template = _read(bundle, LAYOUT.chat_template, str) if bundle.has(LAYOUT.chat_template) else None
+        self.eos_token_ids, self.special_tokens = _read(bundle, LAYOUT.generation, _generation_defaults)
 
     def render(self, messages: Sequence[Mapping[str, str]], *, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """Write a conversation in the model's chat template.
@@ -90,9 +96,26 @@ class PromptFormat:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=False))
 
 
-def _parse(bundle: Bundle, name: str, parse: Callable[[str], T]) -> T:
+def read_tokenizer(bundle_dir: Path) -> Tokenizer:
+    """Parse the model's tokenizer of a bundle that need not be verified yet.
+
+    Raises:
+        Exception: it is missing, no file, or cannot be parsed.
+    """
+    path = bundle_dir / LAYOUT.tokenizer
+    if not path.is_file():
+        # To open a pipe is to wait for whoever writes into it.
+        raise FileNotFoundError(f"{path} is no file")
+    return Tokenizer.from_str(path.read_bytes().decode())
+
+
+def _read(bundle: Bundle, name: str, parse: Callable[[str], T]) -> T:
+    return _parsed(bundle, name, lambda: parse(bundle.read_bytes(name).decode()))
+
+
+def _parsed(bundle: Bundle, name: str, get: Callable[[], T]) -> T:
     try:
-        return parse(bundle.read_bytes(name).decode())
+        return get()
     except Exception as error:
         # tokenizers raises bare Exceptions.
         raise BundleCorrupt(f"{bundle.path / name}: cannot be parsed ({error}); compile the bundle again") from error

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import Bundle, BundleCorrupt
@@ -50,6 +49,9 @@ class Router:
         Raises:
             BundleCorrupt: a file cannot be parsed, or the files do not fit each other.
         """
+        # Not at the top: `load` imports it while files are hashed.
+        import faiss
+
         self._distance_p99 = bundle.manifest.router.distance_p99
         self._table = _read_table(bundle)
         try:

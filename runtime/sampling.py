@@ -7,6 +7,7 @@ means here what it means there.
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +76,11 @@ class Sampler:
         """
         self._params = params
         self._seen = {int(token_id) for token_id in prompt_ids}
-        self._generator = np.random.Generator(np.random.PCG64(params.seed))
+
+    @cached_property
+    def _generator(self) -> "np.random.Generator":
+        # Made for the first token that is drawn: a greedy text would wait some 10 ms for numpy to import this part.
+        return np.random.Generator(np.random.PCG64(self._params.seed))
 
     @property
     def greedy(self) -> bool:

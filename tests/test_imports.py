@@ -110,6 +110,21 @@ def test_packages_load_apart(statement: str, absent: str) -> None:
     assert fresh(f"{statement}\nimport sys\nprint({absent!r} in sys.modules)") == "False\n"
 
 
+def test_an_answer_waits_for_no_import_that_it_can_do_without(bundle: Path) -> None:
+    """Each of these costs 5 ms or more before the first token."""
+    absent = {"torch", "asyncio", "numpy.random", "statistics", "coreinfer.runtime.chatting"}
+    code = (
+        "import json, sys\nfrom coreinfer.runtime.cli import main\n"
+        "print(json.dumps(['faiss' in sys.modules]))\n"
+        f"main([{str(bundle)!r}, '-n', '1', '--engine', 'native', 'sea'], standalone_mode=False)\n"
+        f"print(json.dumps(sorted({absent!r} & set(sys.modules))))"
+    )
+    lines = fresh(code).splitlines()
+    # FAISS comes while the bundle's files are hashed.
+    assert json.loads(lines[0]) == [False]
+    assert json.loads(lines[-1]) == []
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_imports_and_has_what_it_promises(name: str) -> None:
     module = importlib.import_module(name)

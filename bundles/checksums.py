@@ -1,0 +1,41 @@
+"""SHA-256 of files."""
+
+import hashlib
+from pathlib import Path
+
+from .pages import map_file, populate
+
+__all__ = ["file_sha256", "mapped_sha256"]
+
+_CHUNK_BYTES = 1 << 22
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file's bytes, as hex.
+
+    Raises:
+        OSError: it is missing or cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def mapped_sha256(path: Path) -> str:
+    """Hash a file where its pages lie, in the form in which they will be mapped; see pages.py.
+
+    All in one call, which holds no lock of Python's: between two chunks it would wait for whatever else the process
+    does.
+
+    Raises:
+        OSError: it is missing or cannot be read.
+    """
+    try:
+        with map_file(path) as mapped:
+            populate(mapped)
+            return hashlib.sha256(mapped).hexdigest()
+    except (OSError, ValueError):
+        # A read says what is wrong, where the access to a page that is not to be had ends the process.
+        return file_sha256(path)
