@@ -40,6 +40,8 @@ struct V {
   static B high_nibbles(B x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
   static I zero() { return _mm512_setzero_si512(); }
   static I quad(const int8_t* p) { return _mm512_set1_epi32(*(const int32_t*)p); }
+  static I add_nibble_sums(I a, I b) { return add_int(a, b); }
+  static I nibble_sums(I sums) { return sums; }
   static I dot_nibbles(I sum, B codes, const int8_t* p) { return _mm512_dpbusd_epi32(sum, codes, quad(p)); }
   static I dot_bytes(I sum, B bytes, const int8_t* p) { return _mm512_dpbusd_epi32(sum, bytes, quad(p)); }
   static I add_int(I a, I b) { return _mm512_add_epi32(a, b); }

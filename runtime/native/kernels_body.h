@@ -54,7 +54,7 @@ struct Tile {
   static constexpr float kZero = kPlanes ? 16 * 128.0f : 16.0f * V::kByteOffset;
 };
 
-// Add the products of one tile of nibbles.
+// Add the products of one tile of nibbles; `nibble_sums` makes whole sums of what a vector type adds up.
 template <int kTokens, int kChains>
 inline void add_nibbles(const uint8_t* codes, const int8_t* quads, int stride, V::I (*sums)[kChains][kVectors]) {
   for (int j = 0; j < 4; ++j)
@@ -88,11 +88,12 @@ inline void clear(V::I (*sums)[kChains][kVectors]) {
       for (int v = 0; v < kVectors; ++v) sums[t][c][v] = V::zero();
 }
 
-template <int kChains>
+// The sums of one tile's nibbles or bytes, the chains put together.
+template <bool kNibbles, int kChains>
 inline V::F joined(const V::I (*chains)[kVectors], int v) {
   V::I sum = chains[0][v];
-  if constexpr (kChains == 2) sum = V::add_int(sum, chains[1][v]);
-  return V::to_float(sum);
+  if constexpr (kChains == 2) sum = kNibbles ? V::add_nibble_sums(sum, chains[1][v]) : V::add_int(sum, chains[1][v]);
+  return V::to_float(kNibbles ? V::nibble_sums(sum) : sum);
 }
 
 inline void prefetch_tile(const uint8_t* codes, int num_bytes) {
@@ -131,8 +132,8 @@ inline void multiply_codes(const Matrix& w, const Activations& x, float* y, size
       V::F zero = V::set1(T::kZero);
       if constexpr (kFormat == Format::int4) zero = V::load_u8(zeros + g * kBlockRows + v * V::kLanes);
       for (int t = 0; t < kTokens; ++t) {
-        V::F value = joined<kChains>(sums[t], v);
-        if constexpr (T::kPlanes) value = V::fma(value, V::set1(16.0f), joined<kChains>(low_sums[t], v));
+        V::F value = joined<T::kNibbles, kChains>(sums[t], v);
+        if constexpr (T::kPlanes) value = V::fma(value, V::set1(16.0f), joined<true, kChains>(low_sums[t], v));
         if constexpr (kFormat == Format::int4 || T::kZero != 0)
           value = V::fnma(zero, V::set1(x.sums[t * x_groups + g]), value);
         total[t][v] = V::fma(value, scale * V::set1(x.scales[t * x_groups + g]), total[t][v]);
@@ -161,7 +162,7 @@ inline void screen_block(const Matrix& w, const Activations& x, float* y, float*
     prefetch_tile(codes, T::kBytes);
     for (int v = 0; v < kVectors; ++v) {
       const V::F scale = V::load_half(scales + v * V::kLanes);
-      const V::F value = V::fnma(V::set1(128.0f - kLowMean), V::set1(x.sums[g]), joined<2>(sums[0], v));
+      const V::F value = V::fnma(V::set1(128.0f - kLowMean), V::set1(x.sums[g]), joined<true, 2>(sums[0], v));
       total[v] = V::fma(value, scale * V::set1(16.0f * x.scales[g]), total[v]);
       variance[v] = V::fma(scale * scale, V::set1(kLowVariance * x.energies[g]), variance[v]);
     }

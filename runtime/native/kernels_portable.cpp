@@ -52,6 +52,8 @@ struct V {
   static B low_nibbles(B x) { return x & 15; }
   static B high_nibbles(B x) { return x >> 4; }
   static I zero() { return I{}; }
+  static I add_nibble_sums(I a, I b) { return add_int(a, b); }
+  static I nibble_sums(I sums) { return sums; }
   static I dot_nibbles(I sum, B codes, const int8_t* p) {
     for (int i = 0; i < kLanes; ++i)
       sum[i] += codes[4 * i] * p[0] + codes[4 * i + 1] * p[1] + codes[4 * i + 2] * p[2] + codes[4 * i + 3] * p[3];
