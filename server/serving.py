@@ -1,5 +1,6 @@
 """Run the application: a socket, uvicorn, and an orderly end."""
 
+import itertools
 import logging
 import socket
 import threading
@@ -97,6 +98,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._cut_later = threading.Timer(grace_seconds, cut)
         self._cut_later.daemon = True
+        self._num_signals = itertools.count()
         self._on_start = on_start
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -105,6 +107,7 @@ class _Server(uvicorn.Server):
             self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if not self.should_exit:
+        # A second signal may come while the first one's handler is still starting the timer.
+        if next(self._num_signals) == 0:
             self._cut_later.start()
         super().handle_exit(sig, frame)

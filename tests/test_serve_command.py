@@ -2,10 +2,15 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import uvicorn
+from coreinfer.server.serving import _Server
 
 from .bundle_factory import flip_bit
 from .server_process import COMMAND, serving
@@ -81,3 +86,18 @@ def test_the_torch_engine_serves_too(bundle: Path) -> None:
     with serving(bundle, engine="torch") as server:
         answer = server.post("/v1/completions", json={"model": bundle.name, "prompt": "The sea", "max_tokens": 3})
         assert answer.json()["usage"]["completion_tokens"] <= 3
+
+
+def test_a_signal_within_the_first_ones_handler_starts_no_second_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = _Server(uvicorn.Config("unused:app"), grace_seconds=60, cut=lambda: None, on_start=lambda: None)
+    started: list[bool] = []
+
+    def start() -> None:
+        started.append(server.should_exit)
+        if len(started) < 3:
+            server.handle_exit(signal.SIGTERM, None)
+
+    monkeypatch.setattr(server._cut_later, "start", start)
+    server.handle_exit(signal.SIGTERM, None)
+    assert started == [False]
+    assert server.should_exit
