@@ -152,7 +152,7 @@ def quick_to_read(tokenizer_json: str) -> str:
     data["truncation"] = data["padding"] = None
     merges = data["model"].get("merges")
     if merges and not any(" " in token for merge in merges for token in merge):
-        data["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        data["model"]["merges"] = [" ".join(merge) for merge in merges]
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
 
