@@ -31,6 +31,8 @@ from selection import DEMO_MODEL, Bench, expand, read_records
 @click.option("--calibration-tokens", default=200_000)
 @click.option("--keep", "keeps", type=float, multiple=True, required=True, help="Keep ratio; repeatable.")
 @click.option("--heal-steps", default=0, help="Heal the clusters' packs too.")
+@click.option("--heal-cluster-steps", default=0)
+@click.option("--heal-rate", default=CompileConfig.heal_rate)
 @click.option("--controls/--no-controls", default=True)
 @click.option("--cache", "cache_dir", type=click.Path(path_type=Path), default=Path("build/cache"))
 def main(
@@ -42,6 +44,8 @@ def main(
     calibration_tokens: int,
     keeps: tuple[float, ...],
     heal_steps: int,
+    heal_cluster_steps: int,
+    heal_rate: float,
     cache_dir: Path,
     *,
     controls: bool,
@@ -54,6 +58,8 @@ def main(
         calibration=expand(calibration),
         calibration_tokens=calibration_tokens,
         heal_steps=heal_steps,
+        heal_cluster_steps=heal_cluster_steps,
+        heal_rate=heal_rate,
         controls=controls,
         cache_dir=cache_dir,
     )
@@ -78,7 +84,7 @@ def measure(bench: Bench, config: CompileConfig) -> Iterator[tuple[Quality, bool
     held_out = {item.name: item.held_out for item in bench.assignments}
     models = {name: (narrow[name], held_out[name]) for name in narrow}
     yield evaluate(bench.loaded, bench.token_ids, models, bench.progress), False
-    if config.heal_steps:
+    if config.heals:
         healed = heal_clusters(bench, config, narrow[CLUSTERS], budgets)
         models = {CLUSTERS: (healed, held_out[CLUSTERS])}
         yield evaluate(bench.loaded, bench.token_ids, models, bench.progress), True

@@ -294,7 +294,8 @@ def _narrow_outputs(
 ) -> torch.Tensor:
     """What the narrow FFN puts out: (tokens, hidden size), of which only what is read narrow is filled in."""
     module, name = inputs.loaded.projection(layer, "down"), stream.item.name
-    outputs = torch.empty_like(tokens.targets)
+    # Each stream sets its own targets where they are what is missing from the sum: their memory is free by now.
+    outputs = tokens.targets if inputs.loaded.family.adds_ffn_output else torch.empty_like(tokens.targets)
     for cluster, rows in enumerate(stream.narrow):
         ids = torch.from_numpy(arrays[f"{name}.ids.{cluster}"]).long().to(outputs.device)
         down: torch.Tensor = module.weight.T[ids]

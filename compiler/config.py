@@ -50,7 +50,8 @@ class CompileConfig:
         carry: repair each layer on what the narrowed layers before it hand on.
         ridge: relative to the mean diagonal of the Gram matrix; "auto" chooses it for each layer on text that is
             not calibrated on.
-        heal_steps: steps of distilling the dense model into the narrow one, of 1,024 narrow tokens each.
+        heal_steps: steps of distilling the dense model into what all narrow ones share, of 2,048 tokens each.
+        heal_cluster_steps: steps of each cluster's own after that.
         heal_rate: greatest learning rate of these steps.
         quantize: format of FFN and attention weights.
         head_quantize: format of token embedding and head; None for int8 where `quantize` is an integer format.
@@ -91,6 +92,7 @@ class CompileConfig:
     carry: bool = True
     ridge: float | Literal["auto"] = "auto"
     heal_steps: int = 0
+    heal_cluster_steps: int = 0
     heal_rate: float = 2e-4
     quantize: Format = "int4"
     head_quantize: Format | None = None
@@ -129,6 +131,11 @@ class CompileConfig:
         return "second-order" if self.selection == "output-aware" and self.reconstruct else "top-k"
 
     @property
+    def heals(self) -> bool:
+        """Whether packs are healed at all."""
+        return bool(self.heal_steps or self.heal_cluster_steps)
+
+    @property
     def effective_head_quantize(self) -> Format:
         """The head's format with its default filled in: each of its errors goes straight into the logits."""
         return self.head_quantize or ("bf16" if self.quantize == "bf16" else "int8")
@@ -157,6 +164,7 @@ def _problems(config: CompileConfig) -> list[str | None]:
         _one_of("--dtype", config.dtype, get_args(DType)),
         _ridge(config.ridge),
         _at_least("--heal-steps", config.heal_steps, 0),
+        _at_least("--heal-cluster-steps", config.heal_cluster_steps, 0),
         _positive("--heal-rate", config.heal_rate),
         _at_least("--calibration-tokens", config.calibration_tokens, 1),
         _at_least("--document-tokens", config.document_tokens, 16),

@@ -1,9 +1,9 @@
 """Stage `heal`: distil the dense model into the narrow one.
 
-What all clusters share is trained: one change to the dense FFN's matrices, of which every cluster takes the rows of its
-own neurons on top of its own repaired weights. Each step takes documents of one cluster; as at run time their first
-halves are read dense, and the loss is KL(dense || narrow) on the second halves. AdamW (arXiv 1711.05101) with a
-cosine schedule (arXiv 1608.03983).
+First what all clusters share is trained: one change to the dense FFN's matrices, of which every cluster takes the rows
+of its own neurons on top of its own repaired weights. Then each cluster's own matrices, for a few steps on its text.
+Each step takes documents of one cluster; their beginnings are read dense, as prompts are at run time, and the loss is
+KL(dense || narrow) on what follows. AdamW (arXiv 1711.05101) with a cosine schedule (arXiv 1608.03983).
 """
 
 import math
@@ -12,28 +12,33 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from coreinfer.bundles.families import cache_argument, resolve
 from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from .cache import Cache
 from .config import CompileConfig
-from .corpus import Document, split_point
+from .corpus import Document
 from .models import LoadedModel
 from .narrowing import Bits, Labels, NarrowModel, bf16_bits, narrow_layer
-from .progress import Progress
+from .progress import Advance, Progress
 
 __all__ = ["HealInputs", "heal"]
 
 _STEP_TOKENS = 2048
-"""Tokens of a step's documents; half of them are decoded narrow."""
+"""Tokens of a step's documents."""
+_DENSE_SHARES = (0.125, 0.5)
+"""Least and greatest share of a document that is read dense: short prompts have long answers."""
+_MIN_DOCUMENT_TOKENS = 4
 _WARM_UP = 0.05
 _CHECKPOINT_STEPS = 50
 _BETAS = (0.9, 0.95)
 
 Changes = dict[str, torch.Tensor]
-"""Layer and role, as "3.gate" -> (ffn_dim, hidden size) float32 that is added to a matrix, a row for each neuron."""
+"""Layer and role, as "3.gate" -> (neurons, hidden size) float32 that is added to a matrix, a row for each neuron."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,31 +58,101 @@ class HealInputs:
     narrow: NarrowModel
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Course:
+    """One training.
+
+    Attributes:
+        inputs: with the narrow model to start from.
+        cluster: the cluster whose own matrices are trained; None for what all share.
+        key: of its result and checkpoints.
+    """
+
+    inputs: HealInputs
+    cluster: int | None
+    num_steps: int
+    key: str
+
+    def row_ids(self, layer: int, cluster: int) -> torch.Tensor:
+        """Rows of the changes that a cluster's neurons take: (kept,)."""
+        neuron_ids = self.inputs.narrow.choice.neuron_ids[cluster][layer]
+        rows = neuron_ids if self.cluster is None else np.arange(len(neuron_ids))
+        return torch.from_numpy(rows).long().to(self.inputs.loaded.device)
+
+    def num_rows(self, layer: int) -> int:
+        """Rows of a layer's changes."""
+        if self.cluster is None:
+            return int(self.inputs.loaded.record.ffn_dim)
+        return len(self.inputs.narrow.choice.neuron_ids[self.cluster][layer])
+
+    @property
+    def clusters(self) -> Sequence[int]:
+        """Clusters whose matrices it changes."""
+        return range(len(self.inputs.narrow.choice.neuron_ids)) if self.cluster is None else [self.cluster]
+
+    @property
+    def document_ids(self) -> npt.NDArray[np.int64]:
+        """Documents to train on: those long enough to be read dense and narrow."""
+        fits = np.array([len(document.token_ids) >= _MIN_DOCUMENT_TOKENS for document in self.inputs.documents])
+        if self.cluster is not None:
+            fits &= self.inputs.labels == self.cluster
+        return np.flatnonzero(fits)
+
+
 def heal(inputs: HealInputs, cache: Cache, key: str, progress: Progress) -> NarrowModel:
-    """Train for `config.heal_steps` steps; an interrupted training goes on from its last checkpoint."""
-    arrays = cache.find_arrays(f"{key}-healed")
-    if arrays is None:
-        changes = _train(inputs, cache, key, progress)
-        arrays = cache.arrays(f"{key}-healed", lambda: _changed_weights(inputs, changes))
-    return replace(inputs.narrow, **_as_fields(inputs, arrays))
+    """Train for the options' steps; an interrupted training goes on from its last checkpoint."""
+    config, narrow = inputs.config, inputs.narrow
+    if config.heal_steps:
+        shared = _Course(inputs=inputs, cluster=None, num_steps=config.heal_steps, key=key)
+        narrow = replace(narrow, **_as_fields(inputs, _run("heal", [shared], cache, progress)))
+    if config.heal_cluster_steps:
+        own = [
+            _own_course(replace(inputs, narrow=narrow), cluster, key)
+            for cluster in range(len(narrow.choice.neuron_ids))
+        ]
+        narrow = replace(narrow, **_as_fields(inputs, _run("heal clusters", own, cache, progress)))
+    return narrow
 
 
-def _train(inputs: HealInputs, cache: Cache, key: str, progress: Progress) -> Changes:
-    changes = _no_changes(inputs.loaded)
-    for parameter in inputs.loaded.model.parameters():
+def _own_course(inputs: HealInputs, cluster: int, key: str) -> _Course:
+    steps = inputs.config.heal_cluster_steps
+    course = _Course(inputs=inputs, cluster=cluster, num_steps=steps, key=f"{key}-{steps}-cluster-{cluster}")
+    # A cluster may have no text: it stays as it is.
+    return course if len(course.document_ids) else replace(course, num_steps=0)
+
+
+def _run(name: str, courses: Sequence[_Course], cache: Cache, progress: Progress) -> dict[str, Bits]:
+    """Train what was not trained before; all healed matrices, as `_changed_weights` gives them."""
+    found = [cache.find_arrays(f"{course.key}-healed") for course in courses]
+    if None in found:
+        with progress.stage(name, sum(course.num_steps for course in courses)) as advance:
+            for index, course in enumerate(courses):
+                if found[index] is None:
+                    found[index] = _healed(course, cache, advance)
+                else:
+                    advance(course.num_steps)
+    return {name: array for arrays in found for name, array in (arrays or {}).items()}
+
+
+def _healed(course: _Course, cache: Cache, advance: Advance) -> dict[str, Bits]:
+    changes = _train(course, cache, advance)
+    return dict(cache.arrays(f"{course.key}-healed", lambda: _changed_weights(course, changes)))
+
+
+def _train(course: _Course, cache: Cache, advance: Advance) -> Changes:
+    config, changes = course.inputs.config, _no_changes(course)
+    for parameter in course.inputs.loaded.model.parameters():
         parameter.requires_grad_(False)
     optimizer = torch.optim.AdamW(changes.values(), lr=1.0, betas=_BETAS, weight_decay=0.0)
-    first = _restore(cache, key, changes, optimizer)
-    num_steps = inputs.config.heal_steps
-    with progress.stage("heal", num_steps) as advance:
-        advance(first)
-        for step in range(first, num_steps):
-            for group in optimizer.param_groups:
-                group["lr"] = inputs.config.heal_rate * _schedule(step, num_steps)
-            _step(inputs, changes, optimizer, step)
-            if (step + 1) % _CHECKPOINT_STEPS == 0 and step + 1 < num_steps:
-                cache.store(f"{key}-checkpoint", _checkpoint(changes, optimizer, step + 1))
-            advance()
+    first = _restore(cache, course.key, changes, optimizer)
+    advance(first)
+    for step in range(first, course.num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.heal_rate * _schedule(step, course.num_steps)
+        _step(course, changes, optimizer, step)
+        if (step + 1) % _CHECKPOINT_STEPS == 0 and step + 1 < course.num_steps:
+            cache.store(f"{course.key}-checkpoint", _checkpoint(changes, optimizer, step + 1))
+        advance()
     return changes
 
 
@@ -89,41 +164,48 @@ def _schedule(step: int, num_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, num_steps - warm_up)))
 
 
-def _no_changes(loaded: LoadedModel) -> Changes:
-    shape = (loaded.record.ffn_dim, loaded.record.hidden_size)
+def _no_changes(course: _Course) -> Changes:
+    loaded = course.inputs.loaded
     return {
-        f"{layer}.{role}": torch.zeros(shape, device=loaded.device, requires_grad=True)
+        f"{layer}.{role}": torch.zeros(
+            (course.num_rows(layer), loaded.record.hidden_size), device=loaded.device, requires_grad=True
+        )
         for layer in range(loaded.record.num_layers)
         for role in loaded.family.projections
     }
 
 
-def _step(inputs: HealInputs, changes: Changes, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _step(course: _Course, changes: Changes, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Train on some documents of one cluster; which ones depends on the seed and the step alone."""
-    cluster, token_ids = _draw(inputs, step)
-    token_ids = token_ids.to(inputs.loaded.device)
-    start = split_point(token_ids.shape[1])
+    loaded = course.inputs.loaded
+    cluster, token_ids, start = _draw(course, step)
+    token_ids = token_ids.to(loaded.device)
     cache = DynamicCache()
     with torch.no_grad():
-        dense = inputs.loaded.forward(token_ids, cache)[:, start:]
-        log_p = dense.float().log_softmax(dim=-1)
+        loaded.read(token_ids[:, :start], cache)
+        target = loaded.forward(token_ids[:, start:], cache).float().softmax(dim=-1)
         cache.crop(start - token_ids.shape[1])
-    weights = _narrow_weights(inputs, changes, cluster)
-    arguments = {"input_ids": token_ids[:, start:], "use_cache": True, **cache_argument(inputs.loaded.model, cache)}
-    narrow = functional_call(inputs.loaded.model, weights, kwargs=arguments).logits
-    log_q = narrow.float().log_softmax(dim=-1)
-    loss = (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
+    weights = _narrow_weights(course, changes, cluster)
+    arguments = {"input_ids": token_ids[:, start:], "use_cache": True, **cache_argument(loaded.model, cache)}
+    narrow = functional_call(loaded.model, weights, kwargs=arguments).logits
+    # Cross entropy is KL(dense || narrow) and the dense model's own entropy, which nothing here can change.
+    loss = cross_entropy(narrow.float().flatten(0, 1), target.flatten(0, 1))
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_([change for change in changes.values() if change.grad is not None], 1.0)
     optimizer.step()
 
 
-def _draw(inputs: HealInputs, step: int) -> tuple[int, torch.Tensor]:
-    """Draw a cluster by its tokens and documents of like length from it, cut to the shortest: (documents, length)."""
+def _draw(course: _Course, step: int) -> tuple[int, torch.Tensor, int]:
+    """Draw a cluster by its tokens and documents of like length from it, cut to the shortest.
+
+    Returns:
+        The cluster, token ids (documents, length), and how many of the length are read dense.
+    """
+    inputs = course.inputs
     generator = np.random.default_rng((inputs.config.seed, step))
     lengths = np.array([len(document.token_ids) for document in inputs.documents])
-    long_enough = np.flatnonzero(lengths >= 4)
+    long_enough = course.document_ids
     first = int(generator.choice(long_enough, p=lengths[long_enough] / lengths[long_enough].sum()))
     cluster = int(inputs.labels[first])
     members = long_enough[inputs.labels[long_enough] == cluster]
@@ -132,19 +214,20 @@ def _draw(inputs: HealInputs, step: int) -> tuple[int, torch.Tensor]:
     distance[members == first] = -1
     chosen = members[np.argsort(distance)][: max(1, _STEP_TOKENS // int(lengths[first]))]
     length = int(lengths[chosen].min())
-    return cluster, torch.tensor([inputs.documents[index].token_ids[:length] for index in chosen])
+    start = max(1, int(length * generator.uniform(*_DENSE_SHARES)))
+    return cluster, torch.tensor([inputs.documents[index].token_ids[:length] for index in chosen]), start
 
 
-def _narrow_weights(inputs: HealInputs, changes: Mapping[str, torch.Tensor], cluster: int) -> dict[str, torch.Tensor]:
+def _narrow_weights(course: _Course, changes: Mapping[str, torch.Tensor], cluster: int) -> dict[str, torch.Tensor]:
     """Tensors of one cluster's FFN under the model's own names, differentiable in the changes."""
-    loaded, weights = inputs.loaded, {}
+    loaded, weights = course.inputs.loaded, {}
     for layer in range(loaded.record.num_layers):
-        base = narrow_layer(loaded, inputs.narrow, layer, cluster)
-        index = _ids(inputs, layer, cluster)
+        base = narrow_layer(loaded, course.inputs.narrow, layer, cluster)
+        rows = course.row_ids(layer, cluster)
         for role, path in loaded.family.projections.items():
             name = f"{loaded.family.layers}.{layer}.{path}"
             own = base[role]
-            weights[f"{name}.weight"] = (own.float() + _oriented(changes[f"{layer}.{role}"][index], role)).to(own.dtype)
+            weights[f"{name}.weight"] = (own.float() + _oriented(changes[f"{layer}.{role}"][rows], role)).to(own.dtype)
             if resolve(loaded.layers[layer], path).bias is not None:
                 weights[f"{name}.bias"] = base[f"{role}_bias"]
     return weights
@@ -155,18 +238,14 @@ def _oriented(rows: torch.Tensor, role: str) -> torch.Tensor:
     return rows.T if role == "down" else rows
 
 
-def _ids(inputs: HealInputs, layer: int, cluster: int) -> torch.Tensor:
-    return torch.from_numpy(inputs.narrow.choice.neuron_ids[cluster][layer]).long().to(inputs.loaded.device)
-
-
-def _changed_weights(inputs: HealInputs, changes: Changes) -> dict[str, Bits]:
-    """Every cluster's healed matrices, a row for each neuron: "cluster.layer.role" -> (kept, hidden size) bits."""
-    arrays = {}
-    for cluster in range(len(inputs.narrow.choice.neuron_ids)):
-        for layer in range(inputs.loaded.record.num_layers):
-            base, index = narrow_layer(inputs.loaded, inputs.narrow, layer, cluster), _ids(inputs, layer, cluster)
-            for role in inputs.loaded.family.projections:
-                change = changes[f"{layer}.{role}"].detach()[index]
+def _changed_weights(course: _Course, changes: Changes) -> dict[str, Bits]:
+    """Clusters' healed matrices, a row for each neuron: "cluster.layer.role" -> (kept, hidden size) bits."""
+    loaded, arrays = course.inputs.loaded, {}
+    for cluster in course.clusters:
+        for layer in range(loaded.record.num_layers):
+            base, rows = narrow_layer(loaded, course.inputs.narrow, layer, cluster), course.row_ids(layer, cluster)
+            for role in loaded.family.projections:
+                change = changes[f"{layer}.{role}"].detach()[rows]
                 arrays[f"{cluster}.{layer}.{role}"] = bf16_bits(_oriented(base[role], role).float() + change)
     return arrays
 

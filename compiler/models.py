@@ -64,6 +64,10 @@ class LoadedModel:
         logits: torch.Tensor = self.model(token_ids, use_cache=True, **cache_argument(self.model, cache)).logits
         return logits
 
+    def read(self, token_ids: torch.Tensor, cache: Cache) -> None:
+        """Read tokens for the sake of the cache alone: the head sees only the last."""
+        self.model(token_ids, use_cache=True, logits_to_keep=1, **cache_argument(self.model, cache))
+
     def projection(self, layer: int, role: str) -> nn.Linear:
         """One linear module of a layer's FFN: "gate", "up" or "down"."""
         module = resolve(self.layers[layer], self.family.projections[role])

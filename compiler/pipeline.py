@@ -72,7 +72,7 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str
     ground = _prepare(config, text, progress)
     config = fit_quality(config, partial(_measure, ground, progress), has_held_out=bool(corpus.held_out))
     budgets, narrow_key, narrow = _narrow(ground, config, ground.assignments, progress)
-    if config.heal_steps:
+    if config.heals:
         narrow[CLUSTERS] = _heal(config, ground, narrow[CLUSTERS], narrow_key, progress)
     quality = None
     if config.evaluate and corpus.held_out:
@@ -220,7 +220,7 @@ def _measure_clusters(text: _Text, progress: Progress, config: CompileConfig) ->
 
 def _score_name(config: CompileConfig, name: str) -> str:
     """Only the clusters are healed: a control must not look as if it were."""
-    return f"{name}, not healed" if config.heal_steps and name != CLUSTERS else name
+    return f"{name}, not healed" if config.heals and name != CLUSTERS else name
 
 
 def _heal(

@@ -36,6 +36,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("budget_mb", float("nan"), "--budget-mb"),
     ("removal", "magic", "--removal"),
     ("heal_steps", -1, "--heal-steps"),
+    ("heal_cluster_steps", -1, "--heal-cluster-steps"),
     ("report_sentences", -1, "--report-sentences"),
     ("heal_rate", 0.0, "--heal-rate"),
     ("calibration_tokens", 0, "--calibration-tokens"),

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,28 @@ def test_healing_lowers_the_divergence_on_its_own_text(name: str) -> None:
     assert shapes == {role: tuple(t.shape) for role, t in narrow_layer(inputs.loaded, inputs.narrow, 0, 1).items()}
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_steps_of_each_clusters_own_lower_it_too(name: str) -> None:
+    inputs = heal_inputs(load(name), heal_steps=0, heal_cluster_steps=40)
+    progress = Progress()
+    healed = heal(inputs, Cache(None), "key", progress)
+    assert kl(inputs.loaded, healed) < 0.8 * kl(inputs.loaded, inputs.narrow)
+    assert list(progress.stage_seconds) == ["heal clusters"]
+
+
+def test_own_steps_alone_leave_other_clusters_as_they_are() -> None:
+    inputs = heal_inputs(load("llama"), heal_steps=0, heal_cluster_steps=5)
+    # A cluster without text has nothing to learn from.
+    inputs = replace(inputs, labels=np.zeros_like(inputs.labels))
+    healed = heal(inputs, Cache(None), "key", Progress())
+    for layer in range(inputs.loaded.record.num_layers):
+        for cluster, equal in ((0, False), (1, True)):
+            before, after = (narrow_layer(inputs.loaded, each, layer, cluster) for each in (inputs.narrow, healed))
+            assert all(torch.equal(before[role], after[role].to(before[role])) == equal for role in ("gate", "up"))
+
+
 def test_the_dense_model_is_left_alone() -> None:
-    inputs = heal_inputs(load("llama"), heal_steps=3)
+    inputs = heal_inputs(load("llama"), heal_steps=3, heal_cluster_steps=1)
     before = [
         {role: t.clone() for role, t in ffn_tensors(layer, inputs.loaded.family).items()}
         for layer in inputs.loaded.layers
@@ -63,14 +84,18 @@ def test_the_dense_model_is_left_alone() -> None:
         assert all(torch.equal(t, tensors[role]) for role, t in ffn_tensors(layer, inputs.loaded.family).items())
 
 
-def test_an_interrupted_healing_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stage", "num_steps"), [("heal", 7), ("heal clusters", 11)])
+def test_an_interrupted_healing_goes_on_from_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, num_steps: int
+) -> None:
     monkeypatch.setattr("coreinfer.compiler.healing._CHECKPOINT_STEPS", 4)
-    inputs = heal_inputs(load("llama"), heal_steps=10)
+    # The second stage is interrupted when its first cluster is done, behind a checkpoint of the second.
+    inputs = heal_inputs(load("llama"), heal_steps=10, heal_cluster_steps=6)
     whole = heal(inputs, Cache(None), "key", Progress())
 
     class Interrupted(Progress):
-        def bar(self, name: str, num_steps: int) -> Any:
-            return interrupt_after(7)
+        def bar(self, name: str, num_steps_in_all: int) -> Any:
+            return interrupt_after(num_steps if name == stage else num_steps_in_all + 1)
 
     with pytest.raises(KeyboardInterrupt):
         heal(inputs, Cache(tmp_path), "key", Interrupted())

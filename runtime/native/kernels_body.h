@@ -97,7 +97,7 @@ inline V::F joined(const V::I (*chains)[kVectors], int v) {
 }
 
 inline void prefetch_tile(const uint8_t* codes, int num_bytes) {
-  for (int line = 0; line < num_bytes; line += 64) __builtin_prefetch(codes + 1024 + num_bytes + line);
+  for (int line = 0; line < num_bytes; line += 64) __builtin_prefetch(codes + 3072 + num_bytes + line);
 }
 
 // One block of 16 rows times kTokens tokens, from integer codes.
