@@ -1,6 +1,7 @@
 """From what is wanted to options: the narrowest packs of a quality, the fewest clusters that earn their place."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ __all__ = ["fewest_clusters", "fit_clusters", "fit_quality", "least_keep"]
 
 _log = logging.getLogger(__name__)
 _NUM_TRIES = 6
+_CLOSE = 0.05
+_FINE = 0.015
 _LADDER = (1, 2, 4, 8, 16, 32, 64)
 _CLUSTER_MARGIN = 0.02
 _CLUSTER_DOCUMENTS = 8
@@ -36,37 +39,60 @@ def fit_quality(config: CompileConfig, measure: Measure, *, has_held_out: bool) 
     if not has_held_out:
         raise ConfigError("--max-kl, --min-top1: expected calibration text enough to hold some out, got too little")
 
-    def holds(keep: float) -> bool:
+    def excess(keep: float) -> float:
         score = measure(replace(config, keep=keep))
         _log.info("keep %.3f: held-out KL %.4f, top-1 %.4f", keep, score.kl, score.top1)
-        return _holds(config, score)
+        return _excess(config, score)
 
-    return replace(config, keep=least_keep(holds, least=max(config.min_layer_keep, 0.05)))
-
-
-def _holds(config: CompileConfig, score: Score) -> bool:
-    return (config.max_kl is None or score.kl <= config.max_kl) and (
-        config.min_top1 is None or score.top1 >= config.min_top1
-    )
+    return replace(config, keep=least_keep(excess, least=max(config.min_layer_keep, 0.05)))
 
 
-def least_keep(holds: Callable[[float], bool], *, least: float, num_tries: int = _NUM_TRIES) -> float:
-    """Find the lowest keep ratio that holds, by bisection; quality is taken to rise with the ratio.
+def _excess(config: CompileConfig, score: Score) -> float:
+    """What is lost against what may be lost: 0 where it is just that, -1 for the dense model."""
+    limits = []
+    if config.max_kl is not None:
+        limits.append(score.kl / config.max_kl - 1)
+    if config.min_top1 is not None:
+        # A model that must agree everywhere loses beyond measure where it does not.
+        limits.append((1 - score.top1) / max(1 - config.min_top1, 1e-6) - 1)
+    return max(limits)
+
+
+def least_keep(excess: Callable[[float], float], *, least: float, num_tries: int = _NUM_TRIES) -> float:
+    """Find the lowest keep ratio that holds, by false position with the Illinois rule; loss falls with the ratio.
+
+    Near 1 it falls about in a straight line, so that few tries do.
 
     Args:
-        holds: is asked for `num_tries` ratios at most; ratio 1, which is the dense model, holds without being asked.
+        excess: tells of a ratio how much more is lost than may be, from -1 (nothing is lost) on; at most 0 holds. Is
+            asked for `num_tries` ratios at most. Ratio 1, which is the dense model, holds without being asked.
         least: the lowest ratio to try.
     Returns:
-        A ratio that holds, at most (1 - least) / 2**num_tries above one that does not.
+        A ratio that holds: one that loses at least 95% of what it may, or is at most 0.015 above one that does not
+        hold, unless the tries ended before.
     """
     low, high = least, 1.0
+    low_excess, high_excess = math.inf, -1.0
+    held: bool | None = None
     for _ in range(num_tries):
-        middle = round((low + high) / 2, 4)
-        if holds(middle):
-            high = middle
+        keep = _between(low, low_excess, high, high_excess)
+        found = excess(keep)
+        # An end that stays twice is made to look nearer, or the other would creep.
+        if found > 0:
+            high_excess *= 0.5 if held is False else 1
+            low, low_excess, held = keep, found, False
         else:
-            low = middle
+            low_excess *= 0.5 if held is True else 1
+            high, high_excess, held = keep, found, True
+        if -_CLOSE <= found <= 0 or high - low <= _FINE:
+            break
     return high
+
+
+def _between(low: float, low_excess: float, high: float, high_excess: float) -> float:
+    """Where a straight line would have no excess, but not next to an end; halfway where the line is unknown."""
+    share = low_excess / (low_excess - high_excess) if math.isfinite(low_excess) else 0.5
+    return round(low + (high - low) * min(max(share, 0.1), 0.9), 4)
 
 
 def fit_clusters(config: CompileConfig, measure: Measure, *, num_documents: int) -> CompileConfig:

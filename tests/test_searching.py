@@ -16,22 +16,44 @@ from .test_config import make_config
 LADDER = (1, 2, 4, 8, 16, 32)
 
 
-@pytest.mark.parametrize("limit", [0.2, 0.31, 0.5, 0.77, 0.999])
+def kl_of(keep: float) -> float:
+    """KL of SmolLM2-135M's packs, about (docs/benchmarks.md)."""
+    return 1.3 * (1 - keep) + 1.0 * (1 - keep) ** 3
+
+
+@pytest.mark.parametrize("limit", [0.01, 0.05, 0.1, 0.3, 0.6, 1.0, 1.5])
 def test_the_ratio_found_holds_and_is_near_the_limit(limit: float) -> None:
     asked: list[float] = []
 
-    def holds(keep: float) -> bool:
+    def excess(keep: float) -> float:
         asked.append(keep)
-        return keep >= limit
+        return kl_of(keep) / limit - 1
 
-    found = least_keep(holds, least=0.15)
-    assert found >= limit
-    assert found - limit <= 0.85 / 2**6 + 1e-3
-    assert len(asked) == 6
+    found = least_keep(excess, least=0.15)
+    assert kl_of(found) <= limit
+    assert kl_of(found) >= 0.95 * limit or kl_of(found - 0.016) > limit
+    assert len(asked) <= 5
+
+
+@pytest.mark.parametrize("limit", [0.2, 0.31, 0.5, 0.77, 0.99])
+def test_a_step_is_found_too(limit: float) -> None:
+    found = least_keep(lambda keep: -0.5 if keep >= limit else 3.0, least=0.15, num_tries=20)
+    assert limit <= found <= limit + 0.015 + 1e-9
+
+
+def test_the_number_of_tries_is_an_end() -> None:
+    asked: list[float] = []
+
+    def excess(keep: float) -> float:
+        asked.append(keep)
+        return -0.5
+
+    assert least_keep(excess, least=0.15, num_tries=3) == asked[-1]
+    assert len(asked) == 3
 
 
 def test_where_nothing_holds_all_is_kept() -> None:
-    assert least_keep(lambda _keep: False, least=0.15) == 1.0
+    assert least_keep(lambda _keep: 1.0, least=0.15) == 1.0
 
 
 def score(keep: float) -> Score:
@@ -44,7 +66,8 @@ def score(keep: float) -> Score:
 )
 def test_both_qualities_hold(options: dict[str, Any], limit: float) -> None:
     config = fit_quality(make_config(**options), lambda config: score(config.keep), has_held_out=True)
-    assert limit <= config.keep <= limit + 0.015
+    # Within a twentieth of what may be lost.
+    assert limit <= config.keep <= limit + 0.05 * (1 - limit)
 
 
 def test_without_an_aim_nothing_is_measured() -> None:
