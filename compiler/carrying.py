@@ -8,6 +8,7 @@ for rounding.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from .models import LoadedModel
 from .narrowing import CLUSTERS, Assignment, NarrowModel, bf16_bits
 from .progress import Progress
 from .repair import RIDGES, LayerTokens, Repaired, RepairTask, repair_layer
+from .rounding import Rounding
 from .selecting import Choice
 
 __all__ = ["NarrowInputs", "narrow_all"]
@@ -41,6 +43,8 @@ class NarrowInputs:
         choices: assignment name -> scores, and the neurons that the scores alone would keep.
         budgets: neurons that each layer keeps.
         metrics: (layers, hidden size, hidden size) what errors in the FFN outputs cost.
+        rounding: how matrices will be stored, so that a layer makes up for the rounding of those before it too; None
+            to leave it out of account.
     """
 
     config: CompileConfig
@@ -51,6 +55,7 @@ class NarrowInputs:
     choices: dict[str, Choice]
     budgets: Sequence[int]
     metrics: torch.Tensor
+    rounding: Rounding | None = None
 
 
 @dataclass(kw_only=True)
@@ -176,21 +181,22 @@ def _narrow_one_layer(
         _read_dense(inputs, layer, part, tokens)
     stored = cache.find_arrays(key)
     arrays: dict[str, Any] = dict(stored or {})
-    for stream in streams:
-        runs = []
-        if inputs.config.carry:
-            runs = [
-                _read_narrow(inputs, layer, part, hidden, own, tokens)
-                for part, hidden, own in zip(parts, entering, stream.hidden, strict=True)
-            ]
-        if stored is None:
-            arrays |= _repair(inputs, layer, stream, tokens, arrays)
-        if inputs.config.carry:
-            outputs = _narrow_outputs(inputs, layer, stream, tokens, arrays)
-            stream.hidden = [
-                _move(inputs, layer, part, hidden, own, run, outputs)
-                for part, hidden, own, run in zip(parts, entering, stream.hidden, runs, strict=True)
-            ]
+    with inputs.rounding.layer(inputs.loaded, layer) if inputs.rounding else nullcontext():
+        for stream in streams:
+            runs = []
+            if inputs.config.carry:
+                runs = [
+                    _read_narrow(inputs, layer, part, hidden, own, tokens)
+                    for part, hidden, own in zip(parts, entering, stream.hidden, strict=True)
+                ]
+            if stored is None:
+                arrays |= _repair(inputs, layer, stream, tokens, arrays)
+            if inputs.config.carry:
+                outputs = _narrow_outputs(inputs, layer, stream, tokens, arrays)
+                stream.hidden = [
+                    _move(inputs, layer, part, hidden, own, run, outputs)
+                    for part, hidden, own, run in zip(parts, entering, stream.hidden, runs, strict=True)
+                ]
     return cache.arrays(key, partial(dict, arrays))
 
 
@@ -303,6 +309,8 @@ def _narrow_outputs(
         if (bits := arrays.get(f"{name}.down.{cluster}")) is not None:
             down = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).to(outputs)
             bias = torch.from_numpy(arrays[f"{name}.bias.{cluster}"]).to(outputs)
+        if inputs.rounding:
+            down = inputs.rounding.down(inputs.loaded, layer, down, arrays[f"{name}.ids.{cluster}"])
         product = tokens.activations[rows][:, ids] @ down
         outputs[rows] = product if bias is None else product + bias
     return outputs

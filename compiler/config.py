@@ -48,6 +48,7 @@ class CompileConfig:
             None for the latter with "output-aware" scores and a repair, else the former.
         reconstruct: repair the down projection by ridge least squares.
         carry: repair each layer on what the narrowed layers before it hand on.
+        repair_rounding: with `carry`, hand on what rounded weights compute, so that the layers behind make up for it.
         ridge: relative to the mean diagonal of the Gram matrix; "auto" chooses it for each layer on text that is
             not calibrated on.
         heal_steps: steps of distilling the dense model into what all narrow ones share, of 2,048 tokens each.
@@ -90,6 +91,7 @@ class CompileConfig:
     removal: Removal | None = None
     reconstruct: bool = True
     carry: bool = True
+    repair_rounding: bool = True
     ridge: float | Literal["auto"] = "auto"
     heal_steps: int = 0
     heal_cluster_steps: int = 0
@@ -129,6 +131,11 @@ class CompileConfig:
         if self.removal is not None:
             return self.removal
         return "second-order" if self.selection == "output-aware" and self.reconstruct else "top-k"
+
+    @property
+    def repairs_rounding(self) -> bool:
+        """Whether there is rounding to make up for, and a way."""
+        return self.repair_rounding and self.reconstruct and self.carry and self.quantize != "bf16"
 
     @property
     def heals(self) -> bool:

@@ -22,12 +22,13 @@ from .evaluating import evaluate
 from .healing import HealInputs, heal
 from .mapping import map_points
 from .models import LoadedModel, load_model, read_config
-from .moments import input_moments
+from .moments import Moments, input_moments
 from .narrowing import CLUSTERS, Assignment, NarrowModel, choose_all
 from .packing import Packer, write_base, write_cluster, write_dense, write_router, write_tokenizer
 from .profiling import Profile, profile_model
 from .progress import Progress
 from .report import file_sizes, write_report
+from .rounding import Rounding
 from .routing import Routing, build_routing, control_assignments
 from .searching import fit_clusters, fit_quality
 from .selecting import layer_budgets
@@ -78,10 +79,6 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str
     if config.evaluate and corpus.held_out:
         models = {_score_name(config, item.name): (narrow[item.name], item.held_out) for item in ground.assignments}
         quality = evaluate(loaded, text.held_out_ids, models, progress)
-    moments = {}
-    if config.quantize != "bf16":
-        key = stage_key("moments", upstream=text.key)
-        moments = input_moments(loaded, corpus.calibration, text.cache, key, progress)
     compiled = Compiled(
         config=config,
         loaded=loaded,
@@ -89,7 +86,7 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str
         routing=ground.routing,
         budgets=budgets,
         narrow=narrow[CLUSTERS],
-        moments=moments,
+        moments=ground.moments,
         quality=quality,
         model_sha256=model_sha256,
     )
@@ -123,6 +120,7 @@ class _Ground:
         assignments: the clusters and the controls.
         metrics: of `output_metrics`.
         curves: of `removal_curves`, for budgets by sensitivity.
+        moments: of `input_moments`, for formats that round.
         key: of the profile; later stages' keys go on from it.
     """
 
@@ -132,6 +130,7 @@ class _Ground:
     profile: Profile
     metrics: torch.Tensor
     curves: npt.NDArray[np.float32] | None
+    moments: Moments
     key: str
 
 
@@ -166,6 +165,9 @@ def _prepare(config: CompileConfig, text: _Text, progress: Progress) -> _Ground:
     if config.budgets == "sensitivity" and config.keep < 1:
         curves_key = stage_key("curves", upstream=text.key)
         curves = removal_curves(loaded, calibration, metrics, cache, curves_key, progress)
+    moments: Moments = {}
+    if config.quantize != "bf16":
+        moments = input_moments(loaded, calibration, cache, stage_key("moments", upstream=text.key), progress)
     return _Ground(
         text=text,
         routing=routing,
@@ -173,6 +175,7 @@ def _prepare(config: CompileConfig, text: _Text, progress: Progress) -> _Ground:
         profile=profile,
         metrics=metrics,
         curves=curves,
+        moments=moments,
         key=key,
     )
 
@@ -191,6 +194,7 @@ def _narrow(
         choices=choose_all(config, ground.profile, ground.text.loaded, assignments, budgets),
         budgets=budgets,
         metrics=ground.metrics,
+        rounding=Rounding(kind=config.quantize, moments=ground.moments) if config.repairs_rounding else None,
     )
     key = stage_key(
         "packs",
@@ -199,6 +203,7 @@ def _narrow(
         ridge=config.ridge,
         removal=config.effective_removal,
         carry=config.carry,
+        rounding=config.quantize if config.repairs_rounding else None,
         assignments=[item.name for item in assignments],
     )
     return budgets, key, dict(narrow_all(inputs, ground.text.cache, key, progress))

@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 import torch
 from coreinfer.bundles.families import assign_ffn, cache_argument, family_of_config, ffn_tensors
+from coreinfer.bundles.formats import float_matrix
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.carrying import NarrowInputs, narrow_all
 from coreinfer.compiler.corpus import Document, split_point
 from coreinfer.compiler.models import LoadedModel, wrap_model
+from coreinfer.compiler.moments import input_moments
 from coreinfer.compiler.narrowing import Assignment, NarrowModel, narrow_layer
+from coreinfer.compiler.packing import Packer
 from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.quantizing import QuantizeOptions
 from coreinfer.compiler.repair import LayerTokens, repair_layer
+from coreinfer.compiler.rounding import Rounding
 from coreinfer.compiler.selecting import Choice
 from transformers import DynamicCache
 
@@ -114,6 +119,52 @@ def test_layers_are_fitted_on_what_the_narrow_model_really_sees(name: str, monke
             expected = activations_behind(loaded, narrow[item], int(cluster), 2, document)
             np.testing.assert_allclose(rows, expected, atol=2e-4)
             first += len(document.token_ids)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_read_narrow_goes_through_rounded_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, seen = load(name), list[LayerTokens]()
+
+    def spy(tokens: LayerTokens, task: Any) -> Any:
+        seen.append(LayerTokens(activations=tokens.activations.clone(), targets=tokens.targets.clone()))
+        return repair_layer(tokens, task)
+
+    monkeypatch.setattr("coreinfer.compiler.carrying.repair_layer", spy)
+    rounding = Rounding(kind="int4", moments=input_moments(loaded, documents(), Cache(None), "key", Progress()))
+    run(replace(inputs_of(loaded), rounding=rounding))
+    dense = [first_activations(loaded, document) for document in documents()]
+    with rounding.layer(loaded, 0):
+        rounded = [first_activations(loaded, document) for document in documents()]
+    first = 0
+    for before, after in zip(dense, rounded, strict=True):
+        start = split_point(len(before))
+        expected = torch.cat([before[:start], after[start:]])
+        np.testing.assert_allclose(seen[0].activations[first : first + len(before)], expected, atol=2e-4)
+        assert (before - after)[start:].abs().max() > 1e-3
+        first += len(before)
+    # Back in their places.
+    for before, document in zip(dense, documents(), strict=True):
+        assert torch.equal(first_activations(loaded, document), before)
+
+
+def first_activations(loaded: LoadedModel, document: Document) -> torch.Tensor:
+    """What the first layer's down projection reads: (tokens, ffn_dim)."""
+    seen = []
+    handle = loaded.projection(0, "down").register_forward_pre_hook(lambda _, x: seen.append(x[0].reshape(-1, 96)))
+    with torch.inference_mode():
+        loaded.model(torch.tensor([document.token_ids]))
+    handle.remove()
+    return torch.cat(seen)
+
+
+def test_down_projections_are_rounded_as_they_will_be_stored() -> None:
+    loaded = load("llama")
+    moments = input_moments(loaded, documents(), Cache(None), "key", Progress())
+    down, ids = torch.randn(40, 32) * 0.1, np.arange(3, 43, dtype=np.int32)
+    packer = Packer(formats=QuantizeOptions(body="int4", head="int8"), moments=moments)
+    stored = packer.matrix("w", down.T, moments["model.layers.1.mlp.down_proj"][3:43])
+    rounded = Rounding(kind="int4", moments=moments).down(loaded, 1, down, ids)
+    np.testing.assert_array_equal(rounded, float_matrix(stored, "w", (32, 40)).T)
 
 
 def test_without_carrying_layers_see_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
