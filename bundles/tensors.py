@@ -7,12 +7,14 @@ numpy has no bfloat16: such tensors are carried as uint16 with the dtype tag "BF
 
 import json
 import math
+import shutil
+import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +22,19 @@ import numpy.typing as npt
 from .errors import BundleCorrupt
 from .pages import map_file, touch
 
-__all__ = ["ALIGNMENT_BYTES", "StoredTensor", "TensorFile", "bf16_to_float32", "float32_to_bf16", "write_tensors"]
+__all__ = [
+    "ALIGNMENT_BYTES",
+    "StoredTensor",
+    "TensorFile",
+    "bf16_to_float32",
+    "float32_to_bf16",
+    "stream_tensors",
+    "write_tensors",
+]
 
 ALIGNMENT_BYTES = 64
 _FILLER = "__filler__"
+_COPY_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 100 << 20
 _MAX_DIMENSIONS = 8
 _MAX_EXTENT = 1 << 56
@@ -78,33 +89,78 @@ def write_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Write tensors to a safetensors file, each at a multiple of 64 bytes from the file's start.
 
     Raises:
+        TypeError: an array's dtype is not that of its tag.
         OSError: the file cannot be written.
     """
     header: dict[str, Any] = {}
     offset = 0
     for name, tensor in tensors.items():
-        if tensor.array.dtype != np.dtype(_NUMPY_DTYPES[tensor.dtype]):
-            raise TypeError(f"tensor {name}: {tensor.array.dtype} cannot carry {tensor.dtype}")
-        header[name] = _entry(tensor.dtype, tensor.array.shape, offset, tensor.num_bytes)
-        offset += tensor.num_bytes
-        if filler := -offset % ALIGNMENT_BYTES:
-            header[f"{_FILLER}{name}"] = _entry("U8", (filler,), offset, filler)
-            offset += filler
+        offset = _add_entries(header, name, tensor, offset)
     with path.open("wb") as file:
         _write_header(file, header)
         for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor.array).data)
-            file.write(bytes(-tensor.num_bytes % ALIGNMENT_BYTES))
+            _write_data(file, tensor)
+
+
+def stream_tensors(path: Path, tensors: Iterable[tuple[str, StoredTensor]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Write the file that `write_tensors` writes, holding one tensor at a time.
+
+    The header, which comes first, is known last: until then the values wait in a nameless temporary file in the same
+    folder, which needs room for them twice. The target is opened only when the last tensor is there.
+
+    Args:
+        path: of the file.
+        tensors: name and tensor, each made when the one before is written.
+    Returns:
+        Name -> dtype tag and shape of each tensor, in their order.
+    Raises:
+        TypeError: an array's dtype is not that of its tag.
+        ValueError: a name comes twice.
+        OSError: the file or the temporary file cannot be written.
+    """
+    header: dict[str, Any] = {}
+    written: dict[str, tuple[str, tuple[int, ...]]] = {}
+    offset = 0
+    with tempfile.TemporaryFile(dir=path.parent) as data:
+        for name, tensor in tensors:
+            if name in written:
+                raise ValueError(f"tensor {name} comes twice")
+            offset = _add_entries(header, name, tensor, offset)
+            _write_data(data, tensor)
+            written[name] = tensor.dtype, tuple(tensor.array.shape)
+            # Else it would stay in memory while the next one is made.
+            del tensor
+        data.seek(0)
+        with path.open("wb") as file:
+            _write_header(file, header)
+            shutil.copyfileobj(data, file, _COPY_BYTES)
+    return written
+
+
+def _add_entries(header: dict[str, Any], name: str, tensor: StoredTensor, start: int) -> int:
+    """Enter a tensor and the filler after it, if it needs one; returns where the next tensor starts."""
+    if tensor.array.dtype != np.dtype(_NUMPY_DTYPES[tensor.dtype]):
+        raise TypeError(f"tensor {name}: {tensor.array.dtype} cannot carry {tensor.dtype}")
+    end = start + tensor.num_bytes
+    header[name] = _entry(tensor.dtype, tensor.array.shape, start, tensor.num_bytes)
+    if filler := -end % ALIGNMENT_BYTES:
+        header[f"{_FILLER}{name}"] = _entry("U8", (filler,), end, filler)
+    return end + filler
 
 
 def _entry(dtype: str, shape: tuple[int, ...], start: int, num_bytes: int) -> dict[str, Any]:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + num_bytes]}
 
 
-def _write_header(file: BinaryIO, header: Mapping[str, Any]) -> None:
+def _write_header(file: IO[bytes], header: Mapping[str, Any]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
     file.write(len(text).to_bytes(8, "little") + text)
+
+
+def _write_data(file: IO[bytes], tensor: StoredTensor) -> None:
+    file.write(np.ascontiguousarray(tensor.array).data)
+    file.write(bytes(-tensor.num_bytes % ALIGNMENT_BYTES))
 
 
 class TensorFile(Mapping[str, StoredTensor]):

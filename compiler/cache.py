@@ -16,13 +16,30 @@ from typing import Any
 
 import numpy as np
 from coreinfer.bundles.errors import ConfigError
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from coreinfer.bundles.pages import map_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 __all__ = ["Cache", "stage_key"]
 
 _log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray[Any, Any]]
+_DTYPES = {
+    "BOOL": "?",
+    "U8": "u1",
+    "I8": "i1",
+    "U16": "<u2",
+    "I16": "<i2",
+    "F16": "<f2",
+    "U32": "<u4",
+    "I32": "<i4",
+    "F32": "<f4",
+    "U64": "<u8",
+    "I64": "<i8",
+    "F64": "<f8",
+    "C64": "<c8",
+}
+"""What `save_file` writes -> how numpy names it."""
 
 
 def stage_key(stage: str, **inputs: object) -> str:
@@ -38,20 +55,24 @@ class Cache:
     folder: Path | None
 
     def find_arrays(self, key: str) -> Arrays | None:
-        """Give the arrays stored under a key, None where there are none that can be read."""
+        """Give the arrays stored under a key, None where there are none that can be read.
+
+        They are mapped, so that the system may drop from memory what is not in use. They can be written to, which
+        changes neither the file nor what others read of it.
+        """
         if self.folder is None:
             return None
         path = self.folder / f"{key}.safetensors"
         if not path.exists():
             return None
         try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
+            return _map_arrays(path)
+        except (OSError, SafetensorError, ValueError) as error:
             _log.warning("cache file %s cannot be read (%s); computing it again", path, error)
             return None
 
     def arrays(self, key: str, compute: Callable[[], Mapping[str, np.ndarray[Any, Any]]]) -> Arrays:
-        """Give the arrays stored under a key, or compute and store them.
+        """Give the arrays stored under a key, or compute and store them; mapped, as `find_arrays` gives them.
 
         Raises:
             ConfigError: they cannot be stored.
@@ -62,7 +83,8 @@ class Cache:
             return stored
         arrays = {name: np.ascontiguousarray(array) for name, array in compute().items()}
         self.store(key, arrays)
-        return arrays
+        mapped = self.find_arrays(key)
+        return arrays if mapped is None else mapped
 
     def store(self, key: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Store arrays under a key, in place of what is there.
@@ -112,3 +134,25 @@ class Cache:
                 f"--cache {path.parent}: cannot be written ({reason}); free some space, name another folder, "
                 "or use --no-cache"
             ) from error
+
+
+def _map_arrays(path: Path) -> Arrays:
+    """Map the arrays of a safetensors file privately (copy on write): torch warns of memory that it cannot write to.
+
+    Raises:
+        OSError, SafetensorError, ValueError: the file cannot be read, is damaged, or has what numpy has no arrays for.
+    """
+    with safe_open(path, framework="np"):
+        # Opening checks the header: every range lies in the file and fits its shape.
+        pass
+    mapped = map_file(path)
+    num_header_bytes = int.from_bytes(mapped[:8], "little")
+    arrays = {}
+    for name, entry in json.loads(mapped[8 : 8 + num_header_bytes]).items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"array {name!r} has the unknown dtype {entry['dtype']!r}")
+        start = 8 + num_header_bytes + entry["data_offsets"][0]
+        arrays[name] = np.ndarray(entry["shape"], dtype=_DTYPES[entry["dtype"]], buffer=mapped, offset=start)
+    return arrays

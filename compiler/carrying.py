@@ -263,6 +263,7 @@ def _repair(
         neuron_ids=None if config.effective_removal == "second-order" else by_scores,
         cluster_weight=_repair_weight(config),
         ridges=ridges,
+        moment_bytes=config.moment_bytes,
     )
     return _as_arrays(name, repair_layer(tokens, task))
 
@@ -304,8 +305,8 @@ def _narrow_outputs(
     outputs = tokens.targets if inputs.loaded.family.adds_ffn_output else torch.empty_like(tokens.targets)
     for cluster, rows in enumerate(stream.narrow):
         ids = torch.from_numpy(arrays[f"{name}.ids.{cluster}"]).long().to(outputs.device)
-        down: torch.Tensor = module.weight.T[ids]
-        bias: torch.Tensor | None = module.bias
+        down: torch.Tensor = module.weight.T[ids].to(outputs)
+        bias: torch.Tensor | None = None if module.bias is None else module.bias.to(outputs)
         if (bits := arrays.get(f"{name}.down.{cluster}")) is not None:
             down = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).to(outputs)
             bias = torch.from_numpy(arrays[f"{name}.bias.{cluster}"]).to(outputs)

@@ -111,6 +111,12 @@ class _NumberOr(click.ParamType[Any]):
 @click.option("--device", default="cpu", help="torch device that runs the model.")
 @click.option("--dtype", type=click.Choice(get_args(DType)), default="auto", help="Arithmetic of the forward passes.")
 @click.option(
+    "--max-memory",
+    type=float,
+    default=None,
+    help="Gigabytes to get by with: weights stay in their file (safetensors).  [default: the model is loaded]",
+)
+@click.option(
     "--cache",
     "cache_dir",
     type=click.Path(path_type=Path),

@@ -67,6 +67,8 @@ class CompileConfig:
         device: torch device.
         dtype: of the compiler's own forward passes; "auto" is bfloat16 where the device computes it fast.
         force: replace an existing bundle.
+        max_memory: gigabytes of memory to get by with, mapped files left out: weights stay in their file, which must be
+            safetensors, and are read a layer at a time; None to load the model.
         cache_dir: where results of finished stages are kept; None keeps none.
     """
 
@@ -107,6 +109,7 @@ class CompileConfig:
     device: str = "cpu"
     dtype: DType = "auto"
     force: bool = False
+    max_memory: float | None = field(default=None, compare=False)
     cache_dir: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -131,6 +134,11 @@ class CompileConfig:
         if self.removal is not None:
             return self.removal
         return "second-order" if self.selection == "output-aware" and self.reconstruct else "top-k"
+
+    @property
+    def moment_bytes(self) -> int:
+        """Moments of all clusters are held in memory up to this size, and summed twice beyond it."""
+        return 4 << 30 if self.max_memory is None else min(4 << 30, int(self.max_memory * 1e9 / 8))
 
     @property
     def repairs_rounding(self) -> bool:
@@ -177,8 +185,20 @@ def _problems(config: CompileConfig) -> list[str | None]:
         _at_least("--document-tokens", config.document_tokens, 16),
         None if config.report_sentences is None else _at_least("--report-sentences", config.report_sentences, 0),
         None if 0 <= config.seed <= _MAX_SEED else f"--seed: expected 0 to {_MAX_SEED}, got {config.seed!r}",
+        None if config.max_memory is None else _positive("--max-memory", config.max_memory),
+        _mapped(config),
         None if config.threads is None else _at_least("--threads", config.threads, 1),
     ]
+
+
+def _mapped(config: CompileConfig) -> str | None:
+    if config.max_memory is None:
+        return None
+    if config.heals:
+        return "--max-memory: healing trains all layers at once; leave out --heal-steps and --heal-cluster-steps"
+    if config.device != "cpu":
+        return f"--max-memory: expected --device cpu, where weights can stay in their file, got {config.device}"
+    return None
 
 
 def _clusters(value: object) -> str | None:

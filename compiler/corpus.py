@@ -114,7 +114,7 @@ def _builtin(
         tokens=config.calibration_tokens,
         longest=config.document_tokens,
         seed=config.seed,
-        dtype=str(next(loaded.model.parameters()).dtype),
+        dtype=str(loaded.dtype),
         device=str(loaded.device),
         prompts=[seed.prompt for seed in load_seeds()],
     )

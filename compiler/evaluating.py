@@ -4,15 +4,17 @@ Each text's first half is read with the dense FFN, the second half is decoded na
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from coreinfer.bundles.families import assign_ffn, ffn_tensors
 from coreinfer.bundles.manifest import ClusterQuality, Quality, Score
+from torch import nn
 from transformers import DynamicCache
 
 from .corpus import split_point
@@ -21,7 +23,7 @@ from .narrowing import CLUSTERS, NarrowModel, narrow_layer
 from .progress import Advance, Progress
 
 # Texts whose dense logits are held in memory at a time.
-_GROUP = 32
+_GROUP = 16
 
 __all__ = ["Tally", "compare_logits", "evaluate", "narrow_ffn"]
 
@@ -78,17 +80,34 @@ def compare_logits(dense: torch.Tensor, narrow: torch.Tensor, targets: torch.Ten
 
 @contextmanager
 def narrow_ffn(loaded: LoadedModel, narrow: NarrowModel, cluster: int) -> Iterator[None]:
-    """Run the block with one cluster's narrow FFN in the model."""
-    dense = [ffn_tensors(layer, loaded.family) for layer in loaded.layers]
-    try:
+    """Run the block with one cluster's narrow FFN in the model; a layer's is cut while the layer runs."""
+    with ExitStack() as stack:
         for index, layer in enumerate(loaded.layers):
-            # Narrow tensors are cut from the dense ones, so those go back in first.
-            assign_ffn(layer, loaded.family, dense[index])
-            assign_ffn(layer, loaded.family, narrow_layer(loaded, narrow, index, cluster))
+            stack.enter_context(_cut_on_use(loaded, layer, partial(narrow_layer, loaded, narrow, index, cluster)))
+        yield
+
+
+@contextmanager
+def _cut_on_use(loaded: LoadedModel, layer: nn.Module, cut: Callable[[], dict[str, torch.Tensor]]) -> Iterator[None]:
+    dense: dict[str, torch.Tensor] = {}
+
+    def enter(_layer: nn.Module, _inputs: object) -> None:
+        dense.update(ffn_tensors(layer, loaded.family))
+        assign_ffn(layer, loaded.family, cut())
+
+    def leave(*_: object) -> None:
+        if dense:
+            assign_ffn(layer, loaded.family, dense)
+            dense.clear()
+
+    # First of all that is done to a layer as it is entered, and last as it is left.
+    handles = [layer.register_forward_pre_hook(enter, prepend=True), layer.register_forward_hook(leave)]
+    try:
         yield
     finally:
-        for layer, tensors in zip(loaded.layers, dense, strict=True):
-            assign_ffn(layer, loaded.family, tensors)
+        leave()
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(kw_only=True)

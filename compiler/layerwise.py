@@ -26,6 +26,7 @@ __all__ = [
     "LayerRun",
     "PartialRun",
     "document_starts",
+    "head_logits",
     "prepare_batches",
     "run_layer",
     "run_partly",
@@ -65,12 +66,14 @@ class Batch:
     """Documents that go through a layer together.
 
     Attributes:
+        token_ids: (batch, length), documents begin at the left.
         rows: (tokens,) places of the batch's real tokens in the order of all documents.
         mask: (batch, length) which places hold real tokens.
         hidden: (batch, length, hidden size) that the next layer reads, overwritten layer by layer.
         arguments: keyword arguments of each layer.
     """
 
+    token_ids: torch.Tensor
     rows: torch.Tensor
     mask: torch.Tensor
     hidden: torch.Tensor
@@ -109,15 +112,33 @@ class PartialRun:
     activations: torch.Tensor
 
 
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer and keeps what it was called with."""
+class _Substitute(nn.Module):
+    """Stands in for a decoder layer."""
 
-    def __init__(self, layer: nn.Module, calls: list[dict[str, Any]]) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.calls = calls
         # Models ask their layers for such things before calling them.
         if hasattr(layer, "attention_type"):
             self.attention_type = layer.attention_type
+
+
+class _Given(_Substitute):
+    """Gives hidden states that were computed elsewhere."""
+
+    def __init__(self, layer: nn.Module, hidden: torch.Tensor) -> None:
+        super().__init__(layer)
+        self.hidden = hidden
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.hidden
+
+
+class _Recorder(_Substitute):
+    """Keeps what it was called with."""
+
+    def __init__(self, layer: nn.Module, calls: list[dict[str, Any]]) -> None:
+        super().__init__(layer)
+        self.calls = calls
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.calls.append({"hidden_states": hidden_states, **kwargs})
@@ -151,13 +172,19 @@ def document_starts(documents: Sequence[Document]) -> npt.NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum([len(document.token_ids) for document in documents])]).astype(np.int64)
 
 
-def prepare_batches(loaded: LoadedModel, documents: Sequence[Document], starts: npt.NDArray[np.int64]) -> list[Batch]:
-    """Batch documents of like length and record what the layers are called with."""
+def prepare_batches(
+    loaded: LoadedModel,
+    documents: Sequence[Document],
+    starts: npt.NDArray[np.int64],
+    *,
+    batch_tokens: int = _BATCH_TOKENS,
+) -> list[Batch]:
+    """Batch documents of like length, of at most so many tokens, and record what the layers are called with."""
     order = sorted(range(len(documents)), key=lambda i: len(documents[i].token_ids))
     batches, members = [], list[int]()
     for index in order:
         longest = len(documents[index].token_ids)
-        if members and (len(members) + 1) * longest > _BATCH_TOKENS:
+        if members and (len(members) + 1) * longest > batch_tokens:
             batches.append(_record_batch(loaded, documents, members, starts))
             members = []
         members.append(index)
@@ -179,7 +206,13 @@ def _record_batch(
     calls = _record_calls(loaded, token_ids.to(loaded.device), padding)
     hidden = calls[0]["hidden_states"]
     arguments = [{name: value for name, value in call.items() if name not in _STATE_ARGUMENTS} for call in calls]
-    return Batch(rows=rows.to(loaded.device), mask=mask.to(loaded.device), hidden=hidden, arguments=arguments)
+    return Batch(
+        token_ids=token_ids.to(loaded.device),
+        rows=rows.to(loaded.device),
+        mask=mask.to(loaded.device),
+        hidden=hidden,
+        arguments=arguments,
+    )
 
 
 _STATE_ARGUMENTS = frozenset({"hidden_states", "cache", "past_key_values", "use_cache"})
@@ -187,18 +220,25 @@ _STATE_ARGUMENTS = frozenset({"hidden_states", "cache", "past_key_values", "use_
 
 def _record_calls(loaded: LoadedModel, token_ids: torch.Tensor, mask: torch.Tensor | None) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
-    with _without_layers(loaded, calls):
+    with _layers_replaced(loaded, lambda layer: _Recorder(layer, calls)):
         backbone = getattr(loaded.model, str(loaded.model.base_model_prefix))
         backbone(input_ids=token_ids, attention_mask=mask, use_cache=False)
     return calls
 
 
+def head_logits(loaded: LoadedModel, token_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """What the model makes of (batch, length, hidden size) that leave its layers: (batch, length, vocabulary)."""
+    with _layers_replaced(loaded, lambda layer: _Given(layer, hidden)):
+        logits: torch.Tensor = loaded.model(token_ids, use_cache=False).logits
+    return logits
+
+
 @contextmanager
-def _without_layers(loaded: LoadedModel, calls: list[dict[str, Any]]) -> Iterator[None]:
+def _layers_replaced(loaded: LoadedModel, replacement: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
     parent_path, _, name = loaded.family.layers.rpartition(".")
     parent = resolve(loaded.model, parent_path)
     layers = getattr(parent, name)
-    setattr(parent, name, nn.ModuleList(_Recorder(layer, calls) for layer in layers))
+    setattr(parent, name, nn.ModuleList(replacement(layer) for layer in layers))
     try:
         yield
     finally:

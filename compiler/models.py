@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig
 
 from .config import DType
+from .paging import convert_on_use
 from .sources import ModelSource
 
 __all__ = [
@@ -44,6 +45,7 @@ class LoadedModel:
     Attributes:
         model: the transformers model, in evaluation mode, on `device`.
         record: what the manifest says of it.
+        dtype: that it computes in; weights that stay in their file may have another.
         column_norms: (layers, ffn_dim) float32, L2 norms of the down projections' columns.
     """
 
@@ -52,6 +54,7 @@ class LoadedModel:
     family: Family
     record: ModelRecord
     device: torch.device
+    dtype: torch.dtype
     column_norms: np.ndarray[Any, np.dtype[np.float32]]
 
     @property
@@ -98,24 +101,36 @@ def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
 
 
 def load_model(
-    source: ModelSource, family: Family, config: PreTrainedConfig, *, device: str, dtype: DType
+    source: ModelSource, family: Family, config: PreTrainedConfig, *, device: str, dtype: DType, mapped: bool = False
 ) -> LoadedModel:
     """Load a model for profiling; family and config are what `read_config` gave.
 
+    Args:
+        mapped: leave the weights in their file, in their stored dtype, and convert each layer's while it runs.
     Raises:
         ConfigError: the model, the device or the dtype cannot be had.
     """
     target = pick_device(device)
+    if mapped and source.gguf_file:
+        raise ConfigError(
+            f"--max-memory: expected a model in safetensors, whose weights can stay in their file, got {source.name}; "
+            "save it with transformers first"
+        )
     try:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
-                source.location, dtype=pick_dtype(dtype, target), **source.pretrained_arguments()
+                source.location, dtype="auto" if mapped else pick_dtype(dtype, target), **source.pretrained_arguments()
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"--model {source.name}: its weights cannot be loaded ({_first_line(error)})") from error
     model = model.eval().to(target)
     tokenizer = load_tokenizer(source)
-    return wrap_model(model, tokenizer, family=family, name=source.name, config=config)
+    loaded = wrap_model(model, tokenizer, family=family, name=source.name, config=config)
+    if not mapped:
+        return loaded
+    computes_in = pick_dtype(dtype, target)
+    convert_on_use(model, family, computes_in)
+    return replace(loaded, dtype=computes_in)
 
 
 def _first_line(error: BaseException) -> str:
@@ -133,6 +148,7 @@ def wrap_model(model: nn.Module, tokenizer: Any, *, family: Family, name: str, c
         family=family,
         record=_record(model, family, name, config),
         device=next(model.parameters()).device,
+        dtype=next(model.parameters()).dtype,
         column_norms=norms,
     )
 

@@ -98,7 +98,7 @@ def narrow_layer(loaded: LoadedModel, narrow: NarrowModel, layer: int, cluster: 
         tensors["down"] = _from_bits(repaired).T.to(dense["down"]).contiguous()
     if "down_bias" in dense:
         own, bias = dense["down_bias"], narrow.biases[layer][cluster]
-        tensors["down_bias"] = own if bias is None else torch.from_numpy(bias).to(own)
+        tensors["down_bias"] = own if bias is None else torch.from_numpy(bias).to(own.device, loaded.dtype)
     return tensors
 
 

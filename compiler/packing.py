@@ -1,7 +1,7 @@
 """Stages `pack` and `write`: tensors and files of a bundle."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from coreinfer.bundles.contract import tensor_name
 from coreinfer.bundles.families import ffn_tensors
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import TensorRecord
-from coreinfer.bundles.tensors import StoredTensor, write_tensors
+from coreinfer.bundles.tensors import StoredTensor, stream_tensors, write_tensors
 from torch import nn
 
 from .embedding import StaticEncoder
@@ -25,8 +25,10 @@ from .quantizing import QuantizeOptions, store_matrix
 
 __all__ = ["Packer", "quick_to_read", "write_base", "write_cluster", "write_dense", "write_router", "write_tokenizer"]
 
-
 _HEAD = "lm_head"
+
+_Tensors = Iterator[tuple[str, StoredTensor]]
+"""Names and tensors, made as they are asked for: no more than one packed matrix is in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +54,18 @@ def write_base(stage: Path, loaded: LoadedModel, packer: Packer) -> dict[str, Te
     Returns:
         Name -> dtype and shape of each tensor, for the manifest.
     """
+    written = stream_tensors(stage / LAYOUT.base, _base_tensors(loaded, packer))
+    return {name: TensorRecord(dtype=dtype, shape=shape) for name, (dtype, shape) in written.items()}
+
+
+def _base_tensors(loaded: LoadedModel, packer: Packer) -> _Tensors:
     ffn = {id(tensor) for layer in loaded.layers for tensor in _ffn_parameters(layer, loaded)}
-    tensors: dict[str, StoredTensor] = {}
     seen: set[int] = set()
     for name, parameter in loaded.model.named_parameters():
         # named_parameters leaves out the second name of a tied tensor.
         if id(parameter) not in ffn and id(parameter) not in seen:
             seen.add(id(parameter))
-            tensors |= _base_tensor(name, parameter.detach(), loaded, packer)
-    write_tensors(stage / LAYOUT.base, tensors)
-    return {name: TensorRecord(dtype=tensor.dtype, shape=tuple(tensor.array.shape)) for name, tensor in tensors.items()}
+            yield from _base_tensor(name, parameter.detach(), loaded, packer).items()
 
 
 def _base_tensor(name: str, tensor: torch.Tensor, loaded: LoadedModel, packer: Packer) -> Mapping[str, StoredTensor]:
@@ -83,24 +87,28 @@ def _ffn_parameters(layer: nn.Module, loaded: LoadedModel) -> list[torch.Tensor]
 
 def write_dense(stage: Path, loaded: LoadedModel, packer: Packer) -> None:
     """Write the dense FFN."""
-    tensors: dict[str, StoredTensor] = {}
+    stream_tensors(stage / LAYOUT.dense, _dense_tensors(loaded, packer))
+
+
+def _dense_tensors(loaded: LoadedModel, packer: Packer) -> _Tensors:
     for index, layer in enumerate(loaded.layers):
-        tensors |= _ffn_layer(loaded, packer, index, ffn_tensors(layer, loaded.family), None)
-        tensors[tensor_name(index, "column_norms")] = StoredTensor("F32", loaded.column_norms[index])
-    write_tensors(stage / LAYOUT.dense, tensors)
+        yield from _ffn_layer(loaded, packer, index, ffn_tensors(layer, loaded.family), None)
+        yield tensor_name(index, "column_norms"), StoredTensor("F32", loaded.column_norms[index])
 
 
 def write_cluster(stage: Path, loaded: LoadedModel, packer: Packer, narrow: NarrowModel, cluster: int) -> None:
     """Write one cluster pack: narrow weights, neuron ids and scores of every layer."""
-    tensors: dict[str, StoredTensor] = {}
-    for index in range(loaded.record.num_layers):
-        neuron_ids = narrow.choice.neuron_ids[cluster][index]
-        tensors |= _ffn_layer(loaded, packer, index, narrow_layer(loaded, narrow, index, cluster), neuron_ids)
-        tensors[tensor_name(index, "neuron_ids")] = StoredTensor("I32", neuron_ids)
-        tensors[tensor_name(index, "scores")] = StoredTensor("F32", narrow.choice.scores[cluster][index])
     path = stage / LAYOUT.cluster(cluster)
     path.parent.mkdir(exist_ok=True)
-    write_tensors(path, tensors)
+    stream_tensors(path, _cluster_tensors(loaded, packer, narrow, cluster))
+
+
+def _cluster_tensors(loaded: LoadedModel, packer: Packer, narrow: NarrowModel, cluster: int) -> _Tensors:
+    for index in range(loaded.record.num_layers):
+        neuron_ids = narrow.choice.neuron_ids[cluster][index]
+        yield from _ffn_layer(loaded, packer, index, narrow_layer(loaded, narrow, index, cluster), neuron_ids)
+        yield tensor_name(index, "neuron_ids"), StoredTensor("I32", neuron_ids)
+        yield tensor_name(index, "scores"), StoredTensor("F32", narrow.choice.scores[cluster][index])
 
 
 def _ffn_layer(
@@ -109,19 +117,17 @@ def _ffn_layer(
     layer: int,
     weights: Mapping[str, torch.Tensor],
     neuron_ids: npt.NDArray[np.int32] | None,
-) -> dict[str, StoredTensor]:
+) -> _Tensors:
     """Store one layer's FFN; `neuron_ids` says which neurons are the inputs of its down projection, None for all."""
-    tensors: dict[str, StoredTensor] = {}
     for role, tensor in weights.items():
         name = tensor_name(layer, role)
         if tensor.ndim == 1:
-            tensors[name] = _vector(tensor)
+            yield name, _vector(tensor)
             continue
         moment = packer.moments.get(f"{loaded.family.layers}.{layer}.{loaded.family.projections[role]}")
         if role == "down" and moment is not None and neuron_ids is not None:
             moment = moment[torch.from_numpy(neuron_ids).long()]
-        tensors |= packer.matrix(name, tensor, moment)
-    return tensors
+        yield from packer.matrix(name, tensor, moment).items()
 
 
 def _vector(tensor: torch.Tensor) -> StoredTensor:

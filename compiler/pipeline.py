@@ -1,9 +1,12 @@
 """Compile a model into a bundle: the compiler's main path."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import faiss
 import numpy as np
@@ -21,6 +24,7 @@ from .describing import PACKAGES, Compiled, formats_of, manifest_of
 from .evaluating import evaluate
 from .healing import HealInputs, heal
 from .mapping import map_points
+from .memory import check_memory
 from .models import LoadedModel, load_model, read_config
 from .moments import Moments, input_moments
 from .narrowing import CLUSTERS, Assignment, NarrowModel, choose_all
@@ -57,10 +61,23 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
         torch.set_num_threads(config.threads)
         faiss.omp_set_num_threads(config.threads)
     with progress.stage("load", 1) as advance:
-        loaded = load_model(source, family, model_config, device=config.device, dtype=config.dtype)
+        mapped = config.max_memory is not None
+        loaded = load_model(source, family, model_config, device=config.device, dtype=config.dtype, mapped=mapped)
         model_sha256 = source.sha256(model_config.to_dict())
         advance()
-    return compile_loaded(config, loaded, model_sha256, progress)
+    with _results_in_files(config) as config:
+        return compile_loaded(config, loaded, model_sha256, progress)
+
+
+@contextmanager
+def _results_in_files(config: CompileConfig) -> Iterator[CompileConfig]:
+    """Stage results, the packs among them, are mapped from files too where memory is short."""
+    if config.max_memory is None or config.cache_dir is not None:
+        yield config
+        return
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=config.output.parent, prefix=f".{config.output.name}-") as folder:
+        yield replace(config, cache_dir=Path(folder))
 
 
 def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str, progress: Progress) -> Manifest:
@@ -68,6 +85,7 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str
     config = fit_budget(config, loaded)
     text = _read_text(config, loaded, model_sha256, progress)
     corpus = text.corpus
+    check_memory(config, loaded, corpus)
     num_documents = len(corpus.calibration) if corpus.held_out else 0
     config = fit_clusters(config, partial(_measure_clusters, text, progress), num_documents=num_documents)
     ground = _prepare(config, text, progress)
@@ -143,7 +161,7 @@ def _read_text(config: CompileConfig, loaded: LoadedModel, model_sha256: str, pr
         corpus=corpus.sha256,
         seed=config.seed,
         device=str(loaded.device),
-        dtype=str(next(loaded.model.parameters()).dtype),
+        dtype=str(loaded.dtype),
         threads=torch.get_num_threads(),
         packages={name: version(name) for name in PACKAGES},
         coreinfer=version("coreinfer"),

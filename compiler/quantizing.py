@@ -7,7 +7,7 @@ squares, and what has the least error is kept. Weights that already lie on a 4-b
 Q4_1 files do, are found again up to the rounding of the zero point.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,11 +80,10 @@ def store_matrix(
     """
     if kind not in PACKED_FORMATS:
         return {name: StoredTensor("BF16", bf16_bits(weight.detach()))}
-    values = weight.detach().float().cpu()
     if kind == "int4":
-        parts = quantize_int4(values, moments)
+        parts = quantize_int4(weight.detach(), moments)
     else:
-        codes, scales = quantize_int8(values, moments)
+        codes, scales = quantize_int8(weight.detach(), moments)
         parts = pack_planes(codes, scales) if kind == "int8-planes" else pack_int8(codes, scales)
     assert [name + suffix for suffix in parts] == list(stored_shapes(name, kind, (weight.shape[0], weight.shape[1])))
     return {name + suffix: tensor for suffix, tensor in parts.items()}
@@ -93,14 +92,16 @@ def store_matrix(
 def quantize_int4(weight: torch.Tensor, moments: torch.Tensor | None) -> dict[str, StoredTensor]:
     """Round (rows, cols) to 4 bits with a scale and a zero point a group; see `pack_int4`."""
     rows, cols = weight.shape
-    grids = []
+    all_codes, all_scales, all_zeros = [], [], []
     for groups, importance in _chunks(weight, moments):
         best = _best_range(groups, importance)
-        refitted = _refit(groups, importance, best)
-        grids.append(_better(best, refitted))
-    codes = torch.cat([grid.codes for grid in grids]).to(torch.uint8).reshape(rows, -1)[:, :cols]
-    scales = torch.cat([grid.scales for grid in grids]).reshape(rows, -1).numpy().astype(np.float16)
-    zeros = torch.cat([grid.zeros for grid in grids]).reshape(rows, -1).numpy().astype(np.uint8)
+        grid = _better(best, _refit(groups, importance, best))
+        all_codes.append(grid.codes.to(torch.uint8))
+        all_scales.append(grid.scales)
+        all_zeros.append(grid.zeros)
+    codes = torch.cat(all_codes).reshape(rows, -1)[:, :cols]
+    scales = torch.cat(all_scales).reshape(rows, -1).numpy().astype(np.float16)
+    zeros = torch.cat(all_zeros).reshape(rows, -1).numpy().astype(np.uint8)
     return pack_int4(codes.numpy(), scales, zeros)
 
 
@@ -126,17 +127,17 @@ def quantize_int8(
     return codes.numpy(), torch.cat(all_scales).reshape(rows, -1).numpy().astype(np.float16)
 
 
-def _chunks(weight: torch.Tensor, moments: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _chunks(weight: torch.Tensor, moments: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Cut into groups: (groups, 32) weights and importances, some rows at a time; padding has no importance."""
-    rows, cols = weight.shape
+    cols = weight.shape[1]
     padding = -cols % GROUP_SIZE
     importance = torch.ones(cols) if moments is None else moments.float().cpu()
     # A dead input may still fire one day: it keeps a little weight.
     importance = importance + 1e-3 * importance.mean().clamp_min(1e-20)
     importance = torch.nn.functional.pad(importance, (0, padding)).reshape(-1, GROUP_SIZE)
-    padded = torch.nn.functional.pad(weight, (0, padding)).reshape(rows, -1, GROUP_SIZE)
-    step = max(1, _CHUNK_WEIGHTS // max(1, cols))
-    return [(part.reshape(-1, GROUP_SIZE), importance.repeat(part.shape[0], 1)) for part in padded.split(step)]
+    for part in weight.split(max(1, _CHUNK_WEIGHTS // max(1, cols))):
+        padded = torch.nn.functional.pad(part.float().cpu(), (0, padding))
+        yield padded.reshape(-1, GROUP_SIZE), importance.repeat(part.shape[0], 1)
 
 
 def _best_range(groups: torch.Tensor, importance: torch.Tensor) -> _Grid:

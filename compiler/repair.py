@@ -22,8 +22,6 @@ RIDGES = (1e-3, 1e-2, 1e-1)
 _REMOVAL_RIDGE = 1e-2
 _TOKEN_CHUNK = 8192
 _COLUMN_BLOCKS = 6
-_MOMENT_BYTES = 4 << 30
-"""Moments of all clusters are held in memory up to this size, and summed twice beyond it."""
 
 Ids = npt.NDArray[np.int32]
 Solutions = list[tuple[torch.Tensor, torch.Tensor]]
@@ -56,6 +54,7 @@ class RepairTask:
         neuron_ids: the neurons of each cluster; None to remove by second order.
         cluster_weight: weight of the cluster's moments against those of all text.
         ridges: candidates; None among them stands for no repair.
+        moment_bytes: moments of all clusters are held in memory up to this size, and summed twice beyond it.
     """
 
     calibration: Sequence[torch.Tensor]
@@ -67,6 +66,7 @@ class RepairTask:
     neuron_ids: Sequence[Ids] | None
     cluster_weight: float
     ridges: Sequence[float | None]
+    moment_bytes: int = 4 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +183,7 @@ def _mixed_moments(tokens: LayerTokens, task: RepairTask) -> Iterator[_Moments]:
         return
     num_values = task.weights.shape[0] * (task.weights.shape[0] + task.weights.shape[1])
     own: Iterable[_Moments]
-    if len(task.calibration) * num_values * 4 > _MOMENT_BYTES:
+    if len(task.calibration) * num_values * 4 > task.moment_bytes:
         overall = _mean_moments(tokens, torch.cat([*task.calibration]))
         own = (_mean_moments(tokens, rows) for rows in task.calibration)
     else:

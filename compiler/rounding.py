@@ -35,7 +35,7 @@ class Rounding:
         """Round a narrow down projection, (kept, hidden size) with a row for each of `neuron_ids`."""
         moment = self.moments.get(f"{loaded.family.layers}.{layer}.{loaded.family.projections['down']}")
         own = None if moment is None else moment[torch.from_numpy(neuron_ids).long()]
-        return self._rounded(weight.T, own).T
+        return self._rounded(weight.T, own).T.to(weight)
 
     @contextmanager
     def layer(self, loaded: LoadedModel, layer: int) -> Iterator[None]:
@@ -48,14 +48,14 @@ class Rounding:
                 if isinstance(module, nn.Linear) and module is not down:
                     own[module] = weight = module.get_parameter("weight")
                     values = self._rounded(weight, self.moments.get(f"{path}.{name}"))
-                    module.weight = nn.Parameter(values, requires_grad=False)
+                    module.weight = nn.Parameter(values.to(loaded.dtype), requires_grad=False)
             yield
         finally:
             for module, weight in own.items():
                 module.weight = weight
 
     def _rounded(self, weight: torch.Tensor, moments: torch.Tensor | None) -> torch.Tensor:
-        """What a matrix is when it was stored and read again."""
+        """What a matrix is when it was stored and read again, in float32."""
         parts = store_matrix("weight", weight, self.kind, moments)
         values = float_matrix(parts, "weight", (weight.shape[0], weight.shape[1]))
-        return torch.from_numpy(values).to(weight)
+        return torch.from_numpy(values).to(weight.device)

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from .cache import Cache, stage_key
 from .config import CompileConfig
 from .corpus import Document, spread_sample
-from .layerwise import walk_layers
+from .layerwise import Batch, document_starts, head_logits, prepare_batches, run_layer, walk_layers
 from .models import LoadedModel
 from .progress import Progress
 from .removal import BLOCK, System, remove_neurons
@@ -29,6 +28,8 @@ __all__ = ["fisher_matrices", "output_metrics", "removal_curves"]
 Floats = npt.NDArray[np.float32]
 
 _FISHER_TOKENS = 8192
+_BATCH_TOKENS = 1024
+"""Of which the hidden states between all layers are in memory."""
 _CURVE_TOKENS = 16384
 _CURVE_RIDGE = 1e-2
 # A share of the mean diagonal, so that no direction of the output counts for nothing.
@@ -76,51 +77,74 @@ def _fisher_sums(loaded: LoadedModel, documents: Sequence[Document], progress: P
     size = loaded.record.hidden_size
     sums = torch.zeros((loaded.record.num_layers, size, size), device=loaded.device)
     generator = torch.Generator(device=loaded.device).manual_seed(seed)
-    num_tokens = 0
-    with progress.stage("sensitivity", len(documents)) as advance, _watch_outputs(loaded) as outputs:
-        for document in documents:
-            _backward(loaded, document, generator)
-            for layer, output in enumerate(outputs):
-                assert output.grad is not None
-                # The first token, which often only serves as an attention sink, would hide all others.
-                gradients = output.grad.reshape(-1, size)[1:].float()
+    starts, num_tokens = document_starts(documents), 0
+    with progress.stage("sensitivity", len(documents)) as advance, _parameters_fixed(loaded), torch.no_grad():
+        for batch in prepare_batches(loaded, documents, starts, batch_tokens=_BATCH_TOKENS):
+            # The first token, which often only serves as an attention sink, would hide all others.
+            counted = batch.mask.clone()
+            counted[:, 0] = False
+            for layer, gradient in _output_gradients(loaded, batch, generator):
+                gradients = gradient[counted].float()
                 sums[layer] += gradients.T @ gradients
-            num_tokens += max(0, len(document.token_ids) - 1)
-            outputs.clear()
-            advance()
+            num_tokens += int(counted.sum())
+            advance(len(batch.mask))
     return sums / max(1, num_tokens)
 
 
-def _backward(loaded: LoadedModel, document: Document, generator: torch.Generator) -> None:
-    ids = torch.tensor([list(document.token_ids)], device=loaded.device)
-    with torch.enable_grad():
-        log_p = loaded.model(ids, use_cache=False).logits[0].float().log_softmax(dim=-1)
-        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        (-log_p.gather(1, drawn).sum()).backward()
+def _output_gradients(
+    loaded: LoadedModel, batch: Batch, generator: torch.Generator
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Go back through the layers one at a time, so that no more than one layer's weights are wanted at once.
+
+    Yields:
+        Each layer, the last first, and the gradient of its FFN output: (batch, length, hidden size).
+    """
+    entering = [batch.hidden]
+    for layer in range(loaded.record.num_layers):
+        entering.append(run_layer(loaded, layer, batch, entering[-1]).output)
+    gradient = _head_gradient(loaded, batch, entering.pop(), generator)
+    for layer in reversed(range(loaded.record.num_layers)):
+        of_output, gradient = _layer_gradients(loaded, layer, batch, entering.pop(), gradient)
+        yield layer, of_output
+
+
+def _head_gradient(loaded: LoadedModel, batch: Batch, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Gradient of -log p(y), y drawn from the model, by what leaves the layers; one document after another."""
+    gradient = torch.zeros_like(hidden)
+    for row, length in enumerate(batch.mask.sum(dim=1).tolist()):
+        leaf = hidden[row : row + 1, :length].detach().requires_grad_()
+        with torch.enable_grad():
+            log_p = head_logits(loaded, batch.token_ids[row : row + 1, :length], leaf)[0].float().log_softmax(dim=-1)
+            drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            (gradient[row : row + 1, :length],) = torch.autograd.grad(-log_p.gather(1, drawn).sum(), leaf)
+    return gradient
+
+
+def _layer_gradients(
+    loaded: LoadedModel, layer: int, batch: Batch, entering: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients by the FFN's output and by what enters the layer, of the gradient by what leaves it."""
+    outputs: list[torch.Tensor] = []
+    hook = loaded.projection(layer, "down").register_forward_hook(lambda _module, _inputs, out: outputs.append(out))
+    try:
+        with torch.enable_grad():
+            leaf = entering.detach().requires_grad_()
+            leaving = run_layer(loaded, layer, batch, leaf).output
+            of_output, of_entering = torch.autograd.grad(leaving, (outputs[0], leaf), gradient)
+    finally:
+        hook.remove()
+    return of_output.reshape(entering.shape), of_entering
 
 
 @contextmanager
-def _watch_outputs(loaded: LoadedModel) -> Iterator[list[torch.Tensor]]:
-    """Collect the output of each layer's down projection, with gradients; parameters need none meanwhile."""
-    outputs: list[torch.Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
-        watched = output if output.requires_grad else output.detach().requires_grad_()
-        watched.retain_grad()
-        outputs.append(watched)
-        return watched
-
+def _parameters_fixed(loaded: LoadedModel) -> Iterator[None]:
+    """Parameters need no gradients meanwhile."""
     needs = [(parameter, parameter.requires_grad) for parameter in loaded.model.parameters()]
-    handles = []
     try:
         for parameter, _ in needs:
             parameter.requires_grad_(False)
-        for layer in range(loaded.record.num_layers):
-            handles.append(loaded.projection(layer, "down").register_forward_hook(keep))
-        yield outputs
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, needed in needs:
             parameter.requires_grad_(needed)
 

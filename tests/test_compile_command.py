@@ -100,6 +100,7 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "device": (["--device", "cuda"], "cuda"),
     "dtype": (["--dtype", "bfloat16"], "bfloat16"),
     "force": (["--force"], True),
+    "max_memory": (["--max-memory", "6"], 6.0),
     "cache_dir": (["--cache", "somewhere"], Path("somewhere")),
 }
 

@@ -291,7 +291,10 @@ def _full(*args: object, **kwargs: object) -> NoReturn:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize(("module", "function"), [(packing, "write_tensors"), (os, "fsync"), (Path, "write_text")])
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [(packing, "write_tensors"), (packing, "stream_tensors"), (os, "fsync"), (Path, "write_text")],
+)
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     module: Any,
     function: str,

@@ -92,11 +92,10 @@ def test_repair_mixes_the_cluster_with_all_text(weight: float) -> None:
         assert not bias.any()
 
 
-def test_moments_that_do_not_fit_into_memory_are_summed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_that_do_not_fit_into_memory_are_summed_twice() -> None:
     tokens = same_kind_of_text()
     together = repair_layer(tokens, task_of())
-    monkeypatch.setattr("coreinfer.compiler.repair._MOMENT_BYTES", 100)
-    one_by_one = repair_layer(tokens, task_of())
+    one_by_one = repair_layer(tokens, replace(task_of(), moment_bytes=100))
     for (first, _), (second, _) in zip(together.solutions, one_by_one.solutions, strict=True):
         np.testing.assert_allclose(first, second, atol=1e-4)
 

@@ -1,5 +1,9 @@
 import json
 import struct
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +14,18 @@ import safetensors
 import safetensors.numpy
 import torch
 from coreinfer.bundles.errors import BundleCorrupt
+from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.tensors import (
     ALIGNMENT_BYTES,
     StoredTensor,
     TensorFile,
     bf16_to_float32,
     float32_to_bf16,
+    stream_tensors,
     write_tensors,
 )
+from coreinfer.compiler import CompileConfig, compile_model, packing
+from coreinfer.compiler.quantizing import store_matrix
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -120,8 +128,100 @@ def test_non_contiguous_arrays_are_written_in_row_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("array", [np.zeros(2, np.float64), np.zeros(2, ">f4"), np.zeros(2, np.uint16)])
 def test_an_array_that_cannot_carry_its_dtype_is_refused(tmp_path: Path, array: npt.NDArray[Any]) -> None:
+    tensors = {"first": random_tensor("F32", (3,)), "weight": StoredTensor("F32", array)}
     with pytest.raises(TypeError, match=r"tensor weight: .* cannot carry F32"):
-        write_tensors(tmp_path / "x.safetensors", {"weight": StoredTensor("F32", array)})
+        write_tensors(tmp_path / "x.safetensors", tensors)
+    with pytest.raises(TypeError, match=r"tensor weight: .* cannot carry F32"):
+        stream_tensors(tmp_path / "x.safetensors", tensors.items())
+    assert [*tmp_path.iterdir()] == []
+
+
+def transposed() -> StoredTensor:
+    return StoredTensor("F32", np.arange(12, dtype=np.float32).reshape(3, 4).T)
+
+
+@pytest.mark.parametrize(
+    "tensors", [{}, mixed_tensors(), {"turned": transposed(), "large": random_tensor("U8", (2_700_001,))}]
+)
+def test_streamed_files_are_the_same_to_the_byte(tmp_path: Path, tensors: dict[str, StoredTensor]) -> None:
+    write_tensors(tmp_path / "whole", tensors)
+    written = stream_tensors(tmp_path / "streamed", ((name, tensor) for name, tensor in tensors.items()))
+    assert (tmp_path / "streamed").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert list(written.items()) == [(name, (item.dtype, item.array.shape)) for name, item in tensors.items()]
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "streamed"}
+
+
+def test_streaming_holds_one_tensor(tmp_path: Path) -> None:
+    made: list[weakref.ref[Any]] = []
+
+    def tensors() -> Iterator[tuple[str, StoredTensor]]:
+        for number in range(4):
+            assert all(ref() is None for ref in made)
+            tensor = random_tensor("F32", (100,), number)
+            made.append(weakref.ref(tensor.array))
+            yield str(number), tensor
+            del tensor
+
+    assert len(stream_tensors(tmp_path / "x", tensors())) == len(made) == 4
+
+
+def test_a_name_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    tensors = [("weight", random_tensor("F32", (3,))), ("weight", random_tensor("F32", (3,)))]
+    with pytest.raises(ValueError, match="tensor weight comes twice"):
+        stream_tensors(tmp_path / "x", tensors)
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_exception_between_tensors_leaves_the_old_file_alone(
+    tmp_path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tensors() -> Iterator[tuple[str, StoredTensor]]:
+        yield "first", random_tensor("F32", (3,))
+        assert len([*tmp_path.iterdir()]) == 2
+        raise error
+
+    # With a name, so that a file that stays is seen.
+    monkeypatch.setattr(tempfile, "TemporaryFile", tempfile.NamedTemporaryFile)
+    (tmp_path / "x").write_bytes(b"old")
+    with pytest.raises(error):
+        stream_tensors(tmp_path / "x", tensors())
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "int4"), ("opt", "bf16"), ("qwen2", "int8")])
+def test_bundles_files_are_as_if_written_from_memory(
+    family: str, kind: str, tiny_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_bundle(family, quantize=kind)
+    for name in (LAYOUT.base, LAYOUT.dense, LAYOUT.cluster(0)):
+        write_tensors(tmp_path / "x", TensorFile(folder / name))
+        assert (folder / name).read_bytes() == (tmp_path / "x").read_bytes(), name
+
+
+def test_packing_holds_one_matrix(
+    tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    files: list[str] = []
+
+    def store(name: str, *args: Any) -> Mapping[str, StoredTensor]:
+        assert all(ref() is None for ref in made), name
+        parts = store_matrix(name, *args)
+        made.extend(weakref.ref(part.array) for part in parts.values())
+        return parts
+
+    def stream(path: Path, tensors: Iterator[tuple[str, StoredTensor]]) -> Any:
+        files.append(path.name)
+        return stream_tensors(path, tensors)
+
+    monkeypatch.setattr(packing, "store_matrix", store)
+    monkeypatch.setattr(packing, "stream_tensors", stream)
+    manifest = compile_model(replace(tiny_inputs("opt"), quantize="int4", evaluate=False, output=tmp_path / "bundle"))
+    packs = [LAYOUT.cluster(number) for number in range(len(manifest.clusters))]
+    assert files == [Path(name).name for name in (LAYOUT.base, LAYOUT.dense, *packs)]
+    assert len(made) > 3 * len(files)
 
 
 def test_reading_copies_nothing_and_never_writes_through(tmp_path: Path) -> None:

@@ -1,0 +1,292 @@
+"""Whether the choice of mode "fused" is worth a repair at run time, beside repaired packs of clusters.
+
+    python benchmarks/fused.py --calibration CALIB --data 'DEV/lm_*' --data 'DEV/completion_*' --keep 0.4
+
+A pack's down projection is refitted in the compiler; what a prompt chooses could only be refitted after its prefill,
+from stored Gram matrices. Every row keeps the same neurons a layer; each text is routed by its first half, read dense
+to there, and decoded narrow after it under teacher forcing. The Gram matrices are the dense model's on the second
+halves of the calibration documents: nothing is carried from layer to layer, for packs neither. Only for models whose
+down projection has no bias. Prints a Markdown table, then one JSON line.
+"""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import numpy as np
+import torch
+from coreinfer.bundles.manifest import Score
+from coreinfer.compiler.config import Budgets, CompileConfig
+from coreinfer.compiler.corpus import split_point
+from coreinfer.compiler.evaluating import Tally, evaluate
+from coreinfer.compiler.layerwise import document_starts, walk_layers
+from coreinfer.compiler.models import LoadedModel
+from coreinfer.compiler.narrowing import CLUSTERS, NarrowModel, bf16_bits, choose_all
+from coreinfer.compiler.profiling import Profile
+from coreinfer.compiler.progress import Progress, peak_memory_bytes
+from coreinfer.compiler.repair import gram_matrix
+from coreinfer.compiler.selecting import Choice, choose_neurons
+from selection import DEMO_MODEL, Bench, expand, read_records
+
+REFERENCE = "clusters, top-k, repaired"
+STATIC = "one static mask, repaired"
+ONLY_PLACE = np.zeros(1, dtype=np.int64)
+
+Grams = list[torch.Tensor]
+"""Of each layer, (ffn_dim, ffn_dim) float16: mean of h h^T over its own mean diagonal."""
+
+
+class Repair:
+    """Refits the down projection on any neurons from Gram matrices, and counts the seconds."""
+
+    def __init__(self, loaded: LoadedModel, ridge: float, *, pull: bool) -> None:
+        self.ridge = ridge
+        self.pull = pull
+        layers = range(loaded.record.num_layers)
+        self.weights = [loaded.projection(layer, "down").weight.detach().float().T.contiguous() for layer in layers]
+        self.product_seconds: list[float] = []
+        self.solve_seconds: list[float] = []
+
+    def narrow(self, grams: Grams, scores: np.ndarray[Any, Any], neuron_ids: list[Any]) -> NarrowModel:
+        """Make a narrow model with one cluster.
+
+        Args:
+            scores: (layers, ffn_dim), which are only passed on.
+            neuron_ids: of each layer.
+        """
+        downs: list[list[Any]] = []
+        product_seconds = solve_seconds = 0.0
+        for gram, weights, ids in zip(grams, self.weights, neuron_ids, strict=True):
+            index = torch.from_numpy(ids).long()
+            start = time.perf_counter()
+            right = gram[index].float() @ weights
+            middle = time.perf_counter()
+            down = self._solve(gram[index][:, index].float(), right, weights[index])
+            solve_seconds += time.perf_counter() - middle
+            product_seconds += middle - start
+            downs.append([bf16_bits(down)])
+        self.product_seconds.append(product_seconds)
+        self.solve_seconds.append(solve_seconds)
+        nothing: list[list[Any]] = [[None]] * len(downs)
+        choice = Choice(scores=scores[None], neuron_ids=[neuron_ids])
+        return NarrowModel(choice=choice, downs=downs, biases=nothing, ridges=(self.ridge,) * len(downs))
+
+    def _solve(self, kept: torch.Tensor, right: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        lam = self.ridge * kept.diagonal().mean()
+        kept.diagonal().add_(lam)
+        if self.pull:
+            right = right + lam * own
+        return torch.cholesky_solve(right, torch.linalg.cholesky(kept))
+
+
+def collect_grams(bench: Bench) -> tuple[Grams, list[Grams]]:
+    """Gather the Gram matrices of all text, and each cluster's mixed with them as the compiler mixes."""
+    rows = second_halves(bench)
+    shares = [len(part) / sum(map(len, rows)) for part in rows]
+    weight = bench.config.effective_cluster_weight
+    overall: Grams = []
+    mixed: list[Grams] = [[] for _ in rows]
+    with bench.progress.stage("grams", bench.loaded.record.num_layers) as advance:
+        for layer in walk_layers(bench.loaded, bench.corpus.calibration, advance):
+            own = [gram_matrix(layer.activations[part]).div_(max(1, len(part))) for part in rows]
+            total = sum((gram * share for gram, share in zip(own, shares, strict=True)), torch.zeros(()))
+            overall.append(as_stored(total))
+            for cluster, gram in enumerate(own):
+                mixed[cluster].append(as_stored(gram.mul_(weight).add_(total, alpha=1 - weight)))
+    return overall, mixed
+
+
+def second_halves(bench: Bench) -> list[torch.Tensor]:
+    """Rows of each cluster's calibration tokens that would be decoded narrow."""
+    starts = document_starts(bench.corpus.calibration)
+    labels = bench.routing.assignment.calibration
+    rows: list[list[torch.Tensor]] = [[] for _ in range(int(labels.max()) + 1)]
+    for label, start, end in zip(labels, starts[:-1], starts[1:], strict=True):
+        rows[label].append(torch.arange(start + split_point(int(end - start)), end))
+    return [torch.cat(parts) for parts in rows]
+
+
+def as_stored(gram: torch.Tensor) -> torch.Tensor:
+    """Round to float16 as a bundle would: what is lost below 6e-5 of the mean diagonal is far below any ridge."""
+    return (gram / gram.diagonal().mean().clamp_min(1e-12)).half()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """What is chosen and stored before any text is read, and what each text then chooses itself.
+
+    Attributes:
+        overall, mixed: the Gram matrices.
+        packs: one narrow model a cluster.
+        fused, prompt: unrepaired, with one cluster a text.
+    """
+
+    bench: Bench
+    repair: Repair
+    overall: Grams
+    mixed: list[Grams]
+    packs: list[NarrowModel]
+    static: NarrowModel
+    fused: NarrowModel
+    prompt: NarrowModel
+
+    def models(self, text: int) -> dict[str, tuple[NarrowModel, Any]]:
+        """Name every row's narrow model of one text, with the place in it that is the text's."""
+        cluster = int(self.bench.assignments[0].held_out[text])
+        repaired = {
+            "fused, repaired, all text's Gram": self._repaired(self.fused, self.overall, text),
+            "fused, repaired, cluster's mixed Gram": self._repaired(self.fused, self.mixed[cluster], text),
+            "prompt's own neurons, repaired, all text's Gram": self._repaired(self.prompt, self.overall, text),
+            # `evaluate` sums up what is called "clusters" apart from the others.
+            CLUSTERS: self.packs[cluster],
+            STATIC: self.static,
+        }
+        unrepaired = {"fused, not repaired": (self.fused, np.array([text]))}
+        return unrepaired | {name: (narrow, ONLY_PLACE) for name, narrow in repaired.items()}
+
+    def _repaired(self, own: NarrowModel, grams: Grams, text: int) -> NarrowModel:
+        return self.repair.narrow(grams, own.choice.scores[text], own.choice.neuron_ids[text])
+
+
+def prepare(bench: Bench, repair: Repair, profile: Profile, budgets: list[int]) -> Contest:
+    """Choose neurons for clusters, all text and every evaluation text, and repair the first two."""
+    clusters = choose_all(bench.config, profile, bench.loaded, bench.assignments, budgets)[CLUSTERS]
+    counts, sums = profile.num_tokens[CLUSTERS], profile.statistics[CLUSTERS]
+    static = choose_neurons(
+        bench.config, sums.sum(axis=0)[None], counts.sum()[None], bench.loaded.column_norms, budgets
+    )
+    prompt = bench.prompt_scores(bench.config)
+    overall, mixed = collect_grams(bench)
+    choices = zip(mixed, clusters.scores, clusters.neuron_ids, strict=True)
+    return Contest(
+        bench=bench,
+        repair=repair,
+        overall=overall,
+        mixed=mixed,
+        packs=[repair.narrow(*choice) for choice in choices],
+        static=repair.narrow(overall, static.scores[0], static.neuron_ids[0]),
+        fused=bench.own_neurons(bench.fused(prompt, clusters.scores), budgets),
+        prompt=bench.own_neurons(prompt, budgets),
+    )
+
+
+def measure(contest: Contest) -> dict[str, list[Score]]:
+    """Score every row, text by text: the packs of all texts together would not fit into memory."""
+    scores: dict[str, list[Score]] = {}
+    bench = contest.bench
+    with bench.progress.stage("texts", len(bench.token_ids)) as advance:
+        for text, ids in enumerate(bench.token_ids):
+            quality = evaluate(bench.loaded, [ids], contest.models(text), Progress())
+            for score in (quality.dense, *quality.controls, quality.clusters):
+                scores.setdefault(REFERENCE if score.name == CLUSTERS else score.name, []).append(score)
+            advance()
+    return scores
+
+
+def pooled(name: str, scores: Sequence[Score]) -> Score:
+    """Mean over the tokens of all texts."""
+    total = Tally()
+    for text, score in enumerate(scores):
+        count = score.num_tokens
+        nll, agreements = math.log(score.perplexity) * count, round(score.top1 * count)
+        total.add(Tally(nll=nll, kl=score.kl * count, agreements=agreements, num_tokens=count, texts={text}))
+    return total.score(name)
+
+
+def difference(scores: Sequence[Score], others: Sequence[Score]) -> tuple[float, float]:
+    """Mean KL over tokens less the others', and its standard error over texts."""
+    counts = np.array([score.num_tokens for score in scores])
+    sums = counts * np.array([score.kl - other.kl for score, other in zip(scores, others, strict=True)])
+    mean = float(sums.sum() / counts.sum())
+    return mean, float(np.sqrt(np.square(sums - mean * counts).sum()) / counts.sum())
+
+
+def stored_bytes(loaded: LoadedModel) -> dict[str, int]:
+    """Count the float16 bytes of one Gram matrix a layer, lower triangle, and of its product with the weights."""
+    layers, ffn_dim, hidden_size = loaded.record.num_layers, loaded.record.ffn_dim, loaded.record.hidden_size
+    return {"gram": layers * ffn_dim * (ffn_dim + 1), "product": layers * ffn_dim * hidden_size * 2}
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--model", default=DEMO_MODEL)
+@click.option("--clusters", default=4)
+@click.option("--keep", default=0.4)
+@click.option("--budgets", type=click.Choice(get_args(Budgets)), default="uniform")
+@click.option("--ridge", default=0.01, help="Relative to the mean diagonal of the kept neurons' Gram matrix.")
+@click.option(
+    "--pull", is_flag=True, help="Let the ridge pull towards the model's own weights, as the compiler's does."
+)
+@click.option("--calibration-tokens", default=100_000)
+@click.option("--calibration", multiple=True, required=True, help="Files or folders to calibrate on; repeatable.")
+@click.option("--data", multiple=True, required=True, help="Files to evaluate on; repeatable.")
+@click.option("--limit", default=5, help="Texts a file.")
+@click.option("--threads", default=2, help="Of torch.")
+@click.option("--cache", "cache_dir", type=click.Path(path_type=Path), default=Path("build/cache"))
+def main(
+    model: str,
+    clusters: int,
+    keep: float,
+    budgets: Any,
+    ridge: float,
+    calibration_tokens: int,
+    calibration: tuple[str, ...],
+    data: tuple[str, ...],
+    limit: int,
+    threads: int,
+    cache_dir: Path,
+    *,
+    pull: bool,
+) -> None:
+    """Print the table of the module's docstring; a folder stands for the .jsonl files in it, patterns are expanded."""
+    torch.set_num_threads(threads)
+    config = CompileConfig(
+        model=model,
+        output=Path("unused"),
+        clusters=clusters,
+        keep=keep,
+        budgets=budgets,
+        calibration=expand(calibration),
+        calibration_tokens=calibration_tokens,
+        # Neurons are chosen by scores here, and `Repair` repairs.
+        reconstruct=False,
+        controls=False,
+        cache_dir=cache_dir,
+    )
+    bench = Bench(config, read_records(expand(data), limit))
+    profile = bench.profile(config)
+    repair = Repair(bench.loaded, ridge, pull=pull)
+    scores = measure(prepare(bench, repair, profile, bench.budgets(config, profile)))
+    settings = {"keep": keep, "budgets": budgets, "ridge": ridge, "pull": pull, "threads": threads}
+    report(scores, repair, stored_bytes(bench.loaded), settings)
+
+
+def report(scores: dict[str, list[Score]], repair: Repair, num_bytes: dict[str, int], settings: dict[str, Any]) -> None:
+    """Print the table, what the repair costs, and the JSON line."""
+    rows = [pooled(name, by_text) for name, by_text in scores.items()]
+    against = {name: difference(by_text, scores[REFERENCE]) for name, by_text in scores.items()}
+    described = ", ".join(f"{name} {value}" for name, value in settings.items())
+    print(f"{rows[0].num_texts} texts, {rows[0].num_tokens} tokens, {described}, torch {torch.__version__}\n")
+    print(
+        "| decoded with | perplexity | KL to dense | less that of clusters | top-1 agreement |\n|---|---|---|---|---|"
+    )
+    for row in rows:
+        mean, error = against[row.name]
+        print(f"| {row.name} | {row.perplexity:.1f} | {row.kl:.3f} | {mean:+.3f} ± {error:.3f} | {row.top1:.3f} |")
+    costs = {"product": repair.product_seconds, "solve": repair.solve_seconds}
+    for name, seconds in costs.items():
+        print(f"\n{name}: median {statistics.median(seconds):.3f} s, least {min(seconds):.3f} s over all layers")
+    print(f"\nfloat16 bytes: {num_bytes['gram']:,} of one lower triangle a layer, {num_bytes['product']:,} of G W\n")
+    medians = {f"{name}_seconds": statistics.median(seconds) for name, seconds in costs.items()}
+    least = {f"{name}_least_seconds": min(seconds) for name, seconds in costs.items()}
+    rest = {"bytes": num_bytes, "peak_bytes": peak_memory_bytes(), "against_clusters": against}
+    print(json.dumps(settings | medians | least | rest | {"rows": [asdict(row) for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()
