@@ -84,7 +84,7 @@ class _NumberOr(click.ParamType[Any]):
 @click.option("--reconstruct/--no-reconstruct", default=True, help="Repair the down projections.")
 @click.option("--carry/--no-carry", default=True, help="Repair each layer on what narrowed layers hand on.")
 @click.option(
-    "--repair-rounding/--no-repair-rounding", default=True, help="Repair each layer on what rounded weights hand on."
+    "--repair-rounding/--no-repair-rounding", default=False, help="Repair each layer on what rounded weights hand on."
 )
 @click.option("--ridge", type=_NumberOr(float, "auto"), default="auto", help="Relative ridge of the repair, or auto.")
 @click.option("--heal-steps", type=int, default=0, help="Distil the dense model into the packs for so many steps.")

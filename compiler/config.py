@@ -93,7 +93,7 @@ class CompileConfig:
     removal: Removal | None = None
     reconstruct: bool = True
     carry: bool = True
-    repair_rounding: bool = True
+    repair_rounding: bool = False
     ridge: float | Literal["auto"] = "auto"
     heal_steps: int = 0
     heal_cluster_steps: int = 0

@@ -109,9 +109,7 @@ def test_torch_reads_what_is_stored(family: str, kind: str, tiny_bundle: Callabl
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_torch_decodes_with_a_packs_weights(kind: str, tiny_bundle: Callable[..., Path]) -> None:
-    # A repair that knows of the rounding differs from one that does not.
-    options = {"repair_rounding": False}
-    bundle, exact = (open_bundle(tiny_bundle("llama", quantize=name, **options)) for name in (kind, "bf16"))
+    bundle, exact = (open_bundle(tiny_bundle("llama", quantize=name)) for name in (kind, "bf16"))
     decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
     decoder.use(FfnChoice(cluster=2))
     for layer, module in enumerate(decoder._layers):

@@ -87,7 +87,12 @@ def test_the_bundle_is_the_same(
     tmp_path: Path,
 ) -> None:
     config = replace(
-        tiny_inputs("llama"), model=str(saved(name)), quantize=quantize, budgets="sensitivity", calibration_tokens=3000
+        tiny_inputs("llama"),
+        model=str(saved(name)),
+        quantize=quantize,
+        repair_rounding=True,
+        budgets="sensitivity",
+        calibration_tokens=3000,
     )
     plain, mapped = (
         compile_model(replace(config, output=tmp_path / each, max_memory=limit))
