@@ -78,6 +78,20 @@ def run(inputs: NarrowInputs, folder: Path | None = None) -> dict[str, NarrowMod
     return narrow_all(inputs, Cache(folder), "key", Progress())
 
 
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[LayerTokens]:
+    """What each repair reads from now on, layer after layer and stream after stream."""
+    read: list[LayerTokens] = []
+
+    def spy(tokens: LayerTokens, task: Any) -> Any:
+        # Layers and streams share one buffer.
+        read.append(LayerTokens(activations=tokens.activations.clone(), targets=tokens.targets.clone()))
+        return repair_layer(tokens, task)
+
+    monkeypatch.setattr("coreinfer.compiler.carrying.repair_layer", spy)
+    return read
+
+
 def activations_behind(loaded: LoadedModel, narrow: NarrowModel, cluster: int, layer: int, document: Document) -> Any:
     """What a layer's FFN really sees: the first half read dense, the second narrow in the layers before it."""
     seen = []
@@ -100,15 +114,8 @@ def activations_behind(loaded: LoadedModel, narrow: NarrowModel, cluster: int, l
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_layers_are_fitted_on_what_the_narrow_model_really_sees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded, seen = load(name), list[LayerTokens]()
-
-    def spy(tokens: LayerTokens, task: Any) -> Any:
-        # Layers and streams share one buffer.
-        seen.append(LayerTokens(activations=tokens.activations.clone(), targets=tokens.targets.clone()))
-        return repair_layer(tokens, task)
-
-    monkeypatch.setattr("coreinfer.compiler.carrying.repair_layer", spy)
+def test_layers_are_fitted_on_what_the_narrow_model_really_sees(name: str, seen: list[LayerTokens]) -> None:
+    loaded = load(name)
     narrow = run(inputs_of(loaded))
     # Layers 0 and 2 are narrowed, for the clusters and for the control; layer 1 keeps all its neurons.
     labels = {"clusters": [*CLUSTERS, 0, 1], "one static mask": [0] * 8}
@@ -122,14 +129,8 @@ def test_layers_are_fitted_on_what_the_narrow_model_really_sees(name: str, monke
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_read_narrow_goes_through_rounded_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded, seen = load(name), list[LayerTokens]()
-
-    def spy(tokens: LayerTokens, task: Any) -> Any:
-        seen.append(LayerTokens(activations=tokens.activations.clone(), targets=tokens.targets.clone()))
-        return repair_layer(tokens, task)
-
-    monkeypatch.setattr("coreinfer.compiler.carrying.repair_layer", spy)
+def test_what_is_read_narrow_goes_through_rounded_weights(name: str, seen: list[LayerTokens]) -> None:
+    loaded = load(name)
     rounding = Rounding(kind="int4", moments=input_moments(loaded, documents(), Cache(None), "key", Progress()))
     run(replace(inputs_of(loaded), rounding=rounding))
     dense = [first_activations(loaded, document) for document in documents()]
@@ -167,15 +168,8 @@ def test_down_projections_are_rounded_as_they_will_be_stored() -> None:
     np.testing.assert_array_equal(rounded, float_matrix(stored, "w", (32, 40)).T)
 
 
-def test_without_carrying_layers_see_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded, seen = load("llama"), list[LayerTokens]()
-
-    def spy(tokens: LayerTokens, task: Any) -> Any:
-        # Layers and streams share one buffer.
-        seen.append(LayerTokens(activations=tokens.activations.clone(), targets=tokens.targets.clone()))
-        return repair_layer(tokens, task)
-
-    monkeypatch.setattr("coreinfer.compiler.carrying.repair_layer", spy)
+def test_without_carrying_layers_see_the_dense_model(seen: list[LayerTokens]) -> None:
+    loaded = load("llama")
     run(inputs_of(loaded, carry=False))
     every = NarrowModel(
         choice=Choice(scores=np.ones((1, 3, 96), np.float32), neuron_ids=[[np.arange(96, dtype=np.int32)] * 3]),
