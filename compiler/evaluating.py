@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -80,15 +80,19 @@ def compare_logits(dense: torch.Tensor, narrow: torch.Tensor, targets: torch.Ten
 
 @contextmanager
 def narrow_ffn(loaded: LoadedModel, narrow: NarrowModel, cluster: int) -> Iterator[None]:
-    """Run the block with one cluster's narrow FFN in the model; a layer's is cut while the layer runs."""
+    """Run the block with one cluster's narrow FFN in the model, which a layer has only while it runs.
+
+    It is cut once, but each time where weights stay in their file: all layers' together would be too much then.
+    """
     with ExitStack() as stack:
         for index, layer in enumerate(loaded.layers):
-            stack.enter_context(_cut_on_use(loaded, layer, partial(narrow_layer, loaded, narrow, index, cluster)))
+            cut: Callable[[], dict[str, torch.Tensor]] = partial(narrow_layer, loaded, narrow, index, cluster)
+            stack.enter_context(_put_in_use(loaded, layer, cut if loaded.mapped else cache(cut)))
         yield
 
 
 @contextmanager
-def _cut_on_use(loaded: LoadedModel, layer: nn.Module, cut: Callable[[], dict[str, torch.Tensor]]) -> Iterator[None]:
+def _put_in_use(loaded: LoadedModel, layer: nn.Module, cut: Callable[[], dict[str, torch.Tensor]]) -> Iterator[None]:
     dense: dict[str, torch.Tensor] = {}
 
     def enter(_layer: nn.Module, _inputs: object) -> None:

@@ -47,6 +47,7 @@ class LoadedModel:
         record: what the manifest says of it.
         dtype: that it computes in; weights that stay in their file may have another.
         column_norms: (layers, ffn_dim) float32, L2 norms of the down projections' columns.
+        mapped: whether weights stay in their file, because all of them at once would be too much.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     column_norms: np.ndarray[Any, np.dtype[np.float32]]
+    mapped: bool = False
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -130,7 +132,7 @@ def load_model(
         return loaded
     computes_in = pick_dtype(dtype, target)
     convert_on_use(model, family, computes_in)
-    return replace(loaded, dtype=computes_in)
+    return replace(loaded, dtype=computes_in, mapped=True)
 
 
 def _first_line(error: BaseException) -> str:
