@@ -5,7 +5,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from coreinfer.bundles.families import Family
 from torch import nn
 
 from .cache import Cache
@@ -13,7 +16,7 @@ from .corpus import Document, spread_sample
 from .models import LoadedModel
 from .progress import Progress
 
-__all__ = ["Moments", "input_moments"]
+__all__ = ["Moments", "ffn_moments", "input_moments"]
 
 Moments = dict[str, torch.Tensor]
 """Path of a linear module -> (inputs,) float32 E[x^2]."""
@@ -34,6 +37,20 @@ def input_moments(
         }
 
     return {path: torch.from_numpy(values) for path, values in cache.arrays(key, compute).items()}
+
+
+def ffn_moments(
+    moments: Moments, family: Family, layer: int, role: str, neuron_ids: npt.NDArray[np.int32] | None
+) -> torch.Tensor | None:
+    """Look up the moments of one FFN matrix's inputs.
+
+    Args:
+        neuron_ids: the neurons that are the inputs of a narrow down projection; None for all.
+    """
+    found = moments.get(f"{family.layers}.{layer}.{family.projections[role]}")
+    if found is None or role != "down" or neuron_ids is None:
+        return found
+    return found[torch.from_numpy(neuron_ids).long()]
 
 
 def _sums(loaded: LoadedModel, documents: Sequence[Document], progress: Progress) -> Moments:

@@ -19,7 +19,7 @@ from torch import nn
 
 from .embedding import StaticEncoder
 from .models import LoadedModel, special_tokens, stop_ids
-from .moments import Moments
+from .moments import Moments, ffn_moments
 from .narrowing import NarrowModel, narrow_layer
 from .quantizing import QuantizeOptions, store_matrix
 
@@ -124,9 +124,7 @@ def _ffn_layer(
         if tensor.ndim == 1:
             yield name, _vector(tensor)
             continue
-        moment = packer.moments.get(f"{loaded.family.layers}.{layer}.{loaded.family.projections[role]}")
-        if role == "down" and moment is not None and neuron_ids is not None:
-            moment = moment[torch.from_numpy(neuron_ids).long()]
+        moment = ffn_moments(packer.moments, loaded.family, layer, role, neuron_ids)
         yield from packer.matrix(name, tensor, moment).items()
 
 

@@ -11,7 +11,7 @@ from coreinfer.bundles.formats import float_matrix
 from torch import nn
 
 from .models import LoadedModel
-from .moments import Moments
+from .moments import Moments, ffn_moments
 from .quantizing import store_matrix
 
 __all__ = ["Rounding"]
@@ -33,9 +33,8 @@ class Rounding:
         self, loaded: LoadedModel, layer: int, weight: torch.Tensor, neuron_ids: npt.NDArray[np.int32]
     ) -> torch.Tensor:
         """Round a narrow down projection, (kept, hidden size) with a row for each of `neuron_ids`."""
-        moment = self.moments.get(f"{loaded.family.layers}.{layer}.{loaded.family.projections['down']}")
-        own = None if moment is None else moment[torch.from_numpy(neuron_ids).long()]
-        return self._rounded(weight.T, own).T.to(weight)
+        moment = ffn_moments(self.moments, loaded.family, layer, "down", neuron_ids)
+        return self._rounded(weight.T, moment).T.to(weight)
 
     @contextmanager
     def layer(self, loaded: LoadedModel, layer: int) -> Iterator[None]:
