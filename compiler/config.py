@@ -19,6 +19,11 @@ BUILTIN = "builtin"
 _MAX_SEED = 2**31 - 2
 
 
+_MOMENT_BYTES = 4 << 30
+MOMENT_SHARE = 1 / 8
+"""Of `max_memory`, for the moments of all clusters."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
     """Options of one compile; the command has an option of the same name for each.
@@ -138,7 +143,9 @@ class CompileConfig:
     @property
     def moment_bytes(self) -> int:
         """Moments of all clusters are held in memory up to this size, and summed twice beyond it."""
-        return 4 << 30 if self.max_memory is None else min(4 << 30, int(self.max_memory * 1e9 / 8))
+        return (
+            _MOMENT_BYTES if self.max_memory is None else min(_MOMENT_BYTES, int(self.max_memory * 1e9 * MOMENT_SHARE))
+        )
 
     @property
     def repairs_rounding(self) -> bool:

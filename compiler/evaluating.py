@@ -22,10 +22,10 @@ from .models import LoadedModel
 from .narrowing import CLUSTERS, NarrowModel, narrow_layer
 from .progress import Advance, Progress
 
-# Texts whose dense logits are held in memory at a time.
-_GROUP = 16
+GROUP_TEXTS = 16
+"""Texts whose dense logits are held in memory at a time."""
 
-__all__ = ["Tally", "compare_logits", "evaluate", "narrow_ffn"]
+__all__ = ["GROUP_TEXTS", "Tally", "compare_logits", "evaluate", "narrow_ffn"]
 
 
 @dataclass(kw_only=True)
@@ -146,9 +146,9 @@ def evaluate(
     tallies: dict[str, dict[int, Tally]] = {name: {} for name in models}
     dense = Tally()
     with progress.stage("evaluate", len(texts) * (1 + len(models))) as advance, torch.inference_mode():
-        for first in range(0, len(texts), _GROUP):
+        for first in range(0, len(texts), GROUP_TEXTS):
             group = {}
-            for number in range(first, min(first + _GROUP, len(texts))):
+            for number in range(first, min(first + GROUP_TEXTS, len(texts))):
                 group[number] = _dense_pass(loaded, texts[number])
                 dense.add(_score_text(group[number], group[number].logits, number))
                 advance()

@@ -1,16 +1,18 @@
 """How much memory a compile takes whose weights stay in their file."""
 
+import math
+
 from coreinfer.bundles.errors import ConfigError
 
-from .config import CompileConfig
+from .config import MOMENT_SHARE, CompileConfig
 from .corpus import Corpus
+from .evaluating import GROUP_TEXTS
 from .models import LoadedModel
 
 __all__ = ["check_memory"]
 
 _PROGRAM_BYTES = 900_000_000
 """Python, torch, FAISS and the sentence encoder."""
-_EVALUATED_TEXTS = 16
 _MOMENT_MATRICES = 6
 """Square matrices of one layer that are in memory beside those of all clusters: sums, mixtures, a solution's."""
 
@@ -24,16 +26,24 @@ def check_memory(config: CompileConfig, loaded: LoadedModel, corpus: Corpus) -> 
     if config.max_memory is None:
         return
     num_tokens = sum(len(document.token_ids) for document in (*corpus.calibration, *corpus.validation))
-    fixed, per_token, limit = _fixed_bytes(config, loaded), _token_bytes(config, loaded), config.max_memory * 1e9
-    if fixed + per_token * num_tokens <= limit:
+    # Moments take their share of the bound, whatever it is: the rest must do.
+    usable = config.max_memory * 1e9 - config.moment_bytes
+    fixed, per_token = _fixed_bytes(config, loaded), _token_bytes(config, loaded)
+    needed = fixed + per_token * num_tokens
+    if needed <= usable:
         return
-    fitting = int((limit - fixed) // per_token)
+    fitting = int((usable - fixed) // per_token)
     share = max(0, fitting) / max(1, num_tokens)
-    way_out = f"--calibration-tokens {int(config.calibration_tokens * share)}" if fitting > 0 else "a smaller model"
+    way_out = f" or --calibration-tokens {int(config.calibration_tokens * share)}" if fitting > 0 else ""
     raise ConfigError(
-        f"--max-memory: expected at least {(fixed + per_token * num_tokens) / 1e9:.1f} GB, {fixed / 1e9:.1f} of it "
-        f"whatever the text, for {num_tokens} tokens to calibrate on, got {config.max_memory:g}; take {way_out}"
+        f"--max-memory: expected at least {_bound_gb(needed)} GB, {_bound_gb(fixed)} of it whatever the text, for "
+        f"{num_tokens} tokens to calibrate on, got {config.max_memory:g}; give more{way_out}, or take a smaller model"
     )
+
+
+def _bound_gb(num_bytes: int) -> float:
+    """The least bound that leaves so much beside the moments' share, in tenths of a gigabyte."""
+    return math.ceil(num_bytes / (1 - MOMENT_SHARE) / 1e8) / 10
 
 
 def _fixed_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
@@ -42,11 +52,10 @@ def _fixed_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
     text_values = config.document_tokens * record.vocab_size
     return (
         _PROGRAM_BYTES
-        + config.moment_bytes
         + 2 * layer_values * 4
         + _MOMENT_MATRICES * record.ffn_dim**2 * 4
         + record.num_layers * record.hidden_size**2 * 4
-        + text_values * (_EVALUATED_TEXTS // 2 * loaded.dtype.itemsize + 3 * 4)
+        + text_values * (GROUP_TEXTS // 2 * loaded.dtype.itemsize + 3 * 4)
     )
 
 

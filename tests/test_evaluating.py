@@ -160,7 +160,7 @@ def test_dense_perplexity_equals_a_direct_computation(loaded: LoadedModel, texts
 def test_groups_of_texts_do_not_matter(texts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, narrow, labels = load("llama"), narrow_model([range(64), range(32, 96)]), [0, 1, 1, 0, 1]
     whole = run(loaded, texts, narrow, labels)
-    monkeypatch.setattr("coreinfer.compiler.evaluating._GROUP", 2)
+    monkeypatch.setattr("coreinfer.compiler.evaluating.GROUP_TEXTS", 2)
     assert run(loaded, texts, narrow, labels) == whole
 
 

@@ -1,5 +1,6 @@
 """Compiling with weights that stay in their file: the same bundle, in less memory."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_the_bundle_is_the_same(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_memory": 0.5}, "--max-memory: expected at least .* GB, .* take a smaller model"),
+        ({"max_memory": 0.5}, "--max-memory: expected at least .* GB, .* got 0.5; give more, or take a smaller model"),
         ({"max_memory": 0.0}, "--max-memory: expected a number above 0"),
         ({"max_memory": 8.0, "heal_steps": 1}, "--max-memory: healing trains all layers at once"),
         ({"max_memory": 8.0, "device": "meta"}, "--max-memory: expected --device cpu"),
@@ -141,12 +142,17 @@ def test_too_much_text_is_told_how_much_would_fit(
     document = Document(text="", routing_text="", token_ids=tuple(range(4_000_000)))
     corpus = Corpus(calibration=(document,), validation=(), held_out=(), sha256="")
     config = replace(tiny_inputs("llama"), calibration_tokens=5_000_000, max_memory=2.0)
-    with pytest.raises(
-        ConfigError, match="for 4000000 tokens to calibrate on, got 2; take --calibration-tokens "
-    ) as caught:
+    message = r"at least ([0-9.]+) GB, .* for 4000000 tokens .*, got 2; give more or --calibration-tokens (\d+), or"
+    with pytest.raises(ConfigError, match=message) as caught:
         check_memory(config, loaded, corpus)
-    fitting = int(str(caught.value).rsplit(" ", 1)[1])
+    found = re.search(message, str(caught.value))
+    assert found is not None
+    bound, fitting = float(found[1]), int(found[2])
     assert 100_000 < fitting < 5_000_000
     some = replace(corpus, calibration=(replace(document, token_ids=document.token_ids[: fitting * 4 // 5]),))
+    # What is advised does, and no less.
     check_memory(replace(config, calibration_tokens=fitting), loaded, some)
+    check_memory(replace(config, max_memory=bound), loaded, corpus)
+    with pytest.raises(ConfigError):
+        check_memory(replace(config, max_memory=bound - 0.1), loaded, corpus)
     check_memory(replace(config, max_memory=None), loaded, corpus)
