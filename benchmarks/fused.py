@@ -14,15 +14,15 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import click
 import numpy as np
 import torch
+from bench_inputs import BenchInputs, input_options
 from coreinfer.bundles.manifest import Score
-from coreinfer.compiler.config import Budgets, CompileConfig
+from coreinfer.compiler.config import Budgets
 from coreinfer.compiler.corpus import split_point
 from coreinfer.compiler.evaluating import Tally, evaluate
 from coreinfer.compiler.layerwise import document_starts, walk_layers
@@ -32,7 +32,7 @@ from coreinfer.compiler.profiling import Profile
 from coreinfer.compiler.progress import Progress, peak_memory_bytes
 from coreinfer.compiler.repair import gram_matrix
 from coreinfer.compiler.selecting import Choice, choose_neurons
-from selection import DEMO_MODEL, Bench, expand, read_records
+from selection import Bench
 
 REFERENCE = "clusters, top-k, repaired"
 STATIC = "one static mask, repaired"
@@ -214,51 +214,20 @@ def stored_bytes(loaded: LoadedModel) -> dict[str, int]:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--model", default=DEMO_MODEL)
-@click.option("--clusters", default=4)
 @click.option("--keep", default=0.4)
 @click.option("--budgets", type=click.Choice(get_args(Budgets)), default="uniform")
 @click.option("--ridge", default=0.01, help="Relative to the mean diagonal of the kept neurons' Gram matrix.")
 @click.option(
     "--pull", is_flag=True, help="Let the ridge pull towards the model's own weights, as the compiler's does."
 )
-@click.option("--calibration-tokens", default=100_000)
-@click.option("--calibration", multiple=True, required=True, help="Files or folders to calibrate on; repeatable.")
-@click.option("--data", multiple=True, required=True, help="Files to evaluate on; repeatable.")
-@click.option("--limit", default=5, help="Texts a file.")
 @click.option("--threads", default=2, help="Of torch.")
-@click.option("--cache", "cache_dir", type=click.Path(path_type=Path), default=Path("build/cache"))
-def main(
-    model: str,
-    clusters: int,
-    keep: float,
-    budgets: Any,
-    ridge: float,
-    calibration_tokens: int,
-    calibration: tuple[str, ...],
-    data: tuple[str, ...],
-    limit: int,
-    threads: int,
-    cache_dir: Path,
-    *,
-    pull: bool,
-) -> None:
+@input_options(clusters=4, calibration_tokens=100_000, limit=5)
+def main(inputs: BenchInputs, keep: float, budgets: Any, ridge: float, threads: int, *, pull: bool) -> None:
     """Print the table of the module's docstring; a folder stands for the .jsonl files in it, patterns are expanded."""
     torch.set_num_threads(threads)
-    config = CompileConfig(
-        model=model,
-        output=Path("unused"),
-        clusters=clusters,
-        keep=keep,
-        budgets=budgets,
-        calibration=expand(calibration),
-        calibration_tokens=calibration_tokens,
-        # Neurons are chosen by scores here, and `Repair` repairs.
-        reconstruct=False,
-        controls=False,
-        cache_dir=cache_dir,
-    )
-    bench = Bench(config, read_records(expand(data), limit))
+    # Neurons are chosen by scores here, and `Repair` repairs.
+    config = replace(inputs.config, keep=keep, budgets=budgets, reconstruct=False, controls=False)
+    bench = Bench(config, inputs.texts)
     profile = bench.profile(config)
     repair = Repair(bench.loaded, ridge, pull=pull)
     scores = measure(prepare(bench, repair, profile, bench.budgets(config, profile)))

