@@ -156,10 +156,11 @@ class Contest:
 
 def prepare(bench: Bench, repair: Repair, profile: Profile, budgets: list[int]) -> Contest:
     """Choose neurons for clusters, all text and every evaluation text, and repair the first two."""
-    clusters = choose_all(bench.config, profile, bench.loaded, bench.assignments, budgets)[CLUSTERS]
+    everywhere = {CLUSTERS: [budgets] * profile.num_clusters(CLUSTERS)}
+    clusters = choose_all(bench.config, profile, bench.loaded, bench.assignments, everywhere)[CLUSTERS]
     counts, sums = profile.num_tokens[CLUSTERS], profile.statistics[CLUSTERS]
     static = choose_neurons(
-        bench.config, sums.sum(axis=0)[None], counts.sum()[None], bench.loaded.column_norms, budgets
+        bench.config, sums.sum(axis=0)[None], counts.sum()[None], bench.loaded.column_norms, [budgets]
     )
     prompt = bench.prompt_scores(bench.config)
     overall, mixed = collect_grams(bench)

@@ -111,7 +111,8 @@ class Bench:
 
     def narrow(self, config: CompileConfig, budgets: list[int], profile: Profile) -> dict[str, NarrowModel]:
         """Choose neurons for the clusters and the controls, and repair where the options say so."""
-        choices = choose_all(config, profile, self.loaded, self.assignments, budgets)
+        everywhere = {item.name: [budgets] * profile.num_clusters(item.name) for item in self.assignments}
+        choices = choose_all(config, profile, self.loaded, self.assignments, everywhere)
         inputs = NarrowInputs(
             config=config,
             loaded=self.loaded,
@@ -119,7 +120,7 @@ class Bench:
             validation=self.corpus.validation,
             assignments=self.assignments,
             choices=choices,
-            budgets=budgets,
+            budgets=everywhere,
             metrics=self.metrics(config),
         )
         return narrow_all(inputs, self.cache, self.key(config, "packs", budgets), self.progress)

@@ -25,10 +25,10 @@ def dense_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
     return records
 
 
-def cluster_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
-    """List the tensors of a cluster pack: narrow weights, biases, neuron ids and the cluster's scores."""
+def cluster_tensors(manifest: Manifest, cluster: int) -> dict[str, TensorRecord]:
+    """List the tensors of a cluster's pack: narrow weights, biases, neuron ids and the cluster's scores."""
     records: dict[str, TensorRecord] = {}
-    for layer, budget in enumerate(manifest.plan.layer_budgets):
+    for layer, budget in enumerate(manifest.clusters[cluster].layer_budgets):
         records |= _ffn_tensors(manifest, layer, budget)
         records[tensor_name(layer, "neuron_ids")] = TensorRecord(dtype="I32", shape=(budget,))
         records[tensor_name(layer, "scores")] = TensorRecord(dtype="F32", shape=(manifest.model.ffn_dim,))

@@ -58,7 +58,8 @@ def describe(manifest: Manifest) -> Iterator[str]:
         f"cluster weight {plan.cluster_weight:g}, {'repaired' if plan.reconstruct else 'not repaired'}, "
         f"{'with' if plan.dense else 'without'} the dense FFN"
     )
-    yield f"budgets    {' '.join(map(str, plan.layer_budgets))} of {model.ffn_dim}"
+    own = ", on average; clusters have their own" if manifest.has_own_budgets else ""
+    yield f"budgets    {' '.join(map(str, plan.layer_budgets))} of {model.ffn_dim}{own}"
     yield from _describe_clusters(manifest)
     yield from _describe_quality(manifest.quality)
     yield from _describe_files(manifest)
@@ -77,6 +78,8 @@ def _describe_clusters(manifest: Manifest) -> Iterator[str]:
             f"  {index:3d}  {cluster.label}: {cluster.num_sentences} sentences, {cluster.num_tokens} tokens, "
             f"keep {cluster.keep_ratio:.2f}, {cluster.ffn_bytes / 1e6:.1f} MB"
         )
+        if manifest.has_own_budgets:
+            yield f"         budgets {' '.join(map(str, cluster.layer_budgets))}"
         yield from (f"         - {example}" for example in cluster.examples)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ __all__ = [
     "RouterRecord",
     "Score",
     "TensorRecord",
-    "read_manifest",
     "content_sha256",
+    "ffn_bytes",
+    "read_manifest",
     "write_manifest",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _CHECKSUM = "sha256"
 GROUPS = ("embedding", "attention", "norm", "head", "ffn")
 """Tensor groups that are quantized separately."""
@@ -81,6 +82,7 @@ class ClusterRecord:
         file: the pack, relative to the bundle.
         num_sentences, num_tokens: calibration text in the cluster.
         examples: its most typical sentences, shortened.
+        layer_budgets: kept neurons of each layer.
         keep_ratio: kept neurons / all neurons over all layers.
         ffn_bytes: bytes of FFN weights read for one decoded token.
         map_x, map_y: where the centroid lies on the two-dimensional map of the report.
@@ -91,6 +93,7 @@ class ClusterRecord:
     num_sentences: int
     num_tokens: int
     examples: tuple[str, ...]
+    layer_budgets: tuple[int, ...]
     keep_ratio: float
     ffn_bytes: int
     map_x: float
@@ -124,7 +127,9 @@ class Plan:
 
     Attributes:
         selection: "output-aware", "coreinfer" or "griffin".
-        layer_budgets: kept neurons of each layer, the same for every cluster.
+        keep: keep ratio of the clusters, or what theirs are on average over held-out text where each has its own.
+        layer_budgets: neurons of each layer that make up `keep`: what clusters keep that have none of their own, and
+            prompts that choose their own neurons.
         ridges: ridge of each layer, relative to the mean diagonal of its Gram matrix; None where the repair was
             rejected or not asked for.
         stability_min_tokens: prompts of at least so many tokens may choose their own neurons in mode "auto".
@@ -232,10 +237,29 @@ class Manifest:
     @property
     def ffn_bytes(self) -> int:
         """Bytes of FFN weights that the dense model reads for one token, at the stored width."""
-        kind, hidden, wide = self.quantization["ffn"].format, self.model.hidden_size, self.model.ffn_dim
-        num_inner = 2 if self.model.gated else 1
-        inner, outer = matrix_bytes(kind, (wide, hidden)), matrix_bytes(kind, (hidden, wide))
-        return self.model.num_layers * (num_inner * inner + outer)
+        kind = self.quantization["ffn"].format
+        return ffn_bytes(self.model, kind, (self.model.ffn_dim,) * self.model.num_layers)
+
+    @property
+    def has_own_budgets(self) -> bool:
+        """Whether clusters have layer budgets that differ from the plan's."""
+        return any(cluster.layer_budgets != self.plan.layer_budgets for cluster in self.clusters)
+
+    @property
+    def mean_pack_bytes(self) -> int:
+        """Bytes of FFN weights that a token reads with a pack: the mean over the clusters' calibration tokens."""
+        num_tokens = sum(cluster.num_tokens for cluster in self.clusters)
+        total = sum(cluster.ffn_bytes * cluster.num_tokens for cluster in self.clusters)
+        return round(total / num_tokens) if num_tokens else self.clusters[0].ffn_bytes
+
+
+def ffn_bytes(model: ModelRecord, kind: str, layer_budgets: Sequence[int]) -> int:
+    """Bytes of FFN weights that are read for one token, with so many neurons in each layer, stored as `kind`."""
+    num_inner, hidden = 2 if model.gated else 1, model.hidden_size
+    return sum(
+        num_inner * matrix_bytes(kind, (budget, hidden)) + matrix_bytes(kind, (hidden, budget))
+        for budget in layer_budgets
+    )
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

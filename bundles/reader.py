@@ -1,8 +1,9 @@
 """Open a bundle, or say everything that is wrong with it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .checksums import mapped_sha256
@@ -103,7 +104,8 @@ def _examine(
     """List what is wrong, and map the tensor files by their names: all of them where nothing is wrong."""
     if problems := _outside_paths(manifest) or _unlisted_parts(manifest):
         return problems, {}
-    unread = {cluster.file for cluster in manifest.clusters} if lazy_packs else set()
+    packs = {cluster.file for cluster in manifest.clusters}
+    unread = packs if lazy_packs else set()
     hashed = set(manifest.files) - unread if checksums else set()
     damaged = _damaged_files(bundle_dir, manifest, hashed)
     problems = list(damaged.values())
@@ -116,7 +118,7 @@ def _examine(
         except BundleError as error:
             problems.append(str(error))
         else:
-            problems += _tensor_problems(files[name], name, expected, manifest, with_ids=name not in unread)
+            problems += _tensor_problems(files[name], name, expected(), manifest, with_ids=name in packs - unread)
     return problems, files
 
 
@@ -143,10 +145,14 @@ def _unlisted_parts(manifest: Manifest) -> list[str]:
     problems = [f"manifest lists no {name}" for name in required if name not in manifest.files]
     if not manifest.clusters:
         problems.append("manifest lists no clusters")
-    if len(manifest.plan.layer_budgets) != manifest.model.num_layers:
-        expected, got = manifest.model.num_layers, len(manifest.plan.layer_budgets)
-        problems.append(f"manifest.plan.layer_budgets: expected {expected} layers, got {got}")
-    return problems
+    budgets = {"plan": manifest.plan.layer_budgets}
+    budgets |= {f"clusters[{number}]": cluster.layer_budgets for number, cluster in enumerate(manifest.clusters)}
+    expected = manifest.model.num_layers
+    return problems + [
+        f"manifest.{place}.layer_budgets: expected {expected} layers, got {len(found)}"
+        for place, found in budgets.items()
+        if len(found) != expected
+    ]
 
 
 def _damaged_files(bundle_dir: Path, manifest: Manifest, hashed: set[str]) -> dict[str, str]:
@@ -178,22 +184,24 @@ def _file_problem(path: Path, name: str, manifest: Manifest, *, checksums: bool)
     return None
 
 
-def _tensor_files(manifest: Manifest) -> Sequence[tuple[str, Callable[[Manifest], dict[str, TensorRecord]]]]:
-    files = [(LAYOUT.base, lambda manifest: manifest.base_tensors)]
+def _tensor_files(manifest: Manifest) -> Sequence[tuple[str, Callable[[], dict[str, TensorRecord]]]]:
+    files: list[tuple[str, Callable[[], dict[str, TensorRecord]]]] = [(LAYOUT.base, lambda: manifest.base_tensors)]
     if manifest.has_dense:
-        files.append((LAYOUT.dense, dense_tensors))
-    return files + [(cluster.file, cluster_tensors) for cluster in manifest.clusters]
+        files.append((LAYOUT.dense, partial(dense_tensors, manifest)))
+    return files + [
+        (cluster.file, partial(cluster_tensors, manifest, number)) for number, cluster in enumerate(manifest.clusters)
+    ]
 
 
 def _tensor_problems(
     file: TensorFile,
     name: str,
-    expected: Callable[[Manifest], dict[str, TensorRecord]],
+    expected: Mapping[str, TensorRecord],
     manifest: Manifest,
     *,
     with_ids: bool,
 ) -> list[str]:
-    problems = check_tensors(file, expected(manifest))
-    if expected is cluster_tensors and with_ids and not problems:
+    problems = check_tensors(file, expected)
+    if with_ids and not problems:
         problems = check_neuron_ids(file, manifest)
     return [problem.replace(str(file.path), name) for problem in problems]

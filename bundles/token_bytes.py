@@ -18,7 +18,7 @@ class TokenBytes:
     """Bytes that one token reads when decoding greedily; norms, biases and one row of the embedding are left out.
 
     Attributes:
-        pack_ffn, dense_ffn: the FFN narrow and whole.
+        pack_ffn, dense_ffn: the FFN narrow, the mean over the clusters, and whole.
         attention: the layers' other matrices.
         head: the scores of all tokens; of a screened head the high halves alone.
         other: matrices outside the layers, which few families have.
@@ -59,7 +59,7 @@ def token_bytes(manifest: Manifest) -> TokenBytes:
         elif "embed" not in name:
             parts["other"].append(record)
     return TokenBytes(
-        pack_ffn=manifest.clusters[0].ffn_bytes,
+        pack_ffn=manifest.mean_pack_bytes,
         dense_ffn=manifest.ffn_bytes,
         attention=_num_bytes(parts["attention"]),
         head=_num_bytes(parts["head"]),

@@ -7,7 +7,7 @@ state of the dense model: it also makes up for what the layers before it got wro
 for rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +41,7 @@ class NarrowInputs:
         calibration, validation: documents; the assignments say which cluster each belongs to.
         assignments: the clusters first, then the controls.
         choices: assignment name -> scores, and the neurons that the scores alone would keep.
-        budgets: neurons that each layer keeps.
+        budgets: budgets[assignment name][cluster][layer], how many neurons are kept.
         metrics: (layers, hidden size, hidden size) what errors in the FFN outputs cost.
         rounding: how matrices will be stored, so that a layer makes up for the rounding of those before it too; None
             to leave it out of account.
@@ -53,7 +53,7 @@ class NarrowInputs:
     validation: Sequence[Document]
     assignments: Sequence[Assignment]
     choices: dict[str, Choice]
-    budgets: Sequence[int]
+    budgets: Mapping[str, Sequence[Sequence[int]]]
     metrics: torch.Tensor
     rounding: Rounding | None = None
 
@@ -242,7 +242,8 @@ def _repair(
 ) -> dict[str, Any]:
     """Narrow one layer for one assignment: arrays for the cache, named after the assignment."""
     name, config = stream.item.name, inputs.config
-    if inputs.budgets[layer] == inputs.loaded.record.ffn_dim:
+    keeps = [budgets[layer] for budgets in inputs.budgets[name]]
+    if min(keeps) == inputs.loaded.record.ffn_dim:
         return _own(inputs, name, layer)
     module = inputs.loaded.projection(layer, "down")
     chosen = RIDGES if config.ridge == "auto" else (float(config.ridge),)
@@ -259,7 +260,7 @@ def _repair(
         weights=module.weight.detach().float().T.contiguous(),
         bias=None if module.bias is None else module.bias.detach().float(),
         metric=inputs.metrics[layer].to(inputs.loaded.device),
-        keep=inputs.budgets[layer],
+        keeps=keeps,
         neuron_ids=None if config.effective_removal == "second-order" else by_scores,
         cluster_weight=_repair_weight(config),
         ridges=ridges,

@@ -47,10 +47,16 @@ class _NumberOr(click.ParamType[Any]):
     "--budget-mb", type=float, default=None, help="Instead of --keep: MB of weights read for a token.  [default: none]"
 )
 @click.option(
-    "--max-kl", type=float, default=None, help="Instead of --keep: greatest KL on held-out text.  [default: none]"
+    "--max-kl",
+    type=float,
+    default=None,
+    help="Instead of --keep: each cluster's greatest KL on held-out text.  [default: none]",
 )
 @click.option(
-    "--min-top1", type=float, default=None, help="Instead of --keep: least top-1 agreement there.  [default: none]"
+    "--min-top1",
+    type=float,
+    default=None,
+    help="Instead of --keep: each cluster's least top-1 agreement there.  [default: none]",
 )
 @click.option("--encoder", default=None, help="Sentence encoder that clusters.  [default: all-MiniLM-L6-v2]")
 @click.option(
@@ -168,11 +174,13 @@ def default_cache_dir() -> Path:
 def summary(output: Path, manifest: Manifest, progress: Progress) -> Iterator[str]:
     """Say what was compiled: sizes, quality, seconds and memory a stage."""
     total = sum(record.bytes for record in manifest.files.values())
-    pack = manifest.clusters[0].ffn_bytes
+    keeps = [cluster.keep_ratio for cluster in manifest.clusters]
+    mean_keep = manifest.mean_pack_bytes / manifest.ffn_bytes
+    spread = "" if min(keeps) == max(keeps) else f", clusters {min(keeps):.3f} to {max(keeps):.3f}"
     yield f"bundle     {output}, {total / 1e6:.1f} MB, {len(manifest.clusters)} clusters"
     yield (
-        f"FFN        {pack / 1e6:.1f} MB a token with a pack, {manifest.ffn_bytes / 1e6:.1f} MB dense "
-        f"(keep {manifest.clusters[0].keep_ratio:.3f})"
+        f"FFN        {manifest.mean_pack_bytes / 1e6:.1f} MB a token with a pack, {manifest.ffn_bytes / 1e6:.1f} MB "
+        f"dense (keep {mean_keep:.3f}{spread})"
     )
     if manifest.quality:
         yield f"           {'':20s} {'perplexity':>10s} {'KL':>7s} {'top-1':>6s}"

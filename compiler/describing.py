@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from coreinfer.bundles.formats import GROUP_SIZE, PACKED_FORMATS, matrix_bytes
+from coreinfer.bundles.formats import GROUP_SIZE, PACKED_FORMATS
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import (
     GROUPS,
@@ -16,6 +16,7 @@ from coreinfer.bundles.manifest import (
     Quality,
     QuantizationRecord,
     RouterRecord,
+    ffn_bytes,
 )
 
 from .clustering import label_clusters, map_positions, typical_texts
@@ -37,7 +38,11 @@ _FUSED_HALF_TOKENS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """All that a bundle is written from."""
+    """All that a bundle is written from.
+
+    Attributes:
+        budgets: of each layer, at the options' keep ratio.
+    """
 
     config: CompileConfig
     loaded: LoadedModel
@@ -104,8 +109,8 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
     labels = label_clusters(texts, clustering.labels)
     examples = typical_texts(texts, compiled.routing.embeddings, clustering)
     positions = map_positions(clustering.centroids)
-    record = compiled.loaded.record
-    keep_ratio = sum(compiled.budgets) / (record.num_layers * record.ffn_dim)
+    record, kind = compiled.loaded.record, compiled.config.quantize
+    budgets = [tuple(map(len, layers)) for layers in compiled.narrow.choice.neuron_ids]
     return tuple(
         ClusterRecord(
             file=LAYOUT.cluster(cluster),
@@ -115,22 +120,13 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
                 len(d.token_ids) for d, label in zip(documents, clustering.labels, strict=True) if label == cluster
             ),
             examples=examples[cluster],
-            keep_ratio=round(keep_ratio, 5),
-            ffn_bytes=_ffn_bytes(compiled),
+            layer_budgets=budgets[cluster],
+            keep_ratio=round(sum(budgets[cluster]) / (record.num_layers * record.ffn_dim), 5),
+            ffn_bytes=ffn_bytes(record, kind, budgets[cluster]),
             map_x=float(positions[cluster][0]),
             map_y=float(positions[cluster][1]),
         )
         for cluster in range(clustering.num_clusters)
-    )
-
-
-def _ffn_bytes(compiled: Compiled) -> int:
-    """Bytes of a pack's weights that are read for one token."""
-    record, kind = compiled.loaded.record, compiled.config.quantize
-    num_inner = 2 if record.gated else 1
-    return sum(
-        num_inner * matrix_bytes(kind, (budget, record.hidden_size)) + matrix_bytes(kind, (record.hidden_size, budget))
-        for budget in compiled.budgets
     )
 
 

@@ -1,6 +1,6 @@
 """What narrowing makes: the clusters' narrow FFNs, and the controls' at the same bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,12 +62,20 @@ def choose_all(
     profile: Profile,
     loaded: LoadedModel,
     assignments: Sequence[Assignment],
-    budgets: list[int],
+    budgets: Mapping[str, Sequence[Sequence[int]]],
 ) -> dict[str, Choice]:
-    """Choose neurons for every assignment, with the same budgets."""
+    """Choose neurons for every assignment.
+
+    Args:
+        budgets: budgets[name][cluster][layer].
+    """
     return {
         item.name: choose_neurons(
-            config, profile.statistics[item.name], profile.num_tokens[item.name], loaded.column_norms, budgets
+            config,
+            profile.statistics[item.name],
+            profile.num_tokens[item.name],
+            loaded.column_norms,
+            budgets[item.name],
         )
         for item in assignments
     }

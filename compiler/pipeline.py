@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.bundles.manifest import Manifest, Score
+from coreinfer.bundles.manifest import Manifest, Quality, Score
 from coreinfer.bundles.writer import check_target, finish_manifest, stage_bundle
 
 from .cache import Cache, stage_key
 from .carrying import NarrowInputs, narrow_all
 from .config import CompileConfig
-from .corpus import Corpus, build_corpus
+from .corpus import Corpus, build_corpus, split_point
 from .describing import PACKAGES, Compiled, formats_of, manifest_of
 from .evaluating import evaluate
 from .healing import HealInputs, heal
@@ -89,8 +89,8 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str
     num_documents = len(corpus.calibration) if corpus.held_out else 0
     config = fit_clusters(config, partial(_measure_clusters, text, progress), num_documents=num_documents)
     ground = _prepare(config, text, progress)
-    config = fit_quality(config, partial(_measure, ground, progress), has_held_out=bool(corpus.held_out))
-    budgets, narrow_key, narrow = _narrow(ground, config, ground.assignments, progress)
+    config, keeps = fit_quality(config, partial(_measure, ground, config, progress), ground.num_held_out_tokens)
+    narrow_key, narrow = _narrow(ground, config, keeps, ground.assignments, progress)
     if config.heals:
         narrow[CLUSTERS] = _heal(config, ground, narrow[CLUSTERS], narrow_key, progress)
     quality = None
@@ -102,7 +102,7 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str
         loaded=loaded,
         corpus=corpus,
         routing=ground.routing,
-        budgets=budgets,
+        budgets=ground.budgets(config, config.keep),
         narrow=narrow[CLUSTERS],
         moments=ground.moments,
         quality=quality,
@@ -150,6 +150,18 @@ class _Ground:
     curves: npt.NDArray[np.float32] | None
     moments: Moments
     key: str
+
+    @property
+    def num_held_out_tokens(self) -> list[int]:
+        """Held-out tokens of each cluster that are decoded narrow and scored: (clusters,)."""
+        counts = [max(0, len(ids) - split_point(len(ids)) - 1) for ids in self.text.held_out_ids]
+        routed, num_clusters = self.routing.assignment.held_out, self.routing.clustering.num_clusters
+        totals = np.bincount(routed, weights=counts, minlength=num_clusters)
+        return [int(total) for total in totals]
+
+    def budgets(self, config: CompileConfig, keep: float) -> list[int]:
+        """Layer budgets at a keep ratio."""
+        return layer_budgets(replace(config, keep=keep), self.profile, self.text.loaded.column_norms, self.curves)
 
 
 def _read_text(config: CompileConfig, loaded: LoadedModel, model_sha256: str, progress: Progress) -> _Text:
@@ -199,10 +211,22 @@ def _prepare(config: CompileConfig, text: _Text, progress: Progress) -> _Ground:
 
 
 def _narrow(
-    ground: _Ground, config: CompileConfig, assignments: Sequence[Assignment], progress: Progress
-) -> tuple[list[int], str, dict[str, NarrowModel]]:
-    """Narrow at the options' keep ratio: budgets, the stage's key, assignment name -> narrow model."""
-    budgets = layer_budgets(config, ground.profile, ground.text.loaded.column_norms, ground.curves)
+    ground: _Ground,
+    config: CompileConfig,
+    keeps: Sequence[float],
+    assignments: Sequence[Assignment],
+    progress: Progress,
+) -> tuple[str, dict[str, NarrowModel]]:
+    """Narrow the clusters at their keep ratios, controls at the options'.
+
+    Returns:
+        The stage's key, and assignment name -> narrow model.
+    """
+    budgets = {
+        item.name: [ground.budgets(config, config.keep)] * ground.profile.num_clusters(item.name)
+        for item in assignments
+    }
+    budgets[CLUSTERS] = [ground.budgets(config, keep) for keep in keeps]
     inputs = NarrowInputs(
         config=config,
         loaded=ground.text.loaded,
@@ -224,21 +248,23 @@ def _narrow(
         rounding=config.quantize if config.repairs_rounding else None,
         assignments=[item.name for item in assignments],
     )
-    return budgets, key, dict(narrow_all(inputs, ground.text.cache, key, progress))
+    return key, dict(narrow_all(inputs, ground.text.cache, key, progress))
 
 
-def _measure(ground: _Ground, progress: Progress, config: CompileConfig) -> Score:
-    """Narrow the clusters alone, and score them on held-out text."""
+def _measure(ground: _Ground, config: CompileConfig, progress: Progress, keeps: Sequence[float]) -> Quality:
+    """Narrow the clusters alone, each at its keep ratio, and score them on held-out text."""
     clusters = ground.assignments[:1]
-    _, _, narrow = _narrow(ground, config, clusters, progress)
+    _, narrow = _narrow(ground, config, keeps, clusters, progress)
     models = {CLUSTERS: (narrow[CLUSTERS], clusters[0].held_out)}
-    return evaluate(ground.text.loaded, ground.text.held_out_ids, models, progress).clusters
+    return evaluate(ground.text.loaded, ground.text.held_out_ids, models, progress)
 
 
 def _measure_clusters(text: _Text, progress: Progress, config: CompileConfig) -> Score:
     """Score the clusters' packs with another number of clusters, without controls."""
     config = replace(config, evaluate=False)
-    return _measure(_prepare(config, text, progress), progress, config)
+    ground = _prepare(config, text, progress)
+    keeps = (config.keep,) * ground.routing.clustering.num_clusters
+    return _measure(ground, config, progress, keeps).clusters
 
 
 def _score_name(config: CompileConfig, name: str) -> str:

@@ -41,6 +41,10 @@ class Profile:
     num_tokens: dict[str, npt.NDArray[np.int64]]
     relative_energies: Floats
 
+    def num_clusters(self, name: str) -> int:
+        """Clusters of an assignment."""
+        return len(self.statistics[name])
+
 
 def profile_model(
     config: CompileConfig,

@@ -50,7 +50,7 @@ class RepairTask:
         weights: (ffn_dim, hidden size) float32, the down projection transposed.
         bias: (hidden size,) float32, None where the family has none.
         metric: (hidden size, hidden size) what output errors cost.
-        keep: how many neurons stay.
+        keeps: how many neurons of each cluster stay. A cluster that keeps all keeps the model's own weights.
         neuron_ids: the neurons of each cluster; None to remove by second order.
         cluster_weight: weight of the cluster's moments against those of all text.
         ridges: candidates; None among them stands for no repair.
@@ -62,7 +62,7 @@ class RepairTask:
     weights: torch.Tensor
     bias: torch.Tensor | None
     metric: torch.Tensor
-    keep: int
+    keeps: Sequence[int]
     neuron_ids: Sequence[Ids] | None
     cluster_weight: float
     ridges: Sequence[float | None]
@@ -140,7 +140,7 @@ def repair_layer(tokens: LayerTokens, task: RepairTask) -> Repaired:
     for cluster, mixed in enumerate(_mixed_moments(tokens, task)):
         system = _system(mixed, task)
         if task.neuron_ids is None:
-            neuron_ids.append(remove_neurons(system, task.metric, keep=task.keep).neuron_ids)
+            neuron_ids.append(remove_neurons(system, task.metric, keep=task.keeps[cluster]).neuron_ids)
         else:
             neuron_ids.append(task.neuron_ids[cluster])
         for found, solution in zip(candidates, _solutions(system, mixed, task, neuron_ids[-1]), strict=True):
@@ -163,12 +163,15 @@ def _system(moments: _Moments, task: RepairTask) -> System:
 def _solutions(system: System, moments: _Moments, task: RepairTask, neuron_ids: Ids) -> Solutions:
     """One cluster's solution for each candidate ridge."""
     index = torch.from_numpy(neuron_ids).long().to(task.weights.device)
-    refitted = iter(solve(system, index, [ridge for ridge in task.ridges if ridge is not None]))
     none = torch.zeros(task.weights.shape[1], device=task.weights.device)
+    own = (task.weights[index], none if task.bias is None else task.bias)
+    if len(neuron_ids) == len(task.weights):
+        return [own] * len(task.ridges)
+    refitted = iter(solve(system, index, [ridge for ridge in task.ridges if ridge is not None]))
     solutions: Solutions = []
     for ridge in task.ridges:
         if ridge is None:
-            solutions.append((task.weights[index], none if task.bias is None else task.bias))
+            solutions.append(own)
             continue
         down = next(refitted)
         bias = none if task.bias is None else moments.mean_target - moments.mean_activation[index] @ down

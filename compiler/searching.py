@@ -3,14 +3,15 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.bundles.manifest import Score
+from coreinfer.bundles.manifest import Quality, Score
 
 from .config import CompileConfig
 
-__all__ = ["fewest_clusters", "fit_clusters", "fit_quality", "least_keep"]
+__all__ = ["fewest_clusters", "fit_clusters", "fit_quality", "least_keeps"]
 
 _log = logging.getLogger(__name__)
 _NUM_TRIES = 6
@@ -21,30 +22,47 @@ _CLUSTER_MARGIN = 0.02
 _CLUSTER_DOCUMENTS = 8
 """Fewer documents a cluster on average are not worth a try."""
 
-Measure = Callable[[CompileConfig], Score]
+_LEAST_TOKENS = 128
+"""Of a cluster's held-out text: with fewer, the score of all clusters together stands for its own."""
+
+Measure = Callable[[Sequence[float]], Quality]
+"""Narrows each cluster at its keep ratio and scores the packs on held-out text."""
+MeasureClusters = Callable[[CompileConfig], Score]
 """Narrows with the options and scores the clusters' packs on held-out text."""
 
 
-def fit_quality(config: CompileConfig, measure: Measure, *, has_held_out: bool) -> CompileConfig:
-    """Turn `max_kl` and `min_top1` into the lowest keep ratio that holds both; without them nothing changes.
+def fit_quality(
+    config: CompileConfig, measure: Measure, num_tokens: Sequence[int]
+) -> tuple[CompileConfig, tuple[float, ...]]:
+    """Turn `max_kl` and `min_top1` into each cluster's lowest keep ratio that holds both; without them, into `keep`.
 
     What is measured are packs in bf16 before any healing: rounding adds its own KL (docs/benchmarks.md), healing takes
-    some away.
+    some away. A cluster with little held-out text is judged by all clusters' score.
 
+    Args:
+        num_tokens: (clusters,) held-out tokens that the router sends to each cluster and that are decoded narrow.
+    Returns:
+        The options with the ratio that has as many bytes on held-out text, and a keep ratio for each cluster.
     Raises:
         ConfigError: there is no held-out text to measure on.
     """
     if config.max_kl is None and config.min_top1 is None:
-        return config
-    if not has_held_out:
+        return config, (config.keep,) * len(num_tokens)
+    if not sum(num_tokens):
         raise ConfigError("--max-kl, --min-top1: expected calibration text enough to hold some out, got too little")
 
-    def excess(keep: float) -> float:
-        score = measure(replace(config, keep=keep))
-        _log.info("keep %.3f: held-out KL %.4f, top-1 %.4f", keep, score.kl, score.top1)
-        return _excess(config, score)
+    def excesses(keeps: Sequence[float]) -> list[float]:
+        quality = measure(keeps)
+        scores = [quality.clusters] * len(keeps)
+        for found in quality.per_cluster:
+            if num_tokens[found.cluster] >= _LEAST_TOKENS:
+                scores[found.cluster] = found.score
+        for cluster, (keep, score) in enumerate(zip(keeps, scores, strict=True)):
+            _log.info("cluster %d: keep %.3f, held-out KL %.4f, top-1 %.4f", cluster, keep, score.kl, score.top1)
+        return [_excess(config, score) for score in scores]
 
-    return replace(config, keep=least_keep(excess, least=max(config.min_layer_keep, 0.05)))
+    keeps = least_keeps(excesses, num_clusters=len(num_tokens), least=max(config.min_layer_keep, 0.05))
+    return replace(config, keep=round(float(np.average(keeps, weights=num_tokens)), 4)), keeps
 
 
 def _excess(config: CompileConfig, score: Score) -> float:
@@ -58,44 +76,73 @@ def _excess(config: CompileConfig, score: Score) -> float:
     return max(limits)
 
 
-def least_keep(excess: Callable[[float], float], *, least: float, num_tries: int = _NUM_TRIES) -> float:
-    """Find the lowest keep ratio that holds, by false position with the Illinois rule; loss falls with the ratio.
-
-    Near 1 it falls about in a straight line, so that few tries do.
+def least_keeps(
+    excesses: Callable[[Sequence[float]], Sequence[float]],
+    *,
+    num_clusters: int,
+    least: float,
+    num_tries: int = _NUM_TRIES,
+) -> tuple[float, ...]:
+    """Find each cluster's lowest keep ratio that holds, for all clusters at once.
 
     Args:
-        excess: tells of a ratio how much more is lost than may be, from -1 (nothing is lost) on; at most 0 holds. Is
-            asked for `num_tries` ratios at most. Ratio 1, which is the dense model, holds without being asked.
+        excesses: tells of a ratio for each cluster how much more the cluster loses than it may, from -1 (nothing is
+            lost) on; at most 0 holds. Is asked `num_tries` times at most. Ratio 1, which is the dense model, holds
+            without being asked.
         least: the lowest ratio to try.
     Returns:
-        A ratio that holds: one that loses at least 95% of what it may, or is at most 0.015 above one that does not
-        hold, unless the tries ended before.
+        Ratios that hold: each loses at least 95% of what it may, or is at most 0.015 above one that does not hold,
+        unless the tries ended before.
     """
-    low, high = least, 1.0
-    low_excess, high_excess = math.inf, -1.0
-    held: bool | None = None
+    brackets = [_Bracket(low=least) for _ in range(num_clusters)]
     for _ in range(num_tries):
-        keep = _between(low, low_excess, high, high_excess)
-        found = excess(keep)
-        # An end that stays twice is made to look nearer, or the other would creep.
-        if found > 0:
-            high_excess *= 0.5 if held is False else 1
-            low, low_excess, held = keep, found, False
-        else:
-            low_excess *= 0.5 if held is True else 1
-            high, high_excess, held = keep, found, True
-        if -_CLOSE <= found <= 0 or high - low <= _FINE:
+        keeps = [bracket.high if bracket.done else bracket.middle for bracket in brackets]
+        for bracket, keep, found in zip(brackets, keeps, excesses(keeps), strict=True):
+            if not bracket.done:
+                bracket.narrow(keep, found)
+        if all(bracket.done for bracket in brackets):
             break
-    return high
+    return tuple(bracket.high for bracket in brackets)
 
 
-def _between(low: float, low_excess: float, high: float, high_excess: float) -> float:
-    """Where a straight line would have no excess, but not next to an end; halfway where the line is unknown."""
-    share = low_excess / (low_excess - high_excess) if math.isfinite(low_excess) else 0.5
-    return round(low + (high - low) * min(max(share, 0.1), 0.9), 4)
+@dataclass(kw_only=True)
+class _Bracket:
+    """False position with the Illinois rule. Loss falls with the ratio, near 1 in about a straight line: few tries do.
+
+    Attributes:
+        low, high: ratios of which the lower does not hold, or was not tried, and the higher holds.
+        low_excess, high_excess: what they lose too much.
+        held: whether the last try held; None before the first.
+        done: whether the higher is good enough.
+    """
+
+    low: float
+    low_excess: float = math.inf
+    high: float = 1.0
+    high_excess: float = -1.0
+    held: bool | None = None
+    done: bool = field(default=False, init=False)
+
+    @property
+    def middle(self) -> float:
+        """Where a straight line would have no excess, but not next to an end; halfway where the line is unknown."""
+        known = math.isfinite(self.low_excess)
+        share = self.low_excess / (self.low_excess - self.high_excess) if known else 0.5
+        return round(self.low + (self.high - self.low) * min(max(share, 0.1), 0.9), 4)
+
+    def narrow(self, keep: float, excess: float) -> None:
+        """Take in what a ratio in between loses too much."""
+        # An end that stays twice is made to look nearer, or the other would creep.
+        if excess > 0:
+            self.high_excess *= 0.5 if self.held is False else 1
+            self.low, self.low_excess, self.held = keep, excess, False
+        else:
+            self.low_excess *= 0.5 if self.held is True else 1
+            self.high, self.high_excess, self.held = keep, excess, True
+        self.done = -_CLOSE <= excess <= 0 or self.high - self.low <= _FINE
 
 
-def fit_clusters(config: CompileConfig, measure: Measure, *, num_documents: int) -> CompileConfig:
+def fit_clusters(config: CompileConfig, measure: MeasureClusters, *, num_documents: int) -> CompileConfig:
     """Turn clusters "auto" into the fewest whose held-out KL is within 2% of the best tried, all at the same bytes.
 
     With a quality to aim at, numbers of clusters are compared at the options' keep ratio.

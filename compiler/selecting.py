@@ -1,6 +1,7 @@
 """Stage `select`: layer budgets, scores, neuron ids."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,8 +151,12 @@ def cluster_scores(config: CompileConfig, statistic: Floats, num_tokens: Any, co
 
 
 def choose_neurons(
-    config: CompileConfig, statistic: Floats, num_tokens: Any, norms: Floats, budgets: list[int]
+    config: CompileConfig, statistic: Floats, num_tokens: Any, norms: Floats, budgets: Sequence[Sequence[int]]
 ) -> Choice:
-    """Pick each cluster's neurons: the highest scores within each layer's budget."""
+    """Pick each cluster's neurons: the highest scores within each layer's budget.
+
+    Args:
+        budgets: budgets[cluster][layer].
+    """
     scores = cluster_scores(config, statistic, num_tokens, norms)
-    return Choice(scores=scores, neuron_ids=[select_neurons(layer_scores, budgets) for layer_scores in scores])
+    return Choice(scores=scores, neuron_ids=list(map(select_neurons, scores, budgets)))

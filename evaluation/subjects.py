@@ -8,6 +8,7 @@ from typing import Protocol, cast
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import ConfigError
+from coreinfer.bundles.manifest import ffn_bytes
 from coreinfer.bundles.statistics import SELECTIONS, Selection, scores_from_statistic, select_neurons
 from coreinfer.runtime import load
 from coreinfer.runtime.decoder import DENSE, FfnChoice
@@ -89,14 +90,21 @@ class BundleSubject:
         return mode == "similarity" or manifest.has_dense
 
     def bytes_per_token(self, mode: str) -> int | None:
-        """Bytes of weights that one decoded token reads; known of the native engine."""
+        """Bytes of weights that one decoded token reads, the mean over the packs; known of the native engine."""
         decoder = self.engine.decoder
         if not isinstance(decoder, NativeDecoder):
             return None
         decoder.truncate(0)
-        # All packs have the same budgets, and so have neurons that a prompt chooses.
-        decoder.use(DENSE if mode == "dense" else FfnChoice(cluster=0))
-        return decoder.bytes_per_token(0)
+        if mode == "dense":
+            decoder.use(DENSE)
+            return decoder.bytes_per_token(0)
+        decoder.use(FfnChoice(cluster=0))
+        manifest = self.engine.manifest
+        beside = decoder.bytes_per_token(0) - manifest.clusters[0].ffn_bytes
+        if mode in ("similarity", "random"):
+            return beside + manifest.mean_pack_bytes
+        # Neurons that a prompt chooses.
+        return beside + ffn_bytes(manifest.model, manifest.quantization["ffn"].format, manifest.plan.layer_budgets)
 
     def read(self, prefix_ids: Sequence[int], routing_text: str) -> None:
         """Read the prefix, and sum up its activations for the modes that choose neurons by them."""

@@ -92,7 +92,7 @@ class FfnReader:
     def _matrices(self, cluster: int | None, layer: int) -> dict[str, tuple[int, int]]:
         manifest = self.bundle.manifest
         hidden = manifest.model.hidden_size
-        wide = manifest.model.ffn_dim if cluster is None else manifest.plan.layer_budgets[layer]
+        wide = manifest.model.ffn_dim if cluster is None else manifest.clusters[cluster].layer_budgets[layer]
         return {role: (hidden, wide) if role == "down" else (wide, hidden) for role in self.family.projections}
 
 

@@ -111,7 +111,7 @@ class NativeDecoder:
         if cluster not in self._ffns:
             manifest = self._bundle.manifest
             if cluster is not None:
-                file, num_neurons = self._bundle.pack(cluster), manifest.plan.layer_budgets
+                file, num_neurons = self._bundle.pack(cluster), manifest.clusters[cluster].layer_budgets
             elif self._bundle.dense is not None:
                 file, num_neurons = self._bundle.dense, (manifest.model.ffn_dim,) * manifest.model.num_layers
             else:

@@ -72,11 +72,13 @@ def _automatic(manifest: Manifest, route: Route, num_prompt_tokens: int) -> Mode
 
 
 def largest_cluster(manifest: Manifest) -> int:
-    """Find the cluster whose pack serves prompts that belong nowhere: the one with most calibration tokens.
+    """Find the cluster whose pack serves prompts that belong nowhere: the widest, of equals that with most text."""
 
-    All packs of a bundle have the same layer budgets, so none has more weights; this one was fitted on most text.
-    """
-    return max(range(len(manifest.clusters)), key=lambda cluster: manifest.clusters[cluster].num_tokens)
+    def size(cluster: int) -> tuple[int, int]:
+        record = manifest.clusters[cluster]
+        return sum(record.layer_budgets), record.num_tokens
+
+    return max(range(len(manifest.clusters)), key=size)
 
 
 def serving_cluster(plan: ModePlan, route: Route) -> int:

@@ -295,7 +295,7 @@ def _needs(model: nn.Module, reader: FfnReader) -> MemoryNeeds:
     has_dense = reader.bundle.dense is not None
     return MemoryNeeds(
         base=base_bytes(model),
-        pack=reader.num_bytes(0),
+        pack=max(reader.num_bytes(cluster) for cluster in range(len(reader.bundle.manifest.clusters))),
         dense=reader.num_bytes(None) if has_dense else 0,
         layer=layer_bytes(reader.shapes(None, 0)),
         kv_per_token=kv_bytes_per_token(record, reader.dtype.itemsize),

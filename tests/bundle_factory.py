@@ -108,6 +108,7 @@ def _cluster(index: int) -> ClusterRecord:
         num_sentences=40 + index,
         num_tokens=900 + index,
         examples=(f"First example of topic {index}.", f"Ein zweites Beispiel für Thema {index}."),
+        layer_budgets=LAYER_BUDGETS,
         keep_ratio=sum(LAYER_BUDGETS) / (FFN_DIM * len(LAYER_BUDGETS)),
         ffn_bytes=2 * 3 * HIDDEN_SIZE * sum(LAYER_BUDGETS),
         map_x=0.25 * index,
@@ -166,8 +167,8 @@ def _tensor_records(manifest: Manifest) -> Iterator[tuple[str, Mapping[str, Tens
     yield LAYOUT.router_table, {"table": TensorRecord(dtype="F32", shape=(VOCAB_SIZE, manifest.router.dimension))}
     if manifest.plan.dense:
         yield LAYOUT.dense, dense_tensors(manifest)
-    for cluster in manifest.clusters:
-        yield cluster.file, cluster_tensors(manifest)
+    for number, cluster in enumerate(manifest.clusters):
+        yield cluster.file, cluster_tensors(manifest, number)
 
 
 def _random_tensor(name: str, record: TensorRecord, rng: np.random.Generator) -> StoredTensor:

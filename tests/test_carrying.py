@@ -69,7 +69,7 @@ def inputs_of(loaded: LoadedModel, **options: Any) -> NarrowInputs:
             main.name: Choice(scores=scores, neuron_ids=ids),
             one.name: Choice(scores=scores[:1], neuron_ids=ids[:1]),
         },
-        budgets=BUDGETS,
+        budgets={main.name: [BUDGETS] * 2, one.name: [BUDGETS]},
         metrics=torch.eye(32).expand(3, -1, -1),
     )
 

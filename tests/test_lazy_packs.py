@@ -18,7 +18,7 @@ def test_lazily_opened_packs_are_those_of_the_bundle(kind: str, make_bundle: Cal
     lazy, eager = open_bundle(bundle_dir, lazy_packs=True), open_bundle(bundle_dir)
     assert not eager.unchecked
     for cluster in (1, 0, 1):
-        assert {*lazy.pack(cluster)} == {*eager.pack(cluster)} == {*cluster_tensors(lazy.manifest)}
+        assert {*lazy.pack(cluster)} == {*eager.pack(cluster)} == {*cluster_tensors(lazy.manifest, cluster)}
         assert lazy.pack(cluster) is lazy.packs[cluster]
     assert not lazy.unchecked
 

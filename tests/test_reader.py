@@ -225,6 +225,20 @@ def test_a_part_that_the_manifest_does_not_list_is_named(bundle_dir: Path, name:
     assert corruption(bundle_dir) == f"manifest lists no {name}"
 
 
+def test_a_cluster_needs_a_budget_for_each_layer(bundle_dir: Path) -> None:
+    with edit_manifest(bundle_dir) as data:
+        data["clusters"][1]["layer_budgets"].pop()
+    assert corruption(bundle_dir) == "manifest.clusters[1].layer_budgets: expected 2 layers, got 1"
+
+
+def test_each_pack_has_its_cluster_s_budgets(bundle_dir: Path) -> None:
+    with edit_manifest(bundle_dir) as data:
+        data["clusters"][1]["layer_budgets"] = [64, 50]
+    problem = corruption(bundle_dir)
+    assert f"{PACKS[1]}: tensor 'layers.0.neuron_ids': expected I32 [64], got I32 [96]" in problem
+    assert PACKS[0] not in problem
+
+
 def test_a_bundle_needs_a_cluster_and_a_budget_for_each_layer(bundle_dir: Path) -> None:
     with edit_manifest(bundle_dir) as data:
         data["clusters"] = []

@@ -61,7 +61,7 @@ def task_of(*, cluster_weight: float = 0.3, ridges: Sequence[float | None] = (1e
         weights=WEIGHTS,
         bias=None,
         metric=torch.eye(HIDDEN),
-        keep=5,
+        keeps=[5, 5],
         neuron_ids=IDS,
         cluster_weight=cluster_weight,
         ridges=ridges,
@@ -111,12 +111,22 @@ def test_neurons_are_removed_by_second_order_where_none_are_given() -> None:
 
 def test_it_is_fitted_to_the_targets_and_not_to_the_own_output() -> None:
     """The narrow model's hidden states are off; the wanted output makes up for that."""
-    activations = correlated(6 * LENGTH, seed=3)
-    shifted = random_tensor(FFN_DIM, HIDDEN, seed=4)
-    tokens = tokens_of(activations, activations @ shifted)
-    task = replace(task_of(ridges=(1e-6,)), neuron_ids=[np.arange(FFN_DIM, dtype=np.int32)] * 2, keep=FFN_DIM)
+    activations, kept = correlated(6 * LENGTH, seed=3), FFN_DIM - 1
+    shifted = random_tensor(kept, HIDDEN, seed=4)
+    tokens = tokens_of(activations, activations[:, :kept] @ shifted)
+    task = replace(task_of(ridges=(1e-6,)), neuron_ids=[np.arange(kept, dtype=np.int32)] * 2, keeps=[kept] * 2)
     for down, _ in repair_layer(tokens, task).solutions:
-        np.testing.assert_allclose(activations @ down, tokens.targets, atol=0.05)
+        np.testing.assert_allclose(activations[:, :kept] @ down, tokens.targets, atol=0.05)
+
+
+@pytest.mark.parametrize("ridges", [(1e-2,), (1e-3, 1e-1, None)])
+def test_a_cluster_that_keeps_all_keeps_its_own_weights(ridges: tuple[float | None, ...]) -> None:
+    tokens = tokens_of(correlated(6 * LENGTH, seed=3), random_tensor(6 * LENGTH, HIDDEN, seed=4))
+    found = repair_layer(tokens, replace(task_of(ridges=ridges), neuron_ids=None, keeps=[5, FFN_DIM]))
+    assert [len(ids) for ids in found.neuron_ids] == [5, FFN_DIM]
+    assert torch.equal(found.solutions[1][0], WEIGHTS)
+    alone = repair_layer(tokens, replace(task_of(ridges=(found.ridge,)), neuron_ids=None))
+    assert torch.equal(found.solutions[0][0], alone.solutions[0][0])
 
 
 def test_the_bias_takes_up_the_means() -> None:

@@ -1,15 +1,16 @@
 """The keep ratio that a quality asks for: the search by itself, and what is compiled with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from coreinfer.bundles import ConfigError, read_manifest
-from coreinfer.bundles.manifest import Score
+from coreinfer.bundles.manifest import ClusterQuality, Quality, Score
 from coreinfer.compiler import CompileConfig, Progress, compile_model
-from coreinfer.compiler.searching import fewest_clusters, fit_clusters, fit_quality, least_keep
+from coreinfer.compiler.searching import fewest_clusters, fit_clusters, fit_quality, least_keeps
 
 from .test_config import make_config
 
@@ -21,6 +22,12 @@ def kl_of(keep: float) -> float:
     return 1.3 * (1 - keep) + 1.0 * (1 - keep) ** 3
 
 
+def least_keep(excess: Callable[[float], float], *, num_tries: int = 6) -> float:
+    """The search for one cluster."""
+    found = least_keeps(lambda keeps: [excess(keeps[0])], num_clusters=1, least=0.15, num_tries=num_tries)
+    return found[0]
+
+
 @pytest.mark.parametrize("limit", [0.01, 0.05, 0.1, 0.3, 0.6, 1.0, 1.5])
 def test_the_ratio_found_holds_and_is_near_the_limit(limit: float) -> None:
     asked: list[float] = []
@@ -29,7 +36,7 @@ def test_the_ratio_found_holds_and_is_near_the_limit(limit: float) -> None:
         asked.append(keep)
         return kl_of(keep) / limit - 1
 
-    found = least_keep(excess, least=0.15)
+    found = least_keep(excess)
     assert kl_of(found) <= limit
     assert kl_of(found) >= 0.95 * limit or kl_of(found - 0.016) > limit
     assert len(asked) <= 5
@@ -37,7 +44,7 @@ def test_the_ratio_found_holds_and_is_near_the_limit(limit: float) -> None:
 
 @pytest.mark.parametrize("limit", [0.2, 0.31, 0.5, 0.77, 0.99])
 def test_a_step_is_found_too(limit: float) -> None:
-    found = least_keep(lambda keep: -0.5 if keep >= limit else 3.0, least=0.15, num_tries=20)
+    found = least_keep(lambda keep: -0.5 if keep >= limit else 3.0, num_tries=20)
     assert limit <= found <= limit + 0.015 + 1e-9
 
 
@@ -48,16 +55,51 @@ def test_the_number_of_tries_is_an_end() -> None:
         asked.append(keep)
         return -0.5
 
-    assert least_keep(excess, least=0.15, num_tries=3) == asked[-1]
+    assert least_keep(excess, num_tries=3) == asked[-1]
     assert len(asked) == 3
 
 
 def test_where_nothing_holds_all_is_kept() -> None:
-    assert least_keep(lambda _keep: 1.0, least=0.15) == 1.0
+    assert least_keep(lambda _keep: 1.0) == 1.0
 
 
-def score(keep: float) -> Score:
-    return Score(name="clusters", perplexity=20.0, kl=1 - keep, top1=keep, num_texts=1, num_tokens=1)
+def test_clusters_are_searched_side_by_side_as_each_would_be_alone() -> None:
+    limits = (0.05, 0.3, 1.0)
+    asked: list[list[float]] = []
+
+    def excesses(keeps: Sequence[float]) -> list[float]:
+        asked.append(list(keeps))
+        return [kl_of(keep) / limit - 1 for keep, limit in zip(keeps, limits, strict=True)]
+
+    found = least_keeps(excesses, num_clusters=3, least=0.15)
+    alone = [least_keep(lambda keep, limit=limit: kl_of(keep) / limit - 1) for limit in limits]  # type: ignore[misc]
+    assert list(found) == alone
+    assert found[0] > found[1] > found[2]
+    # What is found stays while others are searched on, so that the last try is what is compiled.
+    assert asked[-1] == list(found)
+
+
+def score(keep: float, name: str = "clusters", num_tokens: int = 300) -> Score:
+    return Score(name=name, perplexity=20.0, kl=1 - keep, top1=keep, num_texts=1, num_tokens=num_tokens)
+
+
+def measured(num_tokens: Sequence[int], hardness: Sequence[float]) -> Callable[[Sequence[float]], Quality]:
+    """Clusters that lose less or more than `score` says; those without text are in no list."""
+
+    def measure(keeps: Sequence[float]) -> Quality:
+        own = [1 - hard * (1 - keep) for hard, keep in zip(hardness, keeps, strict=True)]
+        return Quality(
+            dense=score(1.0, "dense"),
+            clusters=score(float(np.average(own, weights=num_tokens))),
+            controls=(),
+            per_cluster=tuple(
+                ClusterQuality(cluster=cluster, score=score(own[cluster], num_tokens=count))
+                for cluster, count in enumerate(num_tokens)
+                if count
+            ),
+        )
+
+    return measure
 
 
 @pytest.mark.parametrize(
@@ -65,19 +107,38 @@ def score(keep: float) -> Score:
     [({"max_kl": 0.4}, 0.6), ({"min_top1": 0.8}, 0.8), ({"max_kl": 0.4, "min_top1": 0.8}, 0.8)],
 )
 def test_both_qualities_hold(options: dict[str, Any], limit: float) -> None:
-    config = fit_quality(make_config(**options), lambda config: score(config.keep), has_held_out=True)
+    config, keeps = fit_quality(make_config(**options), measured([300], [1.0]), [300])
     # Within a twentieth of what may be lost.
-    assert limit <= config.keep <= limit + 0.05 * (1 - limit)
+    assert limit <= keeps[0] <= limit + 0.05 * (1 - limit)
+    assert config.keep == pytest.approx(keeps[0], abs=1e-4)
+
+
+def test_each_cluster_keeps_what_it_needs() -> None:
+    counts = [400, 200, 300]
+    config, keeps = fit_quality(make_config(max_kl=0.3), measured(counts, [0.5, 1.0, 2.0]), counts)
+    for hard, keep in zip([0.5, 1.0, 2.0], keeps, strict=True):
+        assert 0.95 * 0.3 <= hard * (1 - keep) <= 0.3
+    assert config.keep == pytest.approx(np.average(keeps, weights=counts), abs=1e-4)
+
+
+def test_a_cluster_with_little_text_goes_by_all() -> None:
+    counts = [400, 50, 0]
+    _, keeps = fit_quality(make_config(max_kl=0.3), measured(counts, [1.0, 9.0, 9.0]), counts)
+    assert 0.95 * 0.3 <= 1 - keeps[0] <= 0.3
+    assert keeps[1] == keeps[2]
+    overall = (400 * (1 - keeps[0]) + 50 * 9 * (1 - keeps[1])) / 450
+    assert overall <= 0.3
 
 
 def test_without_an_aim_nothing_is_measured() -> None:
     config = make_config(keep=0.4)
-    assert fit_quality(config, lambda _config: pytest.fail("measured"), has_held_out=False) is config
+    found = fit_quality(config, lambda _keeps: pytest.fail("measured"), [0, 0])
+    assert found == (config, (0.4, 0.4))
 
 
 def test_nothing_held_out_is_one_line() -> None:
     with pytest.raises(ConfigError, match="--max-kl, --min-top1: expected calibration text enough"):
-        fit_quality(make_config(max_kl=0.1), lambda config: score(config.keep), has_held_out=False)
+        fit_quality(make_config(max_kl=0.1), measured([1], [1.0]), [0])
 
 
 @pytest.mark.parametrize(

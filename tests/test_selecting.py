@@ -134,8 +134,8 @@ def test_default_weights(options: dict[str, Any], weight: float) -> None:
 
 def test_weight_zero_gives_every_cluster_the_same_neurons() -> None:
     sums, counts, norms = statistics()
-    same = choose_neurons(make_config(cluster_weight=0.0), sums, counts, norms, [32, 32])
-    own = choose_neurons(make_config(cluster_weight=1.0), sums, counts, norms, [32, 32])
+    same = choose_neurons(make_config(cluster_weight=0.0), sums, counts, norms, [[32, 32]] * 3)
+    own = choose_neurons(make_config(cluster_weight=1.0), sums, counts, norms, [[32, 32]] * 3)
     for layer in range(2):
         assert len({ids[layer].tobytes() for ids in same.neuron_ids}) == 1
         assert len({ids[layer].tobytes() for ids in own.neuron_ids}) == 3
@@ -143,7 +143,7 @@ def test_weight_zero_gives_every_cluster_the_same_neurons() -> None:
 
 def test_the_highest_scores_are_kept_within_each_budget() -> None:
     sums, counts, norms = statistics()
-    choice = choose_neurons(make_config(), sums, counts, norms, [32, 64])
+    choice = choose_neurons(make_config(), sums, counts, norms, [[32, 64]] * 3)
     for cluster, layers in enumerate(choice.neuron_ids):
         assert [len(ids) for ids in layers] == [32, 64]
         scores = choice.scores[cluster, 0]
