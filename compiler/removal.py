@@ -18,6 +18,8 @@ __all__ = ["BLOCK", "Removal", "System", "remove_neurons", "solve"]
 
 BLOCK = 32
 _FINE_STEP = 16
+_DENSITY = 0.85
+"""Matrices are cut down to what is left as soon as no more of their rows are left than this share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +67,13 @@ def remove_neurons(system: System, metric: torch.Tensor, *, keep: int, step: int
     inverse = _inverse(system)
     # In the metric's root, costs are squared norms, and the updates below are the same.
     weights = inverse @ (system.cross + system.lam * system.own) @ torch.linalg.cholesky(metric)
-    left = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
+    neuron_ids = torch.arange(len(inverse), device=inverse.device)
+    left = torch.ones_like(neuron_ids, dtype=torch.bool)
     num_left, losses = len(inverse), [0.0]
     while num_left > keep:
+        if num_left <= _DENSITY * len(left):
+            neuron_ids, weights, inverse = neuron_ids[left], weights[left], inverse[left][:, left]
+            left = torch.ones_like(neuron_ids, dtype=torch.bool)
         # What is removed has empty rows, but for rounding.
         costs = torch.where(left, weights.square().sum(dim=1) / inverse.diagonal(), torch.inf)
         worst = costs.topk(min(step, num_left - keep), largest=False).indices
@@ -76,11 +82,12 @@ def remove_neurons(system: System, metric: torch.Tensor, *, keep: int, step: int
         core = torch.linalg.inv(rows[:, worst].double()).float()
         losses.append(losses[-1] + float((removed * (core @ removed)).sum()))
         pull = rows.T @ core
-        weights -= pull @ removed
-        inverse -= pull @ rows
+        # In place: a product of its own would be as large as the inverse, and this loop is bound by memory.
+        weights.addmm_(pull, removed, alpha=-1)
+        inverse.addmm_(pull, rows, alpha=-1)
         left[worst] = False
         num_left -= len(worst)
-    return Removal(neuron_ids=left.nonzero()[:, 0].cpu().numpy().astype(np.int32), losses=np.array(losses))
+    return Removal(neuron_ids=neuron_ids[left].cpu().numpy().astype(np.int32), losses=np.array(losses))
 
 
 def _inverse(system: System) -> torch.Tensor:
