@@ -49,6 +49,9 @@ def start_logging(*, verbose: bool) -> None:
     """Send the library's log to stderr: warnings always, progress remarks with `verbose`."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("coreinfer").setLevel(logging.INFO if verbose else logging.WARNING)
+    if not verbose:
+        # Each failed try to reach the Hub is two lines here; what came of them is one line of ours.
+        logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
 
 
 def _interrupt(signum: int, frame: Any) -> NoReturn:

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 3
+_READ_VERSIONS = (2, SCHEMA_VERSION)
 _CHECKSUM = "sha256"
 GROUPS = ("embedding", "attention", "norm", "head", "ffn")
 """Tensor groups that are quantized separately."""
@@ -280,18 +281,19 @@ def read_manifest(bundle_dir: Path) -> Manifest:
 
     Raises:
         BundleNotFound: there is no folder or no manifest in it.
-        BundleVersionError: another schema version.
+        BundleVersionError: neither this schema version nor the one before it.
         BundleCorrupt: not JSON, or fields are missing or of the wrong type; all of them are named.
     """
     path = bundle_dir / LAYOUT.manifest
     data = _read_json(bundle_dir, path)
     version = data.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in _READ_VERSIONS:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         advice = "upgrade coreinfer" if newer else "compile the bundle again with this coreinfer"
-        raise BundleVersionError(f"{path}: schema version {version!r}, this coreinfer reads {SCHEMA_VERSION}; {advice}")
+        known = " and ".join(map(str, _READ_VERSIONS))
+        raise BundleVersionError(f"{path}: schema version {version!r}, this coreinfer reads {known}; {advice}")
     problems: list[str] = []
-    manifest = parse(Manifest, data, "manifest", problems)
+    manifest = parse(Manifest, data if version == SCHEMA_VERSION else _upgraded(data), "manifest", problems)
     if manifest is not None and data.get(_CHECKSUM) != content_sha256(data):
         problems.append("its values do not match its own checksum")
     if manifest is not None:
@@ -299,6 +301,15 @@ def read_manifest(bundle_dir: Path) -> Manifest:
     if manifest is None or problems:
         raise BundleCorrupt(f"{path}: {join_problems(problems)}; compile the bundle again")
     return manifest
+
+
+def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
+    """Turn the values of version 2, in which all clusters have the plan's layer budgets, into those of this version."""
+    plan, clusters = data.get("plan"), data.get("clusters")
+    if isinstance(plan, dict) and isinstance(clusters, list):
+        same = {"layer_budgets": plan.get("layer_budgets")}
+        clusters = [{**cluster, **same} if isinstance(cluster, dict) else cluster for cluster in clusters]
+    return {**data, "clusters": clusters, "schema_version": SCHEMA_VERSION}
 
 
 def _read_json(bundle_dir: Path, path: Path) -> dict[str, Any]:

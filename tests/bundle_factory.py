@@ -212,6 +212,13 @@ def change_tensors(
         list_again(bundle_dir)
 
 
+def as_version_2(data: dict[str, Any]) -> None:
+    """Make the values of a manifest those of the version before, in which clusters had no budgets of their own."""
+    data["schema_version"] = 2
+    for cluster in data["clusters"]:
+        del cluster["layer_budgets"]
+
+
 def flip_bit(path: Path, position: int | None = None) -> None:
     """Flip one bit of a file, in its middle unless told where."""
     data = bytearray(path.read_bytes())

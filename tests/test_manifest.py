@@ -17,7 +17,7 @@ from coreinfer.bundles.manifest import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .bundle_factory import edit_manifest, make_manifest
+from .bundle_factory import as_version_2, edit_manifest, make_manifest
 
 RECORDS = ("model", "router", "plan", "quality", "provenance")
 
@@ -158,7 +158,7 @@ def test_unknown_formats_and_groups_without_a_format_are_all_named(folder: Path)
     ("version", "advice"),
     [
         (SCHEMA_VERSION + 1, "upgrade coreinfer"),
-        (SCHEMA_VERSION - 1, "compile the bundle again"),
+        (SCHEMA_VERSION - 2, "compile the bundle again"),
         (None, "compile the bundle again"),
         ("2", "compile the bundle again"),
     ],
@@ -169,8 +169,27 @@ def test_another_schema_version_says_what_to_do(folder: Path, version: object, a
         del data["plan"]  # What else differs in another version is no problem of its own.
     with pytest.raises(BundleVersionError) as caught:
         read_manifest(folder)
-    assert f"schema version {version!r}, this coreinfer reads {SCHEMA_VERSION}" in str(caught.value)
-    assert advice in str(caught.value)
+    assert f"schema version {version!r}, this coreinfer reads 2 and {SCHEMA_VERSION}; {advice}" in str(caught.value)
+
+
+def test_a_bundle_of_version_2_is_read(folder: Path) -> None:
+    expected = read_manifest(folder)
+    with edit_manifest(folder) as data:
+        as_version_2(data)
+    assert read_manifest(folder) == expected
+
+
+def test_a_damaged_bundle_of_version_2_is_named(folder: Path) -> None:
+    with edit_manifest(folder) as data:
+        as_version_2(data)
+        data["clusters"][1] = 7
+        data["plan"]["layer_budgets"] = "all"
+    message = corruption(folder)
+    assert "manifest.clusters[1]: expected an object, got int" in message
+    assert "manifest.plan.layer_budgets: expected tuple, got str" in message
+    with edit_manifest(folder) as data:
+        del data["plan"], data["clusters"]
+    assert "manifest.clusters" in corruption(folder)
 
 
 @pytest.mark.parametrize(

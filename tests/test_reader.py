@@ -16,6 +16,7 @@ from .bundle_factory import (
     HIDDEN_SIZE,
     LAYER_BUDGETS,
     SMALL_FILES,
+    as_version_2,
     change_tensors,
     edit_manifest,
     flip_bit,
@@ -223,6 +224,13 @@ def test_a_part_that_the_manifest_does_not_list_is_named(bundle_dir: Path, name:
     (bundle_dir / name).unlink()
     list_again(bundle_dir)
     assert corruption(bundle_dir) == f"manifest lists no {name}"
+
+
+def test_a_bundle_of_version_2_opens(bundle_dir: Path) -> None:
+    expected = open_bundle(bundle_dir).manifest
+    with edit_manifest(bundle_dir) as data:
+        as_version_2(data)
+    assert open_bundle(bundle_dir).manifest == expected
 
 
 def test_a_cluster_needs_a_budget_for_each_layer(bundle_dir: Path) -> None:
