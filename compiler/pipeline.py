@@ -1,5 +1,6 @@
 """Compile a model into a bundle: the compiler's main path."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,6 +42,8 @@ from .sizing import fit_budget
 from .sources import find_source
 
 __all__ = ["compile_loaded", "compile_model"]
+
+_log = logging.getLogger(__name__)
 
 
 def compile_model(config: CompileConfig, progress: Progress | None = None) -> Manifest:
@@ -95,7 +98,8 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str
         narrow[CLUSTERS] = _heal(config, ground, narrow[CLUSTERS], narrow_key, progress)
     quality = None
     if config.evaluate and corpus.held_out:
-        models = {_score_name(config, item.name): (narrow[item.name], item.held_out) for item in ground.assignments}
+        healed = narrow[CLUSTERS].inner is not None
+        models = {_score_name(item.name, healed): (narrow[item.name], item.held_out) for item in ground.assignments}
         quality = evaluate(loaded, text.held_out_ids, models, progress)
     compiled = Compiled(
         config=config,
@@ -267,9 +271,9 @@ def _measure_clusters(text: _Text, progress: Progress, config: CompileConfig) ->
     return _measure(ground, config, progress, keeps).clusters
 
 
-def _score_name(config: CompileConfig, name: str) -> str:
+def _score_name(name: str, healed: bool) -> str:
     """Only the clusters are healed: a control must not look as if it were."""
-    return f"{name}, not healed" if config.heals and name != CLUSTERS else name
+    return f"{name}, not healed" if healed and name != CLUSTERS else name
 
 
 def _heal(
@@ -283,7 +287,27 @@ def _heal(
         narrow=narrow,
     )
     key = stage_key("heal", upstream=upstream, steps=config.heal_steps, rate=config.heal_rate)
-    return heal(inputs, ground.text.cache, key, progress)
+    return _better(ground, narrow, heal(inputs, ground.text.cache, key, progress), progress)
+
+
+def _better(ground: _Ground, narrow: NarrowModel, healed: NarrowModel, progress: Progress) -> NarrowModel:
+    """Take the healed packs, unless text that nothing was trained on rejects them."""
+    documents, labels = ground.text.corpus.validation, ground.routing.assignment.validation
+    if not documents:
+        return healed
+    token_ids = [document.token_ids for document in documents]
+    models = {CLUSTERS: (narrow, labels), "healed": (healed, labels)}
+    quality = evaluate(ground.text.loaded, token_ids, models, progress)
+    before, after = quality.clusters.kl, quality.controls[0].kl
+    _log.info("healing: KL on validation text %.4f before, %.4f after", before, after)
+    if after < before:
+        return healed
+    _log.warning(
+        "healing is left out: KL on validation text rises from %.4f to %.4f; lower --heal-rate or raise --heal-steps",
+        before,
+        after,
+    )
+    return narrow
 
 
 def write_bundle(compiled: Compiled, progress: Progress) -> Manifest:

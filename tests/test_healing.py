@@ -139,3 +139,17 @@ def test_a_healed_bundle_says_so(tiny_bundle: Callable[..., Path]) -> None:
     gates = [name for name in first if ".gate" in name]
     assert gates
     assert any(not np.array_equal(first[name].array, second[name].array) for name in gates)
+
+
+def test_healing_that_other_text_rejects_is_left_out(
+    tiny_bundle: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = open_bundle(tiny_bundle("llama", heal_steps=0))
+    rejected = open_bundle(tiny_bundle("llama", heal_steps=3, heal_rate=30.0))
+    assert "healing is left out: KL on validation text rises from" in caplog.text
+    quality = rejected.manifest.quality
+    assert quality is not None
+    assert [score.name for score in quality.controls] == ["one static mask", "random assignment"]
+    for cluster in range(len(plain.packs)):
+        for name in plain.pack(cluster):
+            np.testing.assert_array_equal(plain.pack(cluster)[name].array, rejected.pack(cluster)[name].array)
