@@ -226,11 +226,9 @@ def _narrow(
     Returns:
         The stage's key, and assignment name -> narrow model.
     """
-    budgets = {
-        item.name: [ground.budgets(config, config.keep)] * ground.profile.num_clusters(item.name)
-        for item in assignments
-    }
-    budgets[CLUSTERS] = [ground.budgets(config, keep) for keep in keeps]
+    at = {keep: ground.budgets(config, keep) for keep in {config.keep, *keeps}}
+    budgets = {item.name: [at[config.keep]] * ground.profile.num_clusters(item.name) for item in assignments}
+    budgets[CLUSTERS] = [at[keep] for keep in keeps]
     inputs = NarrowInputs(
         config=config,
         loaded=ground.text.loaded,
