@@ -292,6 +292,7 @@ def _better(ground: _Ground, narrow: NarrowModel, healed: NarrowModel, progress:
     """Take the healed packs, unless text that nothing was trained on rejects them."""
     documents, labels = ground.text.corpus.validation, ground.routing.assignment.validation
     if not documents:
+        _log.warning("healing is not checked: there is no validation text; give more calibration text")
         return healed
     token_ids = [document.token_ids for document in documents]
     models = {CLUSTERS: (narrow, labels), "healed": (healed, labels)}
