@@ -212,6 +212,20 @@ def change_tensors(
         list_again(bundle_dir)
 
 
+def written_once(folder: Path, write: Callable[[str, Path, dict[str, Any]], object]) -> Callable[..., Path]:
+    """A function (family, **options) that gives the bundle that `write` writes of them when first asked for."""
+    written: dict[str, Path] = {}
+
+    def bundle(family: str, **options: Any) -> Path:
+        key = repr((family, sorted(options.items())))
+        if key not in written:
+            written[key] = folder / str(len(written))
+            write(family, written[key], options)
+        return written[key]
+
+    return bundle
+
+
 def as_version_2(data: dict[str, Any]) -> None:
     """Make the values of a manifest those of the version before, in which clusters had no budgets of their own."""
     data["schema_version"] = 2

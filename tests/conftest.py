@@ -14,7 +14,7 @@ from coreinfer import runtime
 from coreinfer.compiler import CompileConfig, compile_model
 
 from .browser import open_browser
-from .bundle_factory import write_bundle
+from .bundle_factory import write_bundle, written_once
 from .model_factory import save_corpus, save_encoder, save_model
 
 if TYPE_CHECKING:
@@ -87,17 +87,10 @@ def tiny_bundle(
     tiny_inputs: Callable[[str], CompileConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """A function (family, **CompileConfig fields) that compiles each tiny bundle once a session; do not change them."""
-    folder = tmp_path_factory.mktemp("tiny-bundles")
-    written: dict[str, Path] = {}
-
-    def bundle(family: str, **options: Any) -> Path:
-        key = repr((family, sorted(options.items())))
-        if key not in written:
-            written[key] = folder / str(len(written))
-            compile_model(replace(tiny_inputs(family), output=written[key], **options))
-        return written[key]
-
-    return bundle
+    return written_once(
+        tmp_path_factory.mktemp("tiny-bundles"),
+        lambda family, output, options: compile_model(replace(tiny_inputs(family), output=output, **options)),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from coreinfer.runtime.native_decoder import NativeDecoder
 from coreinfer.runtime.planning import largest_cluster
 from coreinfer.runtime.torch_decoder import TorchDecoder, device_needs
 
+from .bundle_factory import written_once
 from .engine_inputs import PROMPT
 from .fake_device import FakeDevice
 from .model_factory import FAMILIES
@@ -46,17 +47,11 @@ def unequal(
     tiny_inputs: Callable[[str], CompileConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Bundle]:
     """A function (family, **CompileConfig fields) that gives a bundle with packs of one, three and two blocks."""
-    folder = tmp_path_factory.mktemp("unequal")
-    written: dict[str, Path] = {}
-
-    def bundle(family: str = "llama", **options: Any) -> Bundle:
-        key = repr((family, sorted(options.items())))
-        if key not in written:
-            written[key] = folder / str(len(written))
-            compile_unequal(tiny_inputs(family), written[key], **options)
-        return open_bundle(written[key])
-
-    return bundle
+    written = written_once(
+        tmp_path_factory.mktemp("unequal"),
+        lambda family, target, options: compile_unequal(tiny_inputs(family), target, **options),
+    )
+    return lambda family, **options: open_bundle(written(family, **options))
 
 
 def clusters_of(bundle: Bundle) -> range:
