@@ -1,11 +1,14 @@
 // Compares every kernel table that the CPU can run with the portable one, at odd sizes. Needs no Python, so that it
 // also runs under an emulator (tools/test-aarch64.sh). Prints one line a table; the exit status says whether all agree.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <random>
+#include <thread>
+#include <vector>
 
 #include "../runtime/native/model.h"
 
@@ -244,6 +247,31 @@ void test_rotate(const Kernels& kernels) {
   }
 }
 
+// Every block of every deal is worked on once, whoever is quick, and before the barrier ends.
+void test_deal() {
+  constexpr int kMostBlocks = 200;
+  for (int num_threads : {1, 2, 3, 7}) {
+    Threads threads(num_threads);
+    std::vector<int> times(kMostBlocks);
+    for (int count : {0, 1, 2, 5, 16, 37, kMostBlocks}) {
+      for (int slow = 0; slow < num_threads; ++slow)
+        threads.run([&](int thread) {
+          for (int round = 0; round < 20; ++round) {
+            threads.deal(thread, count, [&](int begin, int end) {
+              if (thread == slow) std::this_thread::yield();
+              for (int i = begin; i < end; ++i) ++times[i];
+            });
+            threads.barrier();
+          }
+        });
+      for (int i = 0; i < kMostBlocks; ++i)
+        if (times[i] != (i < count ? 20 * num_threads : 0)) ++num_failures;
+      std::fill(times.begin(), times.end(), 0);
+    }
+  }
+  std::printf("deals: %s\n", num_failures == 0 ? "whole" : "WRONG");
+}
+
 }  // namespace
 
 int main() {
@@ -252,6 +280,7 @@ int main() {
     const bool nan = (half & 0x7fff) > 0x7c00;
     if (!nan && float_to_half(half_to_float(half)) != half) ++num_failures;
   }
+  test_deal();
   for (const Kernels* kernels : available_kernels()) {
     const int before = num_failures;
     test_multiply(*kernels);

@@ -1,9 +1,10 @@
 // The kernels of attention: scores, softmax and weighted values of some positions, their parts joined, and rotation.
 // Included by kernels_body.h, on the terms that it states.
 
-constexpr int kPositions = 16;   // positions whose keys are interleaved
-constexpr int kChunk = 128;      // positions between two rescalings of the running sums
-constexpr int kQueries = 4;      // queries that share one read of the keys
+constexpr int kPositions = 16;    // positions whose keys are interleaved
+constexpr int kChunk = 128;       // positions between two rescalings of the running sums
+constexpr int kQueries = 4;       // queries that share one read of the keys
+constexpr int kKeysAhead = 1024;  // halves, how far ahead keys are asked for
 
 template <int kCount>
 inline void score_block(const AttentionTask& task, int query, int block, float (*scores)[kChunk], int column) {
@@ -14,13 +15,21 @@ inline void score_block(const AttentionTask& task, int query, int block, float (
       for (auto& value : vectors) value = V::set1(0.0f);
   const uint16_t* keys = task.keys + size_t(block) * task.head_dim * kPositions;
   const float* q = task.queries + size_t(query) * task.head_dim;
-  for (int d = 0; d < task.head_dim; d += 2)
+  // A head's keys and values are pieces too short for the hardware to see them coming. The values of these positions are
+  // read next; as many bytes as keys.
+  const char* values = reinterpret_cast<const char*>(task.values + size_t(block) * kPositions * task.value_stride);
+  for (int d = 0; d < task.head_dim; d += 2) {
+    if (query == 0) {  // the others find them in the cache
+      __builtin_prefetch(keys + d * kPositions + kKeysAhead);
+      __builtin_prefetch(values + d * kPositions * 2);
+    }
     for (int odd = 0; odd < 2; ++odd)
       for (int v = 0; v < kVectors; ++v) {
         const V::F key = V::load_half(keys + (d + odd) * kPositions + v * V::kLanes);
         for (int i = 0; i < kCount; ++i)
           sums[odd][i][v] = V::fma(key, V::set1(q[i * task.head_dim + d + odd]), sums[odd][i][v]);
       }
+  }
   for (int i = 0; i < kCount; ++i)
     for (int v = 0; v < kVectors; ++v)
       V::store(scores[i] + column + v * V::kLanes, sums[0][i][v] + sums[1][i][v]);

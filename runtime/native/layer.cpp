@@ -37,9 +37,15 @@ void prefetch_block(const Matrix& w, int block, size_t num_bytes) {
   if (w.zeros) prefetch_bytes(w.zeros + tile * kBlockRows, num_tiles * kBlockRows);
 }
 
-void prefetch_share(const Matrix& w, int thread, int num_threads) {
-  const int reserved = Threads::reserved_share(w.num_blocks(), num_threads);
-  if (reserved > 0) prefetch_block(w, thread * reserved, kPrefetchBytes);
+void prefetch_share(const Matrices& matrices, int thread, int num_threads) {
+  int num_blocks = 0;
+  for (const Matrix* w : matrices) num_blocks += w ? w->num_blocks() : 0;
+  int block = share(num_blocks, thread, num_threads).begin;
+  for (const Matrix* w : matrices) {
+    if (!w) break;
+    if (block >= 0 && block < w->num_blocks()) prefetch_block(*w, block, kPrefetchBytes);
+    block -= w->num_blocks();
+  }
 }
 
 void embed(const ModelWeights& weights, const Kernels& kernels, int32_t id, int position, const Activations& scratch,

@@ -1,6 +1,7 @@
 // A decoder-only transformer whose weights lie in mapped files.
 #pragma once
 
+#include <array>
 #include <functional>
 #include <initializer_list>
 #include <memory>
@@ -218,8 +219,10 @@ inline void prefetch_bytes(const void* start, size_t size) {
 }
 // Ask for the first `num_bytes` of codes from a block on, and for their scales.
 void prefetch_block(const Matrix& w, int block, size_t num_bytes);
-// Ask for the first weights of a thread's share, just before it waits for the others.
-void prefetch_share(const Matrix& w, int thread, int num_threads);
+// Matrices that one phase multiplies together; null where there are fewer.
+using Matrices = std::array<const Matrix*, 3>;
+// Ask for the first weights of a thread's share of a phase, just before it waits for the others.
+void prefetch_share(const Matrices& matrices, int thread, int num_threads);
 void embed(const ModelWeights& weights, const Kernels& kernels, int32_t id, int position, const Activations& scratch,
            float* x);
 void apply_norm(const ModelWeights& weights, const Kernels& kernels, const Norm& norm, const float* x, int size,

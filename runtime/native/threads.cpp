@@ -16,6 +16,15 @@ namespace {
 // Some tens of microseconds: longer than a phase's imbalance, much shorter than a scheduler's time slice.
 constexpr int kSpins = 2000;
 
+// More would draw in vain from most.
+constexpr int kMostHelped = 4;
+
+int checked(int num_threads) {
+  if (num_threads < 1 || num_threads > 256)
+    throw std::invalid_argument("threads: expected 1 to 256, got " + std::to_string(num_threads));
+  return num_threads;
+}
+
 inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -86,10 +95,11 @@ void Event::wait_beyond(uint32_t seen) {
   num_sleepers_.fetch_sub(1, std::memory_order_seq_cst);
 }
 
-Threads::Threads(int num_threads) : num_threads_(num_threads) {
-  if (num_threads < 1 || num_threads > 256)
-    throw std::invalid_argument("threads: expected 1 to 256, got " + std::to_string(num_threads));
-  bases_.resize(num_threads);
+Threads::Threads(int num_threads)
+    : num_threads_(checked(num_threads)),
+      num_helped_(std::min(num_threads, kMostHelped)),
+      tickets_(num_threads),
+      bases_(num_threads) {
   for (int thread = 1; thread < num_threads; ++thread) workers_.emplace_back([this, thread] { serve(thread); });
 }
 

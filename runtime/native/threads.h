@@ -10,6 +10,15 @@
 
 namespace coreinfer {
 
+// The part of [0, count) that belongs to one of several threads.
+struct Range {
+  int begin, end;
+};
+inline Range share(int count, int thread, int num_threads) {
+  return {static_cast<int>(int64_t(count) * thread / num_threads),
+          static_cast<int>(int64_t(count) * (thread + 1) / num_threads)};
+}
+
 // Waits for a counter to change: spins for some microseconds, then sleeps in the kernel, so that a busy neighbour on
 // the same core is not kept from finishing what is waited for.
 class Event {
@@ -36,43 +45,56 @@ class Threads {
   // Call work(thread) on every thread and return when all are done. `work` must not throw.
   void run(const std::function<void(int)>& work);
 
-  // Inside `run`: call work(begin, end) so that all threads' calls together cover [0, count). Each thread has most of
-  // its share for sure; the last quarter goes to whoever is free, because cores are never equally fast. A part is drawn
-  // while the one before it is still to be done, and announced by ahead(begin): what it reads first can be asked for.
-  // All threads must deal the same counts in the same order.
+  // Inside `run`: call work(begin, end) so that all threads' calls together cover [0, count). Each thread goes through an
+  // unbroken range of its own, so that its reads run on; the last quarter of it is cut into parts that another thread may
+  // take when it has done its own, because cores are never equally fast. A part is drawn while the one before it is still
+  // to be done, and announced by ahead(begin) where it is another thread's: what it reads first can be asked for.
+  // All threads must deal the same counts in the same order, with a barrier between two deals.
   template <class Work, class Ahead>
   void deal(int thread, int count, Work work, Ahead ahead) {
-    const int reserved = reserved_share(count, num_threads_), first = reserved * num_threads_;
-    const int size = std::max(1, (count - first) / (4 * num_threads_));
-    const int num_parts = (count - first + size - 1) / size;
     uint32_t& base = bases_[thread].value;
-    int begin = thread * reserved, end = begin + reserved;
-    for (;;) {
-      const int part = static_cast<int>(tickets_.fetch_add(1, std::memory_order_relaxed) - base);
-      const int next = first + part * size;
-      if (part < num_parts) ahead(next);
-      if (begin < end) work(begin, end);
-      if (part >= num_parts) break;
-      begin = next;
-      end = std::min(next + size, count);
+    int helped = 0;
+    const auto draw = [&]() -> Range {
+      for (; helped < num_helped_; ++helped) {
+        const int owner = (thread + helped) % num_threads_;
+        const int part = static_cast<int>(tickets_[owner].value.fetch_add(1, std::memory_order_relaxed) - base);
+        if (part < kParts) return open_part(share(count, owner, num_threads_), part);
+      }
+      return {0, 0};
+    };
+    const Range own = share(count, thread, num_threads_);
+    Range now = {own.begin, reserved_end(own)};
+    for (bool more = true; more;) {
+      const Range next = draw();
+      more = helped < num_helped_;
+      if (more && helped > 0) ahead(next.begin);
+      if (now.begin < now.end) work(now.begin, now.end);
+      now = next;
     }
-    // Every thread drew one ticket in vain.
-    base += num_parts + num_threads_;
+    // Every thread that draws from a range does so in vain once.
+    base += kParts + num_helped_;
   }
   template <class Work>
   void deal(int thread, int count, Work work) {
     deal(thread, count, work, [](int) {});
   }
-  // How many of `count` each thread has for sure.
-  static int reserved_share(int count, int num_threads) { return count * 3 / 4 / num_threads; }
 
   // Inside `run`: wait until all threads have come here.
   void barrier();
 
  private:
+  static constexpr int kParts = 4;
+
   void serve(int thread);
+  static int reserved_end(Range own) { return own.begin + (own.end - own.begin) * 3 / 4; }
+  static Range open_part(Range own, int part) {
+    const int first = reserved_end(own);
+    const Range within = share(own.end - first, part, kParts);
+    return {first + within.begin, first + within.end};
+  }
 
   int num_threads_;
+  int num_helped_;  // ranges that a thread draws from, its own among them
   std::vector<std::thread> workers_;
   const std::function<void(int)>* work_ = nullptr;
   bool stop_ = false;
@@ -80,20 +102,14 @@ class Threads {
   // Arrivals at all barriers so far: one cache line tells the last thread that it is the last, and all others that it came.
   alignas(64) std::atomic<uint64_t> num_arrived_{0};
   std::atomic<uint32_t> num_sleepers_{0};
-  alignas(64) std::atomic<uint32_t> tickets_{0};
+  struct alignas(64) Tickets {
+    std::atomic<uint32_t> value{0};
+  };
+  std::vector<Tickets> tickets_;  // a thread's: how many of its parts were drawn
   struct alignas(64) Base {
     uint32_t value = 0;
   };
-  std::vector<Base> bases_;
+  std::vector<Base> bases_;  // where the tickets of a thread's next deal begin
 };
-
-// The part of [0, count) that belongs to one of several threads.
-struct Range {
-  int begin, end;
-};
-inline Range share(int count, int thread, int num_threads) {
-  return {static_cast<int>(int64_t(count) * thread / num_threads),
-          static_cast<int>(int64_t(count) * (thread + 1) / num_threads)};
-}
 
 }  // namespace coreinfer

@@ -53,11 +53,9 @@ class TokenPass {
     embed(weights_, kernels_, id, position_, inputs_, x_);
     fill_angles(weights_, position_, own_.angles.get());
     for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
-      const bool last = layer + 1 == weights_.layers.size();
       const FfnWeights& neurons = (*decoder_.ffn)[layer];
-      attention(static_cast<int>(layer), first_of(neurons));
-      ffn(weights_.layers[layer], neurons,
-          last ? weights_.head : weights_.layers[layer + 1].attention.query.weight);
+      attention(static_cast<int>(layer), {first_of(neurons)});
+      ffn(weights_.layers[layer], neurons, after_layer(layer));
     }
     prepare_inputs(weights_, kernels_, weights_.final_norm, x_, inputs_);
     if (!weights_.project_out.empty()) project_out();
@@ -66,17 +64,23 @@ class TokenPass {
 
  private:
   // One phase; `next` is what the phase after it reads first.
-  void multiply(std::initializer_list<Job> jobs, const Activations& x, const Matrix& next) {
+  void multiply(std::initializer_list<Job> jobs, const Activations& x, const Matrices& next) {
     multiply_share(kernels_, jobs, x, 1, 0, thread_, decoder_.threads);
     prefetch_share(next, thread_, num_threads_);
     decoder_.threads.barrier();
   }
 
-  static const Matrix& first_of(const FfnWeights& ffn) {
-    return ffn.gate.weight.empty() ? ffn.up.weight : ffn.gate.weight;
+  static const Matrix* first_of(const FfnWeights& ffn) {
+    return ffn.gate.weight.empty() ? &ffn.up.weight : &ffn.gate.weight;
   }
 
-  void attention(int layer, const Matrix& next) {
+  Matrices after_layer(size_t layer) const {
+    if (layer + 1 == weights_.layers.size()) return {&weights_.head};
+    const AttentionWeights& next = weights_.layers[layer + 1].attention;
+    return {&next.query.weight, &next.key.weight, &next.value.weight};
+  }
+
+  void attention(int layer, const Matrices& next) {
     const Layer& weights = weights_.layers[layer];
     const AttentionWeights& attention = weights.attention;
     prepare_inputs(weights_, kernels_, weights.attention_norms.before, x_, inputs_);
@@ -90,7 +94,7 @@ class TokenPass {
     // Nobody else reads the new token's key and value.
     if (positions.begin <= position_ && position_ < positions.end) store(layer, attention, angles);
     attend(layer, attention, angles, positions);
-    prefetch_share(attention.output.weight, thread_, num_threads_);
+    prefetch_share({&attention.output.weight}, thread_, num_threads_);
     decoder_.threads.barrier();
     combine();
     multiply({{&attention.output.weight, shared_.attended.get()}}, inputs_, next);
@@ -139,7 +143,7 @@ class TokenPass {
     kernels_.quantize(inputs_, padded);
   }
 
-  void ffn(const Layer& weights, const FfnWeights& ffn, const Matrix& next) {
+  void ffn(const Layer& weights, const FfnWeights& ffn, const Matrices& next) {
     prepare_inputs(weights_, kernels_, weights.ffn_norms.before, x_, inputs_);
     const int num_blocks = ffn.up.weight.num_blocks();
     float *gate = shared_.gate.get(), *up = shared_.up.get();
@@ -153,7 +157,7 @@ class TokenPass {
     decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, work, [&](int first) {
       prefetch_block(ffn.gate.weight.empty() ? ffn.up.weight : ffn.gate.weight, first * 2, kPartPrefetchBytes);
     });
-    prefetch_share(ffn.down.weight, thread_, num_threads_);
+    prefetch_share({&ffn.down.weight}, thread_, num_threads_);
     decoder_.threads.barrier();
     multiply({{&ffn.down.weight, shared_.ffn_out.get()}}, shared_.neurons.view, next);
     finish(weights.ffn_norms, ffn.down.bias, shared_.ffn_out.get());
