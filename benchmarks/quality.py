@@ -17,7 +17,7 @@ from bench_inputs import BenchInputs, input_options
 from coreinfer.bundles.manifest import Quality
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.evaluating import evaluate
-from coreinfer.compiler.healing import HealInputs, heal
+from coreinfer.compiler.healing import HealInputs, heal, healing_text
 from coreinfer.compiler.narrowing import CLUSTERS, NarrowModel
 from selection import Bench
 
@@ -75,14 +75,9 @@ def measure(bench: Bench, config: CompileConfig) -> Iterator[tuple[Quality, bool
 
 def heal_clusters(bench: Bench, config: CompileConfig, narrow: NarrowModel, budgets: list[int]) -> NarrowModel:
     """Heal as the compiler does."""
-    inputs = HealInputs(
-        config=config,
-        loaded=bench.loaded,
-        documents=bench.corpus.calibration,
-        labels=bench.routing.assignment.calibration,
-        narrow=narrow,
-    )
-    key = f"{bench.key(config, 'packs', budgets)}-{config.heal_steps}-{config.heal_rate}"
+    documents, labels = healing_text(config, bench.corpus, bench.routing)
+    inputs = HealInputs(config=config, loaded=bench.loaded, documents=documents, labels=labels, narrow=narrow)
+    key = f"{bench.key(config, 'packs', budgets)}-{config.heal_steps}-{config.heal_rate}-{len(documents)}"
     return heal(inputs, bench.cache, key, bench.progress)
 
 

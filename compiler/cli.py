@@ -93,7 +93,12 @@ class _NumberOr(click.ParamType[Any]):
     "--repair-rounding/--no-repair-rounding", default=False, help="Repair each layer on what rounded weights hand on."
 )
 @click.option("--ridge", type=_NumberOr(float, "auto"), default="auto", help="Relative ridge of the repair, or auto.")
-@click.option("--heal-steps", type=int, default=0, help="Distil the dense model into the packs for so many steps.")
+@click.option(
+    "--heal-steps",
+    type=int,
+    default=0,
+    help="Distil the dense model into the packs for so many steps, on text beyond the calibration tokens, if any.",
+)
 @click.option("--heal-cluster-steps", type=int, default=0, help="Then so many steps of each cluster's own.")
 @click.option("--heal-rate", type=float, default=2e-4, help="Greatest learning rate of these steps.")
 @click.option("--quantize", type=click.Choice(get_args(Format)), default="int4", help="Format of FFN and attention.")

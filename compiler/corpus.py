@@ -5,7 +5,8 @@ import json
 import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from .config import BUILTIN, CompileConfig
 from .models import LoadedModel
 from .progress import Progress
 
-__all__ = ["Corpus", "Document", "build_corpus", "read_texts", "split_into_documents", "split_point", "spread_sample"]
+__all__ = [
+    "Corpus",
+    "Document",
+    "build_corpus",
+    "first_documents",
+    "read_texts",
+    "split_into_documents",
+    "split_point",
+    "spread_sample",
+]
 
 _log = logging.getLogger(__name__)
 _MIN_DOCUMENT_TOKENS = 8
@@ -55,23 +65,25 @@ def spread_sample(documents: Sequence[Document], num_tokens: int) -> list[Docume
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Documents in three parts that share nothing.
+    """Documents in parts that share nothing.
 
     Attributes:
         calibration: what moments and Gram matrices are made of.
         validation: what the ridge is chosen on; 10% of the documents.
         held_out: what quality is measured on, and nothing else; 10% of the documents.
-        sha256: hash of all tokens and texts.
+        sha256: hash of all tokens and texts of these three.
+        spare: what lies beyond the calibration tokens, shuffled; empty unless the options ask for healing.
     """
 
     calibration: tuple[Document, ...]
     validation: tuple[Document, ...]
     held_out: tuple[Document, ...]
     sha256: str
+    spare: tuple[Document, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all three parts."""
+        """Tokens of the first three parts."""
         return sum(len(d.token_ids) for part in (self.calibration, self.validation, self.held_out) for d in part)
 
 
@@ -99,9 +111,13 @@ def build_corpus(
                 advance()
     if BUILTIN in config.calibration:
         documents += _builtin(config, loaded, cache, model_key, progress)
-    corpus = _split(_take(documents, config), config.seed)
+    taken, left = _take(documents, config)
+    corpus = _split(taken, config.seed)
     _check_size(corpus, config)
-    return corpus
+    if not config.heals:
+        return corpus
+    used = {document.text for document in taken}
+    return replace(corpus, spare=tuple(document for document in left if document.text not in used))
 
 
 def _builtin(
@@ -128,17 +144,18 @@ def _builtin(
     return [Document(**{**item, "token_ids": tuple(item["token_ids"])}) for item in cache.json(key, compute)]
 
 
-def _take(documents: Sequence[Document], config: CompileConfig) -> list[Document]:
-    """Shuffle, and keep documents until the token budget is spent."""
+def _take(documents: Sequence[Document], config: CompileConfig) -> tuple[list[Document], list[Document]]:
+    """Shuffle, and take documents until the token budget is spent; those taken, and what is left."""
     shuffled = list(documents)
     random.Random(config.seed).shuffle(shuffled)
-    taken, num_tokens = [], 0
-    for document in shuffled:
-        num_tokens += len(document.token_ids)
-        if num_tokens > config.calibration_tokens:
-            break
-        taken.append(document)
-    return taken
+    num_taken = len(first_documents(shuffled, config.calibration_tokens))
+    return shuffled[:num_taken], shuffled[num_taken:]
+
+
+def first_documents(documents: Sequence[Document], num_tokens: int) -> list[Document]:
+    """Take documents from the front as long as they have no more than so many tokens together."""
+    totals = accumulate(len(document.token_ids) for document in documents)
+    return [document for document, total in zip(documents, totals, strict=True) if total <= num_tokens]
 
 
 def _check_size(corpus: Corpus, config: CompileConfig) -> None:

@@ -2,8 +2,10 @@
 
 First what all clusters share is trained: one change to the dense FFN's matrices, of which every cluster takes the rows
 of its own neurons on top of its own repaired weights. Then each cluster's own matrices, for a few steps on its text.
-Each step takes documents of one cluster; their beginnings are read dense, as prompts are at run time, and the loss is
-KL(dense || narrow) on what follows. AdamW (arXiv 1711.05101) with a cosine schedule (arXiv 1608.03983).
+What is trained on is first of all text that no weight was fitted to: on the calibration text itself the narrow model is
+better than it really is, and has less to learn. Each step takes documents of one cluster; their beginnings are read
+dense, as prompts are at run time, and the loss is KL(dense || narrow) on what follows. AdamW (arXiv 1711.05101) with a
+cosine schedule (arXiv 1608.03983).
 """
 
 import math
@@ -21,12 +23,13 @@ from transformers import DynamicCache
 
 from .cache import Cache
 from .config import CompileConfig
-from .corpus import Document
+from .corpus import Corpus, Document, first_documents
 from .models import LoadedModel
 from .narrowing import Bits, Labels, NarrowModel, bf16_bits, narrow_layer
 from .progress import Advance, Progress
+from .routing import Routing, route
 
-__all__ = ["HealInputs", "heal"]
+__all__ = ["HealInputs", "heal", "healing_text"]
 
 _STEP_TOKENS = 2048
 """Tokens of a step's documents."""
@@ -46,7 +49,7 @@ class HealInputs:
     """What the narrow model is trained on.
 
     Attributes:
-        documents: calibration text.
+        documents: of `healing_text`.
         labels: (documents,) the cluster of each.
         narrow: the narrow model to start from.
     """
@@ -97,6 +100,21 @@ class _Course:
         if self.cluster is not None:
             fits &= self.inputs.labels == self.cluster
         return np.flatnonzero(fits)
+
+
+def healing_text(config: CompileConfig, corpus: Corpus, routing: Routing) -> tuple[list[Document], Labels]:
+    """Choose what to train on: spare text, as much as the steps read; with the calibration text where it runs out.
+
+    Returns:
+        Documents, and (documents,) the cluster of each.
+    """
+    num_steps = config.heal_steps + config.heal_cluster_steps * routing.clustering.num_clusters
+    spare = first_documents(corpus.spare, num_steps * _STEP_TOKENS)
+    documents, labels = spare, route(routing, spare)
+    if not spare or len(spare) == len(corpus.spare):
+        documents = [*spare, *corpus.calibration]
+        labels = np.concatenate([labels, routing.assignment.calibration])
+    return documents, labels
 
 
 def heal(inputs: HealInputs, cache: Cache, key: str, progress: Progress) -> NarrowModel:

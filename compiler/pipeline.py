@@ -23,7 +23,7 @@ from .config import CompileConfig
 from .corpus import Corpus, build_corpus, split_point
 from .describing import PACKAGES, Compiled, formats_of, manifest_of
 from .evaluating import evaluate
-from .healing import HealInputs, heal
+from .healing import HealInputs, heal, healing_text
 from .mapping import map_points
 from .memory import check_memory
 from .models import LoadedModel, load_model, read_config
@@ -277,14 +277,15 @@ def _score_name(name: str, healed: bool) -> str:
 def _heal(
     config: CompileConfig, ground: _Ground, narrow: NarrowModel, upstream: str, progress: Progress
 ) -> NarrowModel:
-    inputs = HealInputs(
-        config=config,
-        loaded=ground.text.loaded,
-        documents=ground.text.corpus.calibration,
-        labels=ground.routing.assignment.calibration,
-        narrow=narrow,
+    documents, labels = healing_text(config, ground.text.corpus, ground.routing)
+    inputs = HealInputs(config=config, loaded=ground.text.loaded, documents=documents, labels=labels, narrow=narrow)
+    key = stage_key(
+        "heal",
+        upstream=upstream,
+        steps=config.heal_steps,
+        rate=config.heal_rate,
+        text=[document.token_ids for document in documents],
     )
-    key = stage_key("heal", upstream=upstream, steps=config.heal_steps, rate=config.heal_rate)
     return _better(ground, narrow, heal(inputs, ground.text.cache, key, progress), progress)
 
 

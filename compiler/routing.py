@@ -18,7 +18,7 @@ from .narrowing import CLUSTERS, Assignment
 from .progress import Progress
 from .sources import default_encoder, find_source
 
-__all__ = ["Routing", "build_routing", "control_assignments"]
+__all__ = ["Routing", "build_routing", "control_assignments", "route"]
 
 STATIC_MASK = "one static mask"
 RANDOM = "random assignment"
@@ -90,6 +90,11 @@ def build_routing(
         agreement=float(np.mean(routed == nearest(held_out, clustering.centroids))) if len(prompts) else None,
         encoder_name=source.name,
     )
+
+
+def route(routing: Routing, documents: Sequence[Document]) -> npt.NDArray[np.int64]:
+    """Route documents as the device would: (documents,) cluster ids."""
+    return nearest(routing.encoder.embed(_routing_texts(documents)), routing.centroids)
 
 
 def _distance_p99(embeddings: Floats, centroids: Floats) -> float:

@@ -182,6 +182,25 @@ def test_the_token_budget_is_kept(budget: int, loaded: LoadedModel, tmp_path: Pa
     assert budget - 2 * longest < corpus.num_tokens <= budget
 
 
+def test_text_beyond_the_budget_is_spared_for_healing(loaded: LoadedModel, tmp_path: Path) -> None:
+    config = file_config(tmp_path, calibration_tokens=1000)
+    without, corpus = build(loaded, config), build(loaded, replace(config, heal_steps=1))
+    assert without.spare == ()
+    assert corpus.spare
+    assert corpus.sha256 == without.sha256
+    parts = [corpus.calibration, corpus.validation, corpus.held_out]
+    used = {document.text for part in parts for document in part}
+    assert used.isdisjoint(document.text for document in corpus.spare)
+    everything = build(loaded, replace(config, calibration_tokens=10**6, heal_steps=1))
+    assert everything.spare == ()
+    whole = {
+        document.text
+        for part in (everything.calibration, everything.validation, everything.held_out)
+        for document in part
+    }
+    assert whole == used | {document.text for document in corpus.spare}
+
+
 def test_documents_have_at_most_document_tokens(loaded: LoadedModel, tmp_path: Path) -> None:
     corpus = build(loaded, file_config(tmp_path, document_tokens=20))
     lengths = [len(d.token_ids) for part in (corpus.calibration, corpus.validation, corpus.held_out) for d in part]

@@ -1,7 +1,8 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ import torch
 from coreinfer.bundles import open_bundle
 from coreinfer.bundles.families import ffn_tensors
 from coreinfer.compiler.cache import Cache
+from coreinfer.compiler.corpus import Corpus
 from coreinfer.compiler.evaluating import evaluate
-from coreinfer.compiler.healing import HealInputs, heal
+from coreinfer.compiler.healing import HealInputs, heal, healing_text
 from coreinfer.compiler.models import LoadedModel
 from coreinfer.compiler.narrowing import NarrowModel, narrow_layer
 from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.routing import Routing
 
 from .model_factory import FAMILIES
 from .test_carrying import CLUSTERS, documents, inputs_of, load, run
@@ -60,6 +63,44 @@ def test_steps_of_each_clusters_own_lower_it_too(name: str) -> None:
     healed = heal(inputs, Cache(None), "key", progress)
     assert kl(inputs.loaded, healed) < 0.8 * kl(inputs.loaded, inputs.narrow)
     assert list(progress.stage_seconds) == ["heal clusters"]
+
+
+def healing_corpus(num_spare: int) -> Corpus:
+    calibration = tuple(documents())
+    spare = tuple(replace(calibration[0], text=f"spare {index}", token_ids=(1,) * 1024) for index in range(num_spare))
+    return Corpus(calibration=calibration, validation=(), held_out=(), sha256="", spare=spare)
+
+
+def healing_routing() -> Routing:
+    """Routes spare text to cluster 1, whatever it says."""
+    encoder = SimpleNamespace(embed=lambda texts: np.ones((len(texts), 2), dtype=np.float32))
+    return cast(
+        "Routing",
+        SimpleNamespace(
+            encoder=encoder,
+            centroids=np.array([[0.0, 0.0], [1.0, 1.0]], dtype=np.float32),
+            clustering=SimpleNamespace(num_clusters=2),
+            assignment=SimpleNamespace(calibration=CLUSTERS),
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "num_used"), [({"heal_steps": 1}, 2), ({"heal_steps": 2, "heal_cluster_steps": 1}, 8)]
+)
+def test_healing_trains_on_as_much_spare_text_as_its_steps_read(options: dict[str, int], num_used: int) -> None:
+    corpus = healing_corpus(20)
+    found, labels = healing_text(make_config(**options), corpus, healing_routing())
+    assert found == list(corpus.spare[:num_used])
+    assert labels.tolist() == [1] * num_used
+
+
+@pytest.mark.parametrize("num_spare", [0, 3])
+def test_calibration_text_is_trained_on_where_spare_text_runs_out(num_spare: int) -> None:
+    corpus = healing_corpus(num_spare)
+    found, labels = healing_text(make_config(heal_steps=50), corpus, healing_routing())
+    assert found == [*corpus.spare, *corpus.calibration]
+    assert labels.tolist() == [1] * num_spare + CLUSTERS.tolist()
 
 
 def test_own_steps_alone_leave_other_clusters_as_they_are() -> None:
