@@ -83,7 +83,7 @@ class Threads {
   void barrier();
 
  private:
-  static constexpr int kParts = 4;
+  static constexpr int kParts = 4;  // that the last quarter of a thread's range is cut into
 
   void serve(int thread);
   static int reserved_end(Range own) { return own.begin + (own.end - own.begin) * 3 / 4; }

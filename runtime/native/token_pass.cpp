@@ -155,7 +155,7 @@ class TokenPass {
                      shared_.neurons.view);
     };
     decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, work, [&](int first) {
-      prefetch_block(ffn.gate.weight.empty() ? ffn.up.weight : ffn.gate.weight, first * 2, kPartPrefetchBytes);
+      prefetch_block(*first_of(ffn), first * 2, kPartPrefetchBytes);
     });
     prefetch_share({&ffn.down.weight}, thread_, num_threads_);
     decoder_.threads.barrier();
