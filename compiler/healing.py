@@ -8,6 +8,7 @@ dense, as prompts are at run time, and the loss is KL(dense || narrow) on what f
 cosine schedule (arXiv 1608.03983).
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from .routing import Routing, route
 
 __all__ = ["HealInputs", "heal", "healing_text"]
 
+_log = logging.getLogger(__name__)
 _STEP_TOKENS = 2048
 """Tokens of a step's documents."""
 _DENSE_SHARES = (0.125, 0.5)
@@ -135,8 +137,10 @@ def heal(inputs: HealInputs, cache: Cache, key: str, progress: Progress) -> Narr
 def _own_course(inputs: HealInputs, cluster: int, key: str) -> _Course:
     steps = inputs.config.heal_cluster_steps
     course = _Course(inputs=inputs, cluster=cluster, num_steps=steps, key=f"{key}-{steps}-cluster-{cluster}")
-    # A cluster may have no text: it stays as it is.
-    return course if len(course.document_ids) else replace(course, num_steps=0)
+    if len(course.document_ids):
+        return course
+    _log.warning("healing: cluster %d has no text to train on and takes no steps of its own; give more text", cluster)
+    return replace(course, num_steps=0)
 
 
 def _run(name: str, courses: Sequence[_Course], cache: Cache, progress: Progress) -> dict[str, Bits]:

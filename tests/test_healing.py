@@ -103,11 +103,13 @@ def test_calibration_text_is_trained_on_where_spare_text_runs_out(num_spare: int
     assert labels.tolist() == [1] * num_spare + CLUSTERS.tolist()
 
 
-def test_own_steps_alone_leave_other_clusters_as_they_are() -> None:
+def test_own_steps_alone_leave_other_clusters_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
     inputs = heal_inputs(load("llama"), heal_steps=0, heal_cluster_steps=5)
     # A cluster without text has nothing to learn from.
     inputs = replace(inputs, labels=np.zeros_like(inputs.labels))
     healed = heal(inputs, Cache(None), "key", Progress())
+    assert "healing: cluster 1 has no text to train on" in caplog.text
+    assert "cluster 0" not in caplog.text
     for layer in range(inputs.loaded.record.num_layers):
         for cluster, equal in ((0, False), (1, True)):
             before, after = (narrow_layer(inputs.loaded, each, layer, cluster) for each in (inputs.narrow, healed))
