@@ -35,6 +35,8 @@ __all__ = ["HealInputs", "heal", "healing_text"]
 _log = logging.getLogger(__name__)
 _STEP_TOKENS = 2048
 """Tokens of a step's documents."""
+_POOL_SIZE = 16
+"""Most spare text to draw from, in multiples of what the steps read: with little, the same documents meet again."""
 _DENSE_SHARES = (0.125, 0.5)
 """Least and greatest share of a document that is read dense: short prompts have long answers."""
 _MIN_DOCUMENT_TOKENS = 4
@@ -105,16 +107,17 @@ class _Course:
 
 
 def healing_text(config: CompileConfig, corpus: Corpus, routing: Routing) -> tuple[list[Document], Labels]:
-    """Choose what to train on: spare text, as much as the steps read; with the calibration text where it runs out.
+    """Choose what to draw from: spare text, and the calibration text too where that is less than the steps read.
 
     Returns:
         Documents, and (documents,) the cluster of each.
     """
     num_steps = config.heal_steps + config.heal_cluster_steps * routing.clustering.num_clusters
-    spare = first_documents(corpus.spare, num_steps * _STEP_TOKENS)
-    documents, labels = spare, route(routing, spare)
-    if not spare or len(spare) == len(corpus.spare):
-        documents = [*spare, *corpus.calibration]
+    num_tokens = num_steps * _STEP_TOKENS
+    documents = first_documents(corpus.spare, num_tokens * _POOL_SIZE)
+    labels = route(routing, documents)
+    if sum(len(document.token_ids) for document in documents) < num_tokens:
+        documents = [*documents, *corpus.calibration]
         labels = np.concatenate([labels, routing.assignment.calibration])
     return documents, labels
 

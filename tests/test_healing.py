@@ -86,13 +86,21 @@ def healing_routing() -> Routing:
 
 
 @pytest.mark.parametrize(
-    ("options", "num_used"), [({"heal_steps": 1}, 2), ({"heal_steps": 2, "heal_cluster_steps": 1}, 8)]
+    ("options", "num_used"), [({"heal_steps": 1}, 32), ({"heal_steps": 2, "heal_cluster_steps": 1}, 128)]
 )
-def test_healing_trains_on_as_much_spare_text_as_its_steps_read(options: dict[str, int], num_used: int) -> None:
-    corpus = healing_corpus(20)
+def test_healing_draws_from_some_times_the_spare_text_that_its_steps_read(
+    options: dict[str, int], num_used: int
+) -> None:
+    corpus = healing_corpus(200)
     found, labels = healing_text(make_config(**options), corpus, healing_routing())
     assert found == list(corpus.spare[:num_used])
     assert labels.tolist() == [1] * num_used
+
+
+def test_calibration_text_is_left_out_where_spare_text_is_enough() -> None:
+    corpus = healing_corpus(4)
+    found, _ = healing_text(make_config(heal_steps=2), corpus, healing_routing())
+    assert found == list(corpus.spare)
 
 
 @pytest.mark.parametrize("num_spare", [0, 3])
