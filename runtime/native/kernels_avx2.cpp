@@ -19,17 +19,23 @@ struct V : Avx2 {
   static constexpr const char* kName = "avx2";
   static constexpr int kByteOffset = 0;  // dot_bytes takes the offset away itself
 
-  static I widen(I sum, __m256i pairs) { return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
+  // GCC sums in an order of its own, holding all products back in memory: each sum passes through an empty instruction.
+  static I in_order(I sum) {
+    __asm__("" : "+x"(sum));
+    return sum;
+  }
+  static I widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
   // The sums of a tile's 32 products stay in 16 bits, two for each row: 8 * 2 * 15 * 127 is less than 2^15.
   static I dot_nibbles(I sum, B codes, const int8_t* p) {
-    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, quad(p)));
+    return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, quad(p))));
   }
   static I add_nibble_sums(I a, I b) { return _mm256_add_epi16(a, b); }
-  static I nibble_sums(I pairs) { return widen(zero(), pairs); }
+  static I nibble_sums(I pairs) { return widen(pairs); }
   // Unsigned bytes would overflow 16 bits; |w| * (x with w's sign) does not: 2 * 127 * 127.
   static I dot_bytes(I sum, B bytes, const int8_t* p) {
     const __m256i weight = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
-    return widen(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(quad(p), weight)));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(quad(p), weight));
+    return in_order(add_int(sum, widen(pairs)));
   }
 };
 

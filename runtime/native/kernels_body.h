@@ -205,10 +205,14 @@ inline void multiply_block(const Matrix& w, const Activations& x, float* y, size
   if (w.format == Format::int4) return multiply_codes<Format::int4, kTokens>(w, x, y, y_stride, block);
   if (w.format == Format::int8) return multiply_codes<Format::int8, kTokens>(w, x, y, y_stride, block);
   if (w.format == Format::int8_planes) return multiply_codes<Format::int8_planes, kTokens>(w, x, y, y_stride, block);
+  constexpr int kStep = kTokens < V::kTileTokensBf16 ? kTokens : V::kTileTokensBf16;
   const int end = block * kBlockRows + kBlockRows < w.rows ? block * kBlockRows + kBlockRows : w.rows;
-  int row = block * kBlockRows;
-  for (; row + 4 <= end; row += 4) multiply_bf16_rows<4, kTokens>(w, x, y, y_stride, row);
-  for (; row < end; ++row) multiply_bf16_rows<1, kTokens>(w, x, y, y_stride, row);
+  for (int t = 0; t < kTokens; t += kStep) {
+    const Activations some = x.token(t);
+    int row = block * kBlockRows;
+    for (; row + 4 <= end; row += 4) multiply_bf16_rows<4, kStep>(w, some, y + t * y_stride, y_stride, row);
+    for (; row < end; ++row) multiply_bf16_rows<1, kStep>(w, some, y + t * y_stride, y_stride, row);
+  }
 }
 
 void multiply(const Matrix& w, const Activations& x, int num_tokens, float* y, size_t y_stride, int block_begin,

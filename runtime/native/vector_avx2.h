@@ -2,7 +2,8 @@
 
 struct Avx2 {
   static constexpr int kLanes = 8;
-  static constexpr int kTileTokens = 2;
+  static constexpr int kTileTokens = 4;
+  static constexpr int kTileTokensBf16 = 2;
   using F = __m256;
   using I = __m256i;
   using B = __m256i;
