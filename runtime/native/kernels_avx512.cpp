@@ -17,7 +17,7 @@ struct V {
   static constexpr const char* kName = "avx512vnni";
   static constexpr int kLanes = 16;
   static constexpr int kTileTokens = 8;
-  static constexpr int kTileTokensBf16 = 8;
+  static constexpr int kTileTokensBf16 = kTileTokens;
   static constexpr int kByteOffset = 128;  // dot_bytes takes bytes as unsigned
   using F = __m512;
   using I = __m512i;

@@ -206,6 +206,7 @@ inline void multiply_block(const Matrix& w, const Activations& x, float* y, size
   if (w.format == Format::int8) return multiply_codes<Format::int8, kTokens>(w, x, y, y_stride, block);
   if (w.format == Format::int8_planes) return multiply_codes<Format::int8_planes, kTokens>(w, x, y, y_stride, block);
   constexpr int kStep = kTokens < V::kTileTokensBf16 ? kTokens : V::kTileTokensBf16;
+  static_assert(kTokens % kStep == 0, "tokens would be left over");
   const int end = block * kBlockRows + kBlockRows < w.rows ? block * kBlockRows + kBlockRows : w.rows;
   for (int t = 0; t < kTokens; t += kStep) {
     const Activations some = x.token(t);

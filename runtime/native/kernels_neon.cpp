@@ -19,7 +19,7 @@ struct V {
   static constexpr const char* kName = "neon";
   static constexpr int kLanes = 4;
   static constexpr int kTileTokens = 4;
-  static constexpr int kTileTokensBf16 = 4;
+  static constexpr int kTileTokensBf16 = kTileTokens;
   static constexpr int kByteOffset = 0;  // dot_bytes takes the offset away itself
   using F = float32x4_t;
   using I = int32x4_t;

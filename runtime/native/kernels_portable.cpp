@@ -11,7 +11,7 @@ struct V {
   static constexpr const char* kName = "portable";
   static constexpr int kLanes = 4;
   static constexpr int kTileTokens = 2;
-  static constexpr int kTileTokensBf16 = 2;
+  static constexpr int kTileTokensBf16 = kTileTokens;
   static constexpr int kByteOffset = 0;  // dot_bytes takes the offset away itself
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));

@@ -3,7 +3,7 @@
 struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kTileTokens = 4;
-  static constexpr int kTileTokensBf16 = 2;
+  static constexpr int kTileTokensBf16 = 2;  // times four rows: the sums of more would not fit the registers
   using F = __m256;
   using I = __m256i;
   using B = __m256i;
