@@ -11,10 +11,12 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from typing import Any
 
 import click
 from bench_inputs import BenchInputs, input_options
 from coreinfer.bundles.manifest import Quality
+from coreinfer.compiler.cli import NumberOr
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.evaluating import evaluate
 from coreinfer.compiler.healing import HealInputs, heal, healing_text
@@ -24,6 +26,7 @@ from selection import Bench
 
 @click.command(context_settings={"show_default": True})
 @click.option("--keep", "keeps", type=float, multiple=True, required=True, help="Keep ratio; repeatable.")
+@click.option("--cluster-weight", type=NumberOr(float, "auto"), default=None)
 @click.option("--heal-steps", default=0, help="Heal the clusters' packs too.")
 @click.option("--heal-cluster-steps", default=0)
 @click.option("--heal-rate", default=CompileConfig.heal_rate)
@@ -32,6 +35,7 @@ from selection import Bench
 def main(
     inputs: BenchInputs,
     keeps: tuple[float, ...],
+    cluster_weight: Any,
     heal_steps: int,
     heal_cluster_steps: int,
     heal_rate: float,
@@ -41,6 +45,7 @@ def main(
     """Print the table of the module's docstring; a folder stands for the .jsonl files in it, patterns are expanded."""
     config = replace(
         inputs.config,
+        cluster_weight=cluster_weight,
         heal_steps=heal_steps,
         heal_cluster_steps=heal_cluster_steps,
         heal_rate=heal_rate,

@@ -24,7 +24,7 @@ from .layerwise import Batch, document_starts, prepare_batches, run_layer, run_p
 from .models import LoadedModel
 from .narrowing import CLUSTERS, Assignment, NarrowModel, bf16_bits
 from .progress import Progress
-from .repair import RIDGES, LayerTokens, Repaired, RepairTask, repair_layer
+from .repair import CLUSTER_WEIGHTS, RIDGES, LayerTokens, Repaired, RepairTask, repair_layer
 from .rounding import Rounding
 from .selecting import Choice
 
@@ -249,10 +249,12 @@ def _repair(
     chosen = RIDGES if config.ridge == "auto" else (float(config.ridge),)
     # A repair that other text rejects is not shipped.
     ridges: tuple[float | None, ...] = (*chosen, None)
+    cluster_weights = _repair_weights(config)
     if name != CLUSTERS:
         # Asked to choose for themselves, controls chose the same ridge in nearly every layer (docs/log.md).
         shared = float(found[f"{CLUSTERS}.ridge"][0])
         ridges = (None if np.isnan(shared) else shared,)
+        cluster_weights = (float(found[f"{CLUSTERS}.weight"][0]),)
     by_scores = [layers[layer] for layers in inputs.choices[name].neuron_ids]
     task = RepairTask(
         calibration=stream.calibration,
@@ -262,20 +264,23 @@ def _repair(
         metric=inputs.metrics[layer].to(inputs.loaded.device),
         keeps=keeps,
         neuron_ids=None if config.effective_removal == "second-order" else by_scores,
-        cluster_weight=_repair_weight(config),
+        cluster_weights=cluster_weights,
         ridges=ridges,
         moment_bytes=config.moment_bytes,
     )
     return _as_arrays(name, repair_layer(tokens, task))
 
 
-def _repair_weight(config: CompileConfig) -> float:
-    """Moments of one cluster alone are too thin for a repair, whatever the scores are made of."""
-    return 0.3 if config.cluster_weight is None else config.cluster_weight
+def _repair_weights(config: CompileConfig) -> tuple[float, ...]:
+    """Candidates: moments of one cluster alone are too thin for a repair, whatever the scores are made of."""
+    if config.cluster_weight == "auto":
+        return CLUSTER_WEIGHTS
+    return CLUSTER_WEIGHTS[:1] if config.cluster_weight is None else (config.cluster_weight,)
 
 
 def _as_arrays(name: str, repaired: Repaired) -> dict[str, Any]:
     arrays: dict[str, Any] = {f"{name}.ids.{cluster}": ids for cluster, ids in enumerate(repaired.neuron_ids)}
+    arrays[f"{name}.weight"] = np.array([repaired.cluster_weight])
     if repaired.ridge is None:
         return {**arrays, f"{name}.ridge": _OWN_WEIGHTS}
     for cluster, (down, bias) in enumerate(repaired.solutions):
@@ -287,7 +292,8 @@ def _as_arrays(name: str, repaired: Repaired) -> dict[str, Any]:
 def _own(inputs: NarrowInputs, name: str, layer: int) -> dict[str, Any]:
     """A layer that keeps its own weights, and the neurons that the scores choose."""
     ids = {f"{name}.ids.{c}": layers[layer] for c, layers in enumerate(inputs.choices[name].neuron_ids)}
-    return {**ids, f"{name}.ridge": _OWN_WEIGHTS}
+    weight = np.array(_repair_weights(inputs.config)[:1])
+    return {**ids, f"{name}.ridge": _OWN_WEIGHTS, f"{name}.weight": weight}
 
 
 def _unrepaired(inputs: NarrowInputs, layer: int) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from . import compile_model
 from .config import BUILTIN, Budgets, CompileConfig, DType, Format, Removal
 from .progress import Progress, TqdmProgress
 
-__all__ = ["default_cache_dir", "main", "summary"]
+__all__ = ["NumberOr", "default_cache_dir", "main", "summary"]
 
 
-class _NumberOr(click.ParamType[Any]):
+class NumberOr(click.ParamType[Any]):
     """A number, or one given word."""
 
     def __init__(self, number: type[int] | type[float], word: str) -> None:
@@ -28,6 +28,7 @@ class _NumberOr(click.ParamType[Any]):
         self.name = f"{number.__name__}|{word}"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Take the word as it is, and anything else as a number; click says so where it is none."""
         if value == self.word:
             return value
         try:
@@ -40,7 +41,7 @@ class _NumberOr(click.ParamType[Any]):
 @click.option("--model", required=True, help="Hub id, folder, .gguf file, or package:NAME/PATH.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write the bundle to.")
 @click.option(
-    "--clusters", type=_NumberOr(int, "auto"), default=32, help="How many; auto: fewest of nearly the best KL."
+    "--clusters", type=NumberOr(int, "auto"), default=32, help="How many; auto: fewest of nearly the best KL."
 )
 @click.option("--keep", type=float, default=0.7, help="Kept neurons / all neurons, in (0, 1].")
 @click.option(
@@ -73,9 +74,9 @@ class _NumberOr(click.ParamType[Any]):
 @click.option("--beta", type=float, default=0.4, help="coreinfer: share of neurons that are core for a sentence.")
 @click.option(
     "--cluster-weight",
-    type=float,
+    type=NumberOr(float, "auto"),
     default=None,
-    help="Weight of a cluster's own moments.  [default: 0.3 for output-aware, else 1]",
+    help="Weight of a cluster's own moments, auto: chosen for the repair.  [default: 0.3 for output-aware, else 1]",
 )
 @click.option(
     "--budgets", type=click.Choice(get_args(Budgets)), default="sensitivity", help="How layers share the neurons."
@@ -92,7 +93,7 @@ class _NumberOr(click.ParamType[Any]):
 @click.option(
     "--repair-rounding/--no-repair-rounding", default=False, help="Repair each layer on what rounded weights hand on."
 )
-@click.option("--ridge", type=_NumberOr(float, "auto"), default="auto", help="Relative ridge of the repair, or auto.")
+@click.option("--ridge", type=NumberOr(float, "auto"), default="auto", help="Relative ridge of the repair, or auto.")
 @click.option(
     "--heal-steps",
     type=int,

@@ -45,7 +45,8 @@ class CompileConfig:
         selection: how neurons are scored.
         alpha, beta: shares of the paper's statistic; only for selection "coreinfer".
         cluster_weight: weight of the cluster's moments against all text's; None for 0.3 with "output-aware" and 1,
-            the papers' own, otherwise.
+            the papers' own, otherwise. "auto" chooses the repair's for each layer on text that is not calibrated on,
+            and leaves the scores theirs.
         budgets: one keep ratio for all layers, or more for layers whose FFN contributes more ("energy"), or for
             layers where errors cost more KL ("sensitivity").
         min_layer_keep: least keep ratio of a layer with budgets other than "uniform".
@@ -92,7 +93,7 @@ class CompileConfig:
     selection: Selection = "output-aware"
     alpha: float = 0.4
     beta: float = 0.4
-    cluster_weight: float | None = None
+    cluster_weight: float | Literal["auto"] | None = None
     budgets: Budgets = "sensitivity"
     min_layer_keep: float = 0.15
     removal: Removal | None = None
@@ -128,8 +129,8 @@ class CompileConfig:
 
     @property
     def effective_cluster_weight(self) -> float:
-        """The cluster weight with its default filled in."""
-        if self.cluster_weight is not None:
+        """The cluster weight of the scores, with its default filled in."""
+        if self.cluster_weight is not None and self.cluster_weight != "auto":
             return self.cluster_weight
         return 0.3 if self.selection == "output-aware" else 1.0
 
@@ -175,7 +176,7 @@ def _problems(config: CompileConfig) -> list[str | None]:
         _one_aim(config),
         _share("--alpha", config.alpha, zero=False),
         _share("--beta", config.beta, zero=False),
-        _share("--cluster-weight", config.effective_cluster_weight, zero=True),
+        _cluster_weight(config),
         _share("--min-layer-keep", config.min_layer_keep, zero=True),
         _one_of("--selection", config.selection, SELECTIONS),
         _one_of("--budgets", config.budgets, get_args(Budgets)),
@@ -218,6 +219,12 @@ def _share(name: str, value: float, *, zero: bool) -> str | None:
     if math.isfinite(value) and (0 < value <= 1 or (zero and value == 0)):
         return None
     return f"{name}: expected a number in {'[' if zero else '('}0, 1], got {value!r}"
+
+
+def _cluster_weight(config: CompileConfig) -> str | None:
+    if config.cluster_weight == "auto" and not config.reconstruct:
+        return "--cluster-weight auto: expected --reconstruct, whose weight it chooses, got --no-reconstruct"
+    return _share("--cluster-weight", config.effective_cluster_weight, zero=True)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str | None:

@@ -15,10 +15,12 @@ import torch
 
 from .removal import System, remove_neurons, solve
 
-__all__ = ["RIDGES", "LayerTokens", "Repaired", "RepairTask", "gram_matrix", "repair_layer"]
+__all__ = ["CLUSTER_WEIGHTS", "RIDGES", "LayerTokens", "Repaired", "RepairTask", "gram_matrix", "repair_layer"]
 
 RIDGES = (1e-3, 1e-2, 1e-1)
 """Candidates for "auto", relative to the mean diagonal of the Gram matrix; no repair is the last candidate."""
+CLUSTER_WEIGHTS = (0.3, 0.6)
+"""Candidates for "auto"; the first is what little text wants, the second what 40,000 tokens a cluster want."""
 _REMOVAL_RIDGE = 1e-2
 _TOKEN_CHUNK = 8192
 _COLUMN_BLOCKS = 6
@@ -52,7 +54,7 @@ class RepairTask:
         metric: (hidden size, hidden size) what output errors cost.
         keeps: how many neurons of each cluster stay. A cluster that keeps all keeps the model's own weights.
         neuron_ids: the neurons of each cluster; None to remove by second order.
-        cluster_weight: weight of the cluster's moments against those of all text.
+        cluster_weights: candidates for the weight of the cluster's moments against those of all text.
         ridges: candidates; None among them stands for no repair.
         moment_bytes: moments of all clusters are held in memory up to this size, and summed twice beyond it.
     """
@@ -64,7 +66,7 @@ class RepairTask:
     metric: torch.Tensor
     keeps: Sequence[int]
     neuron_ids: Sequence[Ids] | None
-    cluster_weight: float
+    cluster_weights: Sequence[float]
     ridges: Sequence[float | None]
     moment_bytes: int = 4 << 30
 
@@ -77,11 +79,13 @@ class Repaired:
         neuron_ids: of each cluster, ascending.
         solutions: of each cluster; the bias is zero where the family has none.
         ridge: that was taken for all clusters; None where the model's own weights are left.
+        cluster_weight: that was taken for all clusters.
     """
 
     neuron_ids: list[Ids]
     solutions: Solutions
     ridge: float | None
+    cluster_weight: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,27 +133,58 @@ def _mirror(gram: torch.Tensor) -> None:
     gram += gram.triu(1).T
 
 
-def repair_layer(tokens: LayerTokens, task: RepairTask) -> Repaired:
-    """Choose and refit one layer's neurons for every cluster, with one ridge for all of them.
+@dataclass(frozen=True, kw_only=True)
+class _Attempt:
+    """One cluster weight's neurons, and for each ridge its solutions, as far as the clusters are through."""
 
-    The ridge is the candidate with the least cost on the validation tokens; no repair at all is a candidate of
-    "auto", so that a repair which other text rejects is never shipped. Without validation tokens it is the first.
+    cluster_weight: float
+    neuron_ids: list[Ids]
+    candidates: list[Solutions]
+
+
+def repair_layer(tokens: LayerTokens, task: RepairTask) -> Repaired:
+    """Choose and refit one layer's neurons for every cluster, with one cluster weight and one ridge for all of them.
+
+    Both are the candidates with the least cost on the validation tokens; no repair at all is a candidate of "auto", so
+    that a repair which other text rejects is never shipped. Without validation tokens they are the first.
     """
-    neuron_ids: list[Ids] = []
-    candidates: list[Solutions] = [[] for _ in task.ridges]
-    for cluster, mixed in enumerate(_mixed_moments(tokens, task)):
-        system = _system(mixed, task)
-        if task.neuron_ids is None:
-            neuron_ids.append(remove_neurons(system, task.metric, keep=task.keeps[cluster]).neuron_ids)
-        else:
-            neuron_ids.append(task.neuron_ids[cluster])
-        for found, solution in zip(candidates, _solutions(system, mixed, task, neuron_ids[-1]), strict=True):
-            found.append(solution)
-    best = 0
-    if len(task.ridges) > 1 and any(len(rows) for rows in task.validation):
-        costs = _validation_costs(tokens, task, neuron_ids, candidates)
-        best = min(range(len(costs)), key=costs.__getitem__)
-    return Repaired(neuron_ids=neuron_ids, solutions=candidates[best], ridge=task.ridges[best])
+    attempts = [
+        _Attempt(cluster_weight=weight, neuron_ids=[], candidates=[[] for _ in task.ridges])
+        for weight in task.cluster_weights
+    ]
+    for cluster, (own, overall) in enumerate(_moments(tokens, task)):
+        for attempt in attempts:
+            weight = attempt.cluster_weight
+            mixed = own if overall is None else _weighted_sum([own, overall], [weight, 1 - weight])
+            _solve_cluster(attempt, mixed, task, cluster)
+    return _best(tokens, task, attempts)
+
+
+def _solve_cluster(attempt: _Attempt, mixed: _Moments, task: RepairTask, cluster: int) -> None:
+    """Add the next cluster's neurons and solutions to an attempt."""
+    system = _system(mixed, task)
+    if task.neuron_ids is None:
+        attempt.neuron_ids.append(remove_neurons(system, task.metric, keep=task.keeps[cluster]).neuron_ids)
+    else:
+        attempt.neuron_ids.append(task.neuron_ids[cluster])
+    solutions = _solutions(system, mixed, task, attempt.neuron_ids[-1])
+    for found, solution in zip(attempt.candidates, solutions, strict=True):
+        found.append(solution)
+
+
+def _best(tokens: LayerTokens, task: RepairTask, attempts: Sequence[_Attempt]) -> Repaired:
+    """Take the attempt and the ridge that validation text likes best."""
+    best, ridge = attempts[0], 0
+    if len(attempts) * len(task.ridges) > 1 and any(len(rows) for rows in task.validation):
+        costs = [_validation_costs(tokens, task, item.neuron_ids, item.candidates) for item in attempts]
+        number = min(range(len(attempts)), key=lambda index: min(costs[index]))
+        best, ridge = attempts[number], min(range(len(task.ridges)), key=costs[number].__getitem__)
+    return Repaired(
+        neuron_ids=best.neuron_ids,
+        solutions=best.candidates[ridge],
+        ridge=task.ridges[ridge],
+        cluster_weight=best.cluster_weight,
+    )
 
 
 def _system(moments: _Moments, task: RepairTask) -> System:
@@ -179,10 +214,10 @@ def _solutions(system: System, moments: _Moments, task: RepairTask, neuron_ids: 
     return solutions
 
 
-def _mixed_moments(tokens: LayerTokens, task: RepairTask) -> Iterator[_Moments]:
-    """Each cluster's moments mixed with those of all text, one at a time."""
+def _moments(tokens: LayerTokens, task: RepairTask) -> Iterator[tuple[_Moments, _Moments | None]]:
+    """Each cluster's moments, one at a time, and those of all text; None for the latter where there is one cluster."""
     if len(task.calibration) == 1:
-        yield _mean_moments(tokens, task.calibration[0])
+        yield _mean_moments(tokens, task.calibration[0]), None
         return
     num_values = task.weights.shape[0] * (task.weights.shape[0] + task.weights.shape[1])
     own: Iterable[_Moments]
@@ -193,7 +228,7 @@ def _mixed_moments(tokens: LayerTokens, task: RepairTask) -> Iterator[_Moments]:
         own = [_mean_moments(tokens, rows) for rows in task.calibration]
         overall = _weighted_sum(own, [len(rows) / sum(map(len, task.calibration)) for rows in task.calibration])
     for moments in own:
-        yield _weighted_sum([moments, overall], [task.cluster_weight, 1 - task.cluster_weight])
+        yield moments, overall
 
 
 def _weighted_sum(moments: Sequence[_Moments], weights: Sequence[float]) -> _Moments:

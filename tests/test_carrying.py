@@ -17,7 +17,7 @@ from coreinfer.compiler.narrowing import Assignment, NarrowModel, narrow_layer
 from coreinfer.compiler.packing import Packer
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.quantizing import QuantizeOptions
-from coreinfer.compiler.repair import LayerTokens, repair_layer
+from coreinfer.compiler.repair import CLUSTER_WEIGHTS, LayerTokens, RepairTask, repair_layer
 from coreinfer.compiler.rounding import Rounding
 from coreinfer.compiler.selecting import Choice
 from transformers import DynamicCache
@@ -201,6 +201,23 @@ def test_repaired_second_order_removal_beats_the_scores_alone() -> None:
     assert [len(ids) for ids in second.choice.neuron_ids[0]] == BUDGETS
     assert plain.choice.neuron_ids[0][0].tolist() == inputs_of(loaded).choices["clusters"].neuron_ids[0][0].tolist()
     assert output_errors(loaded, second, labels) < 0.8 * output_errors(loaded, plain, labels)
+
+
+def test_controls_take_the_cluster_weight_that_the_clusters_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, chosen = [], []
+
+    def spy(tokens: LayerTokens, task: RepairTask) -> Any:
+        tried.append(tuple(task.cluster_weights))
+        chosen.append(repair_layer(tokens, task).cluster_weight)
+        # The other candidate than came first, so that taking the first would be seen.
+        return replace(repair_layer(tokens, task), cluster_weight=CLUSTER_WEIGHTS[1])
+
+    monkeypatch.setattr("coreinfer.compiler.carrying.repair_layer", spy)
+    run(inputs_of(load("llama"), cluster_weight="auto"))
+    # Layer 1 keeps all neurons.
+    assert tried == [CLUSTER_WEIGHTS, CLUSTER_WEIGHTS[1:]] * 2
+    assert set(chosen[::2]) <= set(CLUSTER_WEIGHTS)
+    assert set(chosen[1::2]) == {CLUSTER_WEIGHTS[1]}
 
 
 def test_top_k_keeps_the_neurons_of_the_scores() -> None:

@@ -77,7 +77,7 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "selection": (["--selection", "griffin"], "griffin"),
     "alpha": (["--alpha", "0.1"], 0.1),
     "beta": (["--beta", "0.2"], 0.2),
-    "cluster_weight": (["--cluster-weight", "0"], 0.0),
+    "cluster_weight": (["--cluster-weight", "auto"], "auto"),
     "budgets": (["--budgets", "uniform"], "uniform"),
     "min_layer_keep": (["--min-layer-keep", "0.3"], 0.3),
     "reconstruct": (["--no-reconstruct"], False),

@@ -93,15 +93,22 @@ def test_a_changed_copy_is_checked_too() -> None:
         ("coreinfer", None, 1.0),
         ("output-aware", 0.0, 0.0),
         ("griffin", 0.5, 0.5),
+        ("output-aware", "auto", 0.3),
+        ("griffin", "auto", 1.0),
     ],
 )
-def test_effective_cluster_weight(selection: str, given: float | None, effective: float) -> None:
+def test_effective_cluster_weight(selection: str, given: float | str | None, effective: float) -> None:
     assert make_config(selection=selection, cluster_weight=given).effective_cluster_weight == effective
 
 
 def test_the_cache_is_no_part_of_what_is_compiled() -> None:
     assert make_config(cache_dir=Path("a")) == make_config(cache_dir=None)
     assert make_config(seed=1) != make_config(seed=2)
+
+
+def test_a_chosen_cluster_weight_needs_the_repair_that_it_is_chosen_for() -> None:
+    with pytest.raises(ConfigError, match="--cluster-weight auto: expected --reconstruct"):
+        make_config(cluster_weight="auto", reconstruct=False)
 
 
 def test_second_order_removal_needs_the_repair_that_it_counts_on() -> None:

@@ -53,7 +53,7 @@ def same_kind_of_text() -> LayerTokens:
     return tokens_of(torch.cat([correlated(LENGTH, seed=10 * number) for number in range(6)]))
 
 
-def task_of(*, cluster_weight: float = 0.3, ridges: Sequence[float | None] = (1e-2,)) -> RepairTask:
+def task_of(*, cluster_weights: Sequence[float] = (0.3,), ridges: Sequence[float | None] = (1e-2,)) -> RepairTask:
     """Two clusters; documents 0 to 3 are calibrated on, 4 and 5 are validation text."""
     return RepairTask(
         calibration=[rows_of(0, 1), rows_of(2, 3)],
@@ -63,7 +63,7 @@ def task_of(*, cluster_weight: float = 0.3, ridges: Sequence[float | None] = (1e
         metric=torch.eye(HIDDEN),
         keeps=[5, 5],
         neuron_ids=IDS,
-        cluster_weight=cluster_weight,
+        cluster_weights=cluster_weights,
         ridges=ridges,
     )
 
@@ -83,8 +83,8 @@ def mixed_system(tokens: LayerTokens, weight: float, cluster: int) -> System:
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_repair_mixes_the_cluster_with_all_text(weight: float) -> None:
     tokens = same_kind_of_text()
-    found = repair_layer(tokens, task_of(cluster_weight=weight))
-    assert found.ridge == 1e-2
+    found = repair_layer(tokens, task_of(cluster_weights=(weight,)))
+    assert (found.ridge, found.cluster_weight) == (1e-2, weight)
     for cluster, (down, bias) in enumerate(found.solutions):
         ids = torch.from_numpy(IDS[cluster]).long()
         expected = solve(mixed_system(tokens, weight, cluster), ids, [1e-2])[0]
@@ -133,7 +133,7 @@ def test_the_bias_takes_up_the_means() -> None:
     activations = correlated(6 * LENGTH, seed=5) + 3.0
     bias = random_tensor(HIDDEN, seed=6)
     tokens = tokens_of(activations, activations @ WEIGHTS + bias)
-    with_bias = repair_layer(tokens, replace(task_of(cluster_weight=1.0), bias=bias))
+    with_bias = repair_layer(tokens, replace(task_of(cluster_weights=(1.0,)), bias=bias))
     for cluster, (down, found) in enumerate(with_bias.solutions):
         rows, ids = task_of().calibration[cluster], torch.from_numpy(IDS[cluster]).long()
         errors = tokens.targets[rows] - tokens.activations[rows][:, ids] @ down - found
@@ -164,10 +164,47 @@ def test_the_ridge_is_the_best_one_on_validation_text(seed: int, noise: float) -
     assert cost(tokens, task, found) == pytest.approx(costs[found.ridge])
 
 
-def test_without_validation_text_the_first_ridge_is_taken() -> None:
+@pytest.mark.parametrize("given_ids", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_cluster_weight_and_ridge_are_the_best_pair_on_validation_text(seed: int, given_ids: bool) -> None:
+    activations = correlated(6 * LENGTH, seed=seed)
+    targets = activations @ WEIGHTS + random_tensor(6 * LENGTH, HIDDEN, seed=seed + 50)
+    weights, ridges = (0.0, 0.5, 1.0), (*RIDGES, None)
+    tokens, task = tokens_of(activations, targets), task_of(cluster_weights=weights, ridges=ridges)
+    task = task if given_ids else replace(task, neuron_ids=None)
+    costs = {}
+    for weight in weights:
+        for ridge in ridges:
+            alone = repair_layer(tokens, replace(task, cluster_weights=(weight,), ridges=(ridge,)))
+            costs[weight, ridge] = cost(tokens, task, alone)
+    found = repair_layer(tokens, task)
+    assert (found.cluster_weight, found.ridge) == min(costs, key=lambda key: costs[key])
+    assert cost(tokens, task, found) == pytest.approx(min(costs.values()))
+
+
+def two_kinds_of_text() -> LayerTokens:
+    """What a dropped neuron says in one cluster's text is the opposite of what it says in the other's."""
+    activations = torch.zeros(6 * LENGTH, FFN_DIM)
+    activations[:, :5] = random_tensor(6 * LENGTH, 5, seed=1)
+    activations[:, 5] = activations[:, 0]
+    activations[rows_of(2, 3, 5), 5] *= -1
+    return tokens_of(activations)
+
+
+def test_clusters_that_contradict_each_other_get_all_the_weight() -> None:
+    tokens = two_kinds_of_text()
+    task = replace(task_of(cluster_weights=(0.0, 0.3, 1.0)), neuron_ids=[np.arange(5, dtype=np.int32)] * 2)
+    found = repair_layer(tokens, task)
+    assert found.cluster_weight == 1.0
+    for sign, (down, _) in zip((1, -1), found.solutions, strict=True):
+        np.testing.assert_allclose(down[0], WEIGHTS[0] + sign * WEIGHTS[5], atol=0.05)
+
+
+def test_without_validation_text_the_first_candidates_are_taken() -> None:
     none = torch.zeros(0, dtype=torch.long)
-    task = replace(task_of(ridges=(0.5, 0.1, None)), validation=[none, none])
-    assert repair_layer(same_kind_of_text(), task).ridge == 0.5
+    task = replace(task_of(cluster_weights=(0.6, 0.3), ridges=(0.5, 0.1, None)), validation=[none, none])
+    found = repair_layer(same_kind_of_text(), task)
+    assert (found.cluster_weight, found.ridge) == (0.6, 0.5)
 
 
 def test_a_repair_that_validation_text_contradicts_is_not_shipped() -> None:
