@@ -1,7 +1,8 @@
 """Decoding beside a busy neighbour: python benchmarks/neighbour.py DIR [--rounds 5].
 
-The native engine decodes on free cores and, in turn, while another process keeps every core busy. Fair shares would
-leave half of the speed; what is lost beyond that is lost at barriers. A line for people, then one JSON line.
+The native engine decodes on free cores and, in turn, while another process keeps every core busy, and while another
+engine decodes the same bundle. Fair shares would leave half of the speed; what is lost beyond that is lost at barriers.
+A line for people, then one JSON line.
 """
 
 import json
@@ -9,7 +10,11 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import click
 from coreinfer.bundles import open_bundle
@@ -19,9 +24,20 @@ from coreinfer.runtime.native_decoder import NativeDecoder
 _READ_BYTES = 1 << 28
 
 
-def _spin() -> None:
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+def _spin(ready: Event) -> None:
+    ready.set()
     while True:
         pass
+
+
+def _decode(ready: Event, bundle_dir: Path) -> None:
+    decoder = NativeDecoder(open_bundle(bundle_dir, lazy_packs=True))
+    while True:
+        decode_speed(decoder, 64)
+        ready.set()
 
 
 def decode_speed(decoder: NativeDecoder, num_tokens: int) -> float:
@@ -34,18 +50,21 @@ def decode_speed(decoder: NativeDecoder, num_tokens: int) -> float:
     return num_tokens / (time.perf_counter() - start)
 
 
-def busy_speed(decoder: NativeDecoder, num_tokens: int) -> float:
-    """The same while every core has a process that never sleeps."""
-    neighbours = [multiprocessing.Process(target=_spin, daemon=True) for _ in range(os.cpu_count() or 1)]
-    for neighbour in neighbours:
-        neighbour.start()
+@contextmanager
+def neighbours(target: Callable[..., None], arguments: Sequence[Any], *, num_processes: int) -> Iterator[None]:
+    """Run processes of a function whose first argument is an event that it sets when it is under way."""
+    events = [_SPAWN.Event() for _ in range(num_processes)]
+    processes = [_SPAWN.Process(target=target, args=(event, *arguments), daemon=True) for event in events]
+    for process in processes:
+        process.start()
     try:
-        time.sleep(0.2)
-        return decode_speed(decoder, num_tokens)
+        for event in events:
+            event.wait()
+        yield
     finally:
-        for neighbour in neighbours:
-            neighbour.kill()
-            neighbour.join()
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 @click.command()
@@ -53,21 +72,28 @@ def busy_speed(decoder: NativeDecoder, num_tokens: int) -> float:
 @click.option("--rounds", type=int, default=5)
 @click.option("--tokens", type=int, default=256)
 def main(bundle_dir: Path, rounds: int, tokens: int) -> None:
-    """Compare decoding on free and on busy cores."""
+    """Compare decoding on free cores, on busy ones and beside another engine."""
     decoder = NativeDecoder(open_bundle(bundle_dir, lazy_packs=True))
-    reads, free, busy = [], [], []
+    reads, free, busy, beside = [], [], [], []
     for _ in range(rounds):
         reads.append(_native.read_bandwidth(decoder.num_threads, _READ_BYTES))
         free.append(decode_speed(decoder, tokens))
-        busy.append(busy_speed(decoder, tokens))
+        with neighbours(_spin, (), num_processes=os.cpu_count() or 1):
+            busy.append(decode_speed(decoder, tokens))
+        with neighbours(_decode, (bundle_dir,), num_processes=1):
+            beside.append(decode_speed(decoder, tokens))
     figures = {
         "read_gbps": statistics.median(reads),
         "free_tok_s": statistics.median(free),
         "busy_tok_s": statistics.median(busy),
+        "beside_tok_s": statistics.median(beside),
     }
-    share = figures["busy_tok_s"] / figures["free_tok_s"]
-    click.echo(f"free {figures['free_tok_s']:.1f} tok/s, busy {figures['busy_tok_s']:.1f} tok/s: {share:.0%}")
-    click.echo(json.dumps(figures | {"share": share}))
+    share, beside_share = (figures[name] / figures["free_tok_s"] for name in ("busy_tok_s", "beside_tok_s"))
+    click.echo(
+        f"free {figures['free_tok_s']:.1f} tok/s, cores busy {figures['busy_tok_s']:.1f} ({share:.0%}), "
+        f"beside another engine {figures['beside_tok_s']:.1f} ({beside_share:.0%})"
+    )
+    click.echo(json.dumps(figures | {"share": share, "beside_share": beside_share}))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class BlockPass {
       ffn(weights_.layers[layer], (*decoder_.ffn)[layer]);
       if (watcher) {
         if (thread_ == 0) watcher(layer, shared_.neurons.view.values, num_tokens_, shared_.neurons.view.stride);
-        decoder_.threads.barrier();
+        decoder_.threads.barrier(thread_);
       }
     }
     if (logits) head(logits);
@@ -74,12 +74,12 @@ class BlockPass {
   template <class Work>
   void each_token(Work work) {
     for (int t = thread_; t < num_tokens_; t += num_threads_) work(t);
-    decoder_.threads.barrier();
+    decoder_.threads.barrier(thread_);
   }
 
   void multiply(std::initializer_list<Job> jobs, const Activations& x, size_t y_stride) {
     multiply_share(kernels_, jobs, x, num_tokens_, y_stride, thread_, decoder_.threads);
-    decoder_.threads.barrier();
+    decoder_.threads.barrier(thread_);
   }
 
   float* residual(int t) const { return shared_.residual.get() + size_t(t) * hidden_; }
@@ -164,7 +164,7 @@ class BlockPass {
     decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, [&](int begin, int end) {
       for (int unit = begin; unit < end; ++unit) compute_unit(ffn, unit);
     });
-    decoder_.threads.barrier();
+    decoder_.threads.barrier(thread_);
     multiply({{&ffn.down.weight, out(0)}}, shared_.neurons.view, hidden_);
     each_token([&](int t) {
       finish_sublayer(weights_, kernels_, weights.ffn_norms, ffn.down.bias, out(t), residual(t));

@@ -24,14 +24,14 @@ void compute_head(Decoder& decoder, const Activations& x, int thread, bool scree
   decoder.threads.deal(thread, head.num_blocks(), [&](int begin, int end) {
     kernels.screen(head, x, logits, deviations, begin, end);
   });
-  decoder.threads.barrier();
+  decoder.threads.barrier(thread);
   // Every thread looks for the best by screening and scores its block, into memory of its own.
   const int best = kernels.largest(logits, head.rows) / kBlockRows;
   float exact[kBlockRows];
   kernels.multiply(head, x, 1, exact - best * kBlockRows, 0, best, best + 1);
   const int num_rows = std::min(kBlockRows, head.rows - best * kBlockRows);
   const float least = exact[kernels.largest(exact, num_rows)];
-  decoder.threads.barrier();
+  decoder.threads.barrier(thread);
   decoder.threads.deal(thread, head.num_blocks(), [&](int begin, int end) {
     for (int block = begin; block < end; ++block) {
       const float *scores = logits + block * kBlockRows, *spread = deviations + block * kBlockRows;

@@ -13,24 +13,18 @@
 namespace coreinfer {
 namespace {
 
-// Some tens of microseconds: longer than a phase's imbalance, much shorter than a scheduler's time slice.
-constexpr int kSpins = 2000;
-
 // More would draw in vain from most.
 constexpr int kMostHelped = 4;
+
+bool has_core_for_each(int num_threads) {
+  const unsigned num_cores = std::thread::hardware_concurrency();  // 0 where it is not known
+  return num_cores == 0 || static_cast<unsigned>(num_threads) <= num_cores;
+}
 
 int checked(int num_threads) {
   if (num_threads < 1 || num_threads > 256)
     throw std::invalid_argument("threads: expected 1 to 256, got " + std::to_string(num_threads));
   return num_threads;
-}
-
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
 }
 
 #if defined(__linux__)
@@ -85,11 +79,8 @@ void Event::advance() {
   if (num_sleepers_.load(std::memory_order_seq_cst) != 0) wake_all(value_);
 }
 
-void Event::wait_beyond(uint32_t seen) {
-  for (int spin = 0; spin < kSpins; ++spin) {
-    if (value() != seen) return;
-    pause();
-  }
+void Event::wait_beyond(uint32_t seen, Patience& patience) {
+  if (patience.sees([&] { return value() != seen; })) return;
   num_sleepers_.fetch_add(1, std::memory_order_seq_cst);
   while (value_.load(std::memory_order_seq_cst) == seen) sleep_while(value_, seen);
   num_sleepers_.fetch_sub(1, std::memory_order_seq_cst);
@@ -99,7 +90,7 @@ Threads::Threads(int num_threads)
     : num_threads_(checked(num_threads)),
       num_helped_(std::min(num_threads, kMostHelped)),
       tickets_(num_threads),
-      bases_(num_threads) {
+      own_(num_threads, {0, Patience(has_core_for_each(num_threads))}) {
   for (int thread = 1; thread < num_threads; ++thread) workers_.emplace_back([this, thread] { serve(thread); });
 }
 
@@ -114,21 +105,21 @@ void Threads::run(const std::function<void(int)>& work) {
   work_ = &work;
   started_.advance();
   work(0);
-  barrier();  // nobody may still run `work` when it goes out of scope
+  barrier(0);  // nobody may still run `work` when it goes out of scope
 }
 
 void Threads::serve(int thread) {
   ask_for_short_slices();
   // Event values only grow by one a run, and no run begins before all threads ended the last.
   for (uint32_t seen = 0;; ++seen) {
-    started_.wait_beyond(seen);
+    started_.wait_beyond(seen, own_[thread].patience);
     if (stop_) return;
     (*work_)(thread);
-    barrier();
+    barrier(thread);
   }
 }
 
-void Threads::barrier() {
+void Threads::barrier(int thread) {
   // Sequentially consistent with the sleepers' count, as in Event.
   const uint64_t before = num_arrived_.fetch_add(1, std::memory_order_seq_cst);
   const uint64_t target = (before / num_threads_ + 1) * num_threads_;
@@ -136,10 +127,7 @@ void Threads::barrier() {
     if (num_sleepers_.load(std::memory_order_seq_cst) != 0) wake_all(num_arrived_);
     return;
   }
-  for (int spin = 0; spin < kSpins; ++spin) {
-    if (num_arrived_.load(std::memory_order_acquire) >= target) return;
-    pause();
-  }
+  if (own_[thread].patience.sees([&] { return num_arrived_.load(std::memory_order_acquire) >= target; })) return;
   num_sleepers_.fetch_add(1, std::memory_order_seq_cst);
   for (uint64_t seen; (seen = num_arrived_.load(std::memory_order_seq_cst)) < target;)
     sleep_while(num_arrived_, static_cast<uint32_t>(seen));

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <functional>
 #include <memory>
 #include <thread>
@@ -19,13 +20,70 @@ inline Range share(int count, int thread, int num_threads) {
           static_cast<int>(int64_t(count) * (thread + 1) / num_threads)};
 }
 
-// Waits for a counter to change: spins for some microseconds, then sleeps in the kernel, so that a busy neighbour on
-// the same core is not kept from finishing what is waited for.
+// How one thread waits before it sleeps. It spins for a few microseconds, as long as a phase's imbalance. Then it offers its
+// core to others between two looks: a thread that it waits for may want that very core, as with more threads than cores
+// or another engine beside this one, and that one gives it back as soon as it waits itself. A program that computes without
+// a pause does not: it keeps the core for a whole time slice. A thread that loses slices in a row is wary for a while: it
+// spins instead, for longer than it takes to wake a thread, so that one sleep does not bring on the next.
+class Patience {
+ public:
+  // With more threads than cores none has a core to spin on.
+  explicit Patience(bool may_be_wary) : may_be_wary_(may_be_wary) {}
+
+  // Look at done() until it holds or it is time to sleep; whether it holds.
+  template <class Done>
+  bool sees(Done done) {
+    if (spin(done)) return true;
+    Clock::time_point now = Clock::now();
+    for (int offer = 0; now >= wary_until_ && offer < kOffers; ++offer) {
+      if (done()) return true;
+      std::this_thread::yield();
+      const Clock::time_point back = Clock::now();
+      if (back - now > kSlice) lose_slice(back);
+      now = back;
+    }
+    if (now < wary_until_)
+      for (const Clock::time_point end = now + kWarySpin; now < end; now = Clock::now())
+        if (spin(done)) return true;
+    return done();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr int kSpins = 100, kOffers = 500, kMostLost = 3;
+  static constexpr std::chrono::microseconds kWarySpin{160};
+  static constexpr std::chrono::milliseconds kSlice{1}, kInARow{20}, kWaryFor{200};
+
+  template <class Done>
+  static bool spin(Done done) {
+    for (int turn = 0; turn < kSpins; ++turn) {
+      if (done()) return true;
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#elif defined(__aarch64__)
+      __asm__ volatile("yield");
+#endif
+    }
+    return false;
+  }
+
+  void lose_slice(Clock::time_point now) {
+    num_lost_ = now - last_lost_ < kInARow ? num_lost_ + 1 : 1;
+    last_lost_ = now;
+    if (may_be_wary_ && num_lost_ >= kMostLost) wary_until_ = now + kWaryFor;
+  }
+
+  bool may_be_wary_;
+  int num_lost_ = 0;
+  Clock::time_point last_lost_{}, wary_until_{};
+};
+
+// Waits for a counter to change, in the end asleep in the kernel.
 class Event {
  public:
   uint32_t value() const { return value_.load(std::memory_order_acquire); }
   void advance();
-  void wait_beyond(uint32_t seen);
+  void wait_beyond(uint32_t seen, Patience& patience);
 
  private:
   std::atomic<uint32_t> value_{0};
@@ -52,7 +110,7 @@ class Threads {
   // All threads must deal the same counts in the same order, with a barrier between two deals.
   template <class Work, class Ahead>
   void deal(int thread, int count, Work work, Ahead ahead) {
-    uint32_t& base = bases_[thread].value;
+    uint32_t& base = own_[thread].base;
     int helped = 0;
     const auto draw = [&]() -> Range {
       for (; helped < num_helped_; ++helped) {
@@ -80,7 +138,7 @@ class Threads {
   }
 
   // Inside `run`: wait until all threads have come here.
-  void barrier();
+  void barrier(int thread);
 
  private:
   static constexpr int kParts = 4;  // that the last quarter of a thread's range is cut into
@@ -106,10 +164,12 @@ class Threads {
     std::atomic<uint32_t> value{0};
   };
   std::vector<Tickets> tickets_;  // a thread's: how many of its parts were drawn
-  struct alignas(64) Base {
-    uint32_t value = 0;
+  // What only the thread itself reads and writes.
+  struct alignas(64) Own {
+    uint32_t base;  // where the tickets of its next deal begin
+    Patience patience;
   };
-  std::vector<Base> bases_;  // where the tickets of a thread's next deal begin
+  std::vector<Own> own_;
 };
 
 }  // namespace coreinfer

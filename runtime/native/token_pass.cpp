@@ -67,7 +67,7 @@ class TokenPass {
   void multiply(std::initializer_list<Job> jobs, const Activations& x, const Matrices& next) {
     multiply_share(kernels_, jobs, x, 1, 0, thread_, decoder_.threads);
     prefetch_share(next, thread_, num_threads_);
-    decoder_.threads.barrier();
+    decoder_.threads.barrier(thread_);
   }
 
   static const Matrix* first_of(const FfnWeights& ffn) {
@@ -89,13 +89,13 @@ class TokenPass {
                    inputs_, 1, 0, thread_, decoder_.threads);
     const Range positions = attention_share(attention, position_, thread_, num_threads_);
     prefetch_cache(layer, positions);
-    decoder_.threads.barrier();
+    decoder_.threads.barrier(thread_);
     const float* angles = angles_of(weights_, attention, own_.angles.get());
     // Nobody else reads the new token's key and value.
     if (positions.begin <= position_ && position_ < positions.end) store(layer, attention, angles);
     attend(layer, attention, angles, positions);
     prefetch_share({&attention.output.weight}, thread_, num_threads_);
-    decoder_.threads.barrier();
+    decoder_.threads.barrier(thread_);
     combine();
     multiply({{&attention.output.weight, shared_.attended.get()}}, inputs_, next);
     finish(weights.attention_norms, attention.output.bias, shared_.attended.get());
@@ -158,7 +158,7 @@ class TokenPass {
       prefetch_block(*first_of(ffn), first * 2, kPartPrefetchBytes);
     });
     prefetch_share({&ffn.down.weight}, thread_, num_threads_);
-    decoder_.threads.barrier();
+    decoder_.threads.barrier(thread_);
     multiply({{&ffn.down.weight, shared_.ffn_out.get()}}, shared_.neurons.view, next);
     finish(weights.ffn_norms, ffn.down.bias, shared_.ffn_out.get());
   }
