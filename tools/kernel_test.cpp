@@ -1,6 +1,8 @@
 // Compares every kernel table that the CPU can run with the portable one, at odd sizes. Needs no Python, so that it
 // also runs under an emulator (tools/test-aarch64.sh). Prints one line a table; the exit status says whether all agree.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -261,7 +263,7 @@ void test_deal() {
               if (thread == slow) std::this_thread::yield();
               for (int i = begin; i < end; ++i) ++times[i];
             });
-            threads.barrier();
+            threads.barrier(thread);
           }
         });
       for (int i = 0; i < kMostBlocks; ++i)
@@ -270,6 +272,38 @@ void test_deal() {
     }
   }
   std::printf("deals: %s\n", num_failures == 0 ? "whole" : "WRONG");
+}
+
+// No thread leaves a barrier before the last has come, whether the others spin, yield or sleep until then: on free cores,
+// and beside threads that never give theirs back.
+void test_waits() {
+  const int before = num_failures;
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> busy;
+  for (bool beside : {false, true}) {
+    for (unsigned core = 0; beside && core < std::thread::hardware_concurrency(); ++core)
+      busy.emplace_back([&] { while (!stop) continue; });
+    for (int num_threads : {2, 5}) {
+      Threads threads(num_threads);
+      std::vector<int> rounds(num_threads);
+      std::atomic<int> num_early{0};
+      threads.run([&](int thread) {
+        for (int round = 1; round <= 60; ++round) {
+          const int microseconds[] = {0, 50, 400, 3000};
+          if (round % num_threads == thread)
+            std::this_thread::sleep_for(std::chrono::microseconds(microseconds[round % 4]));
+          rounds[thread] = round;
+          threads.barrier(thread);
+          for (int other : rounds) num_early += other != round;
+          threads.barrier(thread);
+        }
+      });
+      num_failures += num_early;
+    }
+  }
+  stop = true;
+  for (std::thread& thread : busy) thread.join();
+  std::printf("waits: %s\n", num_failures == before ? "kept" : "WRONG");
 }
 
 }  // namespace
@@ -281,6 +315,7 @@ int main() {
     if (!nan && float_to_half(half_to_float(half)) != half) ++num_failures;
   }
   test_deal();
+  test_waits();
   for (const Kernels* kernels : available_kernels()) {
     const int before = num_failures;
     test_multiply(*kernels);
