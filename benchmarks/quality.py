@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Literal
 
 import click
 from bench_inputs import BenchInputs, input_options
@@ -26,7 +26,7 @@ from selection import Bench
 
 @click.command(context_settings={"show_default": True})
 @click.option("--keep", "keeps", type=float, multiple=True, required=True, help="Keep ratio; repeatable.")
-@click.option("--cluster-weight", type=NumberOr(float, "auto"), default=None)
+@click.option("--cluster-weight", type=NumberOr(float, "auto"), default=None, help="As coreinfer-compile has it.")
 @click.option("--heal-steps", default=0, help="Heal the clusters' packs too.")
 @click.option("--heal-cluster-steps", default=0)
 @click.option("--heal-rate", default=CompileConfig.heal_rate)
@@ -35,7 +35,7 @@ from selection import Bench
 def main(
     inputs: BenchInputs,
     keeps: tuple[float, ...],
-    cluster_weight: Any,
+    cluster_weight: float | Literal["auto"] | None,
     heal_steps: int,
     heal_cluster_steps: int,
     heal_rate: float,

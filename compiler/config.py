@@ -224,7 +224,10 @@ def _share(name: str, value: float, *, zero: bool) -> str | None:
 def _cluster_weight(config: CompileConfig) -> str | None:
     if config.cluster_weight == "auto" and not config.reconstruct:
         return "--cluster-weight auto: expected --reconstruct, whose weight it chooses, got --no-reconstruct"
-    return _share("--cluster-weight", config.effective_cluster_weight, zero=True)
+    weight = config.effective_cluster_weight
+    if isinstance(weight, (int, float)) and 0 <= weight <= 1:
+        return None
+    return f"--cluster-weight: expected auto or a number in [0, 1], got {weight!r}"
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str | None:

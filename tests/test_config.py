@@ -25,6 +25,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("beta", -1.0, "--beta"),
     ("cluster_weight", -0.1, "--cluster-weight"),
     ("cluster_weight", 1.5, "--cluster-weight"),
+    ("cluster_weight", float("nan"), "--cluster-weight"),
+    ("cluster_weight", "most", "--cluster-weight"),
     ("min_layer_keep", float("inf"), "--min-layer-keep"),
     ("selection", "magnitude", "--selection"),
     ("budgets", "fair", "--budgets"),
