@@ -207,10 +207,11 @@ def test_controls_take_the_cluster_weight_that_the_clusters_chose(monkeypatch: p
     tried, chosen = [], []
 
     def spy(tokens: LayerTokens, task: RepairTask) -> Any:
+        repaired = repair_layer(tokens, task)
         tried.append(tuple(task.cluster_weights))
-        chosen.append(repair_layer(tokens, task).cluster_weight)
-        # The other candidate than came first, so that taking the first would be seen.
-        return replace(repair_layer(tokens, task), cluster_weight=CLUSTER_WEIGHTS[1])
+        chosen.append(repaired.cluster_weight)
+        # Say the second, so that a control that takes the first is seen.
+        return replace(repaired, cluster_weight=CLUSTER_WEIGHTS[1])
 
     monkeypatch.setattr("coreinfer.compiler.carrying.repair_layer", spy)
     run(inputs_of(load("llama"), cluster_weight="auto"))
