@@ -64,7 +64,7 @@ class NumberOr(click.ParamType[Any]):
     "--calibration",
     multiple=True,
     default=(BUILTIN,),
-    help="builtin, a .jsonl, .parquet or text file, or hf:NAME[:split[:field]]; repeatable.",
+    help="builtin, a .jsonl, .parquet or text file, a folder of them, or hf:NAME[:split[:field]]; repeatable.",
 )
 @click.option("--text-field", default="text", help="Field that holds the text in JSON Lines and Parquet.")
 @click.option("--calibration-tokens", type=int, default=100_000, help="Calibrate on at most so many tokens.")

@@ -27,12 +27,16 @@ __all__ = [
     "split_into_documents",
     "split_point",
     "spread_sample",
+    "text_sources",
 ]
 
 _log = logging.getLogger(__name__)
 _MIN_DOCUMENT_TOKENS = 8
 _HELD_OUT_EVERY = 10
 _MIN_TEXTS = 5
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_SUFFIXES = (*_JSON_SUFFIXES, ".parquet", ".txt", ".md")
+"""Of the files that a folder is read for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,13 +214,14 @@ def read_texts(sources: Sequence[str], text_field: str) -> list[str]:
     """Read the texts of files and Hub data sets; blank ones are left out.
 
     Args:
-        sources: paths of .jsonl/.json, .parquet or text files (blank lines part texts), or hf:NAME[:split[:field]].
+        sources: paths of .jsonl/.json, .parquet or text files (blank lines part texts), of folders that hold some, or
+            hf:NAME[:split[:field]].
         text_field: field that holds the text.
     Raises:
         CalibrationError: a source is missing, cannot be parsed, or holds no text.
     """
     texts: list[str] = []
-    for source in sources:
+    for source in text_sources(sources):
         found = [text.strip() for text in _read_source(source, text_field) if text.strip()]
         if not found:
             raise CalibrationError(f"--calibration {source}: holds no text; give a file with text")
@@ -224,14 +229,35 @@ def read_texts(sources: Sequence[str], text_field: str) -> list[str]:
     return texts
 
 
+def text_sources(sources: Sequence[str]) -> list[str]:
+    """Put the files of text that a folder holds, by name, in the place of the folder.
+
+    Raises:
+        CalibrationError: a path is missing, or a folder holds no such file.
+    """
+    return [found for source in sources for found in _files_of(source)]
+
+
+def _files_of(source: str) -> list[str]:
+    path = Path(source).expanduser()
+    if source == BUILTIN or source.startswith("hf:") or path.is_file():
+        return [source]
+    if not path.is_dir():
+        raise CalibrationError(
+            f"--calibration {source}: no such file; give builtin, a file, a folder or hf:NAME[:split[:field]]"
+        )
+    files = sorted(str(file) for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+    if not files:
+        raise CalibrationError(f"--calibration {source}: expected files of {', '.join(_SUFFIXES)} in it, found none")
+    return files
+
+
 def _read_source(source: str, text_field: str) -> Iterable[str]:
     if source.startswith("hf:"):
         return _read_hub(source, text_field)
     path = Path(source).expanduser()
-    if not path.is_file():
-        raise CalibrationError(f"--calibration {source}: no such file; give builtin, a file or hf:NAME[:split[:field]]")
     try:
-        if path.suffix in {".jsonl", ".ndjson", ".json"}:
+        if path.suffix in _JSON_SUFFIXES:
             return list(_read_json_lines(path, text_field))
         if path.suffix == ".parquet":
             return _read_parquet(path, text_field)

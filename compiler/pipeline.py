@@ -20,7 +20,7 @@ from coreinfer.bundles.writer import check_target, finish_manifest, stage_bundle
 from .cache import Cache, stage_key
 from .carrying import NarrowInputs, narrow_all
 from .config import CompileConfig
-from .corpus import Corpus, build_corpus, split_point
+from .corpus import Corpus, build_corpus, split_point, text_sources
 from .describing import PACKAGES, Compiled, formats_of, manifest_of
 from .evaluating import evaluate
 from .healing import HealInputs, heal, healing_text
@@ -58,6 +58,8 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
     """
     progress = progress or Progress()
     check_target(config.output, force=config.force)
+    # Loading takes long enough for a wrong path to be told before it.
+    text_sources(config.calibration)
     source = find_source(config.model)
     family, model_config = read_config(source)
     if config.threads:

@@ -101,17 +101,25 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
         read_texts([path], "text")
 
 
-@pytest.mark.parametrize("name", ["folder", "missing.txt"])
-def test_folders_and_missing_files_are_refused(name: str, tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(CalibrationError, match="no such file; give builtin, a file or hf:"):
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="no such file; give builtin, a file, a folder or hf:"):
+        read_texts([str(tmp_path / "missing.txt")], "text")
+
+
+def test_a_folder_stands_for_the_files_of_text_in_it(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("two\n\nthree", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n', encoding="utf-8")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    (tmp_path / "deeper.txt").mkdir()
+    single = tmp_path / "b.txt"
+    assert read_texts([str(tmp_path), str(single)], "text") == ["one", "two", "three", "two", "three"]
+
+
+@pytest.mark.parametrize("name", ["folder", "a.parquet"])
+def test_a_folder_without_text_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(CalibrationError, match=r"expected files of .*\.jsonl.* in it, found none"):
         read_texts([str(tmp_path / name)], "text")
-
-
-def test_a_folder_named_like_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").mkdir()
-    with pytest.raises(CalibrationError, match="no such file"):
-        read_texts([str(tmp_path / "a.parquet")], "text")
 
 
 @pytest.mark.parametrize("num_tokens", [16, 25, 1000])
