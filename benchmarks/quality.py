@@ -11,13 +11,13 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import click
 from bench_inputs import BenchInputs, input_options
 from coreinfer.bundles.manifest import Quality
 from coreinfer.compiler.cli import NumberOr
-from coreinfer.compiler.config import CompileConfig
+from coreinfer.compiler.config import CompileConfig, HealOptimizer
 from coreinfer.compiler.evaluating import evaluate
 from coreinfer.compiler.healing import HealInputs, heal, healing_text
 from coreinfer.compiler.narrowing import CLUSTERS, NarrowModel
@@ -30,6 +30,7 @@ from selection import Bench
 @click.option("--heal-steps", default=0, help="Heal the clusters' packs too.")
 @click.option("--heal-cluster-steps", default=0)
 @click.option("--heal-rate", default=CompileConfig.heal_rate)
+@click.option("--heal-optimizer", type=click.Choice(get_args(HealOptimizer)), default=CompileConfig.heal_optimizer)
 @click.option("--controls/--no-controls", default=True)
 @input_options(clusters=16, calibration_tokens=200_000, limit=20)
 def main(
@@ -39,6 +40,7 @@ def main(
     heal_steps: int,
     heal_cluster_steps: int,
     heal_rate: float,
+    heal_optimizer: HealOptimizer,
     *,
     controls: bool,
 ) -> None:
@@ -49,6 +51,7 @@ def main(
         heal_steps=heal_steps,
         heal_cluster_steps=heal_cluster_steps,
         heal_rate=heal_rate,
+        heal_optimizer=heal_optimizer,
         controls=controls,
     )
     bench = Bench(config, inputs.texts)
@@ -82,7 +85,8 @@ def heal_clusters(bench: Bench, config: CompileConfig, narrow: NarrowModel, budg
     """Heal as the compiler does."""
     documents, labels = healing_text(config, bench.corpus, bench.routing)
     inputs = HealInputs(config=config, loaded=bench.loaded, documents=documents, labels=labels, narrow=narrow)
-    key = f"{bench.key(config, 'packs', budgets)}-{config.heal_steps}-{config.heal_rate}-{len(documents)}"
+    training = f"{config.heal_steps}-{config.heal_rate}-{config.heal_optimizer}-{len(documents)}"
+    key = f"{bench.key(config, 'packs', budgets)}-{training}"
     return heal(inputs, bench.cache, key, bench.progress)
 
 

@@ -14,7 +14,7 @@ from coreinfer.bundles.manifest import Manifest
 from coreinfer.bundles.statistics import SELECTIONS
 
 from . import compile_model
-from .config import BUILTIN, Budgets, CompileConfig, DType, Format, Removal
+from .config import BUILTIN, Budgets, CompileConfig, DType, Format, HealOptimizer, Removal
 from .progress import Progress, TqdmProgress
 
 __all__ = ["NumberOr", "default_cache_dir", "main", "summary"]
@@ -102,6 +102,12 @@ class NumberOr(click.ParamType[Any]):
 )
 @click.option("--heal-cluster-steps", type=int, default=0, help="Then so many steps of each cluster's own.")
 @click.option("--heal-rate", type=float, default=2e-4, help="Greatest learning rate of these steps.")
+@click.option(
+    "--heal-optimizer",
+    type=click.Choice(get_args(HealOptimizer)),
+    default="adamw",
+    help="What takes these steps; muon computes in bfloat16, which not every CPU does fast.",
+)
 @click.option("--quantize", type=click.Choice(get_args(Format)), default="int4", help="Format of FFN and attention.")
 @click.option(
     "--head-quantize",

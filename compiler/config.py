@@ -8,10 +8,11 @@ from typing import Literal, get_args
 from coreinfer.bundles.errors import ConfigError, join_problems
 from coreinfer.bundles.statistics import SELECTIONS, Selection
 
-__all__ = ["BUILTIN", "Budgets", "CompileConfig", "DType", "Format", "Removal"]
+__all__ = ["BUILTIN", "Budgets", "CompileConfig", "DType", "Format", "HealOptimizer", "Removal"]
 
 Budgets = Literal["uniform", "energy", "sensitivity"]
 Removal = Literal["second-order", "top-k"]
+HealOptimizer = Literal["adamw", "muon"]
 DType = Literal["auto", "float32", "bfloat16"]
 Format = Literal["int4", "int8", "bf16"]
 BUILTIN = "builtin"
@@ -60,6 +61,7 @@ class CompileConfig:
         heal_steps: steps of distilling the dense model into what all narrow ones share, of 2,048 tokens each.
         heal_cluster_steps: steps of each cluster's own after that.
         heal_rate: greatest learning rate of these steps.
+        heal_optimizer: that takes them; "muon" computes in bfloat16, which not every CPU does fast.
         quantize: format of FFN and attention weights.
         head_quantize: format of token embedding and head; None for int8 where `quantize` is an integer format.
         dense: put the dense FFN into the bundle.
@@ -104,6 +106,7 @@ class CompileConfig:
     heal_steps: int = 0
     heal_cluster_steps: int = 0
     heal_rate: float = 2e-4
+    heal_optimizer: HealOptimizer = "adamw"
     quantize: Format = "int4"
     head_quantize: Format | None = None
     dense: bool = True
@@ -189,6 +192,7 @@ def _problems(config: CompileConfig) -> list[str | None]:
         _at_least("--heal-steps", config.heal_steps, 0),
         _at_least("--heal-cluster-steps", config.heal_cluster_steps, 0),
         _positive("--heal-rate", config.heal_rate),
+        _one_of("--heal-optimizer", config.heal_optimizer, get_args(HealOptimizer)),
         _at_least("--calibration-tokens", config.calibration_tokens, 1),
         _at_least("--document-tokens", config.document_tokens, 16),
         None if config.report_sentences is None else _at_least("--report-sentences", config.report_sentences, 0),

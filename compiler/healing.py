@@ -4,8 +4,8 @@ First what all clusters share is trained: one change to the dense FFN's matrices
 of its own neurons on top of its own repaired weights. Then each cluster's own matrices, for a few steps on its text.
 What is trained on is first of all text that no weight was fitted to: on the calibration text itself the narrow model is
 better than it really is, and has less to learn. Each step takes documents of one cluster; their beginnings are read
-dense, as prompts are at run time, and the loss is KL(dense || narrow) on what follows. AdamW (arXiv 1711.05101) with a
-cosine schedule (arXiv 1608.03983).
+dense, as prompts are at run time, and the loss is KL(dense || narrow) on what follows. AdamW (arXiv 1711.05101) or Muon
+(https://kellerjordan.github.io/posts/muon/) with a cosine schedule (arXiv 1608.03983).
 """
 
 import logging
@@ -17,13 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from coreinfer.bundles.families import cache_argument, resolve
-from torch.func import functional_call
-from torch.nn.functional import cross_entropy
+from coreinfer.bundles.families import resolve
 from transformers import DynamicCache
 
 from .cache import Cache
-from .config import CompileConfig
+from .config import CompileConfig, HealOptimizer
 from .corpus import Corpus, Document, first_documents
 from .models import LoadedModel
 from .narrowing import Bits, Labels, NarrowModel, bf16_bits, narrow_layer
@@ -40,6 +38,8 @@ _POOL_SIZE = 16
 _DENSE_SHARES = (0.125, 0.5)
 """Least and greatest share of a document that is read dense: short prompts have long answers."""
 _MIN_DOCUMENT_TOKENS = 4
+_HEAD_TOKENS = 128
+"""Tokens whose logits are in memory at once."""
 _WARM_UP = 0.05
 _CHECKPOINT_STEPS = 50
 _BETAS = (0.9, 0.95)
@@ -168,7 +168,7 @@ def _train(course: _Course, cache: Cache, advance: Advance) -> Changes:
     config, changes = course.inputs.config, _no_changes(course)
     for parameter in course.inputs.loaded.model.parameters():
         parameter.requires_grad_(False)
-    optimizer = torch.optim.AdamW(changes.values(), lr=1.0, betas=_BETAS, weight_decay=0.0)
+    optimizer = _optimizer(config.heal_optimizer, changes)
     first = _restore(cache, course.key, changes, optimizer)
     advance(first)
     for step in range(first, course.num_steps):
@@ -179,6 +179,13 @@ def _train(course: _Course, cache: Cache, advance: Advance) -> Changes:
             cache.store(f"{course.key}-checkpoint", _checkpoint(changes, optimizer, step + 1))
         advance()
     return changes
+
+
+def _optimizer(name: HealOptimizer, changes: Changes) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(changes.values(), betas=_BETAS, weight_decay=0.0, fused=True)
+    # Steps as large as AdamW's, so that rates are alike.
+    return torch.optim.Muon(changes.values(), weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
 
 def _schedule(step: int, num_steps: int) -> float:
@@ -208,17 +215,36 @@ def _step(course: _Course, changes: Changes, optimizer: torch.optim.Optimizer, s
     cache = DynamicCache()
     with torch.no_grad():
         loaded.read(token_ids[:, :start], cache)
-        target = loaded.forward(token_ids[:, start:], cache).float().softmax(dim=-1)
+        dense = loaded.states(token_ids[:, start:], cache)
         cache.crop(start - token_ids.shape[1])
-    weights = _narrow_weights(course, changes, cluster)
-    arguments = {"input_ids": token_ids[:, start:], "use_cache": True, **cache_argument(loaded.model, cache)}
-    narrow = functional_call(loaded.model, weights, kwargs=arguments).logits
-    # Cross entropy is KL(dense || narrow) and the dense model's own entropy, which nothing here can change.
-    loss = cross_entropy(narrow.float().flatten(0, 1), target.flatten(0, 1))
+    narrow = loaded.states(token_ids[:, start:], cache, _narrow_weights(course, changes, cluster))
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    narrow.backward(_gradient(loaded, narrow.detach().flatten(0, 1), dense.flatten(0, 1)).view_as(narrow))
     torch.nn.utils.clip_grad_norm_([change for change in changes.values() if change.grad is not None], 1.0)
     optimizer.step()
+
+
+def _gradient(loaded: LoadedModel, narrow: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """Gradient of the mean KL(dense || narrow) of next tokens, by the states that the narrow model gives to the head.
+
+    By the logits it is softmax(narrow) - softmax(dense); a few tokens' logits at a time are enough, where those of all
+    would take the most memory of a step.
+
+    Args:
+        narrow: (tokens, size).
+        dense: (tokens, size).
+    Returns:
+        (tokens, size).
+    """
+    gradients: list[torch.Tensor] = []
+    for own, other in zip(narrow.split(_HEAD_TOKENS), dense.split(_HEAD_TOKENS), strict=True):
+        leaf = own.detach().requires_grad_()
+        with torch.no_grad():
+            target = loaded.head(other).softmax(dim=-1, dtype=torch.float32)
+        logits = loaded.head(leaf)
+        difference = logits.detach().softmax(dim=-1, dtype=torch.float32).sub_(target).div_(len(narrow))
+        gradients += torch.autograd.grad(logits, leaf, difference.to(logits.dtype))
+    return torch.cat(gradients)
 
 
 def _draw(course: _Course, step: int) -> tuple[int, torch.Tensor, int]:
@@ -291,8 +317,8 @@ def _checkpoint(changes: Changes, optimizer: torch.optim.Optimizer, step: int) -
     arrays: dict[str, Any] = {"step": np.array([step])}
     for name, change in changes.items():
         arrays[f"change.{name}"] = change.detach().cpu().numpy()
-        for part in ("exp_avg", "exp_avg_sq", "step"):
-            arrays[f"{part}.{name}"] = optimizer.state[change][part].cpu().numpy()
+        for part, value in optimizer.state[change].items():
+            arrays[f"{part}.{name}"] = value.cpu().numpy()
     return arrays
 
 
@@ -304,10 +330,9 @@ def _restore(cache: Cache, key: str, changes: Changes, optimizer: torch.optim.Op
     with torch.no_grad():
         for name, change in changes.items():
             change.copy_(torch.from_numpy(arrays[f"change.{name}"]))
-            parts = ("exp_avg", "exp_avg_sq", "step")
-            state = {part: torch.from_numpy(arrays[f"{part}.{name}"].copy()) for part in parts}
-            state["step"] = state["step"].reshape(())
             optimizer.state[change] = {
-                part: value if part == "step" else value.to(change.device) for part, value in state.items()
+                key.removesuffix(f".{name}"): torch.from_numpy(array.copy()).to(change.device)
+                for key, array in arrays.items()
+                if key.endswith(f".{name}") and not key.startswith("change.")
             }
     return int(arrays["step"][0])

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from coreinfer.bundles.machine import cpu_multiplies_bf16
 from coreinfer.bundles.manifest import ModelRecord
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel
 
 from .config import DType
 from .paging import convert_on_use
@@ -70,8 +71,30 @@ class LoadedModel:
         return logits
 
     def read(self, token_ids: torch.Tensor, cache: Cache) -> None:
-        """Read tokens for the sake of the cache alone: the head sees only the last."""
-        self.model(token_ids, use_cache=True, logits_to_keep=1, **cache_argument(self.model, cache))
+        """Read tokens for the sake of the cache alone."""
+        self.states(token_ids, cache)
+
+    def states(
+        self, token_ids: torch.Tensor, cache: Cache, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Read tokens as `forward` does, up to the head.
+
+        Args:
+            weights: by the model's own names, in the place of its weights; gradients go through to them.
+        Returns:
+            (batch, tokens, size) what the head reads.
+        """
+        body, prefix = cast("nn.Module", self.model.base_model), f"{self.model.base_model_prefix}."
+        own = {name.removeprefix(prefix): weight for name, weight in (weights or {}).items()}
+        arguments = {"input_ids": token_ids, "use_cache": True, **cache_argument(self.model, cache)}
+        states: torch.Tensor = functional_call(body, own, kwargs=arguments).last_hidden_state
+        return states
+
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits of what `states` gives: (..., size) -> (..., vocabulary)."""
+        head: nn.Module = cast("PreTrainedModel", self.model).get_output_embeddings()
+        logits: torch.Tensor = head(states)
+        return logits
 
     def projection(self, layer: int, role: str) -> nn.Linear:
         """One linear module of a layer's FFN: "gate", "up" or "down"."""

@@ -286,6 +286,7 @@ def _heal(
         upstream=upstream,
         steps=config.heal_steps,
         rate=config.heal_rate,
+        optimizer=config.heal_optimizer,
         text=[document.token_ids for document in documents],
     )
     return _better(ground, narrow, heal(inputs, ground.text.cache, key, progress), progress)

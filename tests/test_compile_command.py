@@ -90,6 +90,7 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "heal_steps": (["--heal-steps", "7"], 7),
     "heal_cluster_steps": (["--heal-cluster-steps", "3"], 3),
     "heal_rate": (["--heal-rate", "0.01"], 0.01),
+    "heal_optimizer": (["--heal-optimizer", "muon"], "muon"),
     "ridge": (["--ridge", "0.5"], 0.5),
     "dense": (["--no-dense"], False),
     "evaluate": (["--no-evaluate"], False),

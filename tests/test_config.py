@@ -41,6 +41,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("heal_cluster_steps", -1, "--heal-cluster-steps"),
     ("report_sentences", -1, "--report-sentences"),
     ("heal_rate", 0.0, "--heal-rate"),
+    ("heal_optimizer", "sgd", "--heal-optimizer"),
     ("calibration_tokens", 0, "--calibration-tokens"),
     ("document_tokens", 15, "--document-tokens"),
     ("seed", -1, "--seed"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from coreinfer.bundles import open_bundle
 from coreinfer.bundles.families import ffn_tensors
+from coreinfer.compiler import healing
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.corpus import Corpus
 from coreinfer.compiler.evaluating import evaluate
@@ -17,6 +18,8 @@ from coreinfer.compiler.models import LoadedModel
 from coreinfer.compiler.narrowing import NarrowModel, narrow_layer
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.routing import Routing
+from torch.nn.functional import kl_div
+from transformers import DynamicCache
 
 from .model_factory import FAMILIES
 from .test_carrying import CLUSTERS, documents, inputs_of, load, run
@@ -46,14 +49,34 @@ def bits(narrow: NarrowModel) -> list[np.ndarray[Any, Any]]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_healing_lowers_the_divergence_on_its_own_text(name: str) -> None:
-    inputs = heal_inputs(load(name))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_healing_lowers_the_divergence_on_its_own_text(name: str, optimizer: str) -> None:
+    inputs = heal_inputs(load(name), heal_optimizer=optimizer)
     before = kl(inputs.loaded, inputs.narrow)
     healed = heal(inputs, Cache(None), "key", Progress())
     assert kl(inputs.loaded, healed) < 0.8 * before
     assert healed.choice is inputs.narrow.choice
     shapes = {role: tuple(t.shape) for role, t in narrow_layer(inputs.loaded, healed, 0, 1).items()}
     assert shapes == {role: tuple(t.shape) for role, t in narrow_layer(inputs.loaded, inputs.narrow, 0, 1).items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_states_and_head_are_the_forward_pass(name: str) -> None:
+    loaded, token_ids = load(name), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    with torch.no_grad():
+        expected = loaded.forward(token_ids, DynamicCache())
+        torch.testing.assert_close(loaded.head(loaded.states(token_ids, DynamicCache())), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 128, 129, 300])
+def test_the_gradient_is_that_of_the_divergence(num_tokens: int) -> None:
+    loaded = load("llama")
+    narrow, dense = (torch.randn(num_tokens, loaded.record.hidden_size) for _ in range(2))
+    got = healing._gradient(loaded, narrow, dense)
+    leaf = narrow.requires_grad_()
+    logs = [loaded.head(states).log_softmax(dim=-1) for states in (leaf, dense)]
+    kl_div(logs[0], logs[1].detach(), log_target=True, reduction="batchmean").backward()
+    torch.testing.assert_close(got, leaf.grad)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -135,13 +158,14 @@ def test_the_dense_model_is_left_alone() -> None:
         assert all(torch.equal(t, tensors[role]) for role, t in ffn_tensors(layer, inputs.loaded.family).items())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(("stage", "num_steps"), [("heal", 7), ("heal clusters", 11)])
 def test_an_interrupted_healing_goes_on_from_its_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, num_steps: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, num_steps: int, optimizer: str
 ) -> None:
     monkeypatch.setattr("coreinfer.compiler.healing._CHECKPOINT_STEPS", 4)
     # The second stage is interrupted when its first cluster is done, behind a checkpoint of the second.
-    inputs = heal_inputs(load("llama"), heal_steps=10, heal_cluster_steps=6)
+    inputs = heal_inputs(load("llama"), heal_steps=10, heal_cluster_steps=6, heal_optimizer=optimizer)
     whole = heal(inputs, Cache(None), "key", Progress())
 
     class Interrupted(Progress):
