@@ -89,6 +89,59 @@ void test_multiply(const Kernels& kernels) {
         }
 }
 
+float to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bf16_to_float(static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16));
+}
+
+// Products of inputs and weights that are both rounded to bfloat16, or of unrounded inputs with weights that are.
+void multiply_bf16(const Weights& w, const Activations& x, int num_tokens, float* y, size_t y_stride) {
+  Buffer<float> row;
+  row.resize(x.stride);
+  for (int r = 0; r < w.view.rows; ++r) {
+    unpack_row(w.view, r, row.get());
+    for (int t = 0; t < num_tokens; ++t) {
+      double sum = 0;
+      for (int i = 0; i < w.view.cols; ++i) {
+        const float input = x.token(t).values[i];
+        sum += double(to_bf16(row.get()[i])) * (w.view.quantized() ? to_bf16(input) : input);
+      }
+      y[t * y_stride + r] = static_cast<float>(sum);
+    }
+  }
+}
+
+// Some blocks of many tokens, into the columns of a wider matrix; what lies around must stay.
+void test_many(const Kernels& kernels) {
+  if (!kernels.rounds_to_bf16) return;
+  for (Format format : {Format::bf16, Format::int8, Format::int4, Format::int8_planes})
+    for (int rows : {1, 16, 17, 80})
+      for (int cols : {31, 32, 70, 256})
+        for (int num_tokens : {1, 16, 31, 32, 71}) {
+          const Weights w(format, rows, cols);
+          ActivationBuffer x;
+          x.resize(num_tokens, cols, true);
+          for (int t = 0; t < num_tokens; ++t) {
+            for (int i = 0; i < cols; ++i) x.view.token(t).values[i] = draw();
+            kernels.quantize(x.view.token(t), x.view.stride);
+          }
+          const int begin = w.view.num_blocks() > 2 ? 1 : 0, first = begin * kBlockRows;
+          const size_t stride = round_up(rows, kBlockRows) + 16, count = size_t(num_tokens) * stride;
+          Buffer<float> got, expected;
+          got.resize(count);
+          expected.resize(count);
+          multiply_bf16(w, x.view, num_tokens, expected.get(), stride);
+          for (int t = 0; t < num_tokens; ++t) std::fill_n(expected.get() + t * stride, first, 0.0f);
+          kernels.multiply(w.view, x.view, num_tokens, got.get(), stride, begin, w.view.num_blocks());
+          // Rows that fill up the last block may hold anything.
+          for (int t = 0; t < num_tokens; ++t)
+            std::fill(got.get() + t * stride + rows, got.get() + t * stride + stride - 16, 0.0f);
+          // Two bfloat16 numbers have 16 bits, a product of inputs and weights is 8 at most.
+          compare("multiply many", got.get(), expected.get(), count, 8.0f);
+        }
+}
+
 void test_screen(const Kernels& kernels) {
   for (int rows : {5, 16, 50})
     for (int cols : {31, 256}) {
@@ -319,6 +372,7 @@ int main() {
   for (const Kernels* kernels : available_kernels()) {
     const int before = num_failures;
     test_multiply(*kernels);
+    test_many(*kernels);
     test_screen(*kernels);
     test_quantize(*kernels);
     test_vectors(*kernels);

@@ -7,7 +7,7 @@
 
 namespace coreinfer {
 
-void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neurons, int num_threads) {
+void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neurons, int num_threads, bool bf16) {
   const int hidden = round_up(weights.hidden, kGroup);
   const int widest = std::max({hidden, weights.query_size(), weights.embedding.cols});
   const int value_stride = round_up(weights.head_dim, 16);
@@ -29,11 +29,17 @@ void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neuron
   scratch.sublayer_out.resize(size_t(kBlockTokens) * hidden);
   const int qkv = round_up(weights.query_size(), kGroup) + 2 * round_up(weights.kv_size(), kGroup);
   scratch.qkv.resize(size_t(kBlockTokens) * qkv);
-  scratch.inputs.resize(kBlockTokens, widest);
-  scratch.neurons.resize(kBlockTokens, max_neurons);
+  scratch.inputs.resize(kBlockTokens, widest, bf16);
+  scratch.neurons.resize(kBlockTokens, max_neurons, bf16);
 }
 
 namespace {
+
+// Inputs that are rounded to codes, as those of a single token are.
+Activations in_codes(Activations x) {
+  x.bf16 = nullptr;
+  return x;
+}
 
 class BlockPass {
  public:
@@ -45,6 +51,8 @@ class BlockPass {
         kernels_(decoder.kernels),
         shared_(decoder.block),
         own_(decoder.block.threads[thread]),
+        inputs_(options.exact ? in_codes(shared_.inputs.view) : shared_.inputs.view),
+        neurons_(options.exact ? in_codes(shared_.neurons.view) : shared_.neurons.view),
         thread_(thread),
         num_threads_(decoder.threads.size()),
         num_tokens_(static_cast<int>(rows.size())),
@@ -87,7 +95,7 @@ class BlockPass {
   float* qkv(int t) const { return shared_.qkv.get() + size_t(t) * qkv_stride_; }
 
   void normalize(const Norm& norm) {
-    each_token([&](int t) { prepare_inputs(weights_, kernels_, norm, residual(t), shared_.inputs.view.token(t)); });
+    each_token([&](int t) { prepare_inputs(weights_, kernels_, norm, residual(t), inputs_.token(t)); });
   }
 
   void attention(int layer) {
@@ -97,10 +105,10 @@ class BlockPass {
     multiply({{&attention.query.weight, qkv(0)},
               {&attention.key.weight, qkv(0) + key_},
               {&attention.value.weight, qkv(0) + value_}},
-             shared_.inputs.view, qkv_stride_);
+             inputs_, qkv_stride_);
     each_token([&](int t) { prepare(layer, attention, t); });
     each_token([&](int t) { attend(layer, attention, t); });
-    multiply({{&attention.output.weight, out(0)}}, shared_.inputs.view, hidden_);
+    multiply({{&attention.output.weight, out(0)}}, inputs_, hidden_);
     each_token([&](int t) {
       finish_sublayer(weights_, kernels_, weights.attention_norms, attention.output.bias, out(t), residual(t));
     });
@@ -121,7 +129,7 @@ class BlockPass {
 
   void attend(int layer, const AttentionWeights& attention, int t) {
     const int group = weights_.group_size(), size = weights_.head_dim;
-    const Activations inputs = shared_.inputs.view.token(t);
+    const Activations inputs = inputs_.token(t);
     float* out = inputs.values;
     const int padded = round_up(weights_.query_size(), kGroup);
     std::fill(out, out + padded, 0.0f);
@@ -165,7 +173,7 @@ class BlockPass {
       for (int unit = begin; unit < end; ++unit) compute_unit(ffn, unit);
     });
     decoder_.threads.barrier(thread_);
-    multiply({{&ffn.down.weight, out(0)}}, shared_.neurons.view, hidden_);
+    multiply({{&ffn.down.weight, out(0)}}, neurons_, hidden_);
     each_token([&](int t) {
       finish_sublayer(weights_, kernels_, weights.ffn_norms, ffn.down.bias, out(t), residual(t));
     });
@@ -178,25 +186,28 @@ class BlockPass {
     const int offset = begin * kBlockRows;
     float *gate = own_.gate.get(), *up = own_.up.get();
     if (!ffn.gate.weight.empty())
-      kernels_.multiply(ffn.gate.weight, shared_.inputs.view, num_tokens_, gate - offset, kUnit, begin, end);
-    kernels_.multiply(ffn.up.weight, shared_.inputs.view, num_tokens_, up - offset, kUnit, begin, end);
+      kernels_.multiply(ffn.gate.weight, inputs_, num_tokens_, gate - offset, kUnit, begin, end);
+    kernels_.multiply(ffn.up.weight, inputs_, num_tokens_, up - offset, kUnit, begin, end);
     for (int t = 0; t < num_tokens_; ++t)
       finish_neurons(weights_, kernels_, ffn, unit, unit + 1, gate + t * kUnit, up + t * kUnit,
-                     shared_.neurons.view.token(t));
+                     neurons_.token(t));
   }
 
   void head(float* logits) {
     const int first = options_.all_logits ? 0 : num_tokens_ - 1;
+    // Single tokens, and what is projected first, are multiplied in codes.
+    const bool many = options_.all_logits && weights_.project_out.empty();
+    const Activations all = many ? inputs_ : in_codes(inputs_);
     each_token([&](int t) {
       if (t < first) return;
-      const Activations inputs = shared_.inputs.view.token(t);
+      const Activations inputs = all.token(t);
       prepare_inputs(weights_, kernels_, weights_.final_norm, residual(t), inputs);
       if (!weights_.project_out.empty()) project_out(inputs);
     });
     if (!options_.all_logits)
-      return compute_head(decoder_, shared_.inputs.view.token(first), thread_, options_.screened, logits);
-    multiply_share(kernels_, {{&weights_.head, logits}}, shared_.inputs.view.token(first), num_tokens_ - first,
-                   round_up(weights_.vocab, kBlockRows), thread_, decoder_.threads);
+      return compute_head(decoder_, all.token(first), thread_, options_.screened, logits);
+    multiply_share(kernels_, {{&weights_.head, logits}}, all, num_tokens_, round_up(weights_.vocab, kBlockRows), thread_,
+                   decoder_.threads);
   }
 
   void project_out(const Activations& inputs) {
@@ -215,6 +226,7 @@ class BlockPass {
   const Kernels& kernels_;
   BlockScratch& shared_;
   BlockScratch::PerThread& own_;
+  const Activations inputs_, neurons_;
   int thread_, num_threads_, num_tokens_, hidden_, key_, value_, qkv_stride_;
 };
 

@@ -51,7 +51,7 @@ Decoder::Decoder(ModelWeights model, const Kernels& table, int num_threads, int 
   sequences.push_back(std::make_unique<Sequence>(Sequence{cache}));
   if (weights.head.format == Format::int8_planes) deviations.resize(round_up(weights.vocab, kBlockRows));
   allocate(token, weights, max_neurons, num_threads);
-  allocate(block, weights, max_neurons, num_threads);
+  allocate(block, weights, max_neurons, num_threads, kernels.rounds_to_bf16);
 }
 
 int Decoder::add_sequence() {

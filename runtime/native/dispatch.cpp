@@ -13,15 +13,23 @@ namespace coreinfer {
 #if defined(__x86_64__)
 namespace {
 
-bool has_avxvnni() {
-  // Older compilers have no name for it in __builtin_cpu_supports: leaf 7, subleaf 1, EAX bit 4.
-  uint32_t eax = 7, ebx = 0, ecx = 1, edx = 0;
-  uint32_t highest = 0;
-  __asm__("cpuid" : "=a"(highest), "=b"(ebx), "=c"(ecx), "=d"(edx) : "a"(0), "c"(0));
-  if (highest < 7) return false;
-  ecx = 1;
-  __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  return (eax >> 4) & 1;
+// Older compilers have no names for some of what leaf 7 of CPUID tells, in __builtin_cpu_supports.
+struct Leaf7 {
+  uint32_t eax = 0, edx = 0;
+  explicit Leaf7(uint32_t subleaf) {
+    uint32_t highest = 0, ebx = 0, ecx = 0;
+    __asm__("cpuid" : "=a"(highest), "=b"(ebx), "=c"(ecx), "=d"(edx) : "a"(0), "c"(0));
+    edx = 0;
+    if (highest < 7) return;
+    __asm__("cpuid" : "=a"(eax), "=b"(ebx), "=c"(ecx), "=d"(edx) : "a"(7), "c"(subleaf));
+  }
+};
+
+bool has_avxvnni() { return (Leaf7(1).eax >> 4) & 1; }
+
+bool has_amx() {
+  constexpr uint32_t kBf16 = 1u << 22, kTiles = 1u << 24;
+  return (Leaf7(0).edx & (kBf16 | kTiles)) == (kBf16 | kTiles) && (Leaf7(1).eax >> 5 & 1) && may_use_amx();
 }
 
 }  // namespace
@@ -36,6 +44,7 @@ std::vector<const Kernels*> available_kernels() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
+  if (avx2 && avx512 && has_amx()) tables.push_back(&amx_kernels());
   if (avx2 && avx512) tables.push_back(&avx512_kernels());
   if (avx2 && has_avxvnni()) tables.push_back(&avxvnni_kernels());
   if (avx2) tables.push_back(&avx2_kernels());

@@ -33,7 +33,11 @@ struct AttentionPart {
 
 struct Kernels {
   const char* name;
-  // Round groups of 32 values to int8 with a scale each; `num_values` is a multiple of 32.
+  // Whether `quantize` and `multiply` also take inputs in bfloat16, which is faster for many tokens. These inputs must have
+  // memory for a multiple of 32 tokens.
+  bool rounds_to_bf16;
+  // Round groups of 32 values to int8 with a scale each, or to bfloat16 where there is room for it; `num_values` is a
+  // multiple of 32.
   void (*quantize)(const Activations& x, int num_values);
   // y[token * y_stride + row] for the rows of blocks [block_begin, block_end); y is padded to whole blocks.
   void (*multiply)(const Matrix& w, const Activations& x, int num_tokens, float* y, size_t y_stride, int block_begin,
@@ -70,6 +74,9 @@ const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avxvnni_kernels();
 const Kernels& avx512_kernels();
+const Kernels& amx_kernels();
+// Ask the system for the memory of tiles; whether the CPU has any must be known.
+bool may_use_amx();
 #elif defined(__aarch64__)
 const Kernels& neon_kernels();
 #endif

@@ -335,5 +335,5 @@ uint64_t read_sum(const uint64_t* words, size_t num_words) {
   return total;
 }
 
-const Kernels kTable = {V::kName, quantize, multiply, screen, rms_norm, layer_norm, activate,
+const Kernels kTable = {V::kName, false, quantize, multiply, screen, rms_norm, layer_norm, activate,
                         largest,  attend,   combine,  rotate, add,      to_half,    read_sum};

@@ -136,12 +136,10 @@ void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const F
   float* values = out.values + first;
   kernels.activate(weights.nonlinearity, ffn.gate.weight.empty() ? nullptr : gate, up, (end - begin) * kUnit, values);
   std::fill(out.values + last, out.values + end * kUnit, 0.0f);
-  const int group = first / kGroup;
-  kernels.quantize({out.stride, values, out.codes + first, out.scales + group, out.sums + group, out.energies + group},
-                   (end - begin) * kUnit);
+  kernels.quantize(out.from(first), (end - begin) * kUnit);
 }
 
-void ActivationBuffer::resize(int num_tokens, int size) {
+void ActivationBuffer::resize(int num_tokens, int size, bool bf16) {
   const int stride = round_up(size, kGroup);
   const size_t count = size_t(num_tokens) * stride;
   values_.resize(count);
@@ -149,7 +147,10 @@ void ActivationBuffer::resize(int num_tokens, int size) {
   scales_.resize(count / kGroup);
   sums_.resize(count / kGroup);
   energies_.resize(count / kGroup);
-  view = {stride, values_.get(), codes_.get(), scales_.get(), sums_.get(), energies_.get()};
+  if (bf16)
+    for (Buffer<uint16_t>* buffer : {&bf16_, &rests_}) buffer->resize(size_t(round_up(num_tokens, 32)) * stride);
+  view = {stride,      values_.get(),   codes_.get(), scales_.get(),
+          sums_.get(), energies_.get(), bf16_.get(),  rests_.get()};
 }
 
 }  // namespace coreinfer

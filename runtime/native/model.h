@@ -121,11 +121,12 @@ struct Buffer {
 // Activations with memory of their own.
 struct ActivationBuffer {
   Activations view;
-  void resize(int num_tokens, int size);
+  void resize(int num_tokens, int size, bool bf16 = false);
 
  private:
   Buffer<float> values_, scales_, sums_, energies_;
   Buffer<int8_t> codes_;
+  Buffer<uint16_t> bf16_, rests_;
 };
 
 // Called with the FFN activations (tokens, ffn_dim) of each layer, row stride in floats, outside of all phases.
@@ -188,13 +189,14 @@ struct Decoder {
   Buffer<float> deviations;  // (padded vocabulary), of a screened head
 };
 
-constexpr int kBlockTokens = 128;  // tokens that share one read of the weights
+constexpr int kBlockTokens = 256;  // tokens that share one read of the weights
 constexpr size_t kPrefetchBytes = 8192;      // of the next phase's codes, asked for before its barrier
 constexpr size_t kPartPrefetchBytes = 1536;  // of the next part's codes, asked for before the one before it is done
 constexpr int kUnit = 32;          // neurons that one thread computes and quantizes together
 
 void allocate(TokenScratch& scratch, const ModelWeights& weights, int max_neurons, int num_threads);
-void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neurons, int num_threads);
+// `bf16`: with room for inputs in bfloat16.
+void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neurons, int num_threads, bool bf16);
 // Logits of one token's final hidden state by the head, all threads together.
 void compute_head(Decoder& decoder, const Activations& x, int thread, bool screened, float* logits);
 void decode_token(Decoder& decoder, int32_t id, bool screened, float* logits);
