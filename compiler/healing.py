@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from coreinfer.bundles.families import resolve
+from coreinfer.bundles.machine import cpu_multiplies_bf16
 from transformers import DynamicCache
 
 from .cache import Cache
@@ -184,6 +185,8 @@ def _train(course: _Course, cache: Cache, advance: Advance) -> Changes:
 def _optimizer(name: HealOptimizer, changes: Changes) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(changes.values(), betas=_BETAS, weight_decay=0.0, fused=True)
+    if all(change.device.type == "cpu" for change in changes.values()) and not cpu_multiplies_bf16():
+        _log.warning("--heal-optimizer muon: this CPU emulates bfloat16, steps will take minutes; adamw is faster here")
     # Steps as large as AdamW's, so that rates are alike.
     return torch.optim.Muon(changes.values(), weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 

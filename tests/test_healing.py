@@ -147,6 +147,15 @@ def test_own_steps_alone_leave_other_clusters_as_they_are(caplog: pytest.LogCapt
             assert all(torch.equal(before[role], after[role].to(before[role])) == equal for role in ("gate", "up"))
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_muon_warns_where_bfloat16_is_emulated(
+    fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("coreinfer.compiler.healing.cpu_multiplies_bf16", lambda: fast)
+    heal(heal_inputs(load("llama"), heal_steps=1, heal_optimizer="muon"), Cache(None), "key", Progress())
+    assert ("this CPU emulates bfloat16" in caplog.text) is not fast
+
+
 def test_the_dense_model_is_left_alone() -> None:
     inputs = heal_inputs(load("llama"), heal_steps=3, heal_cluster_steps=1)
     before = [
