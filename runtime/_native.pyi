@@ -4,6 +4,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+BLOCK_TOKENS: int
+"""Tokens of a prompt that share one read of the weights."""
+
 class Ffn:
     def __init__(self, layers: list[dict[str, Any]], hidden: int) -> None: ...
     @property

@@ -1,9 +1,11 @@
 """What the tests of the engine load and ask."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from coreinfer import runtime
+from coreinfer.bundles import Bundle
 
 from .model_factory import corpus_texts
 
@@ -21,3 +23,9 @@ SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 100, "top_p": 0.95, "min
 
 def load(bundle_dir: Path, **options: Any) -> runtime.Engine:
     return runtime.load(bundle_dir, **{"device": "cpu", "dtype": "float32", **options})
+
+
+def with_room(bundle: Bundle) -> Bundle:
+    """A bundle of a model with rotary positions, as if it had been made for more of them."""
+    model = replace(bundle.manifest.model, max_positions=4 * MAX_POSITIONS)
+    return replace(bundle, manifest=replace(bundle.manifest, model=model))

@@ -12,7 +12,7 @@ from coreinfer.runtime.decoder import DENSE, FfnChoice
 from coreinfer.runtime.native_decoder import NativeDecoder
 from coreinfer.runtime.torch_decoder import TorchDecoder
 
-from .engine_inputs import MAX_POSITIONS
+from .engine_inputs import MAX_POSITIONS, with_room
 from .model_factory import FAMILIES, VOCABULARY
 
 IDS = np.random.default_rng(7).integers(3, VOCABULARY, 220).tolist()
@@ -99,10 +99,23 @@ def test_a_screened_head_chooses_the_token_of_exact_rows(tiny_bundle: Callable[.
 
 
 def test_more_rows_than_a_block_are_exact(tiny_bundle: Callable[..., Path]) -> None:
-    decoder = NativeDecoder(open_bundle(tiny_bundle("qwen3", quantize="int4")), threads=2)
-    expected = one_by_one(decoder, 0, len(IDS))
+    decoder = NativeDecoder(with_room(open_bundle(tiny_bundle("qwen3", quantize="int4"))), threads=2)
+    ids = IDS + IDS[::-1]
+    assert len(ids) > _native.BLOCK_TOKENS
+    expected = np.concatenate([decoder.forward([token_id]) for token_id in ids])
     decoder.truncate(0)
-    np.testing.assert_array_equal(decoder.forward_rows([0] * len(IDS), IDS), expected)
+    np.testing.assert_array_equal(decoder.forward_rows([0] * len(ids), ids), expected)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int4"])
+def test_a_prompt_longer_than_a_block_is_read_as_in_pieces(kind: str, tiny_bundle: Callable[..., Path]) -> None:
+    decoder = NativeDecoder(with_room(open_bundle(tiny_bundle("gemma3", quantize=kind))), threads=2)
+    ids = IDS + IDS[::-1]
+    assert len(ids) > _native.BLOCK_TOKENS
+    whole = decoder.forward(ids, all_logits=True)
+    decoder.truncate(0)
+    pieces = [decoder.forward(ids[start : start + 110], all_logits=True) for start in range(0, len(ids), 110)]
+    np.testing.assert_allclose(np.concatenate(pieces), whole, atol=1e-4 * np.abs(whole).max())
 
 
 def test_prompts_are_attended_to_in_another_order(tiny_bundle: Callable[..., Path]) -> None:

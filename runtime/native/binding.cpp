@@ -251,6 +251,7 @@ std::vector<std::string> isa_names() {
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "The native engine: decoding of packed weights on the CPU.";
+  module.attr("BLOCK_TOKENS") = kBlockTokens;
   py::class_<FfnHandle>(module, "Ffn")
       .def(py::init(&read_ffn), py::arg("layers"), py::arg("hidden"))
       .def_property_readonly("max_neurons", &FfnHandle::max_neurons);
