@@ -29,16 +29,17 @@ def test_log_softmax_is_that_of_torch() -> None:
 def test_logprobs_are_of_the_models_own_distribution(sampled: bool, engine: runtime.Engine) -> None:
     options = {**SAMPLED, "seed": 3} if sampled else {}
     tokens = list(engine.stream(PROMPT, mode="dense", max_new_tokens=8, logprobs=5, **options))
-    ids = engine.tokenizer.encode(PROMPT).ids + [token.token_id for token in tokens]
     decoder = engine.decoder
     decoder.truncate(0)
-    rows = decoder.forward(ids, all_logits=True)[-len(tokens) - 1 : -1]
+    # As the engine reads: what is read in a block may be rounded in another way than what is decoded.
+    steps = [engine.tokenizer.encode(PROMPT).ids, *([token.token_id] for token in tokens[:-1])]
+    rows = [decoder.forward(ids)[-1] for ids in steps]
     for token, row in zip(tokens, rows, strict=True):
         expected = torch.log_softmax(torch.from_numpy(row).double(), dim=0).numpy()
-        assert token.logprob == pytest.approx(expected[token.token_id], abs=0.05)
+        assert token.logprob == pytest.approx(expected[token.token_id], abs=1e-4)
         got = [top.logprob for top in token.top_logprobs]
         assert got == sorted(got, reverse=True)
-        np.testing.assert_allclose(got, np.sort(expected)[::-1][:5], atol=0.05)
+        np.testing.assert_allclose(got, np.sort(expected)[::-1][:5], atol=1e-4)
         assert all(top.text == engine.tokenizer.decode([top.token_id]) for top in token.top_logprobs)
         if not sampled:
             assert token.top_logprobs[0].token_id == token.token_id
