@@ -177,10 +177,9 @@ void multiply(const Matrix& w, const Activations& x, int num_tokens, float* y, s
   for (int block = block_begin; block < block_end; block += 2) {
     const int num_panels = std::min(2, block_end - block);
     for (int i = 0; i < num_panels; ++i) unpack(Panel(w, block + i), panels + i * panel_halves);
+    const Product product = {x.stride, {panels, num_panels == 2 ? panels + panel_halves : nullptr}, w.num_groups()};
     for (int t = 0; t < num_tokens; t += kPair) {
       const size_t first = size_t(t) * x.stride;
-      const Product product = {
-          x.stride, {panels, num_panels == 2 ? panels + panel_halves : nullptr}, w.num_groups()};
       clear();
       add_products(product, x.bf16 + first);
       if (!w.quantized()) add_products(product, x.rests + first);
