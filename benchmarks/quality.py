@@ -85,7 +85,7 @@ def heal_clusters(bench: Bench, config: CompileConfig, narrow: NarrowModel, budg
     """Heal as the compiler does."""
     documents, labels = healing_text(config, bench.corpus, bench.routing)
     inputs = HealInputs(config=config, loaded=bench.loaded, documents=documents, labels=labels, narrow=narrow)
-    training = f"{config.heal_steps}-{config.heal_rate}-{config.heal_optimizer}-{len(documents)}"
+    training = f"{config.heal_steps}-relative-{config.heal_rate}-{config.heal_optimizer}-{len(documents)}"
     key = f"{bench.key(config, 'packs', budgets)}-{training}"
     return heal(inputs, bench.cache, key, bench.progress)
 

@@ -101,7 +101,12 @@ class NumberOr(click.ParamType[Any]):
     help="Distil the dense model into the packs for so many steps, on text beyond the calibration tokens, if any.",
 )
 @click.option("--heal-cluster-steps", type=int, default=0, help="Then so many steps of each cluster's own.")
-@click.option("--heal-rate", type=float, default=2e-4, help="Greatest learning rate of these steps.")
+@click.option(
+    "--heal-rate",
+    type=float,
+    default=2e-3,
+    help="Greatest learning rate of these steps, relative to each matrix's root mean square.",
+)
 @click.option(
     "--heal-optimizer",
     type=click.Choice(get_args(HealOptimizer)),

@@ -60,7 +60,7 @@ class CompileConfig:
             not calibrated on.
         heal_steps: steps of distilling the dense model into what all narrow ones share, of 2,048 tokens each.
         heal_cluster_steps: steps of each cluster's own after that.
-        heal_rate: greatest learning rate of these steps.
+        heal_rate: greatest learning rate of these steps, relative to each matrix's root mean square.
         heal_optimizer: that takes them; "muon" computes in bfloat16, which not every CPU does fast.
         quantize: format of FFN and attention weights.
         head_quantize: format of token embedding and head; None for int8 where `quantize` is an integer format.
@@ -105,7 +105,7 @@ class CompileConfig:
     ridge: float | Literal["auto"] = "auto"
     heal_steps: int = 0
     heal_cluster_steps: int = 0
-    heal_rate: float = 2e-4
+    heal_rate: float = 2e-3
     heal_optimizer: HealOptimizer = "adamw"
     quantize: Format = "int4"
     head_quantize: Format | None = None

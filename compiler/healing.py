@@ -5,7 +5,9 @@ of its own neurons on top of its own repaired weights. Then each cluster's own m
 What is trained on is first of all text that no weight was fitted to: on the calibration text itself the narrow model is
 better than it really is, and has less to learn. Each step takes documents of one cluster; their beginnings are read
 dense, as prompts are at run time, and the loss is KL(dense || narrow) on what follows. AdamW (arXiv 1711.05101) or Muon
-(https://kellerjordan.github.io/posts/muon/) with a cosine schedule (arXiv 1608.03983).
+(https://kellerjordan.github.io/posts/muon/) with a cosine schedule (arXiv 1608.03983). Rates are relative to each
+matrix's root mean square, as Adafactor has them (arXiv 1804.04235): that of one model is fifteen times that of another,
+and so are the steps that help and that harm.
 """
 
 import logging
@@ -169,12 +171,12 @@ def _train(course: _Course, cache: Cache, advance: Advance) -> Changes:
     config, changes = course.inputs.config, _no_changes(course)
     for parameter in course.inputs.loaded.model.parameters():
         parameter.requires_grad_(False)
-    optimizer = _optimizer(config.heal_optimizer, changes)
+    optimizer = _optimizer(config.heal_optimizer, _groups(course.inputs.loaded, changes))
     first = _restore(cache, course.key, changes, optimizer)
     advance(first)
     for step in range(first, course.num_steps):
         for group in optimizer.param_groups:
-            group["lr"] = config.heal_rate * _schedule(step, course.num_steps)
+            group["lr"] = config.heal_rate * group["scale"] * _schedule(step, course.num_steps)
         _step(course, changes, optimizer, step)
         if (step + 1) % _CHECKPOINT_STEPS == 0 and step + 1 < course.num_steps:
             cache.store(f"{course.key}-checkpoint", _checkpoint(changes, optimizer, step + 1))
@@ -182,13 +184,23 @@ def _train(course: _Course, cache: Cache, advance: Advance) -> Changes:
     return changes
 
 
-def _optimizer(name: HealOptimizer, changes: Changes) -> torch.optim.Optimizer:
+def _groups(loaded: LoadedModel, changes: Changes) -> list[dict[str, Any]]:
+    """Changes for an optimizer, each with the root mean square of the matrix that it is added to, its scale."""
+    groups = []
+    for name, change in changes.items():
+        layer, role = name.split(".")
+        weight = loaded.projection(int(layer), role).weight.detach()
+        groups.append({"params": [change], "scale": float(weight.float().square().mean().sqrt())})
+    return groups
+
+
+def _optimizer(name: HealOptimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if name == "adamw":
-        return torch.optim.AdamW(changes.values(), betas=_BETAS, weight_decay=0.0, fused=True)
-    if all(change.device.type == "cpu" for change in changes.values()) and not cpu_multiplies_bf16():
+        return torch.optim.AdamW(groups, betas=_BETAS, weight_decay=0.0, fused=True)
+    if all(change.device.type == "cpu" for group in groups for change in group["params"]) and not cpu_multiplies_bf16():
         _log.warning("--heal-optimizer muon: this CPU emulates bfloat16, steps will take minutes; adamw is faster here")
     # Steps as large as AdamW's, so that rates are alike.
-    return torch.optim.Muon(changes.values(), weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.Muon(groups, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
 
 def _schedule(step: int, num_steps: int) -> float:

@@ -285,7 +285,7 @@ def _heal(
         "heal",
         upstream=upstream,
         steps=config.heal_steps,
-        rate=config.heal_rate,
+        relative_rate=config.heal_rate,
         optimizer=config.heal_optimizer,
         text=[document.token_ids for document in documents],
     )

@@ -49,6 +49,7 @@ class BenchRun:
         bytes_per_token: weights, keys and values that a token reads in the middle of decoding.
         gbps: bytes a token x tokens a second.
         share_of_read: of the plain read bandwidth.
+        own_read_gbps: of as many bytes as a token reads, again and again: more where a cache holds them.
     """
 
     isa: str
@@ -57,6 +58,7 @@ class BenchRun:
     bytes_per_token: int
     gbps: float
     share_of_read: float
+    own_read_gbps: float
     prefill_tok_s: float
 
 
@@ -78,11 +80,16 @@ class _Subject:
         self._choice = DENSE if ffn == "dense" else FfnChoice(cluster=0)
         self._options = options
         self._prompt = np.random.default_rng(0).integers(0, vocab_size, options.num_prompt_tokens).tolist()
+        self.decoder.use(self._choice)
+        middle = _START_TOKENS + options.num_tokens // 2
+        self._bytes_per_token = decoder.bytes_per_token(middle, greedy=True)
         self._decode: list[float] = []
         self._prefill: list[float] = []
+        self._reads: list[float] = []
 
     def measure(self) -> None:
-        """Time one prefill and one decoding."""
+        """Time one plain read, one prefill and one decoding."""
+        self._reads.append(_native.read_bandwidth(self.decoder.num_threads, self._bytes_per_token))
         self._prefill.append(self._options.num_prompt_tokens / self._prefill_seconds(self._prompt))
         self._prefill_seconds(self._prompt[:_START_TOKENS])
         start = time.perf_counter()
@@ -95,6 +102,7 @@ class _Subject:
         """Drop what was measured."""
         self._decode.clear()
         self._prefill.clear()
+        self._reads.clear()
 
     def _prefill_seconds(self, prompt: Sequence[int]) -> float:
         self.decoder.truncate(0)
@@ -105,16 +113,16 @@ class _Subject:
 
     def run(self, read_gbps: float) -> BenchRun:
         """Sum up."""
-        self.decoder.use(self._choice)
-        num_bytes = self.decoder.bytes_per_token(_START_TOKENS + self._options.num_tokens // 2, greedy=True)
         decode = statistics.median(self._decode)
+        gbps = self._bytes_per_token * decode / 1e9
         return BenchRun(
             isa=self.decoder.isa,
             ffn=self.ffn,
             decode_tok_s=decode,
-            bytes_per_token=num_bytes,
-            gbps=num_bytes * decode / 1e9,
-            share_of_read=num_bytes * decode / 1e9 / read_gbps,
+            bytes_per_token=self._bytes_per_token,
+            gbps=gbps,
+            share_of_read=gbps / read_gbps,
+            own_read_gbps=statistics.median(self._reads),
             prefill_tok_s=statistics.median(self._prefill),
         )
 
@@ -204,9 +212,12 @@ def main(
 def _table(result: BenchResult, options: BenchOptions) -> Iterator[str]:
     yield f"{result.bundle}, {result.threads} threads, plain read {result.read_gbps:.1f} GB/s"
     prefill = f"prefill {options.num_prompt_tokens}"
-    yield f"{'kernels':12s} {'FFN':6s} {'tok/s':>8s} {'MB/token':>9s} {'GB/s':>6s} {'of read':>8s} {prefill:>13s} tok/s"
+    yield (
+        f"{'kernels':12s} {'FFN':6s} {'tok/s':>8s} {'MB/token':>9s} {'GB/s':>6s} {'of read':>8s} {'own read':>9s} "
+        f"{prefill:>13s} tok/s"
+    )
     for run in result.runs:
         yield (
             f"{run.isa:12s} {run.ffn:6s} {run.decode_tok_s:8.1f} {run.bytes_per_token / 1e6:9.1f} {run.gbps:6.1f} "
-            f"{run.share_of_read:8.1%} {run.prefill_tok_s:13.0f}"
+            f"{run.share_of_read:8.1%} {run.own_read_gbps:9.1f} {run.prefill_tok_s:13.0f}"
         )

@@ -77,6 +77,21 @@ def test_figures_follow_from_each_other(bundle: Path) -> None:
         assert row["gbps"] == pytest.approx(row["bytes_per_token"] * row["decode_tok_s"] / 1e9)
         assert row["share_of_read"] == pytest.approx(row["gbps"] / got["read_gbps"])
         assert row["prefill_tok_s"] > 0
+        assert row["own_read_gbps"] > 0
+
+
+def test_own_reads_are_of_as_many_bytes_as_a_token_reads(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def read(_threads: int, num_bytes: int) -> float:
+        sizes.append(num_bytes)
+        return 40.0 if num_bytes == 1 << 20 else 50.0
+
+    monkeypatch.setattr("coreinfer.runtime.bench._native.read_bandwidth", read)
+    got = figures(run(bundle, *QUICK, "--json"))
+    assert got["read_gbps"] == 40.0
+    assert {row["bytes_per_token"] for row in got["runs"]} <= set(sizes)
+    assert {row["own_read_gbps"] for row in got["runs"]} == {50.0}
 
 
 def test_all_kernels_in_turn(bundle: Path) -> None:

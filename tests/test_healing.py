@@ -29,7 +29,7 @@ from .test_config import make_config
 def heal_inputs(loaded: LoadedModel, **options: Any) -> HealInputs:
     inputs = inputs_of(loaded)
     return HealInputs(
-        config=make_config(**{"heal_steps": 60, "heal_rate": 3e-3, **options}),
+        config=make_config(**{"heal_steps": 60, "heal_rate": 0.012, **options}),
         loaded=loaded,
         documents=inputs.calibration,
         labels=CLUSTERS,
@@ -86,6 +86,19 @@ def test_steps_of_each_clusters_own_lower_it_too(name: str) -> None:
     healed = heal(inputs, Cache(None), "key", progress)
     assert kl(inputs.loaded, healed) < 0.8 * kl(inputs.loaded, inputs.narrow)
     assert list(progress.stage_seconds) == ["heal clusters"]
+
+
+def test_a_step_is_as_large_as_the_rate_says_beside_each_matrix() -> None:
+    loaded = load("llama")
+    with torch.no_grad():
+        loaded.projection(1, "gate").weight.mul_(20)
+    inputs = heal_inputs(loaded, heal_steps=1, heal_rate=0.01)
+    course = healing._Course(inputs=inputs, cluster=None, num_steps=1, key="key")
+    for name, change in healing._train(course, Cache(None), lambda *_: None).items():
+        layer, role = name.split(".")
+        rms = loaded.projection(int(layer), role).weight.square().mean().sqrt()
+        # AdamW's first step is of one size in every direction.
+        assert float(change.detach().abs().max()) == pytest.approx(0.01 * float(rms), rel=0.01)
 
 
 def healing_corpus(num_spare: int) -> Corpus:
