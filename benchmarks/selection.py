@@ -33,6 +33,7 @@ from coreinfer.compiler.evaluating import evaluate
 from coreinfer.compiler.layerwise import walk_layers
 from coreinfer.compiler.models import LoadedModel, load_model, read_config
 from coreinfer.compiler.narrowing import CLUSTERS, Assignment, NarrowModel, choose_all
+from coreinfer.compiler.primitives import keep_few_primitives
 from coreinfer.compiler.profiling import Profile, profile_model
 from coreinfer.compiler.progress import TqdmProgress
 from coreinfer.compiler.routing import build_routing, control_assignments, nearest
@@ -53,6 +54,7 @@ class Bench:
     """A loaded model, a clustered corpus and the texts to evaluate on."""
 
     def __init__(self, config: CompileConfig, texts: Sequence[str]) -> None:
+        keep_few_primitives()
         self.config = config
         self.cache = Cache(config.cache_dir)
         self.progress = TqdmProgress()

@@ -15,6 +15,7 @@ from coreinfer.bundles.statistics import SELECTIONS
 
 from . import compile_model
 from .config import BUILTIN, Budgets, CompileConfig, DType, Format, HealOptimizer, Removal
+from .primitives import keep_few_primitives
 from .progress import Progress, TqdmProgress
 
 __all__ = ["NumberOr", "default_cache_dir", "main", "summary"]
@@ -157,6 +158,7 @@ def main(context: click.Context, /, **_options: object) -> None:
     """Compile a language model into a bundle of narrow, cluster-specific FFNs."""
     options = context.params
     start_logging(verbose=options["verbose"])
+    keep_few_primitives()
     config = _config(options)
     progress = TqdmProgress()
     manifest = compile_model(config, progress)

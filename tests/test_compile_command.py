@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -22,6 +23,24 @@ def _quiet_loggers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Commands set up logging for their own process; tests share one. No test may touch the user's own cache."""
     monkeypatch.setattr(cli, "start_logging", lambda *, verbose: logging.getLogger("coreinfer"))
     monkeypatch.setenv("COREINFER_CACHE", str(tmp_path / "default-cache"))
+    # What a command sets is taken back with it.
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+
+
+@pytest.mark.parametrize(("given_by_user", "expected"), [(None, "64"), ("1024", "1024")])
+def test_few_compiled_products_are_kept_unless_the_user_says_otherwise(
+    given: list[CompileConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    given_by_user: str | None,
+    expected: str,
+) -> None:
+    if given_by_user is not None:
+        monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", given_by_user)
+    assert run("--model", "model", "-o", tmp_path / "bundle").exit_code == 0
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == expected
+    assert len(given) == 1
 
 
 def run(*arguments: str | Path) -> Result:
