@@ -1,8 +1,10 @@
 """What this machine can do."""
 
+import ctypes
+import sys
 from pathlib import Path
 
-__all__ = ["cpu_multiplies_bf16"]
+__all__ = ["cpu_multiplies_bf16", "give_back_heap"]
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -12,3 +14,9 @@ def cpu_multiplies_bf16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def give_back_heap() -> None:
+    """Give what is free on the heap back to the system, where its C library can: glibc keeps it for later."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)

@@ -71,6 +71,10 @@ class Decoder(Protocol):
         """How many tokens of a prompt a call should read: enough to share a read of the weights."""
 
     @property
+    def calls_alike(self) -> bool:
+        """Whether a token's results are to the bit the same in all calls of two tokens or more."""
+
+    @property
     def cached(self) -> "CachedTokens":
         """Which tokens are in the selected sequence's KV cache, and what computed them; the decoder keeps it right."""
 

@@ -178,7 +178,8 @@ def _num_kept(run: Run, reader: FfnChoice) -> int:
     if request.plan.needs_statistic:
         # The prompt's own neurons are chosen by all of its tokens.
         return 0
-    return cached.num_exact(request.token_ids, reader, run.loaded.decoder.block_tokens)
+    decoder = run.loaded.decoder
+    return cached.num_exact(request.token_ids, reader, decoder.block_tokens, alike=decoder.calls_alike)
 
 
 def _read_blocks(run: Run) -> Logits:

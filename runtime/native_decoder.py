@@ -24,7 +24,8 @@ class NativeDecoder:
     """Runs a bundle's mapped weights in place; changing the FFN is a pointer swap."""
 
     name = "native"
-    block_tokens = 32
+    block_tokens: int = _native.BLOCK_TOKENS
+    calls_alike = True
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, isa: str = "auto") -> None:
         """Put the model together; nothing is copied but norms.

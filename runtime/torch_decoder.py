@@ -45,6 +45,7 @@ class TorchDecoder:
 
     name = "torch"
     block_tokens = 256
+    calls_alike = False
 
     def __init__(
         self,

@@ -58,27 +58,78 @@ def test_the_common_prefix_leaves_a_token_to_read() -> None:
     ],
 )
 def test_exact_is_what_the_same_calls_have_read(calls: list[tuple[int, int, FfnChoice]], expected: int) -> None:
-    assert record(*calls).num_exact(PROMPT, DENSE, 16) == expected
+    assert record(*calls).num_exact(PROMPT, DENSE, 16, alike=False) == expected
 
 
 def test_exact_ends_before_the_last_block_of_the_prompt() -> None:
     cached = record((0, 16, DENSE), (16, 32, DENSE))
-    assert [cached.num_exact(PROMPT[:size], DENSE, 16) for size in (16, 17, 31, 32, 33)] == [0, 16, 16, 16, 32]
-    assert cached.num_exact([*PROMPT[:20], 1, *PROMPT[21:]], DENSE, 16) == 16
-    assert cached.num_exact(PROMPT, PACK, 16) == 0
-    assert record((0, 16, PACK)).num_exact(PROMPT, PACK, 16) == 16
-    assert cached.num_exact(PROMPT, DENSE, 8) == 0
+    sizes = (16, 17, 31, 32, 33)
+    assert [cached.num_exact(PROMPT[:size], DENSE, 16, alike=False) for size in sizes] == [0, 16, 16, 16, 32]
+    assert cached.num_exact([*PROMPT[:20], 1, *PROMPT[21:]], DENSE, 16, alike=False) == 16
+    assert cached.num_exact(PROMPT, PACK, 16, alike=False) == 0
+    assert record((0, 16, PACK)).num_exact(PROMPT, PACK, 16, alike=False) == 16
+    assert cached.num_exact(PROMPT, DENSE, 8, alike=False) == 0
 
 
 def test_a_call_that_was_cut_is_another_call() -> None:
     cached = record((0, 16, DENSE), (16, 32, DENSE))
     cached.truncate(20)
     assert cached.token_ids == PROMPT[:20]
-    assert cached.num_exact(PROMPT, DENSE, 16) == 16
+    assert cached.num_exact(PROMPT, DENSE, 16, alike=False) == 16
     cached.append(PROMPT[20:32], DENSE)
-    assert cached.num_exact(PROMPT, DENSE, 16) == 16
+    assert cached.num_exact(PROMPT, DENSE, 16, alike=False) == 16
     cached.truncate(16)
     cached.append(PROMPT[16:32], DENSE)
-    assert cached.num_exact(PROMPT, DENSE, 16) == 32
+    assert cached.num_exact(PROMPT, DENSE, 16, alike=False) == 32
     cached.truncate(0)
-    assert (cached.token_ids, cached.num_exact(PROMPT, DENSE, 16)) == ([], 0)
+    assert (cached.token_ids, cached.num_exact(PROMPT, DENSE, 16, alike=False)) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [
+        ([(0, 16, DENSE), (16, 23, DENSE), (23, 30, DENSE)], 30),
+        ([(0, 50, DENSE)], 48),
+        # Tokens read or decoded one by one are rounded in another way.
+        ([(0, 16, DENSE), (16, 17, DENSE), (17, 32, DENSE)], 16),
+        ([(0, 1, DENSE), (1, 32, DENSE)], 0),
+        ([(0, 16, DENSE), (16, 32, PACK)], 16),
+        ([(0, 16, PACK), (16, 32, DENSE)], 0),
+        ([(0, 16, FfnChoice(neuron_ids=(np.arange(3, dtype=np.int32),)))], 0),
+        ([], 0),
+    ],
+)
+def test_where_calls_are_alike_every_token_counts(calls: list[tuple[int, int, FfnChoice]], expected: int) -> None:
+    assert record(*calls).num_exact(PROMPT, DENSE, 16, alike=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_read", "num_prompt", "expected"),
+    [
+        # One token would be left, which is not read alone when all are.
+        (40, 41, 39),
+        (40, 42, 40),
+        # The last of a block, likewise, whatever comes behind it.
+        (31, 50, 30),
+        (30, 50, 30),
+        (32, 50, 32),
+        # The first of a block that is the last of the prompt is read alone either way.
+        (32, 33, 32),
+        (31, 33, 30),
+        (0, 1, 0),
+    ],
+)
+def test_what_is_left_is_read_as_if_all_were(num_read: int, num_prompt: int, expected: int) -> None:
+    cached = record((0, num_read, DENSE)) if num_read else CachedTokens()
+    start = cached.num_exact(PROMPT[:num_prompt], DENSE, 16, alike=True)
+    assert start == expected
+    alone = {end for begin, end in blocks(0, num_prompt, 16) if end - begin == 1}
+    assert {end for begin, end in blocks(start, num_prompt, 16) if end - begin == 1} == alone
+
+
+def test_what_is_left_of_a_cut_call_counts_where_calls_are_alike() -> None:
+    cached = record((0, 16, DENSE), (16, 32, DENSE))
+    cached.truncate(17)
+    assert cached.num_exact(PROMPT, DENSE, 16, alike=True) == 17
+    cached.append(PROMPT[17:18], DENSE)
+    assert cached.num_exact(PROMPT, DENSE, 16, alike=True) == 17

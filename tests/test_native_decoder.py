@@ -1,5 +1,6 @@
 """The native engine beside the torch engine: the same bundle, the same tokens."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -90,6 +91,27 @@ def test_kernels_decode_alike(isa: str, kind: str, tiny_bundle: Callable[..., Pa
     assert np.sqrt(np.mean(np.square(got - expected)) / np.mean(np.square(expected))) < (
         0.05 if kind == "int4" else 2e-3
     )
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("isa", _native.available_isas())
+def test_calls_are_alike(isa: str, family: str, kind: str, tiny_bundle: Callable[..., Path]) -> None:
+    """A prompt's tokens are to the bit the same however it is cut, where no call has one token alone."""
+    decoder = NativeDecoder(open_bundle(tiny_bundle(family, quantize=kind)), threads=2, isa=isa)
+    assert decoder.calls_alike
+    expected = decoder.forward(IDS, all_logits=True)
+    for cuts in ((2, 5, 12, 44), (40, 48, 65, 100), (64,), (31, 33, 97)):
+        decoder.truncate(0)
+        bounds = [0, *cuts, len(IDS)]
+        pieces = [decoder.forward(IDS[a:b], all_logits=True) for a, b in itertools.pairwise(bounds)]
+        np.testing.assert_array_equal(np.concatenate(pieces), expected)
+    decoder.truncate(0)
+    last = decoder.forward(IDS[:90])
+    decoder.truncate(0)
+    got, _ = decoder.prompt_statistics(IDS[:90], ("griffin",))
+    np.testing.assert_array_equal(got, last)
+    np.testing.assert_array_equal(decoder.forward(IDS[90:], all_logits=True), expected[90:])
 
 
 def test_steps_are_the_same_every_time_and_with_any_threads(tiny_bundle: Callable[..., Path]) -> None:
