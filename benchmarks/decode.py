@@ -168,7 +168,9 @@ def time_model(model: BenchModel, names: Sequence[str], options: Options, reads:
     for name, worker in workers.items():
         figures = worker.ask("figures")
         # As many bytes as a token reads: faster than the memory where a cache holds them.
-        figures["own_read_gbps"] = plain_read.ask("read", int(figures["bytes_per_token"]))["gbps"]
+        num_bytes = int(figures["bytes_per_token"])
+        repeated = [plain_read.ask("read", num_bytes)["gbps"] for _ in range(options.rounds)]
+        figures["own_read_gbps"] = statistics.median(repeated)
         runs.append(summarize(name, timings[name], figures, first_token_seconds[name], own_reads, options))
         worker.close()
     plain_read.close()
@@ -200,7 +202,7 @@ def path_of(model: BenchModel, name: str, options: Options) -> Path:
 
 def time_first_token(name: str, path: Path, options: Options) -> float:
     """Seconds from the start of a process to its first token, of a warm page cache."""
-    return min(_first_token(name, path, options) for _ in range(2))
+    return statistics.median(_first_token(name, path, options) for _ in range(3))
 
 
 def _first_token(name: str, path: Path, options: Options) -> float:

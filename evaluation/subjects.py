@@ -8,7 +8,6 @@ from typing import Protocol, cast
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import ConfigError
-from coreinfer.bundles.manifest import ffn_bytes
 from coreinfer.bundles.statistics import SELECTIONS, Selection, scores_from_statistic, select_neurons
 from coreinfer.runtime import load
 from coreinfer.runtime.decoder import DENSE, FfnChoice
@@ -103,8 +102,10 @@ class BundleSubject:
         beside = decoder.bytes_per_token(0) - manifest.clusters[0].ffn_bytes
         if mode in ("similarity", "random"):
             return beside + manifest.mean_pack_bytes
-        # Neurons that a prompt chooses.
-        return beside + ffn_bytes(manifest.model, manifest.quantization["ffn"].format, manifest.plan.layer_budgets)
+        # Of neurons that a prompt chooses only the numbers count, and that they are gathered as the engine does it.
+        budgets = manifest.plan.layer_budgets
+        decoder.use(FfnChoice(neuron_ids=tuple(np.arange(budget, dtype=np.int32) for budget in budgets)))
+        return decoder.bytes_per_token(0)
 
     def read(self, prefix_ids: Sequence[int], routing_text: str) -> None:
         """Read the prefix, and sum up its activations for the modes that choose neurons by them."""

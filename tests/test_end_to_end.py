@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import pairwise
@@ -14,6 +16,7 @@ import torch
 from click.testing import CliRunner
 from coreinfer import runtime
 from coreinfer.bundles import inspect, read_manifest
+from coreinfer.bundles.layout import LAYOUT
 from coreinfer.compiler import CompileConfig, compile_model
 from coreinfer.compiler.models import quiet_transformers
 from coreinfer.compiler.sources import find_source
@@ -225,6 +228,34 @@ def test_quality_is_measured_and_plausible(bundle: Path) -> None:
     assert [score.num_texts for score in quality.controls] == [quality.clusters.num_texts] * 2
     kept = sum(manifest.plan.layer_budgets) / (manifest.model.num_layers * manifest.model.ffn_dim)
     assert kept == pytest.approx(0.7, abs=0.01)
+
+
+_GROWTH = """
+import re, sys
+import faiss, numpy
+from coreinfer import runtime
+
+def resident():
+    with open("/proc/self/status") as status:
+        return int(re.search(r"VmRSS:\\s+(\\d+)", status.read())[1]) * 1024
+
+before = resident()
+engine = runtime.load(sys.argv[1], engine="native", threads=2)
+answer = engine.generate("A star is born in the sky. " * 60, max_new_tokens=32, mode="similarity")
+grown, decoder = resident() - before, engine.decoder
+cache = decoder.bytes_per_token(decoder.num_cached) - decoder.bytes_per_token(0)
+print(answer.cluster, decoder.num_cached, grown - cache)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here to read resident memory from")
+def test_little_is_resident_beside_weights_and_cache(bundle: Path) -> None:
+    """At most 60 MB on top of an interpreter that has numpy and FAISS: the tokenizer, the router, sums of a block."""
+    output = subprocess.check_output([sys.executable, "-c", _GROWTH, str(bundle)], text=True)
+    cluster, num_cached, grown = map(int, output.split())
+    assert num_cached > 400
+    weights = (LAYOUT.base, LAYOUT.dense, LAYOUT.cluster(cluster))
+    assert grown < sum((bundle / name).stat().st_size for name in weights) + 60e6
 
 
 def test_each_topic_has_its_cluster(engine: runtime.Engine) -> None:

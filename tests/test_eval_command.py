@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,26 @@ def scores_of(result: Any, row: str, metric: str) -> dict[str, float]:
     return {s["dataset"]: s["value"] for s in result["scores"] if s["row"] == row and s["metric"] == metric}
 
 
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_chosen_neurons_read_the_bytes_of_a_pack(kind: str, tiny_bundle: Callable[..., Path], data: Path) -> None:
+    done = run(tiny_bundle("llama", quantize=kind), "--data", data / "lm_a.jsonl", *modes_of(MODES), "--json")
+    sizes = {row["mode"]: row["bytes_per_token"] for row in json.loads(done.stdout)["rows"]}
+    assert sizes["similarity"] == sizes["random"] == sizes["griffin"] == sizes["fused"] < sizes["dense"]
+
+
+def modes_of(names: Sequence[str]) -> list[str]:
+    return [word for name in names for word in ("--mode", name)]
+
+
 def test_every_kind_gets_every_row(tiny_bundle: Callable[..., Path], data: Path) -> None:
     bundle = tiny_bundle("llama", quantize="int4")
-    modes = [word for mode in MODES for word in ("--mode", mode)]
-    done = run(bundle, "--data", data, *modes, "--json", "--threads", 1)
+    done = run(bundle, "--data", data, *modes_of(MODES), "--json", "--threads", 1)
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
     assert [row["mode"] for row in result["rows"]] == list(MODES)
     sizes = {row["mode"]: row["bytes_per_token"] for row in result["rows"]}
-    assert sizes["similarity"] == sizes["griffin"] == sizes["random"] < sizes["dense"]
+    # Neurons that a prompt chooses have down projections of int8.
+    assert sizes["similarity"] == sizes["random"] < sizes["griffin"] == sizes["coreinfer"] < sizes["dense"]
     names = [f"{bundle.name}: {mode}" for mode in MODES]
     expected: dict[str, set[str]] = {
         "KL": {"lm_a", "code_a", "prompts_a"},
