@@ -4,7 +4,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -15,6 +15,7 @@ from coreinfer.bundles.command import command_errors, start_logging
 from . import _native
 from .decoder import DENSE, FfnChoice
 from .native_decoder import NativeDecoder
+from .starts import measure_starts
 
 __all__ = ["BenchOptions", "BenchResult", "BenchRun", "bench", "main"]
 
@@ -32,6 +33,7 @@ class BenchOptions:
         threads: None for one a physical core.
         num_tokens: tokens to decode in a round, after a prompt of 16.
         num_prompt_tokens: tokens of the prompt whose prefill is timed.
+        num_starts: starts of coreinfer-run to time; 0 leaves them out.
     """
 
     isas: tuple[str, ...] = ("auto",)
@@ -39,6 +41,7 @@ class BenchOptions:
     num_tokens: int = 128
     num_prompt_tokens: int = 512
     num_rounds: int = 5
+    num_starts: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ class BenchRun:
         gbps: bytes a token x tokens a second.
         share_of_read: of the plain read bandwidth.
         own_read_gbps: of as many bytes as a token reads, again and again: more where a cache holds them.
+        ttft_s: seconds from the start of coreinfer-run to its first token, with a warm page cache.
+        peak_rss_mb: most resident memory of that process, in units of 2^20 bytes.
     """
 
     isa: str
@@ -60,6 +65,8 @@ class BenchRun:
     share_of_read: float
     own_read_gbps: float
     prefill_tok_s: float
+    ttft_s: float | None = None
+    peak_rss_mb: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +162,19 @@ def bench(bundle_dir: Path, options: BenchOptions) -> BenchResult:
         bundle=bundle.path.name,
         threads=decoders[0].num_threads,
         read_gbps=read_gbps,
-        runs=tuple(subject.run(read_gbps) for subject in subjects),
+        runs=tuple(_with_starts(subject.run(read_gbps), bundle, options) for subject in subjects),
     )
+
+
+def _with_starts(run: BenchRun, bundle: Bundle, options: BenchOptions) -> BenchRun:
+    if not options.num_starts:
+        return run
+    mode = "dense" if run.ffn == "dense" else "similarity"
+    threads = [] if options.threads is None else ["--threads", str(options.threads)]
+    arguments = [str(bundle.path), "--engine", "native", "--isa", run.isa, "--mode", mode, *threads]
+    starts = measure_starts(arguments, options.num_starts)
+    peak = None if starts.peak_rss_bytes is None else starts.peak_rss_bytes / 2**20
+    return replace(run, ttft_s=starts.first_token_seconds, peak_rss_mb=peak)
 
 
 def _check(options: BenchOptions, bundle: Bundle) -> None:
@@ -167,6 +185,8 @@ def _check(options: BenchOptions, bundle: Bundle) -> None:
     ):
         if number < 1:
             raise ConfigError(f"{name}: expected at least 1, got {number}")
+    if options.num_starts < 0:
+        raise ConfigError(f"--starts: expected 0 or more, got {options.num_starts}")
     limit = bundle.manifest.model.max_positions
     if options.num_prompt_tokens > limit or _START_TOKENS + options.num_tokens > limit:
         raise ConfigError(
@@ -182,6 +202,7 @@ def _check(options: BenchOptions, bundle: Bundle) -> None:
 @click.option("--tokens", type=int, default=128, help="Tokens to decode in a round.")
 @click.option("--prompt-tokens", type=int, default=512, help="Tokens of the prompt whose prefill is timed.")
 @click.option("--rounds", type=int, default=5, help="Rounds; medians are shown.")
+@click.option("--starts", type=int, default=3, help="Starts of coreinfer-run to time; 0 leaves them out.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line after the table.")
 @click.version_option(package_name="coreinfer")
 @command_errors
@@ -192,6 +213,7 @@ def main(
     tokens: int,
     prompt_tokens: int,
     rounds: int,
+    starts: int,
     as_json: bool,
 ) -> None:
     """Measure how fast the native engine decodes the bundle in DIR, with its dense FFN and with its first pack."""
@@ -202,6 +224,7 @@ def main(
         num_tokens=tokens,
         num_prompt_tokens=prompt_tokens,
         num_rounds=rounds,
+        num_starts=starts,
     )
     result = bench(bundle_dir, options)
     click.echo("\n".join(_table(result, options)))
@@ -214,10 +237,16 @@ def _table(result: BenchResult, options: BenchOptions) -> Iterator[str]:
     prefill = f"prefill {options.num_prompt_tokens}"
     yield (
         f"{'kernels':12s} {'FFN':6s} {'tok/s':>8s} {'MB/token':>9s} {'GB/s':>6s} {'of read':>8s} {'own read':>9s} "
-        f"{prefill:>13s} tok/s"
+        f"{prefill:>13s} tok/s" + (f" {'first s':>8s} {'RSS MB':>7s}" if options.num_starts else "")
     )
     for run in result.runs:
         yield (
             f"{run.isa:12s} {run.ffn:6s} {run.decode_tok_s:8.1f} {run.bytes_per_token / 1e6:9.1f} {run.gbps:6.1f} "
-            f"{run.share_of_read:8.1%} {run.own_read_gbps:9.1f} {run.prefill_tok_s:13.0f}"
+            f"{run.share_of_read:8.1%} {run.own_read_gbps:9.1f} {run.prefill_tok_s:13.0f}      " + _starts_cells(run)
         )
+
+
+def _starts_cells(run: BenchRun) -> str:
+    if run.ttft_s is None:
+        return ""
+    return f" {run.ttft_s:8.2f} " + ("      -" if run.peak_rss_mb is None else f"{run.peak_rss_mb:7.0f}")

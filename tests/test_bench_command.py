@@ -18,7 +18,7 @@ from coreinfer.runtime.native_decoder import NativeDecoder
 from .engine_inputs import MAX_POSITIONS
 from .model_factory import VOCABULARY
 
-QUICK = ("--tokens", 4, "--prompt-tokens", 20, "--rounds", 2, "--threads", 1)
+QUICK = ("--tokens", 4, "--prompt-tokens", 20, "--rounds", 2, "--threads", 1, "--starts", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +92,23 @@ def test_own_reads_are_of_as_many_bytes_as_a_token_reads(bundle: Path, monkeypat
     assert got["read_gbps"] == 40.0
     assert {row["bytes_per_token"] for row in got["runs"]} <= set(sizes)
     assert {row["own_read_gbps"] for row in got["runs"]} == {50.0}
+
+
+def test_starts_are_timed_and_their_memory_taken(bundle: Path) -> None:
+    result = run(bundle, *QUICK, "--starts", 2, "--json")
+    assert "first s" in result.stdout.splitlines()[1]
+    for row in figures(result)["runs"]:
+        assert 0.05 < row["ttft_s"] < 60
+        # Not this process's own, which has torch.
+        assert 30 < row["peak_rss_mb"] < 200
+    assert {row["ttft_s"] for row in figures(run(bundle, *QUICK, "--json"))["runs"]} == {None}
+
+
+def test_a_start_that_fails_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coreinfer.runtime.starts._PROGRAM", "raise SystemExit(3)")
+    result = run(bundle, *QUICK, "--starts", 1)
+    assert result.exit_code == 2
+    assert "coreinfer-run printed no token (exit 3)" in result.stderr
 
 
 def test_all_kernels_in_turn(bundle: Path) -> None:
