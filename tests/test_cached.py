@@ -43,22 +43,29 @@ def test_the_common_prefix_leaves_a_token_to_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("calls", "expected"),
+    ("calls", "same_calls", "alike"),
     [
-        ([(0, 16, DENSE), (16, 32, DENSE), (32, 40, DENSE)], 32),
+        ([(0, 16, DENSE), (16, 32, DENSE), (32, 40, DENSE)], 32, 40),
         # A last block that was not whole was another call.
-        ([(0, 16, DENSE), (16, 30, DENSE)], 16),
-        ([(0, 40, DENSE)], 0),
-        ([(0, 16, DENSE), (16, 17, DENSE), (17, 32, DENSE)], 16),
+        ([(0, 16, DENSE), (16, 30, DENSE)], 16, 30),
+        ([(0, 16, DENSE), (16, 23, DENSE), (23, 30, DENSE)], 16, 30),
+        ([(0, 40, DENSE)], 0, 40),
+        ([(0, 50, DENSE)], 0, 48),
+        # Tokens read or decoded one by one are rounded in another way.
+        ([(0, 16, DENSE), (16, 17, DENSE), (17, 32, DENSE)], 16, 16),
+        ([(0, 1, DENSE), (1, 32, DENSE)], 0, 0),
         # Decoded with a pack, or read by one.
-        ([(0, 16, DENSE), (16, 32, PACK)], 16),
-        ([(0, 16, PACK), (16, 32, DENSE)], 0),
-        ([(0, 16, FfnChoice(neuron_ids=(np.arange(3, dtype=np.int32),)))], 0),
-        ([], 0),
+        ([(0, 16, DENSE), (16, 32, PACK)], 16, 16),
+        ([(0, 16, PACK), (16, 32, DENSE)], 0, 0),
+        ([(0, 16, FfnChoice(neuron_ids=(np.arange(3, dtype=np.int32),)))], 0, 0),
+        ([], 0, 0),
     ],
 )
-def test_exact_is_what_the_same_calls_have_read(calls: list[tuple[int, int, FfnChoice]], expected: int) -> None:
-    assert record(*calls).num_exact(PROMPT, DENSE, 16, alike=False) == expected
+def test_exact_is_what_the_same_calls_have_read_or_any_alike(
+    calls: list[tuple[int, int, FfnChoice]], same_calls: int, alike: int
+) -> None:
+    assert record(*calls).num_exact(PROMPT, DENSE, 16, alike=False) == same_calls
+    assert record(*calls).num_exact(PROMPT, DENSE, 16, alike=True) == alike
 
 
 def test_exact_ends_before_the_last_block_of_the_prompt() -> None:
@@ -83,24 +90,6 @@ def test_a_call_that_was_cut_is_another_call() -> None:
     assert cached.num_exact(PROMPT, DENSE, 16, alike=False) == 32
     cached.truncate(0)
     assert (cached.token_ids, cached.num_exact(PROMPT, DENSE, 16, alike=False)) == ([], 0)
-
-
-@pytest.mark.parametrize(
-    ("calls", "expected"),
-    [
-        ([(0, 16, DENSE), (16, 23, DENSE), (23, 30, DENSE)], 30),
-        ([(0, 50, DENSE)], 48),
-        # Tokens read or decoded one by one are rounded in another way.
-        ([(0, 16, DENSE), (16, 17, DENSE), (17, 32, DENSE)], 16),
-        ([(0, 1, DENSE), (1, 32, DENSE)], 0),
-        ([(0, 16, DENSE), (16, 32, PACK)], 16),
-        ([(0, 16, PACK), (16, 32, DENSE)], 0),
-        ([(0, 16, FfnChoice(neuron_ids=(np.arange(3, dtype=np.int32),)))], 0),
-        ([], 0),
-    ],
-)
-def test_where_calls_are_alike_every_token_counts(calls: list[tuple[int, int, FfnChoice]], expected: int) -> None:
-    assert record(*calls).num_exact(PROMPT, DENSE, 16, alike=True) == expected
 
 
 @pytest.mark.parametrize(

@@ -184,3 +184,18 @@ def test_rows_are_checked_before_any_is_read(tiny_bundle: Callable[..., Path]) -
     assert decoder.num_cached == MAX_POSITIONS - 36
     decoder.select(other)
     assert decoder.num_cached == 0
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("isa", _native.available_isas())
+def test_a_token_beyond_a_whole_block_is_like_any_other_of_its_call(
+    isa: str, kind: str, tiny_bundle: Callable[..., Path]
+) -> None:
+    """A call of one token more than a block: that token is not read as one that comes alone."""
+    decoder = NativeDecoder(with_room(open_bundle(tiny_bundle("llama", quantize=kind))), threads=2, isa=isa)
+    ids = IDS + IDS[::-1]
+    expected = decoder.forward(ids, all_logits=True)
+    decoder.truncate(0)
+    first = decoder.forward(ids[: _native.BLOCK_TOKENS + 1], all_logits=True)
+    rest = decoder.forward(ids[_native.BLOCK_TOKENS + 1 :], all_logits=True)
+    np.testing.assert_array_equal(np.concatenate([first, rest]), expected)
