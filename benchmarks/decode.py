@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 from bench_models import MODELS, BenchModel, bundle_of, link_qwen, llamacpp_file, transformers_folder
+from coreinfer.runtime.starts import measure_starts
 
 CONTENDERS = (
     "coreinfer-dense",
@@ -38,7 +39,7 @@ _PACKAGES = {"transformers": "transformers", "llama.cpp": "llama_cpp", "openvino
 _READ_BYTES = 1 << 29
 _MOST_BUSY = 0.05
 _LOOK_SECONDS = 0.5
-_PROMPT = "How do I make soup?"
+_NUM_STARTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +148,7 @@ def time_model(model: BenchModel, names: Sequence[str], options: Options, reads:
     plain_read = Worker("read", options.work, options)
     workers = {name: Worker(name, path, options) for name, path in paths.items()}
     timings = {name: Timings() for name in names}
-    own_reads = []
+    plain_reads = []
     for number in range(options.rounds + 1):
         busy = busy_elsewhere()
         # Contenders on OpenMP were seen to lose far more to a neighbour than others: such a round flatters the others.
@@ -162,8 +163,8 @@ def time_model(model: BenchModel, names: Sequence[str], options: Options, reads:
                 timings[name].decode.append(decode)
                 timings[name].prefill.append(prefill)
         if number:
-            own_reads.append(gbps)
-    reads += own_reads
+            plain_reads.append(gbps)
+    reads += plain_reads
     runs = []
     for name, worker in workers.items():
         figures = worker.ask("figures")
@@ -171,7 +172,7 @@ def time_model(model: BenchModel, names: Sequence[str], options: Options, reads:
         num_bytes = int(figures["bytes_per_token"])
         repeated = [plain_read.ask("read", num_bytes)["gbps"] for _ in range(options.rounds)]
         figures["own_read_gbps"] = statistics.median(repeated)
-        runs.append(summarize(name, timings[name], figures, first_token_seconds[name], own_reads, options))
+        runs.append(summarize(name, timings[name], figures, first_token_seconds[name], plain_reads, options))
         worker.close()
     plain_read.close()
     return runs
@@ -201,29 +202,20 @@ def path_of(model: BenchModel, name: str, options: Options) -> Path:
 
 
 def time_first_token(name: str, path: Path, options: Options) -> float:
-    """Seconds from the start of a process to its first token, of a warm page cache."""
-    return statistics.median(_first_token(name, path, options) for _ in range(3))
-
-
-def _first_token(name: str, path: Path, options: Options) -> float:
-    start = time.perf_counter()
+    """Seconds from the start of a process to its first token, of a warm page cache; the median of some starts."""
     if not name.startswith("coreinfer"):
-        worker = Worker(name, path, options)
-        worker.ask("decode", 1)
-        seconds = time.perf_counter() - start
-        worker.close()
-        return seconds
+        return statistics.median(_first_answer(name, path, options) for _ in range(_NUM_STARTS))
     mode = "dense" if name.endswith("dense") else "similarity"
-    # What the script coreinfer-run does; as `-m coreinfer.runtime.cli` the module is imported and nothing runs.
-    program = "from coreinfer.runtime.cli import main; main()"
-    command = [sys.executable, "-c", program, str(path), "-n", "1", "--threads", str(options.threads)]
-    process = subprocess.Popen([*command, "--mode", mode, _PROMPT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdout is not None
-    first = process.stdout.read(1)
+    arguments = [str(path), "--threads", str(options.threads), "--mode", mode]
+    return measure_starts(arguments, _NUM_STARTS).first_token_seconds
+
+
+def _first_answer(name: str, path: Path, options: Options) -> float:
+    start = time.perf_counter()
+    worker = Worker(name, path, options)
+    worker.ask("decode", 1)
     seconds = time.perf_counter() - start
-    process.communicate()
-    if not first or process.returncode != 0:
-        sys.exit(f"error: {name} printed no token (exit {process.returncode}); run coreinfer-run {path} by hand")
+    worker.close()
     return seconds
 
 
