@@ -83,7 +83,7 @@ def load(
         weights=weights,
     )
     loaded = Engine(bundle, decoder, mode=mode, tokenizer=tokenizer)
-    # Parsing tokenizers leaves 12 to 20 MB free; it takes 1 to 5 ms.
+    # Parsing tokenizers leaves 10 to 20 MB free; giving it back takes 1 to 5 ms.
     give_back_heap()
     return loaded
 
