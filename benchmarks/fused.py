@@ -27,7 +27,7 @@ from coreinfer.compiler.corpus import split_point
 from coreinfer.compiler.evaluating import Tally, evaluate
 from coreinfer.compiler.layerwise import document_starts, walk_layers
 from coreinfer.compiler.models import LoadedModel
-from coreinfer.compiler.narrowing import CLUSTERS, NarrowModel, bf16_bits, choose_all
+from coreinfer.compiler.narrowing import CLUSTERS, NarrowModel, bf16_bits, choose_all, cut_of
 from coreinfer.compiler.profiling import Profile
 from coreinfer.compiler.progress import Progress, peak_memory_bytes
 from coreinfer.compiler.repair import gram_matrix
@@ -183,7 +183,10 @@ def measure(contest: Contest) -> dict[str, list[Score]]:
     bench = contest.bench
     with bench.progress.stage("texts", len(bench.token_ids)) as advance:
         for text, ids in enumerate(bench.token_ids):
-            quality = evaluate(bench.loaded, [ids], contest.models(text), Progress())
+            models = {
+                name: (cut_of(bench.loaded, narrow), place) for name, (narrow, place) in contest.models(text).items()
+            }
+            quality = evaluate(bench.loaded, [ids], models, Progress())
             for score in (quality.dense, *quality.controls, quality.clusters):
                 scores.setdefault(REFERENCE if score.name == CLUSTERS else score.name, []).append(score)
             advance()

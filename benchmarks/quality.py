@@ -20,7 +20,7 @@ from coreinfer.compiler.cli import NumberOr
 from coreinfer.compiler.config import CompileConfig, HealOptimizer
 from coreinfer.compiler.evaluating import evaluate
 from coreinfer.compiler.healing import HealInputs, heal, healing_text
-from coreinfer.compiler.narrowing import CLUSTERS, NarrowModel
+from coreinfer.compiler.narrowing import CLUSTERS, NarrowModel, cut_of
 from selection import Bench
 
 
@@ -73,11 +73,11 @@ def measure(bench: Bench, config: CompileConfig) -> Iterator[tuple[Quality, bool
     budgets = bench.budgets(config, profile)
     narrow = bench.narrow(config, budgets, profile)
     held_out = {item.name: item.held_out for item in bench.assignments}
-    models = {name: (narrow[name], held_out[name]) for name in narrow}
+    models = {name: (cut_of(bench.loaded, model), held_out[name]) for name, model in narrow.items()}
     yield evaluate(bench.loaded, bench.token_ids, models, bench.progress), False
     if config.heals:
         healed = heal_clusters(bench, config, narrow[CLUSTERS], budgets)
-        models = {CLUSTERS: (healed, held_out[CLUSTERS])}
+        models = {CLUSTERS: (cut_of(bench.loaded, healed), held_out[CLUSTERS])}
         yield evaluate(bench.loaded, bench.token_ids, models, bench.progress), True
 
 

@@ -32,7 +32,7 @@ from coreinfer.compiler.corpus import Corpus, Document, build_corpus, split_into
 from coreinfer.compiler.evaluating import evaluate
 from coreinfer.compiler.layerwise import walk_layers
 from coreinfer.compiler.models import LoadedModel, load_model, read_config
-from coreinfer.compiler.narrowing import CLUSTERS, Assignment, NarrowModel, choose_all
+from coreinfer.compiler.narrowing import CLUSTERS, Assignment, NarrowModel, choose_all, cut_of
 from coreinfer.compiler.primitives import keep_few_primitives
 from coreinfer.compiler.profiling import Profile, profile_model
 from coreinfer.compiler.progress import TqdmProgress
@@ -208,7 +208,9 @@ def rows(bench: Bench, *, repaired_only: bool) -> list[Score]:
         _add(models, name, bench.narrow(config, budgets, bench.profile(config)), bench.assignments)
     # `evaluate` sums up what is called "clusters" apart from the controls; any row may take that place.
     first = next(iter(models))
-    quality = evaluate(bench.loaded, bench.token_ids, {CLUSTERS: models.pop(first), **models}, bench.progress)
+    rows = {CLUSTERS: models.pop(first), **models}
+    cuts = {name: (cut_of(bench.loaded, narrow), labels) for name, (narrow, labels) in rows.items()}
+    quality = evaluate(bench.loaded, bench.token_ids, cuts, bench.progress)
     return [quality.dense, replace(quality.clusters, name=first), *quality.controls]
 
 

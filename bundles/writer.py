@@ -16,7 +16,7 @@ from .layout import LAYOUT
 from .manifest import FileRecord, Manifest, write_manifest
 from .pages import forget_pages
 
-__all__ = ["check_target", "file_sha256", "finish_manifest", "stage_bundle"]
+__all__ = ["check_target", "disk_errors", "file_sha256", "finish_manifest", "stage_bundle"]
 
 _log = logging.getLogger(__name__)
 
@@ -54,20 +54,29 @@ def stage_bundle(target: Path, *, force: bool) -> Iterator[Path]:
         BundleError: the target exists, or the disk cannot take the bundle; the target is then as it was.
     """
     check_target(target, force=force)
-    try:
+    with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
-    except OSError as error:
-        raise _cannot_write(target, error) from error
+        try:
+            stage.chmod(0o755)
+            yield stage
+            _fsync_tree(stage)
+            _swap_in(stage, target, force=force)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Say of a failed write in the block which bundle cannot be made.
+
+    Raises:
+        BundleError: the disk cannot take the bundle.
+    """
     try:
-        stage.chmod(0o755)
-        yield stage
-        _fsync_tree(stage)
-        _swap_in(stage, target, force=force)
+        yield
     except OSError as error:
         raise _cannot_write(target, error) from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def finish_manifest(stage: Path, manifest: Manifest) -> Manifest:

@@ -35,8 +35,8 @@ class CompileConfig:
         clusters: how many clusters, or "auto" for the fewest whose held-out KL is within 2% of the best tried.
         keep: kept neurons / all neurons, in (0, 1].
         budget_mb: megabytes of weights that one decoded token may read, head included; takes the place of `keep`.
-        max_kl: greatest KL, in nats a token on held-out text, of packs in bf16 before healing; each cluster's lowest
-            keep ratio that holds it takes the place of `keep`.
+        max_kl: greatest KL, in nats a token on held-out text, of packs as they are stored, before healing; each
+            cluster's lowest keep ratio that holds it takes the place of `keep`.
         min_top1: least share of held-out tokens on which packs and dense model agree; like `max_kl`.
         encoder: sentence encoder that clusters, in the forms of `model`; None for all-MiniLM-L6-v2.
         calibration: "builtin", paths of JSON Lines, text or Parquet files, or `hf:NAME[:split[:field]]`.

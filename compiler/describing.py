@@ -23,7 +23,6 @@ from .clustering import label_clusters, map_positions, typical_texts
 from .config import CompileConfig
 from .corpus import Corpus
 from .models import LoadedModel
-from .moments import Moments
 from .narrowing import NarrowModel
 from .quantizing import QuantizeOptions
 from .routing import Routing
@@ -50,7 +49,6 @@ class Compiled:
     routing: Routing
     budgets: list[int]
     narrow: NarrowModel
-    moments: Moments
     quality: Quality | None
     model_sha256: str
 

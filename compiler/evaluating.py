@@ -1,31 +1,31 @@
 """Stage `evaluate`: what narrowing costs, on text that nothing was calibrated on.
 
-Each text's first half is read with the dense FFN, the second half is decoded narrow under teacher forcing.
+Each text's first half is read with the dense FFN, the second half is decoded narrow under teacher forcing. The
+reference is the model with its own weights.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from coreinfer.bundles.families import assign_ffn, ffn_tensors
 from coreinfer.bundles.manifest import ClusterQuality, Quality, Score
-from torch import nn
 from transformers import DynamicCache
 
 from .corpus import split_point
 from .models import LoadedModel
-from .narrowing import CLUSTERS, NarrowModel, narrow_layer
+from .narrowing import CLUSTERS, Cut
 from .progress import Advance, Progress
+from .stored import StoredModel, base_in_use, dense_cut
+from .swapping import ffn_in_use
 
 GROUP_TEXTS = 16
 """Texts whose dense logits are held in memory at a time."""
 
-__all__ = ["GROUP_TEXTS", "Tally", "compare_logits", "evaluate", "narrow_ffn"]
+__all__ = ["GROUP_TEXTS", "Tally", "compare_logits", "evaluate"]
 
 
 @dataclass(kw_only=True)
@@ -78,42 +78,6 @@ def compare_logits(dense: torch.Tensor, narrow: torch.Tensor, targets: torch.Ten
     )
 
 
-@contextmanager
-def narrow_ffn(loaded: LoadedModel, narrow: NarrowModel, cluster: int) -> Iterator[None]:
-    """Run the block with one cluster's narrow FFN in the model, which a layer has only while it runs.
-
-    It is cut once, but each time where weights stay in their file: all layers' together would be too much then.
-    """
-    with ExitStack() as stack:
-        for index, layer in enumerate(loaded.layers):
-            cut: Callable[[], dict[str, torch.Tensor]] = partial(narrow_layer, loaded, narrow, index, cluster)
-            stack.enter_context(_put_in_use(loaded, layer, cut if loaded.mapped else cache(cut)))
-        yield
-
-
-@contextmanager
-def _put_in_use(loaded: LoadedModel, layer: nn.Module, cut: Callable[[], dict[str, torch.Tensor]]) -> Iterator[None]:
-    dense: dict[str, torch.Tensor] = {}
-
-    def enter(_layer: nn.Module, _inputs: object) -> None:
-        dense.update(ffn_tensors(layer, loaded.family))
-        assign_ffn(layer, loaded.family, cut())
-
-    def leave(*_: object) -> None:
-        if dense:
-            assign_ffn(layer, loaded.family, dense)
-            dense.clear()
-
-    # First of all that is done to a layer as it is entered, and last as it is left.
-    handles = [layer.register_forward_pre_hook(enter, prepend=True), layer.register_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        leave()
-        for handle in handles:
-            handle.remove()
-
-
 @dataclass(kw_only=True)
 class _Text:
     """A held-out text after its dense pass.
@@ -134,30 +98,37 @@ class _Text:
 def evaluate(
     loaded: LoadedModel,
     texts: Sequence[Sequence[int]],
-    models: dict[str, tuple[NarrowModel, npt.NDArray[np.int64]]],
+    models: Mapping[str, tuple[Cut, npt.NDArray[np.int64]]],
     progress: Progress,
+    stored: StoredModel | None = None,
 ) -> Quality:
     """Measure the clusters' packs and the controls beside the dense model.
 
     Args:
         texts: token ids of the held-out texts.
-        models: assignment name -> narrow model and (texts,) cluster of each text.
+        models: assignment name -> its FFN and (texts,) cluster of each text.
+        stored: what runs beside the narrow FFN (attention, embedding, head, and the dense FFN for the first halves) is
+            as stored there, and so is the dense model that is scored; None for the model's own weights.
     """
     tallies: dict[str, dict[int, Tally]] = {name: {} for name in models}
     dense = Tally()
+    # Texts of a cluster together, so that its FFN is put into the model once or twice.
+    order = np.argsort(models[CLUSTERS][1], kind="stable").tolist()
     with progress.stage("evaluate", len(texts) * (1 + len(models))) as advance, torch.inference_mode():
         for first in range(0, len(texts), GROUP_TEXTS):
-            group = {}
-            for number in range(first, min(first + GROUP_TEXTS, len(texts))):
-                group[number] = _dense_pass(loaded, texts[number])
-                dense.add(_score_text(group[number], group[number].logits, number))
-                advance()
-            for name, (narrow, clusters) in models.items():
-                for cluster in sorted({int(clusters[number]) for number in group}):
-                    members = {number: text for number, text in group.items() if clusters[number] == cluster}
-                    tally = tallies[name].setdefault(cluster, Tally())
-                    tally.add(_narrow_pass(loaded, narrow, cluster, members, advance))
+            group = {number: _dense_pass(loaded, texts[number]) for number in order[first : first + GROUP_TEXTS]}
+            with _as_stored(stored):
+                dense.add(_score_dense(loaded, group, stored, advance))
+                for name, (cut, clusters) in models.items():
+                    for cluster in sorted({int(clusters[number]) for number in group}):
+                        members = {number: text for number, text in group.items() if clusters[number] == cluster}
+                        tally = tallies[name].setdefault(cluster, Tally())
+                        tally.add(_narrow_pass(loaded, cut, cluster, members, advance))
     return _quality(dense, tallies)
+
+
+def _as_stored(stored: StoredModel | None) -> AbstractContextManager[None]:
+    return nullcontext() if stored is None else base_in_use(stored)
 
 
 def _dense_pass(loaded: LoadedModel, token_ids: Sequence[int]) -> _Text:
@@ -169,15 +140,21 @@ def _dense_pass(loaded: LoadedModel, token_ids: Sequence[int]) -> _Text:
     return _Text(token_ids=ids, start=start, logits=logits.clone(), cache=cache)
 
 
-def _narrow_pass(
-    loaded: LoadedModel,
-    narrow: NarrowModel,
-    cluster: int,
-    texts: dict[int, _Text],
-    advance: Advance,
-) -> Tally:
+def _score_dense(loaded: LoadedModel, texts: dict[int, _Text], stored: StoredModel | None, advance: Advance) -> Tally:
+    """Score the dense model; a stored one has read the first halves from then on."""
     tally = Tally()
-    with narrow_ffn(loaded, narrow, cluster):
+    with nullcontext() if stored is None else ffn_in_use(loaded, dense_cut(stored), 0):
+        for number, text in texts.items():
+            own = text if stored is None else _dense_pass(loaded, text.token_ids[0].tolist())
+            tally.add(_score_text(text, own.logits, number))
+            text.cache = own.cache
+            advance()
+    return tally
+
+
+def _narrow_pass(loaded: LoadedModel, cut: Cut, cluster: int, texts: dict[int, _Text], advance: Advance) -> Tally:
+    tally = Tally()
+    with ffn_in_use(loaded, cut, cluster):
         for number, text in texts.items():
             logits = loaded.forward(text.token_ids[:, text.start :], text.cache)
             text.cache.crop(text.start - text.token_ids.shape[1])

@@ -50,8 +50,11 @@ def _fixed_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
     record = loaded.record
     layer_values = sum(parameter.numel() for parameter in loaded.layers[0].parameters())
     text_values = config.document_tokens * record.vocab_size
+    # Embedding and head as they are stored, while quality is measured.
+    table_values = record.vocab_size * record.hidden_size * (1 if record.tied_head else 2)
     return (
         _PROGRAM_BYTES
+        + table_values * (loaded.dtype.itemsize + 4)
         + 2 * layer_values * 4
         + _MOMENT_MATRICES * record.ffn_dim**2 * 4
         + record.num_layers * record.hidden_size**2 * 4

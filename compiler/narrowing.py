@@ -1,7 +1,8 @@
 """What narrowing makes: the clusters' narrow FFNs, and the controls' at the same bytes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +14,15 @@ from .models import LoadedModel
 from .profiling import Profile
 from .selecting import Choice, choose_neurons
 
-__all__ = ["CLUSTERS", "Assignment", "NarrowModel", "bf16_bits", "choose_all", "narrow_layer"]
+__all__ = ["CLUSTERS", "Assignment", "Cut", "NarrowModel", "bf16_bits", "choose_all", "cut_of", "narrow_layer"]
 
 CLUSTERS = "clusters"
 """Name of the assignment that is shipped; the others are controls."""
 
 Labels = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint16]
+Cut = Callable[[int, int], dict[str, torch.Tensor]]
+"""Layer and cluster -> one layer's FFN, as `narrow_layer` gives it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,11 @@ def narrow_layer(loaded: LoadedModel, narrow: NarrowModel, layer: int, cluster: 
         own, bias = dense["down_bias"], narrow.biases[layer][cluster]
         tensors["down_bias"] = own if bias is None else torch.from_numpy(bias).to(own.device, loaded.dtype)
     return tensors
+
+
+def cut_of(loaded: LoadedModel, narrow: NarrowModel) -> Cut:
+    """Give a narrow model's layers, before they are rounded."""
+    return partial(narrow_layer, loaded, narrow)
 
 
 def _from_bits(bits: Bits) -> torch.Tensor:

@@ -99,7 +99,7 @@ def _dense_tensors(loaded: LoadedModel, packer: Packer) -> _Tensors:
 def write_cluster(stage: Path, loaded: LoadedModel, packer: Packer, narrow: NarrowModel, cluster: int) -> None:
     """Write one cluster pack: narrow weights, neuron ids and scores of every layer."""
     path = stage / LAYOUT.cluster(cluster)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     stream_tensors(path, _cluster_tensors(loaded, packer, narrow, cluster))
 
 

@@ -1,7 +1,7 @@
 """Compile a model into a bundle: the compiler's main path."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import Manifest, Quality, Score
-from coreinfer.bundles.writer import check_target, finish_manifest, stage_bundle
+from coreinfer.bundles.writer import check_target, disk_errors, finish_manifest, stage_bundle
 
 from .cache import Cache, stage_key
 from .carrying import NarrowInputs, narrow_all
@@ -28,8 +28,8 @@ from .mapping import map_points
 from .memory import check_memory
 from .models import LoadedModel, load_model, read_config
 from .moments import Moments, input_moments
-from .narrowing import CLUSTERS, Assignment, NarrowModel, choose_all
-from .packing import Packer, write_base, write_cluster, write_dense, write_router, write_tokenizer
+from .narrowing import CLUSTERS, Assignment, Cut, NarrowModel, choose_all
+from .packing import Packer, write_router, write_tokenizer
 from .profiling import Profile, profile_model
 from .progress import Progress
 from .report import file_sizes, write_report
@@ -40,6 +40,7 @@ from .selecting import layer_budgets
 from .sensitivity import output_metrics, removal_curves
 from .sizing import fit_budget
 from .sources import find_source
+from .stored import StoredModel, StoredPacks, dense_cut, store_model, stored_packs
 
 __all__ = ["compile_loaded", "compile_model"]
 
@@ -70,51 +71,52 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
         loaded = load_model(source, family, model_config, device=config.device, dtype=config.dtype, mapped=mapped)
         model_sha256 = source.sha256(model_config.to_dict())
         advance()
-    with _results_in_files(config) as config:
-        return compile_loaded(config, loaded, model_sha256, progress)
-
-
-@contextmanager
-def _results_in_files(config: CompileConfig) -> Iterator[CompileConfig]:
-    """Stage results, the packs among them, are mapped from files too where memory is short."""
-    if config.max_memory is None or config.cache_dir is not None:
-        yield config
-        return
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=config.output.parent, prefix=f".{config.output.name}-") as folder:
-        yield replace(config, cache_dir=Path(folder))
+    return compile_loaded(config, loaded, model_sha256, progress)
 
 
 def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str, progress: Progress) -> Manifest:
     """Compile a model that is in memory; `model_sha256` stands for it in the cache and in the manifest."""
     config = fit_budget(config, loaded)
-    text = _read_text(config, loaded, model_sha256, progress)
-    corpus = text.corpus
-    check_memory(config, loaded, corpus)
-    num_documents = len(corpus.calibration) if corpus.held_out else 0
-    config = fit_clusters(config, partial(_measure_clusters, text, progress), num_documents=num_documents)
-    ground = _prepare(config, text, progress)
-    config, keeps = fit_quality(config, partial(_measure, ground, config, progress), ground.num_held_out_tokens)
-    narrow_key, narrow = _narrow(ground, config, keeps, ground.assignments, progress)
-    if config.heals:
-        narrow[CLUSTERS] = _heal(config, ground, narrow[CLUSTERS], narrow_key, progress)
-    quality = None
-    if config.evaluate and corpus.held_out:
-        healed = narrow[CLUSTERS].inner is not None
-        models = {_score_name(item.name, healed): (narrow[item.name], item.held_out) for item in ground.assignments}
-        quality = evaluate(loaded, text.held_out_ids, models, progress)
-    compiled = Compiled(
-        config=config,
-        loaded=loaded,
-        corpus=corpus,
-        routing=ground.routing,
-        budgets=ground.budgets(config, config.keep),
-        narrow=narrow[CLUSTERS],
-        moments=ground.moments,
-        quality=quality,
-        model_sha256=model_sha256,
-    )
-    return write_bundle(compiled, progress)
+    with _scratch_folder(config) as scratch:
+        if config.max_memory is not None and config.cache_dir is None:
+            # Stage results, the packs among them, are mapped from files too where memory is short.
+            config = replace(config, cache_dir=scratch / "cache")
+        text = _read_text(config, loaded, model_sha256, scratch, progress)
+        num_documents = len(text.corpus.calibration) if text.corpus.held_out else 0
+        config = fit_clusters(config, partial(_measure_clusters, text, progress), num_documents=num_documents)
+        ground = _prepare(config, text, progress)
+        config, keeps = fit_quality(
+            config,
+            partial(_measure, ground, config, progress),
+            partial(_measure_dense, text, progress),
+            ground.num_held_out_tokens,
+        )
+        narrow_key, narrow = _narrow(ground, config, keeps, ground.assignments, progress)
+        if config.heals:
+            narrow[CLUSTERS] = _heal(config, ground, narrow[CLUSTERS], narrow_key, progress)
+        with stored_packs(text.stored, narrow, progress) as packs:
+            quality = _final_quality(config, ground, packs, progress, healed=narrow[CLUSTERS].inner is not None)
+            compiled = Compiled(
+                config=config,
+                loaded=loaded,
+                corpus=text.corpus,
+                routing=ground.routing,
+                budgets=ground.budgets(config, config.keep),
+                narrow=narrow[CLUSTERS],
+                quality=quality,
+                model_sha256=model_sha256,
+            )
+            return write_bundle(compiled, text.stored, packs[CLUSTERS], progress)
+
+
+@contextmanager
+def _scratch_folder(config: CompileConfig) -> Iterator[Path]:
+    """Make a folder beside the bundle for the block, from where files can be moved into it."""
+    with disk_errors(config.output):
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        folder = TemporaryDirectory(dir=config.output.parent, prefix=f".{config.output.name}.scratch-")
+    with folder as name:
+        yield Path(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +124,15 @@ class _Text:
     """A model and the text that it is compiled for.
 
     Attributes:
-        key: of all that depends on these two alone.
+        moments: of `input_moments`, for formats that round.
+        stored: the model's files.
+        key: of all that depends on these alone.
     """
 
     loaded: LoadedModel
     corpus: Corpus
+    moments: Moments
+    stored: StoredModel
     cache: Cache
     key: str
 
@@ -144,7 +150,6 @@ class _Ground:
         assignments: the clusters and the controls.
         metrics: of `output_metrics`.
         curves: of `removal_curves`, for budgets by sensitivity.
-        moments: of `input_moments`, for formats that round.
         key: of the profile; later stages' keys go on from it.
     """
 
@@ -154,7 +159,6 @@ class _Ground:
     profile: Profile
     metrics: torch.Tensor
     curves: npt.NDArray[np.float32] | None
-    moments: Moments
     key: str
 
     @property
@@ -170,9 +174,12 @@ class _Ground:
         return layer_budgets(replace(config, keep=keep), self.profile, self.text.loaded.column_norms, self.curves)
 
 
-def _read_text(config: CompileConfig, loaded: LoadedModel, model_sha256: str, progress: Progress) -> _Text:
+def _read_text(
+    config: CompileConfig, loaded: LoadedModel, model_sha256: str, scratch: Path, progress: Progress
+) -> _Text:
     cache = Cache(config.cache_dir)
     corpus = build_corpus(config, loaded, cache, model_sha256, progress)
+    check_memory(config, loaded, corpus)
     key = stage_key(
         "text",
         model=model_sha256,
@@ -184,7 +191,12 @@ def _read_text(config: CompileConfig, loaded: LoadedModel, model_sha256: str, pr
         packages={name: version(name) for name in PACKAGES},
         coreinfer=version("coreinfer"),
     )
-    return _Text(loaded=loaded, corpus=corpus, cache=cache, key=key)
+    moments: Moments = {}
+    if config.quantize != "bf16":
+        moments = input_moments(loaded, corpus.calibration, cache, stage_key("moments", upstream=key), progress)
+    packer = Packer(formats=formats_of(config), moments=moments)
+    stored = store_model(loaded, packer, scratch, config.output, progress)
+    return _Text(loaded=loaded, corpus=corpus, moments=moments, stored=stored, cache=cache, key=key)
 
 
 def _prepare(config: CompileConfig, text: _Text, progress: Progress) -> _Ground:
@@ -201,9 +213,6 @@ def _prepare(config: CompileConfig, text: _Text, progress: Progress) -> _Ground:
     if config.budgets == "sensitivity" and config.keep < 1:
         curves_key = stage_key("curves", upstream=text.key)
         curves = removal_curves(loaded, calibration, metrics, cache, curves_key, progress)
-    moments: Moments = {}
-    if config.quantize != "bf16":
-        moments = input_moments(loaded, calibration, cache, stage_key("moments", upstream=text.key), progress)
     return _Ground(
         text=text,
         routing=routing,
@@ -211,7 +220,6 @@ def _prepare(config: CompileConfig, text: _Text, progress: Progress) -> _Ground:
         profile=profile,
         metrics=metrics,
         curves=curves,
-        moments=moments,
         key=key,
     )
 
@@ -240,7 +248,7 @@ def _narrow(
         choices=choose_all(config, ground.profile, ground.text.loaded, assignments, budgets),
         budgets=budgets,
         metrics=ground.metrics,
-        rounding=Rounding(kind=config.quantize, moments=ground.moments) if config.repairs_rounding else None,
+        rounding=Rounding(kind=config.quantize, moments=ground.text.moments) if config.repairs_rounding else None,
     )
     key = stage_key(
         "packs",
@@ -259,8 +267,14 @@ def _measure(ground: _Ground, config: CompileConfig, progress: Progress, keeps: 
     """Narrow the clusters alone, each at its keep ratio, and score them on held-out text."""
     clusters = ground.assignments[:1]
     _, narrow = _narrow(ground, config, keeps, clusters, progress)
-    models = {CLUSTERS: (narrow[CLUSTERS], clusters[0].held_out)}
-    return evaluate(ground.text.loaded, ground.text.held_out_ids, models, progress)
+    with stored_packs(ground.text.stored, narrow, progress) as packs:
+        return _score(ground.text, {CLUSTERS: (packs[CLUSTERS].cut, clusters[0].held_out)}, progress)
+
+
+def _measure_dense(text: _Text, progress: Progress) -> Score:
+    """Score the dense FFN as it is stored."""
+    everywhere = np.zeros(len(text.held_out_ids), dtype=np.int64)
+    return _score(text, {CLUSTERS: (dense_cut(text.stored), everywhere)}, progress).clusters
 
 
 def _measure_clusters(text: _Text, progress: Progress, config: CompileConfig) -> Score:
@@ -271,9 +285,22 @@ def _measure_clusters(text: _Text, progress: Progress, config: CompileConfig) ->
     return _measure(ground, config, progress, keeps).clusters
 
 
-def _score_name(name: str, healed: bool) -> str:
-    """Only the clusters are healed: a control must not look as if it were."""
-    return f"{name}, not healed" if healed and name != CLUSTERS else name
+def _final_quality(
+    config: CompileConfig, ground: _Ground, packs: Mapping[str, StoredPacks], progress: Progress, *, healed: bool
+) -> Quality | None:
+    """Score what is shipped beside the controls, which are not healed, and must not look as if they were."""
+    if not config.evaluate or not ground.text.corpus.held_out:
+        return None
+    models = {}
+    for item in ground.assignments:
+        name = f"{item.name}, not healed" if healed and item.name != CLUSTERS else item.name
+        models[name] = (packs[item.name].cut, item.held_out)
+    return _score(ground.text, models, progress)
+
+
+def _score(text: _Text, models: Mapping[str, tuple[Cut, npt.NDArray[np.int64]]], progress: Progress) -> Quality:
+    """Score FFNs on held-out text, with everything beside them as it is stored."""
+    return evaluate(text.loaded, text.held_out_ids, models, progress, text.stored)
 
 
 def _heal(
@@ -299,8 +326,9 @@ def _better(ground: _Ground, narrow: NarrowModel, healed: NarrowModel, progress:
         _log.warning("healing is not checked: there is no validation text; give more calibration text")
         return healed
     token_ids = [document.token_ids for document in documents]
-    models = {CLUSTERS: (narrow, labels), "healed": (healed, labels)}
-    quality = evaluate(ground.text.loaded, token_ids, models, progress)
+    with stored_packs(ground.text.stored, {CLUSTERS: narrow, "healed": healed}, progress) as packs:
+        models = {name: (pack.cut, labels) for name, pack in packs.items()}
+        quality = evaluate(ground.text.loaded, token_ids, models, progress, ground.text.stored)
     before, after = quality.clusters.kl, quality.controls[0].kl
     _log.info("healing: KL on validation text %.4f before, %.4f after", before, after)
     if after < before:
@@ -313,23 +341,18 @@ def _better(ground: _Ground, narrow: NarrowModel, healed: NarrowModel, progress:
     return narrow
 
 
-def write_bundle(compiled: Compiled, progress: Progress) -> Manifest:
-    """Write the bundle beside its target and move it there when it is whole."""
+def write_bundle(compiled: Compiled, stored: StoredModel, packs: StoredPacks, progress: Progress) -> Manifest:
+    """Put the bundle together beside its target and move it there when it is whole."""
     config, loaded = compiled.config, compiled.loaded
-    num_clusters = compiled.routing.clustering.num_clusters
-    with progress.stage("write", num_clusters + 3) as advance, stage_bundle(config.output, force=config.force) as stage:
-        packer = Packer(formats=formats_of(config), moments=compiled.moments)
-        base_tensors = write_base(stage, loaded, packer)
-        advance()
+    with progress.stage("write", 2) as advance, stage_bundle(config.output, force=config.force) as stage:
+        (stored.folder / LAYOUT.base).rename(stage / LAYOUT.base)
         if config.dense:
-            write_dense(stage, loaded, packer)
-        advance()
-        for cluster in range(num_clusters):
-            write_cluster(stage, loaded, packer, compiled.narrow, cluster)
-            advance()
+            (stored.folder / LAYOUT.dense).rename(stage / LAYOUT.dense)
+        (packs.folder / LAYOUT.clusters).rename(stage / LAYOUT.clusters)
         write_tokenizer(stage, loaded)
         write_router(stage, compiled.routing.encoder, compiled.routing.centroids)
-        manifest = manifest_of(compiled, base_tensors)
+        advance()
+        manifest = manifest_of(compiled, stored.base_tensors)
         points = map_points(config, compiled.routing, compiled.corpus.calibration)
         write_report(stage / LAYOUT.report, manifest, points, file_sizes(stage))
         manifest = finish_manifest(stage, manifest)

@@ -32,24 +32,32 @@ MeasureClusters = Callable[[CompileConfig], Score]
 
 
 def fit_quality(
-    config: CompileConfig, measure: Measure, num_tokens: Sequence[int]
+    config: CompileConfig, measure: Measure, measure_dense: Callable[[], Score], num_tokens: Sequence[int]
 ) -> tuple[CompileConfig, tuple[float, ...]]:
     """Turn `max_kl` and `min_top1` into each cluster's lowest keep ratio that holds both; without them, into `keep`.
 
-    What is measured are packs in bf16 before any healing: rounding adds its own KL (docs/benchmarks.md), healing takes
-    some away. A cluster with little held-out text is judged by all clusters' score.
+    What is measured are packs as they are stored, before any healing. A cluster with little held-out text is judged by
+    all clusters' score.
 
     Args:
+        measure_dense: scores the dense FFN as it is stored, which loses what rounding costs.
         num_tokens: (clusters,) held-out tokens that the router sends to each cluster and that are decoded narrow.
     Returns:
         The options with the ratio that has as many bytes on held-out text, and a keep ratio for each cluster.
     Raises:
-        ConfigError: there is no held-out text to measure on.
+        ConfigError: there is no held-out text to measure on, or rounding alone loses more than may be lost.
     """
     if config.max_kl is None and config.min_top1 is None:
         return config, (config.keep,) * len(num_tokens)
     if not sum(num_tokens):
         raise ConfigError("--max-kl, --min-top1: expected calibration text enough to hold some out, got too little")
+
+    dense = measure_dense()
+    if (dense_excess := _excess(config, dense)) > 0:
+        raise ConfigError(
+            f"--max-kl, --min-top1: rounding to {config.quantize} alone costs KL {dense.kl:.4f} and leaves top-1 "
+            f"{dense.top1:.4f} on held-out text, before anything is narrowed; ask for less, or --quantize more bits"
+        )
 
     def excesses(keeps: Sequence[float]) -> list[float]:
         quality = measure(keeps)
@@ -61,7 +69,8 @@ def fit_quality(
             _log.info("cluster %d: keep %.3f, held-out KL %.4f, top-1 %.4f", cluster, keep, score.kl, score.top1)
         return [_excess(config, score) for score in scores]
 
-    keeps = least_keeps(excesses, num_clusters=len(num_tokens), least=max(config.min_layer_keep, 0.05))
+    least = max(config.min_layer_keep, 0.05)
+    keeps = least_keeps(excesses, num_clusters=len(num_tokens), least=least, dense_excess=dense_excess)
     return replace(config, keep=round(float(np.average(keeps, weights=num_tokens)), 4)), keeps
 
 
@@ -81,20 +90,21 @@ def least_keeps(
     *,
     num_clusters: int,
     least: float,
+    dense_excess: float = -1.0,
     num_tries: int = _NUM_TRIES,
 ) -> tuple[float, ...]:
     """Find each cluster's lowest keep ratio that holds, for all clusters at once.
 
     Args:
         excesses: tells of a ratio for each cluster how much more the cluster loses than it may, from -1 (nothing is
-            lost) on; at most 0 holds. Is asked `num_tries` times at most. Ratio 1, which is the dense model, holds
-            without being asked.
+            lost) on; at most 0 holds. Is asked `num_tries` times at most.
         least: the lowest ratio to try.
+        dense_excess: that of ratio 1, the dense model, which holds.
     Returns:
         Ratios that hold: each loses at least 95% of what it may, or is at most 0.015 above one that does not hold,
         unless the tries ended before.
     """
-    brackets = [_Bracket(low=least) for _ in range(num_clusters)]
+    brackets = [_Bracket(low=least, high_excess=dense_excess) for _ in range(num_clusters)]
     for _ in range(num_tries):
         keeps = [bracket.high if bracket.done else bracket.middle for bracket in brackets]
         for bracket, keep, found in zip(brackets, keeps, excesses(keeps), strict=True):

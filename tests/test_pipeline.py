@@ -157,9 +157,10 @@ def test_a_cache_that_takes_nothing_is_an_error_of_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("stage", ["profile", "evaluate", "write"])
+@pytest.mark.parametrize(("stage", "num_steps"), [("profile", 3), ("pack", 3), ("evaluate", 3), ("write", 2)])
 def test_force_keeps_the_old_bundle_until_the_new_one_is_whole(
     stage: str,
+    num_steps: int,
     tiny_inputs: Callable[[str], CompileConfig],
     tiny_bundle: Callable[..., Path],
     tmp_path: Path,
@@ -168,8 +169,9 @@ def test_force_keeps_the_old_bundle_until_the_new_one_is_whole(
     shutil.copytree(old, tmp_path / "bundle")
     config = replace(tiny_inputs("llama"), output=tmp_path / "bundle", force=True)
     with pytest.raises(KeyboardInterrupt):
-        compile_model(config, Interrupting(at_stage=stage, after_steps=3))
+        compile_model(config, Interrupting(at_stage=stage, after_steps=num_steps))
     assert contents(tmp_path / "bundle") == contents(old)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     compile_model(config)
     assert contents(tmp_path / "bundle") == contents(tiny_bundle("llama"))
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
