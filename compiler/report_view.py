@@ -91,9 +91,9 @@ def _metrics(quality: Quality) -> Iterator[dict[str, Any]]:
     """Give one bar chart a metric: the clusters between the dense model and the controls."""
     scores = (quality.dense, quality.clusters, *quality.controls)
     for name, note, field, form, greatest in (
-        ("KL to dense", "nats a token; lower is better", "kl", "{:.3f}", None),
+        ("KL to the model", "nats a token; lower is better", "kl", "{:.3f}", None),
         ("Perplexity", "lower is better", "perplexity", "{:.2f}", None),
-        ("Top-1 agreement with dense", "share of tokens; higher is better", "top1", "{:.3f}", 1.0),
+        ("Top-1 agreement with the model", "share of tokens; higher is better", "top1", "{:.3f}", 1.0),
     ):
         yield {"name": name, "note": note, "rows": _bars(scores, quality.clusters, field, form, greatest)}
 
