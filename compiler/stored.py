@@ -79,19 +79,27 @@ def stored_packs(
     Raises:
         BundleError: the disk cannot take them.
     """
-    with ExitStack() as stack:
+    with disk_errors(stored.target):
+        folder = TemporaryDirectory(dir=stored.folder, prefix="packs-")
+    with folder as root:
         with disk_errors(stored.target):
-            root = Path(stack.enter_context(TemporaryDirectory(dir=stored.folder, prefix="packs-")))
-            num_packs = sum(len(narrow.choice.neuron_ids) for narrow in models.values())
-            with progress.stage("pack", num_packs) as advance:
-                packs = {}
-                for number, (name, narrow) in enumerate(models.items()):
-                    folder = root / str(number)
-                    for cluster in range(len(narrow.choice.neuron_ids)):
-                        write_cluster(folder, stored.loaded, stored.packer, narrow, cluster)
-                        advance()
-                    packs[name] = _packs(stored.loaded, folder, len(narrow.choice.neuron_ids))
+            packs = _write_packs(stored, Path(root), models, progress)
         yield packs
+
+
+def _write_packs(
+    stored: StoredModel, root: Path, models: Mapping[str, NarrowModel], progress: Progress
+) -> dict[str, StoredPacks]:
+    packs = {}
+    num_packs = sum(len(narrow.choice.neuron_ids) for narrow in models.values())
+    with progress.stage("pack", num_packs) as advance:
+        for number, (name, narrow) in enumerate(models.items()):
+            num_clusters = len(narrow.choice.neuron_ids)
+            for cluster in range(num_clusters):
+                write_cluster(root / str(number), stored.loaded, stored.packer, narrow, cluster)
+                advance()
+            packs[name] = _packs(stored.loaded, root / str(number), num_clusters)
+    return packs
 
 
 def _packs(loaded: LoadedModel, folder: Path, num_clusters: int) -> StoredPacks:
