@@ -219,9 +219,10 @@ def test_quality_is_measured_and_plausible(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     quality = manifest.quality
     assert quality is not None
-    assert quality.dense.kl == 0
-    assert quality.dense.top1 == 1
-    assert 0 < quality.clusters.kl < 3
+    # What rounding to int4 costs these weights, which lie on a 4-bit grid already.
+    assert 0 < quality.dense.kl < 0.01
+    assert 0.9 < quality.dense.top1 <= 1
+    assert quality.dense.kl < quality.clusters.kl < 3
     assert 0.2 < quality.clusters.top1 < 1
     assert 1 < quality.dense.perplexity < 200
     assert all(math.isfinite(score.perplexity) and score.kl > 0 for score in (quality.clusters, *quality.controls))

@@ -34,7 +34,9 @@ TOKEN_IDS = [1, 57, 200, 300, 21, 99, 140, 7, 250, 33, 180, 77]
 def compile_unequal(config: CompileConfig, target: Path, **options: Any) -> Manifest:
     """Compile as if a quality had asked for `KEEPS`."""
 
-    def fit(config: CompileConfig, _measure: object, num_tokens: Sequence[int]) -> tuple[CompileConfig, Any]:
+    def fit(
+        config: CompileConfig, _measure: object, _measure_dense: object, num_tokens: Sequence[int]
+    ) -> tuple[CompileConfig, Any]:
         return replace(config, keep=0.67), tuple(islice(cycle(KEEPS), len(num_tokens)))
 
     with pytest.MonkeyPatch.context() as patch:
