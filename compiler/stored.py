@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from coreinfer.bundles.contract import tensor_name
-from coreinfer.bundles.families import Family
 from coreinfer.bundles.formats import float_matrix
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import TensorRecord
@@ -21,7 +20,7 @@ from .models import LoadedModel
 from .narrowing import Cut, NarrowModel
 from .packing import Packer, write_base, write_cluster, write_dense
 from .progress import Progress
-from .swapping import parameters_in_use
+from .swapping import Parameters, assign_values, parameters_in_use, values_of
 
 __all__ = ["StoredModel", "StoredPacks", "base_in_use", "dense_cut", "stored_packs", "store_model"]
 
@@ -138,38 +137,29 @@ def base_in_use(stored: StoredModel) -> Iterator[None]:
     """Run the block with the stored matrices of everything but the FFN in the model; vectors are stored as they are."""
     loaded, file = stored.loaded, TensorFile(stored.folder / LAYOUT.base)
     layers = f"{loaded.family.layers}."
+    ffn = tuple(f"{path}.weight" for path in loaded.family.projections.values())
     with ExitStack() as stack:
         for index, layer in enumerate(loaded.layers):
-            matrices = {
-                name: parameter for name, parameter in _matrices(layer).items() if name not in _ffn_names(loaded.family)
-            }
+            matrices = _matrices(layer, without=ffn)
             weights = partial(_stored_matrices, loaded, file, f"{layers}{index}.", matrices)
-            stack.enter_context(parameters_in_use(loaded, layer, list(matrices), weights))
-        around = {name: matrix for name, matrix in _matrices(loaded.model).items() if not name.startswith(layers)}
-        own = {name: matrix.data for name, matrix in around.items()}
-        stack.callback(_assign, around, own)
-        _assign(around, _stored_matrices(loaded, file, "", around))
+            stack.enter_context(parameters_in_use(loaded, layer, matrices, weights))
+        around = _matrices(loaded.model, without=(layers,))
+        stack.callback(assign_values, around, values_of(around))
+        assign_values(around, _stored_matrices(loaded, file, "", around))
         yield
 
 
-def _ffn_names(family: Family) -> set[str]:
-    return {f"{path}.weight" for path in family.projections.values()}
-
-
-def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.ndim == 2}
+def _matrices(module: nn.Module, *, without: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """A module's matrices by name, but for those whose names begin with one of `without`."""
+    named = module.named_parameters()
+    return {name: parameter for name, parameter in named if parameter.ndim == 2 and not name.startswith(without)}
 
 
 def _stored_matrices(
-    loaded: LoadedModel, file: TensorFile, prefix: str, matrices: Mapping[str, nn.Parameter]
+    loaded: LoadedModel, file: TensorFile, prefix: str, matrices: Parameters
 ) -> dict[str, torch.Tensor]:
     """Read the stored values of parameters."""
     return {
         name: _matrix(loaded, file, prefix + name, (matrix.shape[0], matrix.shape[1]))
         for name, matrix in matrices.items()
     }
-
-
-def _assign(matrices: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
-    for name, value in values.items():
-        matrices[name].data = value

@@ -1,6 +1,6 @@
 """Other weights in a model for a while: each layer has them only while it runs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 
@@ -11,9 +11,10 @@ from torch import nn
 from .models import LoadedModel
 from .narrowing import Cut
 
-__all__ = ["Weights", "ffn_in_use", "parameters_in_use"]
+__all__ = ["Parameters", "assign_values", "ffn_in_use", "parameters_in_use", "values_of"]
 
 Weights = Mapping[str, torch.Tensor]
+Parameters = Mapping[str, nn.Parameter]
 
 
 @contextmanager
@@ -29,19 +30,22 @@ def ffn_in_use(loaded: LoadedModel, cut: Cut, cluster: int) -> Iterator[None]:
 
 @contextmanager
 def parameters_in_use(
-    loaded: LoadedModel, layer: nn.Module, names: Sequence[str], weights: Callable[[], Weights]
+    loaded: LoadedModel, layer: nn.Module, parameters: Parameters, weights: Callable[[], Weights]
 ) -> Iterator[None]:
-    """Run the block with other values of some of a layer's parameters, which go by their names in it."""
-
-    def own() -> Weights:
-        return {name: layer.get_parameter(name).data for name in names}
-
-    def assign(values: Weights) -> None:
-        for name, value in values.items():
-            layer.get_parameter(name).data = value
-
-    with _in_use(loaded, layer, weights, own, assign):
+    """Run the block with other values of some of a layer's parameters."""
+    with _in_use(loaded, layer, weights, partial(values_of, parameters), partial(assign_values, parameters)):
         yield
+
+
+def values_of(parameters: Parameters) -> Weights:
+    """Give what parameters hold, by the same names."""
+    return {name: parameter.data for name, parameter in parameters.items()}
+
+
+def assign_values(parameters: Parameters, values: Weights) -> None:
+    """Have parameters hold other values."""
+    for name, value in values.items():
+        parameters[name].data = value
 
 
 @contextmanager
