@@ -16,7 +16,7 @@ from .layout import LAYOUT
 from .manifest import FileRecord, Manifest, write_manifest
 from .pages import forget_pages
 
-__all__ = ["check_target", "disk_errors", "file_sha256", "finish_manifest", "stage_bundle"]
+__all__ = ["check_target", "disk_errors", "existing_parent", "file_sha256", "finish_manifest", "stage_bundle"]
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +79,11 @@ def disk_errors(target: Path) -> Iterator[None]:
         raise _cannot_write(target, error) from error
 
 
+def existing_parent(target: Path) -> Path:
+    """Find the nearest folder above a path that is there, on the disk that will take what is written to the path."""
+    return next(parent for parent in target.absolute().parents if parent.exists())
+
+
 def finish_manifest(stage: Path, manifest: Manifest) -> Manifest:
     """Record checksum and size of every file under `stage`, write the manifest there and return it whole."""
     names = sorted(path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file())
@@ -95,7 +100,7 @@ def finish_manifest(stage: Path, manifest: Manifest) -> Manifest:
 def _cannot_write(target: Path, error: OSError) -> BundleError:
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        usage = shutil.disk_usage(next(parent for parent in target.absolute().parents if parent.exists()))
+        usage = shutil.disk_usage(existing_parent(target))
         reason += f" ({usage.free >> 20} MiB free); free some space or give another -o"
     return BundleError(f"cannot write the bundle {target}: {reason}; nothing was left behind")
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import Manifest, Quality, Score
-from coreinfer.bundles.writer import check_target, disk_errors, finish_manifest, stage_bundle
+from coreinfer.bundles.writer import check_target, disk_errors, existing_parent, finish_manifest, stage_bundle
 
 from .cache import Cache, stage_key
 from .carrying import NarrowInputs, narrow_all
@@ -111,10 +111,9 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str
 
 @contextmanager
 def _scratch_folder(config: CompileConfig) -> Iterator[Path]:
-    """Make a folder beside the bundle for the block, from where files can be moved into it."""
+    """Make a folder on the bundle's disk for the block, from where files can be moved into the bundle."""
     with disk_errors(config.output):
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        folder = TemporaryDirectory(dir=config.output.parent, prefix=f".{config.output.name}.scratch-")
+        folder = TemporaryDirectory(dir=existing_parent(config.output), prefix=f".{config.output.name}.scratch-")
     with folder as name:
         yield Path(name)
 

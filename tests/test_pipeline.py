@@ -177,6 +177,17 @@ def test_force_keeps_the_old_bundle_until_the_new_one_is_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+def test_an_interrupted_compile_leaves_no_folders_above_its_bundle(
+    tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path
+) -> None:
+    config = replace(tiny_inputs("llama"), output=tmp_path / "new" / "bundle")
+    with pytest.raises(KeyboardInterrupt):
+        compile_model(config, Interrupting(at_stage="evaluate"))
+    assert contents(tmp_path) == {}
+    compile_model(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
 def _damage_weights(folder: Path) -> dict[str, Any]:
     weights = folder / "llama" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
