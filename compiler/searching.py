@@ -54,9 +54,10 @@ def fit_quality(
 
     dense = measure_dense()
     if (dense_excess := _excess(config, dense)) > 0:
+        way_out = "ask for less" if config.quantize == "bf16" else "ask for less, or --quantize more bits"
         raise ConfigError(
             f"--max-kl, --min-top1: rounding to {config.quantize} alone costs KL {dense.kl:.4f} and leaves top-1 "
-            f"{dense.top1:.4f} on held-out text, before anything is narrowed; ask for less, or --quantize more bits"
+            f"{dense.top1:.4f} on held-out text, before anything is narrowed; {way_out}"
         )
 
     def excesses(keeps: Sequence[float]) -> list[float]:

@@ -145,9 +145,12 @@ def test_nothing_held_out_is_one_line() -> None:
         fit_quality(make_config(max_kl=0.1), measured([1], [1.0]), dense, [0])
 
 
-def test_what_rounding_alone_breaks_is_one_line() -> None:
-    config = make_config(max_kl=0.03, quantize="int4")
-    message = r"--max-kl, --min-top1: rounding to int4 alone costs KL 0\.0400 .* top-1 0\.9600 .* --quantize more bits"
+@pytest.mark.parametrize(
+    ("kind", "way_out"), [("int4", "ask for less, or --quantize more bits$"), ("bf16", "ask for less$")]
+)
+def test_what_rounding_alone_breaks_is_one_line(kind: Any, way_out: str) -> None:
+    config = make_config(max_kl=0.03, quantize=kind)
+    message = rf"--max-kl, --min-top1: rounding to {kind} alone costs KL 0\.0400 .* top-1 0\.9600 .*; {way_out}"
     with pytest.raises(ConfigError, match=message) as caught:
         fit_quality(config, lambda _keeps: pytest.fail("measured"), lambda: score(0.96, "dense"), [300])
     assert "\n" not in str(caught.value)
