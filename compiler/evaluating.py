@@ -119,11 +119,8 @@ def evaluate(
             group = {number: _dense_pass(loaded, texts[number]) for number in order[first : first + GROUP_TEXTS]}
             with _as_stored(stored):
                 dense.add(_score_dense(loaded, group, stored, advance))
-                for name, (cut, clusters) in models.items():
-                    for cluster in sorted({int(clusters[number]) for number in group}):
-                        members = {number: text for number, text in group.items() if clusters[number] == cluster}
-                        tally = tallies[name].setdefault(cluster, Tally())
-                        tally.add(_narrow_pass(loaded, cut, cluster, members, advance))
+                for name, (cut, labels) in models.items():
+                    _score_narrow(loaded, group, cut, labels, tallies[name], advance)
     return _quality(dense, tallies)
 
 
@@ -150,6 +147,20 @@ def _score_dense(loaded: LoadedModel, texts: dict[int, _Text], stored: StoredMod
             text.cache = own.cache
             advance()
     return tally
+
+
+def _score_narrow(
+    loaded: LoadedModel,
+    texts: dict[int, _Text],
+    cut: Cut,
+    labels: npt.NDArray[np.int64],
+    tallies: dict[int, Tally],
+    advance: Advance,
+) -> None:
+    """Score texts by the FFN of each one's cluster, and add to the clusters' tallies."""
+    for cluster in sorted({int(labels[number]) for number in texts}):
+        members = {number: text for number, text in texts.items() if labels[number] == cluster}
+        tallies.setdefault(cluster, Tally()).add(_narrow_pass(loaded, cut, cluster, members, advance))
 
 
 def _narrow_pass(loaded: LoadedModel, cut: Cut, cluster: int, texts: dict[int, _Text], advance: Advance) -> Tally:
