@@ -42,7 +42,7 @@ class TokenChooser:
             prompt_ids: count as seen for the repetition penalty.
             grammar: what the answer must follow.
         """
-        self._sampler = Sampler(options.sampling, prompt_ids)
+        self._sampler = Sampler(options, prompt_ids)
         self._num_logprobs = options.logprobs
         self._tokenizer = tokenizer
         self._grammar = grammar

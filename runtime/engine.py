@@ -1,12 +1,12 @@
 """Load a bundle and generate from it: the runtime's main path."""
 
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Unpack, cast, get_args, overload
+from typing import Unpack, cast, get_args, overload
 
 from coreinfer.bundles import Bundle, ConfigError, Manifest, open_bundle
 from coreinfer.bundles.machine import give_back_heap
@@ -21,7 +21,7 @@ from .drafting import DraftCosts
 from .engines import CudaGraphs, EngineName, Weights, load_decoder
 from .generation import MODES, Generation, Mode, Token, collect
 from .json_schema import JsonGrammars
-from .options import DEFAULTS, Cancel, GenerationKeywords, GenerationOptions, check_choice
+from .options import DEFAULTS, GenerationKeywords, GenerationOptions, check_choice
 from .prompts import PromptFormat, read_tokenizer
 from .requests import Loaded, Prompt, Prompts, Request, is_batch, read_request, read_requests
 from .router import Router
@@ -141,26 +141,9 @@ class Engine:
     def generate(self, prompt: Prompts, **options: Unpack[GenerationKeywords]) -> list[Generation]: ...
 
     def generate(
-        self,
-        prompt: Prompt | Prompts,
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        mode: Mode | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        drift_tokens: int = 64,
-        logprobs: int | None = None,
-        json_schema: Mapping[str, Any] | str | None = None,
-        on_token: Callable[[Token], object] | None = None,
-        cancel: Cancel | None = None,
+        self, prompt: Prompt | Prompts, **keywords: Unpack[GenerationKeywords]
     ) -> Generation | list[Generation]:
-        """Generate text; the arguments are those of `stream`.
+        """Generate text; the keywords are the fields of `GenerationOptions`.
 
         Args:
             prompt: as `stream` takes it; or a list of such prompts, all texts or all lists of messages, which are
@@ -171,87 +154,26 @@ class Engine:
         Raises:
             ConfigError: as `stream`; or `on_token` is given, which does not go with several prompts.
         """
-        options = GenerationOptions(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-            mode=mode,
-            tools=tools,
-            drift_tokens=drift_tokens,
-            logprobs=logprobs,
-            json_schema=json_schema,
-            on_token=on_token,
-            cancel=cancel,
-        )
+        options = GenerationOptions(**keywords)
         if is_batch(prompt):
             return self.answer_all(prompt, options)
         return collect(list(self.start(cast(Prompt, prompt), options)))
 
     def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        mode: Mode | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        drift_tokens: int = 64,
-        logprobs: int | None = None,
-        json_schema: Mapping[str, Any] | str | None = None,
-        on_token: Callable[[Token], object] | None = None,
-        cancel: Cancel | None = None,
+        self, prompt: Prompt, **options: Unpack[GenerationKeywords]
     ) -> Generator[Token, None, None]:
         """Generate token by token; the same prompt, options and seed give the same text, whatever ran before.
 
+        The keywords are the fields of `GenerationOptions`.
+
         Args:
             prompt: text to continue as it is, or chat messages ({"role", "content"}) for the chat template.
-            max_new_tokens: decode at most so many tokens.
-            temperature: 0 for greedy decoding.
-            top_k, top_p, min_p: cut the distribution, in this order; 0, 1 and 0 leave it whole.
-            repetition_penalty: above 1 makes tokens that came before less likely.
-            seed: of sampling; the same seed gives the same text.
-            stop: texts that end the generation; they are not part of it.
-            mode: how FFN weights are chosen; None for the engine's own.
-            tools: JSON schemas of functions that the model may call, for a chat template that takes them.
-            drift_tokens: route the recent text again after so many decoded tokens; 0 keeps the pack.
-            logprobs: give each token's log-probability, and so many of the likeliest tokens with theirs.
-            json_schema: a JSON schema, or its text, that the answer must follow; needs llguidance.
-            on_token: called with each token before it is given out.
-            cancel: a `threading.Event` or the like; ends the generation with the token during which it is set.
         Yields:
             A `Token` for each token; the last has a finish reason.
         Raises:
             ConfigError: an argument is wrong, the prompt is too long, or another generation is running.
         """
-        options = GenerationOptions(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-            mode=mode,
-            tools=tools,
-            drift_tokens=drift_tokens,
-            logprobs=logprobs,
-            json_schema=json_schema,
-            on_token=on_token,
-            cancel=cancel,
-        )
-        return self.start(prompt, options)
+        return self.start(prompt, GenerationOptions(**options))
 
     def start(self, prompt: Prompt, options: GenerationOptions = DEFAULTS) -> Generator[Token, None, None]:
         """Generate token by token, with the options of `stream` in one object."""

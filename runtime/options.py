@@ -21,12 +21,13 @@ class Cancel(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
+class GenerationOptions(SamplingParams):
     """How a prompt is answered; `Engine.stream` and `Engine.generate` take the same as keywords.
+
+    The options of sampling are those of `SamplingParams`.
 
     Attributes:
         max_new_tokens: decode at most so many tokens.
-        temperature, top_k, top_p, min_p, repetition_penalty, seed: of sampling; see `SamplingParams`.
         stop: texts that end the generation; they are not part of it.
         mode: how FFN weights are chosen; None for the engine's own.
         tools: JSON schemas of functions that the model may call, for a chat template that takes them.
@@ -38,12 +39,6 @@ class GenerationOptions:
     """
 
     max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
     stop: Sequence[str] = ()
     mode: Mode | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
@@ -59,7 +54,7 @@ class GenerationOptions:
         Raises:
             ConfigError: naming what is wrong.
         """
-        _ = self.sampling
+        super().__post_init__()
         check_stop(self.stop)
         if self.mode is not None:
             check_choice("mode", self.mode, MODES)
@@ -67,18 +62,6 @@ class GenerationOptions:
         whole += [("logprobs", self.logprobs, 0)] if self.logprobs is not None else []
         if problems := [text for name, value, least in whole for text in _whole(name, value, least)]:
             raise ConfigError(join_problems(problems))
-
-    @property
-    def sampling(self) -> SamplingParams:
-        """The options of sampling."""
-        return SamplingParams(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-        )
 
 
 class GenerationKeywords(TypedDict, total=False):
