@@ -1,6 +1,6 @@
 """What the native engine's arithmetic costs, and what rounding the weights does.
 
-    python benchmarks/kl.py --bundle DIR [--bundle DIR ...] [--model M] [--texts ../shared/data/dev] [--num-texts 200]
+    python benchmarks/kl.py --bundle DIR [--bundle DIR ...] [--model M] --texts FOLDER [--num-texts 200]
 
 For each bundle, on the second halves of texts: KL of the native engine to transformers running the *dequantized*
 weights in float32 (the cost of int8 activations and the fp16 cache), and with --model also KL to the original model.
@@ -33,7 +33,7 @@ _LEAST_TOKENS = 32
 @click.command()
 @click.option("--bundle", "bundles", multiple=True, required=True, type=click.Path(path_type=Path))
 @click.option("--model", default=None, help="The original model, in the forms of coreinfer-compile.")
-@click.option("--texts", type=click.Path(path_type=Path), default=Path("../shared/data/dev"), help="JSON Lines files.")
+@click.option("--texts", type=click.Path(path_type=Path), required=True, help="Folder of JSON Lines files.")
 @click.option("--num-texts", type=int, default=200)
 @click.option("--max-tokens", type=int, default=256, help="Read at most so many tokens of a text.")
 @click.option("--prefill", is_flag=True, help="Read the second half in one block too.")

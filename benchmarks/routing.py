@@ -1,6 +1,6 @@
 """When a router is unsure, and how fast packs should follow a text: what two constants of the runtime rest on.
 
-    python benchmarks/routing.py DIR [--texts ../shared/data/calib]
+    python benchmarks/routing.py DIR --texts FOLDER
 
 First, by the margin between the two nearest clusters: how often the first half of a text routes as the whole text and
 as the second half. Then, for several rules of drift: how often packs are swapped within one text, and how often and
@@ -32,7 +32,7 @@ TEXT_TOKENS = 6 * STRETCH_TOKENS
 @click.command()
 @click.argument("bundle_dir", type=click.Path(path_type=Path))
 @click.option(
-    "--texts", type=click.Path(path_type=Path), default=Path("../shared/data/calib"), help="JSON Lines files."
+    "--texts", type=click.Path(path_type=Path), required=True, help="Folder of JSON Lines files."
 )
 def main(bundle_dir: Path, texts: Path) -> None:
     """Measure margins and drift."""

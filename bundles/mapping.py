@@ -14,7 +14,7 @@ def place_texts(similarities: npt.NDArray[Any], centers: npt.NDArray[Any]) -> np
     """Place texts on the map whose clusters lie at `ClusterRecord.map_x` and `map_y`.
 
     A text lies at the mean of the clusters' places, weighed by exp(10 cosine): near the clusters that it is like. Of
-    the projections tried this one keeps clusters apart best but for one fitted to them (docs/log.md).
+    the projections tried this one keeps clusters apart best but for one fitted to them (docs/dev/log.md).
 
     Args:
         similarities: (texts, clusters) cosines of texts to centroids.

@@ -251,7 +251,7 @@ def _repair(
     ridges: tuple[float | None, ...] = (*chosen, None)
     cluster_weights = _repair_weights(config)
     if name != CLUSTERS:
-        # Asked to choose for themselves, controls chose the same ridge in nearly every layer (docs/log.md).
+        # Asked to choose for themselves, controls chose the same ridge in nearly every layer (docs/dev/log.md).
         shared = float(found[f"{CLUSTERS}.ridge"][0])
         ridges = (None if np.isnan(shared) else shared,)
         cluster_weights = (float(found[f"{CLUSTERS}.weight"][0]),)

@@ -9,7 +9,7 @@ from .router import lead
 
 __all__ = ["MARGIN", "DriftWatch"]
 
-# By which share another cluster must be nearer than the one in use; docs/log.md has the measurement.
+# By which share another cluster must be nearer than the one in use; docs/dev/log.md has the measurement.
 MARGIN = 0.05
 
 

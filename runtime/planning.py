@@ -48,7 +48,7 @@ def plan_mode(mode: Mode, manifest: Manifest, route: Route, num_prompt_tokens: i
     "auto" decodes dense where the prompt is unlike anything calibrated on, or where the router is unsure of it, and
     without a dense FFN with the largest pack. Otherwise it takes the nearest cluster's pack, except that a long prompt
     chooses its own neurons where packs are not repaired: a repaired pack is better than an unrepaired choice of any
-    kind (DESIGN.md section 5, docs/benchmarks.md), an unrepaired one is not.
+    kind (docs/benchmarks.md), an unrepaired one is not.
 
     Raises:
         ConfigError: the mode needs the dense FFN, which the bundle lacks.

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 __all__ = ["UNSURE_MARGIN", "Route", "Router", "lead"]
 
-# Below it the two nearest clusters are all but a coin toss; docs/log.md has the measurement.
+# Below it the two nearest clusters are all but a coin toss; docs/dev/log.md has the measurement.
 UNSURE_MARGIN = 0.02
 
 
