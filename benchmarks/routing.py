@@ -31,9 +31,7 @@ TEXT_TOKENS = 6 * STRETCH_TOKENS
 
 @click.command()
 @click.argument("bundle_dir", type=click.Path(path_type=Path))
-@click.option(
-    "--texts", type=click.Path(path_type=Path), required=True, help="Folder of JSON Lines files."
-)
+@click.option("--texts", type=click.Path(path_type=Path), required=True, help="Folder of JSON Lines files.")
 def main(bundle_dir: Path, texts: Path) -> None:
     """Measure margins and drift."""
     bundle = open_bundle(bundle_dir, lazy_packs=True)
