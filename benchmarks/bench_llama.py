@@ -1,6 +1,6 @@
 """llama.cpp with continuous batching, through llama-cpp-python's low-level interface.
 
-One thread calls `llama_decode` with the next token of every running sequence and, as long as a prompt waits, a piece of it.
+One thread calls `llama_decode` with the next token of every running sequence and, while prompts wait, a piece of them.
 """
 
 import importlib

@@ -3,11 +3,11 @@
     python benchmarks/parallel.py [--models smollm2-135m ...] [--parent COREINFER_SERVE] [--clients 1 --clients 8 ...]
 
 Each contender answers the same requests at each number of clients: prompts of 64 to 2,000 tokens, answers of 16 to 256
-tokens (both log-uniform), arrivals of a Poisson process that keeps all clients busy; `--short` takes prompts of 64 tokens and
-answers of 128 alone. Servers are asked through /v1/completions, streamed, decoding greedily with the dense FFN
-(`--mode`); `--parent` names another build's coreinfer-serve, such as that of the parent commit. llama.cpp decodes all running
-sequences and a piece of one prompt in each `llama_decode`, as its own server does. Contenders take turns at every level.
-Prints a table, then one JSON line.
+tokens (both log-uniform), arrivals of a Poisson process that keeps all clients busy; `--short` takes prompts of 64
+tokens and answers of 128 alone. Servers are asked through /v1/completions, streamed, decoding greedily with the dense
+FFN (`--mode`); `--parent` names another build's coreinfer-serve, such as that of the parent commit. llama.cpp decodes
+all running sequences and a piece of one prompt in each `llama_decode`, as its own server does. Contenders take turns at
+every level. Prints a table, then one JSON line.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ from bench_models import MODELS, bundle_of, link_qwen, llamacpp_file
 from coreinfer.bundles.layout import LAYOUT
 from tokenizers import Tokenizer
 
-_WORDS = """the harbour lamps are lit before noon and a ferry crosses slowly while bakers carry bread to the market where
-children count seven apples five pears and two old coins that somebody left beside the well near the church of a
+_WORDS = """the harbour lamps are lit before noon and a ferry crosses slowly while bakers carry bread to the market
+where children count seven apples five pears and two old coins that somebody left beside the well near the church of a
 village whose council postponed every decision about the road until auditors had read all reports of last winter"""
 _SEED = 7
 
@@ -113,8 +113,8 @@ def time_all(
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for level in [level for _ in range(rounds) for level in levels]:
         for name, contender in contenders.items():
-            with contender(level) as ask:
-                answers = under_load(ask, requests, level)
+            with contender(level) as ask_one:
+                answers = under_load(ask_one, requests, level)
             runs.setdefault((name, level), []).append(figures(answers))
         print(f"{level} clients done", file=sys.stderr)
     return [{"name": name, "clients": level, **_medians(found)} for (name, level), found in runs.items()]
