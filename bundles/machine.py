@@ -44,14 +44,14 @@ def _quotas(root: Path) -> Iterator[float]:
     mounts = root / "sys/fs/cgroup"
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         # hierarchy:controllers:path; version 2 has no controllers here.
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if not controllers:
             folders = [mounts, mounts / "unified"]
         elif "cpu" in controllers.split(","):
             folders = [mounts / controllers, mounts / "cpu"]
         else:
             continue
-        # In a container the path may be the host's: the group itself is then what is mounted, and no folder has that path.
+        # In a container the path may be the host's, which no folder has here: the group itself is what is mounted.
         groups = [PurePosixPath(path), *PurePosixPath(path).parents]
         for group in {folder / str(part).lstrip("/") for folder in folders for part in groups}:
             yield from _quota(group)

@@ -33,6 +33,9 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
+_MAX_PROBLEMS = 8
+"""Of a request, those that are named; the others are counted."""
+
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
@@ -169,7 +172,9 @@ def _invalid(error: RequestValidationError) -> ApiError:
         problems.setdefault(where, _reason(detail))
     if any(detail["type"] == "json_invalid" for detail in error.errors()):
         return ApiError(400, f"the body is not JSON: {error.errors()[0].get('ctx', {}).get('error', '')}")
-    message = "; ".join(f"{where}: {reason}" if where else reason for where, reason in problems.items())
+    named = [f"{where}: {reason}" if where else reason for where, reason in problems.items()]
+    more = [f"and {len(named) - _MAX_PROBLEMS} more"] if len(named) > _MAX_PROBLEMS else []
+    message = "; ".join(named[:_MAX_PROBLEMS] + more)
     return ApiError(400, message, param=next(iter(problems)) or None)
 
 

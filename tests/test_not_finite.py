@@ -75,7 +75,9 @@ def test_a_model_that_computes_nan_says_so(
         else runtime.load(copy, engine="native", threads=1, isa=isa)
     )
     for mode in MODES:
-        with pytest.raises(runtime.ModelOutputError, match=r"^token 1 after a prompt of \d+ tokens: .* \d+ NaN") as told:
+        with pytest.raises(
+            runtime.ModelOutputError, match=r"^token 1 after a prompt of \d+ tokens: .* \d+ NaN"
+        ) as told:
             engine.generate(PROMPT, mode=mode, max_new_tokens=4)
         assert "\n" not in str(told.value)
         assert "coreinfer-inspect DIR --verify" in str(told.value)
