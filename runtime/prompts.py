@@ -84,7 +84,7 @@ class PromptFormat:
             return
         if (least := self._token_room.least_tokens(text)) >= limit:
             raise ConfigError(
-                f"prompt: expected 1 to {limit - 1} tokens, got {len(text)} characters, which are {least} tokens or more"
+                f"prompt: expected 1 to {limit - 1} tokens, got {len(text)} characters, that is {least} or more"
             )
 
     @cached_property

@@ -264,5 +264,5 @@ def test_what_is_certainly_too_long_is_not_tokenized(engine: runtime.Engine, mon
     # As long as it may be: that it is too long is found by counting its tokens.
     assert prompts.encode("x" * (most * (MAX_POSITIONS - 1)), add_special_tokens=False)
     monkeypatch.setattr(prompts, "tokenizer", None)
-    with pytest.raises(runtime.ConfigError, match=r"^prompt: expected 1 to 255 tokens, .* 256 tokens or more$"):
+    with pytest.raises(runtime.ConfigError, match=r"^prompt: expected 1 to 255 tokens, .* that is 256 or more$"):
         prompts.encode("x" * (most * (MAX_POSITIONS - 1) + 1), add_special_tokens=False)

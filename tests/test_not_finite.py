@@ -1,7 +1,7 @@
 """A model whose numbers go wrong: one clear error wherever a token would be chosen, and the next answer is right."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,8 @@ def engine(request: pytest.FixtureRequest, tiny_bundle: Callable[..., Path]) -> 
 
 
 @pytest.fixture
-def spoil_at(engine: runtime.Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, float], None]]:
-    """A function (n, value) that puts a value into one logit of each row of the n-th call that follows and all later."""
+def spoil_at(engine: runtime.Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float], None]:
+    """A function (n, value) that puts a value into one logit of each row of the n-th call from then on and all later."""
     calls = [0, 10**9]
     value = [np.nan]
 
@@ -113,7 +113,7 @@ def spoil_at(engine: runtime.Engine, monkeypatch: pytest.MonkeyPatch) -> Iterato
     def start(number: int, spoil: float) -> None:
         calls[:], value[0] = [0, number], spoil
 
-    yield start
+    return start
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
@@ -126,11 +126,11 @@ def test_one_logit_ends_a_generation(
     keywords = {"max_new_tokens": 6, "mode": "dense", **OPTIONS[options]}
     expected = engine.generate(PROMPT, **keywords)
     spoil_at(3, SPOILS[spoil])
-    stream, given = engine.stream(PROMPT, **keywords), []
+    given: list[int] = []
+    stream = engine.stream(PROMPT, **keywords, on_token=lambda token: given.append(token.token_id))
     num_prompt = expected.num_prompt_tokens
     with pytest.raises(runtime.ModelOutputError, match=f"^token 3 after a prompt of {num_prompt} tokens: logits"):
-        for token in stream:
-            given.append(token.token_id)
+        list(stream)
     assert given == list(expected.token_ids[:2])
     assert engine.decoder.num_cached == 0
     spoil_at(10**9, 0.0)
