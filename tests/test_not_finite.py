@@ -92,7 +92,7 @@ def engine(request: pytest.FixtureRequest, tiny_bundle: Callable[..., Path]) -> 
 
 @pytest.fixture
 def spoil_at(engine: runtime.Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float], None]:
-    """A function (n, value) that puts a value into one logit of each row of the n-th call from then on and all later."""
+    """A function (n, value) that puts a value into one logit of each row, from the n-th call on."""
     calls = [0, 10**9]
     value = [np.nan]
 
