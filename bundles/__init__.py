@@ -8,6 +8,7 @@ from .errors import (
     CalibrationError,
     ConfigError,
     CoreInferError,
+    ModelOutputError,
     UnsupportedModelError,
 )
 from .manifest import Manifest, read_manifest
@@ -23,6 +24,7 @@ __all__ = [
     "ConfigError",
     "CoreInferError",
     "Manifest",
+    "ModelOutputError",
     "UnsupportedModelError",
     "open_bundle",
     "read_manifest",

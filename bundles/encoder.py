@@ -1,4 +1,4 @@
-"""The static encoder: a text is the mean of its tokens' rows in a table.
+"""The static encoder: a text is the mean of its tokens' rows in a table; a long one that of its beginning and end.
 
 The idea is that of model2vec (https://github.com/MinishLab/model2vec); its table is distilled by the compiler.
 """
@@ -9,7 +9,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["embed_token_ids"]
+__all__ = ["EXCERPT_CHARACTERS", "embed_token_ids", "routing_excerpt"]
+
+EXCERPT_CHARACTERS = 4096
+"""Of a long text's beginning, and again of its end: they say what it is about."""
+
+
+def routing_excerpt(text: str) -> str:
+    """Cut a text to what is looked at to route it, here and where a bundle is compiled.
+
+    Without a bound a text of 1,000,000 characters that are words each takes seconds and gigabytes.
+    """
+    if len(text) <= 2 * EXCERPT_CHARACTERS:
+        return text
+    # Between the two, so that the words at the cuts do not become one.
+    return f"{text[:EXCERPT_CHARACTERS]} {text[-EXCERPT_CHARACTERS:]}"
 
 
 def embed_token_ids(table: npt.NDArray[Any], batch: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:

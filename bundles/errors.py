@@ -4,6 +4,7 @@
     ├── ConfigError              an option or an argument is wrong
     ├── UnsupportedModelError    the model's family has no row in the family table
     ├── CalibrationError         the calibration text cannot serve
+    ├── ModelOutputError         what the model computed are no finite numbers
     └── BundleError              something is wrong with a bundle
         ├── BundleNotFound       there is no bundle at that path
         ├── BundleVersionError   another schema version wrote it
@@ -22,6 +23,7 @@ __all__ = [
     "CalibrationError",
     "ConfigError",
     "CoreInferError",
+    "ModelOutputError",
     "UnsupportedModelError",
     "join_problems",
 ]
@@ -41,6 +43,10 @@ class UnsupportedModelError(CoreInferError):
 
 class CalibrationError(CoreInferError):
     """The calibration text is missing, empty or too small."""
+
+
+class ModelOutputError(CoreInferError):
+    """What the model computed are no finite numbers."""
 
 
 class BundleError(CoreInferError):

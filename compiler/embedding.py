@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from coreinfer.bundles.encoder import embed_token_ids
+from coreinfer.bundles.encoder import embed_token_ids, routing_excerpt
 from coreinfer.bundles.errors import ConfigError
 from model2vec.distill import distill_from_model
 from sentence_transformers import SentenceTransformer
@@ -48,7 +48,7 @@ class StaticEncoder:
 
     def _token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
-        encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        encodings = tokenizer.encode_batch([routing_excerpt(text) for text in texts], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
 
@@ -119,7 +119,7 @@ def distill_encoder(
         if not distilled:
             compute_table()
         tokenizer = distilled[0].tokenizer
-        # The runtime embeds prompts whole: neither cut nor padded.
+        # What is embedded is cut by characters only, see `routing_excerpt`, and never padded.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return str(tokenizer.to_str())

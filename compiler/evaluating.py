@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import torch
+from coreinfer.bundles.errors import ModelOutputError
 from coreinfer.bundles.manifest import ClusterQuality, Quality, Score
 from transformers import DynamicCache
 
@@ -66,12 +67,22 @@ def compare_logits(dense: torch.Tensor, narrow: torch.Tensor, targets: torch.Ten
         dense, narrow: (tokens, vocabulary) logits.
         targets: (tokens,) the tokens that came.
         text: number of the text, to count texts.
+    Raises:
+        ModelOutputError: the logits are no finite numbers.
     """
     log_p = dense.float().log_softmax(dim=-1)
     log_q = narrow.float().log_softmax(dim=-1)
+    nll = -float(log_q.gather(1, targets[:, None]).double().sum())
+    kl = float((log_p.exp() * (log_p - log_q)).double().sum())
+    if not (math.isfinite(nll) and math.isfinite(kl)):
+        raise ModelOutputError(
+            f"held-out text {text}: expected finite logits, got a mean of {float(dense.float().mean())} from the dense "
+            f"model and {float(narrow.float().mean())} from the narrow one; compile with --dtype float32, or check the "
+            "model's weights"
+        )
     return Tally(
-        nll=-float(log_q.gather(1, targets[:, None]).double().sum()),
-        kl=float((log_p.exp() * (log_p - log_q)).double().sum()),
+        nll=nll,
+        kl=kl,
         agreements=int((log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum()),
         num_tokens=len(targets),
         texts={text},

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from coreinfer.bundles.layout import LAYOUT
+from coreinfer.bundles.machine import usable_cores
 from coreinfer.bundles.manifest import Manifest, Quality, Score
 from coreinfer.bundles.writer import check_target, disk_errors, existing_parent, finish_manifest, stage_bundle
 
@@ -63,9 +64,8 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
     text_sources(config.calibration)
     source = find_source(config.model)
     family, model_config = read_config(source)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-        faiss.omp_set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))
+    faiss.omp_set_num_threads(config.threads or min(faiss.omp_get_max_threads(), usable_cores()))
     with progress.stage("load", 1) as advance:
         mapped = config.max_memory is not None
         loaded = load_model(source, family, model_config, device=config.device, dtype=config.dtype, mapped=mapped)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from coreinfer.runtime.sampling import check_finite
 
 __all__ = ["Divergence", "Predictions", "diverge", "greedy_ids", "log_likelihood", "predictions"]
 
@@ -79,11 +80,17 @@ def log_likelihood(logits: Floats, targets: Sequence[int]) -> tuple[float, bool]
 def greedy_ids(
     append: Append, last_id: int, *, max_new_tokens: int, eos_ids: Collection[int], stopped: Callable[[list[int]], bool]
 ) -> list[int]:
-    """Go on after `last_id` with the likeliest token each time, until a stop token, or until `stopped(ids)`."""
+    """Go on after `last_id` with the likeliest token each time, until a stop token, or until `stopped(ids)`.
+
+    Raises:
+        ModelOutputError: logits are no finite numbers.
+    """
     ids: list[int] = []
     token_id = last_id
     while len(ids) < max_new_tokens and not stopped(ids):
-        token_id = int(append([token_id])[-1].argmax())
+        logits = append([token_id])[-1]
+        check_finite(logits)
+        token_id = int(logits.argmax())
         if token_id in eos_ids:
             break
         ids.append(token_id)
@@ -91,6 +98,7 @@ def greedy_ids(
 
 
 def _log_sum_exp(logits: Floats) -> Floats:
+    check_finite(logits)
     top = logits.max(axis=1)
     sums = np.exp(logits - top[:, None]).sum(axis=1)
     return np.asarray(top + np.log(sums), dtype=np.float32)

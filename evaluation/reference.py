@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import ConfigError
+from coreinfer.bundles.machine import usable_cores
 
 __all__ = ["LLAMACPP_FORMATS", "LlamaCppSubject", "TransformersSubject", "gguf_path", "has_llamacpp"]
 
@@ -38,8 +39,7 @@ class TransformersSubject:
         from coreinfer.compiler.models import load_model, read_config
         from coreinfer.compiler.sources import find_source
 
-        if threads:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
         source = find_source(model, option="--against")
         family, config = read_config(source)
         self._loaded = load_model(source, family, config, device="cpu", dtype="float32")

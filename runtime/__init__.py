@@ -13,6 +13,7 @@ from coreinfer.bundles import (
     BundleVersionError,
     ConfigError,
     CoreInferError,
+    ModelOutputError,
 )
 
 from .conversation import Conversation
@@ -33,6 +34,7 @@ __all__ = [
     "Generation",
     "GenerationOptions",
     "Mode",
+    "ModelOutputError",
     "PathStep",
     "Token",
     "TopLogprob",

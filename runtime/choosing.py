@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from coreinfer.bundles.errors import ModelOutputError
 from tokenizers import Tokenizer
 
 from .generation import TopLogprob
 from .json_schema import JsonGrammar
 from .options import GenerationOptions
-from .sampling import Draft, Sampler
+from .sampling import Draft, Sampler, check_finite
 
 __all__ = ["Chosen", "TokenChooser"]
 
@@ -43,6 +44,7 @@ class TokenChooser:
             grammar: what the answer must follow.
         """
         self._sampler = Sampler(options, prompt_ids)
+        self._num_prompt, self._num_chosen = len(prompt_ids), 0
         self._num_logprobs = options.logprobs
         self._tokenizer = tokenizer
         self._grammar = grammar
@@ -54,7 +56,10 @@ class TokenChooser:
 
     def propose(self, logits: Logits, ahead_ids: Sequence[int]) -> Draft:
         """Draft a token from a pack's logits; see `Sampler.propose`. A grammar looks at chosen tokens only."""
-        return self._sampler.propose(logits, ahead_ids)
+        try:
+            return self._sampler.propose(logits, ahead_ids)
+        except ModelOutputError as error:
+            raise self._placed(error, num_ahead=len(ahead_ids)) from None
 
     def choose(self, logits: Logits, draft: Draft | None = None) -> Chosen:
         """Choose the next token.
@@ -62,8 +67,14 @@ class TokenChooser:
         Args:
             logits: (vocab,) float32; left as they are.
             draft: by `propose`; does not change what is chosen how often, see `Sampler.sample`.
+        Raises:
+            ModelOutputError: the logits hold NaN or infinity, or are minus infinity throughout.
         """
-        token_id = self._sampler.sample(logits if self._grammar is None else self._grammar.masked(logits), draft)
+        try:
+            token_id = self._sampler.sample(self._allowed(logits), draft)
+        except ModelOutputError as error:
+            raise self._placed(error) from None
+        self._num_chosen += 1
         if self._grammar is not None:
             self._grammar.advance(token_id)
         if self._num_logprobs is None:
@@ -71,6 +82,22 @@ class TokenChooser:
         logprobs = log_softmax(logits)
         return Chosen(
             token_id=token_id, logprob=float(logprobs[token_id]), top_logprobs=self._top(logprobs, self._num_logprobs)
+        )
+
+    def _allowed(self, logits: Logits) -> Logits:
+        """Leave what the grammar allows."""
+        if self._grammar is None:
+            return logits
+        # The mask would hide a NaN.
+        check_finite(logits)
+        return self._grammar.masked(logits)
+
+    def _placed(self, error: ModelOutputError, *, num_ahead: int = 0) -> ModelOutputError:
+        """Say at which token it was, and what can be done."""
+        return ModelOutputError(
+            f"token {self._num_chosen + num_ahead + 1} after a prompt of {self._num_prompt} tokens: {error}; the model "
+            "goes beyond the range of its numbers or is damaged: check it by coreinfer-inspect DIR --verify, try the "
+            "other engine (native, torch), or compile it again"
         )
 
     def _top(self, logprobs: npt.NDArray[np.float64], count: int) -> tuple[TopLogprob, ...]:
@@ -87,7 +114,12 @@ class TokenChooser:
 
 
 def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
-    """Give each token's natural log-probability: (vocab,) float64."""
+    """Give each token's natural log-probability: (vocab,) float64.
+
+    Raises:
+        ModelOutputError: the logits hold NaN or infinity, or are minus infinity throughout.
+    """
+    check_finite(logits)
     scores = logits.astype(np.float64)
     scores -= scores.max()
     return np.asarray(scores - np.log(np.exp(scores).sum()), dtype=np.float64)

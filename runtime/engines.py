@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coreinfer.bundles import Bundle, ConfigError, UnsupportedModelError
+from coreinfer.bundles.machine import usable_cores
 
 from .decoder import Decoder
 
@@ -79,6 +80,5 @@ def _import_torch_decoder(threads: int | None) -> Any:
         from .torch_decoder import TorchDecoder
     except ModuleNotFoundError as error:
         raise ConfigError(f"the torch engine needs the package {error.name}; pip install 'coreinfer[torch]'") from error
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
     return TorchDecoder

@@ -13,6 +13,9 @@ __all__ = ["JsonGrammar", "JsonGrammars"]
 
 Logits = npt.NDArray[np.float32]
 
+_MAX_SCHEMA_CHARACTERS = 1 << 16
+"""A schema of 5,000 properties takes llguidance 10 seconds, in which nobody else is answered."""
+
 
 class JsonGrammars:
     """Makes grammars for one tokenizer; what llguidance knows of it is made once, when it is first needed."""
@@ -99,6 +102,11 @@ def _schema_text(schema: object) -> str:
         text = json.dumps(data)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"json_schema: expected JSON, got other text: {error}") from error
+    if len(text) > _MAX_SCHEMA_CHARACTERS:
+        raise ConfigError(
+            f"json_schema: expected at most {_MAX_SCHEMA_CHARACTERS} characters, got {len(text)}; leave out what need "
+            "not be followed to the letter"
+        )
     if not isinstance(data, (dict, bool)):
         raise ConfigError(f"json_schema: expected an object, got {text[:40]}")
     return text

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, CoreInferError
+from coreinfer.bundles.machine import usable_cores
 from coreinfer.bundles.statistics import Selection, document_statistic
 
 from . import _native
@@ -31,7 +32,7 @@ class NativeDecoder:
         """Put the model together; nothing is copied but norms.
 
         Args:
-            threads: None for one a physical core that the process may use.
+            threads: None for one a physical core that the process may use, see `usable_cores`.
             isa: kernels to use, one of `_native.available_isas()`; "auto" for COREINFER_ISA, else the best ones.
         Raises:
             ConfigError: the CPU has no such kernels, or the number of threads is wrong.
@@ -40,7 +41,7 @@ class NativeDecoder:
         """
         self._bundle = bundle
         model = bundle.manifest.model
-        num_threads = default_threads() if threads is None else threads
+        num_threads = usable_cores() if threads is None else threads
         isa = os.environ.get("COREINFER_ISA") or "auto" if isa == "auto" else isa
         if not 1 <= num_threads <= _MAX_THREADS:
             raise ConfigError(f"threads: expected 1 to {_MAX_THREADS}, got {threads!r}")
@@ -208,20 +209,6 @@ class NativeDecoder:
 
 
 _MAX_THREADS = 256
-
-
-def default_threads() -> int:
-    """Count the physical cores that this process may use: a second thread on a core adds no memory bandwidth."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    return max(1, len({_core_of(cpu) for cpu in cpus}))
-
-
-def _core_of(cpu: int) -> str:
-    try:
-        with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", encoding="ascii") as file:
-            return file.read()
-    except OSError:
-        return str(cpu)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,10 +12,15 @@ from coreinfer.bundles.layout import LAYOUT
 from tokenizers import Tokenizer
 
 from .chat import render_chat
+from .token_room import TokenRoom, token_room
 
 __all__ = ["PromptFormat", "read_tokenizer"]
 
 T = TypeVar("T")
+
+_LONG_TOKEN_CHARACTERS = 8
+_LONG_CHARACTERS = 1 << 14
+"""From here on a text is encoded as a batch, which leaves Python's lock to other threads for as long as it takes."""
 
 
 class PromptFormat:
@@ -35,7 +41,7 @@ class PromptFormat:
         Raises:
             BundleCorrupt: a file cannot be parsed.
         """
-        self._model_name = bundle.manifest.model.name
+        self._model_name, self._max_positions = bundle.manifest.model.name, bundle.manifest.model.max_positions
         self.tokenizer = _parsed(
             bundle, LAYOUT.tokenizer, tokenizer.result if tokenizer else lambda: read_tokenizer(bundle.path)
         )
@@ -58,14 +64,32 @@ class PromptFormat:
         Args:
             add_special_tokens: put the tokens around it that the tokenizer puts around a text of its own.
         Raises:
-            ConfigError: the text is no Unicode.
+            ConfigError: the text is no Unicode, or of so many characters that it is certainly too long for the model.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             # Python keeps bytes of the command line that are not UTF-8 as halves of surrogate pairs.
             raise ConfigError(f"prompt: expected Unicode text, got half a character at {error.start}") from error
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        self._check_room(text)
+        if len(text) < _LONG_CHARACTERS:
+            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        (encoding,) = self.tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
+
+    def _check_room(self, text: str) -> None:
+        limit = self._max_positions
+        # Tokens of so many characters are rare: most texts need no closer look at the tokenizer.
+        if len(text) <= _LONG_TOKEN_CHARACTERS * limit or self._token_room is None:
+            return
+        if (least := self._token_room.least_tokens(text)) >= limit:
+            raise ConfigError(
+                f"prompt: expected 1 to {limit - 1} tokens, got {len(text)} characters, that is {least} or more"
+            )
+
+    @cached_property
+    def _token_room(self) -> TokenRoom | None:
+        return token_room(self.tokenizer)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Turn token ids into text without special tokens."""

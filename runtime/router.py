@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import Bundle, BundleCorrupt
-from coreinfer.bundles.encoder import embed_token_ids
+from coreinfer.bundles.encoder import embed_token_ids, routing_excerpt
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.tensors import TensorFile
 from tokenizers import Tokenizer
@@ -71,7 +71,7 @@ class Router:
             )
 
     def route(self, text: str) -> Route:
-        """Find the cluster nearest to a text; a text without known tokens has distance 1 to all."""
+        """Find the cluster nearest to a text, see `routing_excerpt`; one without known tokens has distance 1 to all."""
         clusters, distances = self._nearest(text, min(2, self._index.ntotal))
         distance = float(distances[0])
         return Route(
@@ -88,7 +88,7 @@ class Router:
 
     def _nearest(self, text: str, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """Find clusters and their distances, (count,) each, nearest first."""
-        token_ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        token_ids = self._tokenizer.encode(routing_excerpt(text), add_special_tokens=False).ids
         similarities, clusters = self._index.search(embed_token_ids(self._table, [token_ids]), count)
         return clusters[0], np.clip(1.0 - similarities[0].astype(np.float64), 0.0, 2.0)
 

@@ -11,9 +11,9 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from coreinfer.bundles.errors import ConfigError, CoreInferError, join_problems
+from coreinfer.bundles.errors import ConfigError, ModelOutputError, join_problems
 
-__all__ = ["Draft", "Sampler", "SamplingParams", "distribution"]
+__all__ = ["Draft", "Sampler", "SamplingParams", "check_finite", "distribution"]
 
 Logits = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -98,7 +98,7 @@ class Sampler:
             The token's id.
         Raises:
             ConfigError: the logits are no vector, or a seen token is not among them.
-            CoreInferError: the logits hold NaN or infinity, or are minus infinity throughout.
+            ModelOutputError: the logits hold NaN or infinity, or are minus infinity throughout.
         """
         token_id = self._likeliest(logits, self._seen)
         if token_id is None:
@@ -113,7 +113,7 @@ class Sampler:
             logits: (vocab,) float32; left as they are.
             ahead_ids: tokens proposed before this one since the last that was sampled; here they do count as seen.
         Raises:
-            ConfigError, CoreInferError: as `sample`.
+            ConfigError, ModelOutputError: as `sample`.
         """
         seen = self._seen if self._params.repetition_penalty == 1 else self._seen.union(ahead_ids)
         token_id = self._likeliest(logits, seen)
@@ -158,7 +158,7 @@ def distribution(logits: Logits, params: SamplingParams, seen_ids: Collection[in
         (vocab,) float64 that sum to 1; all of it on the lowest of the likeliest ids when the temperature is 0.
     Raises:
         ConfigError: the logits are no vector, or a seen token is not among them.
-        CoreInferError: the logits hold NaN or infinity, or are minus infinity throughout.
+        ModelOutputError: the logits hold NaN or infinity, or are minus infinity throughout.
     """
     scores = _penalized(logits, params.repetition_penalty, seen_ids)
     probabilities = np.zeros(scores.size)
@@ -173,13 +173,27 @@ def distribution(logits: Logits, params: SamplingParams, seen_ids: Collection[in
     return probabilities
 
 
+def check_finite(logits: Logits) -> None:
+    """Refuse logits of which nothing can be chosen; costs one pass over them.
+
+    Args:
+        logits: (..., vocab) float32.
+    Raises:
+        ModelOutputError: a row holds NaN or infinity, or is minus infinity throughout.
+    """
+    # The maximum of a row with a NaN is NaN.
+    wrong = ~np.isfinite(logits.max(axis=-1))
+    if wrong.any():
+        raise ModelOutputError(_not_finite(logits.reshape(-1, logits.shape[-1])[wrong.reshape(-1).argmax()]))
+
+
 def _largest(logits: Logits) -> int:
     """Find the likeliest token without a copy of the logits."""
     _check_vector(logits)
     token_id = int(logits.argmax())
     # argmax finds a NaN where there is one.
     if not np.isfinite(logits[token_id]):
-        raise CoreInferError(_not_finite(logits.astype(np.float64)))
+        raise ModelOutputError(_not_finite(logits))
     return token_id
 
 
@@ -197,7 +211,7 @@ def _penalized(logits: Logits, penalty: float, seen_ids: Collection[int]) -> Dou
             scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
     # The maximum of scores with a NaN is NaN: one pass finds all that has no softmax.
     if not np.isfinite(scores.max()):
-        raise CoreInferError(_not_finite(scores))
+        raise ModelOutputError(_not_finite(scores))
     return scores
 
 
@@ -209,10 +223,10 @@ def _seen_array(seen_ids: Collection[int], vocab_size: int) -> Ids:
     return seen
 
 
-def _not_finite(scores: Doubles) -> str:
+def _not_finite(scores: Logits | Doubles) -> str:
     num_nan, num_infinite = np.count_nonzero(np.isnan(scores)), np.count_nonzero(np.isposinf(scores))
     got = f"{num_nan} NaN and {num_infinite} infinite" if num_nan or num_infinite else "minus infinity throughout"
-    return f"logits of {scores.size} tokens: expected finite numbers, got {got}; the model's output cannot be sampled"
+    return f"logits of {scores.size} tokens: expected finite numbers, got {got}"
 
 
 def _top_k(scores: Doubles, top_k: int) -> Ids:

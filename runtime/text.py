@@ -8,6 +8,9 @@ from tokenizers.decoders import DecodeStream
 
 __all__ = ["TextStream", "check_stop"]
 
+_MAX_STOPS, _MAX_STOP_CHARACTERS = 256, 1000
+"""All are looked for after each token, and so is each beginning of each."""
+
 
 class TextStream:
     """Decodes one generation's tokens as they come.
@@ -87,11 +90,13 @@ def check_stop(stop: object) -> None:
     """Check the stop strings of a generation.
 
     Raises:
-        ConfigError: they are no list of strings that are not empty.
+        ConfigError: they are no list of strings that are not empty, or too many or too long.
     """
     # A bare string is a sequence of strings too: each of its characters would stop the text.
     if isinstance(stop, (str, bytes)) or not isinstance(stop, Sequence):
         raise ConfigError(f"stop: expected a list of strings, got {type(stop).__name__} {str(stop)[:40]!r}")
+    if len(stop) > _MAX_STOPS:
+        raise ConfigError(f"stop: expected at most {_MAX_STOPS} strings, got {len(stop)}")
     wrong = [(index, text) for index, text in enumerate(stop) if not isinstance(text, str) or not text]
     if wrong:
         raise ConfigError(
@@ -99,6 +104,9 @@ def check_stop(stop: object) -> None:
                 [f"stop[{index}]: expected a string that is not empty, got {text!r}" for index, text in wrong]
             )
         )
+    for index, text in enumerate(stop):
+        if len(text) > _MAX_STOP_CHARACTERS:
+            raise ConfigError(f"stop[{index}]: expected at most {_MAX_STOP_CHARACTERS} characters, got {len(text)}")
 
 
 def _open_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -1,13 +1,14 @@
 """The torch engine: any device and every family of the table, through transformers."""
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from coreinfer.bundles import Bundle, ConfigError
+from coreinfer.bundles import Bundle, ConfigError, CoreInferError
 from coreinfer.bundles.families import cache_argument, family_by_name
 from coreinfer.bundles.statistics import Selection, document_statistic
 from torch import nn
@@ -72,6 +73,7 @@ class TorchDecoder:
             BundleCorrupt: the base does not hold what the model needs.
         """
         self._bundle = bundle
+        self._process_id = os.getpid()
         self._family = family_by_name(bundle.manifest.model.family)
         self._device = pick_device(device)
         self._dtype = pick_dtype(dtype, self._device)
@@ -226,6 +228,12 @@ class TorchDecoder:
         return values
 
     def _pass(self, token_ids: Sequence[int], *, logits_to_keep: int, watched: bool) -> torch.Tensor:
+        if os.getpid() != self._process_id and (torch.get_num_threads() > 1 or self._device.type != "cpu"):
+            # Torch would wait for threads that only the parent has.
+            raise CoreInferError(
+                "the torch engine cannot go on in a forked process; start processes by 'spawn' and load the bundle in "
+                "each, or use one thread (threads=1) or the native engine"
+            )
         capacity = self._make_room(self.num_cached + len(token_ids))
         self._placement.settle()
         static = self._sequences.static

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from coreinfer.bundles.errors import ConfigError, CoreInferError
+from coreinfer.bundles.errors import ConfigError, CoreInferError, ModelOutputError
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -33,6 +33,9 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
+_MAX_PROBLEMS = 8
+"""Of a request, those that are named; the others are counted."""
+
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
@@ -42,7 +45,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         413: "The body is too large.",
         415: "The body is not said to be JSON.",
         429: "The queue is full; the header Retry-After says when to come again.",
-        500: "A bug, or a damaged bundle.",
+        500: "A bug, or a bundle that is damaged or computes no finite numbers.",
         503: "The server is shutting down.",
         504: "The answer took too long.",
     }.items()
@@ -127,6 +130,10 @@ def api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, ConfigError):
         return ApiError(400, " ".join(str(error).split()))
+    if isinstance(error, ModelOutputError):
+        # Where it was raised says nothing: it is the model's doing.
+        _log.error("a request failed: %s", error)
+        return ApiError(500, str(error), code="model_output_not_finite")
     _log.error("a request failed", exc_info=error)
     return ApiError(500, "internal error; the server's log has it", code="internal_error")
 
@@ -165,7 +172,9 @@ def _invalid(error: RequestValidationError) -> ApiError:
         problems.setdefault(where, _reason(detail))
     if any(detail["type"] == "json_invalid" for detail in error.errors()):
         return ApiError(400, f"the body is not JSON: {error.errors()[0].get('ctx', {}).get('error', '')}")
-    message = "; ".join(f"{where}: {reason}" if where else reason for where, reason in problems.items())
+    named = [f"{where}: {reason}" if where else reason for where, reason in problems.items()]
+    more = [f"and {len(named) - _MAX_PROBLEMS} more"] if len(named) > _MAX_PROBLEMS else []
+    message = "; ".join(named[:_MAX_PROBLEMS] + more)
     return ApiError(400, message, param=next(iter(problems)) or None)
 
 

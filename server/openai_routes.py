@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from .answers import Header, chat_answer, chat_chunk, completion_answer, completion_chunk, usage_chunk
+from .bodies import BoundedRoute
 from .errors import ERRORS, ApiError
 from .requests import ChatRequest, CompletionRequest, SamplingFields
 from .responses import Chat, ChatChunk, Completion, ModelCard, ModelList
@@ -20,7 +21,7 @@ from .worker import Job
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=BoundedRoute)
 
 ServiceOf = Annotated[Service, Depends(service_of)]
 

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Query
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from .bodies import BoundedRoute
 from .errors import ERRORS
 from .place import place_weights
 from .requests import PlaceRequest
@@ -19,7 +20,7 @@ from .service import Service, service_of
 
 __all__ = ["router"]
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 ServiceOf = Annotated[Service, Depends(service_of)]
 
@@ -94,8 +95,8 @@ async def show_map(model: Annotated[str, Query(min_length=1)], service: ServiceO
 
 
 @router.post("/coreinfer/place", responses={status: ERRORS[status] for status in (400, 401, 404, 413, 415)})
-async def show_place(body: PlaceRequest, service: ServiceOf) -> Place:
-    """Say where a text is on the map, without answering it."""
+def show_place(body: PlaceRequest, service: ServiceOf) -> Place:
+    """Say where a text is on the map, without answering it; in a thread, beside the event loop."""
     engine = service.model(body.model).engine
     clusters = engine.manifest.clusters
     route, distances = engine.router.route(body.text), engine.router.distances(body.text)

@@ -19,9 +19,11 @@ One = Annotated[int, Field(ge=1, le=1, description="Only 1, which changes nothin
 
 
 def _check_unicode(text: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
         # JSON can write it, but no tokenizer reads it.
-        raise ValueError("expected Unicode text, got half a character")
+        raise ValueError("expected Unicode text, got half a character") from error
     return text
 
 

@@ -25,7 +25,7 @@ def load(bundle_dir: Path, **options: Any) -> runtime.Engine:
     return runtime.load(bundle_dir, **{"device": "cpu", "dtype": "float32", **options})
 
 
-def with_room(bundle: Bundle) -> Bundle:
+def with_room(bundle: Bundle, *, factor: int = 4) -> Bundle:
     """A bundle of a model with rotary positions, as if it had been made for more of them."""
-    model = replace(bundle.manifest.model, max_positions=4 * MAX_POSITIONS)
+    model = replace(bundle.manifest.model, max_positions=factor * MAX_POSITIONS)
     return replace(bundle, manifest=replace(bundle.manifest, model=model))

@@ -28,5 +28,5 @@ def test_kernels_and_threads_pass_the_kernel_test(options: list[str], tmp_path: 
     command = ["bash", str(ROOT / "tools" / "test-kernels.sh"), *options]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
-    for line in ("deals: whole", "waits: kept", "portable: agrees"):
+    for line in ("deals: whole", "waits: kept", "forks: work", "portable: agrees"):
         assert line in run.stdout

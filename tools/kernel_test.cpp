@@ -11,6 +11,10 @@
 #include <random>
 #include <thread>
 #include <vector>
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
 
 #include "../runtime/native/model.h"
 
@@ -359,6 +363,32 @@ void test_waits() {
   std::printf("waits: %s\n", num_failures == before ? "kept" : "WRONG");
 }
 
+// A forked process, which has but the thread that forked, goes on with threads of its own, and so does its parent.
+void test_fork() {
+#if defined(__unix__) || defined(__APPLE__)
+  const int before = num_failures;
+  Threads threads(3);
+  std::atomic<int> num_calls{0};
+  const auto work = [&] {
+    threads.run([&](int thread) {
+      threads.deal(thread, 37, [&](int begin, int end) { num_calls += end - begin; });
+      threads.barrier(thread);
+      threads.deal(thread, 5, [&](int begin, int end) { num_calls += end - begin; });
+    });
+    return num_calls.exchange(0) == 42;
+  };
+  if (!work()) ++num_failures;
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(30);
+    _exit(work() && work() ? 0 : 1);
+  }
+  int status = 1;
+  if (waitpid(child, &status, 0) != child || status != 0 || !work()) ++num_failures;
+  std::printf("forks: %s\n", num_failures == before ? "work" : "WRONG");
+#endif
+}
+
 }  // namespace
 
 int main() {
@@ -369,6 +399,7 @@ int main() {
   }
   test_deal();
   test_waits();
+  test_fork();
   for (const Kernels* kernels : available_kernels()) {
     const int before = num_failures;
     test_multiply(*kernels);

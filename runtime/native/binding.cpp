@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <mutex>
@@ -126,7 +127,12 @@ class Model {
  private:
   std::unique_lock<std::mutex> acquire() {
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock.owns_lock()) throw std::runtime_error("the native decoder is in use by another thread");
+    if (!lock.owns_lock())
+      throw std::runtime_error(
+          num_forks_ == num_forks()
+              ? "the native decoder is in use by another thread"
+              : "this process was forked while another thread decoded; load the bundle again in this process");
+    num_forks_ = num_forks();
     return lock;
   }
 
@@ -190,6 +196,7 @@ class Model {
   std::unique_ptr<Decoder> decoder_;
   int max_neurons_ = 0;
   std::mutex mutex_;
+  std::atomic<uint32_t> num_forks_{0};  // when the mutex was last taken
 };
 
 // GB/s of a plain read of `num_bytes` by several threads, best of three passes.

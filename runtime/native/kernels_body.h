@@ -8,7 +8,8 @@ constexpr float kHuge = 3.0e38f;
 
 inline V::F exp_vector(V::F x) {
   // Cody-Waite reduction by ln 2 and a minimax polynomial (Cephes expf).
-  x = V::max(V::min(x, V::set1(88.0f)), V::set1(-87.0f));
+  // In this order of operands a NaN stays one.
+  x = V::max(V::set1(-87.0f), V::min(V::set1(88.0f), x));
   const V::F n = V::round(x * V::set1(1.44269504088896341f));
   const V::F r = V::fma(n, V::set1(2.12194440e-4f), V::fma(n, V::set1(-0.693359375f), x));
   V::F p = V::set1(1.9875691500e-4f);
@@ -38,8 +39,10 @@ void quantize(const Activations& x, int num_values) {
       V::store_int8(x.codes + g * kGroup + i * V::kLanes, rounded);
       sum = sum + rounded;
     }
-    x.scales[g] = amax / 127.0f;
-    x.sums[g] = V::reduce_add(sum) / 16.0f;
+    const float total = V::reduce_add(sum);
+    // A NaN among the values is in the sum, while the maximum and the codes may have lost it: it goes into the scale.
+    x.scales[g] = amax / 127.0f + (total - total);
+    x.sums[g] = total / 16.0f;
     x.energies[g] = V::reduce_add(energy);
   }
 }
@@ -264,7 +267,7 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
 
 inline V::F apply(Nonlinearity kind, V::F x) {
   const V::F one = V::set1(1.0f), zero = V::set1(0.0f);
-  if (kind == Nonlinearity::relu) return V::max(x, zero);
+  if (kind == Nonlinearity::relu) return V::max(zero, x);
   if (kind == Nonlinearity::silu) return x / (one + exp_vector(zero - x));
   if (kind == Nonlinearity::gelu_tanh) {
     // x * (1 + tanh(u)) / 2 = x * sigmoid(2 u), u = sqrt(2 / pi) * (x + 0.044715 x^3)

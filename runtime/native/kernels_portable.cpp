@@ -81,7 +81,7 @@ struct V {
   }
   static F power_of_two(F n) {
     I bits;
-    for (int i = 0; i < kLanes; ++i) bits[i] = (static_cast<int32_t>(n[i]) + 127) << 23;
+    for (int i = 0; i < kLanes; ++i) bits[i] = (static_cast<int32_t>(std::isfinite(n[i]) ? n[i] : 0.0f) + 127) << 23;
     F x;
     std::memcpy(&x, &bits, sizeof x);
     return x;

@@ -3,6 +3,9 @@
 #include <climits>
 #include <stdexcept>
 #include <string>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/resource.h>
@@ -26,6 +29,12 @@ int checked(int num_threads) {
     throw std::invalid_argument("threads: expected 1 to 256, got " + std::to_string(num_threads));
   return num_threads;
 }
+
+std::atomic<uint32_t> forks{0};
+#if defined(__unix__) || defined(__APPLE__)
+// Runs in the child only. Without memory for it the count stays 0, and a forked process waits for threads that it lacks.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { ++forks; });
+#endif
 
 #if defined(__linux__)
 // A futex is the low half of the counter.
@@ -73,6 +82,8 @@ void wake_all(Counter&) {}
 
 }  // namespace
 
+uint32_t num_forks() { return forks.load(std::memory_order_relaxed); }
+
 void Event::advance() {
   // Sequentially consistent with the sleeper's count, so that either side sees the other.
   value_.fetch_add(1, std::memory_order_seq_cst);
@@ -91,16 +102,36 @@ Threads::Threads(int num_threads)
       num_helped_(std::min(num_threads, kMostHelped)),
       tickets_(num_threads),
       own_(num_threads, {0, Patience(has_core_for_each(num_threads))}) {
-  for (int thread = 1; thread < num_threads; ++thread) workers_.emplace_back([this, thread] { serve(thread); });
+  start();
 }
 
 Threads::~Threads() {
+  if (num_forks_ != num_forks()) forget();
   stop_ = true;
   started_.advance();
   for (auto& worker : workers_) worker.join();
 }
 
+void Threads::start() {
+  num_forks_ = num_forks();
+  for (int thread = 1; thread < num_threads_; ++thread) workers_.emplace_back([this, thread] { serve(thread); });
+}
+
+void Threads::forget() {
+  // To join or to detach a thread of another process is undefined, so what stands for them is never destroyed.
+  new std::vector<std::thread>(std::move(workers_));
+  workers_.clear();
+  started_.reset();
+  num_arrived_ = num_sleepers_ = 0;
+  for (Tickets& drawn : tickets_) drawn.value = 0;
+  for (Own& own : own_) own = {0, Patience(has_core_for_each(num_threads_))};
+}
+
 void Threads::run(const std::function<void(int)>& work) {
+  if (num_forks_ != num_forks()) {
+    forget();
+    start();
+  }
   if (num_threads_ > 1) ask_for_short_slices();
   work_ = &work;
   started_.advance();

@@ -78,9 +78,13 @@ class Patience {
   Clock::time_point last_lost_{}, wary_until_{};
 };
 
+// How often this process or one that it comes from was forked while it had the engine. A forked process has one thread only.
+uint32_t num_forks();
+
 // Waits for a counter to change, in the end asleep in the kernel.
 class Event {
  public:
+  void reset() { value_ = num_sleepers_ = 0; }
   uint32_t value() const { return value_.load(std::memory_order_acquire); }
   void advance();
   void wait_beyond(uint32_t seen, Patience& patience);
@@ -100,7 +104,8 @@ class Threads {
 
   int size() const { return num_threads_; }
 
-  // Call work(thread) on every thread and return when all are done. `work` must not throw.
+  // Call work(thread) on every thread and return when all are done. `work` must not throw. In a process that was forked
+  // since the last run the threads are started anew.
   void run(const std::function<void(int)>& work);
 
   // Inside `run`: call work(begin, end) so that all threads' calls together cover [0, count). Each thread goes through an
@@ -143,6 +148,9 @@ class Threads {
  private:
   static constexpr int kParts = 4;  // that the last quarter of a thread's range is cut into
 
+  void start();
+  // In a forked process: let go of the parent's threads, and of what had been counted.
+  void forget();
   void serve(int thread);
   static int reserved_end(Range own) { return own.begin + (own.end - own.begin) * 3 / 4; }
   static Range open_part(Range own, int part) {
@@ -156,6 +164,7 @@ class Threads {
   std::vector<std::thread> workers_;
   const std::function<void(int)>* work_ = nullptr;
   bool stop_ = false;
+  uint32_t num_forks_;  // when the workers were started
   alignas(64) Event started_;
   // Arrivals at all barriers so far: one cache line tells the last thread that it is the last, and all others that it came.
   alignas(64) std::atomic<uint64_t> num_arrived_{0};
