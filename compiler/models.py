@@ -25,6 +25,7 @@ from .config import DType
 from .model_settings import check_settings
 from .paging import convert_on_use
 from .sources import ModelSource
+from .vocabulary import fit_tokenizer
 
 __all__ = [
     "LoadedModel",
@@ -183,6 +184,7 @@ def load_model(
     check_finite(model, source.name)
     model = model.eval().to(target)
     tokenizer = load_tokenizer(source)
+    fit_tokenizer(tokenizer, resolve(model, family.embedding).num_embeddings, source.name)
     loaded = wrap_model(model, tokenizer, family=family, name=source.name, config=config)
     if not mapped:
         return loaded

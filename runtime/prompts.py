@@ -35,7 +35,7 @@ class PromptFormat:
         Raises:
             BundleCorrupt: a file cannot be parsed.
         """
-        self._model_name = bundle.manifest.model.name
+        self._model_name, self._vocab_size = bundle.manifest.model.name, bundle.manifest.model.vocab_size
         self.tokenizer = _parsed(
             bundle, LAYOUT.tokenizer, tokenizer.result if tokenizer else lambda: read_tokenizer(bundle.path)
         )
@@ -58,14 +58,18 @@ class PromptFormat:
         Args:
             add_special_tokens: put the tokens around it that the tokenizer puts around a text of its own.
         Raises:
-            ConfigError: the text is no Unicode.
+            ConfigError: the text is no Unicode, or holds a token that the model has no embedding for.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             # Python keeps bytes of the command line that are not UTF-8 as halves of surrogate pairs.
             raise ConfigError(f"prompt: expected Unicode text, got half a character at {error.start}") from error
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        ids = list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        if max(ids, default=0) >= self._vocab_size:
+            token = self.tokenizer.id_to_token(max(ids))
+            raise ConfigError(f"prompt: {self._model_name} has no embedding for the token {token!r}; leave it out")
+        return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Turn token ids into text without special tokens."""
