@@ -7,35 +7,58 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-__all__ = ["check_files", "check_finite", "check_loaded", "check_quantization", "check_tied_head"]
+__all__ = [
+    "LOADING_ERRORS",
+    "check_encoder",
+    "check_files",
+    "check_finite",
+    "check_loaded",
+    "check_quantization",
+    "check_tied_head",
+]
 
 _SHOWN = 5
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_LEFTOVERS = ("rotary_emb.inv_freq", ".attn.masked_bias")
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    SafetensorError,
+    # Of a damaged index, or a pytorch_model.bin that is cut off or holds anything but tensors.
+    AttributeError,
+    EOFError,
+    ImportError,
+    KeyError,
+    TypeError,
+    UnpicklingError,
+)
+"""What transformers raises where it cannot read a model's files."""
+_LEFTOVERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 """Ends of names of tensors that older checkpoints hold and no model reads."""
 
 
-def check_quantization(config: PreTrainedConfig, name: str) -> None:
+def check_quantization(config: PreTrainedConfig, what: str) -> None:
     """Refuse a checkpoint that is quantized already.
 
     Args:
-        name: what the user called the model.
+        what: what to call the model in an error, such as "--model tiny".
     Raises:
         UnsupportedModelError: its config says that it is.
     """
     for field in ("quantization_config", "quantization", "compression_config"):
         if settings := getattr(config, field, None):
             raise UnsupportedModelError(
-                f"--model {name}: its weights are quantized already ({_quantizer(settings)}; {field} in config.json), "
+                f"{what}: its weights are quantized already ({_quantizer(settings)}; {field} in config.json), "
                 "expected float32, bfloat16 or float16; give the model that it was quantized from"
             )
 
@@ -47,20 +70,20 @@ def _quantizer(settings: Any) -> str:
     return f"{getattr(method, 'value', method)}{f', {bits} bits' if bits else ''}"
 
 
-def check_files(folder: Path, name: str, *, mapped: bool) -> None:
+def check_files(folder: Path, what: str, *, mapped: bool) -> None:
     """Look at the headers of a folder's safetensors files, as far as they can be read; others are told on loading.
 
     Args:
-        name: what the user called the model.
+        what: what to call the model in an error, such as "--model tiny".
         mapped: whether weights are to stay in their file.
     Raises:
         ConfigError: there are no safetensors files, and weights are to stay in them.
         UnsupportedModelError: some tensors are packed integers.
     """
-    files = [file for file in _files_of(folder, name) if file.is_file()]
+    files = [file for file in _files_of(folder, what) if file.is_file()]
     if mapped and not files:
         raise ConfigError(
-            f"--max-memory: expected a model in safetensors, whose weights can stay in their file, got {name}; "
+            f"{what}: --max-memory wants safetensors, whose weights can stay in their file, and found none; "
             "save it with transformers first"
         )
     packed = []
@@ -70,16 +93,33 @@ def check_files(folder: Path, name: str, *, mapped: bool) -> None:
             packed += [f"{key} ({dtype})" for key, dtype in dtypes.items() if _is_packed(key, dtype)]
     if packed:
         raise UnsupportedModelError(
-            f"--model {name}: expected weights in float32, bfloat16 or float16, got {_some(packed)}; "
+            f"{what}: expected weights in float32, bfloat16 or float16, got {_some(packed)}; "
             "give the model that these were quantized from"
         )
+
+
+def check_encoder(encoder: nn.Module, what: str) -> None:
+    """Compare a sentence encoder in memory with the files that it came from, which are read once more.
+
+    Raises:
+        ConfigError: weights are missing, left over or no finite numbers; some are named.
+    """
+    check_finite(encoder, what)
+    for module in encoder.modules():
+        if isinstance(module, PreTrainedModel) and Path(module.name_or_path).is_dir():
+            _, info = type(module).from_pretrained(module.name_or_path, output_loading_info=True)
+            own = tuple(f"{name}." for name, _ in module.named_children())
+            # A sentence is the mean of its tokens' vectors: the pooler of BERT models, and their heads, serve nothing.
+            missing = {tensor for tensor in info["missing_keys"] if not tensor.startswith("pooler.")}
+            left_over = {tensor for tensor in info["unexpected_keys"] if tensor.startswith(own)}
+            check_loaded({**info, "missing_keys": missing, "unexpected_keys": left_over}, what)
 
 
 def _is_packed(key: str, dtype: str) -> bool:
     return dtype not in _FLOATS and not key.endswith(_LEFTOVERS)
 
 
-def _files_of(folder: Path, name: str) -> list[Path]:
+def _files_of(folder: Path, what: str) -> list[Path]:
     """The safetensors files that transformers reads: the single one if it is there, else those of the index."""
     if (folder / SAFE_WEIGHTS_NAME).exists() or not (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
         return [folder / SAFE_WEIGHTS_NAME]
@@ -88,17 +128,17 @@ def _files_of(folder: Path, name: str) -> list[Path]:
         return [folder / shard for shard in sorted(set(index["weight_map"].values()))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"--model {name}: {SAFE_WEIGHTS_INDEX_NAME} cannot be read ({error or type(error).__name__}); "
+            f"{what}: {SAFE_WEIGHTS_INDEX_NAME} cannot be read ({error or type(error).__name__}); "
             "expected a weight_map from tensors to files"
         ) from error
 
 
-def check_loaded(info: Mapping[str, Any], name: str) -> None:
+def check_loaded(info: Mapping[str, Any], what: str) -> None:
     """Compare a checkpoint with the model that it was loaded into.
 
     Args:
         info: of `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)`.
-        name: what the user called the model.
+        what: what to call the model in an error, such as "--model tiny".
     Raises:
         ConfigError: tensors are missing, left over or of another shape; some of each are named.
     """
@@ -118,7 +158,7 @@ def check_loaded(info: Mapping[str, Any], name: str) -> None:
     ]
     if problems:
         raise ConfigError(
-            f"--model {name}: its weights are not those of its config.json: {'; '.join(problems)}; "
+            f"{what}: its weights are not those of its config.json: {'; '.join(problems)}; "
             "give the whole checkpoint with its own config.json"
         )
 
@@ -132,7 +172,7 @@ def _some(found: Collection[str]) -> str:
     return shown if len(found) <= _SHOWN else f"{shown} and {len(found) - _SHOWN} more"
 
 
-def check_tied_head(model: nn.Module, embedding: nn.Module, *, tied: bool, name: str) -> None:
+def check_tied_head(model: nn.Module, embedding: nn.Module, *, tied: bool, what: str) -> None:
     """Refuse a head of its own in a checkpoint whose config says that the embedding serves as head.
 
     Raises:
@@ -141,12 +181,12 @@ def check_tied_head(model: nn.Module, embedding: nn.Module, *, tied: bool, name:
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     if tied and head.weight is not embedding.weight:
         raise ConfigError(
-            f"--model {name}: its config.json says tie_word_embeddings true, but its weights hold a head that is not "
+            f"{what}: its config.json says tie_word_embeddings true, but its weights hold a head that is not "
             "the embedding; set it to false, or take the head out"
         )
 
 
-def check_finite(model: nn.Module, name: str) -> None:
+def check_finite(model: nn.Module, what: str) -> None:
     """Read all parameters once.
 
     Raises:
@@ -156,7 +196,7 @@ def check_finite(model: nn.Module, name: str) -> None:
     if broken:
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         raise ConfigError(
-            f"--model {name}: NaN or infinite values, read as {dtype}, in {_some(broken)}; give a whole checkpoint"
+            f"{what}: NaN or infinite values, read as {dtype}, in {_some(broken)}; give a whole checkpoint"
         )
 
 

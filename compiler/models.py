@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import numpy as np
@@ -15,12 +14,11 @@ from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from coreinfer.bundles.families import FAMILIES, Family, cache_argument, family_of_config, resolve
 from coreinfer.bundles.machine import cpu_multiplies_bf16
 from coreinfer.bundles.manifest import ModelRecord
-from safetensors import SafetensorError
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel
 
-from .checkpoint import check_files, check_finite, check_loaded, check_quantization, check_tied_head
+from .checkpoint import LOADING_ERRORS, check_files, check_finite, check_loaded, check_quantization, check_tied_head
 from .config import DType
 from .model_settings import check_settings
 from .paging import convert_on_use
@@ -41,20 +39,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    SafetensorError,
-    # Of a damaged index, or a pytorch_model.bin that is cut off or holds anything but tensors.
-    AttributeError,
-    EOFError,
-    ImportError,
-    KeyError,
-    TypeError,
-    UnpicklingError,
-)
-"""What transformers raises where it cannot read a model's files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +127,7 @@ def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
             "give a Hub id, a folder with config.json, a .gguf file or package:NAME/PATH"
         ) from error
     family = family_of_config(config.to_dict(), source.name)
-    check_quantization(config, source.name)
+    check_quantization(config, f"--model {source.name}")
     check_settings(family, config, source.name)
     return family, config
 
@@ -158,14 +142,14 @@ def load_model(
     Raises:
         ConfigError: the model, the device or the dtype cannot be had.
     """
-    target = pick_device(device)
+    target, what = pick_device(device), f"--model {source.name}"
     if mapped and source.gguf_file:
         raise ConfigError(
             f"--max-memory: expected a model in safetensors, whose weights can stay in their file, got {source.name}; "
             "save it with transformers first"
         )
     if not source.gguf_file and source.path:
-        check_files(source.path, source.name, mapped=mapped)
+        check_files(source.path, what, mapped=mapped)
     try:
         with quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -176,12 +160,12 @@ def load_model(
                 ignore_mismatched_sizes=True,
                 **source.pretrained_arguments(),
             )
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise ConfigError(f"--model {source.name}: its weights cannot be loaded ({_first_line(error)})") from error
-    check_loaded(info, source.name)
+    check_loaded(info, what)
     tied = bool(config.tie_word_embeddings)
-    check_tied_head(model, resolve(model, family.embedding), tied=tied, name=source.name)
-    check_finite(model, source.name)
+    check_tied_head(model, resolve(model, family.embedding), tied=tied, what=what)
+    check_finite(model, what)
     model = model.eval().to(target)
     tokenizer = load_tokenizer(source)
     fit_tokenizer(tokenizer, resolve(model, family.embedding).num_embeddings, source.name)

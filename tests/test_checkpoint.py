@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from coreinfer.bundles import ConfigError, CoreInferError, UnsupportedModelError
+from coreinfer.compiler.embedding import load_encoder
 from coreinfer.compiler.models import LoadedModel, load_model, read_config
 from coreinfer.compiler.sources import find_source
 from safetensors.torch import load_file, save_file
 
-from .model_factory import FAMILIES, build_model, save_model
+from .model_factory import FAMILIES, build_model, save_encoder, save_model
 
 IDS = torch.arange(5, 45)[None]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -252,7 +253,7 @@ def test_torch_files_cannot_stay_in_their_file(copy: Callable[..., Path]) -> Non
     folder = copy()
     torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
     (folder / WEIGHTS).unlink()
-    with pytest.raises(ConfigError, match="--max-memory: expected a model in safetensors"):
+    with pytest.raises(ConfigError, match="--max-memory wants safetensors"):
         load(folder, mapped=True)
 
 
@@ -279,3 +280,36 @@ def test_quantized_checkpoints_are_refused_by_name(settings: dict[str, Any], cop
         load(folder)
     assert f"quantized already ({settings['quant_method']}" in str(caught.value)
     assert str(caught.value).endswith("; give the model that it was quantized from")
+
+
+# The sentence encoder
+
+
+ENCODER_LAYER = "encoder.layer.0.output.dense.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda weights: weights.pop(ENCODER_LAYER), f"missing {ENCODER_LAYER}; give"),
+        (lambda weights: weights.update({"encoder.layer.1.a": IDS.float()}), "left over encoder.layer.1.a;"),
+        (lambda weights: weights[ENCODER_LAYER].fill_(float("nan")), "NaN or infinite values, read as float32, in 0."),
+    ],
+)
+def test_a_sentence_encoder_is_whole_or_refused(
+    change: Callable[[dict[str, torch.Tensor]], object], expected: str, tmp_path: Path
+) -> None:
+    folder = save_encoder(tmp_path)
+    change_weights(folder, change)
+    with pytest.raises(ConfigError) as caught:
+        load_encoder(find_source(str(folder), option="--encoder"), "cpu")
+    assert f"--encoder {folder.name}: " in str(caught.value)
+    assert expected in str(caught.value)
+
+
+def test_what_a_sentence_encoder_does_not_need_is_passed_over(tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path)
+    change_weights(
+        folder, lambda weights: (weights.pop("pooler.dense.weight"), weights.update({"cls.a": torch.ones(2)}))
+    )
+    assert load_encoder(find_source(str(folder), option="--encoder"), "cpu") is not None
