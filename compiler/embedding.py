@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
 from .cache import Cache, stage_key
+from .checkpoint import LOADING_ERRORS, check_encoder
 from .models import quiet_transformers
 from .progress import Progress
 from .sources import ModelSource
@@ -56,14 +57,16 @@ def load_encoder(source: ModelSource, device: str) -> SentenceTransformer:
     """Load a sentence-transformers model.
 
     Raises:
-        ConfigError: there is none, or it is a GGUF file.
+        ConfigError: there is none, it is a GGUF file, or its weights are not those of its config.json.
     """
     if source.gguf_file:
         raise ConfigError(f"--encoder {source.name}: a GGUF file; expected a sentence-transformers folder or Hub id")
     try:
         with quiet_transformers():
-            return SentenceTransformer(source.location, device=device)
-    except (OSError, ValueError, KeyError) as error:
+            encoder = SentenceTransformer(source.location, device=device)
+            check_encoder(encoder, f"--encoder {source.name}")
+            return encoder
+    except LOADING_ERRORS as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
             f"--encoder {source.name}: no sentence encoder can be loaded ({reason}); "

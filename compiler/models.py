@@ -14,14 +14,16 @@ from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from coreinfer.bundles.families import FAMILIES, Family, cache_argument, family_of_config, resolve
 from coreinfer.bundles.machine import cpu_multiplies_bf16
 from coreinfer.bundles.manifest import ModelRecord
-from safetensors import SafetensorError
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel
 
+from .checkpoint import LOADING_ERRORS, check_files, check_finite, check_loaded, check_quantization, check_tied_head
 from .config import DType
+from .model_settings import check_settings
 from .paging import convert_on_use
 from .sources import ModelSource
+from .vocabulary import fit_tokenizer
 
 __all__ = [
     "LoadedModel",
@@ -92,9 +94,11 @@ class LoadedModel:
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits of what `states` gives: (..., size) -> (..., vocabulary)."""
-        head: nn.Module = cast("PreTrainedModel", self.model).get_output_embeddings()
+        model = cast("PreTrainedModel", self.model)
+        head: nn.Module = model.get_output_embeddings()
         logits: torch.Tensor = head(states)
-        return logits
+        cap = getattr(model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def projection(self, layer: int, role: str) -> nn.Linear:
         """One linear module of a layer's FFN: "gate", "up" or "down"."""
@@ -108,7 +112,7 @@ def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
 
     Raises:
         ConfigError: there is no such model, or its config cannot be read.
-        UnsupportedModelError: its family is not supported.
+        UnsupportedModelError: its family, its quantization or another of its settings is not supported.
     """
     try:
         with quiet_transformers():
@@ -122,7 +126,10 @@ def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
             f"--model {source.name}: no model can be read there ({reason}); "
             "give a Hub id, a folder with config.json, a .gguf file or package:NAME/PATH"
         ) from error
-    return family_of_config(config.to_dict(), source.name), config
+    family = family_of_config(config.to_dict(), source.name)
+    check_quantization(config, f"--model {source.name}")
+    check_settings(family, config, source.name)
+    return family, config
 
 
 def load_model(
@@ -135,21 +142,33 @@ def load_model(
     Raises:
         ConfigError: the model, the device or the dtype cannot be had.
     """
-    target = pick_device(device)
+    target, what = pick_device(device), f"--model {source.name}"
     if mapped and source.gguf_file:
         raise ConfigError(
             f"--max-memory: expected a model in safetensors, whose weights can stay in their file, got {source.name}; "
             "save it with transformers first"
         )
+    if not source.gguf_file and source.path:
+        check_files(source.path, what, mapped=mapped)
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                source.location, dtype="auto" if mapped else pick_dtype(dtype, target), **source.pretrained_arguments()
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.location,
+                dtype="auto" if mapped else pick_dtype(dtype, target),
+                # Both for `check_loaded`, which names what does not fit.
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **source.pretrained_arguments(),
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise ConfigError(f"--model {source.name}: its weights cannot be loaded ({_first_line(error)})") from error
+    check_loaded(info, what)
+    tied = bool(config.tie_word_embeddings)
+    check_tied_head(model, resolve(model, family.embedding), tied=tied, what=what)
+    check_finite(model, what)
     model = model.eval().to(target)
     tokenizer = load_tokenizer(source)
+    fit_tokenizer(tokenizer, resolve(model, family.embedding).num_embeddings, source.name)
     loaded = wrap_model(model, tokenizer, family=family, name=source.name, config=config)
     if not mapped:
         return loaded

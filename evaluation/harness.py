@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from coreinfer.bundles.command import command_errors
 from coreinfer.runtime.chat import render_chat
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -136,6 +137,7 @@ class CoreInferLM(LM):  # type: ignore[misc]
         return self._subject.engine.chat_template
 
 
+@command_errors
 def main() -> None:
     """Run `lm_eval` with the model "coreinfer" registered."""
     from lm_eval.__main__ import cli_evaluate

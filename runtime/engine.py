@@ -159,9 +159,7 @@ class Engine:
             return self.answer_all(prompt, options)
         return collect(list(self.start(cast(Prompt, prompt), options)))
 
-    def stream(
-        self, prompt: Prompt, **options: Unpack[GenerationKeywords]
-    ) -> Generator[Token, None, None]:
+    def stream(self, prompt: Prompt, **options: Unpack[GenerationKeywords]) -> Generator[Token, None, None]:
         """Generate token by token; the same prompt, options and seed give the same text, whatever ran before.
 
         The keywords are the fields of `GenerationOptions`.

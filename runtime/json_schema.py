@@ -1,7 +1,7 @@
 """Answers that follow a JSON schema: llguidance says, token by token, how the text may go on."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ class JsonGrammars:
         """Note the tokenizer; llguidance is imported when a schema comes.
 
         Args:
-            vocab_size: number of logits, which may be more than the tokenizer has tokens.
+            vocab_size: number of logits, which may be more or fewer than the tokenizer has tokens.
             eos_token_ids: tokens that end a text.
         """
         self._tokenizer = tokenizer
@@ -44,9 +44,7 @@ class JsonGrammars:
             raise ConfigError("json_schema needs the package llguidance; pip install 'coreinfer[json]'") from error
         text = _schema_text(schema)
         if self._known is None:
-            self._known = LLTokenizer(
-                self._tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=list(self._eos_token_ids)
-            )
+            self._known = self._read_tokenizer(LLTokenizer)
         try:
             grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
         except ValueError as error:
@@ -55,6 +53,16 @@ class JsonGrammars:
         if matcher.is_error():
             raise ConfigError(f"json_schema: {_one_line(matcher.get_error())}")
         return JsonGrammar(matcher, self._vocab_size)
+
+    def _read_tokenizer(self, reader: Callable[..., Any]) -> Any:
+        # llguidance must know of tokens that the model has no logit for; masks are cut off before them.
+        num_ids = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        try:
+            return reader(
+                self._tokenizer.to_str(), n_vocab=max(self._vocab_size, num_ids), eos_token=list(self._eos_token_ids)
+            )
+        except ValueError as error:
+            raise ConfigError(f"json_schema: llguidance does not read this tokenizer ({_one_line(error)})") from error
 
 
 class JsonGrammar:
@@ -77,11 +85,14 @@ class JsonGrammar:
         Args:
             logits: (vocab,) float32; left as they are.
         Raises:
-            CoreInferError: the grammar became too complex for llguidance's limits.
+            CoreInferError: the grammar became too complex for llguidance's limits, or goes on with no token that has a
+                logit.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         allowed = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(np.bool_)
+        if not allowed.any():
+            raise CoreInferError("json_schema: the tokenizer goes on with tokens that the model has no logit for")
         return np.where(allowed, logits, np.float32(-np.inf))
 
     def advance(self, token_id: int) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from coreinfer.bundles import Bundle, BundleCorrupt, Manifest, UnsupportedModelError
 from coreinfer.bundles.contract import tensor_name
 from coreinfer.bundles.formats import stored_parts
+from coreinfer.bundles.manifest import ModelRecord
 from coreinfer.bundles.tensors import TensorFile
 
 __all__ = ["ffn_layers", "model_spec"]
@@ -27,6 +28,8 @@ class _Names:
         output: the attention's output projection.
         norms: name in the native engine -> name in the layer.
         norm_offset: added to the weight of an RMS norm.
+        settings: those of the config that models of this family are computed with, besides their shapes. A config may
+            hold any others, which transformers leaves alone as well.
     """
 
     root: str = "model."
@@ -34,13 +37,18 @@ class _Names:
     final_norm: str = "norm"
     norms: Mapping[str, str]
     norm_offset: float = 0.0
+    settings: frozenset[str]
 
 
-_LLAMA = _Names(norms={"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"})
+_ROTARY_SETTINGS = frozenset({"model_type", "rms_norm_eps", "rope_parameters", "sliding_window"})
+_LLAMA = _Names(
+    norms={"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}, settings=_ROTARY_SETTINGS
+)
+_QWEN = replace(_LLAMA, settings=_ROTARY_SETTINGS | {"layer_types"})
 _FAMILY_NAMES: dict[str, _Names] = {
     "llama": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
+    "qwen2": _QWEN,
+    "qwen3": _QWEN,
     "gemma3": _Names(
         norms={
             "attention_norm": "input_layernorm",
@@ -49,12 +57,15 @@ _FAMILY_NAMES: dict[str, _Names] = {
             "ffn_output_norm": "post_feedforward_layernorm",
         },
         norm_offset=1.0,
+        settings=_ROTARY_SETTINGS
+        | {"attn_logit_softcapping", "final_logit_softcapping", "layer_types", "query_pre_attn_scalar"},
     ),
     "opt": _Names(
         root="model.decoder.",
         output="self_attn.out_proj",
         final_norm="final_layer_norm",
         norms={"attention_norm": "self_attn_layer_norm", "ffn_norm": "final_layer_norm"},
+        settings=frozenset({"do_layer_norm_before", "layer_norm_elementwise_affine", "word_embed_proj_dim"}),
     ),
 }
 # OPT keeps two learned positions free in front.
@@ -81,8 +92,8 @@ def model_spec(bundle: Bundle) -> dict[str, Any]:
         UnsupportedModelError: the config asks for something that the native engine does not compute.
     """
     manifest, base = bundle.manifest, bundle.base
-    config, model = manifest.model.config, manifest.model
-    names = _names(manifest)
+    model = manifest.model
+    names, config = _names_and_settings(manifest)
     width = int(config.get("word_embed_proj_dim") or model.hidden_size)
     embedding = _matrix(base, f"{names.root}embed_tokens.weight", (model.vocab_size, width))
     projected = width != model.hidden_size
@@ -111,7 +122,7 @@ def model_spec(bundle: Bundle) -> dict[str, Any]:
         else None,
         "final_norm": _norm(base, names.root + names.final_norm, names.norm_offset),
         "rotary": list(tables.values()),
-        "layers": [_layer(base, names, manifest, index, list(tables)) for index in range(model.num_layers)],
+        "layers": [_layer(base, names, model, config, index, list(tables)) for index in range(model.num_layers)],
     }
 
 
@@ -135,16 +146,17 @@ def ffn_layers(file: TensorFile, manifest: Manifest, num_neurons: Sequence[int])
     return layers
 
 
-def _names(manifest: Manifest) -> _Names:
-    config = manifest.model.config
+def _names_and_settings(manifest: Manifest) -> tuple[_Names, dict[str, Any]]:
     names = _FAMILY_NAMES.get(manifest.model.family)
+    known = names.settings if names else frozenset()
+    config = {key: value for key, value in manifest.model.config.items() if key in known}
     unknown = [key for key in ("attn_logit_softcapping", "final_logit_softcapping") if config.get(key)]
     if config.get("layer_norm_elementwise_affine", True) is not True:
         unknown.append("layer_norm_elementwise_affine")
     if names is None or unknown:
         what = f"family {manifest.model.family!r}" if names is None else ", ".join(unknown)
         raise UnsupportedModelError(f"model {manifest.model.name}: the native engine has no {what}; use engine='torch'")
-    return names
+    return names, config
 
 
 def _nonlinearity(activation: str) -> str:
@@ -155,8 +167,9 @@ def _nonlinearity(activation: str) -> str:
     return _NONLINEARITIES[activation]
 
 
-def _layer(base: TensorFile, names: _Names, manifest: Manifest, index: int, tables: list[str]) -> dict[str, Any]:
-    model = manifest.model
+def _layer(
+    base: TensorFile, names: _Names, model: ModelRecord, config: Mapping[str, Any], index: int, tables: list[str]
+) -> dict[str, Any]:
     root = f"{names.root}layers.{index}."
     hidden, query = model.hidden_size, model.num_heads * model.head_dim
     key = model.num_kv_heads * model.head_dim
@@ -167,10 +180,10 @@ def _layer(base: TensorFile, names: _Names, manifest: Manifest, index: int, tabl
         "output": _linear(base, root + names.output, (hidden, query)),
     }
     places = names.norms
-    if model.config.get("do_layer_norm_before") is False:
+    if config.get("do_layer_norm_before") is False:
         places = {_POST_NORM[place]: name for place, name in places.items()}
     norms = {place: _norm(base, root + places[place], names.norm_offset) for place in _NORM_PLACES if place in places}
-    kind = _layer_kind(model.config, index)
+    kind = _layer_kind(config, index)
     return {
         **dict.fromkeys(_NORM_PLACES),
         **linears,
@@ -178,7 +191,7 @@ def _layer(base: TensorFile, names: _Names, manifest: Manifest, index: int, tabl
         "query_norm": _norm(base, f"{root}self_attn.q_norm", names.norm_offset),
         "key_norm": _norm(base, f"{root}self_attn.k_norm", names.norm_offset),
         "rope": -1 if not tables else tables.index(kind) if kind in tables else 0,
-        "window": _window(model.config, kind),
+        "window": _window(config, kind),
     }
 
 
@@ -209,17 +222,17 @@ def _inverse_frequencies(parameters: Mapping[str, Any], head_dim: int) -> Floats
         (head_dim / 2) float32 radians a position.
     """
     kind = parameters.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3") or parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedModelError(
+            f"rotary embeddings {kind!r}: the native engine has default, linear and llama3, of whole heads; "
+            "use engine='torch'"
+        )
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = (1.0 / np.float32(parameters["rope_theta"]) ** exponents).astype(np.float32)
     if kind == "linear":
         return np.asarray(frequencies / np.float32(parameters["factor"]), dtype=np.float32)
     if kind == "llama3":
         return _llama3(frequencies, parameters)
-    if kind != "default" or parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError(
-            f"rotary embeddings {kind!r}: the native engine has default, linear and llama3, of whole heads; "
-            "use engine='torch'"
-        )
     return frequencies
 
 

@@ -41,7 +41,8 @@ class PromptFormat:
         Raises:
             BundleCorrupt: a file cannot be parsed.
         """
-        self._model_name, self._max_positions = bundle.manifest.model.name, bundle.manifest.model.max_positions
+        model = bundle.manifest.model
+        self._model_name, self._max_positions, self._vocab_size = model.name, model.max_positions, model.vocab_size
         self.tokenizer = _parsed(
             bundle, LAYOUT.tokenizer, tokenizer.result if tokenizer else lambda: read_tokenizer(bundle.path)
         )
@@ -64,7 +65,8 @@ class PromptFormat:
         Args:
             add_special_tokens: put the tokens around it that the tokenizer puts around a text of its own.
         Raises:
-            ConfigError: the text is no Unicode, or of so many characters that it is certainly too long for the model.
+            ConfigError: the text is no Unicode, holds a token that the model has no embedding for, or is of so many
+                characters that it is certainly too long for the model.
         """
         try:
             text.encode()
@@ -72,6 +74,13 @@ class PromptFormat:
             # Python keeps bytes of the command line that are not UTF-8 as halves of surrogate pairs.
             raise ConfigError(f"prompt: expected Unicode text, got half a character at {error.start}") from error
         self._check_room(text)
+        ids = self._ids(text, add_special_tokens=add_special_tokens)
+        if max(ids, default=0) >= self._vocab_size:
+            token = self.tokenizer.id_to_token(max(ids))
+            raise ConfigError(f"prompt: {self._model_name} has no embedding for the token {token!r}; leave it out")
+        return ids
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if len(text) < _LONG_CHARACTERS:
             return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         (encoding,) = self.tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)

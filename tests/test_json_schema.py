@@ -113,3 +113,38 @@ def test_a_mask_leaves_the_logits_alone(engine: runtime.Engine) -> None:
     assert starts == {"n", "7", '"'}
     np.testing.assert_array_equal(masked[allowed], logits[allowed])
     assert not np.isfinite(masked[sorted(engine.eos_token_ids)]).any()
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_tokens_without_a_logit_are_never_chosen(name: str, engine: runtime.Engine) -> None:
+    size = engine.manifest.model.vocab_size - 1
+    assert size < engine.tokenizer.get_vocab_size()
+    grammar = JsonGrammars(engine.tokenizer, vocab_size=size, eos_token_ids=engine.eos_token_ids).grammar(SCHEMAS[name])
+    random, ids = np.random.default_rng(0), [0]
+    while ids[-1] not in engine.eos_token_ids:
+        masked = grammar.masked(random.normal(size=size).astype(np.float32))
+        assert masked.shape == (size,)
+        ids.append(int(masked.argmax()))
+        grammar.advance(ids[-1])
+    assert valid(name, json.loads(engine.tokenizer.decode(ids)))
+
+
+def test_where_every_way_on_lacks_a_logit_it_is_said(engine: runtime.Engine) -> None:
+    grammars = JsonGrammars(engine.tokenizer, vocab_size=20, eos_token_ids=engine.eos_token_ids)
+    with pytest.raises(runtime.CoreInferError, match="tokens that the model has no logit for"):
+        grammars.grammar(SCHEMAS["object"]).masked(np.zeros(20, dtype=np.float32))
+
+
+def test_a_bundle_with_more_tokens_than_embeddings(engine: runtime.Engine) -> None:
+    """As earlier compilers wrote it: schemas work, and a prompt with such a token is refused by name."""
+    engine.tokenizer.add_special_tokens(["<|image|>"])
+    got = engine.generate(PROMPT, json_schema=SCHEMAS["object"], max_new_tokens=100)
+    assert valid("object", json.loads(got.text))
+    with pytest.raises(runtime.ConfigError, match=r"no embedding for the token '<\|image\|>'; leave it out"):
+        engine.generate("Look: <|image|>", max_new_tokens=1)
+
+
+def test_a_tokenizer_that_llguidance_does_not_read(engine: runtime.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llguidance.LLTokenizer", lambda *_, **__: int("no number"))
+    with pytest.raises(runtime.ConfigError, match="llguidance does not read this tokenizer"):
+        engine.stream(PROMPT, json_schema=SCHEMAS["array"])

@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,11 @@ def read_scripts(pyproject: Path = ROOT / "pyproject.toml") -> list[Script]:
 def _import(name: str, target: str) -> Script:
     module, _, attribute = target.partition(":")
     try:
-        return Script(name=name, entry=getattr(importlib.import_module(module), attribute))
+        entry = getattr(importlib.import_module(module), attribute)
+        if isinstance(entry, partial):
+            # Of coreinfer.bundles.starting, which imports the command itself when it is called.
+            entry = importlib.import_module(*entry.args).main
+        return Script(name=name, entry=entry)
     except ImportError as error:
         return Script(name=name, entry=None, missing=str(error))
 

@@ -1,0 +1,204 @@
+"""Settings of config.json: what the arithmetic depends on is computed as transformers does, or refused by name."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from coreinfer.bundles import UnsupportedModelError, open_bundle
+from coreinfer.compiler.models import load_model, read_config
+from coreinfer.compiler.sources import find_source
+from coreinfer.runtime.native_decoder import NativeDecoder
+from coreinfer.runtime.torch_decoder import TorchDecoder
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from .model_factory import FAMILIES, save_model
+from .test_checkpoint import change_json
+
+IDS = torch.arange(5, 45)[None]
+THETA = {"rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128, **THETA}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    **THETA,
+}
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"rope_parameters": {**THETA, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    ("llama", {"rope_parameters": {**THETA, "rope_type": "spiral"}}, "rope_type 'spiral'"),
+    ("gemma3", {"rope_parameters": {SLIDING: {**THETA, "rope_type": "spiral"}, FULL: THETA}}, "rope_type 'spiral'"),
+    ("llama", {"hidden_act": "sine"}, "hidden_act 'sine'"),
+    ("opt", {"activation_function": "sine"}, "activation_function 'sine'"),
+    ("gemma3", {"hidden_activation": "sine"}, "hidden_activation 'sine'"),
+    ("llama", {"sliding_window": 8}, "sliding_window 8, which llama models do not compute with"),
+    ("llama", {"layer_types": [FULL, SLIDING, FULL]}, "layer_types full_attention, sliding_attention, where all"),
+    ("qwen2", {"layer_types": [FULL, SLIDING, FULL]}, "layer_types with sliding_attention, and no sliding_window"),
+    ("llama", {"attention_multiplier": 0.0156}, "attention_multiplier 0.0156"),
+    ("llama", {"residual_multiplier": 0.22}, "residual_multiplier 0.22"),
+    ("llama", {"embedding_multiplier": 12.0}, "embedding_multiplier 12.0"),
+    ("qwen3", {"logits_scaling": 8.0}, "logits_scaling 8.0"),
+    ("llama", {"logit_scale": 0.0625}, "logit_scale 0.0625"),
+    ("qwen2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0, which qwen2 models do not"),
+    ("qwen2", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar 64"),
+    ("llama", {"do_layer_norm_before": False}, "do_layer_norm_before False"),
+    ("llama", {"no_rope_layers": [1, 1, 0]}, "no_rope_layers"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0, which transformers does not compute"),
+    ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+]
+
+COMPUTED: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, **THETA}}),
+    ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 500.0}),
+    ("llama", {"rope_parameters": {"rope_theta": 500.0}}),
+    ("llama", {"rope_parameters": YARN}),
+    ("llama", {"rope_parameters": LLAMA3}),
+    ("llama", {"rms_norm_eps": 0.5}),
+    ("llama", {"hidden_act": "relu"}),
+    ("llama", {"hidden_act": "mish"}),
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": 5}),
+    ("qwen2", {"layer_types": None, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    ("qwen3", {"layer_types": [SLIDING, FULL, FULL], "use_sliding_window": True, "sliding_window": 8}),
+    ("qwen3", {"rms_norm_eps": 0.5}),
+    ("gemma3", {"layer_types": [FULL, SLIDING, FULL]}),
+    ("gemma3", {"sliding_window": 7}),
+    ("gemma3", {"query_pre_attn_scalar": 64}),
+    ("gemma3", {"final_logit_softcapping": 2.0}),
+    ("gemma3", {"hidden_activation": "silu"}),
+    ("gemma3", {"rope_parameters": {SLIDING: THETA, FULL: {"rope_type": "linear", "factor": 8.0, **THETA}}}),
+    ("opt", {"activation_function": "gelu"}),
+]
+"""Each of these changes what transformers computes."""
+
+HARMLESS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"rope_interleaved": False, "is_llama_config": True, "pretraining_tp": 1, "sliding_window": None}),
+    ("llama", {"attention_multiplier": None, "logits_scaling": 1.0, "layer_types": [FULL] * 3, "use_qk_norm": False}),
+    ("qwen2", {"use_mrope": False, "sliding_window": 4096, "max_window_layers": 1}),
+    ("gemma3", {"final_logit_softcapping": None, "attn_logit_softcapping": None, "cache_implementation": "hybrid"}),
+    ("opt", {"prefix": "</s>", "rope_theta": 10000.0}),
+]
+
+
+def named(cases: list[Any]) -> list[Any]:
+    return [pytest.param(*case, id=f"{case[0]}-{'-'.join(case[1])}") for case in cases]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function (family, **settings) that gives the folder of a tiny model with other settings, good for one use."""
+    folder = tmp_path_factory.mktemp("settings")
+    configs: dict[str, str] = {}
+
+    def save(family: str, **settings: Any) -> Path:
+        path = folder / family / "config.json"
+        if family not in configs:
+            save_model(folder / family, family)
+            configs[family] = path.read_text(encoding="utf-8")
+        path.write_text(configs[family], encoding="utf-8")
+        change_json(path, **settings)
+        return folder / family
+
+    return save
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        result: torch.Tensor = model(IDS).logits
+    return result
+
+
+@pytest.mark.parametrize(("family", "settings", "expected"), named(REFUSED))
+def test_what_nobody_honours_is_refused_by_name(
+    family: str, settings: dict[str, Any], expected: str, saved: Callable[..., Path]
+) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        read_config(find_source(str(saved(family, **settings))))
+    assert f"--model {family}: config.json has {expected}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_such_settings_are_named_at_once(saved: Callable[..., Path]) -> None:
+    folder = saved("llama", logit_scale=2.0, scale_emb=12.0)
+    with pytest.raises(UnsupportedModelError, match=r"2 problems: .*logit_scale 2\.0.*scale_emb 12\.0"):
+        read_config(find_source(str(folder)))
+
+
+@pytest.mark.parametrize(("family", "settings"), named(COMPUTED + HARMLESS))
+def test_a_model_is_loaded_as_transformers_computes_it(
+    family: str, settings: dict[str, Any], saved: Callable[..., Path]
+) -> None:
+    plain = logits(AutoModelForCausalLM.from_pretrained(saved(family)))
+    folder = saved(family, **settings)
+    source = find_source(str(folder))
+    row, config = read_config(source)
+    loaded = load_model(source, row, config, device="cpu", dtype="float32")
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder))
+    assert torch.equal(expected, plain) == ((family, settings) in HARMLESS)
+    assert torch.equal(logits(loaded.model), expected)
+    with torch.inference_mode():
+        states = loaded.states(IDS, DynamicCache(config=loaded.model.config))
+        torch.testing.assert_close(loaded.head(states), expected)
+
+
+NATIVE_REFUSES = {"yarn", "mish", "final_logit_softcapping"}
+
+
+def as_saved(folder: Path) -> dict[str, Any]:
+    """A config as a compile puts it into the manifest."""
+    config: dict[str, Any] = json.loads(json.dumps(AutoConfig.from_pretrained(folder).to_dict(), default=str))
+    return {key: value for key, value in config.items() if key != "transformers_version"}
+
+
+@pytest.mark.parametrize(("family", "settings"), named(COMPUTED + HARMLESS))
+def test_engines_compute_a_setting_alike_or_the_native_one_refuses_it(
+    family: str, settings: dict[str, Any], saved: Callable[..., Path], tiny_bundle: Callable[..., Path]
+) -> None:
+    bundle = open_bundle(tiny_bundle(family))
+    config = as_saved(saved(family, **settings))
+    field = {"opt": "activation_function", "gemma3": "hidden_activation"}.get(family, "hidden_act")
+    record = replace(bundle.manifest.model, config=config, activation=config[field])
+    bundle = replace(bundle, manifest=replace(bundle.manifest, model=record))
+    ids = IDS[0].tolist()
+    expected = TorchDecoder(bundle, device="cpu", dtype="float32").forward(ids, all_logits=True)
+    if (refused := NATIVE_REFUSES.intersection(str(settings).split("'"))) and (family, settings) in COMPUTED:
+        with pytest.raises(UnsupportedModelError, match=refused.pop()):
+            NativeDecoder(bundle, threads=1)
+        return
+    got = NativeDecoder(bundle, threads=1).forward(ids, all_logits=True)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+
+
+FOREIGN: dict[str, Any] = {
+    "query_pre_attn_scalar": 3,
+    "sliding_window": 4,
+    "layer_types": [SLIDING] * 3,
+    "do_layer_norm_before": False,
+    "word_embed_proj_dim": 16,
+    "rope_parameters": {"rope_theta": 3.0},
+    "rms_norm_eps": 0.5,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_native_engine_reads_no_setting_that_transformers_leaves_alone(
+    family: str, tiny_bundle: Callable[..., Path]
+) -> None:
+    """Of bundles that an earlier compiler wrote: this one refuses such models."""
+    bundle = open_bundle(tiny_bundle(family))
+    record = bundle.manifest.model
+    foreign = {key: value for key, value in FOREIGN.items() if key not in record.config}
+    assert len(foreign) >= 2
+    changed = replace(bundle, manifest=replace(bundle.manifest, model=replace(record, config=record.config | foreign)))
+    ids = IDS[0].tolist()
+    expected, got = (NativeDecoder(each, threads=1).forward(ids, all_logits=True) for each in (bundle, changed))
+    np.testing.assert_array_equal(got, expected)
