@@ -20,6 +20,10 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel
 
 from .config import DType
+from .gguf_config import model_config
+from .gguf_parts import read_parts
+from .gguf_tokenizer import build_tokenizer
+from .gguf_weights import load_weights
 from .paging import convert_on_use
 from .sources import ModelSource
 
@@ -110,9 +114,13 @@ def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
         ConfigError: there is no such model, or its config cannot be read.
         UnsupportedModelError: its family is not supported.
     """
+    if source.gguf_file:
+        with quiet_transformers():
+            config = model_config(read_parts(source.gguf_path), source.name)
+        return family_of_config(config.to_dict(), source.name), config
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(source.location, **source.pretrained_arguments())
+            config = AutoConfig.from_pretrained(source.location)
     except (OSError, ValueError, KeyError) as error:
         reason = _first_line(error)
         if "not supported" in reason or "does not recognize" in reason:
@@ -141,11 +149,13 @@ def load_model(
             f"--max-memory: expected a model in safetensors, whose weights can stay in their file, got {source.name}; "
             "save it with transformers first"
         )
+    computes_in = pick_dtype(dtype, target)
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                source.location, dtype="auto" if mapped else pick_dtype(dtype, target), **source.pretrained_arguments()
-            )
+            if source.gguf_file:
+                model = load_weights(read_parts(source.gguf_path), config, dtype=computes_in, name=source.name)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(source.location, dtype="auto" if mapped else computes_in)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"--model {source.name}: its weights cannot be loaded ({_first_line(error)})") from error
     model = model.eval().to(target)
@@ -153,7 +163,6 @@ def load_model(
     loaded = wrap_model(model, tokenizer, family=family, name=source.name, config=config)
     if not mapped:
         return loaded
-    computes_in = pick_dtype(dtype, target)
     convert_on_use(model, family, computes_in)
     return replace(loaded, dtype=computes_in, mapped=True)
 
@@ -215,7 +224,10 @@ def load_tokenizer(source: ModelSource) -> Any:
     """
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source.location, **source.pretrained_arguments())
+            if source.gguf_file:
+                tokenizer = build_tokenizer(read_parts(source.gguf_path), source.name)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(source.location)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"--model {source.name}: its tokenizer cannot be loaded ({_first_line(error)})") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
