@@ -126,7 +126,7 @@ def _head_dim(keys: HeaderKeys, hidden: int, num_heads: int) -> int:
 
 
 def _token_ids(header: Header, name: str, vocabulary: int) -> dict[str, Any]:
-    ids: dict[str, Any] = {field: None for field in _TOKEN_ID_KEYS}
+    ids: dict[str, Any] = dict.fromkeys(_TOKEN_ID_KEYS)
     for field, key in _TOKEN_ID_KEYS.items():
         found = _ids_of(header, key, name, vocabulary)
         ids[field] = found[0] if found else None
@@ -167,7 +167,7 @@ def _qwen(model_type: str) -> Callable[[HeaderKeys, Header, Mapping[str, Any]], 
     def fields(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
         # Which layers slide, the header does not state.
         keys.expect("attention.sliding_window", (0,))
-        found = {
+        found: dict[str, Any] = {
             "model_type": model_type,
             "rope_parameters": _rope(keys, header, shared, keys.needed_number("rope.freq_base")),
         }

@@ -180,6 +180,4 @@ def _entry(file: Path, name: str, shape: tuple[int, ...], type_id: int, offset: 
     if not shape or shape[-1] % block_size:
         raise ValueError(f"tensor {name} of type {kind.name} has shape {list(shape)}, no multiple of {block_size}")
     num_bytes = math.prod(shape) // block_size * block_bytes
-    return TensorEntry(
-        file=file, type_name=kind.name, type_id=type_id, shape=shape, offset=offset, num_bytes=num_bytes
-    )
+    return TensorEntry(file=file, type_name=kind.name, type_id=type_id, shape=shape, offset=offset, num_bytes=num_bytes)

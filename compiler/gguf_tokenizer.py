@@ -57,7 +57,9 @@ def build_tokenizer(header: Header, name: str) -> PreTrainedTokenizerFast:
     try:
         backend, begins = build(keys, where)
     except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise ConfigError(f"{where}tokens: no tokenizer can be built of them ({type(error).__name__}: {error})") from error
+        raise ConfigError(
+            f"{where}tokens: no tokenizer can be built of them ({type(error).__name__}: {error})"
+        ) from error
     except Exception as error:
         # What the tokenizers library raises of merges that the vocabulary lacks is a plain Exception.
         if type(error) is not Exception:
@@ -108,7 +110,7 @@ def _byte_level(keys: _Keys, where: str) -> tuple[Tokenizer, bool]:
         raise UnsupportedModelError(f"{where}{stated}; expected one of {', '.join(SPLITS)}; {_ADVICE}")
     if keys.get("add_space_prefix"):
         raise UnsupportedModelError(f"{where}add_space_prefix = True is not supported with {keys['model']}; {_ADVICE}")
-    split = SPLITS[pre]
+    split = SPLITS[str(pre)]
     merges = [tuple(merge.split(" ")) for merge in keys["merges"]]
     vocabulary = _vocabulary([_spelled(token, kind) for token, kind in _typed(keys)], where)
     model = models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, ignore_merges=split.whole_words)
@@ -207,7 +209,9 @@ def _add_tokens(backend: Tokenizer, keys: _Keys, where: str) -> None:
         [AddedToken(token, normalized=False) for token, kind in typed if kind == _USER_DEFINED and token in present]
     )
     if backend.get_vocab_size() != len(typed):
-        raise ConfigError(f"{where}token_type: {backend.get_vocab_size() - len(typed)} tokens are not in the vocabulary")
+        raise ConfigError(
+            f"{where}token_type: {backend.get_vocab_size() - len(typed)} tokens are not in the vocabulary"
+        )
 
 
 # (tokenizer.ggml.model, architecture, or "" for any) -> how such a tokenizer is built.

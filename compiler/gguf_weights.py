@@ -154,7 +154,7 @@ def _check_complete(header: Header, sources: Mapping[str, str], empty: PreTraine
     ]
     if problems:
         raise ConfigError(
-            f"--model {name}: its tensors are not those of the {empty.config.model_type} model that its header describes: "
+            f"--model {name}: its tensors are not those of the {empty.config.model_type} model of its header: "
             f"{'; '.join(problems)}; download or convert it again"
         )
 

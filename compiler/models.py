@@ -222,6 +222,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     Raises:
         ConfigError: there is none, or it has no `tokenizer.json` form that the runtime can use.
     """
+    tokenizer: Any
     try:
         with quiet_transformers():
             if source.gguf_file:

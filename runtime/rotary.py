@@ -23,7 +23,7 @@ def rotary_table(parameters: Mapping[str, Any], head_dim: int) -> tuple[list[flo
     """
     kind = parameters.get("rope_type", "default")
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (1.0 / np.float32(parameters["rope_theta"]) ** exponents).astype(np.float32)
+    frequencies: Floats = (1.0 / np.float32(parameters["rope_theta"]) ** exponents).astype(np.float32)
     known = kind in ("default", "linear", "llama3", "yarn") or (kind == "longrope" and _is_one_set(parameters))
     if not known or parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModelError(
@@ -32,14 +32,15 @@ def rotary_table(parameters: Mapping[str, Any], head_dim: int) -> tuple[list[flo
         )
     scale = 1.0
     if kind == "linear":
-        frequencies = frequencies / np.float32(parameters["factor"])
+        frequencies = np.asarray(frequencies / np.float32(parameters["factor"]), dtype=np.float32)
     elif kind == "llama3":
         frequencies = _llama3(frequencies, parameters)
     elif kind == "yarn":
         frequencies, scale = _yarn(frequencies, parameters, head_dim)
     elif kind == "longrope":
-        frequencies, scale = frequencies / np.asarray(parameters["short_factor"], dtype=np.float32), 1.0
-    return np.asarray(frequencies, dtype=np.float32).tolist(), scale
+        factors = np.asarray(parameters["short_factor"], dtype=np.float32)
+        frequencies = np.asarray(frequencies / factors, dtype=np.float32)
+    return frequencies.tolist(), scale
 
 
 def _is_one_set(parameters: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """GGUF files of tiny models, written as llama.cpp's converter writes them."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from tests.model_factory import build_tokenizer
 from transformers import PreTrainedModel
+
+from .model_factory import build_tokenizer
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 VOCABULARY = 384
@@ -78,7 +80,8 @@ def tiny_model(config: transformers.PreTrainedConfig) -> PreTrainedModel:
             base = parameter if "norm" in name else torch.zeros_like(parameter)
             noise = torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.3)
             parameter.copy_(((base + noise) * 512).round() / 512)
-    return model.eval()
+    model.eval()
+    return model
 
 
 @dataclass(kw_only=True)
@@ -177,8 +180,6 @@ def tokenizer_metadata() -> dict[str, Any]:
 
 
 def _merges() -> list[Sequence[str]]:
-    import json
-
     merges: list[Any] = json.loads(build_tokenizer().backend_tokenizer.to_str())["model"]["merges"]
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
 
