@@ -22,7 +22,8 @@ from .gguf_factory import Contents, contents, tiny_config, tiny_model, write
 from .model_factory import build_tokenizer
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
-UNTIED = ("llama", "mistral", "qwen2", "qwen3")
+# Mistral is Llama with a window, and of its architecture.
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 IDS = torch.arange(3, 33)[None]
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 
@@ -86,7 +87,7 @@ def test_quantized_tensors_are_what_they_unpack_to(family: str, tmp_path: Path) 
     assert not torch.equal(logits(loaded.model), logits(_model(family)))
 
 
-TENSORS = [(family, tensor) for family in FAMILIES for tensor in _contents(family).tensors]
+TENSORS = [(family, tensor) for family in ARCHITECTURES for tensor in _contents(family).tensors]
 
 
 @pytest.mark.parametrize(("family", "tensor"), TENSORS)
@@ -103,10 +104,6 @@ def test_each_tensor_is_needed_in_its_shape(family: str, tensor: str, tmp_path: 
     with pytest.raises(ConfigError, match=rf": {missing}left over blk\.0\.renamed\.{tensor}; download") as caught:
         load(save(what, tmp_path))
     assert "\n" not in str(caught.value)
-    if tensor != "output.weight":
-        del what.tensors[f"blk.0.renamed.{tensor}"]
-        with pytest.raises(ConfigError, match=rf": missing {tensor}; download"):
-            load(save(what, tmp_path))
 
 
 def test_a_missing_layer_contradicts_the_header(tmp_path: Path) -> None:
@@ -210,7 +207,7 @@ CHANGES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("key", "value"), CHANGES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_what_is_not_carried_over_is_refused(family: str, key: str, value: Any, tmp_path: Path) -> None:
     what = written(family)
     what.metadata[f"{what.architecture}.{key}"] = value
