@@ -135,6 +135,8 @@ def _builtin(
         longest=config.document_tokens,
         seed=config.seed,
         dtype=str(loaded.dtype),
+        # The same file, read as another model than before, gives other results.
+        config=loaded.record.config,
         device=str(loaded.device),
         prompts=[seed.prompt for seed in load_seeds()],
     )

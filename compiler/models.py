@@ -20,6 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache,
 
 from .checkpoint import LOADING_ERRORS, check_files, check_finite, check_loaded, check_quantization, check_tied_head
 from .config import DType
+from .gguf_config import model_config
+from .gguf_parts import read_parts
+from .gguf_tokenizer import build_tokenizer
+from .gguf_weights import load_weights
 from .model_settings import check_settings
 from .paging import convert_on_use
 from .sources import ModelSource
@@ -114,9 +118,13 @@ def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
         ConfigError: there is no such model, or its config cannot be read.
         UnsupportedModelError: its family, its quantization or another of its settings is not supported.
     """
+    if source.gguf_file:
+        with quiet_transformers():
+            config = model_config(read_parts(source.gguf_path), source.name)
+        return family_of_config(config.to_dict(), source.name), config
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(source.location, **source.pretrained_arguments())
+            config = AutoConfig.from_pretrained(source.location)
     except (OSError, ValueError, KeyError) as error:
         reason = _first_line(error)
         if "not supported" in reason or "does not recognize" in reason:
@@ -150,19 +158,12 @@ def load_model(
         )
     if not source.gguf_file and source.path:
         check_files(source.path, what, mapped=mapped)
+    computes_in = pick_dtype(dtype, target)
     try:
         with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source.location,
-                dtype="auto" if mapped else pick_dtype(dtype, target),
-                # Both for `check_loaded`, which names what does not fit.
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **source.pretrained_arguments(),
-            )
+            model = _read_weights(source, config, computes_in, mapped=mapped)
     except LOADING_ERRORS as error:
-        raise ConfigError(f"--model {source.name}: its weights cannot be loaded ({_first_line(error)})") from error
-    check_loaded(info, what)
+        raise ConfigError(f"{what}: its weights cannot be loaded ({_first_line(error)})") from error
     tied = bool(config.tie_word_embeddings)
     check_tied_head(model, resolve(model, family.embedding), tied=tied, what=what)
     check_finite(model, what)
@@ -172,9 +173,25 @@ def load_model(
     loaded = wrap_model(model, tokenizer, family=family, name=source.name, config=config)
     if not mapped:
         return loaded
-    computes_in = pick_dtype(dtype, target)
     convert_on_use(model, family, computes_in)
     return replace(loaded, dtype=computes_in, mapped=True)
+
+
+def _read_weights(
+    source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype, *, mapped: bool
+) -> PreTrainedModel:
+    """Read all parameters from the model's files, and nothing else."""
+    if source.gguf_file:
+        return load_weights(read_parts(source.gguf_path), config, dtype=dtype, name=source.name)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source.location,
+        dtype="auto" if mapped else dtype,
+        # Both for `check_loaded`, which names what does not fit.
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    check_loaded(info, f"--model {source.name}")
+    return cast("PreTrainedModel", model)
 
 
 def _first_line(error: BaseException) -> str:
@@ -232,9 +249,13 @@ def load_tokenizer(source: ModelSource) -> Any:
     Raises:
         ConfigError: there is none, or it has no `tokenizer.json` form that the runtime can use.
     """
+    tokenizer: Any
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source.location, **source.pretrained_arguments())
+            if source.gguf_file:
+                tokenizer = build_tokenizer(read_parts(source.gguf_path), source.name)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(source.location)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"--model {source.name}: its tokenizer cannot be loaded ({_first_line(error)})") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:

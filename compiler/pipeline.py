@@ -186,6 +186,8 @@ def _read_text(
         seed=config.seed,
         device=str(loaded.device),
         dtype=str(loaded.dtype),
+        # The same file, read as another model than before, gives other results.
+        config=loaded.record.config,
         threads=torch.get_num_threads(),
         packages={name: version(name) for name in PACKAGES},
         coreinfer=version("coreinfer"),

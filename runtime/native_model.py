@@ -13,6 +13,8 @@ from coreinfer.bundles.formats import stored_parts
 from coreinfer.bundles.manifest import ModelRecord
 from coreinfer.bundles.tensors import TensorFile
 
+from .rotary import rotary_table
+
 __all__ = ["ffn_layers", "model_spec"]
 
 Floats = npt.NDArray[np.float32]
@@ -212,36 +214,7 @@ def _rotary_tables(config: Mapping[str, Any], head_dim: int) -> dict[str, tuple[
     if parameters is None:
         return {}
     kinds = {"": parameters} if "rope_theta" in parameters else parameters
-    return {kind: (_inverse_frequencies(values, head_dim).tolist(), 1.0) for kind, values in kinds.items()}
-
-
-def _inverse_frequencies(parameters: Mapping[str, Any], head_dim: int) -> Floats:
-    """Frequencies of rotary embeddings (arXiv 2104.09864), with the scalings of Llama 3.1 and of linear interpolation.
-
-    Returns:
-        (head_dim / 2) float32 radians a position.
-    """
-    kind = parameters.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3") or parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError(
-            f"rotary embeddings {kind!r}: the native engine has default, linear and llama3, of whole heads; "
-            "use engine='torch'"
-        )
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (1.0 / np.float32(parameters["rope_theta"]) ** exponents).astype(np.float32)
-    if kind == "linear":
-        return np.asarray(frequencies / np.float32(parameters["factor"]), dtype=np.float32)
-    if kind == "llama3":
-        return _llama3(frequencies, parameters)
-    return frequencies
-
-
-def _llama3(frequencies: Floats, parameters: Mapping[str, Any]) -> Floats:
-    """Slow long waves down by `factor`, leave short ones, and blend in between."""
-    factor, low, high = (float(parameters[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
-    turns = parameters["original_max_position_embeddings"] * frequencies / (2 * np.pi)
-    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return np.asarray(frequencies * (blend + (1 - blend) / factor), dtype=np.float32)
+    return {kind: rotary_table(values, head_dim) for kind, values in kinds.items()}
 
 
 def _positions(base: TensorFile, names: _Names, manifest: Manifest) -> Matrix | None:

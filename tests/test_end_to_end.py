@@ -324,7 +324,7 @@ def test_a_conversation_keeps_its_cache_and_swaps_packs(bundle: Path) -> None:
 def test_dense_greedy_is_transformers_generate(engine: runtime.Engine) -> None:
     source = find_source(MODEL)
     with quiet_transformers():
-        arguments: dict[str, Any] = dict(source.pretrained_arguments())
+        arguments: dict[str, Any] = {"gguf_file": source.gguf_file}
         tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
         model = AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **arguments).eval()
         # Matrices rounded to bfloat16, as the bundle has them; arithmetic in float32, which any processor does fast.

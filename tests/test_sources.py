@@ -29,7 +29,7 @@ def test_a_file_in_a_package(package: str, tmp_path: Path) -> None:
     source = find_source(f"package:{package}/weights/tiny.gguf")
     assert source.name == "package:shipped_model/weights/tiny.gguf"
     assert source.path == (tmp_path / "site" / package / "weights" / "tiny.gguf").resolve()
-    assert source.pretrained_arguments() == {"gguf_file": "tiny.gguf"}
+    assert source.gguf_path == source.path
 
 
 @pytest.mark.parametrize("inner", ["/weights", "", "/"])
@@ -37,7 +37,6 @@ def test_a_folder_in_a_package(inner: str, package: str) -> None:
     source = find_source(f"package:{package}{inner}")
     assert source.path is not None
     assert source.path.is_dir()
-    assert source.pretrained_arguments() == {}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +96,6 @@ def test_hub_ids(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     source = find_source(spec)
     assert source == ModelSource(name=spec, location=spec)
     assert source.path is None
-    assert source.pretrained_arguments() == {}
 
 
 @pytest.mark.parametrize("spec", ["./missing", "../missing", "~/missing", "/missing", "missing.gguf", "a/b/c"])

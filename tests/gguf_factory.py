@@ -1,0 +1,235 @@
+"""GGUF files of tiny models, written as llama.cpp's converter writes them."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from .model_factory import build_tokenizer
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+VOCABULARY = 384
+HIDDEN = 64
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_GEMMA_NAMES = {
+    **_NAMES,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+Values = npt.NDArray[Any]
+
+
+def tiny_config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
+    """The config of a tiny model; heads are of another size than the hidden size divided by their number."""
+    shape = {**_SHAPE, "head_dim": 8, **changes}
+    if family == "gemma3":
+        shape = {"sliding_window": 4, "query_pre_attn_scalar": shape["head_dim"], "num_hidden_layers": 2, **shape}
+        layers = [["sliding_attention", "full_attention"][layer % 2] for layer in range(shape["num_hidden_layers"])]
+        return transformers.Gemma3TextConfig(**{"layer_types": layers, **shape})
+    classes: dict[str, Callable[..., transformers.PreTrainedConfig]] = {
+        "llama": transformers.LlamaConfig,
+        "mistral": transformers.MistralConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }
+    return classes[family](**shape)
+
+
+def tiny_model(config: transformers.PreTrainedConfig) -> PreTrainedModel:
+    """A random model whose weights, and norms plus one, are exact in float16."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            base = parameter if "norm" in name else torch.zeros_like(parameter)
+            noise = torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.3)
+            parameter.copy_(((base + noise) * 512).round() / 512)
+    model.eval()
+    return model
+
+
+@dataclass(kw_only=True)
+class Contents:
+    """What a GGUF file is to hold; tests change it before it is written.
+
+    Attributes:
+        metadata: key -> value; ints become uint32, floats float32, lists arrays.
+        tensors: name -> float32 values, in torch's order.
+        kinds: name -> type that the tensor is stored as; float32 where it is not named.
+    """
+
+    architecture: str
+    metadata: dict[str, Any]
+    tensors: dict[str, Values]
+    kinds: dict[str, gguf.GGMLQuantizationType] = field(default_factory=dict)
+
+
+def contents(model: PreTrainedModel, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F16) -> Contents:
+    """What llama.cpp's converter would write of a model; matrices are stored as `kind`."""
+    config = model.config
+    architecture = ARCHITECTURES[config.model_type]
+    tensors = {}
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        tensors[_file_name(name, architecture)] = _stored(name, value.float().numpy(), architecture, config)
+    kinds = {name: kind for name, values in tensors.items() if values.ndim == 2}
+    metadata = {**_header(config, architecture), **tokenizer_metadata()}
+    return Contents(architecture=architecture, metadata=metadata, tensors=tensors, kinds=kinds)
+
+
+def _file_name(name: str, architecture: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    names = _GEMMA_NAMES if architecture == "gemma3" else _NAMES
+    if stem in names:
+        return f"{names[stem]}.{kind}"
+    layer, _, inner = stem.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{names[inner]}.{kind}"
+
+
+def _stored(name: str, values: Values, architecture: str, config: transformers.PreTrainedConfig) -> Values:
+    if architecture == "gemma3" and "norm" in name:
+        return values + np.float32(1.0)
+    if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+        heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+        halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+        return halves.swapaxes(1, 2).reshape(values.shape)
+    return values
+
+
+def _header(config: Any, architecture: str) -> dict[str, Any]:
+    rope = config.rope_parameters
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values: dict[str, Any] = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.freq_base": float(rope.get("full_attention", rope)["rope_theta"]),
+        "vocab_size": config.vocab_size,
+    }
+    if architecture in ("llama", "qwen2"):
+        values["rope.dimension_count"] = head_dim
+    if config.model_type in ("mistral", "gemma3_text"):
+        values["attention.sliding_window"] = config.sliding_window
+    if architecture == "gemma3":
+        values["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
+    return {f"{architecture}.{key}": value for key, value in values.items()}
+
+
+def tokenizer_metadata() -> dict[str, Any]:
+    """The tiny tokenizer of the tests, as a header states it."""
+    vocabulary = build_tokenizer().get_vocab()
+    tokens = [f"[PAD{index}]" for index in range(VOCABULARY)]
+    kinds = [5] * VOCABULARY
+    for token, index in vocabulary.items():
+        tokens[index], kinds[index] = token, 3 if index < 3 else 1
+    merges = [" ".join(pair) for pair in _merges()]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+
+
+def _merges() -> list[Sequence[str]]:
+    merges: list[Any] = json.loads(build_tokenizer().backend_tokenizer.to_str())["model"]["merges"]
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+
+
+def write(path: Path, what: Contents, *, parts: int = 1) -> list[Path]:
+    """Write a file, or several as llama.cpp splits them: the metadata in the first, the tensors in turn."""
+    names = list(what.tensors)
+    paths = []
+    for part in range(parts):
+        part_path = path if parts == 1 else path.with_name(f"{path.stem}-{part + 1:05d}-of-{parts:05d}.gguf")
+        writer = gguf.GGUFWriter(part_path, what.architecture)
+        if part:
+            # Parts after the first hold nothing but their place.
+            writer.kv_data[0].clear()
+        else:
+            _add_metadata(writer, what.metadata)
+        if parts > 1:
+            writer.add_uint16("split.no", part)
+            writer.add_uint16("split.count", parts)
+            writer.add_int32("split.tensors.count", len(names))
+        for name in names[part::parts]:
+            _add_tensor(writer, name, what)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        paths.append(part_path)
+    return paths
+
+
+def _add_metadata(writer: gguf.GGUFWriter, metadata: Mapping[str, Any]) -> None:
+    for key, value in metadata.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+
+
+def _add_tensor(writer: gguf.GGUFWriter, name: str, what: Contents) -> None:
+    kind = what.kinds.get(name, gguf.GGMLQuantizationType.F32)
+    values = np.ascontiguousarray(what.tensors[name], dtype=np.float32)
+    if kind == gguf.GGMLQuantizationType.F32:
+        writer.add_tensor(name, values)
+    elif kind == gguf.GGMLQuantizationType.F16:
+        writer.add_tensor(name, values.astype(np.float16))
+    else:
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)

@@ -1,0 +1,397 @@
+"""Whatever a GGUF file says is what the model computes, or is refused by name.
+
+Every family that has an architecture in GGUF is written both ways. OPT has none: llama.cpp does not read it.
+"""
+
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from coreinfer.bundles.errors import ConfigError, CoreInferError, UnsupportedModelError
+from coreinfer.compiler.models import LoadedModel, load_model, read_config
+from coreinfer.compiler.sources import find_source
+from transformers import PreTrainedModel
+
+from .gguf_factory import Contents, contents, tiny_config, tiny_model, write
+from .model_factory import build_tokenizer
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+# Mistral is Llama with a window, and of its architecture.
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+IDS = torch.arange(3, 33)[None]
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
+
+
+def load(path: Path) -> LoadedModel:
+    source = find_source(str(path))
+    family, config = read_config(source)
+    return load_model(source, family, config, device="cpu", dtype="float32")
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(IDS).logits
+    return found
+
+
+@lru_cache(maxsize=16)
+def _model(family: str) -> PreTrainedModel:
+    return tiny_model(tiny_config(family))
+
+
+@lru_cache(maxsize=16)
+def _contents(family: str) -> Contents:
+    return contents(_model(family))
+
+
+def written(family: str) -> Contents:
+    """What the family's file is to hold; the caller may change it."""
+    return deepcopy(_contents(family))
+
+
+def save(what: Contents, folder: Path) -> Path:
+    return write(folder / "model.gguf", what)[0]
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_halves_are_the_model_exactly(family: str, parts: int, tmp_path: Path) -> None:
+    model = _model(family)
+    model.save_pretrained(tmp_path / "safetensors")
+    build_tokenizer().save_pretrained(tmp_path / "safetensors")
+    reference = load(tmp_path / "safetensors")
+    for part in write(tmp_path / "model.gguf", written(family), parts=parts):
+        loaded = load(part)
+        assert torch.equal(logits(loaded.model), logits(reference.model))
+        assert loaded.family == reference.family
+        assert loaded.tokenizer("The soup of 12").input_ids == build_tokenizer()("The soup of 12").input_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_tensors_are_what_they_unpack_to(family: str, tmp_path: Path) -> None:
+    model = deepcopy(_model(family))
+    loaded = load(save(contents(model, Q8_0), tmp_path))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                # Blocks lie within rows, so that their order does not matter.
+                blocks = gguf.quants.quantize(parameter.numpy(), Q8_0)
+                parameter.copy_(torch.from_numpy(gguf.quants.dequantize(blocks, Q8_0)))
+    assert torch.equal(logits(loaded.model), logits(model))
+    assert not torch.equal(logits(loaded.model), logits(_model(family)))
+
+
+TENSORS = [(family, tensor) for family in ARCHITECTURES for tensor in _contents(family).tensors]
+
+
+@pytest.mark.parametrize(("family", "tensor"), TENSORS)
+def test_each_tensor_is_needed_in_its_shape(family: str, tensor: str, tmp_path: Path) -> None:
+    what = written(family)
+    values = what.tensors[tensor]
+    what.tensors[tensor] = np.concatenate([values, values])
+    with pytest.raises(CoreInferError, match=rf"of another shape .*\b{tensor} is"):
+        load(save(what, tmp_path))
+    what.tensors[f"blk.0.renamed.{tensor}"] = values
+    del what.tensors[tensor]
+    # A file without a head of its own has the embedding for one: the format has no other sign of that.
+    missing = "" if tensor == "output.weight" else rf"missing {tensor}; "
+    with pytest.raises(ConfigError, match=rf": {missing}left over blk\.0\.renamed\.{tensor}; download") as caught:
+        load(save(what, tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_layer_contradicts_the_header(tmp_path: Path) -> None:
+    what = written("llama")
+    what.tensors = {name: values for name, values in what.tensors.items() if not name.startswith("blk.1.")}
+    with pytest.raises(ConfigError, match=r"llama\.block_count: it says 2 layers, the tensors are of layers 0$"):
+        load(save(what, tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tensor", ["blk.0.attn_q.bias", "blk.1.attn_rot_embd.weight", "rope_factors_long.weight"])
+def test_tensors_that_the_model_lacks_are_named(family: str, tensor: str, tmp_path: Path) -> None:
+    what = written(family)
+    if tensor in what.tensors:
+        pytest.skip("the family has it")
+    what.tensors[tensor] = np.ones(32, dtype=np.float32)
+    with pytest.raises(ConfigError, match=rf"left over {tensor}"):
+        load(save(what, tmp_path))
+
+
+def test_biases_of_all_projections_are_carried_over(tmp_path: Path) -> None:
+    model = tiny_model(tiny_config("llama", attention_bias=True, mlp_bias=True))
+    assert torch.equal(logits(load(save(contents(model), tmp_path)).model), logits(model))
+
+
+KEYS = [
+    (family, key)
+    for family in FAMILIES
+    for key in _contents(family).metadata
+    if key.startswith(f"{_contents(family).architecture}.")
+]
+# Another key, or the tensors, say otherwise.
+CONTRADICTED = r"of another shape|value_length = 8 is not|sliding_window_pattern = \[True, False\], which is not"
+# Without them a file still says what it is; with other families the key has to be there.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    # Worked out from the tensors' shapes and the vocabulary, which say the same here.
+    "vocab_size": {},
+    "attention.value_length": {},
+    "rope.dimension_count": {},
+    # As llama.cpp has it; the tiny models' own.
+    "llama.rope.freq_base": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+    # A file without a window has none.
+    "llama.attention.sliding_window": {"sliding_window": None},
+    "gemma3.attention.sliding_window_pattern": {"layer_types": ["sliding_attention"] * 2},
+}
+
+
+@pytest.mark.parametrize(("family", "key"), KEYS)
+def test_no_size_is_assumed(family: str, key: str, tmp_path: Path) -> None:
+    what = written(family)
+    del what.metadata[key]
+    path = save(what, tmp_path)
+    default = DEFAULTS.get(key, DEFAULTS.get(key.partition(".")[2]))
+    if default is None:
+        with pytest.raises(CoreInferError, match=rf"{key}: expected a (size|number), got|{CONTRADICTED}"):
+            load(path)
+        return
+    expected = deepcopy(_model(family).config)
+    for field, value in default.items():
+        setattr(expected, field, value)
+    assert torch.equal(logits(load(path).model), logits(_with(_model(family), expected)))
+
+
+def _with(model: PreTrainedModel, config: transformers.PreTrainedConfig) -> PreTrainedModel:
+    """The same weights in a model of another config."""
+    built: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    built.load_state_dict(model.state_dict())
+    built.eval()
+    return built
+
+
+CHANGES: list[tuple[str, Any]] = [
+    ("block_count", 3),
+    ("embedding_length", 32),
+    ("feed_forward_length", 64),
+    ("feed_forward_length", [96, 64]),
+    ("attention.head_count", 2),
+    ("attention.head_count_kv", 4),
+    ("attention.key_length", 16),
+    ("attention.value_length", 16),
+    ("rope.dimension_count", 4),
+    ("vocab_size", 400),
+    ("vocab_size", 100),
+    ("attention.causal", False),
+    ("attention.scale", 0.5),
+    ("attention.clamp_kqv", 8.0),
+    ("attention.max_alibi_bias", 8.0),
+    ("attn_logit_softcapping", 50.0),
+    ("logit_scale", 0.5),
+    ("residual_scale", 0.5),
+    ("embedding_scale", 12.0),
+    ("expert_count", 8),
+    ("expert_used_count", 2),
+    ("use_parallel_residual", True),
+    ("rope.dimension_sections", [1, 1, 2, 0]),
+    ("rope.scaling.type", "longrope"),
+    ("rope.scaling.attn_factor", 1.2),
+    ("rope.scaling.yarn_log_multiplier", 0.1),
+    ("something.new", 1),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), CHANGES, ids=str)
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_what_is_not_carried_over_is_refused(family: str, key: str, value: Any, tmp_path: Path) -> None:
+    what = written(family)
+    what.metadata[f"{what.architecture}.{key}"] = value
+    with pytest.raises(CoreInferError, match=rf"{what.architecture}\.{key}|missing|{CONTRADICTED}") as caught:
+        load(save(what, tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_window_of_unknown_layers_is_refused(family: str, tmp_path: Path) -> None:
+    what = written(family)
+    what.metadata[f"{family}.attention.sliding_window"] = 8
+    with pytest.raises(UnsupportedModelError, match=rf"{family}\.attention\.sliding_window = 8 is not supported"):
+        load(save(what, tmp_path))
+
+
+def rope_of(family: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    parameters = {"rope_theta": 10_000.0, **parameters}
+    if family != "gemma3":
+        return {"rope_parameters": parameters}
+    sliding = {"rope_type": "default", "rope_theta": 10_000.0}
+    return {"rope_parameters": {"full_attention": parameters, "sliding_attention": sliding}}
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+YARN_KEYS = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 64,
+}
+ROPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "base": ({"rope.freq_base": 500_000.0}, {"rope_type": "default", "rope_theta": 500_000.0}),
+    "none": ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {"rope_type": "default"}),
+    "linear": (
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+        {"rope_type": "linear", "factor": 4.0},
+    ),
+    "factor alone": ({"rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    "deprecated": ({"rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    "finetuned": ({"rope.scaling.finetuned": True}, {"rope_type": "default"}),
+    "yarn": (YARN_KEYS, YARN),
+    "yarn, factor": (
+        {**YARN_KEYS, "rope.scaling.attn_factor": 1.25},
+        {**YARN, "attention_factor": 1.25},
+    ),
+    "yarn, all": (
+        {
+            **YARN_KEYS,
+            "rope.scaling.yarn_attn_factor": 1.5,
+            "rope.scaling.yarn_beta_fast": 16.0,
+            "rope.scaling.yarn_beta_slow": 2.0,
+            "rope.scaling.yarn_ext_factor": 1.0,
+        },
+        {**YARN, "attention_factor": 1.5, "beta_fast": 16.0, "beta_slow": 2.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_are_scaled_as_stated(family: str, case: str, tmp_path: Path) -> None:
+    keys, parameters = ROPES[case]
+    what = written(family)
+    what.metadata |= {f"{what.architecture}.rope.freq_base": 10_000.0}
+    what.metadata |= {f"{what.architecture}.{key}": value for key, value in keys.items()}
+    config = tiny_config(family, **rope_of(family, parameters))
+    expected = logits(_with(_model(family), config))
+    torch.testing.assert_close(logits(load(save(what, tmp_path)).model), expected, rtol=1e-5, atol=1e-5)
+    if case not in ("none", "finetuned"):
+        assert not torch.allclose(expected, logits(_with(_model(family), tiny_config(family, **rope_of(family, {})))))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rope.scaling.yarn_ext_factor", 0.5), ("rope.scaling.yarn_log_multiplier", 0.1), ("rope.scaling.alpha", 2.0)],
+)
+def test_what_yarn_has_beside_is_refused(key: str, value: float, tmp_path: Path) -> None:
+    what = written("llama")
+    what.metadata |= {f"llama.{name}": stated for name, stated in YARN_KEYS.items()} | {f"llama.{key}": value}
+    with pytest.raises(UnsupportedModelError, match=rf"llama\.{key} = "):
+        load(save(what, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_a_scaling_without_its_factor_is_refused(kind: str, tmp_path: Path) -> None:
+    what = written("gemma3")
+    what.metadata["gemma3.rope.scaling.type"] = kind
+    with pytest.raises(ConfigError, match=rf"gemma3\.rope\.scaling\.factor: expected a number for {kind} scaling"):
+        load(save(what, tmp_path))
+
+
+def test_yarn_without_its_first_length_is_refused(tmp_path: Path) -> None:
+    what = written("qwen2")
+    what.metadata |= {"qwen2.rope.scaling.type": "yarn", "qwen2.rope.scaling.factor": 4.0}
+    with pytest.raises(ConfigError, match=r"qwen2\.rope\.scaling\.original_context_length: expected a number for yarn"):
+        load(save(what, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("keys", "changes"),
+    [
+        ({"final_logit_softcapping": 0.5}, {"final_logit_softcapping": 0.5}),
+        ({"attention.sliding_window": 8}, {"sliding_window": 8}),
+        ({"attention.sliding_window_pattern": [False, True]}, {"layer_types": ["full_attention", "sliding_attention"]}),
+        ({"attention.sliding_window_pattern": 2}, {"layer_types": ["sliding_attention", "full_attention"]}),
+        ({"attention.layer_norm_rms_epsilon": 0.5}, {"rms_norm_eps": 0.5}),
+        (
+            {"rope.freq_base_swa": 50.0},
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+                }
+            },
+        ),
+    ],
+    ids=str,
+)
+def test_gemma_follows_its_keys(keys: dict[str, Any], changes: dict[str, Any], tmp_path: Path) -> None:
+    what = written("gemma3")
+    what.metadata |= {f"gemma3.{key}": value for key, value in keys.items()}
+    expected = logits(_with(_model("gemma3"), tiny_config("gemma3", **changes)))
+    assert torch.equal(logits(load(save(what, tmp_path)).model), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_epsilon_of_norms_is_carried_over(family: str, tmp_path: Path) -> None:
+    what = written(family)
+    what.metadata[f"{what.architecture}.attention.layer_norm_rms_epsilon"] = 0.25
+    expected = logits(_with(_model(family), tiny_config(family, rms_norm_eps=0.25)))
+    assert torch.equal(logits(load(save(what, tmp_path)).model), expected)
+
+
+def llama3_factors(parameters: dict[str, Any], head_dim: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """What llama.cpp's converter writes for Llama 3.1: by how much each frequency is divided."""
+    frequencies = 1.0 / parameters["rope_theta"] ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    factor, low, high = (parameters[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    length = parameters["original_max_position_embeddings"]
+    factors = []
+    for wave in 2 * np.pi / frequencies:
+        smooth = (length / wave - low) / (high - low)
+        middle = 1 / ((1 - smooth) / factor + smooth)
+        factors.append(1.0 if wave < length / high else factor if wave > length / low else middle)
+    return np.array(factors, dtype=np.float32)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def test_factors_of_frequencies_are_those_of_llama_3(tmp_path: Path) -> None:
+    what = written("llama")
+    what.tensors["rope_freqs.weight"] = llama3_factors(LLAMA3, 8)
+    assert set(what.tensors["rope_freqs.weight"]) > {1.0, 8.0}
+    expected = logits(_with(_model("llama"), tiny_config("llama", rope_parameters=LLAMA3)))
+    torch.testing.assert_close(logits(load(save(what, tmp_path)).model), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, logits(_model("llama")))
+
+
+@pytest.mark.parametrize("factors", [[1.0, 2.0], [1.0, 0.5, 2.0, 2.0], [1.0, 1.0, 1.0, float("nan")]])
+def test_factors_that_cannot_be_are_refused(factors: list[float], tmp_path: Path) -> None:
+    what = written("llama")
+    what.tensors["rope_freqs.weight"] = np.array(factors, dtype=np.float32)
+    with pytest.raises(UnsupportedModelError, match=r"rope_freqs\.weight: expected 4 factors of at least 1"):
+        load(save(what, tmp_path))
+
+
+def test_factors_beside_another_scaling_are_refused(tmp_path: Path) -> None:
+    what = written("llama")
+    what.tensors["rope_freqs.weight"] = llama3_factors(LLAMA3, 8)
+    what.metadata |= {f"llama.{key}": value for key, value in YARN_KEYS.items()}
+    with pytest.raises(UnsupportedModelError, match=r"llama\.rope\.scaling\.type = 'yarn' is not supported"):
+        load(save(what, tmp_path))
+
+
+@pytest.mark.parametrize("stated", ["opt", "mixtral", "llama4", "qwen2moe", "", None])
+def test_other_architectures_are_refused(stated: str | None, tmp_path: Path) -> None:
+    what = written("llama")
+    what.architecture = stated or ""
+    with pytest.raises(UnsupportedModelError, match=r"architecture.* is not supported in GGUF; supported: llama, qw"):
+        load(save(what, tmp_path))
