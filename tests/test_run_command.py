@@ -92,12 +92,12 @@ def test_figures_say_when_the_router_is_unsure(bundle: Path, monkeypatch: pytest
 
 
 def test_raw_continues_the_text(bundle: Path, engine: runtime.Engine) -> None:
-    assert said(run(bundle, FIRST, "--raw", "-n", 9)) == engine.generate(FIRST, max_new_tokens=9).text + "\n"
+    assert said(run(bundle, FIRST, "--raw", "-n", 9)) == engine.generate(FIRST, raw=True, max_new_tokens=9).text + "\n"
     assert said(run(bundle, FIRST, "--raw", "-n", 9)) != said(run(bundle, FIRST, "-n", 9))
 
 
 def test_without_a_template_a_prompt_is_continued(without_template: Path, engine: runtime.Engine) -> None:
-    assert said(run(without_template, FIRST, "-n", 9)) == engine.generate(FIRST, max_new_tokens=9).text + "\n"
+    assert said(run(without_template, FIRST, "-n", 9)) == engine.generate(FIRST, raw=True, max_new_tokens=9).text + "\n"
 
 
 def test_json_holds_the_whole_generation(bundle: Path, engine: runtime.Engine) -> None:
@@ -125,14 +125,14 @@ def test_json_holds_the_whole_generation(bundle: Path, engine: runtime.Engine) -
     ],
 )
 def test_options_reach_the_engine(arguments: list[str], options: Any, bundle: Path, engine: runtime.Engine) -> None:
-    expected = engine.generate(FIRST, max_new_tokens=24, **options)
+    expected = engine.generate(FIRST, raw=True, max_new_tokens=24, **options)
     got = json.loads(said(run(bundle, FIRST, "--raw", "--json", "-n", 24, *arguments)))
     assert (got["token_ids"], got["mode"]) == (list(expected.token_ids), expected.mode)
-    assert got["token_ids"] != list(engine.generate(FIRST, max_new_tokens=24).token_ids)
+    assert got["token_ids"] != list(engine.generate(FIRST, raw=True, max_new_tokens=24).token_ids)
 
 
 def test_each_stop_counts(bundle: Path, engine: runtime.Engine) -> None:
-    whole = engine.generate(FIRST, max_new_tokens=24).text
+    whole = engine.generate(FIRST, raw=True, max_new_tokens=24).text
     stops = ("never there", whole[5:8])
     arguments = [item for stop in stops for item in ("--stop", stop)]
     assert said(run(bundle, FIRST, "--raw", "-n", 24, *arguments)) == whole[: whole.index(stops[1])] + "\n"
