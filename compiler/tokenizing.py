@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .sources import ModelSource
 __all__ = ["chat_templates", "check_templates", "with_own_file"]
 
 _log = logging.getLogger(__name__)
+_SHOWN = 6
 _SAMPLES = (
     "The quick brown fox doesn't jump over 12,345 lazy dogs.",
     "def main(x):\n    return [x, 3.14]  # 50%\n\n\n",
@@ -50,7 +52,7 @@ def with_own_file(tokenizer: Any, source: ModelSource) -> Any:
     if (example := _difference(own, made)) is not None:
         text, own_tokens, made_tokens = example
         _log.warning(
-            "%s: tokenizer.json splits text otherwise than transformers' %s does: %r is %s, not %s; the file counts",
+            "%s: tokenizer.json splits text otherwise than transformers' %s does: in %r comes %s, not %s; the file counts",
             source.name,
             type(tokenizer).__name__,
             text,
@@ -127,13 +129,14 @@ def _add_tokens(own: Tokenizer, source: ModelSource) -> None:
 
 
 def _difference(own: Tokenizer, made: Tokenizer) -> tuple[str, list[str], list[str]] | None:
-    """Find a text that two tokenizers split otherwise."""
+    """Find a text that two tokenizers split otherwise, and the first tokens that differ."""
     for text in _SAMPLES:
         one = own.encode(text)
         try:
             other = made.encode(text)
         except Exception:  # What a class made need not even work: the file counts all the more.
-            return text, one.tokens, ["nothing"]
+            return text, one.tokens[:_SHOWN], ["nothing"]
         if one.ids != other.ids:
-            return text, one.tokens, other.tokens
+            start = len(commonprefix([one.tokens, other.tokens]))
+            return text, one.tokens[start : start + _SHOWN], other.tokens[start : start + _SHOWN]
     return None

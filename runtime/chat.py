@@ -82,15 +82,16 @@ def _up_to_last(template: str, values: Mapping[str, Any]) -> str:
         ConfigError: the template leaves that message out.
     """
     mark, messages = _mark(), values["messages"]
-    # The blank tells whether the template cuts blanks off at the end of a message.
-    last = {**messages[-1], "content": f"{messages[-1]['content']}{mark} "}
+    # These blanks, which no template writes, tell whether it cuts blanks off at the end of a message.
+    blanks = " \n \n"
+    last = {**messages[-1], "content": f"{messages[-1]['content']}{mark}{blanks}"}
     text, found, after = _render(template, {**values, "messages": [*messages[:-1], last]}).rpartition(mark)
     if not found:
         raise ConfigError(
             f"messages[{len(messages) - 1}]: this model's chat template leaves the last message out, so that it cannot "
             "be continued; set continue_final_message to False"
         )
-    return text if after.startswith(" ") else text.rstrip()
+    return text if after.startswith(blanks) else text.rstrip()
 
 
 def _mark() -> str:

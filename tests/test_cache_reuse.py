@@ -142,7 +142,7 @@ def test_messages_share_their_beginning(load_engine: Callable[..., runtime.Engin
     engine = load_engine()
     other = [SYSTEM[0], {"role": "user", "content": corpus_texts()[2]}]
     expected = load_engine().generate(other, raw=True, max_new_tokens=10)
-    engine.generate(SYSTEM, raw=True, max_new_tokens=10)
+    engine.generate(SYSTEM, max_new_tokens=10)
     got = engine.generate(other, raw=True, max_new_tokens=10)
     assert got.num_cached_tokens >= BLOCK
     assert same(got, expected)
