@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Mapping
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def with_own_file(tokenizer: Any, source: ModelSource) -> Any:
     if (example := _difference(own, made)) is not None:
         text, own_tokens, made_tokens = example
         _log.warning(
-            "%s: tokenizer.json splits text otherwise than transformers' %s does: in %r comes %s, not %s; the file counts",
+            "%s: tokenizer.json splits text otherwise than transformers' %s: in %r comes %s, not %s; the file counts",
             source.name,
             type(tokenizer).__name__,
             text,
@@ -137,6 +136,7 @@ def _difference(own: Tokenizer, made: Tokenizer) -> tuple[str, list[str], list[s
         except Exception:  # What a class made need not even work: the file counts all the more.
             return text, one.tokens[:_SHOWN], ["nothing"]
         if one.ids != other.ids:
-            start = len(commonprefix([one.tokens, other.tokens]))
+            pairs = zip(one.ids, other.ids, strict=False)
+            start = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one.ids), len(other.ids)))
             return text, one.tokens[start : start + _SHOWN], other.tokens[start : start + _SHOWN]
     return None

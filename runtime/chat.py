@@ -84,7 +84,7 @@ def _up_to_last(template: str, values: Mapping[str, Any]) -> str:
     mark, messages = _mark(), values["messages"]
     # These blanks, which no template writes, tell whether it cuts blanks off at the end of a message.
     blanks = " \n \n"
-    last = {**messages[-1], "content": f"{messages[-1]['content']}{mark}{blanks}"}
+    last = {**messages[-1], "content": f"{messages[-1]['content'] or ''}{mark}{blanks}"}
     text, found, after = _render(template, {**values, "messages": [*messages[:-1], last]}).rpartition(mark)
     if not found:
         raise ConfigError(

@@ -115,9 +115,6 @@ def text_after(tokenizer: Tokenizer, before_ids: Sequence[int], token_ids: Seque
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     """Give the text that one token adds to a text, a special one its name; half a character is a replacement."""
-    added = tokenizer.get_added_tokens_decoder().get(token_id)
-    if added is not None:
-        return str(added.content)
     before = _letter_ids(tokenizer)
     num_before = len(tokenizer.decode(before, skip_special_tokens=False))
     return str(tokenizer.decode([*before, token_id], skip_special_tokens=False)[num_before:])

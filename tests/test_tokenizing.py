@@ -69,7 +69,7 @@ def test_the_file_counts_and_not_what_a_class_makes_of_it(
     assert got.chat_template == CHAT_TEMPLATE
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    said = f"tokenizer.json splits text otherwise than transformers' {name} does: in \"The quick brown fox doesn't"
+    said = f"tokenizer.json splits text otherwise than transformers' {name}: in \"The quick brown fox doesn't"
     assert said in record.getMessage()
     assert "comes T h e Ġ q u, not The Ġ" in record.getMessage()
 
