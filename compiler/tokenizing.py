@@ -9,7 +9,7 @@ from typing import Any
 from coreinfer.bundles.errors import ConfigError
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from .sources import ModelSource
 

@@ -95,7 +95,7 @@ def user(text: str) -> list[dict[str, str]]:
 
 
 def ids_of(prompts: PromptFormat, *names: str) -> list[int]:
-    return [prompts.tokenizer.token_to_id(name) for name in names]
+    return [token_id for name in names if (token_id := prompts.tokenizer.token_to_id(name)) is not None]
 
 
 def special_in(prompts: PromptFormat, token_ids: Sequence[int]) -> list[str]:
