@@ -141,8 +141,8 @@ def test_a_call_that_failed_empties_the_cache(
 def test_messages_share_their_beginning(load_engine: Callable[..., runtime.Engine]) -> None:
     engine = load_engine()
     other = [SYSTEM[0], {"role": "user", "content": corpus_texts()[2]}]
-    expected = load_engine().generate(other, raw=True, max_new_tokens=10)
+    expected = load_engine().generate(other, max_new_tokens=10)
     engine.generate(SYSTEM, max_new_tokens=10)
-    got = engine.generate(other, raw=True, max_new_tokens=10)
+    got = engine.generate(other, max_new_tokens=10)
     assert got.num_cached_tokens >= BLOCK
     assert same(got, expected)
