@@ -1,8 +1,8 @@
 """Memory-mapped files, in huge pages where the system can.
 
 Decoding reads every weight once a token: in pages of 4 KiB, looking up addresses takes a share of that time (figures in
-docs/dev/log.md). Linux keeps file pages in huge ones where the file system has large folios (ext4 since 6.16, XFS, Btrfs),
-transparent huge pages are "madvise" or "always", and the pages were not in memory in another form before.
+docs/dev/log.md). Linux keeps file pages in huge ones where the file system has large folios (ext4 since 6.16, XFS,
+Btrfs), transparent huge pages are "madvise" or "always", and the pages were not in memory in another form before.
 """
 
 import mmap

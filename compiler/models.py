@@ -27,6 +27,7 @@ from .gguf_weights import load_weights
 from .model_settings import check_settings
 from .paging import convert_on_use
 from .sources import ModelSource
+from .tokenizing import check_templates, with_own_file
 from .vocabulary import fit_tokenizer
 
 __all__ = [
@@ -260,7 +261,8 @@ def load_tokenizer(source: ModelSource) -> Any:
         raise ConfigError(f"--model {source.name}: its tokenizer cannot be loaded ({_first_line(error)})") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ConfigError(f"--model {source.name}: its tokenizer has no fast form (tokenizer.json); convert it first")
-    return tokenizer
+    check_templates(tokenizer, source.name)
+    return tokenizer if source.gguf_file else with_own_file(tokenizer, source)
 
 
 def pick_device(name: str) -> torch.device:

@@ -165,7 +165,8 @@ class Engine:
         The keywords are the fields of `GenerationOptions`.
 
         Args:
-            prompt: text to continue as it is, or chat messages ({"role", "content"}) for the chat template.
+            prompt: chat messages ({"role", "content"}) for the chat template; or a text: what a user says where the
+                model has a chat template, and to be continued as it is where it has none or the option `raw` is set.
         Yields:
             A `Token` for each token; the last has a finish reason.
         Raises:
@@ -202,7 +203,7 @@ class Engine:
         Raises:
             ConfigError: the model has no chat template, or it refuses the messages.
         """
-        return self.loaded.prompts.encode(self.loaded.prompts.render(messages), add_special_tokens=False)
+        return self.loaded.prompts.read_messages(messages)
 
     def _answer(self, request: Request, options: GenerationOptions) -> Generator[Token, None, None]:
         return self._guarded(decode(self.loaded, request, options))

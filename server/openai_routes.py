@@ -71,7 +71,10 @@ async def complete(body: CompletionRequest, request: Request, service: ServiceOf
     """Continue a text."""
     model = service.model(body.model)
     options = _options(
-        body, max_new_tokens=_num_new_tokens(body.max_tokens, service, _COMPLETION_TOKENS), logprobs=body.logprobs
+        body,
+        max_new_tokens=_num_new_tokens(body.max_tokens, service, _COMPLETION_TOKENS),
+        logprobs=body.logprobs,
+        raw=True,
     )
     header = _header(model)
     job = _submit(service, model, body.text, options)
@@ -123,7 +126,12 @@ async def _stream(
 
 
 def _options(
-    body: SamplingFields, *, max_new_tokens: int, logprobs: int | None, json_schema: dict[str, Any] | None = None
+    body: SamplingFields,
+    *,
+    max_new_tokens: int,
+    logprobs: int | None,
+    json_schema: dict[str, Any] | None = None,
+    raw: bool = False,
 ) -> GenerationOptions:
     """Translate a request's options; what it leaves out has OpenAI's default, or this project's."""
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -139,6 +147,7 @@ def _options(
         mode=body.mode,
         logprobs=logprobs,
         json_schema=json_schema,
+        raw=raw,
     )
 
 
