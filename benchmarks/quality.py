@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import click
 from bench_inputs import BenchInputs, input_options
 from coreinfer.bundles.manifest import Quality
-from coreinfer.compiler.cli import NumberOr
+from coreinfer.bundles.command_options import NumberOr
 from coreinfer.compiler.config import CompileConfig, HealOptimizer
 from coreinfer.compiler.evaluating import evaluate
 from coreinfer.compiler.healing import HealInputs, heal, healing_text
