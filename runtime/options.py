@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict
 
-from coreinfer.bundles.errors import ConfigError, join_problems
+from coreinfer.bundles.checks import one_of, raise_problems, whole_number
 
 from .generation import MODES, Mode, Token
 from .sampling import SamplingParams
@@ -60,8 +60,7 @@ class GenerationOptions(SamplingParams):
             check_choice("mode", self.mode, MODES)
         whole = [("max_new_tokens", self.max_new_tokens, 1), ("drift_tokens", self.drift_tokens, 0)]
         whole += [("logprobs", self.logprobs, 0)] if self.logprobs is not None else []
-        if problems := [text for name, value, least in whole for text in _whole(name, value, least)]:
-            raise ConfigError(join_problems(problems))
+        raise_problems(whole_number(least).problem(name, value) for name, value, least in whole)
 
 
 class GenerationKeywords(TypedDict, total=False):
@@ -90,14 +89,7 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     Raises:
         ConfigError: it is not.
     """
-    if value not in allowed:
-        raise ConfigError(f"{name}: expected {', '.join(allowed)}, got {value!r}")
-
-
-def _whole(name: str, value: object, least: int) -> list[str]:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
-        return []
-    return [f"{name}: expected a whole number of at least {least}, got {value!r}"]
+    raise_problems([one_of(allowed).problem(name, value)])
 
 
 DEFAULTS = GenerationOptions()
