@@ -15,8 +15,8 @@ from typing import Literal, get_args
 
 import click
 from bench_inputs import BenchInputs, input_options
-from coreinfer.bundles.manifest import Quality
 from coreinfer.bundles.command_options import NumberOr
+from coreinfer.bundles.manifest import Quality
 from coreinfer.compiler.config import CompileConfig, HealOptimizer
 from coreinfer.compiler.evaluating import evaluate
 from coreinfer.compiler.healing import HealInputs, heal, healing_text

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from coreinfer.bundles import ConfigError, read_manifest
 from coreinfer.bundles.errors import join_problems
+from coreinfer.bundles.extras import require_package
 from coreinfer.compiler.progress import Progress
 from coreinfer.runtime import Engine
 from coreinfer.runtime.engines import EngineName
@@ -175,8 +176,7 @@ def _llamacpp_subjects(config: EvaluationConfig, folder: Path, room: int) -> lis
         return []
     if source is None:
         raise ConfigError("--llamacpp: expected a GGUF file by --against, which llama.cpp quantizes, got none")
-    if not has_llamacpp():
-        raise ConfigError("--llamacpp: llama-cpp-python is not installed; pip install llama-cpp-python")
+    require_package("llama_cpp", "--llamacpp", "llama-cpp-python")
     return [LlamaCppSubject(source, kind, folder, room=room, threads=config.threads) for kind in LLAMACPP_FORMATS]
 
 

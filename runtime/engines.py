@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coreinfer.bundles import Bundle, ConfigError, UnsupportedModelError
+from coreinfer.bundles.extras import needs_extra
 
 from .decoder import Decoder
 
@@ -73,12 +74,10 @@ def _load_native(bundle: Bundle, *, threads: int | None, isa: str) -> Decoder:
 
 def _import_torch_decoder(threads: int | None) -> Any:
     """Import the torch engine, and set torch's threads."""
-    try:
+    with needs_extra("the torch engine", "torch"):
         import torch
 
         from .torch_decoder import TorchDecoder
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"the torch engine needs the package {error.name}; pip install 'coreinfer[torch]'") from error
     if threads is not None:
         torch.set_num_threads(threads)
     return TorchDecoder
