@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,6 @@ __all__ = [
     "NarrowModel",
     "bf16_bits",
     "choose_all",
-    "cut_of",
     "from_bits",
     "narrow_layer",
 ]
@@ -121,11 +119,6 @@ def narrow_layer(loaded: LoadedModel, narrow: NarrowModel, layer: int, cluster: 
         own, bias = dense["down_bias"], narrow.biases[layer][cluster]
         tensors["down_bias"] = own if bias is None else torch.from_numpy(bias).to(own.device, loaded.dtype)
     return tensors
-
-
-def cut_of(loaded: LoadedModel, narrow: NarrowModel) -> Cut:
-    """Give a narrow model's layers, before they are rounded."""
-    return partial(narrow_layer, loaded, narrow)
 
 
 def from_bits(bits: Bits) -> torch.Tensor:
