@@ -19,6 +19,7 @@ class BenchInputs:
 
     model: str
     clusters: int
+    encoder: str | None
     calibration: tuple[str, ...]
     calibration_tokens: int
     data: tuple[str, ...]
@@ -32,6 +33,7 @@ class BenchInputs:
             model=self.model,
             output=Path("unused"),
             clusters=self.clusters,
+            encoder=self.encoder,
             calibration=_expand(self.calibration),
             calibration_tokens=self.calibration_tokens,
             cache_dir=self.cache_dir,
@@ -57,6 +59,7 @@ def input_options(
     options = (
         click.option("--model", default=DEMO_MODEL),
         click.option("--clusters", default=clusters),
+        click.option("--encoder", default=None, help="As coreinfer-compile has it."),
         click.option("--calibration", multiple=True, required=True, help="Files or folders; repeatable."),
         click.option("--calibration-tokens", default=calibration_tokens),
         click.option("--data", multiple=True, required=True, help="Files to evaluate on; repeatable."),

@@ -6,33 +6,34 @@ A pack's down projection is refitted in the compiler; what a prompt chooses coul
 from stored Gram matrices. Every row keeps the same neurons a layer; each text is routed by its first half, read dense
 to there, and decoded narrow after it under teacher forcing. The Gram matrices are the dense model's on the second
 halves of the calibration documents: nothing is carried from layer to layer, for packs neither. Only for models whose
-down projection has no bias. Prints a Markdown table, then one JSON line.
+down projection has no bias. All is read as it is stored. Prints a Markdown table, then one JSON line.
 """
 
 import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import click
 import numpy as np
 import torch
+from bench_compile import Bench, choose_each, chosen_cut, open_bench
 from bench_inputs import BenchInputs, input_options
 from coreinfer.bundles.manifest import Score
 from coreinfer.compiler.config import Budgets
 from coreinfer.compiler.corpus import split_point
-from coreinfer.compiler.evaluating import Tally, evaluate
+from coreinfer.compiler.evaluating import Tally
 from coreinfer.compiler.layerwise import document_starts, walk_layers
 from coreinfer.compiler.models import LoadedModel
-from coreinfer.compiler.narrowing import CLUSTERS, NarrowModel, bf16_bits, choose_all, cut_of
-from coreinfer.compiler.profiling import Profile
+from coreinfer.compiler.narrowing import CLUSTERS, Cut, NarrowModel, bf16_bits, choose_all
 from coreinfer.compiler.progress import Progress, peak_memory_bytes
 from coreinfer.compiler.repair import gram_matrix
 from coreinfer.compiler.selecting import Choice, choose_neurons
-from selection import Bench
+from coreinfer.compiler.stages import Ground, score_packs
+from coreinfer.compiler.stored import StoredPacks, stored_packs
 
 REFERENCE = "clusters, top-k, repaired"
 STATIC = "one static mask, repaired"
@@ -93,7 +94,7 @@ def collect_grams(bench: Bench) -> tuple[Grams, list[Grams]]:
     overall: Grams = []
     mixed: list[Grams] = [[] for _ in rows]
     with bench.progress.stage("grams", bench.loaded.record.num_layers) as advance:
-        for layer in walk_layers(bench.loaded, bench.corpus.calibration, advance):
+        for layer in walk_layers(bench.loaded, bench.material.corpus.calibration, advance):
             own = [gram_matrix(layer.activations[part]).div_(max(1, len(part))) for part in rows]
             total = sum((gram * share for gram, share in zip(own, shares, strict=True)), torch.zeros(()))
             overall.append(as_stored(total))
@@ -104,7 +105,7 @@ def collect_grams(bench: Bench) -> tuple[Grams, list[Grams]]:
 
 def second_halves(bench: Bench) -> list[torch.Tensor]:
     """Rows of each cluster's calibration tokens that would be decoded narrow."""
-    starts = document_starts(bench.corpus.calibration)
+    starts = document_starts(bench.material.corpus.calibration)
     labels = bench.routing.assignment.calibration
     rows: list[list[torch.Tensor]] = [[] for _ in range(int(labels.max()) + 1)]
     for label, start, end in zip(labels, starts[:-1], starts[1:], strict=True):
@@ -123,39 +124,49 @@ class Contest:
 
     Attributes:
         overall, mixed: the Gram matrices.
-        packs: one narrow model a cluster.
-        fused, prompt: unrepaired, with one cluster a text.
+        packs: the clusters' and the static mask's, by `pack_name`.
+        fused, prompt: each text's own neurons, not repaired.
     """
 
     bench: Bench
     repair: Repair
     overall: Grams
     mixed: list[Grams]
-    packs: list[NarrowModel]
-    static: NarrowModel
-    fused: NarrowModel
-    prompt: NarrowModel
+    packs: Mapping[str, NarrowModel]
+    fused: Choice
+    prompt: Choice
 
-    def models(self, text: int) -> dict[str, tuple[NarrowModel, Any]]:
-        """Name every row's narrow model of one text, with the place in it that is the text's."""
+    def repaired(self, text: int) -> dict[str, NarrowModel]:
+        """Repair what one text chooses itself: one narrow model a row, with one cluster."""
         cluster = int(self.bench.assignments[0].held_out[text])
-        repaired = {
+        return {
             "fused, repaired, all text's Gram": self._repaired(self.fused, self.overall, text),
             "fused, repaired, cluster's mixed Gram": self._repaired(self.fused, self.mixed[cluster], text),
             "prompt's own neurons, repaired, all text's Gram": self._repaired(self.prompt, self.overall, text),
-            # `evaluate` sums up what is called "clusters" apart from the others.
-            CLUSTERS: self.packs[cluster],
-            STATIC: self.static,
         }
-        unrepaired = {"fused, not repaired": (self.fused, np.array([text]))}
-        return unrepaired | {name: (narrow, ONLY_PLACE) for name, narrow in repaired.items()}
 
-    def _repaired(self, own: NarrowModel, grams: Grams, text: int) -> NarrowModel:
-        return self.repair.narrow(grams, own.choice.scores[text], own.choice.neuron_ids[text])
+    def _repaired(self, own: Choice, grams: Grams, text: int) -> NarrowModel:
+        return self.repair.narrow(grams, own.scores[text], own.neuron_ids[text])
+
+    def shipped(self, packs: Mapping[str, StoredPacks], text: int) -> dict[str, tuple[Cut, Any]]:
+        """Name the rows that are there before the text is read, and what it chooses without a repair."""
+        cluster = int(self.bench.assignments[0].held_out[text])
+        return {
+            "fused, not repaired": (chosen_cut(self.bench.material.stored, self.fused), np.array([text])),
+            # `evaluate` sums up what is called "clusters" apart from the others.
+            CLUSTERS: (packs[pack_name(cluster)].cut, ONLY_PLACE),
+            STATIC: (packs[STATIC].cut, ONLY_PLACE),
+        }
 
 
-def prepare(bench: Bench, repair: Repair, profile: Profile, budgets: list[int]) -> Contest:
+def pack_name(cluster: int) -> str:
+    """Name of a cluster's pack."""
+    return f"cluster {cluster}"
+
+
+def prepare(bench: Bench, repair: Repair, ground: Ground, budgets: list[int]) -> Contest:
     """Choose neurons for clusters, all text and every evaluation text, and repair the first two."""
+    profile = ground.profile
     everywhere = {CLUSTERS: [budgets] * profile.num_clusters(CLUSTERS)}
     clusters = choose_all(bench.config, profile, bench.loaded, bench.assignments, everywhere)[CLUSTERS]
     counts, sums = profile.num_tokens[CLUSTERS], profile.statistics[CLUSTERS]
@@ -170,26 +181,26 @@ def prepare(bench: Bench, repair: Repair, profile: Profile, budgets: list[int]) 
         repair=repair,
         overall=overall,
         mixed=mixed,
-        packs=[repair.narrow(*choice) for choice in choices],
-        static=repair.narrow(overall, static.scores[0], static.neuron_ids[0]),
-        fused=bench.own_neurons(bench.fused(prompt, clusters.scores), budgets),
-        prompt=bench.own_neurons(prompt, budgets),
+        packs={
+            **{pack_name(cluster): repair.narrow(*choice) for cluster, choice in enumerate(choices)},
+            STATIC: repair.narrow(overall, static.scores[0], static.neuron_ids[0]),
+        },
+        fused=choose_each(bench.fused_scores(prompt, clusters.scores), budgets),
+        prompt=choose_each(prompt, budgets),
     )
 
 
 def measure(contest: Contest) -> dict[str, list[Score]]:
     """Score every row, text by text: the packs of all texts together would not fit into memory."""
     scores: dict[str, list[Score]] = {}
-    bench = contest.bench
-    with bench.progress.stage("texts", len(bench.token_ids)) as advance:
+    bench, stored = contest.bench, contest.bench.material.stored
+    with stored_packs(stored, contest.packs, bench.progress) as shipped:
         for text, ids in enumerate(bench.token_ids):
-            models = {
-                name: (cut_of(bench.loaded, narrow), place) for name, (narrow, place) in contest.models(text).items()
-            }
-            quality = evaluate(bench.loaded, [ids], models, Progress())
+            with stored_packs(stored, contest.repaired(text), Progress()) as repaired:
+                own = {name: (packs.cut, ONLY_PLACE) for name, packs in repaired.items()}
+                quality = score_packs(bench.material, [ids], own | contest.shipped(shipped, text), bench.progress)
             for score in (quality.dense, *quality.controls, quality.clusters):
                 scores.setdefault(REFERENCE if score.name == CLUSTERS else score.name, []).append(score)
-            advance()
     return scores
 
 
@@ -231,12 +242,12 @@ def main(inputs: BenchInputs, keep: float, budgets: Any, ridge: float, threads: 
     torch.set_num_threads(threads)
     # Neurons are chosen by scores here, and `Repair` repairs.
     config = replace(inputs.config, keep=keep, budgets=budgets, reconstruct=False, controls=False)
-    bench = Bench(config, inputs.texts)
-    profile = bench.profile(config)
-    repair = Repair(bench.loaded, ridge, pull=pull)
-    scores = measure(prepare(bench, repair, profile, bench.budgets(config, profile)))
     settings = {"keep": keep, "budgets": budgets, "ridge": ridge, "pull": pull, "threads": threads}
-    report(scores, repair, stored_bytes(bench.loaded), settings)
+    with open_bench(config, inputs.texts) as bench:
+        ground = bench.ground(config)
+        repair = Repair(bench.loaded, ridge, pull=pull)
+        scores = measure(prepare(bench, repair, ground, ground.layer_budgets(config, keep)))
+        report(scores, repair, stored_bytes(bench.loaded), settings)
 
 
 def report(scores: dict[str, list[Score]], repair: Repair, num_bytes: dict[str, int], settings: dict[str, Any]) -> None:

@@ -2,9 +2,8 @@
 
     python benchmarks/quality.py --calibration CALIB --data 'DEV/lm_*' --data 'DEV/completion_*' --keep 0.4 --keep 0.8
 
-Compiles in memory as coreinfer-compile does (packs in the model's own dtype), and scores on texts of other files:
-routed by their first half, read dense to there, decoded narrow after it under teacher forcing. Prints a Markdown
-table, then one JSON line.
+Narrows as coreinfer-compile does and scores what it stores on texts of other files: routed by their first half, read
+dense to there, decoded narrow after it under teacher forcing. Prints a Markdown table, then one JSON line.
 """
 
 import json
@@ -14,14 +13,13 @@ from dataclasses import asdict, replace
 from typing import Literal, get_args
 
 import click
+from bench_compile import Bench, open_bench
 from bench_inputs import BenchInputs, input_options
+from coreinfer.bundles.command_options import NumberOr
 from coreinfer.bundles.manifest import Quality
-from coreinfer.compiler.cli import NumberOr
 from coreinfer.compiler.config import CompileConfig, HealOptimizer
-from coreinfer.compiler.evaluating import evaluate
-from coreinfer.compiler.healing import HealInputs, heal, healing_text
-from coreinfer.compiler.narrowing import CLUSTERS, NarrowModel, cut_of
-from selection import Bench
+from coreinfer.compiler.narrowing import CLUSTERS
+from coreinfer.compiler.stages import heal_packs
 
 
 @click.command(context_settings={"show_default": True})
@@ -54,40 +52,27 @@ def main(
         heal_optimizer=heal_optimizer,
         controls=controls,
     )
-    bench = Bench(config, inputs.texts)
     print("| keep | decoded with | perplexity | KL to dense | top-1 agreement |\n|---|---|---|---|---|")
     results = []
-    for keep in keeps:
-        start = time.monotonic()
-        for quality, healed in measure(bench, replace(config, keep=keep)):
-            print("\n".join(rows(keep, quality, healed)), flush=True)
-            seconds = round(time.monotonic() - start, 1)
-            results.append({"keep": keep, "healed": healed, "seconds": seconds, **asdict(quality)})
+    with open_bench(config, inputs.texts) as bench:
+        for keep in keeps:
+            start = time.monotonic()
+            for quality, healed in measure(bench, replace(config, keep=keep)):
+                print("\n".join(rows(keep, quality, healed)), flush=True)
+                seconds = round(time.monotonic() - start, 1)
+                results.append({"keep": keep, "healed": healed, "seconds": seconds, **asdict(quality)})
     stages = {"stage_seconds": bench.progress.stage_seconds, "stage_peak_bytes": bench.progress.stage_peak_bytes}
     print("\n" + json.dumps({"num_texts": len(bench.documents), "results": results, **stages}))
 
 
 def measure(bench: Bench, config: CompileConfig) -> Iterator[tuple[Quality, bool]]:
     """Narrow and score; heal and score again, where that is asked for."""
-    profile = bench.profile(config)
-    budgets = bench.budgets(config, profile)
-    narrow = bench.narrow(config, budgets, profile)
-    held_out = {item.name: item.held_out for item in bench.assignments}
-    models = {name: (cut_of(bench.loaded, model), held_out[name]) for name, model in narrow.items()}
-    yield evaluate(bench.loaded, bench.token_ids, models, bench.progress), False
+    ground = bench.ground(config)
+    key, narrow = bench.narrow(config, ground, ground.layer_budgets(config, config.keep))
+    yield bench.score(narrow), False
     if config.heals:
-        healed = heal_clusters(bench, config, narrow[CLUSTERS], budgets)
-        models = {CLUSTERS: (cut_of(bench.loaded, healed), held_out[CLUSTERS])}
-        yield evaluate(bench.loaded, bench.token_ids, models, bench.progress), True
-
-
-def heal_clusters(bench: Bench, config: CompileConfig, narrow: NarrowModel, budgets: list[int]) -> NarrowModel:
-    """Heal as the compiler does."""
-    documents, labels = healing_text(config, bench.corpus, bench.routing)
-    inputs = HealInputs(config=config, loaded=bench.loaded, documents=documents, labels=labels, narrow=narrow)
-    training = f"{config.heal_steps}-relative-{config.heal_rate}-{config.heal_optimizer}-{len(documents)}"
-    key = f"{bench.key(config, 'packs', budgets)}-{training}"
-    return heal(inputs, bench.cache, key, bench.progress)
+        healed = heal_packs(config, ground, narrow[CLUSTERS], key, bench.progress)
+        yield bench.score({CLUSTERS: healed}), True
 
 
 def rows(keep: float, quality: Quality, healed: bool) -> Iterator[str]:

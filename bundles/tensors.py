@@ -27,7 +27,6 @@ __all__ = [
     "StoredTensor",
     "TensorFile",
     "bf16_to_float32",
-    "float32_to_bf16",
     "stream_tensors",
     "write_tensors",
 ]
@@ -65,19 +64,6 @@ class StoredTensor:
     def num_bytes(self) -> int:
         """Bytes of the values."""
         return int(self.array.nbytes)
-
-    def to_float32(self) -> npt.NDArray[np.float32]:
-        """Convert the values to float32."""
-        if self.dtype == "BF16":
-            return bf16_to_float32(self.array)
-        return self.array.astype(np.float32)
-
-
-def float32_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """Round float32 to bfloat16 bit patterns, to nearest, ties to even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).reshape(np.shape(values))
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
 def bf16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +19,10 @@ import torch
 from .cache import Cache, stage_key
 from .config import CompileConfig
 from .corpus import Document, split_point
+from .layer_results import LayerResult, arrays_of, results_of
 from .layerwise import Batch, document_starts, prepare_batches, run_layer, run_partly
 from .models import LoadedModel
-from .narrowing import CLUSTERS, Assignment, NarrowModel, bf16_bits
+from .narrowing import CLUSTERS, Assignment, NarrowModel, bf16_bits, from_bits
 from .progress import Progress
 from .repair import CLUSTER_WEIGHTS, RIDGES, LayerTokens, Repaired, RepairTask, repair_layer
 from .rounding import Rounding
@@ -30,7 +30,8 @@ from .selecting import Choice
 
 __all__ = ["NarrowInputs", "narrow_all"]
 
-_OWN_WEIGHTS = np.array([np.nan])
+Results = dict[str, LayerResult]
+"""Assignment name -> one layer's result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,18 +95,22 @@ def narrow_all(inputs: NarrowInputs, cache: Cache, key: str, progress: Progress)
     """Narrow the model for every assignment; each layer's result is cached as soon as it is there."""
     num_layers = inputs.loaded.record.num_layers
     if not inputs.config.reconstruct:
-        results = [_unrepaired(inputs, layer) for layer in range(num_layers)]
+        results = [
+            {item.name: _own(inputs, item.name, layer) for item in inputs.assignments} for layer in range(num_layers)
+        ]
     else:
         results = _narrow_layers(inputs, cache, key, progress)
-    return {item.name: _collect(inputs, item.name, results) for item in inputs.assignments}
+    return {
+        item.name: _collect(inputs, item.name, [layer[item.name] for layer in results]) for item in inputs.assignments
+    }
 
 
-def _narrow_layers(inputs: NarrowInputs, cache: Cache, key: str, progress: Progress) -> list[dict[str, Any]]:
+def _narrow_layers(inputs: NarrowInputs, cache: Cache, key: str, progress: Progress) -> list[Results]:
     loaded, num_layers = inputs.loaded, inputs.loaded.record.num_layers
-    keys = [stage_key("narrow", upstream=key, layer=layer) for layer in range(num_layers)]
-    stored = [cache.find_arrays(layer_key) for layer_key in keys]
+    keys = [stage_key("narrow-layer", upstream=key, layer=layer) for layer in range(num_layers)]
+    stored = [_find_results(inputs, cache, layer_key) for layer_key in keys]
     if all(stored):
-        return [arrays for arrays in stored if arrays is not None]
+        return [results for results in stored if results is not None]
     documents = [*inputs.calibration, *inputs.validation]
     starts = document_starts(documents)
     narrow_rows = _narrow_rows(starts).to(loaded.device)
@@ -118,6 +123,11 @@ def _narrow_layers(inputs: NarrowInputs, cache: Cache, key: str, progress: Progr
             results.append(_narrow_one_layer(inputs, cache, keys[layer], layer, parts, streams, tokens))
             advance()
     return results
+
+
+def _find_results(inputs: NarrowInputs, cache: Cache, key: str) -> Results | None:
+    arrays = cache.find_arrays(key)
+    return None if arrays is None else results_of(arrays, [item.name for item in inputs.assignments])
 
 
 def _part(batch: Batch, narrow_rows: torch.Tensor) -> _Part:
@@ -174,13 +184,13 @@ def _narrow_one_layer(
     parts: Sequence[_Part],
     streams: Sequence[_Stream],
     tokens: LayerTokens,
-) -> dict[str, Any]:
+) -> Results:
     """Narrow one layer for every assignment and move all hidden states past it."""
     entering = [part.batch.hidden for part in parts]
     for part in parts:
         _read_dense(inputs, layer, part, tokens)
-    stored = cache.find_arrays(key)
-    arrays: dict[str, Any] = dict(stored or {})
+    stored = _find_results(inputs, cache, key)
+    results = dict(stored or {})
     with inputs.rounding.layer(inputs.loaded, layer) if inputs.rounding else nullcontext():
         for stream in streams:
             runs = []
@@ -190,14 +200,15 @@ def _narrow_one_layer(
                     for part, hidden, own in zip(parts, entering, stream.hidden, strict=True)
                 ]
             if stored is None:
-                arrays |= _repair(inputs, layer, stream, tokens, arrays)
+                results[stream.item.name] = _repair(inputs, layer, stream, tokens, results.get(CLUSTERS))
             if inputs.config.carry:
-                outputs = _narrow_outputs(inputs, layer, stream, tokens, arrays)
+                outputs = _narrow_outputs(inputs, layer, stream, tokens, results[stream.item.name])
                 stream.hidden = [
                     _move(inputs, layer, part, hidden, own, run, outputs)
                     for part, hidden, own, run in zip(parts, entering, stream.hidden, runs, strict=True)
                 ]
-    return cache.arrays(key, partial(dict, arrays))
+    arrays = cache.arrays(key, partial(arrays_of, results))
+    return results_of(arrays, list(results))
 
 
 def _read_dense(inputs: NarrowInputs, layer: int, part: _Part, tokens: LayerTokens) -> None:
@@ -238,9 +249,9 @@ def _put(values: torch.Tensor, places: torch.Tensor, own: torch.Tensor) -> torch
 
 
 def _repair(
-    inputs: NarrowInputs, layer: int, stream: _Stream, tokens: LayerTokens, found: dict[str, Any]
-) -> dict[str, Any]:
-    """Narrow one layer for one assignment: arrays for the cache, named after the assignment."""
+    inputs: NarrowInputs, layer: int, stream: _Stream, tokens: LayerTokens, clusters: LayerResult | None
+) -> LayerResult:
+    """Narrow one layer for one assignment; a control goes by what the clusters chose for themselves."""
     name, config = stream.item.name, inputs.config
     keeps = [budgets[layer] for budgets in inputs.budgets[name]]
     if min(keeps) == inputs.loaded.record.ffn_dim:
@@ -250,11 +261,9 @@ def _repair(
     # A repair that other text rejects is not shipped.
     ridges: tuple[float | None, ...] = (*chosen, None)
     cluster_weights = _repair_weights(config)
-    if name != CLUSTERS:
+    if clusters is not None:
         # Asked to choose for themselves, controls chose the same ridge in nearly every layer (docs/dev/log.md).
-        shared = float(found[f"{CLUSTERS}.ridge"][0])
-        ridges = (None if np.isnan(shared) else shared,)
-        cluster_weights = (float(found[f"{CLUSTERS}.weight"][0]),)
+        ridges, cluster_weights = (clusters.ridge,), (clusters.cluster_weight,)
     by_scores = [layers[layer] for layers in inputs.choices[name].neuron_ids]
     task = RepairTask(
         calibration=stream.calibration,
@@ -268,7 +277,7 @@ def _repair(
         ridges=ridges,
         moment_bytes=config.moment_bytes,
     )
-    return _as_arrays(name, repair_layer(tokens, task))
+    return _result(repair_layer(tokens, task), has_bias=module.bias is not None)
 
 
 def _repair_weights(config: CompileConfig) -> tuple[float, ...]:
@@ -278,47 +287,43 @@ def _repair_weights(config: CompileConfig) -> tuple[float, ...]:
     return CLUSTER_WEIGHTS[:1] if config.cluster_weight is None else (config.cluster_weight,)
 
 
-def _as_arrays(name: str, repaired: Repaired) -> dict[str, Any]:
-    arrays: dict[str, Any] = {f"{name}.ids.{cluster}": ids for cluster, ids in enumerate(repaired.neuron_ids)}
-    arrays[f"{name}.weight"] = np.array([repaired.cluster_weight])
-    if repaired.ridge is None:
-        return {**arrays, f"{name}.ridge": _OWN_WEIGHTS}
-    for cluster, (down, bias) in enumerate(repaired.solutions):
-        arrays[f"{name}.down.{cluster}"] = bf16_bits(down)
-        arrays[f"{name}.bias.{cluster}"] = bias.cpu().numpy()
-    return {**arrays, f"{name}.ridge": np.array([repaired.ridge])}
+def _result(repaired: Repaired, *, has_bias: bool) -> LayerResult:
+    solutions = repaired.solutions if repaired.ridge is not None else []
+    return LayerResult(
+        neuron_ids=tuple(repaired.neuron_ids),
+        ridge=repaired.ridge,
+        cluster_weight=repaired.cluster_weight,
+        downs=tuple(bf16_bits(down) for down, _ in solutions),
+        biases=tuple(bias.cpu().numpy() for _, bias in solutions) if has_bias else (),
+    )
 
 
-def _own(inputs: NarrowInputs, name: str, layer: int) -> dict[str, Any]:
+def _own(inputs: NarrowInputs, name: str, layer: int) -> LayerResult:
     """A layer that keeps its own weights, and the neurons that the scores choose."""
-    ids = {f"{name}.ids.{c}": layers[layer] for c, layers in enumerate(inputs.choices[name].neuron_ids)}
-    weight = np.array(_repair_weights(inputs.config)[:1])
-    return {**ids, f"{name}.ridge": _OWN_WEIGHTS, f"{name}.weight": weight}
-
-
-def _unrepaired(inputs: NarrowInputs, layer: int) -> dict[str, Any]:
-    arrays: dict[str, Any] = {}
-    for item in inputs.assignments:
-        arrays |= _own(inputs, item.name, layer)
-    return arrays
+    return LayerResult(
+        neuron_ids=tuple(layers[layer] for layers in inputs.choices[name].neuron_ids),
+        ridge=None,
+        cluster_weight=_repair_weights(inputs.config)[0],
+    )
 
 
 def _narrow_outputs(
-    inputs: NarrowInputs, layer: int, stream: _Stream, tokens: LayerTokens, arrays: dict[str, Any]
+    inputs: NarrowInputs, layer: int, stream: _Stream, tokens: LayerTokens, result: LayerResult
 ) -> torch.Tensor:
     """What the narrow FFN puts out: (tokens, hidden size), of which only what is read narrow is filled in."""
-    module, name = inputs.loaded.projection(layer, "down"), stream.item.name
+    module = inputs.loaded.projection(layer, "down")
     # Each stream sets its own targets where they are what is missing from the sum: their memory is free by now.
     outputs = tokens.targets if inputs.loaded.family.adds_ffn_output else torch.empty_like(tokens.targets)
     for cluster, rows in enumerate(stream.narrow):
-        ids = torch.from_numpy(arrays[f"{name}.ids.{cluster}"]).long().to(outputs.device)
+        ids = torch.from_numpy(result.neuron_ids[cluster]).long().to(outputs.device)
         down: torch.Tensor = module.weight.T[ids].to(outputs)
         bias: torch.Tensor | None = None if module.bias is None else module.bias.to(outputs)
-        if (bits := arrays.get(f"{name}.down.{cluster}")) is not None:
-            down = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).to(outputs)
-            bias = torch.from_numpy(arrays[f"{name}.bias.{cluster}"]).to(outputs)
+        if (bits := result.down(cluster)) is not None:
+            down = from_bits(bits).to(outputs)
+        if (repaired := result.bias(cluster)) is not None:
+            bias = torch.from_numpy(repaired).to(outputs)
         if inputs.rounding:
-            down = inputs.rounding.down(inputs.loaded, layer, down, arrays[f"{name}.ids.{cluster}"])
+            down = inputs.rounding.down(inputs.loaded, layer, down, result.neuron_ids[cluster])
         product = tokens.activations[rows][:, ids] @ down
         outputs[rows] = product if bias is None else product + bias
     return outputs
@@ -343,19 +348,13 @@ def _move(
     return run_partly(inputs.loaded, layer, part.batch, hidden, nowhere, ffn_output).output[part.places]
 
 
-def _collect(inputs: NarrowInputs, name: str, results: Sequence[dict[str, Any]]) -> NarrowModel:
+def _collect(inputs: NarrowInputs, name: str, layers: Sequence[LayerResult]) -> NarrowModel:
     scores = inputs.choices[name].scores
     clusters = range(len(scores))
-    ridges = [float(arrays[f"{name}.ridge"][0]) for arrays in results]
-    has_bias = inputs.loaded.record.ffn_bias
+    neuron_ids = [[layer.neuron_ids[cluster] for layer in layers] for cluster in clusters]
     return NarrowModel(
-        choice=Choice(
-            scores=scores,
-            neuron_ids=[[arrays[f"{name}.ids.{cluster}"] for arrays in results] for cluster in clusters],
-        ),
-        downs=[[arrays.get(f"{name}.down.{cluster}") for cluster in clusters] for arrays in results],
-        biases=[
-            [arrays.get(f"{name}.bias.{cluster}") if has_bias else None for cluster in clusters] for arrays in results
-        ],
-        ridges=tuple(None if np.isnan(ridge) else ridge for ridge in ridges),
+        choice=Choice(scores=scores, neuron_ids=neuron_ids),
+        downs=[[layer.down(cluster) for cluster in clusters] for layer in layers],
+        biases=[[layer.bias(cluster) for cluster in clusters] for layer in layers],
+        ridges=tuple(layer.ridge for layer in layers),
     )

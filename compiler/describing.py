@@ -26,6 +26,7 @@ from .models import LoadedModel
 from .narrowing import NarrowModel
 from .quantizing import QuantizeOptions
 from .routing import Routing
+from .sizing import Sizes
 
 __all__ = ["PACKAGES", "Compiled", "formats_of", "manifest_of"]
 
@@ -37,17 +38,13 @@ _FUSED_HALF_TOKENS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """All that a bundle is written from.
-
-    Attributes:
-        budgets: of each layer, at the options' keep ratio.
-    """
+    """All that a bundle is written from."""
 
     config: CompileConfig
+    sizes: Sizes
     loaded: LoadedModel
     corpus: Corpus
     routing: Routing
-    budgets: list[int]
     narrow: NarrowModel
     quality: Quality | None
     model_sha256: str
@@ -69,12 +66,12 @@ def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
         ),
         plan=Plan(
             selection=config.selection,
-            keep=config.keep,
+            keep=compiled.sizes.keep,
             alpha=config.alpha,
             beta=config.beta,
             cluster_weight=config.effective_cluster_weight,
             budgets=config.budgets,
-            layer_budgets=tuple(compiled.budgets),
+            layer_budgets=compiled.sizes.layer_budgets,
             reconstruct=config.reconstruct,
             ridges=compiled.narrow.ridges,
             dense=config.dense,
@@ -129,8 +126,11 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
 
 
 def _provenance(compiled: Compiled) -> Provenance:
+    decided = {"clusters": compiled.sizes.clusters, "keep": compiled.sizes.keep}
     options = {
-        name: _plain(value) for name, value in asdict(compiled.config).items() if name not in _UNRECORDED_OPTIONS
+        name: _plain(value)
+        for name, value in {**asdict(compiled.config), **decided}.items()
+        if name not in _UNRECORDED_OPTIONS
     }
     return Provenance(
         coreinfer=version("coreinfer"),

@@ -56,10 +56,6 @@ class LayerActivations:
         """Activations of one document: (tokens, ffn_dim)."""
         return self.activations[self.starts[index] : self.starts[index + 1]]
 
-    def of_documents(self, indices: Sequence[int]) -> torch.Tensor:
-        """Activations of several documents: (tokens, ffn_dim)."""
-        return torch.cat([self.document(index) for index in indices]) if len(indices) else self.activations[:0]
-
 
 @dataclass(kw_only=True)
 class Batch:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,16 @@ from .models import LoadedModel
 from .profiling import Profile
 from .selecting import Choice, choose_neurons
 
-__all__ = ["CLUSTERS", "Assignment", "Cut", "NarrowModel", "bf16_bits", "choose_all", "cut_of", "narrow_layer"]
+__all__ = [
+    "CLUSTERS",
+    "Assignment",
+    "Cut",
+    "NarrowModel",
+    "bf16_bits",
+    "choose_all",
+    "from_bits",
+    "narrow_layer",
+]
 
 CLUSTERS = "clusters"
 """Name of the assignment that is shipped; the others are controls."""
@@ -101,22 +109,18 @@ def narrow_layer(loaded: LoadedModel, narrow: NarrowModel, layer: int, cluster: 
     tensors = {role: tensor[ids] for role, tensor in dense.items() if role not in ("down", "down_bias")}
     if narrow.inner is not None:
         for role, bits in narrow.inner[layer][cluster].items():
-            tensors[role] = _from_bits(bits).to(dense[role])
+            tensors[role] = from_bits(bits).to(dense[role])
     repaired = narrow.downs[layer][cluster]
     if repaired is None:
         tensors["down"] = dense["down"][:, ids]
     else:
-        tensors["down"] = _from_bits(repaired).T.to(dense["down"]).contiguous()
+        tensors["down"] = from_bits(repaired).T.to(dense["down"]).contiguous()
     if "down_bias" in dense:
         own, bias = dense["down_bias"], narrow.biases[layer][cluster]
         tensors["down_bias"] = own if bias is None else torch.from_numpy(bias).to(own.device, loaded.dtype)
     return tensors
 
 
-def cut_of(loaded: LoadedModel, narrow: NarrowModel) -> Cut:
-    """Give a narrow model's layers, before they are rounded."""
-    return partial(narrow_layer, loaded, narrow)
-
-
-def _from_bits(bits: Bits) -> torch.Tensor:
+def from_bits(bits: Bits) -> torch.Tensor:
+    """Turn bit patterns back into a bfloat16 tensor."""
     return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)

@@ -1,51 +1,46 @@
 """Compile a model into a bundle: the compiler's main path."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 import torch
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.machine import usable_cores
 from coreinfer.bundles.manifest import Manifest, Quality, Score
 from coreinfer.bundles.writer import check_target, disk_errors, existing_parent, finish_manifest, stage_bundle
 
-from .cache import Cache, stage_key
-from .carrying import NarrowInputs, narrow_all
+from .cache import Cache
 from .config import CompileConfig
-from .corpus import Corpus, build_corpus, split_point, text_sources
-from .describing import PACKAGES, Compiled, formats_of, manifest_of
-from .evaluating import evaluate
-from .healing import HealInputs, heal, healing_text
+from .corpus import text_sources
+from .describing import Compiled, manifest_of
 from .mapping import map_points
-from .memory import check_memory
 from .models import LoadedModel, load_model, read_config
-from .moments import Moments, input_moments
-from .narrowing import CLUSTERS, Assignment, Cut, NarrowModel, choose_all
-from .packing import Packer, write_router, write_tokenizer
-from .profiling import Profile, profile_model
+from .narrowing import CLUSTERS
+from .packing import write_router, write_tokenizer
 from .progress import Progress
 from .report import file_sizes, write_report
-from .rounding import Rounding
-from .routing import Routing, build_routing, control_assignments
 from .searching import fit_clusters, fit_quality
-from .selecting import layer_budgets
-from .sensitivity import output_metrics, removal_curves
-from .sizing import fit_budget
+from .sizing import Sizes, fit_budget
 from .sources import find_source
-from .stored import StoredModel, StoredPacks, dense_cut, store_model, stored_packs
+from .stages import (
+    Ground,
+    Material,
+    better_packs,
+    budgets_at,
+    build_ground,
+    gather_material,
+    heal_packs,
+    narrow_packs,
+    score_packs,
+)
+from .stored import StoredModel, StoredPacks, dense_cut, stored_packs
 
 __all__ = ["compile_loaded", "compile_model"]
-
-_log = logging.getLogger(__name__)
 
 
 def compile_model(config: CompileConfig, progress: Progress | None = None) -> Manifest:
@@ -76,37 +71,49 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
 
 def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str, progress: Progress) -> Manifest:
     """Compile a model that is in memory; `model_sha256` stands for it in the cache and in the manifest."""
-    config = fit_budget(config, loaded)
+    asked_keep = fit_budget(config, loaded)
     with _scratch_folder(config) as scratch:
-        if config.max_memory is not None and config.cache_dir is None:
-            # Stage results, the packs among them, are mapped from files too where memory is short.
-            config = replace(config, cache_dir=scratch / "cache")
-        text = _read_text(config, loaded, model_sha256, scratch, progress)
-        num_documents = len(text.corpus.calibration) if text.corpus.held_out else 0
-        config = fit_clusters(config, partial(_measure_clusters, text, progress), num_documents=num_documents)
-        ground = _prepare(config, text, progress)
-        config, keeps = fit_quality(
+        cache = Cache(_cache_folder(config, scratch))
+        material = gather_material(config, loaded, model_sha256, cache, scratch, progress)
+        clusters = fit_clusters(
             config,
-            partial(_measure, ground, config, progress),
-            partial(_measure_dense, text, progress),
+            partial(_measure_clusters, config, material, asked_keep, progress),
+            num_documents=len(material.corpus.calibration) if material.corpus.held_out else 0,
+        )
+        with_controls = config.evaluate and config.controls and bool(material.corpus.held_out)
+        ground = build_ground(config, material, clusters, asked_keep, progress, with_controls=with_controls)
+        keep, keeps = fit_quality(
+            config,
+            asked_keep,
+            partial(_measure, config, ground, asked_keep, progress),
+            partial(_measure_dense, material, progress),
             ground.num_held_out_tokens,
         )
-        narrow_key, narrow = _narrow(ground, config, keeps, ground.assignments, progress)
-        if config.heals:
-            narrow[CLUSTERS] = _heal(config, ground, narrow[CLUSTERS], narrow_key, progress)
-        with stored_packs(text.stored, narrow, progress) as packs:
-            quality = _final_quality(config, ground, packs, progress, healed=narrow[CLUSTERS].inner is not None)
-            compiled = Compiled(
-                config=config,
-                loaded=loaded,
-                corpus=text.corpus,
-                routing=ground.routing,
-                budgets=ground.budgets(config, config.keep),
-                narrow=narrow[CLUSTERS],
-                quality=quality,
-                model_sha256=model_sha256,
-            )
-            return write_bundle(compiled, text.stored, packs[CLUSTERS], progress)
+        layer_budgets = tuple(ground.layer_budgets(config, keep))
+        sizes = Sizes(clusters=clusters, keep=keep, keeps=keeps, layer_budgets=layer_budgets)
+        return _compile_at(config, sizes, ground, model_sha256, progress)
+
+
+def _compile_at(config: CompileConfig, sizes: Sizes, ground: Ground, model_sha256: str, progress: Progress) -> Manifest:
+    """Narrow, heal, score and write, once it is known how much is kept."""
+    material = ground.material
+    budgets = budgets_at(config, ground, sizes.keep, sizes.keeps, ground.assignments)
+    narrow_key, narrow = narrow_packs(config, ground, budgets, ground.assignments, progress)
+    if config.heals:
+        healed = heal_packs(config, ground, narrow[CLUSTERS], narrow_key, progress)
+        narrow[CLUSTERS] = better_packs(ground, narrow[CLUSTERS], healed, progress)
+    with stored_packs(material.stored, narrow, progress) as packs:
+        compiled = Compiled(
+            config=config,
+            sizes=sizes,
+            loaded=material.loaded,
+            corpus=material.corpus,
+            routing=ground.routing,
+            narrow=narrow[CLUSTERS],
+            quality=_final_quality(config, ground, packs, progress, healed=narrow[CLUSTERS].inner is not None),
+            model_sha256=model_sha256,
+        )
+        return write_bundle(compiled, material.stored, packs[CLUSTERS], progress)
 
 
 @contextmanager
@@ -118,228 +125,47 @@ def _scratch_folder(config: CompileConfig) -> Iterator[Path]:
         yield Path(name)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Text:
-    """A model and the text that it is compiled for.
-
-    Attributes:
-        moments: of `input_moments`, for formats that round.
-        stored: the model's files.
-        key: of all that depends on these alone.
-    """
-
-    loaded: LoadedModel
-    corpus: Corpus
-    moments: Moments
-    stored: StoredModel
-    cache: Cache
-    key: str
-
-    @property
-    def held_out_ids(self) -> list[tuple[int, ...]]:
-        """Token ids of the held-out texts."""
-        return [document.token_ids for document in self.corpus.held_out]
+def _cache_folder(config: CompileConfig, scratch: Path) -> Path | None:
+    """Stage results, the packs among them, are mapped from files too where memory is short."""
+    return scratch / "cache" if config.max_memory is not None and config.cache_dir is None else config.cache_dir
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Ground:
-    """What does not depend on how much is kept.
-
-    Attributes:
-        assignments: the clusters and the controls.
-        metrics: of `output_metrics`.
-        curves: of `removal_curves`, for budgets by sensitivity.
-        key: of the profile; later stages' keys go on from it.
-    """
-
-    text: _Text
-    routing: Routing
-    assignments: list[Assignment]
-    profile: Profile
-    metrics: torch.Tensor
-    curves: npt.NDArray[np.float32] | None
-    key: str
-
-    @property
-    def num_held_out_tokens(self) -> list[int]:
-        """Held-out tokens of each cluster that are decoded narrow and scored: (clusters,)."""
-        counts = [max(0, len(ids) - split_point(len(ids)) - 1) for ids in self.text.held_out_ids]
-        routed, num_clusters = self.routing.assignment.held_out, self.routing.clustering.num_clusters
-        totals = np.bincount(routed, weights=counts, minlength=num_clusters)
-        return [int(total) for total in totals]
-
-    def budgets(self, config: CompileConfig, keep: float) -> list[int]:
-        """Layer budgets at a keep ratio."""
-        return layer_budgets(replace(config, keep=keep), self.profile, self.text.loaded.column_norms, self.curves)
-
-
-def _read_text(
-    config: CompileConfig, loaded: LoadedModel, model_sha256: str, scratch: Path, progress: Progress
-) -> _Text:
-    cache = Cache(config.cache_dir)
-    corpus = build_corpus(config, loaded, cache, model_sha256, progress)
-    check_memory(config, loaded, corpus)
-    key = stage_key(
-        "text",
-        model=model_sha256,
-        corpus=corpus.sha256,
-        seed=config.seed,
-        device=str(loaded.device),
-        dtype=str(loaded.dtype),
-        # The same file, read as another model than before, gives other results.
-        config=loaded.record.config,
-        threads=torch.get_num_threads(),
-        packages={name: version(name) for name in PACKAGES},
-        coreinfer=version("coreinfer"),
-    )
-    moments: Moments = {}
-    if config.quantize != "bf16":
-        moments = input_moments(loaded, corpus.calibration, cache, stage_key("moments", upstream=key), progress)
-    packer = Packer(formats=formats_of(config), moments=moments)
-    stored = store_model(loaded, packer, scratch, config.output, progress)
-    return _Text(loaded=loaded, corpus=corpus, moments=moments, stored=stored, cache=cache, key=key)
-
-
-def _prepare(config: CompileConfig, text: _Text, progress: Progress) -> _Ground:
-    loaded, calibration, cache = text.loaded, text.corpus.calibration, text.cache
-    routing = build_routing(config, loaded, text.corpus, cache, progress)
-    assignments = [routing.assignment]
-    if config.evaluate and config.controls and text.corpus.held_out:
-        assignments += control_assignments(routing.assignment, seed=config.seed)
-    key = _profile_key(config, text, routing, [item.name for item in assignments])
-    labels = {item.name: item.calibration for item in assignments}
-    profile = profile_model(config, loaded, calibration, labels, cache, key, progress)
-    metrics = output_metrics(config, loaded, calibration, cache, text.key, progress)
-    curves = None
-    if config.budgets == "sensitivity" and config.keep < 1:
-        curves_key = stage_key("curves", upstream=text.key)
-        curves = removal_curves(loaded, calibration, metrics, cache, curves_key, progress)
-    return _Ground(
-        text=text,
-        routing=routing,
-        assignments=assignments,
-        profile=profile,
-        metrics=metrics,
-        curves=curves,
-        key=key,
-    )
-
-
-def _narrow(
-    ground: _Ground,
-    config: CompileConfig,
-    keeps: Sequence[float],
-    assignments: Sequence[Assignment],
-    progress: Progress,
-) -> tuple[str, dict[str, NarrowModel]]:
-    """Narrow the clusters at their keep ratios, controls at the options'.
-
-    Returns:
-        The stage's key, and assignment name -> narrow model.
-    """
-    at = {keep: ground.budgets(config, keep) for keep in {config.keep, *keeps}}
-    budgets = {item.name: [at[config.keep]] * ground.profile.num_clusters(item.name) for item in assignments}
-    budgets[CLUSTERS] = [at[keep] for keep in keeps]
-    inputs = NarrowInputs(
-        config=config,
-        loaded=ground.text.loaded,
-        calibration=ground.text.corpus.calibration,
-        validation=ground.text.corpus.validation,
-        assignments=assignments,
-        choices=choose_all(config, ground.profile, ground.text.loaded, assignments, budgets),
-        budgets=budgets,
-        metrics=ground.metrics,
-        rounding=Rounding(kind=config.quantize, moments=ground.text.moments) if config.repairs_rounding else None,
-    )
-    key = stage_key(
-        "packs",
-        upstream=ground.key,
-        budgets=budgets,
-        ridge=config.ridge,
-        removal=config.effective_removal,
-        carry=config.carry,
-        rounding=config.quantize if config.repairs_rounding else None,
-        assignments=[item.name for item in assignments],
-    )
-    return key, dict(narrow_all(inputs, ground.text.cache, key, progress))
-
-
-def _measure(ground: _Ground, config: CompileConfig, progress: Progress, keeps: Sequence[float]) -> Quality:
+def _measure(config: CompileConfig, ground: Ground, keep: float, progress: Progress, keeps: Sequence[float]) -> Quality:
     """Narrow the clusters alone, each at its keep ratio, and score them on held-out text."""
-    clusters = ground.assignments[:1]
-    _, narrow = _narrow(ground, config, keeps, clusters, progress)
-    with stored_packs(ground.text.stored, narrow, progress) as packs:
-        return _score(ground.text, {CLUSTERS: (packs[CLUSTERS].cut, clusters[0].held_out)}, progress)
+    material, clusters = ground.material, ground.assignments[:1]
+    _, narrow = narrow_packs(config, ground, budgets_at(config, ground, keep, keeps, clusters), clusters, progress)
+    with stored_packs(material.stored, narrow, progress) as packs:
+        models = {CLUSTERS: (packs[CLUSTERS].cut, clusters[0].held_out)}
+        return score_packs(material, material.held_out_ids, models, progress)
 
 
-def _measure_dense(text: _Text, progress: Progress) -> Score:
+def _measure_dense(material: Material, progress: Progress) -> Score:
     """Score the dense FFN as it is stored."""
-    everywhere = np.zeros(len(text.held_out_ids), dtype=np.int64)
-    return _score(text, {CLUSTERS: (dense_cut(text.stored), everywhere)}, progress).clusters
+    everywhere = np.zeros(len(material.held_out_ids), dtype=np.int64)
+    models = {CLUSTERS: (dense_cut(material.stored), everywhere)}
+    return score_packs(material, material.held_out_ids, models, progress).clusters
 
 
-def _measure_clusters(text: _Text, progress: Progress, config: CompileConfig) -> Score:
-    """Score the clusters' packs with another number of clusters, without controls."""
-    config = replace(config, evaluate=False)
-    ground = _prepare(config, text, progress)
-    keeps = (config.keep,) * ground.routing.clustering.num_clusters
-    return _measure(ground, config, progress, keeps).clusters
+def _measure_clusters(
+    config: CompileConfig, material: Material, keep: float, progress: Progress, num_clusters: int
+) -> Score:
+    """Score the packs of a number of clusters, without controls."""
+    ground = build_ground(config, material, num_clusters, keep, progress, with_controls=False)
+    keeps = (keep,) * ground.routing.clustering.num_clusters
+    return _measure(config, ground, keep, progress, keeps).clusters
 
 
 def _final_quality(
-    config: CompileConfig, ground: _Ground, packs: Mapping[str, StoredPacks], progress: Progress, *, healed: bool
+    config: CompileConfig, ground: Ground, packs: Mapping[str, StoredPacks], progress: Progress, *, healed: bool
 ) -> Quality | None:
     """Score what is shipped beside the controls, which are not healed, and must not look as if they were."""
-    if not config.evaluate or not ground.text.corpus.held_out:
+    if not config.evaluate or not ground.material.corpus.held_out:
         return None
     models = {}
     for item in ground.assignments:
         name = f"{item.name}, not healed" if healed and item.name != CLUSTERS else item.name
         models[name] = (packs[item.name].cut, item.held_out)
-    return _score(ground.text, models, progress)
-
-
-def _score(text: _Text, models: Mapping[str, tuple[Cut, npt.NDArray[np.int64]]], progress: Progress) -> Quality:
-    """Score FFNs on held-out text, with everything beside them as it is stored."""
-    return evaluate(text.loaded, text.held_out_ids, models, progress, text.stored)
-
-
-def _heal(
-    config: CompileConfig, ground: _Ground, narrow: NarrowModel, upstream: str, progress: Progress
-) -> NarrowModel:
-    documents, labels = healing_text(config, ground.text.corpus, ground.routing)
-    inputs = HealInputs(config=config, loaded=ground.text.loaded, documents=documents, labels=labels, narrow=narrow)
-    key = stage_key(
-        "heal",
-        upstream=upstream,
-        steps=config.heal_steps,
-        relative_rate=config.heal_rate,
-        optimizer=config.heal_optimizer,
-        text=[document.token_ids for document in documents],
-    )
-    return _better(ground, narrow, heal(inputs, ground.text.cache, key, progress), progress)
-
-
-def _better(ground: _Ground, narrow: NarrowModel, healed: NarrowModel, progress: Progress) -> NarrowModel:
-    """Take the healed packs, unless text that nothing was trained on rejects them."""
-    documents, labels = ground.text.corpus.validation, ground.routing.assignment.validation
-    if not documents:
-        _log.warning("healing is not checked: there is no validation text; give more calibration text")
-        return healed
-    token_ids = [document.token_ids for document in documents]
-    with stored_packs(ground.text.stored, {CLUSTERS: narrow, "healed": healed}, progress) as packs:
-        models = {name: (pack.cut, labels) for name, pack in packs.items()}
-        quality = evaluate(ground.text.loaded, token_ids, models, progress, ground.text.stored)
-    before, after = quality.clusters.kl, quality.controls[0].kl
-    _log.info("healing: KL on validation text %.4f before, %.4f after", before, after)
-    if after < before:
-        return healed
-    _log.warning(
-        "healing is left out: KL on validation text rises from %.4f to %.4f; lower --heal-rate or raise --heal-steps",
-        before,
-        after,
-    )
-    return narrow
+    return score_packs(ground.material, ground.material.held_out_ids, models, progress)
 
 
 def write_bundle(compiled: Compiled, stored: StoredModel, packs: StoredPacks, progress: Progress) -> Manifest:
@@ -359,19 +185,3 @@ def write_bundle(compiled: Compiled, stored: StoredModel, packs: StoredPacks, pr
         manifest = finish_manifest(stage, manifest)
         advance()
     return manifest
-
-
-def _profile_key(config: CompileConfig, text: _Text, routing: Routing, names: list[str]) -> str:
-    """Key of the profile: everything that shapes the sums."""
-    return stage_key(
-        "profile",
-        upstream=text.key,
-        clusters=routing.clustering.labels.tolist(),
-        validation=routing.assignment.validation.tolist(),
-        assignments=names,
-        selection=config.selection,
-        alpha=config.alpha,
-        beta=config.beta,
-        cluster_weight=config.cluster_weight,
-        removal=config.effective_removal,
-    )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache as run_once
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -53,9 +54,18 @@ class Routing:
 
 
 def build_routing(
-    config: CompileConfig, loaded: LoadedModel, corpus: Corpus, cache: Cache, progress: Progress
+    config: CompileConfig,
+    clusters: int | Literal["auto"],
+    loaded: LoadedModel,
+    corpus: Corpus,
+    cache: Cache,
+    progress: Progress,
 ) -> Routing:
-    """Embed and cluster the calibration text, and fit the static encoder to it."""
+    """Embed and cluster the calibration text, and fit the static encoder to it.
+
+    Args:
+        clusters: how many; that of the options may be left to a search.
+    """
     source = find_source(config.encoder, option="--encoder") if config.encoder else default_encoder()
     key = source.sha256({})
 
@@ -68,7 +78,7 @@ def build_routing(
     parts = [_routing_texts(corpus.calibration), _routing_texts(corpus.validation), prompts]
     embeddings = embed_sentences(encoder, key, [text for part in parts for text in part], cache, progress)
     calibration, validation, held_out = np.split(embeddings, np.cumsum([len(part) for part in parts])[:2])
-    clustering = cluster_embeddings(calibration, config.clusters, seed=config.seed)
+    clustering = cluster_embeddings(calibration, clusters, seed=config.seed)
     static = fit_to_sentences(distill_encoder(encoder, key, cache, progress), parts[0], calibration)
     static_calibration = static.embed(parts[0])
     centroids = class_centroids(static_calibration, clustering.labels)

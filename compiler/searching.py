@@ -3,7 +3,8 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from coreinfer.bundles.errors import ConfigError
@@ -27,13 +28,17 @@ _LEAST_TOKENS = 128
 
 Measure = Callable[[Sequence[float]], Quality]
 """Narrows each cluster at its keep ratio and scores the packs on held-out text."""
-MeasureClusters = Callable[[CompileConfig], Score]
-"""Narrows with the options and scores the clusters' packs on held-out text."""
+MeasureClusters = Callable[[int], Score]
+"""Narrows with a number of clusters and scores their packs on held-out text."""
 
 
 def fit_quality(
-    config: CompileConfig, measure: Measure, measure_dense: Callable[[], Score], num_tokens: Sequence[int]
-) -> tuple[CompileConfig, tuple[float, ...]]:
+    config: CompileConfig,
+    keep: float,
+    measure: Measure,
+    measure_dense: Callable[[], Score],
+    num_tokens: Sequence[int],
+) -> tuple[float, tuple[float, ...]]:
     """Turn `max_kl` and `min_top1` into each cluster's lowest keep ratio that holds both; without them, into `keep`.
 
     What is measured are packs as they are stored, before any healing. A cluster with little held-out text is judged by
@@ -43,12 +48,12 @@ def fit_quality(
         measure_dense: scores the dense FFN as it is stored, which loses what rounding costs.
         num_tokens: (clusters,) held-out tokens that the router sends to each cluster and that are decoded narrow.
     Returns:
-        The options with the ratio that has as many bytes on held-out text, and a keep ratio for each cluster.
+        The keep ratio that has as many bytes on held-out text, and one for each cluster.
     Raises:
         ConfigError: there is no held-out text to measure on, or rounding alone loses more than may be lost.
     """
     if config.max_kl is None and config.min_top1 is None:
-        return config, (config.keep,) * len(num_tokens)
+        return keep, (keep,) * len(num_tokens)
     if not sum(num_tokens):
         raise ConfigError("--max-kl, --min-top1: expected calibration text enough to hold some out, got too little")
 
@@ -72,7 +77,7 @@ def fit_quality(
 
     least = max(config.min_layer_keep, 0.05)
     keeps = least_keeps(excesses, num_clusters=len(num_tokens), least=least, dense_excess=dense_excess)
-    return replace(config, keep=round(float(np.average(keeps, weights=num_tokens)), 4)), keeps
+    return round(float(np.average(keeps, weights=num_tokens)), 4), keeps
 
 
 def _excess(config: CompileConfig, score: Score) -> float:
@@ -153,7 +158,7 @@ class _Bracket:
         self.done = -_CLOSE <= excess <= 0 or self.high - self.low <= _FINE
 
 
-def fit_clusters(config: CompileConfig, measure: MeasureClusters, *, num_documents: int) -> CompileConfig:
+def fit_clusters(config: CompileConfig, measure: MeasureClusters, *, num_documents: int) -> int | Literal["auto"]:
     """Turn clusters "auto" into the fewest whose held-out KL is within 2% of the best tried, all at the same bytes.
 
     With a quality to aim at, numbers of clusters are compared at the options' keep ratio.
@@ -162,12 +167,12 @@ def fit_clusters(config: CompileConfig, measure: MeasureClusters, *, num_documen
         num_documents: to calibrate on; 0 where nothing is held out, and clusters are counted by their embeddings alone.
     """
     if config.clusters != "auto":
-        return config
+        return config.clusters
     if not num_documents:
         _log.warning("--clusters auto: no text is held out to measure KL on; counting clusters by their embeddings")
-        return config
+        return config.clusters
     ladder = [count for count in _LADDER if count == 1 or count * _CLUSTER_DOCUMENTS <= num_documents]
-    return replace(config, clusters=fewest_clusters(lambda count: measure(replace(config, clusters=count)).kl, ladder))
+    return fewest_clusters(lambda count: measure(count).kl, ladder)
 
 
 def fewest_clusters(kl_of: Callable[[int], float], ladder: Sequence[int]) -> int:

@@ -35,32 +35,32 @@ class Choice:
 
 
 def layer_budgets(
-    config: CompileConfig, profile: Profile, column_norms: Floats, curves: Floats | None = None
+    config: CompileConfig, keep: float, profile: Profile, column_norms: Floats, curves: Floats | None = None
 ) -> list[int]:
     """Decide how many neurons each layer keeps: multiples of 32 that make up the keep ratio in all.
 
     Args:
+        keep: the keep ratio in all; that of the options is what was asked for.
         curves: of `removal_curves`; only for budgets "sensitivity".
-
     Raises:
         ConfigError: the floor leaves no room for the keep ratio.
     """
     num_layers, ffn_dim = column_norms.shape
-    if config.keep == 1 or ffn_dim <= NEURON_BLOCK:
+    if keep == 1 or ffn_dim <= NEURON_BLOCK:
         return [ffn_dim] * num_layers
     if config.budgets == "uniform":
-        return [_to_block(config.keep * ffn_dim, ffn_dim)] * num_layers
-    if config.min_layer_keep > config.keep:
+        return [_to_block(keep * ffn_dim, ffn_dim)] * num_layers
+    if config.min_layer_keep > keep:
         raise ConfigError(
-            f"--min-layer-keep {config.min_layer_keep:g}: expected at most --keep {config.keep:g}; lower one of them"
+            f"--min-layer-keep {config.min_layer_keep:g}: expected at most --keep {keep:g}; lower one of them"
         )
     if config.budgets == "sensitivity":
         assert curves is not None
-        return cheapest_budgets(curves, config.keep, config.min_layer_keep, ffn_dim)
+        return cheapest_budgets(curves, keep, config.min_layer_keep, ffn_dim)
     energies = (profile.relative_energies * np.square(column_norms)).sum(axis=1)
     # Every layer keeps a block at least, which must not come on top of the keep ratio.
-    floor = max(config.min_layer_keep, min(config.keep, NEURON_BLOCK / ffn_dim))
-    shares = _proportional_shares(np.sqrt(energies.astype(np.float64)), config.keep, floor)
+    floor = max(config.min_layer_keep, min(keep, NEURON_BLOCK / ffn_dim))
+    shares = _proportional_shares(np.sqrt(energies.astype(np.float64)), keep, floor)
     return _round_to_blocks(shares * ffn_dim, ffn_dim)
 
 

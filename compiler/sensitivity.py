@@ -59,6 +59,7 @@ def fisher_matrices(
 
 def output_metrics(
     config: CompileConfig,
+    keep: float,
     loaded: LoadedModel,
     documents: Sequence[Document],
     cache: Cache,
@@ -67,7 +68,7 @@ def output_metrics(
 ) -> torch.Tensor:
     """What errors in the FFN outputs cost: Fisher matrices where anything asks for them, else identities."""
     needed = config.budgets == "sensitivity" or config.reconstruct
-    if needed and config.keep < 1:
+    if needed and keep < 1:
         fisher_key = stage_key("fisher", upstream=key)
         return fisher_matrices(loaded, documents, cache, fisher_key, progress, seed=config.seed)
     return torch.eye(loaded.record.hidden_size).expand(loaded.record.num_layers, -1, -1)

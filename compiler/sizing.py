@@ -1,6 +1,7 @@
-"""From a budget of bytes a token to a keep ratio."""
+"""How much is kept: what was decided, and from a budget of bytes a token to a keep ratio."""
 
-from dataclasses import replace
+from dataclasses import dataclass
+from typing import Literal
 
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.formats import matrix_bytes
@@ -10,17 +11,34 @@ from .config import CompileConfig
 from .models import LoadedModel
 from .selecting import NEURON_BLOCK
 
-__all__ = ["base_bytes", "block_bytes", "fit_budget"]
+__all__ = ["Sizes", "base_bytes", "block_bytes", "fit_budget"]
 
 
-def fit_budget(config: CompileConfig, loaded: LoadedModel) -> CompileConfig:
-    """Turn `budget_mb` into the largest keep ratio whose weights fit; without it the options are left as they are.
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What was decided where `CompileConfig` says what to aim at.
+
+    Attributes:
+        clusters: that were asked of the clustering, which merges empty and tiny ones; "auto" where it counted them.
+        keep: keep ratio of one narrow model that has as many bytes on held-out text as the clusters' packs.
+        keeps: of each cluster.
+        layer_budgets: of each layer, at `keep`.
+    """
+
+    clusters: int | Literal["auto"]
+    keep: float
+    keeps: tuple[float, ...]
+    layer_budgets: tuple[int, ...]
+
+
+def fit_budget(config: CompileConfig, loaded: LoadedModel) -> float:
+    """Turn `budget_mb` into the largest keep ratio whose weights fit; without it, return `keep`.
 
     Raises:
         ConfigError: not even the smallest narrow FFN fits.
     """
     if config.budget_mb is None:
-        return config
+        return config.keep
     record = loaded.record
     fixed, one = base_bytes(config, loaded), block_bytes(config, loaded)
     num_blocks = record.num_layers * record.ffn_dim / NEURON_BLOCK
@@ -31,7 +49,7 @@ def fit_budget(config: CompileConfig, loaded: LoadedModel) -> CompileConfig:
             f"--budget-mb: expected at least {(fixed + least * one) / 1e6:.1f}, {fixed / 1e6:.1f} of it no FFN, "
             f"got {config.budget_mb:g}; use fewer bits (--quantize) or a lower --min-layer-keep"
         )
-    return replace(config, keep=min(1.0, fitting / num_blocks))
+    return min(1.0, float(fitting / num_blocks))
 
 
 def base_bytes(config: CompileConfig, loaded: LoadedModel) -> int:

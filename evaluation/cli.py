@@ -14,7 +14,7 @@ from coreinfer.runtime.engines import EngineName
 from .evaluating import DEFAULT_MODES, EvaluationConfig, evaluate
 from .plot import check_plot, write_plot
 from .records import Dataset
-from .scores import Row, Score
+from .scores import MetricScore, Variant
 from .subjects import MODES
 from .tables import dataset_table, summary_table
 
@@ -74,5 +74,5 @@ def _config(options: dict[str, Any]) -> EvaluationConfig:
     return EvaluationConfig(**own)
 
 
-def _show(dataset: Dataset, rows: Sequence[Row], scores: Sequence[Score]) -> None:
+def _show(dataset: Dataset, rows: Sequence[Variant], scores: Sequence[MetricScore]) -> None:
     click.echo("\n".join(dataset_table(dataset.name, rows, scores)))

@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from .scores import NUM_RESAMPLES, TAILS, Score
+from .scores import NUM_RESAMPLES, TAILS, MetricScore
 
 __all__ = ["translation_scores"]
 
 
 def translation_scores(
     row: str, dataset: str, answers: Sequence[str], expected: Sequence[str], *, seed: int = 0
-) -> list[Score]:
+) -> list[MetricScore]:
     """BLEU and chrF (arXiv 1804.08771; chrF2, Popović 2015), 0 to 100, with 95% intervals over resampled sentences."""
     # Its import takes a while, which other tasks need not wait for.
     from sacrebleu.metrics import BLEU, CHRF
@@ -22,7 +22,7 @@ def translation_scores(
         low, high = _interval(metric, answers, expected, seed)
         value = float(metric.corpus_score(list(answers), [list(expected)]).score)
         scores.append(
-            Score(row=row, dataset=dataset, metric=name, value=value, low=low, high=high, num_items=len(answers))
+            MetricScore(row=row, dataset=dataset, metric=name, value=value, low=low, high=high, num_items=len(answers))
         )
     return scores
 

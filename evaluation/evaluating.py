@@ -10,6 +10,7 @@ from pathlib import Path
 
 from coreinfer.bundles import ConfigError, read_manifest
 from coreinfer.bundles.errors import join_problems
+from coreinfer.bundles.extras import require_package
 from coreinfer.compiler.progress import Progress
 from coreinfer.runtime import Engine
 from coreinfer.runtime.engines import EngineName
@@ -18,7 +19,7 @@ from .corpus_scores import translation_scores
 from .logits import greedy_ids
 from .records import Dataset, Item, read_datasets
 from .reference import LLAMACPP_FORMATS, LlamaCppSubject, TransformersSubject, gguf_path, has_llamacpp
-from .scores import Evaluation, Row, Score, ratio_score
+from .scores import Evaluation, MetricScore, Variant, ratio_score
 from .subjects import MODES, BundleSubject, Subject
 from .tasks import Observation, Text, Tools, compare_text, is_task, predict_text, score_task
 
@@ -30,7 +31,7 @@ _ANSWER_TOKENS = 256
 # Longest context and answer of a task; longer items are left out. llama.cpp keeps logits for all of it.
 _ROOM = 2048
 
-OnDataset = Callable[[Dataset, Sequence[Row], Sequence[Score]], None]
+OnDataset = Callable[[Dataset, Sequence[Variant], Sequence[MetricScore]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +176,7 @@ def _llamacpp_subjects(config: EvaluationConfig, folder: Path, room: int) -> lis
         return []
     if source is None:
         raise ConfigError("--llamacpp: expected a GGUF file by --against, which llama.cpp quantizes, got none")
-    if not has_llamacpp():
-        raise ConfigError("--llamacpp: llama-cpp-python is not installed; pip install llama-cpp-python")
+    require_package("llama_cpp", "--llamacpp", "llama-cpp-python")
     return [LlamaCppSubject(source, kind, folder, room=room, threads=config.threads) for kind in LLAMACPP_FORMATS]
 
 
@@ -193,10 +193,10 @@ def _reference_name(run: _Run) -> str:
     return f"{subject.name}: {mode}"
 
 
-def _rows(run: _Run) -> list[Row]:
+def _rows(run: _Run) -> list[Variant]:
     subjects = [*([run.original] if run.original else []), *run.subjects]
     return [
-        Row(subject=subject.name, mode=mode, bytes_per_token=subject.bytes_per_token(mode))
+        Variant(subject=subject.name, mode=mode, bytes_per_token=subject.bytes_per_token(mode))
         for subject in subjects
         for mode in subject.modes
     ]
@@ -243,7 +243,7 @@ def _observe_text(run: _Run, config: EvaluationConfig, dataset: Dataset, item: I
 
 def _named(subject: Subject, found: Mapping[str, Observation]) -> dict[str, Observation]:
     return {
-        Row(subject=subject.name, mode=mode, bytes_per_token=None).name: observation
+        Variant(subject=subject.name, mode=mode, bytes_per_token=None).name: observation
         for mode, observation in found.items()
     }
 
@@ -281,9 +281,9 @@ def _prompt_ids(run: _Run, prompt: str) -> list[int]:
     return run.engine.prompt_ids([{"role": "user", "content": prompt}])
 
 
-def _scores(dataset: Dataset, found: Sequence[tuple[Item, Seen]], seed: int) -> list[Score]:
+def _scores(dataset: Dataset, found: Sequence[tuple[Item, Seen]], seed: int) -> list[MetricScore]:
     """Sum up a data set, row by row."""
-    scores: list[Score] = []
+    scores: list[MetricScore] = []
     for row in found[0][1] if found else ():
         seen = [observations[row] for _, observations in found]
         for metric in seen[0].shares:

@@ -1,9 +1,9 @@
 """KL against the bytes that a token reads, as a picture."""
 
-import importlib.util
 from pathlib import Path
 
 from coreinfer.bundles import ConfigError
+from coreinfer.bundles.extras import require_package
 
 from .scores import Evaluation
 from .tables import mean_scores
@@ -23,8 +23,7 @@ def check_plot(path: Path) -> None:
         raise ConfigError(f"--plot {path}: expected a name that ends in {' or '.join(_SUFFIXES)}")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--plot {path}: expected a name in a folder that is there")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot: matplotlib is not installed; pip install 'coreinfer[eval]'")
+    require_package("matplotlib", "--plot", "'coreinfer[eval]'")
 
 
 def write_plot(result: Evaluation, path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import ConfigError
+from coreinfer.bundles.extras import require_package
 from coreinfer.bundles.machine import usable_cores
 
 __all__ = ["LLAMACPP_FORMATS", "LlamaCppSubject", "TransformersSubject", "gguf_path", "has_llamacpp"]
@@ -32,8 +33,7 @@ class TransformersSubject:
         Raises:
             ConfigError: it cannot be had, or torch and transformers are not installed.
         """
-        if importlib.util.find_spec("torch") is None:
-            raise ConfigError("--against: it needs torch and transformers; pip install 'coreinfer[compile]'")
+        require_package("torch", "--against", "'coreinfer[compile]'")
         # Here, not above: evaluating bundles needs neither torch nor the compiler.
         import torch
         from coreinfer.compiler.models import load_model, read_config

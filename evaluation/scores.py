@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Evaluation", "Ratio", "Row", "Score", "interval", "ratio_score"]
+__all__ = ["Evaluation", "Ratio", "Variant", "MetricScore", "interval", "ratio_score"]
 
 NUM_RESAMPLES = 1000
 TAILS = (2.5, 97.5)
@@ -15,7 +15,7 @@ Values = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Variant:
     """One way to run the model.
 
     Attributes:
@@ -35,7 +35,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class MetricScore:
     """A metric of one row on one data set, with the bootstrap's 95% interval (percentiles; Efron 1979)."""
 
     row: str
@@ -66,20 +66,20 @@ class Evaluation:
     """
 
     reference: str
-    rows: list[Row] = field(default_factory=list)
-    scores: list[Score] = field(default_factory=list)
+    rows: list[Variant] = field(default_factory=list)
+    scores: list[MetricScore] = field(default_factory=list)
     num_skipped: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def ratio_score(row: str, dataset: str, metric: str, shares: Sequence[Ratio], *, seed: int = 0) -> Score:
+def ratio_score(row: str, dataset: str, metric: str, shares: Sequence[Ratio], *, seed: int = 0) -> MetricScore:
     """Sum up items; a metric that ends in "perplexity" is the exponential of the ratio."""
     numerators = np.array([share.numerator for share in shares], dtype=np.float64)
     denominators = np.array([share.denominator for share in shares], dtype=np.float64)
     value, low, high = interval(numerators, denominators, seed=seed)
     if metric == "perplexity":
         value, low, high = (float(np.exp(min(bound, 50.0))) for bound in (value, low, high))
-    return Score(row=row, dataset=dataset, metric=metric, value=value, low=low, high=high, num_items=len(shares))
+    return MetricScore(row=row, dataset=dataset, metric=metric, value=value, low=low, high=high, num_items=len(shares))
 
 
 def interval(numerators: Values, denominators: Values, *, seed: int = 0) -> tuple[float, float, float]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from .scores import Evaluation, Row, Score
+from .scores import Evaluation, MetricScore, Variant
 
 __all__ = ["HEADLINES", "dataset_table", "mean_scores", "summary_table"]
 
@@ -18,7 +18,7 @@ HEADLINES: Mapping[str, str] = {
 """Metric -> what the summary calls it: one a kind of task, two for texts."""
 
 
-def dataset_table(name: str, rows: Sequence[Row], scores: Sequence[Score]) -> Iterator[str]:
+def dataset_table(name: str, rows: Sequence[Variant], scores: Sequence[MetricScore]) -> Iterator[str]:
     """A data set's scores: one line a row, one column a metric, with 95% intervals."""
     metrics = list(dict.fromkeys(score.metric for score in scores))
     count = scores[0].num_items if scores else 0
@@ -27,7 +27,9 @@ def dataset_table(name: str, rows: Sequence[Row], scores: Sequence[Score]) -> It
     yield from _table(["", *metrics], _dataset_lines(rows, metrics, scores))
 
 
-def _dataset_lines(rows: Sequence[Row], metrics: Sequence[str], scores: Sequence[Score]) -> Iterator[list[str]]:
+def _dataset_lines(
+    rows: Sequence[Variant], metrics: Sequence[str], scores: Sequence[MetricScore]
+) -> Iterator[list[str]]:
     found = {(score.row, score.metric): score for score in scores}
     for row in rows:
         cells = [found.get((row.name, metric)) for metric in metrics]
@@ -35,7 +37,7 @@ def _dataset_lines(rows: Sequence[Row], metrics: Sequence[str], scores: Sequence
             yield [row.name, *(_cell(score) for score in cells)]
 
 
-def _cell(score: Score | None) -> str:
+def _cell(score: MetricScore | None) -> str:
     if score is None:
         return ""
     return f"{_short(score.value)} [{_short(score.low)}, {_short(score.high)}]"
@@ -61,7 +63,7 @@ def summary_table(result: Evaluation) -> Iterator[str]:
     )
 
 
-def _megabytes(row: Row) -> str:
+def _megabytes(row: Variant) -> str:
     return "" if row.bytes_per_token is None else f"{row.bytes_per_token / 1e6:.1f}"
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coreinfer.bundles import Bundle, ConfigError, UnsupportedModelError
+from coreinfer.bundles.extras import needs_extra
 from coreinfer.bundles.machine import usable_cores
 
 from .decoder import Decoder
@@ -74,11 +75,9 @@ def _load_native(bundle: Bundle, *, threads: int | None, isa: str) -> Decoder:
 
 def _import_torch_decoder(threads: int | None) -> Any:
     """Import the torch engine, and set torch's threads."""
-    try:
+    with needs_extra("the torch engine", "torch"):
         import torch
 
         from .torch_decoder import TorchDecoder
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"the torch engine needs the package {error.name}; pip install 'coreinfer[torch]'") from error
     torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
     return TorchDecoder

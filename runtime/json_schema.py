@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import ConfigError, CoreInferError
+from coreinfer.bundles.extras import needs_extra
 from tokenizers import Tokenizer
 
 __all__ = ["JsonGrammar", "JsonGrammars"]
@@ -38,10 +39,8 @@ class JsonGrammars:
         Raises:
             ConfigError: llguidance is not installed, or it does not understand the schema.
         """
-        try:
+        with needs_extra("json_schema", "json"):
             from llguidance import LLMatcher, LLTokenizer
-        except ModuleNotFoundError as error:
-            raise ConfigError("json_schema needs the package llguidance; pip install 'coreinfer[json]'") from error
         text = _schema_text(schema)
         if self._known is None:
             self._known = self._read_tokenizer(LLTokenizer)

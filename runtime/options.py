@@ -1,10 +1,10 @@
 """The options of one generation."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict
 
-from coreinfer.bundles.errors import ConfigError, join_problems
+from coreinfer.bundles.checks import instance_of, one_of, raise_problems, whole_number
 
 from .generation import MODES, Mode, Token
 from .sampling import SamplingParams
@@ -71,9 +71,19 @@ class GenerationOptions(SamplingParams):
             check_choice("mode", self.mode, MODES)
         whole = [("max_new_tokens", self.max_new_tokens, 1), ("drift_tokens", self.drift_tokens, 0)]
         whole += [("logprobs", self.logprobs, 0)] if self.logprobs is not None else []
-        problems = [text for name, value, least in whole for text in _whole(name, value, least)]
-        if problems := [*problems, *_flag_problems(self), *_variable_problems(self.chat_template_kwargs)]:
-            raise ConfigError(join_problems(problems))
+        raise_problems(
+            [
+                *(whole_number(least).problem(name, value) for name, value, least in whole),
+                *(instance_of(bool).problem(name, value) for name, value in self._flags()),
+                *_variable_problems(self.chat_template_kwargs),
+            ]
+        )
+
+    def _flags(self) -> Iterator[tuple[str, object]]:
+        for name in ("skip_special_tokens", "raw", "parse_special", "continue_final_message"):
+            value = getattr(self, name)
+            if name != "continue_final_message" or value is not None:
+                yield name, value
 
 
 class GenerationKeywords(TypedDict, total=False):
@@ -107,22 +117,7 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     Raises:
         ConfigError: it is not.
     """
-    if value not in allowed:
-        raise ConfigError(f"{name}: expected {', '.join(allowed)}, got {value!r}")
-
-
-def _whole(name: str, value: object, least: int) -> list[str]:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
-        return []
-    return [f"{name}: expected a whole number of at least {least}, got {value!r}"]
-
-
-def _flag_problems(options: GenerationOptions) -> list[str]:
-    flags = {name: getattr(options, name) for name in ("skip_special_tokens", "raw", "parse_special")}
-    wrong = {name: value for name, value in flags.items() if not isinstance(value, bool)}
-    if not isinstance(options.continue_final_message, (bool, type(None))):
-        wrong["continue_final_message"] = options.continue_final_message
-    return [f"{name}: expected True or False, got {value!r}" for name, value in wrong.items()]
+    raise_problems([one_of(allowed).problem(name, value)])
 
 
 def _variable_problems(variables: object) -> list[str]:

@@ -4,14 +4,14 @@ The filters, their order and their edge cases are those of the logits processors
 means here what it means there.
 """
 
-import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from coreinfer.bundles.errors import ConfigError, ModelOutputError, join_problems
+from coreinfer.bundles.checks import number, raise_problems, share, whole_number
+from coreinfer.bundles.errors import ConfigError, ModelOutputError
 
 __all__ = ["Draft", "Sampler", "SamplingParams", "check_finite", "distribution"]
 
@@ -47,8 +47,7 @@ class SamplingParams:
         Raises:
             ConfigError: naming all values that are wrong.
         """
-        if problems := [problem for problem in _problems(self) if problem]:
-            raise ConfigError(join_problems(problems))
+        raise_problems(_problems(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,22 +260,10 @@ def _min_p(probabilities: Doubles, min_p: float) -> Mask:
 
 def _problems(params: SamplingParams) -> list[str | None]:
     return [
-        _number("temperature", params.temperature, "at least 0", lambda value: value >= 0),
-        _whole("top_k", params.top_k),
-        _number("top_p", params.top_p, "in (0, 1]", lambda value: 0 < value <= 1),
-        _number("min_p", params.min_p, "in [0, 1]", lambda value: 0 <= value <= 1),
-        _number("repetition_penalty", params.repetition_penalty, "above 0", lambda value: value > 0),
-        None if params.seed is None else _whole("seed", params.seed),
+        number(least=0).problem("temperature", params.temperature),
+        whole_number(0).problem("top_k", params.top_k),
+        share().problem("top_p", params.top_p),
+        share(zero=True).problem("min_p", params.min_p),
+        number(above=0).problem("repetition_penalty", params.repetition_penalty),
+        None if params.seed is None else whole_number(0).problem("seed", params.seed),
     ]
-
-
-def _number(name: str, value: object, expected: str, allowed: Callable[[float], bool]) -> str | None:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and allowed(value):
-        return None
-    return f"{name}: expected a number {expected}, got {value!r}"
-
-
-def _whole(name: str, value: object) -> str | None:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return None
-    return f"{name}: expected a whole number of at least 0, got {value!r}"

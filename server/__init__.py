@@ -8,6 +8,7 @@ app = server.create_app({"demo": runtime.load("build/demo-bundle")}, server.Serv
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from coreinfer.bundles.extras import needs_extra
 from coreinfer.runtime import Engine
 
 from .config import ServerConfig
@@ -24,13 +25,7 @@ def create_app(engines: Mapping[str, Engine], config: ServerConfig) -> "FastAPI"
     Raises:
         ConfigError: the packages of the extra `serve` are not installed.
     """
-    from coreinfer.bundles.errors import ConfigError
-
-    try:
-        # Loaded only when something is served, so that `--help` works without them.
+    # Loaded only when something is served, so that `--help` works without them.
+    with needs_extra("serving", "serve"):
         from . import app
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("coreinfer"):
-            raise
-        raise ConfigError(f"serving needs the package {error.name}; pip install 'coreinfer[serve]'") from error
     return app.create_app(engines, config)

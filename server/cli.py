@@ -8,6 +8,7 @@ from types import ModuleType
 import click
 from coreinfer.bundles.command import command_errors, start_logging
 from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.extras import needs_extra
 from coreinfer.runtime.engine_options import LoadOptions, load_options
 
 from .config import LOOPBACK_HOSTS, ServerConfig
@@ -83,12 +84,8 @@ def _import_serving() -> ModuleType:
     Raises:
         ConfigError: the extra is not installed.
     """
-    try:
+    with needs_extra("serving", "serve"):
         from . import serving
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("coreinfer"):
-            raise
-        raise ConfigError(f"serving needs the package {error.name}; pip install 'coreinfer[serve]'") from error
     return serving
 
 

@@ -6,6 +6,7 @@ import re
 from importlib import metadata, resources
 from typing import Annotated
 
+from coreinfer.bundles.mapping import PROMPT_SOFTNESS, pull_of_clusters
 from coreinfer.runtime.generation import MODES
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import HTMLResponse, Response
@@ -13,7 +14,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from .bodies import BoundedRoute
 from .errors import ERRORS
-from .place import place_weights
 from .requests import PlaceRequest
 from .responses import ClusterPoint, Health, ModelMap, Place
 from .service import Service, service_of
@@ -100,7 +100,7 @@ def show_place(body: PlaceRequest, service: ServiceOf) -> Place:
     engine = service.model(body.model).engine
     clusters = engine.manifest.clusters
     route, distances = engine.router.route(body.text), engine.router.distances(body.text)
-    weights = place_weights(distances)
+    weights = pull_of_clusters(distances, softness=PROMPT_SOFTNESS)
     return Place(
         cluster=route.cluster,
         label=clusters[route.cluster].label,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from coreinfer.bundles.contract import cluster_tensors, dense_tensors
 from coreinfer.bundles.formats import GROUP_SIZE, PACKED_FORMATS
 from coreinfer.bundles.layout import LAYOUT
@@ -31,7 +32,7 @@ from coreinfer.bundles.manifest import (
     content_sha256,
     read_manifest,
 )
-from coreinfer.bundles.tensors import StoredTensor, TensorFile, float32_to_bf16, write_tensors
+from coreinfer.bundles.tensors import StoredTensor, TensorFile, write_tensors
 from coreinfer.bundles.writer import finish_manifest, stage_bundle
 
 HIDDEN_SIZE = 64
@@ -46,6 +47,13 @@ SMALL_FILES = {
     LAYOUT.router_tokenizer: b'{"placeholder": "router tokenizer"}',
     LAYOUT.report: b"<!doctype html><title>report</title>",
 }
+
+
+def float32_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """Round float32 to bfloat16 bit patterns, to nearest, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).reshape(np.shape(values))
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
 def make_manifest(

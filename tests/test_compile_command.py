@@ -264,3 +264,13 @@ def test_a_keep_ratio_and_a_budget_are_too_much(tmp_path: Path) -> None:
     result = run("--model", "m", "-o", tmp_path / "b", "--keep", "0.7", "--budget-mb", "80")
     assert result.exit_code == 2
     assert "--keep and --budget-mb: expected one of them, got both" in result.stderr
+
+
+@pytest.mark.parametrize("missing", ["--model", "--output"])
+def test_model_and_output_are_required(missing: str, tmp_path: Path) -> None:
+    arguments = {"--model": "m", "--output": str(tmp_path / "b")}
+    del arguments[missing]
+    result = run(*(word for pair in arguments.items() for word in pair))
+    assert result.exit_code == 2
+    assert "Missing option" in result.stderr
+    assert missing in result.stderr

@@ -10,7 +10,7 @@ import torch
 from coreinfer.evaluation.answers import entity_f1, exact_match, normalize, token_f1
 from coreinfer.evaluation.corpus_scores import translation_scores
 from coreinfer.evaluation.logits import diverge, greedy_ids, log_likelihood, predictions
-from coreinfer.evaluation.scores import Evaluation, Ratio, Row, Score, interval, ratio_score
+from coreinfer.evaluation.scores import Evaluation, MetricScore, Ratio, Variant, interval, ratio_score
 from coreinfer.evaluation.tables import dataset_table, mean_scores, summary_table
 
 
@@ -114,10 +114,15 @@ def test_translations() -> None:
 
 
 def test_tables() -> None:
-    def score(row: str, dataset: str, metric: str, value: float) -> Score:
-        return Score(row=row, dataset=dataset, metric=metric, value=value, low=value / 2, high=value * 2, num_items=7)
+    def score(row: str, dataset: str, metric: str, value: float) -> MetricScore:
+        return MetricScore(
+            row=row, dataset=dataset, metric=metric, value=value, low=value / 2, high=value * 2, num_items=7
+        )
 
-    rows = [Row(subject="a", mode="dense", bytes_per_token=93_100_000), Row(subject="b", mode="", bytes_per_token=None)]
+    rows = [
+        Variant(subject="a", mode="dense", bytes_per_token=93_100_000),
+        Variant(subject="b", mode="", bytes_per_token=None),
+    ]
     scores = [
         score("a: dense", "lm_x", "KL", 0.25),
         score("b", "lm_x", "KL", 12.0),

@@ -1,6 +1,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from coreinfer.compiler import Progress
 from coreinfer.compiler.corpus import split_point
 from coreinfer.compiler.evaluating import Tally, compare_logits, evaluate
 from coreinfer.compiler.models import LoadedModel, wrap_model
-from coreinfer.compiler.narrowing import NarrowModel, bf16_bits, cut_of
+from coreinfer.compiler.narrowing import NarrowModel, bf16_bits, narrow_layer
 from coreinfer.compiler.selecting import Choice
 from coreinfer.compiler.swapping import ffn_in_use
 from transformers import DynamicCache
@@ -59,7 +60,10 @@ def run(
     loaded: LoadedModel, texts: list[list[int]], narrow: NarrowModel, labels: Sequence[int], **controls: NarrowModel
 ) -> Quality:
     clusters: npt.NDArray[np.int64] = np.array(labels)
-    models = {name: (cut_of(loaded, model), clusters) for name, model in {"clusters": narrow, **controls}.items()}
+    models = {
+        name: (partial(narrow_layer, loaded, model), clusters)
+        for name, model in {"clusters": narrow, **controls}.items()
+    }
     return evaluate(loaded, texts, models, Progress())
 
 
@@ -187,7 +191,7 @@ def test_weights_come_back_after_an_exception(error: type[BaseException], loaded
         raise error
 
     handle = loaded.projection(2, "down").register_forward_pre_hook(fail)
-    with pytest.raises(error), ffn_in_use(loaded, cut_of(loaded, narrow_model([range(40)])), 0):
+    with pytest.raises(error), ffn_in_use(loaded, partial(narrow_layer, loaded, narrow_model([range(40)])), 0):
         loaded.model(torch.tensor([[5, 6]]))
     handle.remove()
     assert all(torch.equal(old, new) for old, new in zip(before, weights_of(loaded), strict=True))
@@ -198,7 +202,7 @@ def test_weights_come_back_when_narrowing_itself_fails(loaded: LoadedModel) -> N
     narrow.choice.neuron_ids[0][2] = np.array([FFN_DIM], dtype=np.int32)
     before = [tensor.clone() for tensor in weights_of(loaded)]
     # Layer 2 has no such neuron.
-    with pytest.raises(IndexError), ffn_in_use(loaded, cut_of(loaded, narrow), 0):
+    with pytest.raises(IndexError), ffn_in_use(loaded, partial(narrow_layer, loaded, narrow), 0):
         loaded.model(torch.tensor([[5, 6]]))
     assert all(torch.equal(old, new) for old, new in zip(before, weights_of(loaded), strict=True))
 

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,7 +16,7 @@ from coreinfer.compiler.corpus import Corpus
 from coreinfer.compiler.evaluating import evaluate
 from coreinfer.compiler.healing import HealInputs, heal, healing_text
 from coreinfer.compiler.models import LoadedModel
-from coreinfer.compiler.narrowing import NarrowModel, cut_of, narrow_layer
+from coreinfer.compiler.narrowing import NarrowModel, narrow_layer
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.routing import Routing
 from torch.nn.functional import kl_div
@@ -39,7 +40,9 @@ def heal_inputs(loaded: LoadedModel, **options: Any) -> HealInputs:
 
 def kl(loaded: LoadedModel, narrow: NarrowModel) -> float:
     texts = [document.token_ids for document in documents()[:6]]
-    return evaluate(loaded, texts, {"clusters": (cut_of(loaded, narrow), CLUSTERS)}, Progress()).clusters.kl
+    return evaluate(
+        loaded, texts, {"clusters": (partial(narrow_layer, loaded, narrow), CLUSTERS)}, Progress()
+    ).clusters.kl
 
 
 def bits(narrow: NarrowModel) -> list[np.ndarray[Any, Any]]:

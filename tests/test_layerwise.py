@@ -91,14 +91,6 @@ def test_batches_do_not_matter(
     check_all_layers(load("mistral"), documents_of(LENGTHS))
 
 
-def test_activations_of_several_documents(load: Callable[[str], LoadedModel]) -> None:
-    layer = next(walk_layers(load("llama"), documents_of((8, 12, 10)), lambda steps=1: None))
-    chosen = layer.of_documents([2, 0])
-    assert torch.equal(chosen[:10], layer.document(2))
-    assert torch.equal(chosen[10:], layer.document(0))
-    assert layer.of_documents([]).shape == (0, 96)
-
-
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_an_exception_leaves_the_model_as_it_was(family: str, load: Callable[[str], LoadedModel]) -> None:
     loaded, names = load(family), [name for name, _ in load(family).model.named_modules()]

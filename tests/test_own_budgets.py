@@ -35,9 +35,9 @@ def compile_unequal(config: CompileConfig, target: Path, **options: Any) -> Mani
     """Compile as if a quality had asked for `KEEPS`."""
 
     def fit(
-        config: CompileConfig, _measure: object, _measure_dense: object, num_tokens: Sequence[int]
-    ) -> tuple[CompileConfig, Any]:
-        return replace(config, keep=0.67), tuple(islice(cycle(KEEPS), len(num_tokens)))
+        _config: CompileConfig, _keep: float, _measure: object, _measure_dense: object, num_tokens: Sequence[int]
+    ) -> tuple[float, Any]:
+        return 0.67, tuple(islice(cycle(KEEPS), len(num_tokens)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("coreinfer.compiler.pipeline.fit_quality", fit)

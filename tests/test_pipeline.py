@@ -126,7 +126,7 @@ def test_repaired_layers_are_not_repaired_again(
     assert contents(tmp_path / "bundle") == contents(tiny_bundle("llama"))
 
 
-@pytest.mark.parametrize("stage", ["embed", "distil", "distil-tokenizer", "profile", "narrow"])
+@pytest.mark.parametrize("stage", ["embed", "distil", "distil-tokenizer", "profile", "narrow-layer"])
 def test_damaged_cache_files_are_computed_again(
     stage: str,
     tiny_inputs: Callable[[str], CompileConfig],

@@ -27,7 +27,7 @@ def random_energies(seed: int, *, num_layers: int = LAYERS, ffn_dim: int = FFN_D
 
 def budgets_of(energies: Floats, norms: Floats | None = None, **options: Any) -> list[int]:
     config = make_config(**{"budgets": "energy", **options})
-    return layer_budgets(config, profile_of(energies), np.ones_like(energies) if norms is None else norms)
+    return layer_budgets(config, config.keep, profile_of(energies), np.ones_like(energies) if norms is None else norms)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -201,10 +201,10 @@ def test_a_cheap_stretch_behind_a_dear_block_is_found() -> None:
 
 
 def test_sensitivity_budgets_follow_the_curves() -> None:
-    config = make_config(budgets="sensitivity", keep=0.5)
+    config = make_config(budgets="sensitivity", keep=0.7)
     curves = rising_curves(1, convex=True) * np.array([[1], [10], [100]], dtype=np.float32)
     budgets = layer_budgets(
-        config, profile_of(np.ones((3, FFN_DIM), np.float32)), np.ones((3, FFN_DIM), np.float32), curves
+        config, 0.5, profile_of(np.ones((3, FFN_DIM), np.float32)), np.ones((3, FFN_DIM), np.float32), curves
     )
     assert budgets == sorted(budgets)
     assert budgets[0] < budgets[-1]

@@ -20,7 +20,6 @@ from coreinfer.bundles.tensors import (
     StoredTensor,
     TensorFile,
     bf16_to_float32,
-    float32_to_bf16,
     stream_tensors,
     write_tensors,
 )
@@ -28,6 +27,8 @@ from coreinfer.compiler import CompileConfig, compile_model, packing
 from coreinfer.compiler.quantizing import store_matrix
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+from .bundle_factory import float32_to_bf16
 
 NUMPY_DTYPES = {"BF16": "uint16", "F16": "float16", "F32": "float32", "I32": "int32", "I8": "int8", "U8": "uint8"}
 SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (3, 0, 5), (7,), (63,), (64,), (3, 5), (2, 3, 11)]
@@ -272,14 +273,6 @@ def test_bfloat16_conversion_keeps_the_shape(shape: tuple[int, ...]) -> None:
     widened = bf16_to_float32(bits)
     assert isinstance(widened, np.ndarray)
     assert (widened.shape, widened.dtype.name) == (shape, "float32")
-
-
-@pytest.mark.parametrize(("dtype", "array"), [("BF16", [0x3FC0, 0xC000]), ("F16", [1.5, -2]), ("I8", [1, -2])])
-def test_to_float32(dtype: str, array: list[float]) -> None:
-    expected = [1, -2] if dtype == "I8" else [1.5, -2]
-    got = StoredTensor(dtype, np.array(array, dtype=NUMPY_DTYPES[dtype])).to_float32()
-    assert got.dtype == np.float32
-    assert got.tolist() == expected
 
 
 BAD_HEADERS: dict[str, tuple[Any, str]] = {

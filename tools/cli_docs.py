@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from coreinfer.bundles.command_options import GroupedCommand
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "cli.md"
@@ -87,12 +88,23 @@ def _command(name: str, command: click.Command) -> Iterator[str]:
     with command.make_context(name, [], resilient_parsing=True) as context:
         yield f"```\n{name} {' '.join(command.collect_usage_pieces(context))}\n```\n"
         yield f"{inspect.cleandoc(command.help or '')}\n"
-        yield "| option | |\n|---|---|"
-        for parameter in command.get_params(context):
-            # Arguments are explained by the text above.
-            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(context)):
-                yield f"| `{_cell(record[0])}` | {_cell(record[1])} |"
-    yield ""
+        if isinstance(command, GroupedCommand):
+            for heading, records in command.sections(context):
+                yield from (f"### {heading}\n", *_table(records), "")
+        else:
+            yield from (*_table(_records(command, context)), "")
+
+
+def _records(command: click.Command, context: click.Context) -> list[tuple[str, str]]:
+    # Arguments are explained by the text above.
+    options = [parameter for parameter in command.get_params(context) if isinstance(parameter, click.Option)]
+    return [record for parameter in options if (record := parameter.get_help_record(context))]
+
+
+def _table(records: list[tuple[str, str]]) -> Iterator[str]:
+    yield "| option | |\n|---|---|"
+    for switches, text in records:
+        yield f"| `{_cell(switches)}` | {_cell(text)} |"
 
 
 def _cell(text: str) -> str:

@@ -1,0 +1,290 @@
+"""The stages of a compile one by one, for the pipeline that calls them in order and for whoever wants some of them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from coreinfer.bundles.manifest import Quality
+
+from .cache import Cache, stage_key
+from .carrying import NarrowInputs, narrow_all
+from .config import CompileConfig
+from .corpus import Corpus, build_corpus, split_point
+from .describing import PACKAGES, formats_of
+from .evaluating import evaluate
+from .healing import HealInputs, heal, healing_text
+from .memory import check_memory
+from .models import LoadedModel
+from .moments import Moments, input_moments
+from .narrowing import CLUSTERS, Assignment, Cut, NarrowModel, choose_all
+from .packing import Packer
+from .profiling import Profile, profile_model
+from .progress import Progress
+from .rounding import Rounding
+from .routing import Routing, build_routing, control_assignments
+from .selecting import layer_budgets
+from .sensitivity import output_metrics, removal_curves
+from .stored import StoredModel, store_model, stored_packs
+
+__all__ = [
+    "Ground",
+    "Material",
+    "better_packs",
+    "budgets_at",
+    "build_ground",
+    "gather_material",
+    "heal_packs",
+    "narrow_packs",
+    "prepare",
+    "score_packs",
+]
+
+_log = logging.getLogger(__name__)
+Budgets = Mapping[str, Sequence[Sequence[int]]]
+"""budgets[assignment name][cluster][layer], how many neurons are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """A model and the text that it is compiled for.
+
+    Attributes:
+        moments: of `input_moments`, for formats that round.
+        stored: the model's files.
+        key: of all that depends on these alone.
+    """
+
+    loaded: LoadedModel
+    corpus: Corpus
+    moments: Moments
+    stored: StoredModel
+    cache: Cache
+    key: str
+
+    @property
+    def held_out_ids(self) -> list[tuple[int, ...]]:
+        """Token ids of the held-out texts."""
+        return [document.token_ids for document in self.corpus.held_out]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ground:
+    """What does not depend on how much is kept.
+
+    Attributes:
+        assignments: the clusters and the controls.
+        metrics: of `output_metrics`.
+        curves: of `removal_curves`, for budgets by sensitivity.
+        key: of the profile; later stages' keys go on from it.
+    """
+
+    material: Material
+    routing: Routing
+    assignments: Sequence[Assignment]
+    profile: Profile
+    metrics: torch.Tensor
+    curves: npt.NDArray[np.float32] | None
+    key: str
+
+    @property
+    def num_held_out_tokens(self) -> list[int]:
+        """Held-out tokens of each cluster that are decoded narrow and scored: (clusters,)."""
+        counts = [max(0, len(ids) - split_point(len(ids)) - 1) for ids in self.material.held_out_ids]
+        routed, num_clusters = self.routing.assignment.held_out, self.routing.clustering.num_clusters
+        totals = np.bincount(routed, weights=counts, minlength=num_clusters)
+        return [int(total) for total in totals]
+
+    def layer_budgets(self, config: CompileConfig, keep: float) -> list[int]:
+        """Layer budgets at a keep ratio."""
+        return layer_budgets(config, keep, self.profile, self.material.loaded.column_norms, self.curves)
+
+
+def gather_material(
+    config: CompileConfig, loaded: LoadedModel, model_sha256: str, cache: Cache, folder: Path, progress: Progress
+) -> Material:
+    """Read the text, and store the model's files in a folder."""
+    corpus = build_corpus(config, loaded, cache, model_sha256, progress)
+    check_memory(config, loaded, corpus)
+    key = stage_key(
+        "text",
+        model=model_sha256,
+        corpus=corpus.sha256,
+        seed=config.seed,
+        device=str(loaded.device),
+        dtype=str(loaded.dtype),
+        # The same file, read as another model than before, gives other results.
+        config=loaded.record.config,
+        threads=torch.get_num_threads(),
+        packages={name: version(name) for name in PACKAGES},
+        coreinfer=version("coreinfer"),
+    )
+    moments: Moments = {}
+    if config.quantize != "bf16":
+        moments = input_moments(loaded, corpus.calibration, cache, stage_key("moments", upstream=key), progress)
+    packer = Packer(formats=formats_of(config), moments=moments)
+    stored = store_model(loaded, packer, folder, config.output, progress)
+    return Material(loaded=loaded, corpus=corpus, moments=moments, stored=stored, cache=cache, key=key)
+
+
+def build_ground(
+    config: CompileConfig,
+    material: Material,
+    clusters: int | Literal["auto"],
+    keep: float,
+    progress: Progress,
+    *,
+    with_controls: bool,
+) -> Ground:
+    """Cluster the text, and measure what narrowing it goes by.
+
+    Args:
+        clusters: how many; "auto" to count them by their embeddings.
+        keep: 1 where nothing will be narrowed, which leaves out what only narrowing needs.
+    """
+    routing = build_routing(config, clusters, material.loaded, material.corpus, material.cache, progress)
+    assignments = [routing.assignment]
+    if with_controls:
+        assignments += control_assignments(routing.assignment, seed=config.seed)
+    return prepare(config, material, routing, assignments, keep, progress)
+
+
+def prepare(
+    config: CompileConfig,
+    material: Material,
+    routing: Routing,
+    assignments: Sequence[Assignment],
+    keep: float,
+    progress: Progress,
+) -> Ground:
+    """Measure what narrowing for the assignments goes by; see `build_ground`."""
+    loaded, calibration, cache = material.loaded, material.corpus.calibration, material.cache
+    key = _profile_key(config, material, routing, [item.name for item in assignments])
+    labels = {item.name: item.calibration for item in assignments}
+    profile = profile_model(config, loaded, calibration, labels, cache, key, progress)
+    metrics = output_metrics(config, keep, loaded, calibration, cache, material.key, progress)
+    curves = None
+    if config.budgets == "sensitivity" and keep < 1:
+        curves_key = stage_key("curves", upstream=material.key)
+        curves = removal_curves(loaded, calibration, metrics, cache, curves_key, progress)
+    return Ground(
+        material=material,
+        routing=routing,
+        assignments=assignments,
+        profile=profile,
+        metrics=metrics,
+        curves=curves,
+        key=key,
+    )
+
+
+def budgets_at(
+    config: CompileConfig, ground: Ground, keep: float, keeps: Sequence[float], assignments: Sequence[Assignment]
+) -> Budgets:
+    """Budget the clusters at their own keep ratios, and controls at the one of all."""
+    at = {ratio: ground.layer_budgets(config, ratio) for ratio in {keep, *keeps}}
+    budgets = {item.name: [at[keep]] * ground.profile.num_clusters(item.name) for item in assignments}
+    return {**budgets, CLUSTERS: [at[ratio] for ratio in keeps]}
+
+
+def narrow_packs(
+    config: CompileConfig, ground: Ground, budgets: Budgets, assignments: Sequence[Assignment], progress: Progress
+) -> tuple[str, dict[str, NarrowModel]]:
+    """Narrow the model for some of the assignments, the clusters first.
+
+    Returns:
+        The stage's key, and assignment name -> narrow model.
+    """
+    material = ground.material
+    inputs = NarrowInputs(
+        config=config,
+        loaded=material.loaded,
+        calibration=material.corpus.calibration,
+        validation=material.corpus.validation,
+        assignments=assignments,
+        choices=choose_all(config, ground.profile, material.loaded, assignments, budgets),
+        budgets=budgets,
+        metrics=ground.metrics,
+        rounding=Rounding(kind=config.quantize, moments=material.moments) if config.repairs_rounding else None,
+    )
+    key = stage_key(
+        "packs",
+        upstream=ground.key,
+        budgets=budgets,
+        ridge=config.ridge,
+        removal=config.effective_removal,
+        carry=config.carry,
+        rounding=config.quantize if config.repairs_rounding else None,
+        assignments=[item.name for item in assignments],
+    )
+    return key, dict(narrow_all(inputs, material.cache, key, progress))
+
+
+def score_packs(
+    material: Material,
+    texts: Sequence[Sequence[int]],
+    models: Mapping[str, tuple[Cut, npt.NDArray[np.int64]]],
+    progress: Progress,
+) -> Quality:
+    """Score FFNs on texts, with everything beside them as it is stored; see `evaluate`."""
+    return evaluate(material.loaded, texts, models, progress, material.stored)
+
+
+def heal_packs(
+    config: CompileConfig, ground: Ground, narrow: NarrowModel, upstream: str, progress: Progress
+) -> NarrowModel:
+    """Heal the clusters' packs; `upstream` is the key of the stage that made them."""
+    documents, labels = healing_text(config, ground.material.corpus, ground.routing)
+    inputs = HealInputs(config=config, loaded=ground.material.loaded, documents=documents, labels=labels, narrow=narrow)
+    key = stage_key(
+        "heal",
+        upstream=upstream,
+        steps=config.heal_steps,
+        relative_rate=config.heal_rate,
+        optimizer=config.heal_optimizer,
+        text=[document.token_ids for document in documents],
+    )
+    return heal(inputs, ground.material.cache, key, progress)
+
+
+def better_packs(ground: Ground, narrow: NarrowModel, healed: NarrowModel, progress: Progress) -> NarrowModel:
+    """Take the healed packs, unless text that nothing was trained on rejects them."""
+    material, labels = ground.material, ground.routing.assignment.validation
+    if not material.corpus.validation:
+        _log.warning("healing is not checked: there is no validation text; give more calibration text")
+        return healed
+    token_ids = [document.token_ids for document in material.corpus.validation]
+    with stored_packs(material.stored, {CLUSTERS: narrow, "healed": healed}, progress) as packs:
+        models = {name: (pack.cut, labels) for name, pack in packs.items()}
+        quality = score_packs(material, token_ids, models, progress)
+    before, after = quality.clusters.kl, quality.controls[0].kl
+    _log.info("healing: KL on validation text %.4f before, %.4f after", before, after)
+    if after < before:
+        return healed
+    _log.warning(
+        "healing is left out: KL on validation text rises from %.4f to %.4f; lower --heal-rate or raise --heal-steps",
+        before,
+        after,
+    )
+    return narrow
+
+
+def _profile_key(config: CompileConfig, material: Material, routing: Routing, names: list[str]) -> str:
+    """Key of the profile: everything that shapes the sums."""
+    return stage_key(
+        "profile",
+        upstream=material.key,
+        clusters=routing.clustering.labels.tolist(),
+        validation=routing.assignment.validation.tolist(),
+        assignments=names,
+        selection=config.selection,
+        alpha=config.alpha,
+        beta=config.beta,
+        cluster_weight=config.cluster_weight,
+        removal=config.effective_removal,
+    )
