@@ -152,7 +152,7 @@ def load_model(
         check_files(source.path, what, mapped=mapped)
     try:
         with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loading: Any = AutoModelForCausalLM.from_pretrained(
                 source.location,
                 dtype="auto" if mapped else pick_dtype(dtype, target),
                 # Both for `check_loaded`, which names what does not fit.
@@ -162,6 +162,7 @@ def load_model(
             )
     except LOADING_ERRORS as error:
         raise ConfigError(f"--model {source.name}: its weights cannot be loaded ({_first_line(error)})") from error
+    model, info = loading
     check_loaded(info, what)
     tied = bool(config.tie_word_embeddings)
     check_tied_head(model, resolve(model, family.embedding), tied=tied, what=what)
