@@ -106,8 +106,10 @@ def check_encoder(encoder: nn.Module, what: str) -> None:
     """
     check_finite(encoder, what)
     for module in encoder.modules():
-        if isinstance(module, PreTrainedModel) and Path(module.name_or_path).is_dir():
-            _, info = type(module).from_pretrained(module.name_or_path, output_loading_info=True)
+        folder = getattr(module, "name_or_path", None)
+        if isinstance(module, PreTrainedModel) and folder and Path(folder).is_dir():
+            loading: Any = type(module).from_pretrained(folder, output_loading_info=True)
+            info = loading[1]
             own = tuple(f"{name}." for name, _ in module.named_children())
             # A sentence is the mean of its tokens' vectors: the pooler of BERT models, and their heads, serve nothing.
             missing = {tensor for tensor in info["missing_keys"] if not tensor.startswith("pooler.")}

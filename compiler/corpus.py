@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from coreinfer.bundles.beginnings import text_spans
 from coreinfer.bundles.errors import CalibrationError, ConfigError
+from coreinfer.bundles.text_files import check_text, read_records, read_text
 
 from .builtin import continue_seeds, load_seeds
 from .cache import Cache, stage_key
@@ -249,7 +250,7 @@ def _files_of(source: str) -> list[str]:
         raise CalibrationError(
             f"--calibration {source}: no such file; give builtin, a file, a folder or hf:NAME[:split[:field]]"
         )
-    files = sorted(str(file) for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+    files = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in _SUFFIXES and file.is_file())
     if not files:
         raise CalibrationError(f"--calibration {source}: expected files of {', '.join(_SUFFIXES)} in it, found none")
     return files
@@ -259,32 +260,43 @@ def _read_source(source: str, text_field: str) -> Iterable[str]:
     if source.startswith("hf:"):
         return _read_hub(source, text_field)
     path = Path(source).expanduser()
+    suffix = path.suffix.lower()
     try:
-        if path.suffix in _JSON_SUFFIXES:
-            return list(_read_json_lines(path, text_field))
-        if path.suffix == ".parquet":
+        if suffix in _JSON_SUFFIXES:
+            return [_text_of(value, where, text_field) for where, value in read_records(path)]
+        if suffix == ".parquet":
             return _read_parquet(path, text_field)
-        return path.read_text(encoding="utf-8").split("\n\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"--calibration {source}: cannot be read as UTF-8 text ({error})") from error
+        return read_text(path).split("\n\n")
+    except OSError as error:
+        raise CalibrationError(f"--calibration {source}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise CalibrationError(f"--calibration {source}: {error}") from error
 
 
-def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise CalibrationError(f"--calibration {path}: line {number} is no JSON ({error})") from error
-            if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-                fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise CalibrationError(
-                    f"--calibration {path}: line {number}: expected text in field {text_field!r}, got {fields}; "
-                    "name the field with --text-field"
-                )
-            yield record[text_field]
+def _text_of(record: Any, where: str, text_field: str) -> str:
+    """Take the text out of a record.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(record, dict) or text_field not in record:
+        got = f"fields {', '.join(record)}" if isinstance(record, dict) else _kind(record)
+        raise ValueError(f"{where}: expected text in field {text_field!r}, got {got}; name the field with --text-field")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: expected text in field {text_field!r}, got {_kind(text)}; take the record out")
+    try:
+        check_text(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: field {text_field!r}: {error}") from error
+    return text
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return {dict: "an object", list: "an array", str: "text"}.get(type(value), "a number")
 
 
 def _read_parquet(path: Path, text_field: str) -> list[str]:

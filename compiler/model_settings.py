@@ -64,7 +64,7 @@ def check_settings(family: Family, config: PreTrainedConfig, name: str) -> None:
 
 def _unread(config: PreTrainedConfig) -> Iterator[str]:
     """Settings that the model's class has no field for."""
-    known = {field.name for field in fields(config)}  # type: ignore[arg-type]
+    known = {field.name for field in fields(config)}
     for setting, harmless in _OF_OTHER_MODELS.items():
         value = getattr(config, setting, None)
         if setting not in known and value not in harmless:

@@ -184,13 +184,14 @@ def _read_weights(
     """Read all parameters from the model's files, and nothing else."""
     if source.gguf_file:
         return load_weights(read_parts(source.gguf_path), config, dtype=dtype, name=source.name)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loading: Any = AutoModelForCausalLM.from_pretrained(
         source.location,
         dtype="auto" if mapped else dtype,
         # Both for `check_loaded`, which names what does not fit.
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
+    model, info = loading
     check_loaded(info, f"--model {source.name}")
     return cast("PreTrainedModel", model)
 

@@ -1,7 +1,6 @@
 """Read evaluation data: JSON Lines whose file name says what they are for."""
 
 import glob
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from coreinfer.bundles.errors import ConfigError, join_problems
+from coreinfer.bundles.text_files import check_text, read_records
 
 __all__ = ["Dataset", "Item", "Kind", "read_datasets"]
 
@@ -124,9 +124,10 @@ def _files(paths: Sequence[str], problems: list[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for given in paths:
         folder = Path(given)
-        matches = (
-            sorted(folder.glob("*.jsonl")) if folder.is_dir() else [Path(name) for name in sorted(glob.glob(given))]
-        )
+        if folder.is_dir():
+            matches = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".jsonl")
+        else:
+            matches = [Path(name) for name in sorted(glob.glob(given))]
         if not matches:
             problems.append(f"--data {given}: expected a .jsonl file, a folder of them or a pattern, found nothing")
         found |= dict.fromkeys(matches)
@@ -140,27 +141,29 @@ def _read(path: Path, limit: int | None, *, as_text: bool) -> Dataset:
         raise ConfigError(f"{path.name}: expected a name that begins with {known} to tell what it is for")
     kind, reader = ("text", _joined) if as_text else _READERS[prefix]
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
-    if not lines:
+        records = list(read_records(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path.name}: {error}") from error
+    if not records:
         raise ConfigError(f"{path.name}: expected at least one line, got an empty file")
-    numbers = range(len(lines)) if limit is None else _spread(len(lines), limit)
-    return Dataset(
-        name=path.stem, kind=kind, items=tuple(_item(path, number, lines[number], reader) for number in numbers)
-    )
+    numbers = range(len(records)) if limit is None else _spread(len(records), limit)
+    return Dataset(name=path.stem, kind=kind, items=tuple(_item(path, *records[number], reader) for number in numbers))
 
 
 def _spread(count: int, limit: int) -> list[int]:
     return [int(number) for number in np.linspace(0, count - 1, min(limit, count)).round()]
 
 
-def _item(path: Path, number: int, line: str, reader: Reader) -> Item:
+def _item(path: Path, where: str, record: Any, reader: Reader) -> Item:
     try:
-        item = reader(json.loads(line))
+        item = reader(record)
+        for text in (item.context, *item.answers, *item.contexts):
+            if not isinstance(text, str):
+                raise ValueError("expected texts, got other values")
+            check_text(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
-        raise ConfigError(f"{path.name} line {number + 1}: not a record of its kind ({reason})") from error
-    if not all(isinstance(text, str) for text in (item.context, *item.answers, *item.contexts)):
-        raise ConfigError(f"{path.name} line {number + 1}: expected texts, got other values")
+        raise ConfigError(f"{path.name} {where}: not a record of its kind ({reason})") from error
     return item

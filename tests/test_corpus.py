@@ -69,19 +69,39 @@ def test_several_files_are_read_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "good"}\n\n{"text": \n', "line 3 is no JSON"),
+        ("a.jsonl", b'{"text": "good"}\n\n{"text": \n', "line 3: no JSON"),
         (
             "a.jsonl",
             b'{"text": "good"}\n{"body": "x", "id": 3}\n',
-            "line 2: expected text in field 'text', got body, id",
+            "line 2: expected text in field 'text', got fields body, id",
         ),
-        ("a.jsonl", b'{"text": 5}\n', "line 1: expected text in field 'text'.*--text-field"),
-        ("a.jsonl", b'["a list"]\n', "line 1: expected text in field 'text', got list"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "cannot be read as UTF-8"),
-        ("a.txt", b"good \xff\xfe", "cannot be read as UTF-8"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1: expected text in field 'text', got a number; take the record out"),
+        (
+            "a.jsonl",
+            b'["a list"]\n',
+            "item 1: expected text in field 'text', got text; name the field with --text-field",
+        ),
+        ("a.jsonl", b'{"text": "\xff"}\n', "line 1: expected UTF-8, got other bytes"),
+        ("a.txt", b"good \xff\xfe", "line 1: expected UTF-8, got other bytes"),
         ("a.txt", b"\n\n \n", "holds no text"),
         ("a.jsonl", b"", "holds no text"),
         ("a.jsonl", b'{"text": " "}\n', "holds no text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', "line 2: expected text in field 'text', got null; take the"),
+        ("a.jsonl", b'{"text": true}', "line 1: expected text in field 'text', got true"),
+        ("a.jsonl", b'{"text": ["a"]}', "line 1: expected text in field 'text', got an array"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "b \\ud800"}',
+            r"line 2: field 'text': .* half of one \(.ud800\) at character 3",
+        ),
+        ("a.jsonl", b'{"text": "a\0"}', "line 1: expected text, got a NUL byte"),
+        ("a.txt", b"one\n\ntwo\0", "line 3: expected text, got a NUL byte"),
+        ("a.json", b'[{"text": "a"}, {"text": 5}]', "item 2: expected text in field 'text', got a number"),
+        ("a.json", b'[{"text": "a"}', "no JSON"),
+        ("a.json", b"[]", "holds no text"),
+        ("a.txt", b"", "holds no text"),
+        ("a.jsonl", b"\xef\xbb\xbf\n", "holds no text"),
+        ("a.jsonl", b"\x1f\x8b\x08\x00", r"is compressed \(gzip\); unpack it first"),
         ("a.parquet", b"no parquet at all", "cannot be read as Parquet"),
         ("a.parquet", b"", "cannot be read as Parquet"),
     ],
@@ -365,3 +385,27 @@ def test_hub_data_sets_need_their_package(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "datasets", cast(ModuleType, None))
     with pytest.raises(CalibrationError, match="hf:x: needs the package datasets; pip install datasets"):
         read_texts(["hf:x"], "text")
+
+
+RECORDS = '{"text": "Käse one"}\n{"text": "two"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", RECORDS.encode("utf-8-sig")),
+        ("a.JSONL", RECORDS.encode()),
+        ("a.NdJson", RECORDS.encode()),
+        ("a.jsonl", RECORDS.replace("\n", "\r\n").encode("utf-8-sig")),
+        ("a.jsonl", RECORDS.encode("utf-16")),
+        ("a.jsonl", "\ufeff".encode("utf-16-be") + RECORDS.encode("utf-16-be")),
+        ("a.json", b'[\n {"text": "K\\u00e4se one"},\n {"text": "two"}\n]\n'),
+        ("a.jsonl", '\ufeff[{"text": "Käse one"}, {"text": "two"}]'.encode()),
+        ("a.txt", "\ufeffKäse one\r\n\r\ntwo".encode()),
+        ("a.TXT", "Käse one\n\ntwo".encode("utf-16")),
+    ],
+)
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_text_is_read_however_it_was_saved(name: str, content: bytes, in_folder: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert read_texts([str(tmp_path if in_folder else tmp_path / name)], "text") == ["Käse one", "two"]

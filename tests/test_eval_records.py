@@ -86,7 +86,7 @@ def test_all_that_is_wrong_is_named(tmp_path: Path) -> None:
     assert "other_a.jsonl: expected a name that begins with lm_" in message
     assert "lm_a.jsonl line 2: not a record of its kind (no field 'text')" in message
     assert "mc_a.jsonl line 1: not a record of its kind (gold: expected 0 to 0, got 1)" in message
-    assert "completion_a.jsonl line 1: expected texts" in message
+    assert "completion_a.jsonl line 1: not a record of its kind (expected texts" in message
     assert "lm_b.jsonl: expected at least one line" in message
     assert "found nothing" in message
 
@@ -94,5 +94,43 @@ def test_all_that_is_wrong_is_named(tmp_path: Path) -> None:
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "lm_a.jsonl"
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="line 1: expected UTF-8, got other bytes"):
         read_datasets([str(path)])
+
+
+ITEMS = '{"text": "Käse one"}\n\n{"text": "two"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("lm_a.jsonl", ITEMS.encode("utf-8-sig")),
+        ("lm_a.JSONL", ITEMS.encode()),
+        ("lm_a.jsonl", ITEMS.replace("\n", "\r\n").encode("utf-16")),
+        ("lm_a.jsonl", '[{"text": "Käse one"},\n{"text": "two"}]'.encode()),
+    ],
+)
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_records_are_read_however_they_were_saved(name: str, content: bytes, in_folder: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    (dataset,) = read_datasets([str(tmp_path if in_folder else tmp_path / name)])
+    assert [item.context for item in dataset.items] == ["Käse one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'\n{"text": "\\udc00"}', r"lm_a.jsonl line 2: .* half of one \(.udc00\) at character 1; take it out"),
+        (b'{"text": null}', "lm_a.jsonl line 1: .*expected texts"),
+        (b'{"text": "a"}\n{', "lm_a.jsonl: line 2: no JSON"),
+        (b'{"text": "a\0"}', "lm_a.jsonl: line 1: expected text, got a NUL byte"),
+        (b"\x1f\x8b\x08", r"lm_a.jsonl: is compressed \(gzip\)"),
+        (b"[7]", "lm_a.jsonl item 1: not a record of its kind"),
+        (b"[]", "expected at least one line, got an empty file"),
+    ],
+)
+def test_records_that_are_none_are_named_with_their_place(content: bytes, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "lm_a.jsonl").write_bytes(content)
+    with pytest.raises(ConfigError, match=expected) as caught:
+        read_datasets([str(tmp_path)])
+    assert "\n" not in str(caught.value)

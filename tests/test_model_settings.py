@@ -146,7 +146,7 @@ def test_a_model_is_loaded_as_transformers_computes_it(
     assert torch.equal(expected, plain) == ((family, settings) in HARMLESS)
     assert torch.equal(logits(loaded.model), expected)
     with torch.inference_mode():
-        states = loaded.states(IDS, DynamicCache(config=loaded.model.config))
+        states = loaded.states(IDS, DynamicCache(config=config))
         torch.testing.assert_close(loaded.head(states), expected)
 
 
