@@ -8,6 +8,7 @@ from .errors import (
     CalibrationError,
     ConfigError,
     CoreInferError,
+    GenerationCancelled,
     UnsupportedModelError,
 )
 from .manifest import Manifest, read_manifest
@@ -22,6 +23,7 @@ __all__ = [
     "CalibrationError",
     "ConfigError",
     "CoreInferError",
+    "GenerationCancelled",
     "Manifest",
     "UnsupportedModelError",
     "open_bundle",

@@ -4,6 +4,7 @@
     ├── ConfigError              an option or an argument is wrong
     ├── UnsupportedModelError    the model's family has no row in the family table
     ├── CalibrationError         the calibration text cannot serve
+    ├── GenerationCancelled      a generation was cancelled before its first token
     └── BundleError              something is wrong with a bundle
         ├── BundleNotFound       there is no bundle at that path
         ├── BundleVersionError   another schema version wrote it
@@ -22,6 +23,7 @@ __all__ = [
     "CalibrationError",
     "ConfigError",
     "CoreInferError",
+    "GenerationCancelled",
     "UnsupportedModelError",
     "join_problems",
 ]
@@ -41,6 +43,14 @@ class UnsupportedModelError(CoreInferError):
 
 class CalibrationError(CoreInferError):
     """The calibration text is missing, empty or too small."""
+
+
+class GenerationCancelled(CoreInferError):
+    """A generation was cancelled while its prompt was read, so that it has not even one token."""
+
+    def __init__(self, num_read: int, num_prompt_tokens: int) -> None:
+        """Say how far it came."""
+        super().__init__(f"cancelled after {num_read} of {num_prompt_tokens} tokens of the prompt; none was decoded")
 
 
 class BundleError(CoreInferError):

@@ -13,6 +13,7 @@ from coreinfer.bundles import (
     BundleVersionError,
     ConfigError,
     CoreInferError,
+    GenerationCancelled,
 )
 
 from .conversation import Conversation
@@ -31,6 +32,7 @@ __all__ = [
     "Drafting",
     "Engine",
     "Generation",
+    "GenerationCancelled",
     "GenerationOptions",
     "Mode",
     "PathStep",

@@ -26,6 +26,7 @@ class NativeDecoder:
     name = "native"
     block_tokens: int = _native.BLOCK_TOKENS
     calls_alike = True
+    cheap_swaps = True
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, isa: str = "auto") -> None:
         """Put the model together; nothing is copied but norms.

@@ -46,6 +46,7 @@ class TorchDecoder:
     name = "torch"
     block_tokens = 256
     calls_alike = False
+    cheap_swaps = False  # on a GPU, which holds one pack
 
     def __init__(
         self,
