@@ -47,6 +47,7 @@ def decode_group(decoder: Decoder, switch: FfnSwitch, group: Group) -> Logits:
 
 def _note_plain(runs: Sequence[Run], seconds: float) -> None:
     for run in runs:
+        run.num_to_draft = None
         if run.lengths is not None:
             # What a token takes in company says nothing of what drafting saves alone.
             run.lengths.note_plain(seconds if len(runs) == 1 else None)

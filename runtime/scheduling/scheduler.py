@@ -26,7 +26,11 @@ _OLDEST_EVERY = 4
 
 
 class Scheduler:
-    """Steps all runs of one decoder. One thread at a time may call it; only `add` is for any."""
+    """Steps all runs of one decoder. One thread at a time may call it; only `add` is for any.
+
+    Attributes:
+        on_pass: is told how many runs a pass decodes.
+    """
 
     def __init__(
         self,
@@ -42,8 +46,9 @@ class Scheduler:
             clock: seconds, by which blocks are made as long as a step takes.
         """
         self.max_parallel = max_parallel
+        self.on_pass: Callable[[int], object] | None = None
         self.pool = KvPool(decoder)
-        self._decoder, self._clock = decoder, clock
+        self.decoder, self._clock = decoder, clock
         self._switch = FfnSwitch(decoder)
         self._turns = Turns(cheap_swaps=decoder.cheap_swaps)
         self._pace = Pace()
@@ -87,7 +92,7 @@ class Scheduler:
         if any(run.is_over for run in self._waiting):
             self._waiting = deque(run for run in self._waiting if not run.is_over)
         # Whoever uses the decoder without a scheduler expects it so.
-        self._decoder.select(0)
+        self.decoder.select(0)
 
     def _free(self, run: Run) -> None:
         if run.sequence is None:
@@ -120,7 +125,7 @@ class Scheduler:
             return
         limit = self._pace.block_tokens if any(other.watched for other in self._running) else None
         num_left, begin = run.num_left, self._clock()
-        logits = self._call([run], lambda: read_block(run, self._decoder, self.pool, self._switch, limit))
+        logits = self._call([run], lambda: read_block(run, self.decoder, self.pool, self._switch, limit))
         if num_read := num_left - run.num_left:
             self._pace.note_block(num_read, self._clock() - begin)
         if logits is not None and not run.token_ids:
@@ -150,7 +155,7 @@ class Scheduler:
         together = [run for run in running if not self._draft(run)]
         for choice, runs in self._turns.pick(group_by_weights(together)):
             group = (choice, runs)
-            if (rows := self._call(runs, lambda group=group: decode_group(self._decoder, self._switch, group))) is not None:
+            if (rows := self._call(runs, lambda group=group: decode_group(self.decoder, self._switch, group))) is not None:
                 self._post(runs, rows)
         self._pace.note_step(self._clock() - begin)
 
@@ -165,8 +170,8 @@ class Scheduler:
             if (length := run.num_to_draft) < 1:
                 return False
             run.num_to_draft = None
-            self._call([run], lambda: draft_alone(self._decoder, self._switch, run, length))
-        self._call([run], lambda: post_rows(self._decoder, run))
+            self._call([run], lambda: draft_alone(self.decoder, self._switch, run, length))
+        self._call([run], lambda: post_rows(self.decoder, run))
         return True
 
     def _post(self, runs: Sequence[Run], rows: Sequence[Logits] | Logits) -> None:
