@@ -48,6 +48,13 @@ class CachedTokens:
         if self._calls and self._calls[-1].end > num_tokens:
             self._calls[-1] = replace(self._calls[-1], end=num_tokens)
 
+    def fork(self, num_tokens: int) -> "CachedTokens":
+        """The record of a sequence that begins with the first `num_tokens` of this one's."""
+        record = CachedTokens()
+        record.token_ids, record._calls = list(self.token_ids), list(self._calls)
+        record.truncate(num_tokens)
+        return record
+
     def num_common(self, prompt_ids: Sequence[int]) -> int:
         """Count the tokens that a prompt shares with the cache from the start on, its last one left to be read."""
         room = min(len(self.token_ids), len(prompt_ids) - 1)

@@ -6,12 +6,17 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from coreinfer.bundles import ConfigError
 from coreinfer.bundles.statistics import Selection
 
 if TYPE_CHECKING:
     from .cached import CachedTokens
 
-__all__ = ["DENSE", "Decoder", "FfnChoice"]
+__all__ = ["DENSE", "Decoder", "FfnChoice", "KvPoolFull"]
+
+
+class KvPoolFull(ConfigError):
+    """Too few pages of the KV cache are free for what was asked; nothing was done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +50,45 @@ class Decoder(Protocol):
     def sequence(self) -> int:
         """Number of the selected sequence, the one that `forward`, `prompt_statistics` and `truncate` go on with."""
 
+    @property
+    def page_tokens(self) -> int:
+        """Tokens that a page of the KV cache has room for; a sequence has whole pages, the last one partly filled."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the KV cache in all, for all sequences together."""
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no sequence has.
+
+        A call that appends tokens needs as many of them as its sequences then have more. A sequence that goes on in the
+        middle of a page that another one has too needs one page in addition.
+        """
+
     def add_sequence(self) -> int:
-        """Begin another sequence, with a KV cache of its own.
+        """Begin another sequence, empty.
 
         Returns:
             Its number; sequence 0 is there from the start.
         """
 
+    def fork_sequence(self, source: int, num_tokens: int) -> int:
+        """Begin another sequence with the first tokens of one that is there, which stays as it is.
+
+        The native engine shares the pages that they fill, and copies the last one where they do not fill it, which
+        takes a free page. The torch engine copies all of them.
+
+        Returns:
+            The new sequence's number.
+
+        Raises:
+            ConfigError: there is no such sequence, or it has fewer tokens.
+            KvPoolFull: too few pages are free.
+        """
+
     def drop_sequence(self, sequence: int) -> None:
-        """Forget a sequence and give its memory back; if it is the selected one, 0 is selected.
+        """Forget a sequence and give its pages back; if it is the selected one, 0 is selected.
 
         Raises:
             ConfigError: there is no such sequence, or it is 0, which stays.
@@ -92,7 +127,7 @@ class Decoder(Protocol):
         """Run with other FFN weights from the next token on."""
 
     def truncate(self, num_tokens: int) -> None:
-        """Keep only the first `num_tokens` tokens of the KV cache."""
+        """Keep only the first `num_tokens` tokens of the selected sequence, and give the other pages back."""
 
     def forward(
         self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False
@@ -105,6 +140,9 @@ class Decoder(Protocol):
 
         Returns:
             (tokens, vocabulary) float32 logits with `all_logits`, else (1, vocabulary) of the last token.
+
+        Raises:
+            KvPoolFull: too few pages are free; the sequence is as it was.
         """
 
     def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
@@ -118,6 +156,9 @@ class Decoder(Protocol):
             (tokens, vocabulary) float32: each token's exact logits. The native engine reads the weights once for all
             rows, and a row is to the bit what `forward` gives for the token alone; the torch engine runs sequence by
             sequence, and a row of several tokens of one sequence differs from that by float rounding.
+
+        Raises:
+            KvPoolFull: too few pages are free; the sequences are as they were.
         """
 
     def prompt_statistics(
@@ -130,4 +171,7 @@ class Decoder(Protocol):
 
         Returns:
             Logits (1, vocabulary), and for each selection statistics (layers, ffn_dim) float32.
+
+        Raises:
+            KvPoolFull: too few pages are free; the sequence is as it was.
         """

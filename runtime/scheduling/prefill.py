@@ -10,14 +10,27 @@ from .ffn_switch import FfnSwitch
 from .kv_pool import KvPool
 from .run import Logits, Run
 
-__all__ = ["read_block"]
+__all__ = ["begin", "read_block"]
 
 # Each row has logits of the whole vocabulary.
 _ROWS_AT_ONCE = 16
 
 
-def read_block(run: Run, decoder: Decoder, pool: KvPool, switch: FfnSwitch, limit: int | None = None) -> Logits | None:
-    """Read one block of a prompt, dense where the bundle can.
+def begin(run: Run, decoder: Decoder, pool: KvPool) -> bool:
+    """Take a sequence for a run, with all of its prompt that is read already; False if there is no room for the rest."""
+    number, kept = pool.take(lambda cached: _num_kept(run, cached, decoder))
+    num_more = len(run.request.token_ids) + len(run.decoded_in_cache) + 1 - kept
+    if not pool.make_room(kept, num_more) and pool.num_taken > 1:
+        pool.leave(number, kept)
+        return False
+    run.sequence, run.num_read, run.statistic = number, kept, None
+    if run.read_start is None:
+        run.read_start, run.num_cached_tokens = time.perf_counter(), kept
+    return True
+
+
+def read_block(run: Run, decoder: Decoder, switch: FfnSwitch, limit: int | None = None) -> Logits | None:
+    """Read one block of the prompt of a run that has begun, dense where the bundle can.
 
     Args:
         limit: read about so many tokens at most, where that changes no result; None for a whole block.
@@ -25,8 +38,6 @@ def read_block(run: Run, decoder: Decoder, pool: KvPool, switch: FfnSwitch, limi
         None as long as some of the prompt is left; then (vocab,) logits for the first token. A run that was
         interrupted is where it was before, and its logits are of no use.
     """
-    if run.sequence is None:
-        _begin(run, decoder, pool)
     assert run.sequence is not None
     decoder.select(run.sequence)
     switch.use(_reader(run), anew=True)
@@ -41,14 +52,6 @@ def read_block(run: Run, decoder: Decoder, pool: KvPool, switch: FfnSwitch, limi
     else:
         _end(run)
     return logits[-1]
-
-
-def _begin(run: Run, decoder: Decoder, pool: KvPool) -> None:
-    run.sequence, run.num_read = pool.take(lambda cached: _num_kept(run, cached, decoder))
-    run.statistic = None
-    if run.read_start is None:
-        run.read_start = time.perf_counter()
-        run.num_cached_tokens = run.num_read
 
 
 def _reader(run: Run) -> FfnChoice:

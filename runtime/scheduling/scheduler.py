@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from coreinfer.bundles.errors import CoreInferError, GenerationCancelled
-from coreinfer.runtime.decoder import Decoder
+from coreinfer.runtime.decoder import Decoder, FfnChoice, KvPoolFull
 
 from .decoding import decode_group, draft_alone, group_by_weights, post_rows
 from .ffn_switch import FfnSwitch
 from .kv_pool import KvPool
 from .posting import post_token
-from .prefill import read_block
+from .prefill import begin, read_block
 from .run import Logits, Row, Run
 from .turns import Pace, Turns
 
@@ -124,10 +124,10 @@ class Scheduler:
         if (run := self._next_to_read()) is None:
             return
         limit = self._pace.block_tokens if any(other.watched for other in self._running) else None
-        num_left, begin = run.num_left, self._clock()
-        logits = self._call([run], lambda: read_block(run, self.decoder, self.pool, self._switch, limit))
-        if num_read := num_left - run.num_left:
-            self._pace.note_block(num_read, self._clock() - begin)
+        num_left, begun = run.num_left, self._clock()
+        logits = self._pass([run], lambda _: read_block(run, self.decoder, self._switch, limit))
+        if (num_read := num_left - run.num_left) > 0:
+            self._pace.note_block(num_read, self._clock() - begun)
         if logits is not None and not run.token_ids:
             self._post([run], [logits])
 
@@ -137,8 +137,18 @@ class Scheduler:
             run.check_cancelled()
         if not (unread := self._unread):
             return None
+        oldest = unread[0]
+        if not self._has_begun(oldest):
+            # It waits for room, which whoever came later must not take.
+            unread = [run for run in unread if run.sequence is not None]
         self._num_blocks += 1
-        return unread[0] if self._num_blocks % _OLDEST_EVERY == 0 else min(unread, key=lambda run: run.num_left)
+        if self._num_blocks % _OLDEST_EVERY == 0 and oldest in unread:
+            return oldest
+        return next((run for run in sorted(unread, key=lambda run: run.num_left) if self._has_begun(run)), None)
+
+    def _has_begun(self, run: Run) -> bool:
+        """Have a run begin if it has not and there is room; whether it has."""
+        return run.sequence is not None or bool(self._call([run], lambda: begin(run, self.decoder, self.pool)))
 
     # Decoding
 
@@ -151,42 +161,99 @@ class Scheduler:
         if not running or (self._unread and not any(run.watched for run in running)):
             # Where nobody follows the tokens, more share a pass when all prompts are read.
             return
-        begin = self._clock()
+        begun = self._clock()
         together = [run for run in running if not self._draft(run)]
         for choice, runs in self._turns.pick(group_by_weights(together)):
-            group = (choice, runs)
-            if (rows := self._call(runs, lambda group=group: decode_group(self.decoder, self._switch, group))) is not None:
-                self._post(runs, rows)
-        self._pace.note_step(self._clock() - begin)
+            self._decode_group(choice, runs)
+        self._pace.note_step(self._clock() - begun)
+
+    def _decode_group(self, choice: FfnChoice, runs: list[Run]) -> None:
+        # Those that gave way to others are out of it.
+        runs = [run for run in runs if run.is_read]
+        rows = self._pass(runs, lambda left: decode_group(self.decoder, self._switch, (choice, left)))
+        if rows is not None:
+            if self.on_pass is not None:
+                self.on_pass(len(runs))
+            self._post(runs, rows)
 
     def _draft(self, run: Run) -> bool:
         """Decode for a run by drafts, where it does and where that pays now."""
-        if run.lengths is None:
-            return False
+        if run.lengths is None or not run.is_read:
+            return not run.is_read
         if not run.rows:
             if run.num_to_draft is None:
                 # A round gives one token more than are accepted.
                 run.num_to_draft = run.lengths.next(run.max_tokens - len(run.token_ids) - 1)
             if (length := run.num_to_draft) < 1:
                 return False
+            if not self._has_room_to_draft(run, length):
+                return True
             run.num_to_draft = None
             self._call([run], lambda: draft_alone(self.decoder, self._switch, run, length))
         self._call([run], lambda: post_rows(self.decoder, run))
+        return True
+
+    def _has_room_to_draft(self, run: Run, length: int) -> bool:
+        """Make room for a whole round: half of one could not be taken back. False if the run itself gave way."""
+        num_cached = run.num_read + len(run.token_ids) - 1
+        while not self.pool.make_room(num_cached, length + 1) and self._give_way():
+            if run.sequence is None:
+                return False
         return True
 
     def _post(self, runs: Sequence[Run], rows: Sequence[Logits] | Logits) -> None:
         for run, logits in zip(runs, rows, strict=True):
             self._call([run], lambda run=run, logits=logits: post_token(run, Row(logits=logits)))
 
+    # Calls that fail
+
+    def _pass(self, runs: list[Run], call: Callable[[list[Run]], T]) -> T | None:
+        """Do something for runs that takes pages; those that have to give way leave the list."""
+        while runs:
+            try:
+                return call(runs)
+            except KvPoolFull as error:
+                if not self._give_way():
+                    self._fail(runs, error)
+                    return None
+                runs[:] = [run for run in runs if run.sequence is not None]
+            except Exception as error:
+                self._fail(runs, error)
+                return None
+            except BaseException:
+                self._fail(runs, _interrupted())
+                raise
+        return None
+
+    def _give_way(self) -> bool:
+        """Free pages: what finished runs left, else what the youngest run has, which is read again later."""
+        if self.pool.evict():
+            return True
+        holders = [run for run in self._active if run.sequence is not None]
+        if len(holders) < 2:
+            # Its tokens do not fit even alone.
+            return False
+        youngest = holders[-1]
+        assert youngest.sequence is not None
+        self.pool.drop(youngest.sequence)
+        youngest.sequence, youngest.num_read = None, 0
+        return True
+
     def _call(self, runs: Sequence[Run], call: Callable[[], T]) -> T | None:
         """Do something for runs; if it fails, it fails for them and for nobody else."""
         try:
             return call()
         except Exception as error:
-            for run in runs:
-                run.fail(error)
+            self._fail(runs, error)
         except BaseException:
-            for run in runs:
-                run.fail(CoreInferError("interrupted by another generation's thread, which decoded for this one"))
+            self._fail(runs, _interrupted())
             raise
         return None
+
+    def _fail(self, runs: Sequence[Run], error: Exception) -> None:
+        for run in runs:
+            run.fail(error)
+
+
+def _interrupted() -> CoreInferError:
+    return CoreInferError("interrupted together with the thread that decoded for this generation as well")
