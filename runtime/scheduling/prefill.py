@@ -35,11 +35,14 @@ def read_block(run: Run, decoder: Decoder, switch: FfnSwitch, limit: int | None 
     Args:
         limit: read about so many tokens at most, where that changes no result; None for a whole block.
     Returns:
-        None as long as some of the prompt is left; then (vocab,) logits for the first token. A run that was
-        interrupted is where it was before, and its logits are of no use.
+        None as long as some of the prompt is left; then (vocab,) logits for the first token. None too for a run that
+        had decoded before it gave way: it is where it was.
     """
     assert run.sequence is not None
     decoder.select(run.sequence)
+    if not run.num_left:
+        # All but some of what was decoded is there: it had to wait for room.
+        return _read_decoded_again(run, decoder, switch)
     switch.use(_reader(run), anew=True)
     if run.num_read == run.num_cached_tokens and run.request.plan.uses_pack:
         # The pack comes while the prompt is read; it may take the place of another generation's.
@@ -48,10 +51,10 @@ def read_block(run: Run, decoder: Decoder, switch: FfnSwitch, limit: int | None 
     if run.num_left:
         return None
     if run.token_ids:
-        _read_decoded_again(run, decoder, switch)
-    else:
-        _end(run)
-    return logits[-1]
+        return _read_decoded_again(run, decoder, switch)
+    _end(run)
+    last: Logits = logits[-1]
+    return last
 
 
 def _reader(run: Run) -> FfnChoice:
@@ -110,7 +113,7 @@ def _read_decoded_again(run: Run, decoder: Decoder, switch: FfnSwitch) -> None:
     """Read tokens once more with the weights that each was decoded with: to the bit where rows are."""
     assert run.sequence is not None
     token_ids = run.decoded_in_cache
-    start = 0
+    start = decoder.num_cached - len(run.request.token_ids)
     while start < len(token_ids):
         choice, end = _decoded_with(run, start, len(token_ids))
         end = min(end, start + _ROWS_AT_ONCE)

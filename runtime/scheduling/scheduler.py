@@ -29,26 +29,17 @@ class Scheduler:
     """Steps all runs of one decoder. One thread at a time may call it; only `add` is for any.
 
     Attributes:
+        max_parallel: runs that are read and decoded at once; others wait.
         on_pass: is told how many runs a pass decodes.
+        clock: seconds, by which blocks are made about as long as a step.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        *,
-        max_parallel: int = MAX_PARALLEL,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        """Begin without runs.
-
-        Args:
-            max_parallel: runs that are read and decoded at once; others wait.
-            clock: seconds, by which blocks are made as long as a step takes.
-        """
-        self.max_parallel = max_parallel
+    def __init__(self, decoder: Decoder) -> None:
+        """Begin without runs."""
+        self.max_parallel = MAX_PARALLEL
         self.on_pass: Callable[[int], object] | None = None
-        self.pool = KvPool(decoder)
-        self.decoder, self._clock = decoder, clock
+        self.clock = time.perf_counter
+        self.decoder, self.pool = decoder, KvPool(decoder)
         self._switch = FfnSwitch(decoder)
         self._turns = Turns(cheap_swaps=decoder.cheap_swaps)
         self._pace = Pace()
@@ -61,6 +52,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._arrived) or any(run.wants or run.is_over for run in (*self._waiting, *self._active))
+
+    @property
+    def runs(self) -> Sequence[Run]:
+        """Runs that are read or decoded, in the order in which they came."""
+        return tuple(self._active)
 
     @property
     def num_waiting(self) -> int:
@@ -124,11 +120,11 @@ class Scheduler:
         if (run := self._next_to_read()) is None:
             return
         limit = self._pace.block_tokens if any(other.watched for other in self._running) else None
-        num_left, begun = run.num_left, self._clock()
+        num_left, begun = run.num_left, self.clock()
         logits = self._pass([run], lambda _: read_block(run, self.decoder, self._switch, limit))
         if (num_read := num_left - run.num_left) > 0:
-            self._pace.note_block(num_read, self._clock() - begun)
-        if logits is not None and not run.token_ids:
+            self._pace.note_block(num_read, self.clock() - begun)
+        if logits is not None:
             self._post([run], [logits])
 
     def _next_to_read(self) -> Run | None:
@@ -161,11 +157,11 @@ class Scheduler:
         if not running or (self._unread and not any(run.watched for run in running)):
             # Where nobody follows the tokens, more share a pass when all prompts are read.
             return
-        begun = self._clock()
+        begun = self.clock()
         together = [run for run in running if not self._draft(run)]
         for choice, runs in self._turns.pick(group_by_weights(together)):
             self._decode_group(choice, runs)
-        self._pace.note_step(self._clock() - begun)
+        self._pace.note_step(self.clock() - begun)
 
     def _decode_group(self, choice: FfnChoice, runs: list[Run]) -> None:
         # Those that gave way to others are out of it.
