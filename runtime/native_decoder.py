@@ -28,16 +28,6 @@ class NativeDecoder:
     calls_alike = True
     cheap_swaps = True
 
-    # Until sequences share pages: room for all, and nothing to share.
-    page_tokens = 64
-    num_pages = num_free_pages = 1 << 30
-
-    def fork_sequence(self, source: int, num_tokens: int) -> int:
-        """Not yet."""
-        from .decoder import KvPoolFull
-
-        raise KvPoolFull("sequences share nothing")
-
     def __init__(self, bundle: Bundle, *, threads: int | None = None, isa: str = "auto") -> None:
         """Put the model together; nothing is copied but norms.
 

@@ -48,16 +48,6 @@ class TorchDecoder:
     calls_alike = False
     cheap_swaps = False  # on a GPU, which holds one pack
 
-    # Until sequences share pages: room for all, and nothing to share.
-    page_tokens = 64
-    num_pages = num_free_pages = 1 << 30
-
-    def fork_sequence(self, source: int, num_tokens: int) -> int:
-        """Not yet."""
-        from .decoder import KvPoolFull
-
-        raise KvPoolFull("sequences share nothing")
-
     def __init__(
         self,
         bundle: Bundle,
