@@ -12,7 +12,8 @@ from coreinfer.bundles.statistics import Selection, document_statistic
 
 from . import _native
 from .cached import CachedTokens
-from .decoder import DENSE, FfnChoice
+from .decoder import DENSE, FfnChoice, KvPoolFull
+from .kv_limits import count_pages
 from .native_model import ffn_layers, model_spec
 
 __all__ = ["NativeDecoder"]
@@ -25,17 +26,21 @@ class NativeDecoder:
 
     name = "native"
     block_tokens: int = _native.BLOCK_TOKENS
+    page_tokens: int = _native.PAGE_TOKENS
     calls_alike = True
     cheap_swaps = True
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, isa: str = "auto") -> None:
+    def __init__(
+        self, bundle: Bundle, *, threads: int | None = None, isa: str = "auto", kv_cache_bytes: int | None = None
+    ) -> None:
         """Put the model together; nothing is copied but norms.
 
         Args:
             threads: None for one a physical core that the process may use.
             isa: kernels to use, one of `_native.available_isas()`; "auto" for COREINFER_ISA, else the best ones.
+            kv_cache_bytes: bound of all sequences' keys and values, taken page by page; see `count_pages`.
         Raises:
-            ConfigError: the CPU has no such kernels, or the number of threads is wrong.
+            ConfigError: the CPU has no such kernels, the number of threads is wrong, or the KV cache is too small.
             BundleCorrupt: the base does not hold what the model needs.
             UnsupportedModelError: the native engine does not compute this model.
         """
@@ -48,8 +53,12 @@ class NativeDecoder:
         if isa not in ("auto", *_native.available_isas()):
             known = ", ".join(_native.available_isas())
             raise ConfigError(f"isa (or COREINFER_ISA): expected auto, {known} on this CPU, got {isa!r}")
+
+        def num_pages(page_bytes: int) -> int:
+            return count_pages(kv_cache_bytes, page_bytes=page_bytes, max_positions=model.max_positions)
+
         with _corrupt(bundle, "base"):
-            self._model = _native.Model(model_spec(bundle), isa, num_threads, model.ffn_dim)
+            self._model = _native.Model(model_spec(bundle), isa, num_threads, model.ffn_dim, num_pages)
         self._ffns: dict[int | None, Any] = {}
         self._choice: FfnChoice | None = None
         self._records = {0: CachedTokens()}
@@ -70,6 +79,26 @@ class NativeDecoder:
     def num_threads(self) -> int:
         """Threads that decode together."""
         return int(self._model.num_threads)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the KV cache, for all sequences together."""
+        return self._model.num_pages
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no sequence has; see `Decoder.num_free_pages`."""
+        return self._model.num_free_pages
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page's keys and values."""
+        return self._model.page_bytes
+
+    @property
+    def wide_layers(self) -> list[int]:
+        """Layers whose keys and values are kept in float32, because fp16 does not hold them."""
+        return self._model.wide_layers
 
     @property
     def num_cached(self) -> int:
@@ -125,18 +154,25 @@ class NativeDecoder:
         return self._ffns[cluster]
 
     def truncate(self, num_tokens: int) -> None:
-        """Keep only the first `num_tokens` tokens of the KV cache."""
+        """Keep only the first tokens; see `Decoder.truncate`."""
         self._model.truncate(num_tokens, self.sequence)
         self.cached.truncate(num_tokens)
 
     def add_sequence(self) -> int:
-        """Begin another sequence; memory is reserved for all positions and taken page by page."""
+        """Begin another sequence; see `Decoder.add_sequence`."""
         number = self._model.add_sequence()
         self._records[number] = CachedTokens()
         return number
 
+    def fork_sequence(self, source: int, num_tokens: int) -> int:
+        """Begin another sequence with the first tokens of one that is there; see `Decoder.fork_sequence`."""
+        with _refused():
+            number = self._model.fork_sequence(source, num_tokens)
+        self._records[number] = self._records[source].fork(num_tokens)
+        return number
+
     def drop_sequence(self, sequence: int) -> None:
-        """Give a sequence's memory back; see `Decoder.drop_sequence`."""
+        """Give a sequence's pages back; see `Decoder.drop_sequence`."""
         with _refused():
             self._model.drop_sequence(sequence)
         del self._records[sequence]
@@ -156,7 +192,8 @@ class NativeDecoder:
         of the weights only.
 
         Raises:
-            ConfigError: a token id is out of range, or the KV cache is full.
+            ConfigError: a token id is out of range, or there is no position left.
+            KvPoolFull: too few pages are free.
         """
         return self._forward(token_ids, all_logits=all_logits, greedy=greedy, watcher=None)
 
@@ -166,7 +203,8 @@ class NativeDecoder:
         A row's logits are to the bit those of `forward` for the token alone, with the exact head.
 
         Raises:
-            ConfigError: there is no such sequence, a token id is out of range, or a KV cache is full.
+            ConfigError: there is no such sequence, a token id is out of range, or there is no position left.
+            KvPoolFull: too few pages are free.
         """
         with _refused():
             logits = self._model.forward_rows(
@@ -232,6 +270,8 @@ def _refused() -> Iterator[None]:
         yield
     except (ValueError, OverflowError) as error:
         raise ConfigError(str(error)) from error
+    except _native.PoolFull as error:
+        raise KvPoolFull(f"{error}; give it more room, or let other generations end") from error
     except RuntimeError as error:
         raise CoreInferError(str(error)) from error
 
@@ -241,5 +281,7 @@ def _corrupt(bundle: Bundle, part: str) -> Iterator[None]:
     """Turn what the native module refuses into an error that names the bundle."""
     try:
         yield
+    except _native.NoAddressSpace as error:
+        raise ConfigError(f"kv_cache_mb: {error}; give a smaller limit") from error
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise BundleCorrupt(f"bundle {bundle.path}: {part}: {error}; compile the bundle again") from error

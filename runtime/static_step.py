@@ -46,6 +46,11 @@ class StaticStep:
         self._cache = Cache(layers=self._kv)
         self._mask = torch.ones((1, 0), dtype=torch.long, device=device)
 
+    @property
+    def kept(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each layer, (1, heads, capacity, head_dim)."""
+        return [(layer.keys, layer.values) for layer in self._kv]
+
     def capacity_for(self, num_tokens: int, *, most: int) -> int:
         """Tokens that there will be room for once `num_tokens` are asked for: doubled up to `most`, to grow rarely."""
         capacity = self.capacity or _FIRST_CAPACITY

@@ -1,7 +1,7 @@
 """The torch engine: any device and every family of the table, through transformers."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from coreinfer.bundles.statistics import Selection, document_statistic
 from torch import nn
 
 from .cached import CachedTokens
-from .decoder import DENSE, FfnChoice
+from .decoder import DENSE, FfnChoice, KvPoolFull
 from .host_weights import FfnReader, HostWeights, layer_bytes
+from .kv_limits import PAGE_TOKENS, count_pages, pages_of
 from .memory_plan import MemoryNeeds, kv_bytes_per_token, plan_memory
 from .packed_linear import packed_problem
 from .placement import DevicePlacement, MappedPlacement, Placement
@@ -45,6 +46,7 @@ class TorchDecoder:
 
     name = "torch"
     block_tokens = 256
+    page_tokens = PAGE_TOKENS
     calls_alike = False
     cheap_swaps = False  # on a GPU, which holds one pack
 
@@ -57,6 +59,7 @@ class TorchDecoder:
         gpu_memory_mb: float | None = None,
         cuda_graphs: str = "auto",
         weights: str = "auto",
+        kv_cache_bytes: int | None = None,
         transfer: Transfer | None = None,
     ) -> None:
         """Build the model on the device.
@@ -67,6 +70,7 @@ class TorchDecoder:
             cuda_graphs: "on" decodes in steps of fixed shapes, recorded where the device is a GPU; "auto": on a GPU.
             weights: "packed" multiplies by int4 weights as they are, "bfloat16" unpacks them to `dtype`; "auto" is
                 packed for int4 on a GPU that can.
+            kv_cache_bytes: bound of all sequences' keys and values; see `count_pages`. A device may have less room.
             transfer: the seam to the device; None for the device's own.
         Raises:
             ConfigError: the device or an option cannot be had, or the weights do not fit.
@@ -83,6 +87,9 @@ class TorchDecoder:
         self._model = empty_model(bundle, self._device, self._dtype, packed=packed)
         self._layers: list[nn.Module] = decoder_layers(self._model, self._family)
         self._kv_bytes_per_token = kv_bytes_per_token(bundle.manifest.model, self._dtype.itemsize)
+        self._most_pages = count_pages(
+            kv_cache_bytes, page_bytes=self._page_bytes, max_positions=bundle.manifest.model.max_positions
+        )
         if device == "auto" and self._device.type == "cpu" and gpu_memory_mb is not None:
             raise ConfigError("gpu_memory_mb: torch sees no GPU here; leave it out, or try it with device 'cpu'")
         moves = self._device.type != "cpu" or gpu_memory_mb is not None
@@ -137,6 +144,21 @@ class TorchDecoder:
         return str(self._device)
 
     @property
+    def _page_bytes(self) -> int:
+        return PAGE_TOKENS * self._kv_bytes_per_token
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the KV cache, for all sequences together."""
+        room = self._placement.kv_room_bytes
+        return self._most_pages if room is None else min(self._most_pages, max(room, 0) // self._page_bytes)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no sequence has; see `Decoder.num_free_pages`."""
+        return max(0, self.num_pages - self._sequences.num_pages)
+
+    @property
     def num_cached(self) -> int:
         """Tokens in the KV cache of the selected sequence."""
         return self._sequences.num_cached
@@ -177,6 +199,28 @@ class TorchDecoder:
         """Begin another sequence; see `Decoder.add_sequence`."""
         return self._sequences.add()
 
+    def fork_sequence(self, source: int, num_tokens: int) -> int:
+        """Begin another sequence with a copy of the first tokens of one; see `Decoder.fork_sequence`."""
+        most = self._sequences.length(source)
+        if not 0 <= num_tokens <= most:
+            raise ConfigError(f"num_tokens: expected 0 to {most} of the sequence, got {num_tokens}")
+        self._need_pages(pages_of(num_tokens), self.num_free_pages)
+        with torch.inference_mode():
+            return self._sequences.fork(source, num_tokens)
+
+    def _need_pages_to_extend(self, num_tokens: Mapping[int, int]) -> None:
+        """Refuse to append so many tokens to each sequence where pages lack; of a device `_make_room` knows more."""
+        free = self._most_pages - self._sequences.num_pages
+        self._need_pages(self._sequences.pages_to_extend(num_tokens), free)
+
+    @staticmethod
+    def _need_pages(num_needed: int, num_free: int) -> None:
+        if num_needed > num_free:
+            raise KvPoolFull(
+                f"KV cache: expected {num_needed} free pages of {PAGE_TOKENS} tokens, got {num_free}; give it more "
+                "room, or let other generations end"
+            )
+
     def drop_sequence(self, sequence: int) -> None:
         """Give a sequence's memory back; see `Decoder.drop_sequence`."""
         self._sequences.drop(sequence)
@@ -195,6 +239,7 @@ class TorchDecoder:
         try:
             for sequence in rows:
                 self.select(sequence)
+            self._need_pages_to_extend({sequence: len(places) for sequence, places in rows.items()})
             for sequence, places in rows.items():
                 self.select(sequence)
                 logits[places] = self.forward([token_ids[row] for row in places], all_logits=True)
@@ -208,7 +253,7 @@ class TorchDecoder:
         """Append tokens to the KV cache; see `Decoder.forward`. All logits are exact, `greedy` or not.
 
         Raises:
-            ConfigError: the KV cache would not fit beside the weights.
+            KvPoolFull: the KV cache would not fit beside the weights, or has too few free pages.
         """
         return self._append(token_ids, logits_to_keep=0 if all_logits else 1)
 
@@ -227,6 +272,7 @@ class TorchDecoder:
         return values
 
     def _pass(self, token_ids: Sequence[int], *, logits_to_keep: int, watched: bool) -> torch.Tensor:
+        self._need_pages_to_extend({self.sequence: len(token_ids)})
         capacity = self._make_room(self.num_cached + len(token_ids))
         self._placement.settle()
         static = self._sequences.static
@@ -247,7 +293,7 @@ class TorchDecoder:
         """Find out for how many tokens the selected sequence's KV cache is to have room.
 
         Raises:
-            ConfigError: not so many fit beside the weights and the other sequences.
+            KvPoolFull: not so many fit beside the weights and the other sequences.
         """
         room, static = self._placement.kv_room_bytes, self._sequences.static
         elsewhere = self._sequences.num_elsewhere
@@ -255,7 +301,7 @@ class TorchDecoder:
         if room is not None:
             most = min(most, room // self._kv_bytes_per_token - elsewhere)
             if num_tokens > most and (num_tokens + elsewhere) * self._kv_bytes_per_token > room:
-                raise ConfigError(
+                raise KvPoolFull(
                     f"gpu_memory_mb: a KV cache of {num_tokens} tokens does not fit, there is room for {max(most, 0)} "
                     "beside the weights; raise it, or generate less"
                 )

@@ -12,7 +12,9 @@
 #include <thread>
 #include <vector>
 
-#include "../runtime/native/model.h"
+#include "../runtime/native/kv_cache.h"
+#include "../runtime/native/scratch.h"
+#include "../runtime/native/threads.h"
 
 using namespace coreinfer;
 
@@ -214,11 +216,30 @@ void test_vectors(const Kernels& kernels) {
   }
 }
 
-void test_attend(const Kernels& kernels) {
+// A sequence with pages of its own, of a model of two layers and two heads.
+struct Cache {
+  Cache(int head_dim, int num_tokens, bool wide) : layout({!wide, wide}, 2, head_dim), pool(layout.num_bytes(), 9) {
+    pool.take();  // so that pages do not begin where the pool does
+    extend(pool, sequence, num_tokens);
+  }
+  void store(int position, const float* key, const float* value) {
+    layout.store(portable_kernels(), sequence.pages.data(), 1, 1, position, key, value);
+  }
+  const uint8_t* const* pages() const { return sequence.pages.data(); }
+  CachedHead head() const { return layout.head(1, 1); }
+
+  PageLayout layout;
+  PagePool pool;
+  Sequence sequence;
+};
+
+float kept(float value, bool wide) { return wide ? value : half_to_float(float_to_half(value)); }
+
+void test_attend(const Kernels& kernels, bool wide) {
   for (int head_dim : {2, 8, 64, 80})
     for (int num_queries : {1, 3, 5})
       for (const auto& [begin, end] : {std::pair{0, 1}, {0, 15}, {3, 40}, {16, 17}, {7, 300}, {5, 5}}) {
-        const KvCache cache(1, 1, head_dim, 300);
+        Cache cache(head_dim, 300, wide);
         Buffer<float> key, value, queries, out, maxima, sums, expected;
         key.resize(size_t(300) * head_dim);
         value.resize(size_t(300) * head_dim);
@@ -226,13 +247,13 @@ void test_attend(const Kernels& kernels) {
         for (int i = 0; i < 300 * head_dim; ++i) key.get()[i] = draw(), value.get()[i] = draw();
         for (int i = 0; i < num_queries * head_dim; ++i) queries.get()[i] = draw();
         for (int p = 0; p < 300; ++p)
-          cache.store(portable_kernels(), 0, 0, p, key.get() + p * head_dim, value.get() + p * head_dim);
-        const int stride = cache.value_stride();
+          cache.store(p, key.get() + p * head_dim, value.get() + p * head_dim);
+        const int stride = cache.layout.value_stride();
         out.resize(num_queries * stride);
         maxima.resize(num_queries);
         sums.resize(num_queries);
         expected.resize(num_queries * stride);
-        kernels.attend({cache.keys(0, 0), cache.values(0, 0), head_dim, stride, queries.get(), num_queries, begin, end,
+        kernels.attend({cache.pages(), cache.head(), head_dim, stride, queries.get(), num_queries, begin, end,
                         out.get(), maxima.get(), sums.get()});
         if (begin == end) continue;
         for (int q = 0; q < num_queries; ++q) {
@@ -241,12 +262,11 @@ void test_attend(const Kernels& kernels) {
           for (int p = begin; p < end; ++p) {
             double score = 0;
             for (int d = 0; d < head_dim; ++d)
-              score += double(queries.get()[q * head_dim + d]) *
-                       half_to_float(float_to_half(key.get()[p * head_dim + d]));
+              score += double(queries.get()[q * head_dim + d]) * kept(key.get()[p * head_dim + d], wide);
             const double weight = std::exp(score - maxima.get()[q]);
             total += weight;
             for (int d = 0; d < head_dim; ++d)
-              sum[d] += weight * half_to_float(float_to_half(value.get()[p * head_dim + d]));
+              sum[d] += weight * kept(value.get()[p * head_dim + d], wide);
           }
           for (int d = 0; d < head_dim; ++d) {
             expected.get()[q * stride + d] = static_cast<float>(sum[d] / total);
@@ -263,19 +283,19 @@ void test_combine(const Kernels& kernels) {
     for (int split : {1, 20, 40}) {
       const int num_heads = 3, stride = round_up(head_dim, 16), size = 40;
       Buffer<float> values[3], maxima[3], sums[3], queries, key, out, expected;
-      const KvCache cache(1, 1, head_dim, size);
+      Cache cache(head_dim, size, false);
       for (Buffer<float>* buffer : {&queries, &key, &out, &expected}) buffer->resize(size_t(size) * num_heads * stride);
       for (int i = 0; i < num_heads * head_dim; ++i) queries.get()[i] = draw();
       for (int p = 0; p < size; ++p) {
         for (int i = 0; i < head_dim; ++i) key.get()[i] = draw();
-        cache.store(portable_kernels(), 0, 0, p, key.get(), key.get());
+        cache.store(p, key.get(), key.get());
       }
       const int bounds[3][2] = {{0, split}, {split, size}, {0, size}};
       for (int part = 0; part < 3; ++part) {
         values[part].resize(num_heads * stride);
         maxima[part].resize(num_heads);
         sums[part].resize(num_heads);
-        kernels.attend({cache.keys(0, 0), cache.values(0, 0), head_dim, stride, queries.get(), num_heads,
+        kernels.attend({cache.pages(), cache.head(), head_dim, stride, queries.get(), num_heads,
                         bounds[part][0], bounds[part][1], values[part].get(), maxima[part].get(), sums[part].get()});
       }
       const AttentionPart parts[3] = {{values[0].get(), maxima[0].get(), sums[0].get()},
@@ -376,7 +396,7 @@ int main() {
     test_screen(*kernels);
     test_quantize(*kernels);
     test_vectors(*kernels);
-    test_attend(*kernels);
+    for (bool wide : {false, true}) test_attend(*kernels, wide);
     test_combine(*kernels);
     test_rotate(*kernels);
     std::printf("%s: %s\n", kernels->name, num_failures == before ? "agrees" : "DIFFERS");

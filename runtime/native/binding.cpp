@@ -6,8 +6,11 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <functional>
 #include <mutex>
 
+#include "decoder.h"
+#include "gather.h"
 #include "reading.h"
 
 namespace coreinfer {
@@ -18,12 +21,15 @@ using Ids = py::array_t<int32_t, py::array::c_style>;
 
 class Model {
  public:
-  Model(const py::dict& spec, const std::string& isa, int num_threads, int max_neurons) {
+  Model(const py::dict& spec, const std::string& isa, int num_threads, int max_neurons,
+        const std::function<int(size_t)>& count_pages) {
     const Kernels& kernels = find_kernels(isa);
     if (max_neurons < 1) refuse("max_neurons", "at least 1", std::to_string(max_neurons));
     ModelWeights weights = read_model(spec, owners_);
     max_neurons_ = max_neurons;
-    decoder_ = std::make_unique<Decoder>(std::move(weights), kernels, num_threads, max_neurons);
+    const int num_pages = count_pages(layout_for(weights).num_bytes());
+    if (num_pages < 1) refuse("KV cache pages", "at least 1", std::to_string(num_pages));
+    decoder_ = std::make_unique<Decoder>(std::move(weights), kernels, num_threads, max_neurons, num_pages);
   }
 
   void use(const FfnHandle& ffn) {
@@ -52,6 +58,15 @@ class Model {
   int add_sequence() {
     const std::unique_lock<std::mutex> lock = acquire();
     return decoder_->add_sequence();
+  }
+
+  int fork_sequence(int source, int num_tokens) {
+    const std::unique_lock<std::mutex> lock = acquire();
+    check_sequence(source);
+    const int most = decoder_->sequences[source]->num_cached;
+    if (num_tokens < 0 || num_tokens > most)
+      refuse("num_tokens", "0 to " + std::to_string(most) + " of the sequence", std::to_string(num_tokens));
+    return decoder_->fork_sequence(source, num_tokens);
   }
 
   void drop_sequence(int number) {
@@ -108,13 +123,22 @@ class Model {
     const std::unique_lock<std::mutex> lock = acquire();
     check_sequence(sequence);
     if (num_tokens < 0) refuse("num_tokens", "at least 0", std::to_string(num_tokens));
-    int& num_cached = decoder_->sequences[sequence]->num_cached;
-    num_cached = std::min(num_cached, num_tokens);
+    decoder_->truncate_sequence(sequence, num_tokens);
   }
 
   int num_cached(int sequence) const {
     check_sequence(sequence);
     return decoder_->sequences[sequence]->num_cached;
+  }
+  int num_pages() const { return decoder_->pool.num_pages(); }
+  int num_free_pages() const { return decoder_->pool.num_free(); }
+  size_t page_bytes() const { return decoder_->layout.num_bytes(); }
+  std::vector<int> wide_layers() const {
+    std::vector<int> numbers;
+    const std::vector<Layer>& layers = decoder_->weights.layers;
+    for (size_t i = 0; i < layers.size(); ++i)
+      if (layers[i].wide_cache) numbers.push_back(static_cast<int>(i));
+    return numbers;
   }
   int num_threads() const { return decoder_->threads.size(); }
   std::string isa() const { return decoder_->kernels.name; }
@@ -252,22 +276,30 @@ std::vector<std::string> isa_names() {
 PYBIND11_MODULE(_native, module) {
   module.doc() = "The native engine: decoding of packed weights on the CPU.";
   module.attr("BLOCK_TOKENS") = kBlockTokens;
+  module.attr("PAGE_TOKENS") = kPageTokens;
+  py::register_exception<PoolFull>(module, "PoolFull", PyExc_RuntimeError);
+  py::register_exception<NoAddressSpace>(module, "NoAddressSpace", PyExc_RuntimeError);
   py::class_<FfnHandle>(module, "Ffn")
       .def(py::init(&read_ffn), py::arg("layers"), py::arg("hidden"))
       .def_property_readonly("max_neurons", &FfnHandle::max_neurons);
   py::class_<Model>(module, "Model")
-      .def(py::init<const py::dict&, const std::string&, int, int>(), py::arg("spec"), py::arg("isa"),
-           py::arg("num_threads"), py::arg("max_neurons"))
+      .def(py::init<const py::dict&, const std::string&, int, int, const std::function<int(size_t)>&>(),
+           py::arg("spec"), py::arg("isa"), py::arg("num_threads"), py::arg("max_neurons"), py::arg("count_pages"))
       .def("use", &Model::use, py::arg("ffn"))
       .def("gather", &Model::gather, py::arg("ffn"), py::arg("neuron_ids"))
       .def("forward", &Model::forward, py::arg("ids"), py::arg("all_logits") = false, py::arg("screened") = false,
            py::arg("watcher") = py::none(), py::arg("sequence") = 0)
       .def("forward_rows", &Model::forward_rows, py::arg("sequences"), py::arg("ids"))
       .def("add_sequence", &Model::add_sequence)
+      .def("fork_sequence", &Model::fork_sequence, py::arg("source"), py::arg("num_tokens"))
       .def("drop_sequence", &Model::drop_sequence, py::arg("sequence"))
       .def("truncate", &Model::truncate, py::arg("num_tokens"), py::arg("sequence") = 0)
       .def("bytes_per_token", &Model::bytes_per_token, py::arg("num_tokens"), py::arg("screened") = false)
       .def("num_cached", &Model::num_cached, py::arg("sequence") = 0)
+      .def_property_readonly("num_pages", &Model::num_pages)
+      .def_property_readonly("num_free_pages", &Model::num_free_pages)
+      .def_property_readonly("page_bytes", &Model::page_bytes)
+      .def_property_readonly("wide_layers", &Model::wide_layers)
       .def_property_readonly("num_threads", &Model::num_threads)
       .def_property_readonly("isa", &Model::isa);
   module.def("available_isas", &isa_names);

@@ -2,9 +2,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <vector>
 
-#include "model.h"
+#include "gather.h"
+#include "kernels.h"
+#include "scratch.h"
 
 namespace coreinfer {
 namespace {

@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "model.h"
+#include "decoder.h"
+#include "layer.h"
 
 namespace coreinfer {
 namespace {

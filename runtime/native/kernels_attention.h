@@ -1,31 +1,48 @@
 // The kernels of attention: scores, softmax and weighted values of some positions, their parts joined, and rotation.
 // Included by kernels_body.h, on the terms that it states.
 
-constexpr int kPositions = 16;    // positions whose keys are interleaved
-constexpr int kChunk = 128;       // positions between two rescalings of the running sums
-constexpr int kQueries = 4;       // queries that share one read of the keys
-constexpr int kKeysAhead = 1024;  // halves, how far ahead keys are asked for
+constexpr int kChunk = 128;  // positions between two rescalings of the running sums
+constexpr int kQueries = 4;  // queries that share one read of the keys
 
-template <int kCount>
+// Numbers of the cache, `T` of which are halves (uint16_t) or floats.
+inline V::F load_cached(const uint16_t* p) { return V::load_half(p); }
+inline V::F load_cached(const float* p) { return V::load(p); }
+
+template <class T>
+inline const T* keys_of(const AttentionTask& task, int block) {
+  constexpr int kPageBlocks = kPageTokens / kPositions;
+  const uint8_t* page = task.pages[block / kPageBlocks] + task.head.keys;
+  return reinterpret_cast<const T*>(page) + size_t(block % kPageBlocks) * task.head_dim * kPositions;
+}
+
+template <class T>
+inline const T* values_of(const AttentionTask& task, int position) {
+  const uint8_t* page = task.pages[position / kPageTokens] + task.head.values;
+  return reinterpret_cast<const T*>(page) + size_t(position % kPageTokens) * task.value_stride;
+}
+
+template <class T, int kCount>
 inline void score_block(const AttentionTask& task, int query, int block, float (*scores)[kChunk], int column) {
   // Two independent sums for even and odd dimensions hide the latency of the products.
   V::F sums[2][kCount][kVectors];
   for (auto& half : sums)
     for (auto& vectors : half)
       for (auto& value : vectors) value = V::set1(0.0f);
-  const uint16_t* keys = task.keys + size_t(block) * task.head_dim * kPositions;
+  const T* keys = keys_of<T>(task, block);
   const float* q = task.queries + size_t(query) * task.head_dim;
-  // A head's keys and values are pieces too short for the hardware to see them coming. The values of these positions are
-  // read next; as many bytes as keys.
-  const char* values = reinterpret_cast<const char*>(task.values + size_t(block) * kPositions * task.value_stride);
+  // A head's keys and values are pieces too short for the hardware to see them coming: the next block's keys, and the
+  // values of these positions, as many bytes, which are read next.
+  const T* next = (block + 1) * kPositions < task.end ? keys_of<T>(task, block + 1) : keys;
+  const T* values = values_of<T>(task, block * kPositions);
   for (int d = 0; d < task.head_dim; d += 2) {
-    if (query == 0) {  // the others find them in the cache
-      __builtin_prefetch(keys + d * kPositions + kKeysAhead);
-      __builtin_prefetch(values + d * kPositions * 2);
-    }
+    if (query == 0)  // the others find them in the cache
+      for (int i = d * kPositions; i < (d + 2) * kPositions; i += 64 / sizeof(T)) {
+        __builtin_prefetch(next + i);
+        __builtin_prefetch(values + i);
+      }
     for (int odd = 0; odd < 2; ++odd)
       for (int v = 0; v < kVectors; ++v) {
-        const V::F key = V::load_half(keys + (d + odd) * kPositions + v * V::kLanes);
+        const V::F key = load_cached(keys + (d + odd) * kPositions + v * V::kLanes);
         for (int i = 0; i < kCount; ++i)
           sums[odd][i][v] = V::fma(key, V::set1(q[i * task.head_dim + d + odd]), sums[odd][i][v]);
       }
@@ -53,7 +70,7 @@ inline float soften(float* scores, int size, float& maximum, float& sum) {
 }
 
 // Weighted values of kSteps x 16 dimensions from `d` on.
-template <int kCount, int kSteps>
+template <class T, int kCount, int kSteps>
 inline void add_value_columns(const AttentionTask& task, int query, int begin, int end, int base,
                               const float (*weights)[kChunk], const float* shrink, int d) {
   constexpr int kColumns = kSteps * kVectors;
@@ -62,28 +79,32 @@ inline void add_value_columns(const AttentionTask& task, int query, int begin, i
   for (int i = 0; i < kCount; ++i)
     for (int c = 0; c < kColumns; ++c)
       sums[i][c] = V::load(out + size_t(i) * task.value_stride + c * V::kLanes) * V::set1(shrink[i]);
-  for (int position = begin; position < end; ++position)
-    for (int c = 0; c < kColumns; ++c) {
-      const V::F value = V::load_half(task.values + size_t(position) * task.value_stride + d + c * V::kLanes);
-      for (int i = 0; i < kCount; ++i) sums[i][c] = V::fma(value, V::set1(weights[i][position - base]), sums[i][c]);
-    }
+  for (int position = begin; position < end;) {
+    const T* values = values_of<T>(task, position) + d;
+    const int page_end = (position / kPageTokens + 1) * kPageTokens, stop = page_end < end ? page_end : end;
+    for (; position < stop; ++position, values += task.value_stride)
+      for (int c = 0; c < kColumns; ++c) {
+        const V::F value = load_cached(values + c * V::kLanes);
+        for (int i = 0; i < kCount; ++i) sums[i][c] = V::fma(value, V::set1(weights[i][position - base]), sums[i][c]);
+      }
+  }
   for (int i = 0; i < kCount; ++i)
     for (int c = 0; c < kColumns; ++c) V::store(out + size_t(i) * task.value_stride + c * V::kLanes, sums[i][c]);
 }
 
-template <int kCount>
+template <class T, int kCount>
 inline void add_values(const AttentionTask& task, int query, int begin, int end, int base,
                        const float (*weights)[kChunk], const float* shrink) {
   // As many sums side by side as the registers hold.
   constexpr int kSteps = kVectors == 1 ? 4 : 1;
   int d = 0;
   for (; d + kSteps * kPositions <= task.value_stride; d += kSteps * kPositions)
-    add_value_columns<kCount, kSteps>(task, query, begin, end, base, weights, shrink, d);
+    add_value_columns<T, kCount, kSteps>(task, query, begin, end, base, weights, shrink, d);
   for (; d < task.value_stride; d += kPositions)
-    add_value_columns<kCount, 1>(task, query, begin, end, base, weights, shrink, d);
+    add_value_columns<T, kCount, 1>(task, query, begin, end, base, weights, shrink, d);
 }
 
-template <int kCount>
+template <class T, int kCount>
 inline void attend_queries(const AttentionTask& task, int query) {
   float scores[kCount][kChunk], shrink[kCount];
   for (int i = 0; i < kCount; ++i) {
@@ -97,26 +118,29 @@ inline void attend_queries(const AttentionTask& task, int query) {
     const int last = base + kChunk < task.end ? base + kChunk : task.end;
     const int size = (last - base + kPositions - 1) / kPositions * kPositions;
     for (int column = 0; column < size; column += kPositions)
-      score_block<kCount>(task, query, (base + column) / kPositions, scores, column);
+      score_block<T, kCount>(task, query, (base + column) / kPositions, scores, column);
     for (int i = 0; i < kCount; ++i) {
       for (int position = base; position < task.begin; ++position) scores[i][position - base] = -__builtin_inff();
       for (int column = last - base; column < size; ++column) scores[i][column] = -__builtin_inff();
       shrink[i] = soften(scores[i], size, task.maxima[query + i], task.sums[query + i]);
     }
-    add_values<kCount>(task, query, base < task.begin ? task.begin : base, last, base, scores, shrink);
+    add_values<T, kCount>(task, query, base < task.begin ? task.begin : base, last, base, scores, shrink);
   }
 }
 
-void attend(const AttentionTask& task) {
+template <class T>
+inline void attend_all(const AttentionTask& task) {
   int query = 0;
-  for (; query + kQueries <= task.num_queries; query += kQueries) attend_queries<kQueries>(task, query);
+  for (; query + kQueries <= task.num_queries; query += kQueries) attend_queries<T, kQueries>(task, query);
   switch (task.num_queries - query) {
-    case 3: attend_queries<3>(task, query); break;
-    case 2: attend_queries<2>(task, query); break;
-    case 1: attend_queries<1>(task, query); break;
+    case 3: attend_queries<T, 3>(task, query); break;
+    case 2: attend_queries<T, 2>(task, query); break;
+    case 1: attend_queries<T, 1>(task, query); break;
     default: break;
   }
 }
+
+void attend(const AttentionTask& task) { task.head.wide ? attend_all<float>(task) : attend_all<uint16_t>(task); }
 
 void combine(const AttentionPart* parts, int num_parts, int num_heads, int head_dim, float* out) {
   const int stride = (head_dim + kPositions - 1) / kPositions * kPositions;

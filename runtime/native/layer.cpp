@@ -3,7 +3,8 @@
 #include <cmath>
 #include <cstring>
 
-#include "model.h"
+#include "layer.h"
+#include "scratch.h"
 
 namespace coreinfer {
 

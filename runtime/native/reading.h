@@ -8,7 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "model.h"
+#include "scratch.h"
+#include "weights.h"
 
 namespace coreinfer {
 

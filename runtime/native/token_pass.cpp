@@ -3,7 +3,8 @@
 #include <cmath>
 #include <cstring>
 
-#include "model.h"
+#include "decoder.h"
+#include "layer.h"
 
 namespace coreinfer {
 
@@ -34,8 +35,9 @@ namespace {
 
 class TokenPass {
  public:
-  TokenPass(Decoder& decoder, int thread)
+  TokenPass(Decoder& decoder, const Row& row, int thread)
       : decoder_(decoder),
+        row_(row),
         weights_(decoder.weights),
         kernels_(decoder.kernels),
         shared_(decoder.token),
@@ -44,13 +46,13 @@ class TokenPass {
         x_(own_.residual.get()),
         thread_(thread),
         num_threads_(decoder.threads.size()),
-        position_(decoder.num_cached),
+        position_(row.position),
         query_(shared_.qkv.get()),
         key_(query_ + round_up(weights_.query_size(), kGroup)),
         value_(key_ + round_up(weights_.kv_size(), kGroup)) {}
 
-  void run(int32_t id, bool screened, float* logits) {
-    embed(weights_, kernels_, id, position_, inputs_, x_);
+  void run(bool screened, float* logits) {
+    embed(weights_, kernels_, row_.id, position_, inputs_, x_);
     fill_angles(weights_, position_, own_.angles.get());
     for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
       const FfnWeights& neurons = (*decoder_.ffn)[layer];
@@ -104,13 +106,17 @@ class TokenPass {
   // Ask for the thread's keys and values: pieces too short for the hardware to see them coming.
   void prefetch_cache(int layer, Range positions) const {
     if (positions.begin >= positions.end) return;
-    const KvCache& cache = decoder_.cache;
-    const size_t stride = cache.value_stride(), head_dim = weights_.head_dim;
-    const size_t most = kPrefetchBytes / weights_.num_kv_heads, first = positions.begin / kBlockRows * kBlockRows;
-    for (int head = 0; head < weights_.num_kv_heads; ++head) {
-      const size_t count = positions.end - first;
-      prefetch_bytes(cache.keys(layer, head) + first * head_dim, std::min(most, count * head_dim * 2));
-      prefetch_bytes(cache.values(layer, head) + first * stride, std::min(most, count * stride * 2));
+    const PageLayout& layout = decoder_.layout;
+    const uint8_t* page = row_.pages[positions.begin / kPageTokens];
+    const int first = positions.begin % kPageTokens / kPositions * kPositions;
+    const int count = std::min(kPageTokens - first, positions.end - positions.begin / kPositions * kPositions);
+    const size_t most = kPrefetchBytes / weights_.num_kv_heads;
+    for (int number = 0; number < weights_.num_kv_heads; ++number) {
+      const CachedHead head = layout.head(layer, number);
+      const size_t size = head.wide ? sizeof(float) : sizeof(uint16_t);
+      const size_t key_bytes = weights_.head_dim * size, value_bytes = layout.value_stride() * size;
+      prefetch_bytes(page + head.keys + first * key_bytes, std::min(most, count * key_bytes));
+      prefetch_bytes(page + head.values + first * value_bytes, std::min(most, count * value_bytes));
     }
   }
 
@@ -118,8 +124,8 @@ class TokenPass {
     prepare_heads(weights_, kernels_, attention.key, attention.key_norm, angles, weights_.num_kv_heads, key_);
     if (attention.value.bias) kernels_.add(value_, attention.value.bias, weights_.kv_size());
     for (int head = 0; head < weights_.num_kv_heads; ++head)
-      decoder_.cache.store(kernels_, layer, head, position_, key_ + head * weights_.head_dim,
-                           value_ + head * weights_.head_dim);
+      decoder_.layout.store(kernels_, row_.pages, layer, head, position_, key_ + head * weights_.head_dim,
+                            value_ + head * weights_.head_dim);
   }
 
   void attend(int layer, const AttentionWeights& attention, const float* angles, Range positions) {
@@ -127,9 +133,9 @@ class TokenPass {
     std::memcpy(queries, query_, sizeof(float) * weights_.query_size());
     prepare_heads(weights_, kernels_, attention.query, attention.query_norm, angles, weights_.num_heads, queries);
     for (int i = 0; i < weights_.query_size(); ++i) queries[i] *= weights_.attention_scale;
-    const int group = weights_.group_size(), stride = decoder_.cache.value_stride();
+    const int group = weights_.group_size(), stride = decoder_.layout.value_stride();
     for (int head = 0; head < weights_.num_kv_heads; ++head)
-      kernels_.attend({decoder_.cache.keys(layer, head), decoder_.cache.values(layer, head), weights_.head_dim, stride,
+      kernels_.attend({row_.pages, decoder_.layout.head(layer, head), weights_.head_dim, stride,
                        queries + head * group * weights_.head_dim, group, positions.begin, positions.end,
                        own_.partial.get() + size_t(head) * group * stride, own_.maxima.get() + head * group,
                        own_.sums.get() + head * group});
@@ -179,6 +185,7 @@ class TokenPass {
   }
 
   Decoder& decoder_;
+  const Row& row_;
   const ModelWeights& weights_;
   const Kernels& kernels_;
   TokenScratch& shared_;
@@ -191,9 +198,8 @@ class TokenPass {
 
 }  // namespace
 
-void decode_token(Decoder& decoder, int32_t id, bool screened, float* logits) {
-  decoder.threads.run([&](int thread) { TokenPass(decoder, thread).run(id, screened, logits); });
-  ++decoder.num_cached;
+void decode_token(Decoder& decoder, const Row& row, bool screened, float* logits) {
+  decoder.threads.run([&](int thread) { TokenPass(decoder, row, thread).run(screened, logits); });
 }
 
 }  // namespace coreinfer

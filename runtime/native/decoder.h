@@ -1,0 +1,86 @@
+// A model at work: weights, sequences, and the passes that read tokens.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kv_cache.h"
+#include "scratch.h"
+#include "threads.h"
+#include "weights.h"
+
+namespace coreinfer {
+
+// Called with the FFN activations (tokens, ffn_dim) of each layer, row stride in floats, outside of all phases.
+using Watcher = std::function<void(int layer, const float* activations, int num_tokens, int stride)>;
+
+// Too few pages are free for what was asked; nothing was done.
+struct PoolFull : std::runtime_error {
+  PoolFull(int num_needed, int num_free);
+};
+
+// Weights, the FFN in use, the sequences and the threads.
+struct Decoder {
+  Decoder(ModelWeights weights, const Kernels& kernels, int num_threads, int max_neurons, int num_pages);
+
+  // Sequences are named by number, 0 is always there. A dropped one's number is given out again.
+  int add_sequence() { return add(Sequence()); }
+  // A sequence that begins with the first tokens of another, which must have so many. Throws PoolFull.
+  int fork_sequence(int source, int num_tokens);
+  void drop_sequence(int number);
+  void truncate_sequence(int number, int num_tokens) { truncate(pool, *sequences[number], num_tokens); }
+  bool has(int number) const { return number >= 0 && number < int(sequences.size()) && sequences[number]; }
+
+  // Append tokens to a sequence; ids and room must have been checked. `logits` is (num_tokens or 1, padded vocabulary).
+  // With `screened`, logits of tokens that cannot be the likeliest are approximate where the head allows it. Throws
+  // PoolFull, before anything is computed.
+  void forward(int sequence, const int32_t* ids, int num_tokens, bool all_logits, bool screened, float* logits,
+               const Watcher& watcher);
+  // Append tokens to several sequences, those of one sequence in their order, with one read of the weights for
+  // kBlockTokens of them. Each row's logits (padded vocabulary) are to the bit what `forward` gives for that token
+  // alone, whatever else is read with it. Throws PoolFull, before anything is computed.
+  void forward_rows(const int32_t* numbers, const int32_t* ids, int num_rows, float* logits);
+  // Bytes of weights and cache that one more token reads.
+  size_t bytes_per_token(int num_tokens, bool screened) const;
+
+  const ModelWeights weights;
+  const Kernels& kernels;
+  std::shared_ptr<const Ffn> ffn;
+  const PageLayout layout;
+  PagePool pool;
+  std::vector<std::unique_ptr<Sequence>> sequences;  // empty where one was dropped
+  Threads threads;
+  TokenScratch token;
+  BlockScratch block;
+  Buffer<float> deviations;  // (padded vocabulary), of a screened head
+
+ private:
+  int add(Sequence sequence);
+};
+
+// How many bytes a page of a model's cache has.
+PageLayout layout_for(const ModelWeights& weights);
+
+// A token to be read at a position of a sequence, whose pages have room for it.
+struct Row {
+  int32_t id;
+  int position;
+  uint8_t* const* pages;
+};
+
+// Logits of one token's final hidden state by the head, all threads together.
+void compute_head(Decoder& decoder, const Activations& x, int thread, bool screened, float* logits);
+void decode_token(Decoder& decoder, const Row& row, bool screened, float* logits);
+// How a block is read.
+struct BlockOptions {
+  bool exact = false;       // attention to the bit as decode_token computes it; else in the fastest way
+  bool all_logits = false;  // else the last row's, if `logits` is not null
+  bool screened = false;
+};
+void read_block(Decoder& decoder, const std::vector<Row>& rows, const BlockOptions& options, float* logits,
+                const Watcher& watcher);
+
+}  // namespace coreinfer

@@ -1,0 +1,57 @@
+// Parts that both passes share: what one token goes through besides matrix products (layer.cpp).
+#pragma once
+
+#include <array>
+#include <initializer_list>
+
+#include "kernels.h"
+#include "threads.h"
+#include "weights.h"
+
+namespace coreinfer {
+
+constexpr size_t kPrefetchBytes = 8192;      // of the next phase's codes, asked for before its barrier
+constexpr size_t kPartPrefetchBytes = 1536;  // of the next part's codes, asked for before the one before it is done
+
+struct Job {  // rows of one matrix into y, as one of several matrices with the same inputs
+  const Matrix* weight;
+  float* y;
+};
+void multiply_share(const Kernels& kernels, std::initializer_list<Job> jobs, const Activations& x, int num_tokens,
+                    size_t y_stride, int thread, Threads& threads);
+inline void prefetch_bytes(const void* start, size_t size) {
+  for (size_t offset = 0; offset < size; offset += 64) __builtin_prefetch(static_cast<const char*>(start) + offset);
+}
+// Ask for the first `num_bytes` of codes from a block on, and for their scales.
+void prefetch_block(const Matrix& w, int block, size_t num_bytes);
+// Matrices that one phase multiplies together; null where there are fewer.
+using Matrices = std::array<const Matrix*, 3>;
+// Ask for the first weights of a thread's share of a phase, just before it waits for the others.
+void prefetch_share(const Matrices& matrices, int thread, int num_threads);
+void embed(const ModelWeights& weights, const Kernels& kernels, int32_t id, int position, const Activations& scratch,
+           float* x);
+void apply_norm(const ModelWeights& weights, const Kernels& kernels, const Norm& norm, const float* x, int size,
+                float* out);
+// out = norm(x), rounded as the matrices want it.
+void prepare_inputs(const ModelWeights& weights, const Kernels& kernels, const Norm& norm, const float* x,
+                    const Activations& out);
+// x += norms.output(y + bias), then norms.after in place; y is overwritten.
+void finish_sublayer(const ModelWeights& weights, const Kernels& kernels, const SublayerNorms& norms, const float* bias,
+                     float* y, float* x);
+// Bias, norm and rotation of one token's heads, in place.
+void prepare_heads(const ModelWeights& weights, const Kernels& kernels, const Linear& linear, const Norm& norm,
+                   const float* angles, int num_heads, float* heads);
+// head_dim / 2 cosines, then as many sines, for each rotary table.
+void fill_angles(const ModelWeights& weights, int position, float* angles);
+const float* angles_of(const ModelWeights& weights, const AttentionWeights& attention, const float* angles);
+// act(gate) * up for units [begin, end) of one token; what lies beyond the last neuron becomes 0.
+void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const FfnWeights& ffn, int begin, int end,
+                    float* gate, float* up, const Activations& out);
+inline int first_position(const AttentionWeights& attention, int position) {
+  return attention.window > 0 && position >= attention.window ? position - attention.window + 1 : 0;
+}
+
+// The positions that one of several threads attends to for the token at `position`; may be empty.
+Range attention_share(const AttentionWeights& attention, int position, int thread, int num_threads);
+
+}  // namespace coreinfer

@@ -1,0 +1,65 @@
+// Memory of the passes, allocated once.
+#pragma once
+
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+#include "weights.h"
+
+namespace coreinfer {
+
+constexpr int kBlockTokens = 256;  // tokens that share one read of the weights
+constexpr int kUnit = 32;          // neurons that one thread computes and quantizes together
+
+// Memory that starts at a cache line.
+template <class T>
+struct Buffer {
+  std::unique_ptr<T[], void (*)(T*)> data{nullptr, +[](T* p) { ::operator delete[](p, std::align_val_t(64)); }};
+  void resize(size_t count) {
+    data.reset(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64))));
+    for (size_t i = 0; i < count; ++i) data.get()[i] = T{};
+  }
+  T* get() const { return data.get(); }
+};
+
+// Activations with memory of their own.
+struct ActivationBuffer {
+  Activations view;
+  void resize(int num_tokens, int size, bool bf16 = false);
+
+ private:
+  Buffer<float> values_, scales_, sums_, energies_;
+  Buffer<int8_t> codes_;
+  Buffer<uint16_t> bf16_, rests_;
+};
+
+struct TokenScratch {
+  struct PerThread {
+    Buffer<float> residual, queries, angles, partial, maxima, sums;
+    ActivationBuffer inputs;
+  };
+  std::vector<PerThread> threads;
+  std::vector<AttentionPart> parts;  // what each thread attended to
+  Buffer<float> qkv, attended, gate, up, ffn_out;
+  ActivationBuffer neurons;
+};
+
+struct BlockScratch {
+  struct PerThread {
+    Buffer<float> gate, up, angles;
+    Buffer<float> heads, maxima, sums;  // of one key-value head's queries, for each part of the positions
+    std::vector<AttentionPart> parts;
+    ActivationBuffer inputs;
+  };
+  std::vector<PerThread> threads;
+  Buffer<float> residual, qkv, sublayer_out;
+  ActivationBuffer inputs, neurons;
+};
+
+void allocate(TokenScratch& scratch, const ModelWeights& weights, int max_neurons, int num_threads);
+// `bf16`: with room for inputs in bfloat16.
+void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neurons, int num_threads, bool bf16);
+
+}  // namespace coreinfer

@@ -1,0 +1,69 @@
+// The weights of a decoder-only transformer, which lie in mapped files.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+#include "matrix.h"
+
+namespace coreinfer {
+
+// A norm's vectors; no weight means that the norm is left out.
+struct Norm {
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+  bool present() const { return weight != nullptr; }
+};
+
+struct Linear {
+  Matrix weight;
+  const float* bias = nullptr;
+};
+
+struct AttentionWeights {
+  Linear query, key, value, output;
+  Norm query_norm, key_norm;  // of each head
+  int rope = -1;              // which rotary table, -1 for none
+  int window = 0;             // positions that a token sees, itself included; 0 for all
+};
+
+// Norms before a sublayer, of its output, and of the residual stream after it; families use some of them.
+struct SublayerNorms {
+  Norm before, output, after;
+};
+
+struct FfnWeights {
+  Linear gate, up, down;  // no gate: ungated
+  int num_neurons() const { return up.weight.rows; }
+};
+
+using Ffn = std::vector<FfnWeights>;  // one a layer
+
+struct Layer {
+  AttentionWeights attention;
+  bool wide_cache = false;  // its keys and values are kept as float, for fp16 does not hold them
+  SublayerNorms attention_norms, ffn_norms;
+};
+
+struct RotaryTable {
+  std::vector<float> inverse_frequencies;  // (head_dim / 2)
+  float scale = 1.0f;                      // of cos and sin
+};
+
+struct ModelWeights {
+  int hidden = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0, vocab = 0, max_positions = 0;
+  float epsilon = 0.0f, attention_scale = 0.0f, embedding_scale = 1.0f;
+  bool layer_norm = false;  // else RMS norm
+  Nonlinearity nonlinearity = Nonlinearity::silu;
+  Matrix embedding, positions, project_in, project_out, head;  // positions and projections may be empty
+  int position_offset = 0;
+  Norm final_norm;
+  std::vector<RotaryTable> rotary;
+  std::vector<Layer> layers;
+
+  int query_size() const { return num_heads * head_dim; }
+  int kv_size() const { return num_kv_heads * head_dim; }
+  int group_size() const { return num_heads / num_kv_heads; }
+};
+
+}  // namespace coreinfer
