@@ -159,9 +159,7 @@ class Engine:
         run = prepare(self.loaded, read_request(self.loaded, cast(Prompt, prompt), options), options)
         return collect(self.driver.finish([run])[0])
 
-    def stream(
-        self, prompt: Prompt, **options: Unpack[GenerationKeywords]
-    ) -> Generator[Token, None, None]:
+    def stream(self, prompt: Prompt, **options: Unpack[GenerationKeywords]) -> Generator[Token, None, None]:
         """Generate token by token; the same prompt, options and seed give the same text, whatever ran before.
 
         The keywords are the fields of `GenerationOptions`.

@@ -50,6 +50,8 @@ class Metrics:
         self.batch_size = self._histogram("batch_size", "Generations that share a pass.", _BATCH_SIZES, "model")
         self.queue = self._gauge("queue_length", "Requests that wait.")
         self.active = self._gauge("active", "Requests that are read or decoded.")
+        self.pages = self._gauge("kv_pages", "Pages of the KV cache.")
+        self.free_pages = self._gauge("kv_free_pages", "Pages of the KV cache that hold nothing.")
 
     def page(self) -> bytes:
         """Write everything in Prometheus' text format."""
@@ -75,7 +77,10 @@ class ModelMetrics:
 
     def watch(self, scheduler: Scheduler) -> None:
         """Show what a scheduler does and holds."""
+        decoder = scheduler.decoder
         self.metrics.active.labels(self.model).set_function(lambda: scheduler.num_active)
+        self.metrics.pages.labels(self.model).set_function(lambda: decoder.num_pages)
+        self.metrics.free_pages.labels(self.model).set_function(lambda: decoder.num_free_pages)
         scheduler.on_pass = self.metrics.batch_size.labels(self.model).observe
 
     def queue_length(self, length: int) -> None:

@@ -20,6 +20,8 @@ from .metrics import ModelMetrics, Outcome
 __all__ = ["Job", "Worker"]
 
 _MAX_RETRY_SECONDS = 60
+_KEPT_SEQUENCES = 32
+"""Of finished answers, for the next turn of their chats, while there are pages for them."""
 
 
 class Job:
@@ -100,8 +102,10 @@ class Worker:
         self.metrics = metrics
         self._engine = engine
         self._parallel, self._capacity = parallel, capacity
-        engine.driver.scheduler.max_parallel = parallel
-        metrics.watch(engine.driver.scheduler)
+        scheduler = engine.driver.scheduler
+        scheduler.max_parallel = parallel
+        scheduler.pool.num_to_keep = parallel + _KEPT_SEQUENCES
+        metrics.watch(scheduler)
         self._jobs: list[Job] = []  # not over, in the order in which they came
         self._closed = False
         self._lock = threading.Lock()

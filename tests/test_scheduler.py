@@ -1,8 +1,9 @@
-"""The loop of all generations, step by step, on a decoder without a model."""
+"""The loop of all generations, step by step: on a decoder without a model, and to the bit on the native engine."""
 
 import random
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from coreinfer import runtime
 from coreinfer.bundles import open_bundle
 from coreinfer.runtime.drafting import DraftLength
+from coreinfer.runtime.native_decoder import NativeDecoder
 from coreinfer.runtime.scheduling import Run
 
 from .fake_decoder import PASS_SECONDS, FakeDecoder
@@ -29,6 +31,21 @@ def make_engine(tiny_bundle: Callable[..., Path]) -> Callable[..., runtime.Engin
         engine = runtime.Engine(bundle, decoder)
         engine.driver.scheduler.clock = lambda: decoder.seconds
         return engine
+
+    return make
+
+
+@pytest.fixture
+def make_native(tiny_bundle: Callable[..., Path]) -> Callable[..., runtime.Engine]:
+    """A function that loads the native engine with a KV cache of so many pages, reading in blocks of 16 tokens."""
+
+    def make(num_pages: int = 1000) -> runtime.Engine:
+        bundle = open_bundle(tiny_bundle("llama", quantize="int4"))
+        page_bytes = NativeDecoder(bundle, threads=1).page_bytes
+        decoder = NativeDecoder(bundle, threads=1, kv_cache_bytes=num_pages * page_bytes)
+        assert decoder.num_pages == num_pages
+        decoder.block_tokens = 16
+        return runtime.Engine(bundle, decoder)
 
     return make
 
@@ -93,17 +110,18 @@ def some_requests(count: int, rng: random.Random) -> list[tuple[str, dict[str, A
 # Nobody's text depends on others
 
 
-@pytest.mark.parametrize("num_pages", [10_000, 40])
+@pytest.mark.parametrize(("kind", "num_pages"), [("fake", 10_000), ("fake", 40), ("native", 1000), ("native", 6)])
 @pytest.mark.usefixtures("drafting")
 def test_random_arrivals_and_departures_change_no_text(
-    num_pages: int, make_engine: Callable[..., runtime.Engine]
+    kind: str, num_pages: int, request: pytest.FixtureRequest
 ) -> None:
+    make = request.getfixturevalue("make_native" if kind == "native" else "make_engine")
     rng = random.Random(num_pages)
     requests = some_requests(200, rng)
-    alone, engine = make_engine(), make_engine(num_pages=num_pages)
+    alone, engine = make(), make(num_pages=num_pages)
     expected = [alone.generate(prompt, **options).token_ids for prompt, options in requests]
     scheduler = engine.driver.scheduler
-    scheduler.max_parallel = 8
+    scheduler.max_parallel, scheduler.pool.num_to_keep = 8, 20
     asked: list[Asked] = []
     leaving: dict[int, int] = {}
     while len(asked) < len(requests) or scheduler.has_work:
@@ -121,6 +139,25 @@ def test_random_arrivals_and_departures_change_no_text(
         whole = number not in leaving or got.run.finished
         assert got.token_ids == list(wanted if whole else wanted[: len(got.events)])
     assert sum(not got.run.finished for got in asked) > 10
+    check_nothing_is_held(engine)
+
+
+def test_memory_is_flat(make_native: Callable[..., runtime.Engine]) -> None:
+    engine = make_native(num_pages=16)
+
+    def answer(count: int) -> None:
+        asked = [Asked(engine, prompt, **options) for prompt, options in some_requests(count, random.Random(1))]
+        finish(engine)
+        assert all(got.run.finished for got in asked)
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/status").read_text(encoding="ascii").split("VmRSS:")[1].split()[0]) << 10
+
+    answer(100)
+    before = resident_bytes()
+    for _ in range(3):
+        answer(100)
+    assert resident_bytes() - before < 8 << 20
     check_nothing_is_held(engine)
 
 
@@ -221,7 +258,7 @@ def test_a_long_prompt_holds_up_nobodys_tokens(make_engine: Callable[..., runtim
         engine.driver.scheduler.step()
     long = Asked(engine, prompt_of(engine, 240), mode="dense", max_new_tokens=2)
     finish(engine)
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(times)]
     assert gaps[0] == pytest.approx(PASS_SECONDS)
     # A block costs at least a pass over the weights, as much as a token.
     assert max(gaps) < 2.3 * PASS_SECONDS

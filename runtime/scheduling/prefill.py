@@ -17,7 +17,7 @@ _ROWS_AT_ONCE = 16
 
 
 def begin(run: Run, decoder: Decoder, pool: KvPool) -> bool:
-    """Take a sequence for a run, with all of its prompt that is read already; False if there is no room for the rest."""
+    """Take a sequence for a run, with what of its prompt is read already; False if there is no room for the rest."""
     number, kept = pool.take(lambda cached: _num_kept(run, cached, decoder))
     num_more = len(run.request.token_ids) + len(run.decoded_in_cache) + 1 - kept
     if not pool.make_room(kept, num_more) and pool.num_taken > 1:
