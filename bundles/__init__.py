@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         CalibrationError,
         ConfigError,
         CoreInferError,
+        GenerationCancelled,
         ModelOutputError,
         UnsupportedModelError,
     )
@@ -27,6 +28,7 @@ __all__ = [
     "CalibrationError",
     "ConfigError",
     "CoreInferError",
+    "GenerationCancelled",
     "Manifest",
     "ModelOutputError",
     "UnsupportedModelError",

@@ -5,6 +5,7 @@
     ├── UnsupportedModelError    the model's family has no row in the family table
     ├── CalibrationError         the calibration text cannot serve
     ├── ModelOutputError         what the model computed are no finite numbers
+    ├── GenerationCancelled      a generation was cancelled before its first token
     └── BundleError              something is wrong with a bundle
         ├── BundleNotFound       there is no bundle at that path
         ├── BundleVersionError   another schema version wrote it
@@ -23,6 +24,7 @@ __all__ = [
     "CalibrationError",
     "ConfigError",
     "CoreInferError",
+    "GenerationCancelled",
     "ModelOutputError",
     "UnsupportedModelError",
     "join_problems",
@@ -47,6 +49,14 @@ class CalibrationError(CoreInferError):
 
 class ModelOutputError(CoreInferError):
     """What the model computed are no finite numbers."""
+
+
+class GenerationCancelled(CoreInferError):
+    """A generation was cancelled while its prompt was read, so that it has not even one token."""
+
+    def __init__(self, num_read: int, num_prompt_tokens: int) -> None:
+        """Say how far it came."""
+        super().__init__(f"cancelled after {num_read} of {num_prompt_tokens} tokens of the prompt; none was decoded")
 
 
 class BundleError(CoreInferError):

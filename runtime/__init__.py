@@ -13,6 +13,7 @@ from coreinfer.bundles import (
     BundleVersionError,
     ConfigError,
     CoreInferError,
+    GenerationCancelled,
     ModelOutputError,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "Drafting",
     "Engine",
     "Generation",
+    "GenerationCancelled",
     "GenerationOptions",
     "Mode",
     "ModelOutputError",

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import NoReturn, cast
 
 import click
-from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.errors import ConfigError, GenerationCancelled
 
 from .engine import Engine
 from .generation import MODES, Mode, Token, collect
@@ -70,6 +70,8 @@ def chat(engine: Engine, options: GenerationOptions, *, system: str | None, firs
     for line in _lines(first):
         try:
             _take(running, line)
+        except GenerationCancelled as error:
+            click.echo(f"[{error}]", err=True)
         except ConfigError as error:
             running.num_errors += 1
             click.echo(f"error: {' '.join(str(error).split())}", err=True)

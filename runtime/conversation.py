@@ -59,8 +59,7 @@ class Conversation:
         Yields:
             A `Token` for each token; the last has a finish reason.
         Raises:
-            ConfigError: the chat template refuses the messages, the conversation has become too long, or another
-                generation is running.
+            ConfigError: the chat template refuses the messages, or the conversation has become too long.
         """
         messages = [*self.messages, {"role": role, "content": text}]
         request = read_request(self._loaded, messages, options, known_ids=self._known_ids)

@@ -110,6 +110,10 @@ class Decoder(Protocol):
         """Whether a token's results are to the bit the same in all calls of two tokens or more."""
 
     @property
+    def cheap_swaps(self) -> bool:
+        """Whether changing from one pack to another takes no time worth saving."""
+
+    @property
     def cached(self) -> "CachedTokens":
         """Which tokens are in the selected sequence's KV cache, and what computed them; the decoder keeps it right."""
 

@@ -104,10 +104,11 @@ class DraftLength:
         around = [length for length in (best - 1, best + 1) if 1 <= length <= MAX_LENGTH]
         return around[self._num_rounds // _EXPLORE_ROUNDS % len(around)]
 
-    def note_plain(self, seconds: float) -> None:
-        """Take down a token that was decoded plainly."""
+    def note_plain(self, seconds: float | None) -> None:
+        """Take down a token that was decoded plainly; None where its time was shared with others."""
         self._num_plain += 1
-        self._costs.plain.add(seconds)
+        if seconds is not None:
+            self._costs.plain.add(seconds)
 
     def note_round(self, num_drafted: int, draft_seconds: float, verify_seconds: float) -> None:
         """Take down a round: the drafting of all its tokens, and the verification of one row more."""

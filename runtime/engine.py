@@ -1,22 +1,18 @@
 """Load a bundle and generate from it: the runtime's main path."""
 
-import threading
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Unpack, cast, get_args, overload
 
-from coreinfer.bundles import Bundle, ConfigError, Manifest, open_bundle
+from coreinfer.bundles import Bundle, Manifest, open_bundle
 from coreinfer.bundles.machine import give_back_heap
 from tokenizers import Tokenizer
 
 from .asynchronous import in_thread
-from .batching import decode_together
 from .conversation import Conversation
 from .decoder import Decoder
-from .decoding import decode
 from .drafting import DraftCosts
 from .engines import CudaGraphs, EngineName, Weights, load_decoder
 from .generation import MODES, Generation, Mode, Token, collect
@@ -25,6 +21,7 @@ from .options import DEFAULTS, GenerationKeywords, GenerationOptions, check_choi
 from .prompts import PromptFormat, read_tokenizer
 from .requests import Loaded, Prompt, Prompts, Request, is_batch, read_request, read_requests
 from .router import Router
+from .scheduling import Driver, Post, Run, Scheduler, prepare
 
 __all__ = ["Engine", "Prompt", "Prompts", "load"]
 
@@ -104,7 +101,7 @@ def _open(bundle_dir: str | Path) -> tuple[Bundle, Future[Tokenizer]]:
 
 
 class Engine:
-    """A loaded bundle. One generation runs at a time."""
+    """A loaded bundle. Several generations may run at once, in one thread or in many; they share passes."""
 
     def __init__(
         self, bundle: Bundle, decoder: Decoder, *, mode: Mode = "auto", tokenizer: Future[Tokenizer] | None = None
@@ -124,7 +121,7 @@ class Engine:
         self.bundle, self.decoder, self.mode, self.router = bundle, decoder, mode, self.loaded.router
         self.tokenizer, self.chat_template = prompts.tokenizer, prompts.chat_template
         self.eos_token_ids, self.special_tokens = prompts.eos_token_ids, prompts.special_tokens
-        self._busy = threading.Lock()
+        self.driver = Driver(Scheduler(decoder))
 
     @property
     def manifest(self) -> Manifest:
@@ -157,7 +154,10 @@ class Engine:
         options = GenerationOptions(**keywords)
         if is_batch(prompt):
             return self.answer_all(prompt, options)
-        return collect(list(self.start(cast(Prompt, prompt), options)))
+        if options.on_token is not None:
+            return collect(list(self.start(cast(Prompt, prompt), options)))
+        run = prepare(self.loaded, read_request(self.loaded, cast(Prompt, prompt), options), options)
+        return collect(self.driver.finish([run])[0])
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerationKeywords]) -> Generator[Token, None, None]:
         """Generate token by token; the same prompt, options and seed give the same text, whatever ran before.
@@ -170,7 +170,7 @@ class Engine:
         Yields:
             A `Token` for each token; the last has a finish reason.
         Raises:
-            ConfigError: an argument is wrong, the prompt is too long, or another generation is running.
+            ConfigError: an argument is wrong, or the prompt is too long.
         """
         return self.start(prompt, GenerationOptions(**options))
 
@@ -182,8 +182,8 @@ class Engine:
     def answer_all(self, prompts: Prompts, options: GenerationOptions = DEFAULTS) -> list[Generation]:
         """Answer several prompts together, with the options of `generate` in one object."""
         requests = read_requests(self.loaded, prompts, options)
-        with self._alone():
-            return [collect(tokens) for tokens in decode_together(self.loaded, requests, options)]
+        runs = [prepare(self.loaded, request, options) for request in requests]
+        return [collect(tokens) for tokens in self.driver.finish(runs)]
 
     def astream(self, prompt: Prompt, options: GenerationOptions = DEFAULTS) -> AsyncGenerator[Token, None]:
         """Generate token by token for asyncio, in a worker thread; closing the stream ends the generation."""
@@ -205,21 +205,23 @@ class Engine:
         """
         return self.loaded.prompts.read_messages(messages)
 
+    def submit(self, prompt: Prompt, options: GenerationOptions, post: Post) -> Run:
+        """Begin a generation for a thread that steps for all, in `driver.serve`.
+
+        Args:
+            post: is given each token, or the exception that ended the generation, in that thread; must not block.
+        Returns:
+            What `driver.end` takes to end it early.
+        Raises:
+            ConfigError: as `stream`.
+        """
+        run = prepare(self.loaded, read_request(self.loaded, prompt, options), options)
+        run.watched, run.post = True, post
+        self.driver.submit(run)
+        return run
+
     def _answer(self, request: Request, options: GenerationOptions) -> Generator[Token, None, None]:
-        return self._guarded(decode(self.loaded, request, options))
-
-    def _guarded(self, tokens: Generator[Token, None, None]) -> Generator[Token, None, None]:
-        with self._alone():
-            yield from tokens
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Let one generation run at a time."""
-        if not self._busy.acquire(blocking=False):
-            raise ConfigError(
-                "another generation is running on this engine; finish or close it, or load a second engine"
-            )
-        try:
-            yield
-        finally:
-            self._busy.release()
+        run = prepare(self.loaded, request, options)
+        # A token is decoded when it is asked for.
+        run.watched, run.ahead = True, 1
+        return self.driver.stream(run)

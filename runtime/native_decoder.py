@@ -29,6 +29,7 @@ class NativeDecoder:
     block_tokens: int = _native.BLOCK_TOKENS
     page_tokens: int = _native.PAGE_TOKENS
     calls_alike = True
+    cheap_swaps = True
 
     def __init__(
         self, bundle: Bundle, *, threads: int | None = None, isa: str = "auto", kv_cache_bytes: int | None = None

@@ -41,7 +41,8 @@ class GenerationOptions(SamplingParams):
         logprobs: give each token's log-probability, and so many of the likeliest tokens with theirs; None for neither.
         json_schema: a JSON schema, or its text, that the answer must follow; needs the package llguidance.
         on_token: called with each token before it is given out.
-        cancel: ends the generation with the token during which it is set.
+        cancel: ends the generation with the token during which it is set; between two blocks of a prompt by
+            `GenerationCancelled`.
     """
 
     max_new_tokens: int = 256

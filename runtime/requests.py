@@ -47,7 +47,7 @@ class Request:
         distance: of the prompt to the cluster that serves it.
         keeps_decoded: whether all that it shares with the KV cache counts as read, decoded tokens too; otherwise only
             what reading it would compute once more, bit for bit.
-        start_seconds: when it came in, by `time.perf_counter`.
+        routing_seconds: what tokenizing and routing it took.
     """
 
     token_ids: tuple[int, ...]
@@ -55,7 +55,7 @@ class Request:
     plan: ModePlan
     distance: float
     keeps_decoded: bool
-    start_seconds: float
+    routing_seconds: float
 
 
 def is_batch(prompt: Prompt | Prompts) -> TypeGuard[Prompts]:
@@ -120,7 +120,7 @@ def read_request(
         plan=plan,
         distance=route.distance if plan.cluster is None else float(loaded.router.distances(source)[plan.cluster]),
         keeps_decoded=bool(known_ids),
-        start_seconds=start,
+        routing_seconds=time.perf_counter() - start,
     )
 
 

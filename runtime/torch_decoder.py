@@ -49,6 +49,7 @@ class TorchDecoder:
     block_tokens = 256
     page_tokens = PAGE_TOKENS
     calls_alike = False
+    cheap_swaps = False  # on a GPU, which holds one pack
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ _KEY = "COREINFER_API_KEY"
 @click.argument("bundle_dirs", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all of this machine.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 for any that is free.")
+@click.option("--parallel", type=int, default=8, help="Requests that each bundle answers at once.")
 @click.option("--queue", type=int, default=64, help="Requests that may wait for each bundle; more get status 429.")
 @click.option("--timeout", type=float, default=300.0, help="Seconds for one request, waiting included.")
 @click.option("--grace", type=float, default=10.0, help="Seconds that requests get to finish at SIGTERM or Ctrl-C.")
@@ -40,6 +41,7 @@ def main(
     bundle_dirs: tuple[Path, ...],
     host: str,
     port: int,
+    parallel: int,
     queue: int,
     timeout: float,
     grace: float,
@@ -58,6 +60,7 @@ def main(
     serving = _import_serving()
     is_loopback = host in LOOPBACK_HOSTS
     config = ServerConfig(
+        parallel=parallel,
         queue=queue,
         timeout_seconds=timeout,
         grace_seconds=grace,

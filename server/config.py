@@ -14,7 +14,8 @@ class ServerConfig:
     """Limits and access of a server.
 
     Attributes:
-        queue: requests that may wait for each model, besides the one that it answers.
+        parallel: requests that each model answers at once.
+        queue: requests that may wait for each model besides.
         timeout_seconds: a request's whole time, waiting included.
         grace_seconds: time that running requests get at shutdown.
         max_body_bytes: of a request's body.
@@ -24,6 +25,7 @@ class ServerConfig:
             loopback address against pages that point a name of their own at it.
     """
 
+    parallel: int = 8
     queue: int = 64
     timeout_seconds: float = 300.0
     grace_seconds: float = 10.0
@@ -39,6 +41,7 @@ class ServerConfig:
             ConfigError: naming all values that are wrong.
         """
         least: list[tuple[str, float, float]] = [
+            ("parallel", self.parallel, 1),
             ("queue", self.queue, 1),
             ("timeout", self.timeout_seconds, 0.001),
             ("grace", self.grace_seconds, 0),

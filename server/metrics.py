@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from coreinfer.runtime import Token
+from coreinfer.runtime.scheduling import Scheduler
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 __all__ = ["CountRequests", "Metrics", "ModelMetrics", "Outcome"]
@@ -13,6 +14,7 @@ __all__ = ["CountRequests", "Metrics", "ModelMetrics", "Outcome"]
 Outcome = Literal["stop", "length", "cancelled", "error"]
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _DISTANCES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 
 Message = MutableMapping[str, Any]
@@ -33,6 +35,9 @@ class Metrics:
         self.generations = self._counter("generations", "Generations, by how they ended.", "model", "outcome")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.", "model")
         self.cached_tokens = self._counter("cached_tokens", "Tokens of prompts that need not be read.", "model")
+        self.prefix_hits = self._counter(
+            "prefix_hits", "Generations whose prompt began with tokens that need not be read.", "model"
+        )
         self.new_tokens = self._counter("completion_tokens", "Tokens decoded.", "model")
         self.cluster_hits = self._counter("cluster_hits", "Generations by nearest cluster.", "model", "cluster")
         self.swaps = self._counter("swaps", "Changes from one cluster pack to another.", "model")
@@ -42,7 +47,11 @@ class Metrics:
             "first_token_seconds", "From a request's arrival to its first token.", _SECONDS, "model"
         )
         self.decode_seconds = self._histogram("decode_seconds", "Decoding of one answer.", _SECONDS, "model")
-        self.queue = Gauge("coreinfer_queue_length", "Requests that wait.", ["model"], registry=self.registry)
+        self.batch_size = self._histogram("batch_size", "Generations that share a pass.", _BATCH_SIZES, "model")
+        self.queue = self._gauge("queue_length", "Requests that wait.")
+        self.active = self._gauge("active", "Requests that are read or decoded.")
+        self.pages = self._gauge("kv_pages", "Pages of the KV cache.")
+        self.free_pages = self._gauge("kv_free_pages", "Pages of the KV cache that hold nothing.")
 
     def page(self) -> bytes:
         """Write everything in Prometheus' text format."""
@@ -50,6 +59,9 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"coreinfer_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"coreinfer_{name}", text, ["model"], registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"coreinfer_{name}", text, labels, buckets=buckets, registry=self.registry)
@@ -62,6 +74,14 @@ class ModelMetrics:
     metrics: Metrics
     model: str
     _pack: int | None = field(default=None, init=False)
+
+    def watch(self, scheduler: Scheduler) -> None:
+        """Show what a scheduler does and holds."""
+        decoder = scheduler.decoder
+        self.metrics.active.labels(self.model).set_function(lambda: scheduler.num_active)
+        self.metrics.pages.labels(self.model).set_function(lambda: decoder.num_pages)
+        self.metrics.free_pages.labels(self.model).set_function(lambda: decoder.num_free_pages)
+        scheduler.on_pass = self.metrics.batch_size.labels(self.model).observe
 
     def queue_length(self, length: int) -> None:
         """Note how many requests wait."""
@@ -79,6 +99,7 @@ class ModelMetrics:
             return
         metrics.prompt_tokens.labels(model).inc(last.num_prompt_tokens)
         metrics.cached_tokens.labels(model).inc(last.num_cached_tokens)
+        metrics.prefix_hits.labels(model).inc(last.num_cached_tokens > 0)
         metrics.new_tokens.labels(model).inc(last.num_tokens)
         metrics.cluster_hits.labels(model, str(last.cluster)).inc()
         metrics.modes.labels(model, last.mode).inc()

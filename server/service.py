@@ -72,9 +72,7 @@ class Service:
             ShuttingDown: it has to go elsewhere.
         """
         return model.worker.submit(
-            lambda: model.engine.start(prompt, options),
-            arrived_seconds=arrived_seconds,
-            timeout_seconds=self.config.timeout_seconds,
+            prompt, options, arrived_seconds=arrived_seconds, timeout_seconds=self.config.timeout_seconds
         )
 
     def cut(self) -> None:
@@ -93,7 +91,13 @@ class Service:
         return Model(
             id=name,
             engine=engine,
-            worker=Worker(name, capacity=self.config.queue, metrics=ModelMetrics(metrics=self.metrics, model=name)),
+            worker=Worker(
+                name,
+                engine,
+                parallel=self.config.parallel,
+                capacity=self.config.queue,
+                metrics=ModelMetrics(metrics=self.metrics, model=name),
+            ),
             created_seconds=int(manifest.stat().st_mtime),
             fingerprint=f"coreinfer-{hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]}",
         )

@@ -1,44 +1,46 @@
-"""One thread an engine: requests wait in a bounded queue and are answered one after another.
+"""One thread an engine: it steps all of its requests; more than run at once wait in a bounded queue.
 
-Jobs are made and awaited on the event loop; tokens come over from the worker's thread.
+Jobs are made and awaited on the event loop; tokens come over from the worker's threads.
 """
 
 import asyncio
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import closing
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 
-from coreinfer.runtime import Token
+from coreinfer.runtime import Engine, GenerationOptions, Token
+from coreinfer.runtime.requests import Prompt
+from coreinfer.runtime.scheduling import Run
 
 from .errors import QueueFull, RequestTimedOut, ShuttingDown
 from .metrics import ModelMetrics, Outcome
 
 __all__ = ["Job", "Worker"]
 
-StartStream = Callable[[], Generator[Token, None, None]]
-
 _MAX_RETRY_SECONDS = 60
+_KEPT_SEQUENCES = 32
+"""Of finished answers, for the next turn of their chats, while there are pages for them."""
 
 
 class Job:
-    """A request that waits or is answered."""
+    """A request that waits or is answered.
 
-    def __init__(self, start: StartStream, worker: "Worker", *, arrived_seconds: float, timeout_seconds: float) -> None:
-        """Prepare a job on the running event loop.
+    Attributes:
+        arrived_seconds: when the request came, by `time.monotonic`.
+        timeout_seconds: how long after that it may be worked on.
+        run: its generation, once there is one.
+        last: its newest token.
+        is_over: whether its place is free again.
+    """
 
-        Args:
-            start: begins the generation; the worker calls it when the job's turn has come.
-            worker: whose queue it is in.
-            arrived_seconds: when the request came, by `time.monotonic`.
-            timeout_seconds: how long after that it may be worked on.
-        """
-        self.start = start
-        self.arrived_seconds = arrived_seconds
-        self.timeout_seconds = timeout_seconds
-        self.abandoned = threading.Event()
+    def __init__(self, worker: "Worker", *, arrived_seconds: float, timeout_seconds: float) -> None:
+        """Prepare a job on the running event loop."""
+        self.arrived_seconds, self.timeout_seconds = arrived_seconds, timeout_seconds
+        self.run: Run | None = None
+        self.last: Token | None = None
+        self.is_over = False
         self._worker = worker
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Token | Exception] = asyncio.Queue()
@@ -54,10 +56,10 @@ class Job:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
         except RuntimeError:
             # The event loop ended, and with it whoever waited.
-            self.abandoned.set()
+            self.abandon()
 
     def abandon(self) -> None:
-        """Nobody waits for it any more: free its place, or end it after the token that is being made."""
+        """Nobody waits for it any more: free its place, and end it after the step that is being made."""
         self._worker.abandon(self)
 
     async def next(self) -> Token:
@@ -86,107 +88,120 @@ class Job:
 
 
 class Worker:
-    """Answers the requests of one engine."""
+    """Answers the requests of one engine, several at once."""
 
-    def __init__(self, name: str, *, capacity: int, metrics: ModelMetrics) -> None:
-        """Start the thread.
+    def __init__(self, name: str, engine: Engine, *, parallel: int, capacity: int, metrics: ModelMetrics) -> None:
+        """Start the threads.
 
         Args:
             name: of the model.
-            capacity: jobs that may wait besides the one that runs.
+            engine: nobody else may generate with it.
+            parallel: jobs that run at once.
+            capacity: jobs that may wait besides.
         """
         self.metrics = metrics
-        self._capacity = capacity
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._engine = engine
+        self._parallel, self._capacity = parallel, capacity
+        scheduler = engine.driver.scheduler
+        scheduler.max_parallel = parallel
+        scheduler.pool.num_to_keep = parallel + _KEPT_SEQUENCES
+        metrics.watch(scheduler)
+        self._jobs: list[Job] = []  # not over, in the order in which they came
         self._closed = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._mean_job_seconds = 1.0
+        # Tokenizing, routing and compiling a schema must not delay the tokens of others.
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"reader of {name}")
         self._thread = threading.Thread(target=self._run, name=f"worker of {name}", daemon=True)
         self._thread.start()
 
-    def submit(self, start: StartStream, *, arrived_seconds: float, timeout_seconds: float) -> Job:
-        """Put a generation into the queue; the arguments are those of `Job`.
+    def submit(
+        self, prompt: Prompt, options: GenerationOptions, *, arrived_seconds: float, timeout_seconds: float
+    ) -> Job:
+        """Put a request into the queue.
 
+        Args:
+            arrived_seconds, timeout_seconds: those of `Job`.
         Raises:
             QueueFull: there is no place.
             ShuttingDown: the worker was closed.
         """
-        job = Job(start, self, arrived_seconds=arrived_seconds, timeout_seconds=timeout_seconds)
-        with self._changed:
+        job = Job(self, arrived_seconds=arrived_seconds, timeout_seconds=timeout_seconds)
+        with self._lock:
             if self._closed:
                 raise ShuttingDown
-            # Between two jobs the worker has none, and the next one still waits.
-            if len(self._waiting) + (self._running is not None) > self._capacity:
-                retry_seconds = max(1, min(_MAX_RETRY_SECONDS, math.ceil(self._mean_job_seconds)))
-                raise QueueFull(self._capacity, retry_seconds)
-            self._waiting.append(job)
-            self.metrics.queue_length(len(self._waiting))
-            self._changed.notify()
+            if len(self._jobs) >= self._parallel + self._capacity:
+                seconds = math.ceil(self._mean_job_seconds / self._parallel)
+                raise QueueFull(self._capacity, max(1, min(_MAX_RETRY_SECONDS, seconds)))
+            self._jobs.append(job)
+            self._note_queue()
+            self._reader.submit(self._begin, job, prompt, options)
         return job
 
     def abandon(self, job: Job) -> None:
-        """Take a job out of the queue, or have it end after the token that is being made."""
-        with self._changed:
-            job.abandoned.set()
-            if job in self._waiting:
-                self._waiting.remove(job)
-                self.metrics.queue_length(len(self._waiting))
-                self.metrics.finished("cancelled", None)
+        """Free a job's place, and have its generation end after the step that is being made."""
+        if self._end(job, "cancelled") and job.run is not None:
+            self._engine.driver.end([job.run])
 
     def cut(self) -> None:
         """End all jobs, waiting and running, with `ShuttingDown`, and take no more."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            jobs = [*self._waiting, *([self._running] if self._running else [])]
-            self._changed.notify()
+            jobs = list(self._jobs)
         for job in jobs:
             job.post(ShuttingDown())
             self.abandon(job)
+        self._engine.driver.wake()
 
     def close(self) -> None:
-        """Cut what is left and wait for the thread's end."""
+        """Cut what is left and wait for the threads' end."""
         self.cut()
+        self._reader.shutdown()
         self._thread.join()
 
     def _run(self) -> None:
-        while (job := self._take()) is not None:
-            start = time.monotonic()
-            self._answer(job)
-            with self._changed:
-                self._running = None
-            self._mean_job_seconds += 0.2 * (time.monotonic() - start - self._mean_job_seconds)
+        self._engine.driver.serve(lambda: self._closed)
 
-    def _take(self) -> Job | None:
-        """Wait for the next job; None when the worker was closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            if self._closed:
-                return None
-            self._running = self._waiting.popleft()
-            self.metrics.queue_length(len(self._waiting))
-            return self._running
-
-    def _answer(self, job: Job) -> None:
-        """Hand over one token after another, as long as somebody waits for them."""
-        last: Token | None = None
-        outcome: Outcome = "cancelled"
+    def _begin(self, job: Job, prompt: Prompt, options: GenerationOptions) -> None:
+        """Read a request in the reader's thread, and hand it to the scheduler."""
+        if job.is_over:
+            return
         try:
-            with closing(job.start()) as stream:
-                for last in stream:
-                    self._hand_over(job, last)
-                    if last.finish_reason or job.abandoned.is_set():
-                        break
+            job.run = self._engine.submit(prompt, options, lambda event: self._take(job, event))
         except Exception as error:
-            outcome = "error"
-            job.post(error)
-        if last is None or not last.finish_reason:
-            self.metrics.finished(outcome, last)
+            self._take(job, error)
+        if job.is_over and job.run is not None:
+            # It was given up meanwhile.
+            self._engine.driver.end([job.run])
 
-    def _hand_over(self, job: Job, token: Token) -> None:
-        """Give one token to the event loop, counted first: whoever then asks for the metrics finds it there."""
-        if token.num_tokens == 1:
-            self.metrics.first_token(time.monotonic() - job.arrived_seconds)
-        if token.finish_reason:
-            self.metrics.finished("stop" if token.finish_reason == "stop" else "length", token)
-        job.post(token)
+    def _take(self, job: Job, event: Token | Exception) -> None:
+        """Give an event to the event loop, counted first: whoever then asks for the metrics finds it there."""
+        if job.is_over:
+            return
+        if isinstance(event, Exception):
+            self._end(job, "error")
+        else:
+            job.last = event
+            if event.num_tokens == 1:
+                self.metrics.first_token(time.monotonic() - job.arrived_seconds)
+                self._note_queue()
+            if event.finish_reason:
+                self._end(job, "stop" if event.finish_reason == "stop" else "length")
+        job.post(event)
+
+    def _end(self, job: Job, outcome: Outcome) -> bool:
+        """Free a job's place; False if it was free already."""
+        with self._lock:
+            if job.is_over:
+                return False
+            job.is_over = True
+            self._jobs.remove(job)
+            self._note_queue()
+            if job.last is not None:
+                seconds = job.last.prefill_seconds + job.last.decode_seconds
+                self._mean_job_seconds += 0.2 * (seconds - self._mean_job_seconds)
+        self.metrics.finished(outcome, job.last)
+        return True
+
+    def _note_queue(self) -> None:
+        self.metrics.queue_length(max(0, len(self._jobs) - self._parallel))

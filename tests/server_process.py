@@ -20,16 +20,15 @@ JSON = {"Content-Type": "application/json"}
 START_SECONDS = 60
 STOP_SECONDS = 30
 COMMAND = "from coreinfer.server.cli import main; main()"
-# A tiny model answers before anything can happen to its client: this one takes its time for each token.
+# A tiny model answers before anything can happen to its client: this one takes its time for each step.
 SLOWED = """
 import sys, time
-from coreinfer.runtime import Engine
-seconds, start = float(sys.argv.pop(1)), Engine.start
-def slowed(self, prompt, options):
-    for token in start(self, prompt, options):
-        yield token
-        time.sleep(seconds)
-Engine.start = slowed
+from coreinfer.runtime.scheduling import Scheduler
+seconds, step = float(sys.argv.pop(1)), Scheduler.step
+def slowed(self):
+    step(self)
+    time.sleep(seconds)
+Scheduler.step = slowed
 """
 
 

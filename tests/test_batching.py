@@ -109,14 +109,21 @@ def test_lists_of_messages_are_prompts_and_a_list_of_messages_is_one(tiny_bundle
     assert [generation.text for generation in single] == [engine.generate(PROMPT, raw=True, max_new_tokens=8).text]
 
 
-def test_a_batch_leaves_the_engine_as_it_was(tiny_bundle: Bundles) -> None:
+def check_nothing_is_held(engine: runtime.Engine) -> None:
+    scheduler = engine.driver.scheduler
+    assert (scheduler.num_active, scheduler.num_waiting, scheduler.pool.num_taken) == (0, 0, 0)
+    assert not scheduler.has_work
+    assert engine.decoder.sequence == 0
+
+
+def test_a_batch_holds_no_sequence_afterwards(tiny_bundle: Bundles) -> None:
     engine = load(tiny_bundle("llama"))
     engine.generate(PROMPT, raw=True, max_new_tokens=8)
-    cached = list(engine.decoder.cached.token_ids)
-    engine.generate(PROMPTS, raw=True, max_new_tokens=8)
-    assert (engine.decoder.sequence, engine.decoder.cached.token_ids) == (0, cached)
-    # All sequences were dropped: the first free number is given out again.
-    assert engine.decoder.add_sequence() == 1
+    for _ in range(3):
+        engine.generate(PROMPTS, raw=True, max_new_tokens=8)
+        check_nothing_is_held(engine)
+        # Those of the first batch serve the others.
+        assert engine.driver.scheduler.pool.num_sequences == len(PROMPTS)
 
 
 def test_a_batch_that_fails_leaves_the_engine_as_it_was(tiny_bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +132,8 @@ def test_a_batch_that_fails_leaves_the_engine_as_it_was(tiny_bundle: Bundles, mo
         patched.setattr(engine.decoder, "forward_rows", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.generate(PROMPTS, raw=True, mode="dense", max_new_tokens=8)
+    check_nothing_is_held(engine)
+    assert engine.driver.scheduler.pool.num_sequences == 1
     assert engine.decoder.add_sequence() == 1
     engine.decoder.drop_sequence(1)
     check_as_alone(engine, mode="dense", max_new_tokens=8)
@@ -140,14 +149,10 @@ def test_wrong_batches_are_refused(tiny_bundle: Bundles) -> None:
     ]
     for prompts, reason in wrong:
         with pytest.raises(ConfigError, match=reason):
-            engine.generate(prompts)
+            engine.generate(prompts, raw=True)
     with pytest.raises(ConfigError, match="on_token"):
         engine.generate([PROMPT], raw=True, on_token=print)
-    stream = engine.stream(PROMPT, raw=True)
-    next(stream)
-    with pytest.raises(ConfigError, match="another generation is running"):
-        engine.generate(PROMPTS, raw=True)
-    stream.close()
+    check_nothing_is_held(engine)
 
 
 def test_the_keywords_are_the_options() -> None:

@@ -41,10 +41,10 @@ FORBIDDEN = {
 }
 HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "datasets", "gguf", "model2vec", "pyarrow")
 MODULES = sorted(
-    f"coreinfer.{name}.{module.name}"
+    module.name
     for name, package in PACKAGES.items()
-    for module in pkgutil.iter_modules(package.__path__)
-    if module.name not in ("__main__", "_native")
+    for module in pkgutil.walk_packages(package.__path__, f"coreinfer.{name}.")
+    if module.name.rpartition(".")[2] not in ("__main__", "_native")
 )
 
 
@@ -60,11 +60,18 @@ def imported_names(path: Path, package: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            # Packages have no packages inside, so that one dot is the package and two are coreinfer.
-            base = {0: "", 1: f"coreinfer.{package}", 2: "coreinfer"}[node.level]
+            # One dot is the folder that the module is in, each further one the folder around it.
+            folders = ["coreinfer", package, *folder_names(path, package)]
+            base = ".".join(folders[: len(folders) + 1 - node.level]) if node.level else ""
             whole = ".".join(part for part in (base, node.module) if part)
             yield whole
             yield from (f"{whole}.{alias.name}" for alias in node.names)
+
+
+def folder_names(path: Path, package: str) -> tuple[str, ...]:
+    """Names of the folders between a package and a module of it."""
+    root = Path(PACKAGES[package].__path__[0])
+    return path.parent.relative_to(root).parts if path.is_relative_to(root) else ()
 
 
 def fresh(code: str) -> str:

@@ -14,9 +14,10 @@ from coreinfer import runtime
 from coreinfer.bundles import ConfigError, open_bundle
 from coreinfer.runtime.decoder import DENSE, FfnChoice
 from coreinfer.runtime.drafting import DraftLength
-from coreinfer.runtime.lossless import lossless_rows
 from coreinfer.runtime.native_decoder import NativeDecoder
 from coreinfer.runtime.sampling import Sampler, SamplingParams, distribution
+from coreinfer.runtime.scheduling.ffn_switch import FfnSwitch
+from coreinfer.runtime.scheduling.lossless import draft_round
 from scipy.stats import chisquare
 
 from .engine_inputs import DIALOGUE, MAX_POSITIONS, PROMPT
@@ -183,11 +184,6 @@ NUM_TOKENS = LENGTH + 2  # the prompt's own, two drafted, and the dense model's
 NUM_SAMPLES = 3000
 
 
-class _FixedLength(DraftLength):
-    def next(self, limit: int) -> int:
-        return min(LENGTH, limit)
-
-
 @pytest.fixture(scope="module")
 def decoder(tiny_bundle: Bundles) -> NativeDecoder:
     return NativeDecoder(open_bundle(tiny_bundle("llama")), threads=1)
@@ -220,23 +216,24 @@ def sampled_text(decoder: NativeDecoder, seed: int) -> tuple[int, ...]:
     decoder.truncate(len(PROMPT_IDS) - 1)
     first = decoder.forward(PROMPT_IDS[decoder.num_cached :])[-1]
     sampler = Sampler(replace(PARAMS, seed=seed), PROMPT_IDS)
-    rows = lossless_rows(
-        decoder,
-        first,
-        pack=lambda: FfnChoice(cluster=1),
-        propose=sampler.propose,
-        lengths=_FixedLength(),
-        num_tokens=NUM_TOKENS,
-        greedy=False,
-    )
-    token_ids: list[int] = []
-    row = next(rows)
-    while True:
-        token_ids.append(sampler.sample(row.logits, row.draft))
-        if len(token_ids) == NUM_TOKENS:
-            rows.close()
-            return tuple(token_ids)
-        row = rows.send(token_ids[-1])
+    token_ids = [sampler.sample(first)]
+    while len(token_ids) < NUM_TOKENS:
+        rows = draft_round(
+            decoder,
+            FfnSwitch(decoder),
+            token_ids[-1],
+            length=min(LENGTH, NUM_TOKENS - len(token_ids) - 1) or 1,
+            pack=FfnChoice(cluster=1),
+            propose=sampler.propose,
+            lengths=DraftLength(),
+            greedy=False,
+        )
+        for row in rows:
+            token_ids.append(sampler.sample(row.logits, row.draft))
+            if len(token_ids) == NUM_TOKENS or row.draft is None or token_ids[-1] != row.draft.token_id:
+                break
+        decoder.truncate(len(PROMPT_IDS) + len(token_ids) - 1)
+    return tuple(token_ids)
 
 
 def p_value(decoder: NativeDecoder) -> float:

@@ -28,8 +28,8 @@ TOKEN_SECONDS = 0.02
 
 @pytest.fixture
 def slow_server(bundle: Path) -> Iterator[RunningServer]:
-    """Three places, 20 ms a token, 3 s a request."""
-    arguments = ("--queue", 2, "--timeout", 3, "--grace", 1, "--max-new-tokens", 250)
+    """One request at a time and two that wait, 20 ms a token, 3 s a request."""
+    arguments = ("--parallel", 1, "--queue", 2, "--timeout", 3, "--grace", 1, "--max-new-tokens", 250)
     with serving(bundle, *arguments, token_seconds=TOKEN_SECONDS) as running:
         yield running
 

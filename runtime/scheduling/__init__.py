@@ -1,0 +1,7 @@
+"""The one loop that every generation goes through: `Scheduler.step` admits, reads, decodes and posts."""
+
+from .driver import Driver
+from .run import Post, Run, prepare
+from .scheduler import Scheduler
+
+__all__ = ["Driver", "Post", "Run", "Scheduler", "prepare"]

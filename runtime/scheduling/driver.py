@@ -1,0 +1,138 @@
+"""Who steps: threads that wait for tokens, one of them for all, or a thread that does nothing else."""
+
+import threading
+from collections.abc import Callable, Generator, Sequence
+
+from coreinfer.runtime.generation import Token
+
+from .run import Run
+from .scheduler import Scheduler
+
+__all__ = ["Driver"]
+
+
+class Driver:
+    """Lets any number of threads use one scheduler.
+
+    Of the threads that wait for tokens one steps for all until it has its own; then another does. A thread that waits
+    alone steps without being told, so that it costs no switch of threads.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        """Drive a scheduler, which nobody else may step."""
+        self.scheduler = scheduler
+        # Reentrant: a stream that is collected as garbage is closed by whichever thread happens to run.
+        self._lock = threading.RLock()
+        self._stepping = False
+        self._waiting: dict[Run, threading.Condition] = {}
+        self._work = threading.Condition(self._lock)
+
+    def submit(self, run: Run) -> None:
+        """Hand a run to the scheduler."""
+        self.scheduler.add(run)
+        with self._lock:
+            self._work.notify()
+
+    def stream(self, run: Run) -> Generator[Token, None, None]:
+        """Submit a run and give its tokens; closing the stream ends the run.
+
+        Raises:
+            Exception: whatever went wrong.
+        """
+        self.submit(run)
+        try:
+            while not run.finished or run.tokens:
+                self._wait(run)
+                token = run.take()
+                if run.options.on_token is not None:
+                    run.options.on_token(token)
+                yield token
+        finally:
+            self.end([run])
+
+    def finish(self, runs: Sequence[Run]) -> list[list[Token]]:
+        """Submit runs and wait for all of their tokens, in the order of the runs.
+
+        Raises:
+            Exception: whatever went wrong with the first that failed.
+        """
+        for run in runs:
+            self.submit(run)
+        try:
+            for run in runs:
+                self._wait(run)
+            return [run.take_all() for run in runs]
+        finally:
+            self.end(runs)
+
+    def end(self, runs: Sequence[Run]) -> None:
+        """Free what runs hold, at once if nobody is stepping, else after the step."""
+        for run in runs:
+            run.ended = True
+        with self._lock:
+            self._work.notify()
+            if self._stepping:
+                return
+            self._stepping = True
+        try:
+            self.scheduler.sweep()
+        finally:
+            self._step_down()
+
+    def serve(self, is_closed: Callable[[], bool]) -> None:
+        """Step for all until `is_closed`; whoever changes that has to call `wake`."""
+        while True:
+            with self._lock:
+                self._work.wait_for(lambda: is_closed() or (self.scheduler.has_work and not self._stepping))
+                if is_closed():
+                    return
+                self._stepping = True
+            self._lead(lambda: True)
+
+    def wake(self) -> None:
+        """Have `serve` look whether it is closed."""
+        with self._lock:
+            self._work.notify()
+
+    def _wait(self, run: Run) -> None:
+        """Return when a run has something to take; step for all meanwhile, unless another thread does."""
+        with self._lock:
+            if self._stepping:
+                self._listen(run)
+            if run.is_ready:
+                return
+            self._stepping = True
+        self._lead(lambda: run.is_ready)
+
+    def _listen(self, run: Run) -> None:
+        """Sleep until a run has something to take, or nobody steps."""
+        bell = self._waiting[run] = threading.Condition(self._lock)
+        try:
+            while self._stepping and not run.is_ready:
+                bell.wait()
+        finally:
+            del self._waiting[run]
+
+    def _lead(self, is_done: Callable[[], bool]) -> None:
+        try:
+            self.scheduler.step()
+            while not is_done():
+                self._ring(lambda run: run.is_ready)
+                self.scheduler.step()
+        finally:
+            self._step_down()
+
+    def _step_down(self) -> None:
+        """Let another thread step: the first to wake of those that have nothing to take."""
+        with self._lock:
+            self._stepping = False
+            self._ring(lambda run: True)
+            self._work.notify()
+
+    def _ring(self, deserves: Callable[[Run], bool]) -> None:
+        if not self._waiting:
+            return
+        with self._lock:
+            for run, bell in self._waiting.items():
+                if deserves(run):
+                    bell.notify()

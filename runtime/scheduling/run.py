@@ -1,0 +1,193 @@
+"""One generation under way: what was asked, how far it is, and the tokens that nobody has taken yet."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles.errors import CoreInferError, GenerationCancelled
+from coreinfer.runtime.choosing import TokenChooser
+from coreinfer.runtime.decoder import DENSE, FfnChoice
+from coreinfer.runtime.drafting import DraftLength
+from coreinfer.runtime.drift import DriftWatch
+from coreinfer.runtime.generation import PathStep, Token
+from coreinfer.runtime.options import GenerationOptions
+from coreinfer.runtime.planning import serving_cluster
+from coreinfer.runtime.requests import Loaded, Request
+from coreinfer.runtime.sampling import Draft
+from coreinfer.runtime.text import TextStream
+
+__all__ = ["Logits", "Post", "Row", "Run", "path_step", "prepare"]
+
+Logits = npt.NDArray[np.float32]
+Post = Callable[[Token | Exception], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The model's logits where a token is to be chosen, and what a pack proposes there.
+
+    Attributes:
+        logits: (vocab,) float32.
+        draft: None where nothing was drafted.
+    """
+
+    logits: Logits
+    draft: Draft | None = None
+
+
+@dataclass(kw_only=True, eq=False)
+class Run:
+    """A generation from its request to its last token.
+
+    Attributes:
+        lengths: of drafts, in mode lossless.
+        path: the clusters so far.
+        ahead: it is not decoded while so many of its tokens have not been taken; None for no bound.
+        watched: whether somebody follows its tokens, so that they should come evenly.
+        post: is given each token, or what went wrong, by the thread that steps; None keeps them for `take`.
+        choice: the FFN weights that decode, in mode lossless those that draft; known when the prompt was read.
+        sequence: its number in the decoder; None while it waits.
+        num_read: tokens of the prompt that are in the KV cache.
+        num_cached_tokens: of those, how many need not be read when it began.
+        token_ids: that were decoded.
+        rows: verified and not yet chosen from, in mode lossless.
+        num_to_draft: decided and not yet drafted, in mode lossless.
+        read_start, decode_start: by `time.perf_counter`.
+        ended: nobody wants it any more; whoever steps next frees what it holds.
+        failure: what went wrong.
+    """
+
+    loaded: Loaded
+    request: Request
+    options: GenerationOptions
+    chooser: TokenChooser
+    text: TextStream
+    drift: DriftWatch
+    lengths: DraftLength | None
+    path: tuple[PathStep, ...]
+    ahead: int | None = None
+    watched: bool = False
+    post: Post | None = None
+    choice: FfnChoice = DENSE
+    sequence: int | None = None
+    num_read: int = 0
+    num_cached_tokens: int = 0
+    statistic: Logits | None = None
+    token_ids: list[int] = field(default_factory=list)
+    rows: deque[Row] = field(default_factory=deque)
+    num_to_draft: int | None = None
+    tokens: deque[Token] = field(default_factory=deque)
+    read_start: float | None = None
+    prefill_seconds: float = 0.0
+    decode_start: float | None = None
+    finished: bool = False
+    ended: bool = False
+    failure: Exception | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens after which it ends, at the latest."""
+        room = self.loaded.bundle.manifest.model.max_positions - len(self.request.token_ids)
+        return min(self.options.max_new_tokens, room)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens of the prompt that are still to be read."""
+        return len(self.request.token_ids) - self.num_read
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all that comes before the next token is in the KV cache."""
+        return self.sequence is not None and self.num_left == 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will be decoded."""
+        return self.finished or self.ended or self.failure is not None
+
+    @property
+    def wants(self) -> bool:
+        """Whether another token may be decoded now."""
+        return not self.is_over and (self.ahead is None or len(self.tokens) < self.ahead)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether whoever waits has something to take: a token, or without a bound the last one."""
+        return self.is_over if self.ahead is None else self.is_over or len(self.tokens) > 0
+
+    @property
+    def decoded_in_cache(self) -> list[int]:
+        """Tokens after the prompt that are in the KV cache; drafts that may still be chosen are."""
+        drafts = [row.draft.token_id for row in self.rows if row.draft is not None]
+        return self.token_ids + drafts if self.rows else self.token_ids[:-1]
+
+    def give(self, token: Token) -> None:
+        """Hand a token to whoever waits for it."""
+        self.finished = token.finish_reason is not None
+        if self.post is not None:
+            self.post(token)
+        else:
+            self.tokens.append(token)
+
+    def take(self) -> Token:
+        """Take the next token, which is there, or raise what went wrong."""
+        if not self.tokens:
+            raise self.failure or CoreInferError("the generation was ended by another thread")
+        return self.tokens.popleft()
+
+    def take_all(self) -> list[Token]:
+        """Take all tokens of a run that is over, or raise what went wrong."""
+        if not self.finished:
+            raise self.failure or CoreInferError("the generation was ended by another thread")
+        return list(self.tokens)
+
+    def check_cancelled(self) -> None:
+        """End it between two blocks of its prompt, if that is asked for."""
+        cancel = self.options.cancel
+        if self.num_read > self.num_cached_tokens and cancel is not None and cancel.is_set():
+            self.fail(GenerationCancelled(self.num_read, len(self.request.token_ids)))
+
+    def fail(self, error: Exception) -> None:
+        """End it with what went wrong."""
+        self.failure = error
+        if self.post is not None:
+            self.post(error)
+
+
+def prepare(loaded: Loaded, request: Request, options: GenerationOptions) -> Run:
+    """Put together what answering a request needs.
+
+    Raises:
+        ConfigError: the JSON schema cannot be used.
+    """
+    grammar = None if options.json_schema is None else loaded.grammars.grammar(options.json_schema)
+    tokenizer = loaded.prompts.tokenizer
+    cluster = serving_cluster(request.plan, request.route)
+    return Run(
+        loaded=loaded,
+        request=request,
+        options=options,
+        chooser=TokenChooser(options, request.token_ids, tokenizer, grammar),
+        text=TextStream(
+            tokenizer,
+            options.stop,
+            after_ids=request.token_ids,
+            skip_special_tokens=options.skip_special_tokens,
+        ),
+        drift=DriftWatch(cluster, stretch_tokens=options.drift_tokens if request.plan.uses_pack else 0),
+        lengths=_draft_length(loaded, options) if request.plan.mode == "lossless" else None,
+        path=(path_step(loaded, cluster, first_token=1, distance=request.distance),),
+    )
+
+
+def path_step(loaded: Loaded, cluster: int, *, first_token: int, distance: float) -> PathStep:
+    """Describe a stretch that a cluster serves."""
+    label = loaded.bundle.manifest.clusters[cluster].label
+    return PathStep(first_token=first_token, cluster=cluster, label=label, distance=distance)
+
+
+def _draft_length(loaded: Loaded, options: GenerationOptions) -> DraftLength:
+    # With a seed the text must not depend on the clock, nor on what ran before. Greedy text does not anyhow.
+    return DraftLength(loaded.draft_costs if options.seed is None or options.temperature == 0 else None)

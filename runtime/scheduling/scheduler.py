@@ -1,0 +1,255 @@
+"""The loop of all generations: admit, read a block of a prompt, decode a token of each that runs, post them."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from coreinfer.bundles.errors import CoreInferError, GenerationCancelled
+from coreinfer.runtime.decoder import Decoder, FfnChoice, KvPoolFull
+
+from .decoding import decode_group, draft_alone, group_by_weights, post_rows
+from .ffn_switch import FfnSwitch
+from .kv_pool import KvPool
+from .posting import post_token
+from .prefill import begin, read_block
+from .run import Logits, Row, Run
+from .turns import Pace, Turns
+
+__all__ = ["MAX_PARALLEL", "Scheduler"]
+
+T = TypeVar("T")
+
+MAX_PARALLEL = 64
+# Every so many blocks the prompt that came first is read, so that short ones do not keep a long one waiting for ever.
+_OLDEST_EVERY = 4
+
+
+class Scheduler:
+    """Steps all runs of one decoder. One thread at a time may call it; only `add` is for any.
+
+    Attributes:
+        max_parallel: runs that are read and decoded at once; others wait.
+        on_pass: is told how many runs a pass decodes.
+        clock: seconds, by which blocks are made about as long as a step.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        """Begin without runs."""
+        self.max_parallel = MAX_PARALLEL
+        self.on_pass: Callable[[int], object] | None = None
+        self.clock = time.perf_counter
+        self.decoder, self.pool = decoder, KvPool(decoder)
+        self._switch = FfnSwitch(decoder)
+        self._turns = Turns(cheap_swaps=decoder.cheap_swaps)
+        self._pace = Pace()
+        self._arrived: deque[Run] = deque()
+        self._waiting: deque[Run] = deque()
+        self._active: list[Run] = []  # in the order in which they came
+        self._num_blocks = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._arrived) or any(run.wants or run.is_over for run in (*self._waiting, *self._active))
+
+    @property
+    def runs(self) -> Sequence[Run]:
+        """Runs that are read or decoded, in the order in which they came."""
+        return tuple(self._active)
+
+    @property
+    def num_waiting(self) -> int:
+        """Runs that have no place yet."""
+        return len(self._arrived) + len(self._waiting)
+
+    @property
+    def num_active(self) -> int:
+        """Runs that are read or decoded."""
+        return len(self._active)
+
+    def add(self, run: Run) -> None:
+        """Take a run from any thread; the next step admits it, or a later one."""
+        self._arrived.append(run)
+
+    def step(self) -> None:
+        """Admit runs, read one block of one prompt, decode a token of each run that wants one, and post them."""
+        self.sweep()
+        self._admit()
+        self._read()
+        self._decode()
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Free what runs hold that are over."""
+        for run in [run for run in self._active if run.is_over]:
+            self._active.remove(run)
+            self._free(run)
+        if any(run.is_over for run in self._waiting):
+            self._waiting = deque(run for run in self._waiting if not run.is_over)
+        # Whoever uses the decoder without a scheduler expects it so.
+        self.decoder.select(0)
+
+    def _free(self, run: Run) -> None:
+        if run.sequence is None:
+            return
+        if run.failure is not None and not isinstance(run.failure, GenerationCancelled):
+            # A call that failed may have left some layers' caches longer than others.
+            self.pool.drop(run.sequence)
+        else:
+            self.pool.leave(run.sequence, run.num_read + max(len(run.token_ids) - 1, 0))
+        run.sequence = None
+        run.rows.clear()
+
+    def _admit(self) -> None:
+        while self._arrived:
+            self._waiting.append(self._arrived.popleft())
+        # Who does not ask for tokens takes no place.
+        num_free = self.max_parallel - sum(run.wants for run in self._active)
+        while self._waiting and num_free > 0:
+            self._active.append(self._waiting.popleft())
+            num_free -= 1
+
+    # Reading
+
+    @property
+    def _unread(self) -> list[Run]:
+        return [run for run in self._active if not run.is_read and not run.is_over]
+
+    def _read(self) -> None:
+        if (run := self._next_to_read()) is None:
+            return
+        limit = self._pace.block_tokens if any(other.watched for other in self._running) else None
+        num_left, begun = run.num_left, self.clock()
+        logits = self._pass([run], lambda _: read_block(run, self.decoder, self._switch, limit))
+        if (num_read := num_left - run.num_left) > 0:
+            self._pace.note_block(num_read, self.clock() - begun)
+        if logits is not None:
+            self._post([run], [logits])
+
+    def _next_to_read(self) -> Run | None:
+        """Choose the prompt of which least is left, and now and then the one that came first."""
+        for run in self._unread:
+            run.check_cancelled()
+        if not (unread := self._unread):
+            return None
+        oldest = unread[0]
+        if not self._has_begun(oldest):
+            # It waits for room, which whoever came later must not take.
+            unread = [run for run in unread if run.sequence is not None]
+        self._num_blocks += 1
+        if self._num_blocks % _OLDEST_EVERY == 0 and oldest in unread:
+            return oldest
+        return next((run for run in sorted(unread, key=lambda run: run.num_left) if self._has_begun(run)), None)
+
+    def _has_begun(self, run: Run) -> bool:
+        """Have a run begin if it has not and there is room; whether it has."""
+        return run.sequence is not None or bool(self._call([run], lambda: begin(run, self.decoder, self.pool)))
+
+    # Decoding
+
+    @property
+    def _running(self) -> list[Run]:
+        return [run for run in self._active if run.is_read and run.wants]
+
+    def _decode(self) -> None:
+        running = self._running
+        if not running or (self._unread and not any(run.watched for run in running)):
+            # Where nobody follows the tokens, more share a pass when all prompts are read.
+            return
+        begun = self.clock()
+        together = [run for run in running if not self._draft(run)]
+        for choice, runs in self._turns.pick(group_by_weights(together)):
+            self._decode_group(choice, runs)
+        self._pace.note_step(self.clock() - begun)
+
+    def _decode_group(self, choice: FfnChoice, runs: list[Run]) -> None:
+        # Those that gave way to others are out of it.
+        runs = [run for run in runs if run.is_read]
+        rows = self._pass(runs, lambda left: decode_group(self.decoder, self._switch, (choice, left)))
+        if rows is not None:
+            if self.on_pass is not None:
+                self.on_pass(len(runs))
+            self._post(runs, rows)
+
+    def _draft(self, run: Run) -> bool:
+        """Decode for a run by drafts, where it does and where that pays now."""
+        if run.lengths is None or not run.is_read:
+            return not run.is_read
+        if not run.rows:
+            if run.num_to_draft is None:
+                # A round gives one token more than are accepted.
+                run.num_to_draft = run.lengths.next(run.max_tokens - len(run.token_ids) - 1)
+            if (length := run.num_to_draft) < 1:
+                return False
+            if not self._has_room_to_draft(run, length):
+                return True
+            run.num_to_draft = None
+            self._call([run], lambda: draft_alone(self.decoder, self._switch, run, length))
+        self._call([run], lambda: post_rows(self.decoder, run))
+        return True
+
+    def _has_room_to_draft(self, run: Run, length: int) -> bool:
+        """Make room for a whole round: half of one could not be taken back. False if the run itself gave way."""
+        num_cached = run.num_read + len(run.token_ids) - 1
+        while not self.pool.make_room(num_cached, length + 1) and self._give_way():
+            if run.sequence is None:
+                return False
+        return True
+
+    def _post(self, runs: Sequence[Run], rows: Sequence[Logits] | Logits) -> None:
+        for run, logits in zip(runs, rows, strict=True):
+            self._call([run], lambda run=run, logits=logits: post_token(run, Row(logits=logits)))
+
+    # Calls that fail
+
+    def _pass(self, runs: list[Run], call: Callable[[list[Run]], T]) -> T | None:
+        """Do something for runs that takes pages; those that have to give way leave the list."""
+        while runs:
+            try:
+                return call(runs)
+            except KvPoolFull as error:
+                if not self._give_way():
+                    self._fail(runs, error)
+                    return None
+                runs[:] = [run for run in runs if run.sequence is not None]
+            except Exception as error:
+                self._fail(runs, error)
+                return None
+            except BaseException:
+                self._fail(runs, _interrupted())
+                raise
+        return None
+
+    def _give_way(self) -> bool:
+        """Free pages: what finished runs left, else what the youngest run has, which is read again later."""
+        if self.pool.evict():
+            return True
+        holders = [run for run in self._active if run.sequence is not None]
+        if len(holders) < 2:
+            # Its tokens do not fit even alone.
+            return False
+        youngest = holders[-1]
+        assert youngest.sequence is not None
+        self.pool.drop(youngest.sequence)
+        youngest.sequence, youngest.num_read = None, 0
+        return True
+
+    def _call(self, runs: Sequence[Run], call: Callable[[], T]) -> T | None:
+        """Do something for runs; if it fails, it fails for them and for nobody else."""
+        try:
+            return call()
+        except Exception as error:
+            self._fail(runs, error)
+        except BaseException:
+            self._fail(runs, _interrupted())
+            raise
+        return None
+
+    def _fail(self, runs: Sequence[Run], error: Exception) -> None:
+        for run in runs:
+            run.fail(error)
+
+
+def _interrupted() -> CoreInferError:
+    return CoreInferError("interrupted together with the thread that decoded for this generation as well")

@@ -1,0 +1,71 @@
+"""Which runs a step decodes, and how much of a prompt it reads, so that nobody waits long."""
+
+from collections.abc import Sequence
+
+from .decoding import Group
+from .ffn_switch import same_weights
+
+__all__ = ["Pace", "Turns"]
+
+_TURN_STEPS = 8
+_LEAST_BLOCK_TOKENS = 16
+# Of a step's decoding; the rest is for what a step takes besides.
+_READING_SHARE = 0.8
+_NEWEST = 0.2
+
+
+class Turns:
+    """Lets groups whose weights take time to bring decode by turns, several steps each; all others in every step."""
+
+    def __init__(self, *, cheap_swaps: bool) -> None:
+        """Begin; `cheap_swaps` is the decoder's."""
+        self._cheap_swaps = cheap_swaps
+        self._last: Group | None = None
+        self._num_left = 0
+
+    def pick(self, groups: Sequence[Group]) -> list[Group]:
+        """Choose the groups that decode in this step."""
+        # A prompt's own neurons are gathered anew at every swap.
+        cheap = [group for group in groups if self._cheap_swaps and group[0].neuron_ids is None]
+        units = [[group] for group in groups if all(group is not other for other in cheap)]
+        units += [cheap] if cheap else []
+        if len(units) < 2:
+            return units[0] if units else []
+        at = next((index for index, unit in enumerate(units) if self._was_last(unit)), -1)
+        if at < 0 or self._num_left == 0:
+            at, self._num_left = (at + 1) % len(units), _TURN_STEPS
+        self._num_left -= 1
+        self._last = units[at][0]
+        return units[at]
+
+    def _was_last(self, unit: Sequence[Group]) -> bool:
+        last = self._last
+        return last is not None and any(same_weights(choice, last[0]) for choice, _ in unit)
+
+
+class Pace:
+    """What reading and decoding take: a block of a prompt between two steps shall not take longer than a step."""
+
+    def __init__(self) -> None:
+        """Know nothing."""
+        self._step_seconds: float | None = None
+        self._token_seconds: float | None = None
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a prompt to read while others decode."""
+        if self._step_seconds is None or not self._token_seconds:
+            return _LEAST_BLOCK_TOKENS
+        return max(_LEAST_BLOCK_TOKENS, int(_READING_SHARE * self._step_seconds / self._token_seconds))
+
+    def note_step(self, seconds: float) -> None:
+        """Take down the decoding of a step."""
+        self._step_seconds = _moved(self._step_seconds, seconds)
+
+    def note_block(self, num_tokens: int, seconds: float) -> None:
+        """Take down a block that was read."""
+        self._token_seconds = _moved(self._token_seconds, seconds / num_tokens)
+
+
+def _moved(mean: float | None, value: float) -> float:
+    return value if mean is None else mean + _NEWEST * (value - mean)
