@@ -7,6 +7,7 @@ from .errors import (
     BundleVersionError,
     CalibrationError,
     ConfigError,
+    ContextTooLong,
     CoreInferError,
     UnsupportedModelError,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "BundleVersionError",
     "CalibrationError",
     "ConfigError",
+    "ContextTooLong",
     "CoreInferError",
     "Manifest",
     "UnsupportedModelError",

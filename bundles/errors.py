@@ -2,6 +2,7 @@
 
     CoreInferError
     ├── ConfigError              an option or an argument is wrong
+    │   └── ContextTooLong       a prompt and its answer are longer than the model reads
     ├── UnsupportedModelError    the model's family has no row in the family table
     ├── CalibrationError         the calibration text cannot serve
     └── BundleError              something is wrong with a bundle
@@ -21,6 +22,7 @@ __all__ = [
     "BundleVersionError",
     "CalibrationError",
     "ConfigError",
+    "ContextTooLong",
     "CoreInferError",
     "UnsupportedModelError",
     "join_problems",
@@ -33,6 +35,10 @@ class CoreInferError(Exception):
 
 class ConfigError(CoreInferError):
     """An option or an argument is wrong."""
+
+
+class ContextTooLong(ConfigError):
+    """A prompt, or a prompt with the answer that is asked for, is longer than what the model reads."""
 
 
 class UnsupportedModelError(CoreInferError):

@@ -19,6 +19,7 @@ from .conversation import Conversation
 from .engine import Engine, load
 from .generation import Drafting, Generation, Mode, PathStep, Token, TopLogprob, collect
 from .options import GenerationOptions
+from .tools import ToolCall
 
 __all__ = [
     "BundleCorrupt",
@@ -35,6 +36,7 @@ __all__ = [
     "Mode",
     "PathStep",
     "Token",
+    "ToolCall",
     "TopLogprob",
     "collect",
     "load",

@@ -14,11 +14,13 @@ from .decoder import DENSE, FfnChoice
 from .drafting import DraftLength
 from .drift import DriftWatch
 from .generation import FinishReason, PathStep, Token
+from .json_schema import JsonGrammar
 from .lossless import Row, lossless_rows
 from .options import GenerationOptions
 from .planning import decode_choice, serving_cluster
 from .requests import Loaded, Request
 from .text import TextStream
+from .tool_grammar import call_grammar
 
 __all__ = ["Run", "decode", "follow_drift", "next_token", "prepare", "read_prompt", "tokens"]
 
@@ -74,19 +76,27 @@ def prepare(loaded: Loaded, request: Request, options: GenerationOptions) -> Run
     Raises:
         ConfigError: the JSON schema cannot be used.
     """
-    grammar = None if options.json_schema is None else loaded.grammars.grammar(options.json_schema)
     tokenizer = loaded.prompts.tokenizer
     cluster = serving_cluster(request.plan, request.route)
     return Run(
         loaded=loaded,
         request=request,
         options=options,
-        chooser=TokenChooser(options, request.token_ids, tokenizer, grammar),
+        chooser=TokenChooser(options, request.token_ids, tokenizer, _grammar(loaded, options)),
         text=TextStream(tokenizer, options.stop),
         drift=DriftWatch(cluster, stretch_tokens=options.drift_tokens if request.plan.uses_pack else 0),
         lengths=_draft_length(loaded, options) if request.plan.mode == "lossless" else None,
         path=(_step(loaded, cluster, first_token=1, distance=request.distance),),
     )
+
+
+def _grammar(loaded: Loaded, options: GenerationOptions) -> JsonGrammar | None:
+    if options.must_call and options.tools:
+        prompts = loaded.prompts
+        return loaded.grammars.calls(
+            call_grammar(prompts.tool_format, options.tools, options.tool_choice, prompts.tokenizer)
+        )
+    return None if options.json_schema is None else loaded.grammars.grammar(options.json_schema)
 
 
 def _draft_length(loaded: Loaded, options: GenerationOptions) -> DraftLength:

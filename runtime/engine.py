@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Unpack, cast, get_args, overload
+from typing import Any, Unpack, cast, get_args, overload
 
 from coreinfer.bundles import Bundle, ConfigError, Manifest, open_bundle
 from coreinfer.bundles.machine import give_back_heap
@@ -157,17 +157,17 @@ class Engine:
         options = GenerationOptions(**keywords)
         if is_batch(prompt):
             return self.answer_all(prompt, options)
-        return collect(list(self.start(cast(Prompt, prompt), options)))
+        tokens = list(self.start(cast(Prompt, prompt), options))
+        return collect(tokens, self.loaded.prompts.call_reader(options.offered_tools))
 
-    def stream(
-        self, prompt: Prompt, **options: Unpack[GenerationKeywords]
-    ) -> Generator[Token, None, None]:
+    def stream(self, prompt: Prompt, **options: Unpack[GenerationKeywords]) -> Generator[Token, None, None]:
         """Generate token by token; the same prompt, options and seed give the same text, whatever ran before.
 
         The keywords are the fields of `GenerationOptions`.
 
         Args:
-            prompt: text to continue as it is, or chat messages ({"role", "content"}) for the chat template.
+            prompt: text to continue as it is, or chat messages ({"role", "content"}) for the chat template; an
+                assistant's message may have "tool_calls", and one of role "tool" answers one by its "tool_call_id".
         Yields:
             A `Token` for each token; the last has a finish reason.
         Raises:
@@ -184,7 +184,9 @@ class Engine:
         """Answer several prompts together, with the options of `generate` in one object."""
         requests = read_requests(self.loaded, prompts, options)
         with self._alone():
-            return [collect(tokens) for tokens in decode_together(self.loaded, requests, options)]
+            answers = decode_together(self.loaded, requests, options)
+        reader = self.loaded.prompts.call_reader
+        return [collect(tokens, reader(options.offered_tools)) for tokens in answers]
 
     def astream(self, prompt: Prompt, options: GenerationOptions = DEFAULTS) -> AsyncGenerator[Token, None]:
         """Generate token by token for asyncio, in a worker thread; closing the stream ends the generation."""
@@ -198,7 +200,7 @@ class Engine:
         """
         return Conversation(self.loaded, self._answer, system=system)
 
-    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation in the model's chat template.
 
         Raises:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from coreinfer.bundles import ConfigError, CoreInferError
+from coreinfer.bundles import ConfigError
 from tokenizers import Tokenizer
 
 __all__ = ["JsonGrammar", "JsonGrammars"]
@@ -35,35 +35,48 @@ class JsonGrammars:
         Raises:
             ConfigError: llguidance is not installed, or it does not understand the schema.
         """
-        try:
-            from llguidance import LLMatcher, LLTokenizer
-        except ModuleNotFoundError as error:
-            raise ConfigError("json_schema needs the package llguidance; pip install 'coreinfer[json]'") from error
+        matcher = _matcher_class("json_schema")
         text = _schema_text(schema)
+        try:
+            grammar = matcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
+        except ValueError as error:
+            raise ConfigError(f"json_schema: {_one_line(error)}") from error
+        return self._begin(grammar, "json_schema")
+
+    def calls(self, grammar: str) -> "JsonGrammar":
+        """Begin a text that follows a grammar of calls, by `call_grammar`.
+
+        Raises:
+            ConfigError: llguidance is not installed, or it does not understand a schema of the tools.
+        """
+        return self._begin(grammar, "tools")
+
+    def _begin(self, grammar: str, option: str) -> "JsonGrammar":
+        matcher_class = _matcher_class(option)
         if self._known is None:
+            from llguidance import LLTokenizer
+
             self._known = LLTokenizer(
                 self._tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=list(self._eos_token_ids)
             )
-        try:
-            grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
-        except ValueError as error:
-            raise ConfigError(f"json_schema: {_one_line(error)}") from error
-        matcher = LLMatcher(self._known, grammar, log_level=0)
+        matcher = matcher_class(self._known, grammar, log_level=0)
         if matcher.is_error():
-            raise ConfigError(f"json_schema: {_one_line(matcher.get_error())}")
-        return JsonGrammar(matcher, self._vocab_size)
+            raise ConfigError(f"{option}: {_one_line(matcher.get_error())}")
+        return JsonGrammar(matcher, self._vocab_size, option)
 
 
 class JsonGrammar:
     """Follows one text."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
+    def __init__(self, matcher: Any, vocab_size: int, option: str) -> None:
         """Begin a text.
 
         Args:
             matcher: an llguidance LLMatcher.
+            option: that the schema came with, for messages.
         """
         self._matcher = matcher
+        self._option = option
         self._vocab_size = vocab_size
 
     def masked(self, logits: Logits) -> Logits:
@@ -74,7 +87,8 @@ class JsonGrammar:
         Args:
             logits: (vocab,) float32; left as they are.
         Raises:
-            CoreInferError: the grammar became too complex for llguidance's limits.
+            ConfigError: no text follows the schema, as where it refers to itself and to nothing else; or it became too
+                complex for llguidance's limits.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
@@ -88,7 +102,17 @@ class JsonGrammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise CoreInferError(f"json_schema: {_one_line(self._matcher.get_error())}")
+            # What follows the reason's line is llguidance's state.
+            reason = str(self._matcher.get_error()).partition("\n")[0]
+            raise ConfigError(f"{self._option}: the schema cannot be followed ({reason}); simplify it")
+
+
+def _matcher_class(option: str) -> Any:
+    try:
+        from llguidance import LLMatcher
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{option} needs the package llguidance; pip install 'coreinfer[json]'") from error
+    return LLMatcher
 
 
 def _schema_text(schema: object) -> str:

@@ -9,6 +9,7 @@ from coreinfer.bundles.errors import ConfigError, join_problems
 from .generation import MODES, Mode, Token
 from .sampling import SamplingParams
 from .text import check_stop
+from .tools import check_tool_choice
 
 __all__ = ["DEFAULTS", "Cancel", "GenerationKeywords", "GenerationOptions", "check_choice"]
 
@@ -30,9 +31,15 @@ class GenerationOptions(SamplingParams):
         max_new_tokens: decode at most so many tokens.
         stop: texts that end the generation; they are not part of it.
         mode: how FFN weights are chosen; None for the engine's own.
-        tools: JSON schemas of functions that the model may call, for a chat template that takes them.
+        tools: JSON schemas of functions that the model may call, as OpenAI has them: {"type": "function", "function":
+            {"name", "description", "parameters"}}. Where the chat template takes none, a system message says them.
+        tool_choice: "auto"; "none" for no tools; "required" for one call of any of them; {"type": "function",
+            "function": {"name": NAME}} for a call of that one. A call that is asked for follows its function's schema
+            to the letter, which needs the package llguidance.
         drift_tokens: route the recent text again after so many decoded tokens; 0 keeps the pack.
         logprobs: give each token's log-probability, and so many of the likeliest tokens with theirs; None for neither.
+        whole_length: refuse a prompt after which `max_new_tokens` have no room in what the model can read, instead of
+            ending earlier.
         json_schema: a JSON schema, or its text, that the answer must follow; needs the package llguidance.
         on_token: called with each token before it is given out.
         cancel: ends the generation with the token during which it is set.
@@ -42,8 +49,10 @@ class GenerationOptions(SamplingParams):
     stop: Sequence[str] = ()
     mode: Mode | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: str | Mapping[str, Any] = "auto"
     drift_tokens: int = 64
     logprobs: int | None = None
+    whole_length: bool = False
     json_schema: Mapping[str, Any] | str | None = None
     on_token: Callable[[Token], object] | None = None
     cancel: Cancel | None = None
@@ -62,6 +71,19 @@ class GenerationOptions(SamplingParams):
         whole += [("logprobs", self.logprobs, 0)] if self.logprobs is not None else []
         if problems := [text for name, value, least in whole for text in _whole(name, value, least)]:
             raise ConfigError(join_problems(problems))
+        check_tool_choice(self.tool_choice, self.tools)
+        if self.must_call and self.json_schema is not None:
+            raise ConfigError("tool_choice, json_schema: a call has its function's schema; give one of the two")
+
+    @property
+    def offered_tools(self) -> Sequence[Mapping[str, Any]] | None:
+        """The tools that the model is told of."""
+        return None if self.tool_choice == "none" else self.tools
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice not in ("auto", "none")
 
 
 class GenerationKeywords(TypedDict, total=False):
@@ -77,8 +99,10 @@ class GenerationKeywords(TypedDict, total=False):
     stop: Sequence[str]
     mode: Mode | None
     tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any]
     drift_tokens: int
     logprobs: int | None
+    whole_length: bool
     json_schema: Mapping[str, Any] | str | None
     on_token: Callable[[Token], object] | None
     cancel: Cancel | None

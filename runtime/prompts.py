@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +11,8 @@ from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError
 from coreinfer.bundles.layout import LAYOUT
 from tokenizers import Tokenizer
 
-from .chat import render_chat
+from .chat import render_chat, takes_tools
+from .tools import FORMATS, PLAIN, CallReader, ToolFormat, tool_names
 
 __all__ = ["PromptFormat", "read_tokenizer"]
 
@@ -42,7 +44,19 @@ class PromptFormat:
         self.chat_template = _read(bundle, LAYOUT.chat_template, str) if bundle.has(LAYOUT.chat_template) else None
         self.eos_token_ids, self.special_tokens = _read(bundle, LAYOUT.generation, _generation_defaults)
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes calls of functions."""
+        template = self.chat_template
+        if template is None or not takes_tools(template):
+            return PLAIN
+        return next((form for form in FORMATS if form.writes_like(template)), PLAIN)
+
+    def call_reader(self, tools: Sequence[Mapping[str, Any]] | None, *, one_call: bool = False) -> CallReader | None:
+        """Begin to read calls in one answer; None where there are no tools."""
+        return CallReader(self.tool_format, tool_names(tools), one_call=one_call) if tools else None
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """Write a conversation in the model's chat template.
 
         Raises:
