@@ -12,6 +12,7 @@ from coreinfer.bundles import (
     BundleNotFound,
     BundleVersionError,
     ConfigError,
+    ContextTooLong,
     CoreInferError,
 )
 
@@ -27,6 +28,7 @@ __all__ = [
     "BundleNotFound",
     "BundleVersionError",
     "ConfigError",
+    "ContextTooLong",
     "Conversation",
     "CoreInferError",
     "Drafting",

@@ -19,6 +19,7 @@ from .lossless import Row, lossless_rows
 from .options import GenerationOptions
 from .planning import decode_choice, serving_cluster
 from .requests import Loaded, Request
+from .sampling import check_ids
 from .text import TextStream
 from .tool_grammar import call_grammar
 
@@ -74,9 +75,10 @@ def prepare(loaded: Loaded, request: Request, options: GenerationOptions) -> Run
     """Put together what answering a request needs.
 
     Raises:
-        ConfigError: the JSON schema cannot be used.
+        ConfigError: the JSON schema cannot be used, or `logit_bias` names a token that there is not.
     """
     tokenizer = loaded.prompts.tokenizer
+    check_ids("logit_bias", options.logit_bias, loaded.bundle.manifest.model.vocab_size)
     cluster = serving_cluster(request.plan, request.route)
     return Run(
         loaded=loaded,

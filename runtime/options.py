@@ -95,6 +95,9 @@ class GenerationKeywords(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
     seed: int | None
     stop: Sequence[str]
     mode: Mode | None

@@ -132,22 +132,17 @@ def with_template(tiny_bundle: Callable[..., Path], tmp_path: Path) -> Callable[
             data["added_tokens"][0] |= mark
             data["model"]["vocab"][mark["content"]] = data["model"]["vocab"].pop("<pad>")
             (copy / LAYOUT.tokenizer).write_text(json.dumps(data), encoding="utf-8")
-        return loaded_long(copy)
+        list_again(copy)
+        with_more_positions(copy, 2048)
+        return runtime.load(copy, engine="native", threads=1)
 
     return load
 
 
 @pytest.fixture(scope="module")
-def engine(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> runtime.Engine:
+def engine(long_bundle: Path) -> runtime.Engine:
     """The tiny bundle with room for tools, and a template that has none."""
-    copy = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("long") / "copy"))
-    return loaded_long(copy)
-
-
-def loaded_long(copy: Path) -> runtime.Engine:
-    list_again(copy)
-    with_more_positions(copy, 2048)
-    return runtime.load(copy, engine="native", threads=1)
+    return runtime.load(long_bundle, engine="native", threads=1)
 
 
 # Told to the template
