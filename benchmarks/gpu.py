@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import click
 import torch
 from coreinfer.bundles import Bundle, ConfigError, open_bundle
+from coreinfer.bundles.beginnings import text_ids
 from coreinfer.bundles.command import command_errors
 from coreinfer.runtime import Engine
 from coreinfer.runtime.decoder import DENSE, FfnChoice
@@ -163,7 +164,7 @@ class Lossless:
         self.engine = Engine(bundle, CoreInfer(bundle, DENSE, options).decoder)
         self.prompt = self.engine.tokenizer.decode(options.prompt_ids)
         # By name: this file also runs beside a runtime without the mode, where it is left out.
-        self.options: dict[str, Any] = {"mode": "lossless"}
+        self.options: dict[str, Any] = {"mode": "lossless", "raw": True}
 
     def prefill(self) -> float:
         """See `Contender`."""
@@ -352,7 +353,7 @@ def _prompt(bundle: Bundle, num_tokens: int) -> list[int]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(bundle.path / "tokenizer" / "tokenizer.json"))
-    ids = list(tokenizer.encode(_TEXT * (1 + num_tokens // 4)).ids)[:num_tokens]
+    ids = text_ids(tokenizer, _TEXT * (1 + num_tokens // 4))[:num_tokens]
     if len(ids) < num_tokens or num_tokens < 1:
         raise ConfigError(f"--prompt-tokens: expected 1 to {len(ids)}, got {num_tokens}")
     return ids

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from coreinfer.bundles import open_bundle
+from coreinfer.bundles.beginnings import text_ids
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.compiler.models import load_model, read_config
 from coreinfer.compiler.sources import find_source
@@ -60,7 +61,7 @@ def read_texts(bundle_dir: Path, folder: Path, num_texts: int, max_tokens: int) 
     for row in range(max(len(lines) for lines in sources)):
         for lines in sources:
             if row < len(lines):
-                ids = tokenizer.encode(" ".join(_strings(json.loads(lines[row])))).ids[:max_tokens]
+                ids = text_ids(tokenizer, " ".join(_strings(json.loads(lines[row]))))[:max_tokens]
                 if len(ids) >= _LEAST_TOKENS:
                     picked.append(ids)
             if len(picked) == num_texts:

@@ -15,6 +15,7 @@ class Layout:
     clusters: str = "clusters"
     tokenizer: str = "tokenizer/tokenizer.json"
     chat_template: str = "tokenizer/chat_template.jinja"
+    tool_template: str = "tokenizer/chat_template_tool_use.jinja"
     generation: str = "tokenizer/generation.json"
     router_index: str = "router/index.faiss"
     router_tokenizer: str = "router/encoder/tokenizer.json"

@@ -10,10 +10,12 @@ from importlib import resources
 from typing import Any
 
 import torch
+from coreinfer.bundles.beginnings import text_ids
 
 from .config import CompileConfig
 from .models import LoadedModel, quiet_transformers, stop_ids
 from .progress import Progress
+from .tokenizing import chat_templates
 
 __all__ = ["Seed", "continue_seeds", "load_seeds"]
 
@@ -71,12 +73,15 @@ def continue_seeds(
 
 
 def _prompt_ids(seed: Seed, tokenizer: Any, longest: int) -> list[int]:
-    if seed.kind == "chat" and tokenizer.chat_template:
+    template = chat_templates(tokenizer).get("default")
+    if seed.kind == "chat" and template:
         messages = [{"role": "user", "content": seed.prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
         ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     else:
-        ids = tokenizer.backend_tokenizer.encode(seed.prompt, add_special_tokens=True).ids
+        ids = text_ids(tokenizer.backend_tokenizer, seed.prompt)
     return list(ids[-longest:])
 
 

@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from coreinfer.bundles.beginnings import text_spans
 from coreinfer.bundles.errors import CalibrationError, ConfigError
 
 from .builtin import continue_seeds, load_seeds
@@ -199,10 +200,10 @@ def split_into_documents(texts: Iterable[str], tokenizer: Any, num_tokens: int) 
     """Tokenize texts and cut them into documents of at most `num_tokens` tokens; tiny ones are left out."""
     documents = []
     for text in texts:
-        encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=True)
-        for start in range(0, len(encoding.ids), num_tokens):
-            ids = tuple(encoding.ids[start : start + num_tokens])
-            offsets = [span for span in encoding.offsets[start : start + num_tokens] if span[1] > span[0]]
+        all_ids, spans = text_spans(tokenizer.backend_tokenizer, text)
+        for start in range(0, len(all_ids), num_tokens):
+            ids = tuple(all_ids[start : start + num_tokens])
+            offsets = [span for span in spans[start : start + num_tokens] if span[1] > span[0]]
             if len(ids) < _MIN_DOCUMENT_TOKENS or not offsets:
                 continue
             piece = text[offsets[0][0] : offsets[-1][1]]

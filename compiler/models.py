@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache,
 from .config import DType
 from .paging import convert_on_use
 from .sources import ModelSource
+from .tokenizing import check_templates, with_own_file
 
 __all__ = [
     "LoadedModel",
@@ -220,7 +221,8 @@ def load_tokenizer(source: ModelSource) -> Any:
         raise ConfigError(f"--model {source.name}: its tokenizer cannot be loaded ({_first_line(error)})") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ConfigError(f"--model {source.name}: its tokenizer has no fast form (tokenizer.json); convert it first")
-    return tokenizer
+    check_templates(tokenizer, source.name)
+    return tokenizer if source.gguf_file else with_own_file(tokenizer, source)
 
 
 def pick_device(name: str) -> torch.device:

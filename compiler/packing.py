@@ -22,6 +22,7 @@ from .models import LoadedModel, special_tokens, stop_ids
 from .moments import Moments, ffn_moments
 from .narrowing import NarrowModel, narrow_layer
 from .quantizing import QuantizeOptions, store_matrix
+from .tokenizing import chat_templates
 
 __all__ = ["Packer", "quick_to_read", "write_base", "write_cluster", "write_dense", "write_router", "write_tokenizer"]
 
@@ -133,12 +134,13 @@ def _vector(tensor: torch.Tensor) -> StoredTensor:
 
 
 def write_tokenizer(stage: Path, loaded: LoadedModel) -> None:
-    """Write the tokenizer, the chat template and the generation defaults."""
+    """Write the tokenizer, the chat templates and the generation defaults."""
     (stage / LAYOUT.tokenizer).parent.mkdir()
     backend = loaded.tokenizer.backend_tokenizer
     (stage / LAYOUT.tokenizer).write_text(quick_to_read(backend.to_str()), encoding="utf-8")
-    if loaded.tokenizer.chat_template:
-        (stage / LAYOUT.chat_template).write_text(str(loaded.tokenizer.chat_template), encoding="utf-8")
+    files = {"default": LAYOUT.chat_template, "tool_use": LAYOUT.tool_template}
+    for name, template in chat_templates(loaded.tokenizer).items():
+        (stage / files[name]).write_text(template, encoding="utf-8")
     defaults = {
         "eos_token_ids": sorted(stop_ids(loaded)),
         "special_tokens": dict(special_tokens(loaded.tokenizer)),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer.runtime.chat import render_chat
+from coreinfer.runtime.text import text_after
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -112,9 +113,9 @@ class CoreInferLM(LM):  # type: ignore[misc]
             ids[-1],
             max_new_tokens=budget,
             eos_ids=self._tools.eos_ids,
-            stopped=lambda found: any(stop in self._tools.decode(found) for stop in stops),
+            stopped=lambda found: any(stop in text_after(self._tools.tokenizer, ids, found) for stop in stops),
         )
-        text = self._tools.decode(answer)
+        text = text_after(self._tools.tokenizer, ids, answer)
         for stop in stops:
             text = text.split(stop)[0]
         return text
@@ -128,7 +129,8 @@ class CoreInferLM(LM):  # type: ignore[misc]
             loaded.chat_template,
             chat_history,
             special_tokens=loaded.special_tokens,
-            add_generation_prompt=add_generation_prompt,
+            # As the harness's own models have it: without it the last message is the start of the answer.
+            continue_final_message=not add_generation_prompt,
         )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from coreinfer.bundles.beginnings import text_ids
 from tokenizers import Tokenizer
 
 from .answers import entity_f1, exact_match, token_f1
@@ -35,8 +36,12 @@ class Tools:
     room: int
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the tokens that begin every text of the model."""
-        return list(self.tokenizer.encode(text).ids)
+        """Token ids of a text that goes on, with the tokens that begin every text of the model."""
+        return text_ids(self.tokenizer, text)
+
+    def encode_more(self, text: str) -> list[int]:
+        """Token ids of a text that goes on with another one, without what begins a text."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
@@ -189,4 +194,4 @@ def _choose(subject: Subject, item: Item, tools: Tools) -> dict[str, Observation
 def encode_pair(tools: Tools, context: str, answer: str) -> tuple[list[int], list[int]]:
     """Token ids of a context and of what follows it, split where the context's own tokens end."""
     ids = tools.encode(context)
-    return ids, tools.encode(context + answer)[len(ids) :] or tools.encode(answer)
+    return ids, tools.encode(context + answer)[len(ids) :] or tools.encode_more(answer)

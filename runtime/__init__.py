@@ -3,7 +3,7 @@
 from coreinfer import runtime
 
 engine = runtime.load("build/demo-bundle")
-print(engine.generate("The capital of France is").text)
+print(engine.generate("What is the capital of France?").text)
 """
 
 from coreinfer.bundles import (

@@ -5,12 +5,14 @@ transformers gives to templates.
 """
 
 import json
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from coreinfer.bundles.errors import ConfigError, join_problems
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
@@ -29,7 +31,9 @@ def render_chat(
     *,
     special_tokens: Mapping[str, str],
     tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
 ) -> str:
     """Write a conversation as the model was trained to read it.
 
@@ -39,32 +43,66 @@ def render_chat(
         special_tokens: the tokens that the template may name, such as `bos_token`, with their text.
         tools: JSON schemas of functions that the model may call. For a template that takes none they are described in
             the system message, and calls and results are written as plain messages.
+        variables: others that the template knows, such as `enable_thinking`.
         add_generation_prompt: end with what introduces the assistant's answer.
+        continue_final_message: end with the last message's own text, which is to be continued; nothing introduces an
+            answer then.
     Returns:
         The prompt's text. It holds its special tokens, so none must be added when it is tokenized.
     Raises:
-        ConfigError: the messages or the tools are malformed, or the template is, or it refuses them or leaves them out.
+        ConfigError: the messages, the tools or the variables are malformed, or the template is, or it refuses them or
+            leaves them out.
     """
     check_messages(messages)
     if tools:
         _check_tools(tools)
+    _check_variables(template, variables or {})
     turns, offered = for_template(_plain("messages", messages)), _plain("tools", tools) if tools else None
     if _names_calls(turns, offered) and not takes_tools(template):
         turns, offered = described(turns, offered or []), None
-    variables: dict[str, Any] = {
+    values: dict[str, Any] = {
         **special_tokens,
+        "documents": None,
+        **_plain("chat_template_kwargs", [variables or {}])[0],
         "messages": turns,
-        "add_generation_prompt": add_generation_prompt,
+        "add_generation_prompt": add_generation_prompt and not continue_final_message,
         # Templates ask `tools is none`, which is false of a name that is not there.
         "tools": offered,
-        "documents": None,
     }
+    text = _up_to_last(template, values) if continue_final_message else _render(template, values)
+    _check_left_out(template, values)
+    return text
+
+
+def _render(template: str, values: Mapping[str, Any]) -> str:
     try:
-        text = _environment().from_string(template).render(variables)
+        return _compiled(template).render(values)
     except Exception as error:  # A template is a program: it can raise anything, a division by zero for one.
         raise ConfigError(f"chat template: {_reason(error)}") from error
-    _check_system(turns, text)
-    return text
+
+
+def _up_to_last(template: str, values: Mapping[str, Any]) -> str:
+    """Render up to the end of the last message's text.
+
+    Raises:
+        ConfigError: the template leaves that message out.
+    """
+    mark, messages = _mark(), values["messages"]
+    # These blanks, which no template writes, tell whether it cuts blanks off at the end of a message.
+    blanks = " \n \n"
+    last = {**messages[-1], "content": f"{messages[-1]['content'] or ''}{mark}{blanks}"}
+    text, found, after = _render(template, {**values, "messages": [*messages[:-1], last]}).rpartition(mark)
+    if not found:
+        raise ConfigError(
+            f"messages[{len(messages) - 1}]: this model's chat template leaves the last message out, so that it cannot "
+            "be continued; set continue_final_message to False"
+        )
+    return text if after.startswith(blanks) else text.rstrip()
+
+
+def _mark() -> str:
+    # Digits: no filter of a template changes them.
+    return str(secrets.randbelow(9 * 10**23) + 10**23)
 
 
 def takes_tools(template: str) -> bool:
@@ -73,10 +111,7 @@ def takes_tools(template: str) -> bool:
     Raises:
         ConfigError: it is no template.
     """
-    try:
-        return "tools" in find_undeclared_variables(_environment().parse(template))
-    except TemplateError as error:
-        raise ConfigError(f"chat template: {_reason(error)}") from error
+    return "tools" in _names(template)
 
 
 def _check_tools(tools: object) -> None:
@@ -88,13 +123,44 @@ def _names_calls(messages: Sequence[Mapping[str, Any]], tools: object) -> bool:
     return bool(tools) or any("tool_calls" in message or "tool_call_id" in message for message in messages)
 
 
-def _check_system(messages: Sequence[Mapping[str, Any]], text: str) -> None:
-    """Refuse a template that knows no system message and leaves it out without a word."""
-    for index, message in enumerate(messages):
-        if message["role"] == "system" and message["content"].strip() not in text:
+def _check_variables(template: str, variables: Mapping[str, Any]) -> None:
+    if unknown := sorted(variables.keys() - _names(template)) if variables else []:
+        raise ConfigError(
+            f"chat_template_kwargs: this model's chat template knows no {', '.join(unknown)}; leave it out"
+        )
+
+
+def _check_left_out(template: str, values: Mapping[str, Any]) -> None:
+    """Refuse a template that leaves a message out without a word, such as one that knows no system message.
+
+    What a user or the assistant said may go: thoughts and turns of long ago.
+    """
+    messages = values["messages"]
+    checked = {
+        index: _mark()
+        for index, message in enumerate(messages)
+        if message["role"] not in ("user", "assistant") and message["content"].strip()
+    }
+    if not checked:
+        return
+    marked = [
+        {**message, "content": f"{message['content']} {checked[index]}"} if index in checked else message
+        for index, message in enumerate(messages)
+    ]
+    text = _render(template, {**values, "messages": marked})
+    for index, mark in checked.items():
+        if mark not in text and not _depends_on(template, values, index):
             raise ConfigError(
-                f"messages[{index}]: this model's chat template leaves system messages out; put it into a user message"
+                f"messages[{index}]: this model's chat template leaves {messages[index]['role']} messages out; put it "
+                "into a user message"
             )
+
+
+def _depends_on(template: str, values: Mapping[str, Any], index: int) -> bool:
+    """Whether the text is another one where a message says something else."""
+    messages = list(values["messages"])
+    messages[index] = {**messages[index], "content": _mark()}
+    return _render(template, values) != _render(template, {**values, "messages": messages})
 
 
 def check_messages(messages: object) -> None:
@@ -159,6 +225,21 @@ class _Namespace(Namespace):
 def _check_attribute(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise SecurityError(f"access to attribute {name!r} of a namespace is unsafe")
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> Template:
+    """Compile a template, some 10 ms for a long one; what it sets while it renders is gone with the rendering."""
+    return _environment().from_string(template)
+
+
+@lru_cache(maxsize=8)
+def _names(template: str) -> frozenset[str]:
+    """Names that a template takes from outside."""
+    try:
+        return frozenset(find_undeclared_variables(_environment().parse(template)))
+    except TemplateError as error:
+        raise ConfigError(f"chat template: {_reason(error)}") from error
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

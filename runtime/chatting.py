@@ -212,14 +212,14 @@ def _stats(running: _Chat, _argument: str) -> list[str]:
 
 def _reset(running: _Chat, _argument: str) -> list[str]:
     running.conversation.reset()
-    return ["forgotten; the system message stays" if running.system else "forgotten"]
+    return ["forgotten; the system message stays" if running.system is not None else "forgotten"]
 
 
 def _system(running: _Chat, argument: str) -> list[str]:
     if argument:
         running.system = argument
         running.conversation = running.engine.conversation(argument)
-    return [f"system message: {running.system or 'none'}"]
+    return [f"system message: {'none' if running.system is None else running.system or '(empty)'}"]
 
 
 def _quit(_running: _Chat, _argument: str) -> NoReturn:

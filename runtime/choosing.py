@@ -11,6 +11,7 @@ from .generation import TopLogprob
 from .json_schema import JsonGrammar
 from .options import GenerationOptions
 from .sampling import Draft, Sampler
+from .text import token_text
 
 __all__ = ["Chosen", "TokenChooser"]
 
@@ -79,7 +80,7 @@ class TokenChooser:
         return tuple(
             TopLogprob(
                 token_id=token_id,
-                text=str(self._tokenizer.decode([token_id], skip_special_tokens=False)),
+                text=token_text(self._tokenizer, token_id),
                 logprob=float(logprobs[token_id]),
             )
             for token_id in order

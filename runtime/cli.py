@@ -2,8 +2,10 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 from coreinfer.bundles.command import EXIT_ERROR, command_errors, start_logging
@@ -32,6 +34,9 @@ __all__ = ["main"]
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 makes repetition less likely.")
 @click.option("--seed", type=int, default=None, help="Seed of sampling.  [default: a new one each time]")
 @click.option("--stop", multiple=True, help="End at this text; repeatable.  [default: none]")
+@click.option("--show-special", is_flag=True, help="Show control tokens in the text.")
+@click.option("--parse-special", is_flag=True, help="Read names of control tokens in messages as control tokens.")
+@click.option("--chat-template-kwargs", default=None, help="Variables for the chat template, JSON.  [default: none]")
 @load_options
 @click.option("--json", "as_json", is_flag=True, help="Print the generation as one JSON object.")
 @click.option("-v", "--verbose", is_flag=True, help="Log remarks on stderr.")
@@ -51,6 +56,9 @@ def main(
     repetition_penalty: float,
     seed: int | None,
     stop: tuple[str, ...],
+    show_special: bool,
+    parse_special: bool,
+    chat_template_kwargs: str | None,
     loading: LoadOptions,
     as_json: bool,
     verbose: bool,
@@ -61,7 +69,7 @@ def main(
     --raw continues it as plain text. With --chat each line is a turn; exit code 2 says that one of piped input failed.
     """
     start_logging(verbose=verbose)
-    if (chat or system) and raw:
+    if (chat or system is not None) and raw:
         raise ConfigError("--raw goes with neither --chat nor --system; leave one out")
     loaded = loading.load(bundle_dir)
     options = GenerationOptions(
@@ -73,12 +81,15 @@ def main(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=stop,
+        raw=raw,
+        skip_special_tokens=not show_special,
+        parse_special=parse_special,
+        chat_template_kwargs=_variables(chat_template_kwargs),
     )
     if chat:
         _converse(loaded, prompt, system, options, as_json=as_json)
     else:
-        text = _text_of(prompt)
-        _answer(loaded, text if raw else _as_messages(loaded, text, system), options, as_json=as_json)
+        _answer(loaded, _with_system(loaded, _text_of(prompt), system), options, as_json=as_json)
 
 
 def _converse(
@@ -100,14 +111,24 @@ def _text_of(prompt: str | None) -> str:
     return text
 
 
-def _as_messages(engine: Engine, text: str, system: str | None) -> Prompt:
-    """Put a prompt into messages where the model has a chat template."""
-    if engine.chat_template is None:
-        if system:
-            raise ConfigError("--system: this model has no chat template; put it into the prompt")
+def _with_system(engine: Engine, text: str, system: str | None) -> Prompt:
+    """Put a system message before a prompt; an empty one is one too."""
+    if system is None:
         return text
-    messages = [{"role": "system", "content": system}] if system else []
-    return [*messages, {"role": "user", "content": text}]
+    if engine.chat_template is None:
+        raise ConfigError("--system: this model has no chat template; put it into the prompt")
+    return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+
+
+def _variables(text: str | None) -> Mapping[str, Any] | None:
+    """Read what --chat-template-kwargs gives; options check what JSON holds."""
+    if text is None:
+        return None
+    try:
+        found: Mapping[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--chat-template-kwargs: expected a JSON object, got other text: {error}") from error
+    return found
 
 
 def _answer(engine: Engine, prompt: Prompt, options: GenerationOptions, *, as_json: bool) -> None:

@@ -6,6 +6,7 @@ from coreinfer.bundles import ConfigError
 
 from .generation import Generation, Token, collect
 from .options import DEFAULTS, GenerationOptions
+from .prompts import continues
 from .requests import Loaded, Request, read_request
 
 __all__ = ["Conversation"]
@@ -54,7 +55,8 @@ class Conversation:
         Args:
             text: what is said.
             options: of this answer.
-            role: of the message; "tool" for what a tool gave, where the chat template has such a role.
+            role: of the message; "tool" for what a tool gave, where the chat template has such a role; "assistant" for
+                the start of the answer.
         Yields:
             A `Token` for each token; the last has a finish reason.
         Raises:
@@ -63,10 +65,18 @@ class Conversation:
         """
         messages = [*self.messages, {"role": role, "content": text}]
         request = read_request(self._loaded, messages, options, known_ids=self._known_ids)
+        if continues(messages, options):
+            # What is decoded goes on with what was said, so that both are one message.
+            return self._take(messages, request, self._answer(request, options), begun=text)
         return self._take(messages, request, self._answer(request, options))
 
     def _take(
-        self, messages: list[dict[str, str]], request: Request, stream: Generator[Token, None, None]
+        self,
+        messages: list[dict[str, str]],
+        request: Request,
+        stream: Generator[Token, None, None],
+        *,
+        begun: str | None = None,
     ) -> Generator[Token, None, None]:
         if self.messages != messages[:-1]:
             raise ConfigError("conversation: it went on since this turn was made; make the turn again")
@@ -76,14 +86,15 @@ class Conversation:
                 tokens.append(token)
                 yield token
         except GeneratorExit:
-            self._note(messages, request, tokens)
+            self._note(messages, request, tokens, begun)
             raise
         else:
-            self._note(messages, request, tokens)
+            self._note(messages, request, tokens, begun)
         finally:
             stream.close()
 
-    def _note(self, messages: list[dict[str, str]], request: Request, tokens: list[Token]) -> None:
-        answer = "".join(token.text for token in tokens)
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
+    def _note(self, messages: list[dict[str, str]], request: Request, tokens: list[Token], begun: str | None) -> None:
+        answer = (begun or "") + "".join(token.text for token in tokens)
+        earlier = messages if begun is None else messages[:-1]
+        self.messages = [*earlier, {"role": "assistant", "content": answer}]
         self._known_ids = (*request.token_ids, *(token.token_id for token in tokens))

@@ -1,5 +1,6 @@
 """Read a prompt, then decode token by token: the loop of every generation that runs alone, and the steps of all."""
 
+import logging
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -26,6 +27,8 @@ from .tool_grammar import call_grammar
 __all__ = ["Run", "decode", "follow_drift", "next_token", "prepare", "read_prompt", "tokens"]
 
 Logits = npt.NDArray[np.float32]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -85,7 +88,12 @@ def prepare(loaded: Loaded, request: Request, options: GenerationOptions) -> Run
         request=request,
         options=options,
         chooser=TokenChooser(options, request.token_ids, tokenizer, _grammar(loaded, options)),
-        text=TextStream(tokenizer, options.stop),
+        text=TextStream(
+            tokenizer,
+            options.stop,
+            after_ids=request.token_ids,
+            skip_special_tokens=options.skip_special_tokens,
+        ),
         drift=DriftWatch(cluster, stretch_tokens=options.drift_tokens if request.plan.uses_pack else 0),
         lengths=_draft_length(loaded, options) if request.plan.mode == "lossless" else None,
         path=(_step(loaded, cluster, first_token=1, distance=request.distance),),
@@ -220,6 +228,11 @@ def _advance(run: Run, token_id: int, *, is_last: bool) -> tuple[str, FinishReas
     """Turn a token into text, and say whether the generation ends with it."""
     text = run.text
     if token_id in run.loaded.prompts.eos_token_ids:
+        if len(run.token_ids) == 1:
+            _log.warning(
+                "the answer is empty: its first token is %r, which ends it",
+                run.loaded.prompts.tokenizer.id_to_token(token_id),
+            )
         return text.flush(), "stop"
     piece = text.push(token_id)
     if is_last and not text.stopped:

@@ -166,8 +166,10 @@ class Engine:
         The keywords are the fields of `GenerationOptions`.
 
         Args:
-            prompt: text to continue as it is, or chat messages ({"role", "content"}) for the chat template; an
-                assistant's message may have "tool_calls", and one of role "tool" answers one by its "tool_call_id".
+            prompt: chat messages ({"role", "content"}) for the chat template, of which the assistant's may have
+                "tool_calls", and one of role "tool" answers one by its "tool_call_id"; or a text: what a user says
+                where the model has a chat template, and to be continued as it is where it has none or the option `raw`
+                is set.
         Yields:
             A `Token` for each token; the last has a finish reason.
         Raises:
@@ -206,7 +208,7 @@ class Engine:
         Raises:
             ConfigError: the model has no chat template, or it refuses the messages.
         """
-        return self.loaded.prompts.encode(self.loaded.prompts.render(messages), add_special_tokens=False)
+        return self.loaded.prompts.read_messages(messages)
 
     def _answer(self, request: Request, options: GenerationOptions) -> Generator[Token, None, None]:
         return self._guarded(decode(self.loaded, request, options))

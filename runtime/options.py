@@ -29,7 +29,13 @@ class GenerationOptions(SamplingParams):
 
     Attributes:
         max_new_tokens: decode at most so many tokens.
-        stop: texts that end the generation; they are not part of it.
+        stop: texts that end the generation, also the names of control tokens; they are not part of it.
+        skip_special_tokens: leave control tokens out of the text; the one that ends it never is part of it.
+        raw: continue a text as it is, without the chat template; names of control tokens in it are control tokens.
+        parse_special: read them so in messages too, where they are text otherwise.
+        continue_final_message: go on with the last message rather than begin an answer; None to do so where it is the
+            assistant's.
+        chat_template_kwargs: variables for the chat template, such as {"enable_thinking": False}.
         mode: how FFN weights are chosen; None for the engine's own.
         tools: JSON schemas of functions that the model may call, as OpenAI has them: {"type": "function", "function":
             {"name", "description", "parameters"}}. Where the chat template takes none, a system message says them.
@@ -47,6 +53,11 @@ class GenerationOptions(SamplingParams):
 
     max_new_tokens: int = 256
     stop: Sequence[str] = ()
+    skip_special_tokens: bool = True
+    raw: bool = False
+    parse_special: bool = False
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
     mode: Mode | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
     tool_choice: str | Mapping[str, Any] = "auto"
@@ -69,7 +80,8 @@ class GenerationOptions(SamplingParams):
             check_choice("mode", self.mode, MODES)
         whole = [("max_new_tokens", self.max_new_tokens, 1), ("drift_tokens", self.drift_tokens, 0)]
         whole += [("logprobs", self.logprobs, 0)] if self.logprobs is not None else []
-        if problems := [text for name, value, least in whole for text in _whole(name, value, least)]:
+        problems = [text for name, value, least in whole for text in _whole(name, value, least)]
+        if problems := [*problems, *_flag_problems(self), *_variable_problems(self.chat_template_kwargs)]:
             raise ConfigError(join_problems(problems))
         check_tool_choice(self.tool_choice, self.tools)
         if self.must_call and self.json_schema is not None:
@@ -100,6 +112,11 @@ class GenerationKeywords(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     seed: int | None
     stop: Sequence[str]
+    skip_special_tokens: bool
+    raw: bool
+    parse_special: bool
+    continue_final_message: bool | None
+    chat_template_kwargs: Mapping[str, Any] | None
     mode: Mode | None
     tools: Sequence[Mapping[str, Any]] | None
     tool_choice: str | Mapping[str, Any]
@@ -125,6 +142,23 @@ def _whole(name: str, value: object, least: int) -> list[str]:
     if isinstance(value, int) and not isinstance(value, bool) and value >= least:
         return []
     return [f"{name}: expected a whole number of at least {least}, got {value!r}"]
+
+
+def _flag_problems(options: GenerationOptions) -> list[str]:
+    flags = {name: getattr(options, name) for name in ("skip_special_tokens", "raw", "parse_special")}
+    wrong = {name: value for name, value in flags.items() if not isinstance(value, bool)}
+    if not isinstance(options.continue_final_message, (bool, type(None))):
+        wrong["continue_final_message"] = options.continue_final_message
+    return [f"{name}: expected True or False, got {value!r}" for name, value in wrong.items()]
+
+
+def _variable_problems(variables: object) -> list[str]:
+    if variables is None:
+        return []
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        return [f"chat_template_kwargs: expected an object with names, got {variables!r}"]
+    reserved = [name for name in ("messages", "tools", "add_generation_prompt") if name in variables]
+    return [f"chat_template_kwargs: {name} is not for the taking; it is an argument of its own" for name in reserved]
 
 
 DEFAULTS = GenerationOptions()

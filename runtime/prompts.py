@@ -3,18 +3,22 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError
+from coreinfer.bundles.beginnings import text_ids
 from coreinfer.bundles.layout import LAYOUT
 from tokenizers import Tokenizer
 
-from .chat import render_chat, takes_tools
+from .chat import check_messages, render_chat, takes_tools
+from .literals import LiteralEncoder, MarkedText, Marks
+from .options import DEFAULTS, GenerationOptions
 from .tools import FORMATS, PLAIN, CallReader, ToolFormat, tool_names
 
-__all__ = ["PromptFormat", "read_tokenizer"]
+__all__ = ["PromptFormat", "continues", "read_tokenizer"]
 
 T = TypeVar("T")
 
@@ -25,6 +29,7 @@ class PromptFormat:
     Attributes:
         tokenizer: the model's.
         chat_template: in jinja2's language; None where the model has none.
+        tool_template: the one for conversations with tools; None where that is the same.
         eos_token_ids: tokens that end a text.
         special_tokens: those that a chat template may name.
     """
@@ -42,12 +47,14 @@ class PromptFormat:
             bundle, LAYOUT.tokenizer, tokenizer.result if tokenizer else lambda: read_tokenizer(bundle.path)
         )
         self.chat_template = _read(bundle, LAYOUT.chat_template, str) if bundle.has(LAYOUT.chat_template) else None
+        self.tool_template = _read(bundle, LAYOUT.tool_template, str) if bundle.has(LAYOUT.tool_template) else None
+        self._literals = LiteralEncoder(self.tokenizer)
         self.eos_token_ids, self.special_tokens = _read(bundle, LAYOUT.generation, _generation_defaults)
 
     @cached_property
     def tool_format(self) -> ToolFormat:
         """How the model writes calls of functions."""
-        template = self.chat_template
+        template = self.tool_template or self.chat_template
         if template is None or not takes_tools(template):
             return PLAIN
         return next((form for form in FORMATS if form.writes_like(template)), PLAIN)
@@ -56,7 +63,25 @@ class PromptFormat:
         """Begin to read calls in one answer; None where there are no tools."""
         return CallReader(self.tool_format, tool_names(tools), one_call=one_call) if tools else None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+    def read_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: GenerationOptions = DEFAULTS,
+        *,
+        known_ids: Sequence[int] = (),
+    ) -> list[int]:
+        """Turn a conversation into token ids by the model's chat template.
+
+        Names of control tokens in what is said are text, unless `options.parse_special` has it otherwise.
+
+        Args:
+            known_ids: see `encode_after`.
+        Raises:
+            ConfigError: the model has no chat template, or it refuses the messages or the tools.
+        """
+        return self.encode_after(known_ids, self._marked(messages, options))
+
+    def render(self, messages: Sequence[Mapping[str, Any]], options: GenerationOptions = DEFAULTS) -> str:
         """Write a conversation in the model's chat template.
 
         Raises:
@@ -64,28 +89,47 @@ class PromptFormat:
         """
         if self.chat_template is None:
             raise ConfigError(f"{self._model_name} has no chat template; give the prompt as text")
-        return render_chat(self.chat_template, messages, special_tokens=self.special_tokens, tools=tools)
+        return render_chat(
+            self.tool_template if options.offered_tools and self.tool_template else self.chat_template,
+            messages,
+            special_tokens=self.special_tokens,
+            tools=options.offered_tools,
+            variables=options.chat_template_kwargs,
+            continue_final_message=continues(messages, options),
+        )
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Turn text into token ids.
+    def _marked(self, messages: Sequence[Mapping[str, Any]], options: GenerationOptions) -> MarkedText:
+        """Write a conversation, and mark what in it is text whatever it looks like."""
+        text, names = self.render(messages, options), self._literals.names
+        said = [messages, options.offered_tools, options.chat_template_kwargs]
+        if names is None or options.parse_special or not self._literals.holds_name(said):
+            return MarkedText((text,))
+        marks = Marks(names)
+        # Roles are the caller's, and templates make control tokens of them.
+        marked = [{**marks.mark(message), "role": message["role"]} for message in messages]
+        tools, variables = marks.mark(options.offered_tools), marks.mark(options.chat_template_kwargs)
+        found = marks.read(self.render(marked, replace(options, tools=tools, chat_template_kwargs=variables)))
+        if found.text != text:
+            raise ConfigError(
+                "messages: they hold the name of a control token, which this model's chat template does not pass on "
+                "as it is; leave it out, or set parse_special"
+            )
+        return found
 
-        Args:
-            add_special_tokens: put the tokens around it that the tokenizer puts around a text of its own.
+    def encode(self, text: str) -> list[int]:
+        """Turn a text that is to be continued as it is into token ids, with those that begin a text of the model.
+
         Raises:
             ConfigError: the text is no Unicode.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            # Python keeps bytes of the command line that are not UTF-8 as halves of surrogate pairs.
-            raise ConfigError(f"prompt: expected Unicode text, got half a character at {error.start}") from error
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        _check_unicode(text)
+        return text_ids(self.tokenizer, text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Turn token ids into text without special tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
-    def encode_after(self, known_ids: Sequence[int], rendered: str) -> list[int]:
+    def encode_after(self, known_ids: Sequence[int], rendered: MarkedText) -> list[int]:
         """Turn a rendered conversation into token ids that begin, where its text allows it, with known ones.
 
         A model does not always write a text with the tokens that its tokenizer gives to it. What is in the KV cache are
@@ -95,19 +139,49 @@ class PromptFormat:
             known_ids: a prompt and the tokens that were decoded after it.
             rendered: the conversation so far, the prompt's first.
         """
-        whole = self.encode(rendered, add_special_tokens=False)
+        whole = self._encode(rendered)
         text = self._raw(whole)
+        if len(rendered.pieces) == 1:
+            # Some tokenizers do not give a text back to the letter.
+            rendered = MarkedText((text,))
+        elif text != rendered.text:
+            return whole
         # The token that ended the answer may be one that the template does not write.
         for head in (list(known_ids), list(known_ids[:-1])):
             known = self._raw(head)
             if known and text.startswith(known):
-                ids = head + self.encode(text[len(known) :], add_special_tokens=False)
+                ids = head + self._encode(rendered.after(len(known)))
                 if self._raw(ids) == text:
                     return ids
         return whole
 
+    def _encode(self, marked: MarkedText) -> list[int]:
+        _check_unicode(marked.text)
+        if len(marked.pieces) > 1:
+            return self._literals.encode(marked)
+        return list(self.tokenizer.encode(marked.text, add_special_tokens=False).ids)
+
     def _raw(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=False))
+
+
+def continues(messages: Sequence[Mapping[str, Any]], options: GenerationOptions) -> bool:
+    """Whether the last message is to be continued."""
+    check_messages(messages)
+    by_assistant = messages[-1]["role"] == "assistant"
+    if options.continue_final_message and not by_assistant:
+        raise ConfigError(
+            f"continue_final_message: expected the assistant's message at the end, got one of {messages[-1]['role']!r}"
+        )
+    return by_assistant if options.continue_final_message is None else options.continue_final_message
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # Python keeps bytes of the command line that are not UTF-8 as halves of surrogate pairs.
+        raise ConfigError(f"prompt: expected Unicode text, got half a character at {error.start}") from error
 
 
 def read_tokenizer(bundle_dir: Path) -> Tokenizer:

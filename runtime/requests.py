@@ -98,14 +98,17 @@ def read_request(
     if prompt == "":
         # Many tokenizers begin a text with a token of its own, so that this would be a prompt of 1 token.
         raise ConfigError("prompt: expected text or messages, got an empty text")
+    if isinstance(prompt, str) and not options.raw and loaded.prompts.chat_template is not None:
+        prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
-        if options.tools:
-            raise ConfigError("tools: they go with messages, not with a prompt that is plain text")
-        source, token_ids = prompt, loaded.prompts.encode(prompt, add_special_tokens=True)
+        _check_text_options(options)
+        source, token_ids = prompt, loaded.prompts.encode(prompt)
     else:
         check_messages(prompt)
+        if options.raw:
+            raise ConfigError("raw: it goes with a prompt that is plain text, not with messages; leave it out")
         source = routing_text(prompt)
-        token_ids = loaded.prompts.encode_after(known_ids, loaded.prompts.render(prompt, tools=options.offered_tools))
+        token_ids = loaded.prompts.read_messages(prompt, options, known_ids=known_ids)
     _check_length(len(token_ids), options, loaded.bundle.manifest.model.max_positions)
     route = loaded.router.route(source)
     plan = plan_mode(options.mode or loaded.mode, loaded.bundle.manifest, route, len(token_ids))
@@ -129,3 +132,14 @@ def _check_length(num_tokens: int, options: GenerationOptions, limit: int) -> No
             f"prompt: its {num_tokens} tokens and {options.max_new_tokens} for the answer are more than the "
             f"{limit} that this model reads; shorten the prompt or ask for at most {limit - num_tokens} tokens"
         )
+
+
+def _check_text_options(options: GenerationOptions) -> None:
+    """Refuse what goes with messages only."""
+    given = {
+        "tools": options.tools,
+        "chat_template_kwargs": options.chat_template_kwargs,
+        "continue_final_message": options.continue_final_message,
+    }
+    if wrong := [name for name, value in given.items() if value]:
+        raise ConfigError(f"{', '.join(wrong)}: they go with messages, not with a prompt that is plain text")

@@ -28,6 +28,9 @@ def chat_options(body: ChatRequest, config: ServerConfig) -> GenerationOptions:
         json_schema=body.response_format.schema_to_follow if body.response_format else None,
         tools=[tool.plain for tool in body.tools] if body.tools else None,
         tool_choice=body.plain_choice,
+        chat_template_kwargs=body.chat_template_kwargs,
+        continue_final_message=body.continue_final_message,
+        parse_special=bool(body.parse_special),
     )
 
 
@@ -38,7 +41,7 @@ def completion_options(body: CompletionRequest, config: ServerConfig) -> Generat
         ApiError: it asks for more tokens than the server gives.
     """
     return GenerationOptions(
-        **_sampling(body), **_length(body.max_tokens, config, _COMPLETION_TOKENS), logprobs=body.logprobs
+        **_sampling(body), **_length(body.max_tokens, config, _COMPLETION_TOKENS), logprobs=body.logprobs, raw=True
     )
 
 
@@ -56,6 +59,7 @@ def _sampling(body: SamplingFields) -> dict[str, Any]:
         "seed": body.seed,
         "stop": [body.stop] if isinstance(body.stop, str) else body.stop or [],
         "mode": body.mode,
+        "skip_special_tokens": body.skip_special_tokens is not False,
     }
 
 

@@ -52,6 +52,9 @@ class SamplingFields(Fields):
     repetition_penalty: float | None = Field(
         default=None, ge=0.1, le=10, description="1 is off. Not in OpenAI's interface."
     )
+    skip_special_tokens: bool | None = Field(
+        default=None, description="If false, control tokens are in the text. Not in OpenAI's interface."
+    )
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "SamplingFields":
@@ -114,7 +117,24 @@ class UnusedFields(Fields):
     function_call: Literal["none", "auto"] | None = None
 
 
-class ChatRequest(SamplingFields, UnusedFields):
+class TemplateFields(Fields):
+    """How a conversation is written for the model; not in OpenAI's interface."""
+
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="Variables of the chat template.")
+    continue_final_message: bool | None = Field(
+        default=None, description="Go on with the last message; if left out, with one of the assistant."
+    )
+    add_generation_prompt: bool | None = Field(default=None, description="False only beside continue_final_message.")
+    parse_special: bool | None = Field(default=None, description="Read names of control tokens in messages as such.")
+
+    @model_validator(mode="after")
+    def _check_end(self) -> "TemplateFields":
+        if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
+            raise ValueError("add_generation_prompt: expected the contrary of continue_final_message")
+        return self
+
+
+class ChatRequest(SamplingFields, UnusedFields, TemplateFields):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[MessageIn], Field(min_length=1)]

@@ -8,6 +8,7 @@ from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.runtime import Engine, GenerationOptions
 from coreinfer.runtime.requests import Prompt
+from coreinfer.runtime.text import token_text
 from fastapi import Request
 
 from .config import ServerConfig
@@ -35,7 +36,7 @@ class Model:
 
     def word(self, token_id: int) -> str:
         """The text of one token, special ones too."""
-        return str(self.engine.tokenizer.decode([token_id], skip_special_tokens=False))
+        return token_text(self.engine.tokenizer, token_id)
 
 
 class Service:

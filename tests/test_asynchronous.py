@@ -38,7 +38,7 @@ def test_it_gives_what_stream_gives(engine: runtime.Engine) -> None:
         return [token async for token in engine.astream(PROMPT, options)]
 
     got = runtime.collect(asyncio.run(consume()))
-    assert got.token_ids == engine.generate(PROMPT, max_new_tokens=12).token_ids
+    assert got.token_ids == engine.generate(PROMPT, raw=True, max_new_tokens=12).token_ids
     assert len(threads) == 1
     assert threading.current_thread().name not in threads
     assert not workers()
@@ -102,7 +102,7 @@ def test_a_cancelled_task_ends_the_generation(engine: runtime.Engine) -> None:
 
     asyncio.run(cancel())
     assert len(seen) == 1
-    assert engine.generate(PROMPT, max_new_tokens=2).text
+    assert engine.generate(PROMPT, raw=True, max_new_tokens=2).text
     assert not workers()
 
 
@@ -119,4 +119,4 @@ def test_errors_reach_the_consumer(engine: runtime.Engine) -> None:
 
     with pytest.raises(ValueError, match="not this token"):
         asyncio.run(consume())
-    assert engine.generate(PROMPT, max_new_tokens=2).text
+    assert engine.generate(PROMPT, raw=True, max_new_tokens=2).text

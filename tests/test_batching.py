@@ -27,8 +27,8 @@ def load(bundle: Path, engine: str = "native") -> runtime.Engine:
 
 
 def check_as_alone(engine: runtime.Engine, **options: Any) -> list[runtime.Generation]:
-    alone = [engine.generate(prompt, **options) for prompt in PROMPTS]
-    together = engine.generate(PROMPTS, **options)
+    alone = [engine.generate(prompt, raw=True, **options) for prompt in PROMPTS]
+    together = engine.generate(PROMPTS, raw=True, **options)
     for got, expected in zip(together, alone, strict=True):
         assert (got.token_ids, got.text) == (expected.token_ids, expected.text)
         assert (got.path, got.mode, got.fallback) == (expected.path, expected.mode, expected.fallback)
@@ -74,7 +74,7 @@ def test_generations_that_end_leave_the_batch(tiny_bundle: Bundles, monkeypatch:
         return forward_rows(sequences, token_ids)
 
     monkeypatch.setattr(engine.decoder, "forward_rows", counted)
-    generations = engine.generate(PROMPTS, mode="dense", max_new_tokens=30, stop=["a"])
+    generations = engine.generate(PROMPTS, raw=True, mode="dense", max_new_tokens=30, stop=["a"])
     lengths = sorted(len(generation.token_ids) for generation in generations)
     assert lengths[0] < lengths[-1]
     # One pass for each further token of whoever is still there; the last one alone goes without rows.
@@ -92,7 +92,7 @@ def test_prompts_of_a_cluster_share_passes(tiny_bundle: Bundles, monkeypatch: py
         return forward_rows(sequences, token_ids)
 
     monkeypatch.setattr(engine.decoder, "forward_rows", counted)
-    generations = engine.generate(PROMPTS, mode="similarity", max_new_tokens=10, drift_tokens=0)
+    generations = engine.generate(PROMPTS, raw=True, mode="similarity", max_new_tokens=10, drift_tokens=0)
     clusters = [generation.cluster for generation in generations]
     assert set(groups) <= {clusters.count(cluster) for cluster in clusters}
     assert max(groups) > 1
@@ -105,15 +105,15 @@ def test_lists_of_messages_are_prompts_and_a_list_of_messages_is_one(tiny_bundle
     both = engine.generate([DIALOGUE, DIALOGUE[1:2]], max_new_tokens=8)
     assert both[0].text == one.text
     assert both[1].text == engine.generate(DIALOGUE[1:2], max_new_tokens=8).text
-    single = engine.generate([PROMPT], max_new_tokens=8)
-    assert [generation.text for generation in single] == [engine.generate(PROMPT, max_new_tokens=8).text]
+    single = engine.generate([PROMPT], raw=True, max_new_tokens=8)
+    assert [generation.text for generation in single] == [engine.generate(PROMPT, raw=True, max_new_tokens=8).text]
 
 
 def test_a_batch_leaves_the_engine_as_it_was(tiny_bundle: Bundles) -> None:
     engine = load(tiny_bundle("llama"))
-    engine.generate(PROMPT, max_new_tokens=8)
+    engine.generate(PROMPT, raw=True, max_new_tokens=8)
     cached = list(engine.decoder.cached.token_ids)
-    engine.generate(PROMPTS, max_new_tokens=8)
+    engine.generate(PROMPTS, raw=True, max_new_tokens=8)
     assert (engine.decoder.sequence, engine.decoder.cached.token_ids) == (0, cached)
     # All sequences were dropped: the first free number is given out again.
     assert engine.decoder.add_sequence() == 1
@@ -124,7 +124,7 @@ def test_a_batch_that_fails_leaves_the_engine_as_it_was(tiny_bundle: Bundles, mo
     with monkeypatch.context() as patched:
         patched.setattr(engine.decoder, "forward_rows", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            engine.generate(PROMPTS, mode="dense", max_new_tokens=8)
+            engine.generate(PROMPTS, raw=True, mode="dense", max_new_tokens=8)
     assert engine.decoder.add_sequence() == 1
     engine.decoder.drop_sequence(1)
     check_as_alone(engine, mode="dense", max_new_tokens=8)
@@ -142,11 +142,11 @@ def test_wrong_batches_are_refused(tiny_bundle: Bundles) -> None:
         with pytest.raises(ConfigError, match=reason):
             engine.generate(prompts)
     with pytest.raises(ConfigError, match="on_token"):
-        engine.generate([PROMPT], on_token=print)
-    stream = engine.stream(PROMPT)
+        engine.generate([PROMPT], raw=True, on_token=print)
+    stream = engine.stream(PROMPT, raw=True)
     next(stream)
     with pytest.raises(ConfigError, match="another generation is running"):
-        engine.generate(PROMPTS)
+        engine.generate(PROMPTS, raw=True)
     stream.close()
 
 

@@ -52,19 +52,19 @@ def test_the_same_prompt_gives_the_same_text_whatever_ran_before(
     engine = load_engine()
     prompt = prompt_of(engine, 90)
     options: dict[str, Any] = {"mode": mode, "seed": 5, "max_new_tokens": 12, "logprobs": 0, **SAMPLED}
-    expected = load_engine().generate(prompt, **options)
-    engine.generate(prompt, mode="similarity", max_new_tokens=30)
+    expected = load_engine().generate(prompt, raw=True, **options)
+    engine.generate(prompt, raw=True, mode="similarity", max_new_tokens=30)
     befores: list[Callable[[], object]] = [
-        lambda: engine.generate(prompt, mode="similarity", max_new_tokens=30),
-        lambda: engine.generate(prompt_of(engine, 50), mode="fused", max_new_tokens=30),
-        lambda: engine.generate(prompt_of(engine, 60), mode="dense", max_new_tokens=90),
-        lambda: engine.generate(corpus_texts()[1], max_new_tokens=3),
+        lambda: engine.generate(prompt, raw=True, mode="similarity", max_new_tokens=30),
+        lambda: engine.generate(prompt_of(engine, 50), raw=True, mode="fused", max_new_tokens=30),
+        lambda: engine.generate(prompt_of(engine, 60), raw=True, mode="dense", max_new_tokens=90),
+        lambda: engine.generate(corpus_texts()[1], raw=True, max_new_tokens=3),
         lambda: engine.conversation().send(prompt, runtime.GenerationOptions(max_new_tokens=9)),
-        lambda: engine.generate(prompt_of(engine, 140), mode="similarity", max_new_tokens=3),
+        lambda: engine.generate(prompt_of(engine, 140), raw=True, mode="similarity", max_new_tokens=3),
     ]
     for before in befores:
         before()
-        got = engine.generate(prompt, **options)
+        got = engine.generate(prompt, raw=True, **options)
         assert same(got, expected)
     assert len(set(expected.token_ids)) > 1
 
@@ -72,21 +72,21 @@ def test_the_same_prompt_gives_the_same_text_whatever_ran_before(
 def test_what_was_read_is_taken_over(load_engine: Callable[..., runtime.Engine]) -> None:
     engine = load_engine()
     short, long = prompt_of(engine, 60), prompt_of(engine, 120)
-    first = engine.generate(long, mode="dense", max_new_tokens=4)
-    again = engine.generate(long, mode="dense", max_new_tokens=4)
+    first = engine.generate(long, raw=True, mode="dense", max_new_tokens=4)
+    again = engine.generate(long, raw=True, mode="dense", max_new_tokens=4)
     assert first.num_cached_tokens == 0
     assert again.num_cached_tokens == most(engine, again.num_prompt_tokens) > 60
     assert engine.decoder.num_cached == again.num_prompt_tokens + len(again.token_ids) - 1
-    begun = engine.generate(short, mode="similarity", max_new_tokens=4)
+    begun = engine.generate(short, raw=True, mode="similarity", max_new_tokens=4)
     assert begun.num_cached_tokens == most(engine, begun.num_prompt_tokens)
-    assert engine.generate(corpus_texts()[1], max_new_tokens=1).num_cached_tokens < BLOCK
+    assert engine.generate(corpus_texts()[1], raw=True, max_new_tokens=1).num_cached_tokens < BLOCK
 
 
 def test_what_a_pack_decoded_is_read_again(load_engine: Callable[..., runtime.Engine]) -> None:
     engine = load_engine()
     prompt = prompt_of(engine, 40)
-    answer = engine.generate(prompt, mode="dense", max_new_tokens=60)
-    longer = engine.generate(prompt + answer.text, mode="dense", max_new_tokens=1)
+    answer = engine.generate(prompt, raw=True, mode="dense", max_new_tokens=60)
+    longer = engine.generate(prompt + answer.text, raw=True, mode="dense", max_new_tokens=1)
     whole_blocks = answer.num_prompt_tokens // BLOCK * BLOCK
     assert longer.num_cached_tokens == (answer.num_prompt_tokens if engine.decoder.calls_alike else whole_blocks)
 
@@ -94,24 +94,24 @@ def test_what_a_pack_decoded_is_read_again(load_engine: Callable[..., runtime.En
 def test_without_a_dense_ffn_only_the_same_pack_counts(load_engine: Callable[..., runtime.Engine]) -> None:
     engine = load_engine(dense=False)
     prompt = prompt_of(engine, 60)
-    engine.generate(prompt, max_new_tokens=2)
-    again = engine.generate(prompt, max_new_tokens=2)
+    engine.generate(prompt, raw=True, max_new_tokens=2)
+    again = engine.generate(prompt, raw=True, max_new_tokens=2)
     assert again.num_cached_tokens == most(engine, again.num_prompt_tokens)
     engine.decoder.truncate(0)
     engine.decoder.use(FfnChoice(cluster=(again.cluster + 1) % 4))
     for start in range(0, 48, BLOCK):
         engine.decoder.forward(engine.tokenizer.encode(prompt).ids[start : start + BLOCK])
-    assert engine.generate(prompt, max_new_tokens=2).num_cached_tokens == 0
+    assert engine.generate(prompt, raw=True, max_new_tokens=2).num_cached_tokens == 0
 
 
 def test_who_uses_the_decoder_does_no_harm(load_engine: Callable[..., runtime.Engine]) -> None:
     engine = load_engine()
     prompt = prompt_of(engine, 60)
-    expected = engine.generate(prompt, mode="dense", max_new_tokens=12)
+    expected = engine.generate(prompt, raw=True, mode="dense", max_new_tokens=12)
     engine.decoder.truncate(20)
     engine.decoder.use(DENSE)
     engine.decoder.forward([5, 6, 7] * 20)
-    assert same(engine.generate(prompt, mode="dense", max_new_tokens=12), expected)
+    assert same(engine.generate(prompt, raw=True, mode="dense", max_new_tokens=12), expected)
 
 
 def test_a_call_that_failed_empties_the_cache(
@@ -119,7 +119,7 @@ def test_a_call_that_failed_empties_the_cache(
 ) -> None:
     engine = load_engine()
     prompt = prompt_of(engine, 60)
-    expected = engine.generate(prompt, max_new_tokens=8)
+    expected = engine.generate(prompt, raw=True, max_new_tokens=8)
     calls = 0
     forward = engine.decoder.forward
 
@@ -133,16 +133,16 @@ def test_a_call_that_failed_empties_the_cache(
     with monkeypatch.context() as patch:
         patch.setattr(engine.decoder, "forward", fail_later)
         with pytest.raises(MemoryError):
-            engine.generate(prompt, max_new_tokens=8)
+            engine.generate(prompt, raw=True, max_new_tokens=8)
     assert engine.decoder.num_cached == 0
-    assert same(engine.generate(prompt, max_new_tokens=8), expected)
+    assert same(engine.generate(prompt, raw=True, max_new_tokens=8), expected)
 
 
 def test_messages_share_their_beginning(load_engine: Callable[..., runtime.Engine]) -> None:
     engine = load_engine()
     other = [SYSTEM[0], {"role": "user", "content": corpus_texts()[2]}]
-    expected = load_engine().generate(other, max_new_tokens=10)
+    expected = load_engine().generate(other, raw=True, max_new_tokens=10)
     engine.generate(SYSTEM, max_new_tokens=10)
-    got = engine.generate(other, max_new_tokens=10)
+    got = engine.generate(other, raw=True, max_new_tokens=10)
     assert got.num_cached_tokens >= BLOCK
     assert same(got, expected)

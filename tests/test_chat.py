@@ -294,3 +294,44 @@ def test_well_formed_messages_pass() -> None:
 )
 def test_the_users_last_message_is_routed(messages: Messages, text: str) -> None:
     assert routing_text(messages) == text
+
+
+# What a template leaves out
+
+FILTERED = "{% for m in messages %}[{{ m.role }}]{{ FILTER }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "m.content | upper",
+        "m.content | replace('e', '')",
+        "m.content | trim",
+        "'Note: ' ~ m.content[2:]",
+        "m.content | tojson",
+        "m.content | length",
+        "'German' if 'German' in m.content else 'English'",
+    ],
+)
+@pytest.mark.parametrize("role", ["system", "tool", "developer"])
+def test_a_template_may_change_what_is_said(content: str, role: str) -> None:
+    messages = [{"role": role, "content": "Speak German.\n"}, TURNS[2]]
+    assert render_chat(FILTERED.replace("FILTER", content), messages, special_tokens={}).startswith(f"[{role}]")
+
+
+@pytest.mark.parametrize("said", ["Be brief.", "user", "谢谢"])
+@pytest.mark.parametrize("role", ["system", "tool", "developer"])
+def test_a_template_that_leaves_a_message_out_is_refused(said: str, role: str) -> None:
+    """Also where the same text stands elsewhere."""
+    template = "{% for m in messages if m.role == 'user' %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    messages = [{"role": role, "content": said}, TURNS[2]]
+    with pytest.raises(ConfigError, match=rf"^messages\[0\]: this model's chat template leaves {role} messages out"):
+        render_chat(template, messages, special_tokens={})
+    assert render_chat(template, [{"role": role, "content": ""}, TURNS[2]], special_tokens={}) == "[user]谢谢"
+
+
+def test_a_second_system_message_that_is_left_out_is_refused() -> None:
+    messages = [SYSTEM, TURNS[0], {"role": "system", "content": "Be brief."}, TURNS[2]]
+    template = "{{ messages[0].content }}{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ConfigError, match=r"^messages\[2\]: "):
+        render_chat(template, messages, special_tokens={})

@@ -28,7 +28,7 @@ def test_log_softmax_is_that_of_torch() -> None:
 @pytest.mark.parametrize("sampled", [False, True])
 def test_logprobs_are_of_the_models_own_distribution(sampled: bool, engine: runtime.Engine) -> None:
     options = {**SAMPLED, "seed": 3} if sampled else {}
-    tokens = list(engine.stream(PROMPT, mode="dense", max_new_tokens=8, logprobs=5, **options))
+    tokens = list(engine.stream(PROMPT, raw=True, mode="dense", max_new_tokens=8, logprobs=5, **options))
     decoder = engine.decoder
     decoder.truncate(0)
     # As the engine reads: what is read in a block may be rounded in another way than what is decoded.
@@ -47,9 +47,9 @@ def test_logprobs_are_of_the_models_own_distribution(sampled: bool, engine: runt
 
 
 def test_none_are_given_unasked(engine: runtime.Engine) -> None:
-    got = engine.generate(PROMPT, max_new_tokens=4)
+    got = engine.generate(PROMPT, raw=True, max_new_tokens=4)
     assert (got.logprobs, got.top_logprobs) == ((), ())
-    chosen = engine.generate(PROMPT, max_new_tokens=4, logprobs=0)
+    chosen = engine.generate(PROMPT, raw=True, max_new_tokens=4, logprobs=0)
     assert chosen.token_ids == got.token_ids
     assert len(chosen.logprobs) == 4
     assert chosen.top_logprobs == ((),) * 4
@@ -57,7 +57,7 @@ def test_none_are_given_unasked(engine: runtime.Engine) -> None:
 
 
 def test_more_than_there_are_is_all(engine: runtime.Engine) -> None:
-    (token,) = engine.stream(PROMPT, max_new_tokens=1, logprobs=10**6)
+    (token,) = engine.stream(PROMPT, raw=True, max_new_tokens=1, logprobs=10**6)
     vocabulary = engine.manifest.model.vocab_size
     assert sorted(top.token_id for top in token.top_logprobs) == list(range(vocabulary))
     assert sum(np.exp(top.logprob) for top in token.top_logprobs) == pytest.approx(1)

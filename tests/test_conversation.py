@@ -10,6 +10,7 @@ import pytest
 from coreinfer import runtime
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.runtime.decoder import FfnChoice
+from coreinfer.runtime.literals import MarkedText
 from coreinfer.runtime.prompts import PromptFormat
 
 from .bundle_factory import list_again
@@ -78,7 +79,7 @@ def test_another_generation_in_between_costs_only_time(engine: runtime.Engine) -
     conversation = engine.conversation()
     options = runtime.GenerationOptions(max_new_tokens=6, mode="dense")
     conversation.send(PROMPT, options)
-    engine.generate(UNFAMILIAR, max_new_tokens=3)
+    engine.generate(UNFAMILIAR, raw=True, max_new_tokens=3)
     second = conversation.send("and salt", options)
     assert second.num_cached_tokens < 3
     prompt_ids = engine.decoder.cached.token_ids[: second.num_prompt_tokens]
@@ -158,25 +159,29 @@ def prompts(tiny_bundle: Callable[..., Path], tmp_path: Path) -> PromptFormat:
     return runtime.load(tiny_bundle("llama"), engine="native", threads=1).loaded.prompts
 
 
+def plain_ids(prompts: PromptFormat, text: str) -> list[int]:
+    return list(prompts.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
 def test_decoded_tokens_stay_as_they_are(prompts: PromptFormat) -> None:
-    canonical = prompts.encode("kitchen and storm", add_special_tokens=False)
-    letters = [token for letter in "kitchen" for token in prompts.encode(letter, add_special_tokens=False)]
+    canonical = plain_ids(prompts, "kitchen and storm")
+    letters = [token for letter in "kitchen" for token in plain_ids(prompts, letter)]
     assert canonical[: len(letters)] != letters
-    got = prompts.encode_after(letters, "kitchen and storm")
+    got = prompts.encode_after(letters, MarkedText(("kitchen and storm",)))
     assert got[: len(letters)] == letters
     assert prompts.tokenizer.decode(got) == "kitchen and storm"
 
 
 def test_another_text_is_tokenized_anew(prompts: PromptFormat) -> None:
-    letters = [token for letter in "kitchen" for token in prompts.encode(letter, add_special_tokens=False)]
-    assert prompts.encode_after(letters, "kit and storm") == prompts.encode("kit and storm", add_special_tokens=False)
-    assert prompts.encode_after([], "kit") == prompts.encode("kit", add_special_tokens=False)
+    letters = [token for letter in "kitchen" for token in plain_ids(prompts, letter)]
+    assert prompts.encode_after(letters, MarkedText(("kit and storm",))) == plain_ids(prompts, "kit and storm")
+    assert prompts.encode_after([], MarkedText(("kit",))) == plain_ids(prompts, "kit")
 
 
 def test_the_end_of_text_stays_where_the_template_writes_it(prompts: PromptFormat) -> None:
-    known = [*prompts.encode("tide", add_special_tokens=False), 2]
-    assert prompts.encode_after(known, "tide</s>wave")[: len(known)] == known
-    assert prompts.encode_after(known, "tide wave")[: len(known) - 1] == known[:-1]
+    known = [*plain_ids(prompts, "tide"), 2]
+    assert prompts.encode_after(known, MarkedText(("tide</s>wave",)))[: len(known)] == known
+    assert prompts.encode_after(known, MarkedText(("tide wave",)))[: len(known) - 1] == known[:-1]
 
 
 # Chat templates
@@ -213,7 +218,7 @@ def test_tools_reach_the_template(with_template: Callable[[str], runtime.Engine]
 
 def test_tools_that_nobody_takes_are_refused(engine: runtime.Engine) -> None:
     with pytest.raises(runtime.ConfigError, match="tools: they go with messages"):
-        engine.stream(PROMPT, tools=TOOLS)
+        engine.stream(PROMPT, tools=TOOLS, raw=True)
 
 
 def test_a_system_message_that_the_template_drops_is_refused(with_template: Callable[[str], runtime.Engine]) -> None:

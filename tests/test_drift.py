@@ -98,7 +98,9 @@ def test_a_lasting_change_swaps_the_pack(
 
     monkeypatch.setattr(engine.decoder, "use", record)
     tokens = list(
-        engine.stream(first[:40], mode="similarity", max_new_tokens=len(ids), drift_tokens=32, stop=["never there"])
+        engine.stream(
+            first[:40], raw=True, mode="similarity", max_new_tokens=len(ids), drift_tokens=32, stop=["never there"]
+        )
     )
     got = runtime.collect(tokens)
     assert [step.first_token for step in got.path] == [1, 129]
@@ -120,7 +122,7 @@ def test_without_drift_or_a_pack_nothing_is_swapped(
     first, second = two_topics(engine)
     ids = engine.tokenizer.encode(second).ids[1:129]
     force(ids)
-    got = engine.generate(first[:40], mode=mode, max_new_tokens=len(ids), drift_tokens=drift_tokens)
+    got = engine.generate(first[:40], raw=True, mode=mode, max_new_tokens=len(ids), drift_tokens=drift_tokens)
     assert [step.first_token for step in got.path] == [1]
 
 
@@ -128,5 +130,5 @@ def test_a_text_that_stays_keeps_its_pack(engine: runtime.Engine, force: Callabl
     first, _ = two_topics(engine)
     ids = engine.tokenizer.encode(first).ids[1:193]
     force(ids)
-    got = engine.generate(first[:40], mode="similarity", max_new_tokens=len(ids), drift_tokens=32)
+    got = engine.generate(first[:40], raw=True, mode="similarity", max_new_tokens=len(ids), drift_tokens=32)
     assert [step.cluster for step in got.path] == [engine.router.route(first).cluster]

@@ -242,7 +242,7 @@ def resident():
 
 before = resident()
 engine = runtime.load(sys.argv[1], engine="native", threads=2)
-answer = engine.generate("A star is born in the sky. " * 60, max_new_tokens=32, mode="similarity")
+answer = engine.generate("A star is born in the sky. " * 60, raw=True, max_new_tokens=32, mode="similarity")
 grown, decoder = resident() - before, engine.decoder
 cache = decoder.bytes_per_token(decoder.num_cached) - decoder.bytes_per_token(0)
 print(answer.cluster, decoder.num_cached, grown - cache)
@@ -294,7 +294,7 @@ def test_a_text_that_crosses_topics_swaps_packs(bundle: Path, monkeypatch: pytes
     forced = iter(ids)
     with monkeypatch.context() as patch:
         patch.setattr(Sampler, "sample", lambda *_: next(forced))
-        got = engine.generate(PROMPTS["cooking"][1], mode="similarity", max_new_tokens=len(ids))
+        got = engine.generate(PROMPTS["cooking"][1], raw=True, mode="similarity", max_new_tokens=len(ids))
     assert got.token_ids == tuple(ids)
     topics = {engine.router.route(texts[0]).cluster: topic for topic, texts in PROMPTS.items()}
     assert [topics[step.cluster] for step in got.path] == list(CROSSING)

@@ -57,7 +57,7 @@ def test_dense_greedy_is_transformers_generate(family: str, tiny_bundle: Callabl
     engine = load(tiny_bundle(family), mode="dense")
     for text in (PROMPT, corpus_texts()[7]):
         prompt_ids = build_tokenizer()(text)["input_ids"]
-        got = engine.generate(text, max_new_tokens=40)
+        got = engine.generate(text, raw=True, max_new_tokens=40)
         assert list(got.token_ids) == reference_ids(family, prompt_ids, max_new_tokens=40)
         assert got.num_prompt_tokens == len(prompt_ids)
         assert got.mode == "dense"
@@ -82,7 +82,7 @@ def test_similarity_reads_dense_and_decodes_with_the_nearest_pack(engine: runtim
     text_of_cluster = {engine.router.route(text).cluster: text for text in corpus_texts()}
     assert len(text_of_cluster) >= 2
     for cluster, text in text_of_cluster.items():
-        got = engine.generate(text, mode="similarity", max_new_tokens=12)
+        got = engine.generate(text, raw=True, mode="similarity", max_new_tokens=12)
         assert got.cluster == cluster
         pack = FfnChoice(cluster=cluster)
         assert list(got.token_ids) == greedy_ids(engine, text, DENSE, pack, 12)[: len(got.token_ids)]
@@ -96,10 +96,10 @@ def test_similarity_reads_dense_and_decodes_with_the_nearest_pack(engine: runtim
 def test_same_seed_gives_the_same_text(
     mode: runtime.Mode, engine: runtime.Engine, tiny_bundle: Callable[..., Path]
 ) -> None:
-    first = engine.generate(PROMPT, mode=mode, seed=5, max_new_tokens=25, **SAMPLED)
-    engine.generate(corpus_texts()[2], mode="fused", max_new_tokens=9)
-    again = engine.generate(PROMPT, mode=mode, seed=5, max_new_tokens=25, **SAMPLED)
-    fresh = load(tiny_bundle("llama"), mode=mode).generate(PROMPT, seed=5, max_new_tokens=25, **SAMPLED)
+    first = engine.generate(PROMPT, raw=True, mode=mode, seed=5, max_new_tokens=25, **SAMPLED)
+    engine.generate(corpus_texts()[2], raw=True, mode="fused", max_new_tokens=9)
+    again = engine.generate(PROMPT, raw=True, mode=mode, seed=5, max_new_tokens=25, **SAMPLED)
+    fresh = load(tiny_bundle("llama"), mode=mode).generate(PROMPT, raw=True, seed=5, max_new_tokens=25, **SAMPLED)
     assert len(first.token_ids) > 5
     assert first.token_ids == again.token_ids == fresh.token_ids
     assert first.text == again.text == fresh.text
@@ -107,20 +107,22 @@ def test_same_seed_gives_the_same_text(
 
 def test_modes_follow_each_other_without_a_trace(engine: runtime.Engine, tiny_bundle: Callable[..., Path]) -> None:
     modes: list[runtime.Mode] = ["dense", "similarity", "stability", "fused", "stability", "similarity", "dense"]
-    fresh = {mode: load(tiny_bundle("llama")).generate(PROMPT, mode=mode, max_new_tokens=20) for mode in modes}
+    fresh = {
+        mode: load(tiny_bundle("llama")).generate(PROMPT, raw=True, mode=mode, max_new_tokens=20) for mode in modes
+    }
     assert len({generation.token_ids for generation in fresh.values()}) >= 2
     for mode in modes:
-        assert engine.generate(PROMPT, mode=mode, max_new_tokens=20).token_ids == fresh[mode].token_ids
+        assert engine.generate(PROMPT, raw=True, mode=mode, max_new_tokens=20).token_ids == fresh[mode].token_ids
 
 
 def test_seeds_differ(engine: runtime.Engine) -> None:
-    texts = {engine.generate(PROMPT, temperature=1.0, seed=seed, max_new_tokens=12).text for seed in range(6)}
+    texts = {engine.generate(PROMPT, raw=True, temperature=1.0, seed=seed, max_new_tokens=12).text for seed in range(6)}
     assert len(texts) > 3
 
 
 def test_stream_is_generate_in_pieces(engine: runtime.Engine) -> None:
-    whole = engine.generate(PROMPT, max_new_tokens=25, temperature=0.8, seed=1)
-    tokens = list(engine.stream(PROMPT, max_new_tokens=25, temperature=0.8, seed=1))
+    whole = engine.generate(PROMPT, raw=True, max_new_tokens=25, temperature=0.8, seed=1)
+    tokens = list(engine.stream(PROMPT, raw=True, max_new_tokens=25, temperature=0.8, seed=1))
     assert "".join(token.text for token in tokens) == whole.text
     assert tuple(token.token_id for token in tokens) == whole.token_ids
     assert whole.text == engine.tokenizer.decode(list(whole.token_ids), skip_special_tokens=True)
@@ -128,7 +130,7 @@ def test_stream_is_generate_in_pieces(engine: runtime.Engine) -> None:
 
 
 def test_measurements_fit_each_other(engine: runtime.Engine) -> None:
-    tokens = list(engine.stream(PROMPT, max_new_tokens=10))
+    tokens = list(engine.stream(PROMPT, raw=True, max_new_tokens=10))
     count = len(tokens)
     assert count > 3
     assert [token.num_tokens for token in tokens] == list(range(1, count + 1))
@@ -140,7 +142,7 @@ def test_measurements_fit_each_other(engine: runtime.Engine) -> None:
     assert tokens[0].prefill_seconds > 0
     assert tokens[0].decode_tokens_per_second == 0
     assert tokens[-1].decode_tokens_per_second == pytest.approx((count - 1) / seconds[-1])
-    got = engine.generate(PROMPT, max_new_tokens=10)
+    got = engine.generate(PROMPT, raw=True, max_new_tokens=10)
     assert len(got.token_ids) == count
     assert got.decode_tokens_per_second == pytest.approx((count - 1) / got.decode_seconds)
 
@@ -149,31 +151,31 @@ def test_measurements_fit_each_other(engine: runtime.Engine) -> None:
 
 
 def test_max_new_tokens_ends_a_text(engine: runtime.Engine) -> None:
-    long = engine.generate(PROMPT, max_new_tokens=20)
-    short = engine.generate(PROMPT, max_new_tokens=7)
+    long = engine.generate(PROMPT, raw=True, max_new_tokens=20)
+    short = engine.generate(PROMPT, raw=True, max_new_tokens=7)
     assert short.token_ids == long.token_ids[:7]
     assert short.finish_reason == "length"
 
 
 @pytest.mark.parametrize("start", [0, 1, 9, 20])
 def test_a_stop_string_ends_a_text_and_is_left_out(start: int, engine: runtime.Engine) -> None:
-    whole = engine.generate(PROMPT, max_new_tokens=30).text
+    whole = engine.generate(PROMPT, raw=True, max_new_tokens=30).text
     stop = whole[start : start + 4]
-    got = engine.generate(PROMPT, max_new_tokens=30, stop=["never there", stop])
+    got = engine.generate(PROMPT, raw=True, max_new_tokens=30, stop=["never there", stop])
     assert got.text == whole[: whole.index(stop)]
     assert got.finish_reason == "stop"
     assert len(got.token_ids) < 30
 
 
 def test_end_of_text_comes_from_the_bundle(engine: runtime.Engine, tiny_bundle: Any, tmp_path: Path) -> None:
-    whole = engine.generate(PROMPT, max_new_tokens=30)
+    whole = engine.generate(PROMPT, raw=True, max_new_tokens=30)
     eos = whole.token_ids[7]
     position = whole.token_ids.index(eos)
     copy = Path(shutil.copytree(tiny_bundle("llama"), tmp_path / "copy"))
     defaults = json.loads((copy / LAYOUT.generation).read_text(encoding="utf-8"))
     (copy / LAYOUT.generation).write_text(json.dumps({**defaults, "eos_token_ids": [eos, 381]}), encoding="utf-8")
     list_again(copy)
-    got = load(copy).generate(PROMPT, max_new_tokens=30)
+    got = load(copy).generate(PROMPT, raw=True, max_new_tokens=30)
     assert got.token_ids == whole.token_ids[: position + 1]
     assert got.finish_reason == "stop"
     # The token that ends a text is no part of it.
@@ -184,7 +186,7 @@ def test_the_context_ends_a_text(engine: runtime.Engine) -> None:
     prompt_ids = engine.tokenizer.encode(" ".join(corpus_texts())).ids[1:240]
     prompt = engine.tokenizer.decode(prompt_ids)
     num_prompt = len(engine.tokenizer.encode(prompt).ids)
-    got = engine.generate(prompt, mode="dense", max_new_tokens=MAX_POSITIONS)
+    got = engine.generate(prompt, raw=True, mode="dense", max_new_tokens=MAX_POSITIONS)
     assert (got.num_prompt_tokens, got.finish_reason) == (num_prompt, "length")
     assert got.num_prompt_tokens + len(got.token_ids) == MAX_POSITIONS
     encoded = engine.tokenizer.encode(prompt).ids
@@ -195,11 +197,11 @@ def test_the_context_ends_a_text(engine: runtime.Engine) -> None:
 
 
 def test_auto_takes_the_dense_ffn_for_an_unfamiliar_prompt(engine: runtime.Engine) -> None:
-    got = engine.generate(UNFAMILIAR, max_new_tokens=15)
+    got = engine.generate(UNFAMILIAR, raw=True, max_new_tokens=15)
     assert (got.mode, got.familiar, got.fallback) == ("dense", False, "unfamiliar")
     assert got.distance > engine.manifest.router.distance_p99
-    assert got.token_ids == engine.generate(UNFAMILIAR, mode="dense", max_new_tokens=15).token_ids
-    usual = engine.generate(PROMPT, max_new_tokens=15)
+    assert got.token_ids == engine.generate(UNFAMILIAR, raw=True, mode="dense", max_new_tokens=15).token_ids
+    usual = engine.generate(PROMPT, raw=True, max_new_tokens=15)
     assert (usual.mode, usual.familiar, usual.fallback) == ("similarity", True, None)
     assert usual.distance <= engine.manifest.router.distance_p99
 
@@ -207,10 +209,10 @@ def test_auto_takes_the_dense_ffn_for_an_unfamiliar_prompt(engine: runtime.Engin
 def test_without_the_dense_ffn_packs_do_all(tiny_bundle: Callable[..., Path]) -> None:
     engine = load(tiny_bundle("llama", dense=False))
     for text in (PROMPT, UNFAMILIAR):
-        got = engine.generate(text, max_new_tokens=10)
+        got = engine.generate(text, raw=True, max_new_tokens=10)
         pack = FfnChoice(cluster=got.cluster)
         assert list(got.token_ids) == greedy_ids(engine, text, pack, pack, 10)[: len(got.token_ids)]
-        assert got.mode == engine.generate(text, mode="similarity", max_new_tokens=2).mode == "similarity"
+        assert got.mode == engine.generate(text, raw=True, mode="similarity", max_new_tokens=2).mode == "similarity"
     # The last one was unfamiliar: the cluster with most calibration text serves it, and its distance is that cluster's.
     clusters = engine.manifest.clusters
     assert (got.fallback, got.cluster) == ("unfamiliar", largest_cluster(engine.manifest))
@@ -219,7 +221,7 @@ def test_without_the_dense_ffn_packs_do_all(tiny_bundle: Callable[..., Path]) ->
     modes: list[runtime.Mode] = ["stability", "fused", "dense"]
     for mode in modes:
         with pytest.raises(runtime.ConfigError, match=f"mode '{mode}' needs the dense FFN.*--dense"):
-            engine.stream(PROMPT, mode=mode)
+            engine.stream(PROMPT, raw=True, mode=mode)
 
 
 def test_unrepaired_packs_leave_long_prompts_to_their_own_neurons(tiny_bundle: Callable[..., Path]) -> None:
@@ -227,7 +229,7 @@ def test_unrepaired_packs_leave_long_prompts_to_their_own_neurons(tiny_bundle: C
     least = engine.manifest.plan.stability_min_tokens
     ids = engine.tokenizer.encode(" ".join(corpus_texts()[0::4])).ids
     short, long = (engine.tokenizer.decode(ids[1 : least + extra]) for extra in (-30, 5))
-    modes = [engine.generate(text, max_new_tokens=1) for text in (short, long)]
+    modes = [engine.generate(text, raw=True, max_new_tokens=1) for text in (short, long)]
     assert [generation.num_prompt_tokens >= least for generation in modes] == [False, True]
     assert [generation.mode for generation in modes] == ["similarity", "stability"]
 
@@ -236,40 +238,40 @@ def test_unrepaired_packs_leave_long_prompts_to_their_own_neurons(tiny_bundle: C
 
 
 def test_a_second_stream_is_refused_until_the_first_is_closed(engine: runtime.Engine) -> None:
-    expected = engine.generate(PROMPT, max_new_tokens=12).token_ids
-    first = engine.stream(PROMPT, max_new_tokens=12)
+    expected = engine.generate(PROMPT, raw=True, max_new_tokens=12).token_ids
+    first = engine.stream(PROMPT, raw=True, max_new_tokens=12)
     head = [next(first).token_id for _ in range(3)]
     with pytest.raises(runtime.ConfigError, match="another generation is running"):
-        next(engine.stream(UNFAMILIAR))
+        next(engine.stream(UNFAMILIAR, raw=True))
     with pytest.raises(runtime.ConfigError, match="another generation is running"):
-        engine.generate(UNFAMILIAR)
+        engine.generate(UNFAMILIAR, raw=True)
     # The one that runs is none the worse for it.
     assert (*head, *(token.token_id for token in first)) == expected
-    second = engine.stream(PROMPT, max_new_tokens=12)
+    second = engine.stream(PROMPT, raw=True, max_new_tokens=12)
     next(second)
     second.close()
-    assert engine.generate(PROMPT, max_new_tokens=12).token_ids == expected
+    assert engine.generate(PROMPT, raw=True, max_new_tokens=12).token_ids == expected
 
 
 @pytest.mark.parametrize("mode", ["similarity", "fused"])
 def test_an_abandoned_stream_leaves_nothing_behind(mode: runtime.Mode, engine: runtime.Engine) -> None:
-    expected = engine.generate(PROMPT, mode="similarity", max_new_tokens=12).token_ids
-    stream = engine.stream(corpus_texts()[1], mode=mode, temperature=1.0, seed=3)
+    expected = engine.generate(PROMPT, raw=True, mode="similarity", max_new_tokens=12).token_ids
+    stream = engine.stream(corpus_texts()[1], raw=True, mode=mode, temperature=1.0, seed=3)
     for _ in range(4):
         next(stream)
     del stream
-    assert engine.generate(PROMPT, mode="similarity", max_new_tokens=12).token_ids == expected
+    assert engine.generate(PROMPT, raw=True, mode="similarity", max_new_tokens=12).token_ids == expected
 
 
 def test_a_stream_that_never_began_holds_nothing(engine: runtime.Engine) -> None:
-    waiting = engine.stream(PROMPT, max_new_tokens=12)
-    expected = engine.generate(UNFAMILIAR, max_new_tokens=12).token_ids
-    assert engine.generate(UNFAMILIAR, max_new_tokens=12).token_ids == expected
+    waiting = engine.stream(PROMPT, raw=True, max_new_tokens=12)
+    expected = engine.generate(UNFAMILIAR, raw=True, max_new_tokens=12).token_ids
+    assert engine.generate(UNFAMILIAR, raw=True, max_new_tokens=12).token_ids == expected
     assert len(list(waiting)) == 12
 
 
 def test_a_failing_decoder_frees_the_engine(engine: runtime.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = engine.generate(PROMPT, max_new_tokens=5).token_ids
+    expected = engine.generate(PROMPT, raw=True, max_new_tokens=5).token_ids
 
     def fail(*args: Any, **named: Any) -> np.ndarray:
         raise RuntimeError("out of memory")
@@ -277,19 +279,19 @@ def test_a_failing_decoder_frees_the_engine(engine: runtime.Engine, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(engine.decoder, "forward", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
-            engine.generate(PROMPT)
-    assert engine.generate(PROMPT, max_new_tokens=5).token_ids == expected
+            engine.generate(PROMPT, raw=True)
+    assert engine.generate(PROMPT, raw=True, max_new_tokens=5).token_ids == expected
 
 
 def test_two_threads_never_mix(engine: runtime.Engine) -> None:
     """What one thread gets while another generates is its whole text or a refusal."""
-    expected = {text: engine.generate(text, max_new_tokens=20).token_ids for text in corpus_texts()[:2]}
+    expected = {text: engine.generate(text, raw=True, max_new_tokens=20).token_ids for text in corpus_texts()[:2]}
     wrong: list[Any] = []
 
     def work(text: str) -> None:
         for _ in range(10):
             try:
-                got = engine.generate(text, max_new_tokens=20).token_ids
+                got = engine.generate(text, raw=True, max_new_tokens=20).token_ids
             except runtime.ConfigError:
                 continue
             if got != expected[text]:

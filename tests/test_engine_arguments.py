@@ -39,9 +39,9 @@ def engine(tiny_bundle: Callable[..., Path]) -> runtime.Engine:
 )
 def test_wrong_arguments_are_refused_at_the_call(options: Any, named: str, engine: runtime.Engine) -> None:
     with pytest.raises(runtime.ConfigError, match=named):
-        engine.stream(PROMPT, **options)
+        engine.stream(PROMPT, raw=True, **options)
     with pytest.raises(runtime.ConfigError, match=named):
-        engine.generate(PROMPT, **options)
+        engine.generate(PROMPT, raw=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_wrong_arguments_are_refused_at_the_call(options: Any, named: str, engin
 def test_wrong_prompts_are_refused_at_the_call(prompt: Any, named: str, engine: runtime.Engine) -> None:
     with pytest.raises(runtime.ConfigError, match=named):
         engine.stream(prompt)
-    assert engine.generate(PROMPT, max_new_tokens=1).finish_reason
+    assert engine.generate(PROMPT, raw=True, max_new_tokens=1).finish_reason
 
 
 def test_a_prompt_may_fill_all_but_one_position(engine: runtime.Engine) -> None:
@@ -70,7 +70,7 @@ def test_a_prompt_may_fill_all_but_one_position(engine: runtime.Engine) -> None:
         prompt += text
     num_tokens = len(engine.tokenizer.encode(prompt).ids)
     assert num_tokens >= MAX_POSITIONS - 2
-    got = engine.generate(prompt)
+    got = engine.generate(prompt, raw=True)
     assert (got.num_prompt_tokens, len(got.token_ids)) == (num_tokens, MAX_POSITIONS - num_tokens)
 
 
@@ -81,7 +81,7 @@ def test_messages_need_a_template(tiny_bundle: Any, tmp_path: Path) -> None:
     engine = load(copy)
     with pytest.raises(runtime.ConfigError, match="has no chat template; give the prompt as text"):
         engine.stream(DIALOGUE)
-    assert engine.generate(PROMPT, max_new_tokens=2).text
+    assert engine.generate(PROMPT, raw=True, max_new_tokens=2).text
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from coreinfer.evaluation.reference import TransformersSubject
 from coreinfer.evaluation.subjects import MODES, BundleSubject
 from coreinfer.evaluation.tasks import Tools, encode_pair
 from coreinfer.runtime.decoder import DENSE
+from tokenizers.processors import TemplateProcessing
 
-from .model_factory import corpus_texts
+from .model_factory import build_tokenizer, corpus_texts
 
 TEXTS = corpus_texts()
 
@@ -143,7 +144,7 @@ def test_a_mode_is_the_runtimes_own(tiny_bundle: Callable[..., Path]) -> None:
     ids = list(engine.tokenizer.encode(TEXTS[0]).ids)
     subject.read(ids, TEXTS[0])
     for mode in ("similarity", "stability", "fused"):
-        expected = engine.generate(TEXTS[0], mode=mode, max_new_tokens=6)
+        expected = engine.generate(TEXTS[0], raw=True, mode=mode, max_new_tokens=6)
         subject.begin(mode)
         got = [expected.token_ids[0]]
         while len(got) < len(expected.token_ids):
@@ -228,6 +229,28 @@ def test_what_does_not_fit_is_left_out_and_counted(tiny_bundle: Callable[..., Pa
     result = evaluate(EvaluationConfig(bundles=(tiny_bundle("llama"),), data=(str(path),), modes=("dense",)))
     assert result.num_skipped == {"completion_a": 1}
     assert {score.num_items for score in result.scores} == {1}
+
+
+def test_texts_begin_once_and_never_end() -> None:
+    tokenizer = build_tokenizer().backend_tokenizer
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tools = Tools(tokenizer=tokenizer, eos_ids=frozenset({2}), room=256)
+    plain = tokenizer.encode("tide", add_special_tokens=False).ids
+    # A chat template has written the first token already.
+    assert tools.encode("tide") == tools.encode("<s>tide") == [1, *plain]
+    more = tokenizer.encode(" ship", add_special_tokens=False).ids
+    assert encode_pair(tools, "tide", " ship") == ([1, *plain], more)
+    # Where nothing of the answer comes after the context's tokens, it has its own, without a beginning.
+    assert 1 not in encode_pair(tools, "tide and whale", "")[1]
+
+
+def test_the_harness_continues_what_the_assistant_began(tiny_bundle: Callable[..., Path]) -> None:
+    from coreinfer.evaluation.harness import CoreInferLM
+
+    model = CoreInferLM(bundle=str(tiny_bundle("llama")), threads=1)
+    history = [{"role": "user", "content": "soup"}, {"role": "assistant", "content": "salt"}]
+    assert model.apply_chat_template(history, add_generation_prompt=False) == "<|user|>soup</s><|assistant|>salt"
+    assert model.apply_chat_template(history[:1]) == "<|user|>soup</s><|assistant|>"
 
 
 HARNESS = """

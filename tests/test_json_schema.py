@@ -50,7 +50,13 @@ def test_what_a_random_model_says_is_valid(name: str, temperature: float, engine
     texts = set()
     for seed in range(4):
         got = engine.generate(
-            PROMPT, json_schema=SCHEMAS[name], temperature=temperature, seed=seed, max_new_tokens=100, top_k=50
+            PROMPT,
+            raw=True,
+            json_schema=SCHEMAS[name],
+            temperature=temperature,
+            seed=seed,
+            max_new_tokens=100,
+            top_k=50,
         )
         assert got.finish_reason == "stop"
         assert got.token_ids[-1] in engine.eos_token_ids
@@ -61,7 +67,7 @@ def test_what_a_random_model_says_is_valid(name: str, temperature: float, engine
 
 def test_a_schema_may_be_text_and_goes_with_other_options(engine: runtime.Engine) -> None:
     schema = json.dumps(SCHEMAS["object"])
-    got = engine.generate(PROMPT, json_schema=schema, max_new_tokens=100, repetition_penalty=1.3, logprobs=2)
+    got = engine.generate(PROMPT, raw=True, json_schema=schema, max_new_tokens=100, repetition_penalty=1.3, logprobs=2)
     assert valid("object", json.loads(got.text))
     # Log-probabilities are the model's own, which would rather have said something else.
     assert any(top[0].logprob > own for own, top in zip(got.logprobs, got.top_logprobs, strict=True))
@@ -69,7 +75,7 @@ def test_a_schema_may_be_text_and_goes_with_other_options(engine: runtime.Engine
 
 def test_without_a_schema_the_model_says_something_else(engine: runtime.Engine) -> None:
     with pytest.raises(json.JSONDecodeError):
-        json.loads(engine.generate(PROMPT, max_new_tokens=100).text)
+        json.loads(engine.generate(PROMPT, raw=True, max_new_tokens=100).text)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +92,9 @@ def test_without_a_schema_the_model_says_something_else(engine: runtime.Engine) 
 )
 def test_a_wrong_schema_is_refused_at_the_call(schema: Any, named: str, engine: runtime.Engine) -> None:
     with pytest.raises(runtime.ConfigError, match=named) as caught:
-        engine.stream(PROMPT, json_schema=schema)
+        engine.stream(PROMPT, raw=True, json_schema=schema)
     assert "\n" not in str(caught.value)
-    assert engine.generate(PROMPT, max_new_tokens=1).text is not None
+    assert engine.generate(PROMPT, raw=True, max_new_tokens=1).text is not None
 
 
 def test_without_the_package_the_error_says_what_to_install(
@@ -96,7 +102,7 @@ def test_without_the_package_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(runtime.ConfigError, match=r"pip install 'coreinfer\[json\]'"):
-        engine.stream(PROMPT, json_schema=SCHEMAS["array"])
+        engine.stream(PROMPT, raw=True, json_schema=SCHEMAS["array"])
 
 
 def test_a_mask_leaves_the_logits_alone(engine: runtime.Engine) -> None:

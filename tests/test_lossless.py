@@ -40,9 +40,9 @@ def fixed_length(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_equal(engine: runtime.Engine, prompt: Any, **options: Any) -> runtime.Generation:
     """Generate dense and lossless; returns the latter."""
-    dense = engine.generate(prompt, mode="dense", **options)
+    dense = engine.generate(prompt, raw=True, mode="dense", **options)
     dense_cached = list(engine.decoder.cached.token_ids)
-    got: runtime.Generation = engine.generate(prompt, mode="lossless", **options)
+    got: runtime.Generation = engine.generate(prompt, raw=True, mode="lossless", **options)
     assert (got.token_ids, got.text, got.finish_reason) == (dense.token_ids, dense.text, dense.finish_reason)
     assert (got.mode, dense.drafting) == ("lossless", None)
     assert got.drafting is not None
@@ -95,7 +95,7 @@ def test_greedy_options_give_the_dense_tokens(options: Any, tiny_bundle: Bundles
     loaded = load(tiny_bundle("llama"))
     got = check_equal(loaded, PROMPT, max_new_tokens=100, **options)
     if "logprobs" in options:
-        assert got.logprobs == loaded.generate(PROMPT, mode="dense", max_new_tokens=100, **options).logprobs
+        assert got.logprobs == loaded.generate(PROMPT, raw=True, mode="dense", max_new_tokens=100, **options).logprobs
 
 
 def test_what_stays_in_the_cache_is_the_dense_models(tiny_bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_what_stays_in_the_cache_is_the_dense_models(tiny_bundle: Bundles, monke
     loaded = load(tiny_bundle("gemma3", quantize="int4"))
     logits = {}
     for mode in ("dense", "lossless"):
-        loaded.generate(PROMPT, mode=mode, max_new_tokens=60)
+        loaded.generate(PROMPT, raw=True, mode=mode, max_new_tokens=60)
         loaded.decoder.use(DENSE)
         logits[mode] = loaded.decoder.forward([9])
     np.testing.assert_array_equal(logits["lossless"], logits["dense"])
@@ -129,14 +129,14 @@ def test_max_new_tokens_inside_a_draft(max_new_tokens: int, agreeing: runtime.En
 
 @pytest.mark.parametrize("place", [0, 1, 5, 8, 9, 20])
 def test_end_of_text_inside_a_draft(place: int, agreeing: runtime.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    token_ids = agreeing.generate(PROMPT, mode="dense", max_new_tokens=40).token_ids
+    token_ids = agreeing.generate(PROMPT, raw=True, mode="dense", max_new_tokens=40).token_ids
     monkeypatch.setattr(agreeing.loaded.prompts, "eos_token_ids", frozenset({token_ids[place]}))
     got = check_equal(agreeing, PROMPT, max_new_tokens=40)
     assert (got.finish_reason, got.token_ids) == ("stop", token_ids[: token_ids.index(token_ids[place]) + 1])
 
 
 def test_stop_strings_inside_a_draft(agreeing: runtime.Engine) -> None:
-    text = agreeing.generate(PROMPT, mode="dense", max_new_tokens=40).text
+    text = agreeing.generate(PROMPT, raw=True, mode="dense", max_new_tokens=40).text
     for start in range(4, min(len(text), 40), 6):
         got = check_equal(agreeing, PROMPT, max_new_tokens=40, stop=[text[start : start + 3]])
         assert got.finish_reason == "stop"
@@ -145,7 +145,7 @@ def test_stop_strings_inside_a_draft(agreeing: runtime.Engine) -> None:
 @pytest.mark.parametrize("room", [1, 2, 5, 8, 9, 13])
 def test_context_end_inside_a_draft(room: int, agreeing: runtime.Engine) -> None:
     words = " ".join(corpus_texts())
-    num_ids = len(agreeing.loaded.prompts.encode(words, add_special_tokens=True))
+    num_ids = len(agreeing.loaded.prompts.encode(words))
     assert num_ids > MAX_POSITIONS
     size = next(n for n in range(len(words)) if encoded(agreeing, words[:n]) == MAX_POSITIONS - room)
     got = check_equal(agreeing, words[:size], max_new_tokens=100)
@@ -153,11 +153,11 @@ def test_context_end_inside_a_draft(room: int, agreeing: runtime.Engine) -> None
 
 
 def encoded(engine: runtime.Engine, text: str) -> int:
-    return len(engine.loaded.prompts.encode(text, add_special_tokens=True))
+    return len(engine.loaded.prompts.encode(text))
 
 
 def test_closing_a_stream_early_leaves_no_draft(agreeing: runtime.Engine) -> None:
-    with closing(agreeing.stream(PROMPT, mode="lossless", max_new_tokens=40)) as stream:
+    with closing(agreeing.stream(PROMPT, raw=True, mode="lossless", max_new_tokens=40)) as stream:
         tokens = list(itertools.islice(stream, 13))
     assert agreeing.decoder.num_cached == tokens[-1].num_prompt_tokens + 12
 
@@ -180,7 +180,7 @@ def test_turns_of_a_conversation(tiny_bundle: Bundles) -> None:
 def test_lossless_needs_the_dense_ffn(tiny_bundle: Bundles) -> None:
     loaded = load(tiny_bundle("llama", dense=False))
     with pytest.raises(ConfigError, match="mode 'lossless' needs the dense FFN"):
-        loaded.generate(PROMPT, mode="lossless")
+        loaded.generate(PROMPT, raw=True, mode="lossless")
 
 
 # Sampling keeps the dense model's distribution.
@@ -290,8 +290,8 @@ def test_the_chi_square_test_finds_wrong_rules(
 def test_a_seed_gives_the_same_text_every_time(tiny_bundle: Bundles) -> None:
     loaded = load(tiny_bundle("llama", keep=0.9))
     options: dict[str, Any] = {"mode": "lossless", "temperature": 0.8, "top_k": 20, "seed": 3, "max_new_tokens": 100}
-    first = loaded.generate(PROMPT, **options)
+    first = loaded.generate(PROMPT, raw=True, **options)
     assert first.drafting is not None
     assert first.drafting.num_accepted > 0
-    assert loaded.generate(PROMPT, **options).token_ids == first.token_ids
-    assert loaded.generate(PROMPT, **{**options, "seed": 4}).token_ids != first.token_ids
+    assert loaded.generate(PROMPT, raw=True, **options).token_ids == first.token_ids
+    assert loaded.generate(PROMPT, raw=True, **{**options, "seed": 4}).token_ids != first.token_ids

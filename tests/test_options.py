@@ -39,39 +39,42 @@ def test_an_option_that_there_is_not_is_refused(method: str, engine: runtime.Eng
 )
 def test_wrong_options_are_refused(options: Any, named: str, engine: runtime.Engine) -> None:
     own = [] if "logit_bias" in options else [GenerationOptions]
-    for make in (*own, lambda **given: engine.stream(PROMPT, **given)):
+    for make in (*own, lambda **given: engine.stream(PROMPT, raw=True, **given)):
         with pytest.raises(runtime.ConfigError, match=named):
             make(**options)
 
 
 def test_a_prompt_that_leaves_too_little_room_is_refused_where_that_is_asked_for(engine: runtime.Engine) -> None:
     prompt = "word " * 60
-    cut = engine.generate(prompt, max_new_tokens=400)
+    cut = engine.generate(prompt, raw=True, max_new_tokens=400)
     room = engine.manifest.model.max_positions - cut.num_prompt_tokens
-    assert engine.generate(prompt, max_new_tokens=room, whole_length=True).num_prompt_tokens == cut.num_prompt_tokens
+    assert (
+        engine.generate(prompt, raw=True, max_new_tokens=room, whole_length=True).num_prompt_tokens
+        == cut.num_prompt_tokens
+    )
     with pytest.raises(runtime.ContextTooLong, match=f"ask for at most {room} tokens"):
-        engine.stream(prompt, max_new_tokens=room + 1, whole_length=True)
+        engine.stream(prompt, raw=True, max_new_tokens=room + 1, whole_length=True)
 
 
 def test_on_token_sees_every_token(engine: runtime.Engine) -> None:
     seen: list[runtime.Token] = []
-    got = engine.generate(PROMPT, max_new_tokens=6, on_token=seen.append)
+    got = engine.generate(PROMPT, raw=True, max_new_tokens=6, on_token=seen.append)
     assert tuple(token.token_id for token in seen) == got.token_ids
-    stream = engine.stream(PROMPT, max_new_tokens=6, on_token=seen.append)
+    stream = engine.stream(PROMPT, raw=True, max_new_tokens=6, on_token=seen.append)
     assert [next(stream), next(stream)] == seen[6:]
 
 
 def test_cancel_ends_a_generation_with_the_token_under_way(engine: runtime.Engine) -> None:
-    whole = engine.generate(PROMPT, max_new_tokens=20)
+    whole = engine.generate(PROMPT, raw=True, max_new_tokens=20)
     cancel = threading.Event()
 
     def count(token: runtime.Token) -> None:
         if token.num_tokens == 4:
             cancel.set()
 
-    got = engine.generate(PROMPT, max_new_tokens=20, on_token=count, cancel=cancel)
+    got = engine.generate(PROMPT, raw=True, max_new_tokens=20, on_token=count, cancel=cancel)
     assert (got.token_ids, got.finish_reason) == (whole.token_ids[:5], "cancelled")
     assert got.text == engine.tokenizer.decode(list(got.token_ids))
     # What ends by itself is not cancelled.
-    assert engine.generate(PROMPT, max_new_tokens=1, cancel=cancel).finish_reason == "length"
-    assert engine.generate(PROMPT, max_new_tokens=20).token_ids == whole.token_ids
+    assert engine.generate(PROMPT, raw=True, max_new_tokens=1, cancel=cancel).finish_reason == "length"
+    assert engine.generate(PROMPT, raw=True, max_new_tokens=20).token_ids == whole.token_ids

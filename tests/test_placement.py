@@ -183,9 +183,9 @@ def test_a_bounded_engine_says_what_an_unbounded_one_says(
     device = FakeDevice()
     counted = runtime.Engine(plain.bundle, on_device(plain.bundle, device, Sizes(plain.bundle).least_mb()))
     for prompt in (corpus_texts()[0], corpus_texts()[1], corpus_texts()[2], corpus_texts()[3]):
-        expected = plain.generate(prompt, mode=mode, max_new_tokens=12).token_ids
-        assert bounded.generate(prompt, mode=mode, max_new_tokens=12).token_ids == expected
-        assert counted.generate(prompt, mode=mode, max_new_tokens=12).token_ids == expected
+        expected = plain.generate(prompt, raw=True, mode=mode, max_new_tokens=12).token_ids
+        assert bounded.generate(prompt, raw=True, mode=mode, max_new_tokens=12).token_ids == expected
+        assert counted.generate(prompt, raw=True, mode=mode, max_new_tokens=12).token_ids == expected
     assert not device.peak["dense"]
 
 
@@ -206,12 +206,12 @@ def test_a_missing_wait_shows(kind: str, limit_mb: float | None, bundle: Callabl
 def test_the_pack_comes_while_the_prompt_is_read(bundle: Callable[..., Bundle]) -> None:
     opened, device = bundle(), FakeDevice()
     engine = runtime.Engine(opened, on_device(opened, device, Sizes(opened).least_mb()))
-    engine.generate(PROMPT, mode="similarity", max_new_tokens=2)
+    engine.generate(PROMPT, raw=True, mode="similarity", max_new_tokens=2)
     device.log.clear()
     other = next(
         text for text in corpus_texts() if engine.router.route(text).cluster != engine.router.route(PROMPT).cluster
     )
-    engine.generate(other, mode="similarity", max_new_tokens=3)
+    engine.generate(other, raw=True, mode="similarity", max_new_tokens=3)
     layers = [("copy", "layer"), *[("wait", "layer"), ("copy", "layer")] * (NUM_LAYERS - 1), ("wait", "layer")]
     assert device.log == [("copy", "pack"), *layers, ("wait", "pack")]
 

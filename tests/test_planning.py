@@ -94,7 +94,7 @@ def chosen_for_decoding(engine: runtime.Engine, prompt: str, mode: runtime.Mode)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.decoder, "use", record)
-        tokens = engine.generate(prompt, mode=mode, max_new_tokens=8).token_ids
+        tokens = engine.generate(prompt, raw=True, mode=mode, max_new_tokens=8).token_ids
     assert choices[0] is DENSE
     assert len(choices) == 2
     return choices[1], list(tokens)

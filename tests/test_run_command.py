@@ -92,12 +92,12 @@ def test_figures_say_when_the_router_is_unsure(bundle: Path, monkeypatch: pytest
 
 
 def test_raw_continues_the_text(bundle: Path, engine: runtime.Engine) -> None:
-    assert said(run(bundle, FIRST, "--raw", "-n", 9)) == engine.generate(FIRST, max_new_tokens=9).text + "\n"
+    assert said(run(bundle, FIRST, "--raw", "-n", 9)) == engine.generate(FIRST, raw=True, max_new_tokens=9).text + "\n"
     assert said(run(bundle, FIRST, "--raw", "-n", 9)) != said(run(bundle, FIRST, "-n", 9))
 
 
 def test_without_a_template_a_prompt_is_continued(without_template: Path, engine: runtime.Engine) -> None:
-    assert said(run(without_template, FIRST, "-n", 9)) == engine.generate(FIRST, max_new_tokens=9).text + "\n"
+    assert said(run(without_template, FIRST, "-n", 9)) == engine.generate(FIRST, raw=True, max_new_tokens=9).text + "\n"
 
 
 def test_json_holds_the_whole_generation(bundle: Path, engine: runtime.Engine) -> None:
@@ -125,14 +125,14 @@ def test_json_holds_the_whole_generation(bundle: Path, engine: runtime.Engine) -
     ],
 )
 def test_options_reach_the_engine(arguments: list[str], options: Any, bundle: Path, engine: runtime.Engine) -> None:
-    expected = engine.generate(FIRST, max_new_tokens=24, **options)
+    expected = engine.generate(FIRST, raw=True, max_new_tokens=24, **options)
     got = json.loads(said(run(bundle, FIRST, "--raw", "--json", "-n", 24, *arguments)))
     assert (got["token_ids"], got["mode"]) == (list(expected.token_ids), expected.mode)
-    assert got["token_ids"] != list(engine.generate(FIRST, max_new_tokens=24).token_ids)
+    assert got["token_ids"] != list(engine.generate(FIRST, raw=True, max_new_tokens=24).token_ids)
 
 
 def test_each_stop_counts(bundle: Path, engine: runtime.Engine) -> None:
-    whole = engine.generate(FIRST, max_new_tokens=24).text
+    whole = engine.generate(FIRST, raw=True, max_new_tokens=24).text
     stops = ("never there", whole[5:8])
     arguments = [item for stop in stops for item in ("--stop", stop)]
     assert said(run(bundle, FIRST, "--raw", "-n", 24, *arguments)) == whole[: whole.index(stops[1])] + "\n"
@@ -143,6 +143,45 @@ def test_the_system_message_comes_first(bundle: Path, engine: runtime.Engine) ->
     got = json.loads(said(run(bundle, FIRST, "--system", "Speak of law.", "-n", 9, "--json")))
     assert got["num_prompt_tokens"] == expected.num_prompt_tokens
     assert got["token_ids"] == list(expected.token_ids)
+
+
+def test_an_empty_system_message_is_one(bundle: Path, engine: runtime.Engine) -> None:
+    expected = engine.generate([{"role": "system", "content": ""}, user(FIRST)], max_new_tokens=9)
+    got = json.loads(said(run(bundle, FIRST, "--system", "", "-n", 9, "--json")))
+    assert got["num_prompt_tokens"] == expected.num_prompt_tokens
+    assert got["num_prompt_tokens"] > engine.generate(FIRST, max_new_tokens=1).num_prompt_tokens
+    chat = json.loads(said(run(bundle, "--chat", "--system", "", "-n", 9, "--json", text=FIRST)))
+    assert chat["num_prompt_tokens"] == expected.num_prompt_tokens
+    asked = run(bundle, "--chat", "--system", "", text="/system\n/reset\n")
+    assert asked.stderr == "system message: (empty)\nforgotten; the system message stays\n"
+
+
+def test_a_text_means_the_same_as_in_the_library(bundle: Path, engine: runtime.Engine) -> None:
+    assert said(run(bundle, FIRST, "-n", 9)) == engine.generate(FIRST, max_new_tokens=9).text + "\n"
+
+
+def test_control_tokens_are_text_unless_told_otherwise(bundle: Path) -> None:
+    arguments = [bundle, "a</s>b", "-n", 2, "--json"]
+    literal, parsed = (
+        json.loads(said(run(*arguments, *more)))["num_prompt_tokens"] for more in ([], ["--parse-special"])
+    )
+    # One token, or letters.
+    assert literal > parsed
+
+
+def test_variables_of_the_template(bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    (copy / LAYOUT.chat_template).write_text("{{ prefix }}{{ messages[0].content }}", encoding="utf-8")
+    list_again(copy)
+    options = ["-n", 2, "--json", "--chat-template-kwargs"]
+    got = json.loads(said(run(copy, "soup", *options, '{"prefix": "aaa"}')))
+    assert got["num_prompt_tokens"] == json.loads(said(run(copy, "aaasoup", *options, "{}")))["num_prompt_tokens"]
+
+
+def test_control_tokens_can_be_shown(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments, text in (([], "\n"), (["--show-special"], "<s><s>\n")):
+        monkeypatch.setattr("coreinfer.runtime.sampling.Sampler.sample", lambda *_: 1)
+        assert said(run(bundle, FIRST, "-n", 2, *arguments)) == text
 
 
 def test_the_prompt_may_come_from_standard_input(bundle: Path) -> None:
@@ -201,6 +240,11 @@ def refusal(result: Result) -> str:
         (["hello", "--threads", "0"], None, "threads: expected at least 1, got 0"),
         (["hello", "--raw", "--chat"], None, "--raw goes with neither --chat nor --system"),
         (["hello", "--raw", "--system", "x"], None, "--raw goes with neither --chat nor --system"),
+        (["hello", "--raw", "--system", ""], None, "--raw goes with neither --chat nor --system"),
+        (["hello", "--chat-template-kwargs", "{"], None, "--chat-template-kwargs: expected a JSON object"),
+        (["hello", "--chat-template-kwargs", "[1]"], None, "chat_template_kwargs: expected an object"),
+        (["hello", "--chat-template-kwargs", '{"tools": 1}'], None, "chat_template_kwargs: tools"),
+        (["hello", "--raw", "--chat-template-kwargs", '{"a": 1}'], None, "chat_template_kwargs: they go with messages"),
         (["hello", "--device", "abacus"], None, "device 'abacus': torch cannot use it here"),
     ],
 )

@@ -92,7 +92,7 @@ def test_no_usage_in_a_stream_that_did_not_ask(client: openai.OpenAI, model: str
 
 
 def test_completions(client: openai.OpenAI, engine: runtime.Engine, model: str) -> None:
-    expected = engine.generate(PROMPT, max_new_tokens=12, temperature=0.9, seed=7)
+    expected = engine.generate(PROMPT, raw=True, max_new_tokens=12, temperature=0.9, seed=7)
     whole = client.completions.create(model=model, prompt=PROMPT, **SEEDED)
     assert whole.choices[0].text == expected.text
     chunks = client.completions.create(model=model, prompt=[PROMPT], stream=True, **SEEDED)
@@ -103,7 +103,7 @@ def test_completions(client: openai.OpenAI, engine: runtime.Engine, model: str) 
 
 
 def test_stop_strings(client: openai.OpenAI, engine: runtime.Engine, model: str) -> None:
-    text = engine.generate(PROMPT, max_new_tokens=20, temperature=0).text
+    text = engine.generate(PROMPT, raw=True, max_new_tokens=20, temperature=0).text
     stop = text[len(text) // 2 :][:3]
     answer = client.completions.create(model=model, prompt=PROMPT, max_tokens=20, temperature=0, stop=stop)
     assert answer.choices[0].text == text[: text.index(stop)]
@@ -417,6 +417,6 @@ def test_two_bundles_side_by_side(tiny_bundle: Callable[..., Path]) -> None:
     with serving(*paths) as server, server.client() as client:
         assert [card.id for card in client.models.list()] == [path.name for path in paths]
         for path in paths:
-            expected = runtime.load(path, engine="native", threads=1).generate(PROMPT, max_new_tokens=6)
+            expected = runtime.load(path, engine="native", threads=1).generate(PROMPT, raw=True, max_new_tokens=6)
             answer = client.completions.create(model=path.name, prompt=PROMPT, max_tokens=6, temperature=0)
             assert answer.choices[0].text == expected.text

@@ -77,6 +77,25 @@ def test_an_answer_is_a_message_of_the_next_turn(client: openai.OpenAI, engine: 
     assert again.choices[0].message.content == expected.text
 
 
+def test_how_a_conversation_is_written(client: openai.OpenAI, engine: runtime.Engine) -> None:
+    begun = [*ask(), {"role": "assistant", "content": "The tide"}]
+    for extra, options in (
+        ({"continue_final_message": True, "add_generation_prompt": False}, {"continue_final_message": True}),
+        ({"continue_final_message": False, "add_generation_prompt": True}, {"continue_final_message": False}),
+        ({"skip_special_tokens": False, "parse_special": True}, {"skip_special_tokens": False, "parse_special": True}),
+    ):
+        answer = client.chat.completions.create(model="m", messages=begun, extra_body=extra, **SEEDED)
+        expected = engine.generate(begun, max_new_tokens=12, temperature=0.9, seed=7, **options)  # type: ignore[arg-type]
+        assert answer.choices[0].message.content == expected.text
+    with pytest.raises(openai.BadRequestError, match="add_generation_prompt: expected the contrary"):
+        client.chat.completions.create(model="m", messages=begun, extra_body={"add_generation_prompt": False})
+    with pytest.raises(
+        openai.BadRequestError, match="chat_template_kwargs: this model's chat template knows no thinking"
+    ):
+        extra = {"chat_template_kwargs": {"thinking": True}}
+        client.chat.completions.create(model="m", messages=begun, extra_body=extra)
+
+
 # Tools
 
 
@@ -134,7 +153,9 @@ def test_no_tools_where_none_are_to_be_called(client: openai.OpenAI) -> None:
 
 
 def test_several_answers_have_seeds_of_their_own(client: openai.OpenAI, engine: runtime.Engine) -> None:
-    expected = [engine.generate(PROMPT, max_new_tokens=12, temperature=0.9, seed=seed).text for seed in (7, 8, 9)]
+    expected = [
+        engine.generate(PROMPT, raw=True, max_new_tokens=12, temperature=0.9, seed=seed).text for seed in (7, 8, 9)
+    ]
     assert len(set(expected)) == 3
     whole = client.completions.create(model="m", prompt=PROMPT, n=3, best_of=3, **SEEDED)
     assert [(choice.index, choice.text) for choice in whole.choices] == list(enumerate(expected))
@@ -160,7 +181,7 @@ def test_several_answers_have_seeds_of_their_own(client: openai.OpenAI, engine: 
 def test_several_prompts(client: openai.OpenAI, engine: runtime.Engine) -> None:
     prompts = [PROMPT, "The sea"]
     answer = client.completions.create(model="m", prompt=prompts, max_tokens=6, temperature=0)
-    expected = [engine.generate(prompt, max_new_tokens=6) for prompt in prompts]
+    expected = [engine.generate(prompt, raw=True, max_new_tokens=6) for prompt in prompts]
     assert [choice.text for choice in answer.choices] == [got.text for got in expected]
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == sum(got.num_prompt_tokens for got in expected)
@@ -175,7 +196,7 @@ def test_more_answers_than_places_are_refused_and_leave_none_behind(
 
 
 def test_echo(client: openai.OpenAI, engine: runtime.Engine) -> None:
-    expected = PROMPT + engine.generate(PROMPT, max_new_tokens=6).text
+    expected = PROMPT + engine.generate(PROMPT, raw=True, max_new_tokens=6).text
     options: dict[str, Any] = {"model": "m", "prompt": PROMPT, "echo": True, "max_tokens": 6, "temperature": 0}
     assert client.completions.create(**options).choices[0].text == expected
     chunks = client.completions.create(stream=True, **options)
@@ -183,13 +204,13 @@ def test_echo(client: openai.OpenAI, engine: runtime.Engine) -> None:
 
 
 def test_penalties_and_biases(client: openai.OpenAI, engine: runtime.Engine) -> None:
-    first = engine.generate(PROMPT, max_new_tokens=30).token_ids[0]
+    first = engine.generate(PROMPT, raw=True, max_new_tokens=30).token_ids[0]
     for ours, theirs in (
         ({"presence_penalty": 1.5}, {"presence_penalty": 1.5}),
         ({"frequency_penalty": 2.0}, {"frequency_penalty": 2}),
         ({"logit_bias": {first: -100.0}}, {"logit_bias": {str(first): -100}}),
     ):
-        expected = engine.generate(PROMPT, max_new_tokens=30, **ours)  # type: ignore[arg-type]
+        expected = engine.generate(PROMPT, raw=True, max_new_tokens=30, **ours)  # type: ignore[arg-type]
         answer = client.completions.create(model="m", prompt=PROMPT, max_tokens=30, temperature=0, **theirs)  # type: ignore[call-overload]
         assert answer.choices[0].text == expected.text
     assert first not in expected.token_ids

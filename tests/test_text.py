@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.runtime.text import TextStream
+from coreinfer.runtime.text import TextStream, text_after, token_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -279,3 +279,99 @@ def test_a_wrong_stop_string_is_named(stop: Any, message: str) -> None:
 def test_a_tokenizer_without_a_decoder_serves() -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     assert run(tokenizer, [0, 1, 0])[0] == ["a", " b", " a", ""]
+
+
+# After other text
+
+
+@pytest.mark.parametrize("name", ["byte_level", "sentencepiece", "metaspace", "word_piece"])
+@pytest.mark.parametrize(("before", "after"), [("the dog", " the fox"), ("the dog,", "  lazy"), ("the", "dog")])
+def test_a_text_and_what_follows_are_the_whole_text(name: str, before: str, after: str) -> None:
+    if name == "word_piece":
+        # Words alone: its decoder writes its own blanks.
+        before, after = "the dog", " the fox"
+    tokenizer = TOKENIZERS[name]
+    before_ids = tokenizer.encode(before, add_special_tokens=False).ids
+    whole_ids = tokenizer.encode(before + after, add_special_tokens=False).ids
+    if whole_ids[: len(before_ids)] != before_ids:
+        # Letter by letter it is the same text, without tokens across the border.
+        assert after == "dog"
+        after_ids = [ids(name, letter)[0] for letter in after]
+    else:
+        after_ids = whole_ids[len(before_ids) :]
+    stream = TextStream(tokenizer, after_ids=before_ids)
+    assert "".join([*map(stream.push, after_ids), stream.flush()]) == after
+    assert text_after(tokenizer, before_ids, after_ids) == after
+
+
+@every_tokenizer
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_pieces_after_other_text_are_all_that_tokens_add(name: str, data: st.DataObject) -> None:
+    before_ids, token_ids = data.draw(ids_of(name)), data.draw(ids_of(name))
+    stream = TextStream(TOKENIZERS[name], after_ids=before_ids)
+    pieces = [stream.push(token_id) for token_id in token_ids]
+    assert "".join([*pieces, stream.flush()]) == text_after(TOKENIZERS[name], before_ids, token_ids)
+
+
+def test_bytes_before_a_text_do_not_change_with_it() -> None:
+    tokenizer = TOKENIZERS["sentencepiece"]
+    before_ids = ids("sentencepiece", "▁the", "<0x0A>")
+    assert text_after(tokenizer, before_ids, ids("sentencepiece", "▁", "<0xFF>", "a")) == " �a"
+
+
+def test_a_blank_after_a_special_token_is_the_tokenizers_own_where_it_writes_one() -> None:
+    # Prepends a blank to each stretch between special tokens.
+    own = TOKENIZERS["sentencepiece"]
+    assert text_after(own, ids("sentencepiece", "<s>"), ids("sentencepiece", "▁the", "▁dog")) == "the dog"
+    first_only = Tokenizer.from_str(TOKENIZERS["metaspace"].to_str())
+    first_only.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    first_only.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
+    assert text_after(first_only, ids("metaspace", "<s>"), ids("metaspace", "▁the", "▁dog")) == " the dog"
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "text"),
+    [
+        ("byte_level", "Ġ", " "),
+        ("byte_level", "a", "a"),
+        ("byte_level", "ð", "�"),
+        ("byte_level", "<|end|>", "<|end|>"),
+        ("sentencepiece", "▁the", " the"),
+        ("sentencepiece", "he", "he"),
+        ("sentencepiece", "▁", " "),
+        ("sentencepiece", "▁▁", "  "),
+        ("sentencepiece", "<0x0A>", "\n"),
+        ("sentencepiece", "<0xFF>", "�"),
+        ("sentencepiece", "<s>", "<s>"),
+        ("metaspace", "▁the", " the"),
+        ("metaspace", "he", "he"),
+    ],
+)
+def test_a_tokens_own_text_keeps_its_blank(name: str, token: str, text: str) -> None:
+    assert token_text(TOKENIZERS[name], ids(name, token)[0]) == text
+
+
+# Special tokens
+
+
+def test_special_tokens_are_shown_to_those_who_ask() -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    token_ids = ids("byte_level", "a", "<|end|>", "b")
+    stream = TextStream(tokenizer, skip_special_tokens=False)
+    assert [stream.push(token_id) for token_id in token_ids] == ["a", "<|end|>", "b"]
+    assert run(tokenizer, token_ids)[0] == ["a", "", "b", ""]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_special_tokens_name_stops_where_the_token_comes(skip: bool) -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    stream = TextStream(tokenizer, ["<|end|>", "bc"], skip_special_tokens=skip)
+    # The "b" was held back: it might have begun the other one.
+    assert [stream.push(token_id) for token_id in ids("byte_level", "a", "b", "<|end|>", "c")] == ["a", "", "b", ""]
+    assert stream.stopped
+    assert stream.flush() == ""
+
+
+def test_a_special_tokens_name_in_letters_stops_too() -> None:
+    assert run(TOKENIZERS["byte_level"], letters("a<|end|>b"), ["<|end|>"]) == (["a", *[""] * 9], True)

@@ -173,7 +173,7 @@ def test_generating_leaves_the_file_as_it_is(bundle_copy: Path) -> None:
     engine = runtime.load(bundle_copy, device="cpu", dtype="bfloat16")
     modes: list[runtime.Mode] = ["similarity", "stability", "fused", "dense"]
     for mode in modes:
-        engine.generate("The sea text number 3", mode=mode, max_new_tokens=4)
+        engine.generate("The sea text number 3", raw=True, mode=mode, max_new_tokens=4)
     assert {path: path.read_bytes() for path in bundle_copy.rglob("*") if path.is_file()} == before
 
 
@@ -284,7 +284,9 @@ def test_every_file_counts(damage: Callable[[Path], None], bundle_copy: Path) ->
         assert expected in str(caught.value)
         assert "\n" not in str(caught.value)
         path.write_bytes(whole)
-    assert runtime.load(bundle_copy, device="cpu", dtype="float32").generate("sea", max_new_tokens=1).token_ids
+    assert (
+        runtime.load(bundle_copy, device="cpu", dtype="float32").generate("sea", raw=True, max_new_tokens=1).token_ids
+    )
 
 
 def test_all_damaged_files_are_named_at_once(bundle_copy: Path) -> None:
