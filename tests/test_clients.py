@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 from coreinfer import runtime
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SecretStr
 
 from .engine_inputs import PROMPT
 from .server_process import RunningServer, serving
@@ -29,7 +29,7 @@ class Weather(BaseModel):
     days: Literal[1, 2, 3]
 
 
-TOOL: dict[str, Any] = {
+TOOL: Any = {
     "type": "function",
     "function": {
         "name": "Weather",
@@ -92,9 +92,9 @@ def test_openai_calls_in_a_loop(server: RunningServer, name: str) -> None:
     with server.client() as client:
         messages: list[Any] = [*ASK]
         for seed in range(3):
-            answer = client.chat.completions.create(
+            answer: Any = client.chat.completions.create(
                 model=name, messages=messages, tools=[TOOL], tool_choice="required", max_tokens=CALL_TOKENS, seed=seed
-            )  # type: ignore[call-overload]
+            )
             message = answer.choices[0].message
             messages.append(message)
             for call in message.tool_calls:
@@ -102,9 +102,9 @@ def test_openai_calls_in_a_loop(server: RunningServer, name: str) -> None:
                 messages.append({"role": "tool", "tool_call_id": call.id, "content": "rain"})
         with client.chat.completions.stream(
             model=name, messages=messages, tools=[TOOL], tool_choice="required", max_tokens=CALL_TOKENS
-        ) as stream:  # type: ignore[call-overload]
-            calls = stream.get_final_completion().choices[0].message.tool_calls
-        Weather.model_validate_json(calls[0].function.arguments)
+        ) as stream:
+            final: Any = stream.get_final_completion()
+        Weather.model_validate_json(final.choices[0].message.tool_calls[0].function.arguments)
 
 
 # langchain-openai
@@ -114,9 +114,8 @@ def test_openai_calls_in_a_loop(server: RunningServer, name: str) -> None:
 def langchain(server: RunningServer, name: str) -> Any:
     from langchain_openai import ChatOpenAI
 
-    return ChatOpenAI(
-        model=name, base_url=f"{server.url}/v1", api_key=server.key, temperature=0, max_tokens=NUM_TOKENS, max_retries=0
-    )
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": NUM_TOKENS, "max_retries": 0}
+    return ChatOpenAI(model=name, base_url=f"{server.url}/v1", api_key=SecretStr(server.key), **options)
 
 
 def test_langchain(langchain: Any, text: str) -> None:

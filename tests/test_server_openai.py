@@ -79,21 +79,20 @@ def test_an_answer_is_a_message_of_the_next_turn(client: openai.OpenAI, engine: 
 
 def test_how_a_conversation_is_written(client: openai.OpenAI, engine: runtime.Engine) -> None:
     begun = [*ask(), {"role": "assistant", "content": "The tide"}]
-    for extra, options in (
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"continue_final_message": True, "add_generation_prompt": False}, {"continue_final_message": True}),
         ({"continue_final_message": False, "add_generation_prompt": True}, {"continue_final_message": False}),
         ({"skip_special_tokens": False, "parse_special": True}, {"skip_special_tokens": False, "parse_special": True}),
-    ):
+    ]
+    for extra, options in cases:
         answer = client.chat.completions.create(model="m", messages=begun, extra_body=extra, **SEEDED)
-        expected = engine.generate(begun, max_new_tokens=12, temperature=0.9, seed=7, **options)  # type: ignore[arg-type]
+        expected = engine.generate(begun, max_new_tokens=12, temperature=0.9, seed=7, **options)
         assert answer.choices[0].message.content == expected.text
     with pytest.raises(openai.BadRequestError, match="add_generation_prompt: expected the contrary"):
         client.chat.completions.create(model="m", messages=begun, extra_body={"add_generation_prompt": False})
-    with pytest.raises(
-        openai.BadRequestError, match="chat_template_kwargs: this model's chat template knows no thinking"
-    ):
-        extra = {"chat_template_kwargs": {"thinking": True}}
-        client.chat.completions.create(model="m", messages=begun, extra_body=extra)
+    unknown: Any = {"chat_template_kwargs": {"thinking": True}}
+    with pytest.raises(openai.BadRequestError, match=r"chat_template_kwargs: .* knows no thinking"):
+        client.chat.completions.create(model="m", messages=begun, extra_body=unknown)
 
 
 # Tools
@@ -205,13 +204,14 @@ def test_echo(client: openai.OpenAI, engine: runtime.Engine) -> None:
 
 def test_penalties_and_biases(client: openai.OpenAI, engine: runtime.Engine) -> None:
     first = engine.generate(PROMPT, raw=True, max_new_tokens=30).token_ids[0]
-    for ours, theirs in (
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"presence_penalty": 1.5}, {"presence_penalty": 1.5}),
         ({"frequency_penalty": 2.0}, {"frequency_penalty": 2}),
         ({"logit_bias": {first: -100.0}}, {"logit_bias": {str(first): -100}}),
-    ):
-        expected = engine.generate(PROMPT, raw=True, max_new_tokens=30, **ours)  # type: ignore[arg-type]
-        answer = client.completions.create(model="m", prompt=PROMPT, max_tokens=30, temperature=0, **theirs)  # type: ignore[call-overload]
+    ]
+    for ours, theirs in cases:
+        expected = engine.generate(PROMPT, raw=True, max_new_tokens=30, **ours)
+        answer = client.completions.create(model="m", prompt=PROMPT, max_tokens=30, temperature=0, **theirs)
         assert answer.choices[0].text == expected.text
     assert first not in expected.token_ids
 
@@ -220,9 +220,10 @@ def test_penalties_and_biases(client: openai.OpenAI, engine: runtime.Engine) -> 
 
 
 def test_what_does_not_fit_into_the_context(client: openai.OpenAI) -> None:
-    for options in ({"prompt": "word " * 3000}, {"prompt": "x " * 100, "max_tokens": 2040}):
+    cases: list[dict[str, Any]] = [{"prompt": "word " * 3000}, {"prompt": "x " * 100, "max_tokens": 2040}]
+    for options in cases:
         with pytest.raises(openai.BadRequestError) as caught:
-            client.completions.create(model="m", **options)  # type: ignore[call-overload]
+            client.completions.create(model="m", **options)
         assert caught.value.code == "context_length_exceeded"
     # What a client did not ask for need not fit.
     assert client.chat.completions.create(model="m", messages=ask(), max_tokens=3).choices

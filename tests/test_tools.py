@@ -152,8 +152,8 @@ def test_calls_and_results_reach_a_template_that_takes_tools() -> None:
     text = render_chat(QWEN, TURNS, special_tokens={}, tools=TOOLS)
     assert text.startswith(json.dumps(TOOLS))
     assert '<assistant><tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><tool>rain' in text
-    names = "{{ tools is none }}{% for m in messages %}{{ m.name }};{% endfor %}"
-    assert render_chat(names, TURNS, special_tokens={}) == "True;;weather;;"
+    names = "{{ tools is none }}{% for m in messages %}{{ m.name }}:{{ m.content }};{% endfor %}"
+    assert render_chat(names, TURNS[1:], special_tokens={}) == "True:;weather:rain;:Thanks.;"
 
 
 def test_calls_are_the_same_text_as_from_transformers() -> None:
@@ -162,8 +162,8 @@ def test_calls_are_the_same_text_as_from_transformers() -> None:
 
     assert transformers
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
-    turns = [*ASK, {"role": "assistant", "content": "", "tool_calls": [call]}, TURNS[2]]
-    expected = build_tokenizer().apply_chat_template(turns, tools=TOOLS, chat_template=QWEN, tokenize=False)
+    turns: list[Any] = [*ASK, {"role": "assistant", "content": "", "tool_calls": [call]}, TURNS[2]]
+    expected = build_tokenizer().apply_chat_template(turns, tools=[*TOOLS], chat_template=QWEN, tokenize=False)
     assert render_chat(QWEN, TURNS[:3], special_tokens={}, tools=TOOLS, add_generation_prompt=False) == expected
 
 
