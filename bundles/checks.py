@@ -9,6 +9,7 @@ from .errors import ConfigError, join_problems
 
 __all__ = [
     "Check",
+    "between",
     "instance_of",
     "not_empty",
     "number",
@@ -63,6 +64,13 @@ def number(*, above: float = -math.inf, least: float = -math.inf) -> Check:
     bounds = f"above {above:g}" if math.isfinite(above) else f"of at least {least:g}"
     return Check(
         expected=f"a number {bounds}", holds=lambda value: _is_number(value) and value > above and value >= least
+    )
+
+
+def between(low: float, high: float) -> Check:
+    """Expect a number from one bound to another, both allowed."""
+    return Check(
+        expected=f"a number in [{low:g}, {high:g}]", holds=lambda value: _is_number(value) and low <= value <= high
     )
 
 

@@ -2,6 +2,7 @@
 
     CoreInferError
     ├── ConfigError              an option or an argument is wrong
+    │   └── ContextTooLong       a prompt and its answer are longer than the model reads
     ├── UnsupportedModelError    the model's family has no row in the family table
     ├── CalibrationError         the calibration text cannot serve
     ├── ModelOutputError         what the model computed are no finite numbers
@@ -23,6 +24,7 @@ __all__ = [
     "BundleVersionError",
     "CalibrationError",
     "ConfigError",
+    "ContextTooLong",
     "CoreInferError",
     "GenerationCancelled",
     "ModelOutputError",
@@ -37,6 +39,10 @@ class CoreInferError(Exception):
 
 class ConfigError(CoreInferError):
     """An option or an argument is wrong."""
+
+
+class ContextTooLong(ConfigError):
+    """A prompt, or a prompt with the answer that is asked for, is longer than what the model reads."""
 
 
 class UnsupportedModelError(CoreInferError):

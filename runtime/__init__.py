@@ -12,6 +12,7 @@ from coreinfer.bundles import (
     BundleNotFound,
     BundleVersionError,
     ConfigError,
+    ContextTooLong,
     CoreInferError,
     GenerationCancelled,
     ModelOutputError,
@@ -21,6 +22,7 @@ from .conversation import Conversation
 from .engine import Engine, load
 from .generation import Drafting, Generation, Mode, PathStep, Token, TopLogprob, collect
 from .options import GenerationOptions
+from .tools import ToolCall
 
 __all__ = [
     "BundleCorrupt",
@@ -28,6 +30,7 @@ __all__ = [
     "BundleNotFound",
     "BundleVersionError",
     "ConfigError",
+    "ContextTooLong",
     "Conversation",
     "CoreInferError",
     "Drafting",
@@ -39,6 +42,7 @@ __all__ = [
     "ModelOutputError",
     "PathStep",
     "Token",
+    "ToolCall",
     "TopLogprob",
     "collect",
     "load",

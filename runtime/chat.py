@@ -20,12 +20,14 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-__all__ = ["check_messages", "render_chat", "routing_text"]
+from .tool_prompts import call_problems, described, for_template
+
+__all__ = ["check_messages", "render_chat", "routing_text", "takes_tools"]
 
 
 def render_chat(
     template: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     special_tokens: Mapping[str, str],
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -39,7 +41,8 @@ def render_chat(
         template: a Hugging Face chat template, in jinja2's language.
         messages: as `check_messages` wants them; other keys reach the template too, if JSON can hold their values.
         special_tokens: the tokens that the template may name, such as `bos_token`, with their text.
-        tools: JSON schemas of functions that the model may call.
+        tools: JSON schemas of functions that the model may call. For a template that takes none they are described in
+            the system message, and calls and results are written as plain messages.
         variables: others that the template knows, such as `enable_thinking`.
         add_generation_prompt: end with what introduces the assistant's answer.
         continue_final_message: end with the last message's own text, which is to be continued; nothing introduces an
@@ -52,16 +55,19 @@ def render_chat(
     """
     check_messages(messages)
     if tools:
-        _check_tools(template, tools)
+        _check_tools(tools)
     _check_variables(template, variables or {})
+    turns, offered = for_template(_plain("messages", messages)), _plain("tools", tools) if tools else None
+    if _names_calls(turns, offered) and not takes_tools(template):
+        turns, offered = described(turns, offered or []), None
     values: dict[str, Any] = {
         **special_tokens,
         "documents": None,
         **_plain("chat_template_kwargs", [variables or {}])[0],
-        "messages": _plain("messages", messages),
+        "messages": turns,
         "add_generation_prompt": add_generation_prompt and not continue_final_message,
         # Templates ask `tools is none`, which is false of a name that is not there.
-        "tools": _plain("tools", tools) if tools else None,
+        "tools": offered,
     }
     text = _up_to_last(template, values) if continue_final_message else _render(template, values)
     _check_left_out(template, values)
@@ -99,11 +105,22 @@ def _mark() -> str:
     return str(secrets.randbelow(9 * 10**23) + 10**23)
 
 
-def _check_tools(template: str, tools: object) -> None:
+def takes_tools(template: str) -> bool:
+    """Whether a chat template writes the tools that it is given.
+
+    Raises:
+        ConfigError: it is no template.
+    """
+    return "tools" in _names(template)
+
+
+def _check_tools(tools: object) -> None:
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ConfigError(f"tools: expected a list of JSON schemas, got {_short(tools)}")
-    if "tools" not in _names(template):
-        raise ConfigError("tools: this model's chat template takes none; describe them in a message")
+
+
+def _names_calls(messages: Sequence[Mapping[str, Any]], tools: object) -> bool:
+    return bool(tools) or any("tool_calls" in message or "tool_call_id" in message for message in messages)
 
 
 def _check_variables(template: str, variables: Mapping[str, Any]) -> None:
@@ -150,7 +167,8 @@ def check_messages(messages: object) -> None:
     """Check the form of a conversation; which roles there are and in which order is the template's affair.
 
     Args:
-        messages: expected to be a non-empty list of mappings with the strings "role" and "content".
+        messages: expected to be a non-empty list of mappings with the strings "role" and "content"; content may be None
+            or missing where there are "tool_calls".
     Raises:
         ConfigError: naming all that is wrong.
     """
@@ -162,10 +180,10 @@ def check_messages(messages: object) -> None:
         raise ConfigError(join_problems(problems))
 
 
-def routing_text(messages: Sequence[Mapping[str, str]]) -> str:
+def routing_text(messages: Sequence[Mapping[str, Any]]) -> str:
     """Give the text that says what a conversation is about: the user's last message, or the last of all."""
     by_user = [message for message in messages if message["role"] == "user"]
-    return (by_user or messages)[-1]["content"]
+    return (by_user or messages)[-1].get("content") or ""
 
 
 class _Generation(Extension):
@@ -274,11 +292,14 @@ def _message_problems(index: int, message: object) -> list[str]:
     where = f"messages[{index}]"
     if not isinstance(message, Mapping):
         return [f"{where}: expected an object with role and content, got {_short(message)}"]
-    missing = [key for key in ("role", "content") if key not in message]
-    wrong = [key for key in ("role", "content") if key in message and not isinstance(message[key], str)]
-    return [f"{where}.{key}: expected a string, got nothing" for key in missing] + [
-        f"{where}.{key}: expected a string, got {_short(message[key])}" for key in wrong
-    ]
+    keys = ["role"] if message.get("tool_calls") and message.get("content") is None else ["role", "content"]
+    missing = [key for key in keys if key not in message]
+    wrong = [key for key in keys if key in message and not isinstance(message[key], str)]
+    return (
+        [f"{where}.{key}: expected a string, got nothing" for key in missing]
+        + [f"{where}.{key}: expected a string, got {_short(message[key])}" for key in wrong]
+        + call_problems(where, message)
+    )
 
 
 def _short(value: object) -> str:

@@ -41,7 +41,8 @@ class Conversation:
 
     def send(self, text: str, options: GenerationOptions = DEFAULTS, *, role: str = "user") -> Generation:
         """Say something and take the whole answer; the arguments are those of `stream`."""
-        return collect(list(self.stream(text, options, role=role)))
+        tokens = list(self.stream(text, options, role=role))
+        return collect(tokens, self._loaded.prompts.call_reader(options.offered_tools))
 
     def stream(
         self, text: str, options: GenerationOptions = DEFAULTS, *, role: str = "user"

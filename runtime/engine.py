@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
-from typing import Unpack, cast, get_args, overload
+from typing import Any, Unpack, cast, get_args, overload
 
 from coreinfer.bundles import Bundle, Manifest, open_bundle
 from coreinfer.bundles.machine import give_back_heap
@@ -154,10 +154,11 @@ class Engine:
         options = GenerationOptions(**keywords)
         if is_batch(prompt):
             return self.answer_all(prompt, options)
+        reader = self.loaded.prompts.call_reader(options.offered_tools)
         if options.on_token is not None:
-            return collect(list(self.start(cast(Prompt, prompt), options)))
+            return collect(list(self.start(cast(Prompt, prompt), options)), reader)
         run = prepare(self.loaded, read_request(self.loaded, cast(Prompt, prompt), options), options)
-        return collect(self.driver.finish([run])[0])
+        return collect(self.driver.finish([run])[0], reader)
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerationKeywords]) -> Generator[Token, None, None]:
         """Generate token by token; the same prompt, options and seed give the same text, whatever ran before.
@@ -165,8 +166,10 @@ class Engine:
         The keywords are the fields of `GenerationOptions`.
 
         Args:
-            prompt: chat messages ({"role", "content"}) for the chat template; or a text: what a user says where the
-                model has a chat template, and to be continued as it is where it has none or the option `raw` is set.
+            prompt: chat messages ({"role", "content"}) for the chat template, of which the assistant's may have
+                "tool_calls", and one of role "tool" answers one by its "tool_call_id"; or a text: what a user says
+                where the model has a chat template, and to be continued as it is where it has none or the option `raw`
+                is set.
         Yields:
             A `Token` for each token; the last has a finish reason.
         Raises:
@@ -183,7 +186,8 @@ class Engine:
         """Answer several prompts together, with the options of `generate` in one object."""
         requests = read_requests(self.loaded, prompts, options)
         runs = [prepare(self.loaded, request, options) for request in requests]
-        return [collect(tokens) for tokens in self.driver.finish(runs)]
+        reader = self.loaded.prompts.call_reader
+        return [collect(tokens, reader(options.offered_tools)) for tokens in self.driver.finish(runs)]
 
     def astream(self, prompt: Prompt, options: GenerationOptions = DEFAULTS) -> AsyncGenerator[Token, None]:
         """Generate token by token for asyncio, in a worker thread; closing the stream ends the generation."""
@@ -197,7 +201,7 @@ class Engine:
         """
         return Conversation(self.loaded, self._answer, system=system)
 
-    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation in the model's chat template.
 
         Raises:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from .tools import CallReader, ToolCall
+
 __all__ = [
     "MODES",
     "Drafting",
@@ -137,6 +139,7 @@ class Generation:
     Attributes:
         logprobs: of each token; empty if not asked for.
         top_logprobs: at each token; empty if not asked for.
+        tool_calls: what the model called of the tools that it was offered; the text holds them as they were written.
     """
 
     text: str
@@ -157,14 +160,24 @@ class Generation:
     top_logprobs: tuple[tuple[TopLogprob, ...], ...]
     drafting: Drafting | None
     finish_reason: FinishReason
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
-def collect(tokens: Sequence[Token]) -> Generation:
-    """Put the tokens of a finished stream together."""
+def collect(tokens: Sequence[Token], calls: CallReader | None = None) -> Generation:
+    """Put the tokens of a finished stream together.
+
+    Args:
+        calls: reads the calls of tools that were offered.
+    """
     last = tokens[-1]
     assert last.finish_reason is not None
+    text = "".join(token.text for token in tokens)
+    if calls is not None:
+        calls.push(text)
+        calls.finish()
     return Generation(
-        text="".join(token.text for token in tokens),
+        text=text,
+        tool_calls=tuple(calls.calls) if calls else (),
         token_ids=tuple(token.token_id for token in tokens),
         cluster=last.cluster,
         cluster_label=last.cluster_label,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from coreinfer.bundles import ConfigError, CoreInferError
+from coreinfer.bundles import ConfigError
 from coreinfer.bundles.extras import needs_extra
 from tokenizers import Tokenizer
 
@@ -39,19 +39,32 @@ class JsonGrammars:
         Raises:
             ConfigError: llguidance is not installed, or it does not understand the schema.
         """
-        with needs_extra("json_schema", "json"):
-            from llguidance import LLMatcher, LLTokenizer
+        matcher = _matcher_class("json_schema")
         text = _schema_text(schema)
-        if self._known is None:
-            self._known = self._read_tokenizer(LLTokenizer)
         try:
-            grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
+            grammar = matcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
         except ValueError as error:
             raise ConfigError(f"json_schema: {_one_line(error)}") from error
-        matcher = LLMatcher(self._known, grammar, log_level=0)
+        return self._begin(grammar, "json_schema")
+
+    def calls(self, grammar: str) -> "JsonGrammar":
+        """Begin a text that follows a grammar of calls, by `call_grammar`.
+
+        Raises:
+            ConfigError: llguidance is not installed, or it does not understand a schema of the tools.
+        """
+        return self._begin(grammar, "tools")
+
+    def _begin(self, grammar: str, option: str) -> "JsonGrammar":
+        matcher_class = _matcher_class(option)
+        if self._known is None:
+            from llguidance import LLTokenizer
+
+            self._known = self._read_tokenizer(LLTokenizer)
+        matcher = matcher_class(self._known, grammar, log_level=0)
         if matcher.is_error():
-            raise ConfigError(f"json_schema: {_one_line(matcher.get_error())}")
-        return JsonGrammar(matcher, self._vocab_size)
+            raise ConfigError(f"{option}: {_one_line(matcher.get_error())}")
+        return JsonGrammar(matcher, self._vocab_size, option)
 
     def _read_tokenizer(self, reader: Callable[..., Any]) -> Any:
         # llguidance must know of tokens that the model has no logit for; masks are cut off before them.
@@ -67,13 +80,15 @@ class JsonGrammars:
 class JsonGrammar:
     """Follows one text."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
+    def __init__(self, matcher: Any, vocab_size: int, option: str) -> None:
         """Begin a text.
 
         Args:
             matcher: an llguidance LLMatcher.
+            option: that the schema came with, for messages.
         """
         self._matcher = matcher
+        self._option = option
         self._vocab_size = vocab_size
 
     def masked(self, logits: Logits) -> Logits:
@@ -84,14 +99,14 @@ class JsonGrammar:
         Args:
             logits: (vocab,) float32; left as they are.
         Raises:
-            CoreInferError: the grammar became too complex for llguidance's limits, or goes on with no token that has a
-                logit.
+            ConfigError: no text follows the schema, as where it refers to itself and to nothing else; it became too
+                complex for llguidance's limits, or goes on with no token that has a logit.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         allowed = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(np.bool_)
         if not allowed.any():
-            raise CoreInferError("json_schema: the tokenizer goes on with tokens that the model has no logit for")
+            raise ConfigError(f"{self._option}: the tokenizer goes on with tokens that the model has no logit for")
         return np.where(allowed, logits, np.float32(-np.inf))
 
     def advance(self, token_id: int) -> None:
@@ -101,7 +116,15 @@ class JsonGrammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise CoreInferError(f"json_schema: {_one_line(self._matcher.get_error())}")
+            # What follows the reason's line is llguidance's state.
+            reason = str(self._matcher.get_error()).partition("\n")[0]
+            raise ConfigError(f"{self._option}: the schema cannot be followed ({reason}); simplify it")
+
+
+def _matcher_class(option: str) -> Any:
+    with needs_extra(option, "json"):
+        from llguidance import LLMatcher
+    return LLMatcher
 
 
 def _schema_text(schema: object) -> str:

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict
 
 from coreinfer.bundles.checks import instance_of, one_of, raise_problems, whole_number
+from coreinfer.bundles.errors import ConfigError
 
 from .generation import MODES, Mode, Token
 from .sampling import SamplingParams
 from .text import check_stop
+from .tools import check_tool_choice
 
 __all__ = ["DEFAULTS", "Cancel", "GenerationKeywords", "GenerationOptions", "check_choice"]
 
@@ -36,9 +38,15 @@ class GenerationOptions(SamplingParams):
             assistant's.
         chat_template_kwargs: variables for the chat template, such as {"enable_thinking": False}.
         mode: how FFN weights are chosen; None for the engine's own.
-        tools: JSON schemas of functions that the model may call, for a chat template that takes them.
+        tools: JSON schemas of functions that the model may call, as OpenAI has them: {"type": "function", "function":
+            {"name", "description", "parameters"}}. Where the chat template takes none, a system message says them.
+        tool_choice: "auto"; "none" for no tools; "required" for one call of any of them; {"type": "function",
+            "function": {"name": NAME}} for a call of that one. A call that is asked for follows its function's schema
+            to the letter, which needs the package llguidance.
         drift_tokens: route the recent text again after so many decoded tokens; 0 keeps the pack.
         logprobs: give each token's log-probability, and so many of the likeliest tokens with theirs; None for neither.
+        whole_length: refuse a prompt after which `max_new_tokens` have no room in what the model can read, instead of
+            ending earlier.
         json_schema: a JSON schema, or its text, that the answer must follow; needs the package llguidance.
         on_token: called with each token before it is given out.
         cancel: ends the generation with the token during which it is set; between two blocks of a prompt by
@@ -54,8 +62,10 @@ class GenerationOptions(SamplingParams):
     chat_template_kwargs: Mapping[str, Any] | None = None
     mode: Mode | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: str | Mapping[str, Any] = "auto"
     drift_tokens: int = 64
     logprobs: int | None = None
+    whole_length: bool = False
     json_schema: Mapping[str, Any] | str | None = None
     on_token: Callable[[Token], object] | None = None
     cancel: Cancel | None = None
@@ -79,6 +89,19 @@ class GenerationOptions(SamplingParams):
                 *_variable_problems(self.chat_template_kwargs),
             ]
         )
+        check_tool_choice(self.tool_choice, self.tools)
+        if self.must_call and self.json_schema is not None:
+            raise ConfigError("tool_choice, json_schema: a call has its function's schema; give one of the two")
+
+    @property
+    def offered_tools(self) -> Sequence[Mapping[str, Any]] | None:
+        """The tools that the model is told of."""
+        return None if self.tool_choice == "none" else self.tools
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice not in ("auto", "none")
 
     def _flags(self) -> Iterator[tuple[str, object]]:
         for name in ("skip_special_tokens", "raw", "parse_special", "continue_final_message"):
@@ -96,6 +119,9 @@ class GenerationKeywords(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
     seed: int | None
     stop: Sequence[str]
     skip_special_tokens: bool
@@ -105,8 +131,10 @@ class GenerationKeywords(TypedDict, total=False):
     chat_template_kwargs: Mapping[str, Any] | None
     mode: Mode | None
     tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any]
     drift_tokens: int
     logprobs: int | None
+    whole_length: bool
     json_schema: Mapping[str, Any] | str | None
     on_token: Callable[[Token], object] | None
     cancel: Cancel | None

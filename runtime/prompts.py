@@ -6,17 +6,18 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError
 from coreinfer.bundles.beginnings import encoded, text_ids
 from coreinfer.bundles.layout import LAYOUT
 from tokenizers import Tokenizer
 
-from .chat import check_messages, render_chat
+from .chat import check_messages, render_chat, takes_tools
 from .literals import LiteralEncoder, MarkedText, Marks
 from .options import DEFAULTS, GenerationOptions
 from .token_room import TokenRoom, token_room
+from .tools import FORMATS, PLAIN, CallReader, ToolFormat, tool_names
 
 __all__ = ["PromptFormat", "continues", "read_tokenizer"]
 
@@ -54,9 +55,21 @@ class PromptFormat:
         self._literals = LiteralEncoder(self.tokenizer)
         self.eos_token_ids, self.special_tokens = _read(bundle, LAYOUT.generation, _generation_defaults)
 
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes calls of functions."""
+        template = self.tool_template or self.chat_template
+        if template is None or not takes_tools(template):
+            return PLAIN
+        return next((form for form in FORMATS if form.writes_like(template)), PLAIN)
+
+    def call_reader(self, tools: Sequence[Mapping[str, Any]] | None, *, one_call: bool = False) -> CallReader | None:
+        """Begin to read calls in one answer; None where there are no tools."""
+        return CallReader(self.tool_format, tool_names(tools), one_call=one_call) if tools else None
+
     def read_messages(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         options: GenerationOptions = DEFAULTS,
         *,
         known_ids: Sequence[int] = (),
@@ -72,7 +85,7 @@ class PromptFormat:
         """
         return self.encode_after(known_ids, self._marked(messages, options))
 
-    def render(self, messages: Sequence[Mapping[str, str]], options: GenerationOptions = DEFAULTS) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], options: GenerationOptions = DEFAULTS) -> str:
         """Write a conversation in the model's chat template.
 
         Raises:
@@ -81,24 +94,24 @@ class PromptFormat:
         if self.chat_template is None:
             raise ConfigError(f"{self._model_name} has no chat template; give the prompt as text")
         return render_chat(
-            self.tool_template if options.tools and self.tool_template else self.chat_template,
+            self.tool_template if options.offered_tools and self.tool_template else self.chat_template,
             messages,
             special_tokens=self.special_tokens,
-            tools=options.tools,
+            tools=options.offered_tools,
             variables=options.chat_template_kwargs,
             continue_final_message=continues(messages, options),
         )
 
-    def _marked(self, messages: Sequence[Mapping[str, str]], options: GenerationOptions) -> MarkedText:
+    def _marked(self, messages: Sequence[Mapping[str, Any]], options: GenerationOptions) -> MarkedText:
         """Write a conversation, and mark what in it is text whatever it looks like."""
         text, names = self.render(messages, options), self._literals.names
-        said = [messages, options.tools, options.chat_template_kwargs]
+        said = [messages, options.offered_tools, options.chat_template_kwargs]
         if names is None or options.parse_special or not self._literals.holds_name(said):
             return MarkedText((text,))
         marks = Marks(names)
         # Roles are the caller's, and templates make control tokens of them.
         marked = [{**marks.mark(message), "role": message["role"]} for message in messages]
-        tools, variables = marks.mark(options.tools), marks.mark(options.chat_template_kwargs)
+        tools, variables = marks.mark(options.offered_tools), marks.mark(options.chat_template_kwargs)
         found = marks.read(self.render(marked, replace(options, tools=tools, chat_template_kwargs=variables)))
         if found.text != text:
             raise ConfigError(
@@ -179,7 +192,7 @@ class PromptFormat:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=False))
 
 
-def continues(messages: Sequence[Mapping[str, str]], options: GenerationOptions) -> bool:
+def continues(messages: Sequence[Mapping[str, Any]], options: GenerationOptions) -> bool:
     """Whether the last message is to be continued."""
     check_messages(messages)
     by_assistant = messages[-1]["role"] == "assistant"

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
-from coreinfer.bundles import Bundle, ConfigError
+from coreinfer.bundles import Bundle, ConfigError, ContextTooLong
 
 from .chat import check_messages, routing_text
 from .decoder import Decoder
@@ -19,8 +19,8 @@ from .router import Route, Router
 
 __all__ = ["Loaded", "Prompt", "Prompts", "Request", "is_batch", "read_request", "read_requests"]
 
-Prompt = str | Sequence[Mapping[str, str]]
-Prompts = Sequence[str] | Sequence[Sequence[Mapping[str, str]]]
+Prompt = str | Sequence[Mapping[str, Any]]
+Prompts = Sequence[str] | Sequence[Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +109,7 @@ def read_request(
             raise ConfigError("raw: it goes with a prompt that is plain text, not with messages; leave it out")
         source = routing_text(prompt)
         token_ids = loaded.prompts.read_messages(prompt, options, known_ids=known_ids)
-    limit = loaded.bundle.manifest.model.max_positions
-    if not 0 < len(token_ids) < limit:
-        raise ConfigError(f"prompt: expected 1 to {limit - 1} tokens, got {len(token_ids)}")
+    _check_length(len(token_ids), options, loaded.bundle.manifest.model.max_positions)
     route = loaded.router.route(source)
     plan = plan_mode(options.mode or loaded.mode, loaded.bundle.manifest, route, len(token_ids))
     return Request(
@@ -122,6 +120,18 @@ def read_request(
         keeps_decoded=bool(known_ids),
         routing_seconds=time.perf_counter() - start,
     )
+
+
+def _check_length(num_tokens: int, options: GenerationOptions, limit: int) -> None:
+    if num_tokens >= limit:
+        raise ContextTooLong(f"prompt: expected 1 to {limit - 1} tokens, got {num_tokens}")
+    if num_tokens == 0:
+        raise ConfigError(f"prompt: expected 1 to {limit - 1} tokens, got 0")
+    if options.whole_length and num_tokens + options.max_new_tokens > limit:
+        raise ContextTooLong(
+            f"prompt: its {num_tokens} tokens and {options.max_new_tokens} for the answer are more than the "
+            f"{limit} that this model reads; shorten the prompt or ask for at most {limit - num_tokens} tokens"
+        )
 
 
 def _check_text_options(options: GenerationOptions) -> None:

@@ -4,21 +4,24 @@ The filters, their order and their edge cases are those of the logits processors
 means here what it means there.
 """
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from coreinfer.bundles.checks import number, raise_problems, share, whole_number
+from coreinfer.bundles.checks import between, number, raise_problems, share, whole_number
 from coreinfer.bundles.errors import ConfigError, ModelOutputError
 
-__all__ = ["Draft", "Sampler", "SamplingParams", "check_finite", "distribution"]
+__all__ = ["Draft", "Sampler", "SamplingParams", "check_finite", "check_ids", "distribution"]
 
 Logits = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
+
+_NO_COUNTS: Mapping[int, int] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,10 @@ class SamplingParams:
         top_p: keep the likeliest tokens that together reach this probability, in (0, 1].
         min_p: drop tokens less probable than this share of the likeliest one's probability, in [0, 1].
         repetition_penalty: divides positive and multiplies negative logits of tokens that were seen; 1 for none.
+        presence_penalty: is taken from the logits of tokens that were decoded before, in [-2, 2]; the prompt's do not
+            count.
+        frequency_penalty: the same for each time that they were decoded.
+        logit_bias: is added to the logits of these token ids, each in [-100, 100], before all else.
         seed: of the draws, not negative; None for another one each time.
     """
 
@@ -39,7 +46,20 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether tokens do not keep the order of their logits."""
+        return self.repetition_penalty != 1 or self.counts or bool(self.logit_bias)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it matters how often a token was decoded."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -75,6 +95,7 @@ class Sampler:
         """
         self._params = params
         self._seen = {int(token_id) for token_id in prompt_ids}
+        self._counts: Counter[int] = Counter()
 
     @cached_property
     def _generator(self) -> "np.random.Generator":
@@ -84,7 +105,7 @@ class Sampler:
     @property
     def greedy(self) -> bool:
         """Whether only the place of the largest logit matters."""
-        return self._params.temperature == 0 and self._params.repetition_penalty == 1
+        return self._params.temperature == 0 and not self._params.changes_logits
 
     def sample(self, logits: Logits, draft: Draft | None = None) -> int:
         """Draw the next token, which counts as seen from then on.
@@ -99,10 +120,12 @@ class Sampler:
             ConfigError: the logits are no vector, or a seen token is not among them.
             ModelOutputError: the logits hold NaN or infinity, or are minus infinity throughout.
         """
-        token_id = self._likeliest(logits, self._seen)
+        token_id = self._likeliest(logits, self._seen, self._counts)
         if token_id is None:
-            token_id = self._draw_beside(distribution(logits, self._params, self._seen), draft)
+            token_id = self._draw_beside(distribution(logits, self._params, self._seen, self._counts), draft)
         self._seen.add(token_id)
+        if self._params.counts:
+            self._counts[token_id] += 1
         return token_id
 
     def propose(self, logits: Logits, ahead_ids: Collection[int]) -> Draft:
@@ -115,18 +138,19 @@ class Sampler:
             ConfigError, ModelOutputError: as `sample`.
         """
         seen = self._seen if self._params.repetition_penalty == 1 else self._seen.union(ahead_ids)
-        token_id = self._likeliest(logits, seen)
+        counts = self._counts + Counter(ahead_ids) if self._params.counts else self._counts
+        token_id = self._likeliest(logits, seen, counts)
         if token_id is not None:
             return Draft(token_id=token_id, probabilities=None)
-        probabilities = distribution(logits, self._params, seen)
+        probabilities = distribution(logits, self._params, seen, counts)
         return Draft(token_id=self._draw(probabilities), probabilities=probabilities)
 
-    def _likeliest(self, logits: Logits, seen: Collection[int]) -> int | None:
+    def _likeliest(self, logits: Logits, seen: Collection[int], counts: Mapping[int, int]) -> int | None:
         """Find the next token where none is drawn."""
         if self.greedy:
             return _largest(logits)
         if self._params.temperature == 0:
-            return int(_penalized(logits, self._params.repetition_penalty, seen).argmax())
+            return int(_penalized(logits, self._params, seen, counts).argmax())
         return None
 
     def _draw_beside(self, probabilities: Doubles, draft: Draft | None) -> int:
@@ -146,20 +170,23 @@ class Sampler:
         return int(token_ids[min(position, token_ids.size - 1)])
 
 
-def distribution(logits: Logits, params: SamplingParams, seen_ids: Collection[int]) -> Doubles:
+def distribution(
+    logits: Logits, params: SamplingParams, seen_ids: Collection[int], counts: Mapping[int, int] = _NO_COUNTS
+) -> Doubles:
     """Give each token's probability of being drawn next.
 
     Args:
         logits: (vocab,) float32; left as they are.
         params: how to draw; its seed does not matter.
         seen_ids: tokens of the prompt and of the text so far, in any order.
+        counts: how often each token was decoded.
     Returns:
         (vocab,) float64 that sum to 1; all of it on the lowest of the likeliest ids when the temperature is 0.
     Raises:
         ConfigError: the logits are no vector, or a seen token is not among them.
         ModelOutputError: the logits hold NaN or infinity, or are minus infinity throughout.
     """
-    scores = _penalized(logits, params.repetition_penalty, seen_ids)
+    scores = _penalized(logits, params, seen_ids, counts)
     probabilities = np.zeros(scores.size)
     if params.temperature == 0:
         probabilities[scores.argmax()] = 1
@@ -201,25 +228,37 @@ def _check_vector(logits: Logits) -> None:
         raise ConfigError(f"logits: expected the shape (vocab,), got {logits.shape}")
 
 
-def _penalized(logits: Logits, penalty: float, seen_ids: Collection[int]) -> Doubles:
+def _penalized(logits: Logits, params: SamplingParams, seen_ids: Collection[int], counts: Mapping[int, int]) -> Doubles:
     _check_vector(logits)
-    scores = logits.astype(np.float64)
+    scores, penalty = logits.astype(np.float64), params.repetition_penalty
+    if params.logit_bias:
+        biased = check_ids("logit_bias", params.logit_bias, scores.size)
+        scores[biased] += np.fromiter(params.logit_bias.values(), dtype=np.float64)
     if penalty != 1 and seen_ids:
-        seen = _seen_array(seen_ids, scores.size)
+        seen = check_ids("seen tokens", seen_ids, scores.size)
         with np.errstate(over="ignore"):
             scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    if params.counts and counts:
+        times = np.fromiter(counts.values(), dtype=np.float64)
+        decoded = check_ids("decoded tokens", counts, scores.size)
+        scores[decoded] -= params.presence_penalty + params.frequency_penalty * times
     # The maximum of scores with a NaN is NaN: one pass finds all that has no softmax.
     if not np.isfinite(scores.max()):
         raise ModelOutputError(_not_finite(scores))
     return scores
 
 
-def _seen_array(seen_ids: Collection[int], vocab_size: int) -> Ids:
-    seen = np.fromiter(seen_ids, dtype=np.int64, count=len(seen_ids))
-    outside = seen[(seen < 0) | (seen >= vocab_size)]
+def check_ids(what: str, token_ids: Collection[int], vocab_size: int) -> Ids:
+    """Give token ids as an array.
+
+    Raises:
+        ConfigError: one is not among the model's.
+    """
+    ids = np.fromiter(token_ids, dtype=np.int64, count=len(token_ids))
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
     if outside.size:
-        raise ConfigError(f"seen tokens: expected ids from 0 to {vocab_size - 1}, got {outside[0]}")
-    return seen
+        raise ConfigError(f"{what}: expected ids from 0 to {vocab_size - 1}, got {outside[0]}")
+    return ids
 
 
 def _not_finite(scores: Logits | Doubles) -> str:
@@ -265,5 +304,16 @@ def _problems(params: SamplingParams) -> list[str | None]:
         share().problem("top_p", params.top_p),
         share(zero=True).problem("min_p", params.min_p),
         number(above=0).problem("repetition_penalty", params.repetition_penalty),
+        between(-2, 2).problem("presence_penalty", params.presence_penalty),
+        between(-2, 2).problem("frequency_penalty", params.frequency_penalty),
+        *_bias_problems(params.logit_bias),
         None if params.seed is None else whole_number(0).problem("seed", params.seed),
     ]
+
+
+def _bias_problems(bias: object) -> list[str | None]:
+    if not isinstance(bias, Mapping):
+        return [f"logit_bias: expected a mapping from token ids to numbers, got {type(bias).__name__}"]
+    ids = [whole_number(0).problem("logit_bias", token_id) for token_id in bias]
+    values = [between(-100, 100).problem(f"logit_bias[{key!r}]", value) for key, value in bias.items()]
+    return [*ids, *values]

@@ -5,17 +5,36 @@ import hmac
 from collections.abc import Mapping
 from typing import Any
 
-from .config import ServerConfig
+from .config import LOOPBACK_HOSTS, ServerConfig
 from .errors import ApiError, error_response
 from .metrics import AsgiApp, Message, Receive, Send
 
-__all__ = ["Gate"]
+__all__ = ["Gate", "HeadAsGet"]
 
 # Without a key a client sees that the server lives, the page, and what could be asked; the page asks for the key.
 _OPEN_PATHS = frozenset({"/", "/health", "/openapi.json"})
 _BODY_SECONDS = 30.0
 # Many clients read the answer only when they have sent everything: so much of a body is read and thrown away.
 _MAX_DISCARDED_BYTES = 64 << 20
+
+
+class HeadAsGet:
+    """ASGI middleware: answers HEAD wherever GET is answered, without the body."""
+
+    def __init__(self, app: AsgiApp) -> None:
+        """Wrap an application."""
+        self._app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app(scope | {"method": "GET"}, receive, without_body)
 
 
 class Gate:
@@ -43,12 +62,12 @@ class Gate:
     def _check(self, scope: Mapping[str, Any], headers: Mapping[str, str]) -> None:
         config = self._config
         host = _host_name(headers.get("host", ""))
-        if config.allowed_hosts and host not in config.allowed_hosts:
+        if config.allowed_hosts and host not in config.allowed_hosts and not _is_old_neighbour(scope, headers):
             raise ApiError(403, f"host {host!r} is not served; --allow-host adds it", code="wrong_host")
         if config.api_key is not None and scope["path"] not in _OPEN_PATHS:
             _check_key(headers.get("authorization", ""), config.api_key)
         # Any page may send plain text or a form to any server, but JSON only where the server agrees.
-        if scope["method"] == "POST" and headers.get("content-type", "").split(";")[0].strip() != "application/json":
+        if scope["method"] == "POST" and _media_type(headers) != "application/json":
             raise ApiError(415, "expected the header Content-Type: application/json")
 
     async def _body(self, headers: Mapping[str, str], receive: Receive) -> bytes | None:
@@ -93,6 +112,16 @@ def _check_key(authorization: str, key: str) -> None:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
+
+
+def _is_old_neighbour(scope: Mapping[str, Any], headers: Mapping[str, str]) -> bool:
+    """Whether a client of this machine speaks HTTP/1.0, which has no header Host; all browsers send one."""
+    client = scope.get("client") or ("",)
+    return scope.get("http_version") == "1.0" and "host" not in headers and client[0] in LOOPBACK_HOSTS
+
+
+def _media_type(headers: Mapping[str, str]) -> str:
+    return headers.get("content-type", "").split(";")[0].strip().lower()
 
 
 def _host_name(host: str) -> str:

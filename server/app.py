@@ -7,9 +7,10 @@ from importlib import metadata
 from coreinfer.runtime import Engine
 from fastapi import FastAPI
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from . import openai_routes, own_routes
-from .access import Gate
+from .access import Gate, HeadAsGet
 from .config import ServerConfig
 from .errors import add_error_handlers
 from .metrics import CountRequests
@@ -42,10 +43,30 @@ def create_app(engines: Mapping[str, Engine], config: ServerConfig) -> FastAPI:
         # These pages load their scripts from elsewhere.
         docs_url=None,
         redoc_url=None,
-        middleware=[Middleware(CountRequests, metrics=service.metrics), Middleware(Gate, config=config)],
+        middleware=[
+            Middleware(HeadAsGet),
+            Middleware(CountRequests, metrics=service.metrics),
+            *_cors(config),
+            Middleware(Gate, config=config),
+        ],
     )
     app.state.service = service
     app.include_router(openai_routes.router)
     app.include_router(own_routes.router)
     add_error_handlers(app)
     return app
+
+
+def _cors(config: ServerConfig) -> list[Middleware]:
+    """Let pages of other origins ask; before the gate, because a browser's question whether it may has no key."""
+    if not config.cors_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
+    ]

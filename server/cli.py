@@ -33,6 +33,12 @@ _KEY = "COREINFER_API_KEY"
     multiple=True,
     help="Answer requests to this name too; only needed when listening on loopback.  [default: none]",
 )
+@click.option(
+    "--cors-origin",
+    multiple=True,
+    help="Let pages of this origin ask, such as https://app.example; * for all. Repeatable.  [default: none]",
+)
+@click.option("--any-model", is_flag=True, help="Answer with the one DIR whatever model a request names.")
 @load_options
 @click.option("-v", "--verbose", is_flag=True, help="Log remarks on stderr.")
 @click.version_option(package_name="coreinfer")
@@ -48,6 +54,8 @@ def main(
     max_body_kb: int,
     max_new_tokens: int,
     allow_host: tuple[str, ...],
+    cors_origin: tuple[str, ...],
+    any_model: bool,
     loading: LoadOptions,
     verbose: bool,
 ) -> None:
@@ -68,8 +76,12 @@ def main(
         max_new_tokens=max_new_tokens,
         api_key=os.environ.get(_KEY),
         allowed_hosts=(*LOOPBACK_HOSTS, *allow_host) if is_loopback else (),
+        cors_origins=cors_origin,
+        any_model=any_model,
     )
     names = _model_names(bundle_dirs)
+    if any_model and len(names) > 1:
+        raise ConfigError(f"--any-model: it goes with one DIR, got {len(names)}")
     taken = serving.bind(host, port)
     if not is_loopback and config.api_key is None:
         click.echo(f"warning: {host} can be reached from elsewhere, and no key is asked for; set {_KEY}", err=True)

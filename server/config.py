@@ -1,5 +1,6 @@
 """How the server is to behave."""
 
+import re
 from dataclasses import dataclass
 
 from coreinfer.bundles.errors import ConfigError, join_problems
@@ -23,6 +24,8 @@ class ServerConfig:
         api_key: clients must send it as a bearer token; None for no key.
         allowed_hosts: values of the header Host that are answered; empty for all. Guards a server that is bound to a
             loopback address against pages that point a name of their own at it.
+        cors_origins: origins, such as https://app.example, whose pages may ask; "*" for all.
+        any_model: answer whatever name a client asks for with the one model that there is.
     """
 
     parallel: int = 8
@@ -33,6 +36,8 @@ class ServerConfig:
     max_new_tokens: int = 2048
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    any_model: bool = False
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -51,5 +56,10 @@ class ServerConfig:
         problems = [f"{name}: expected at least {low}, got {value}" for name, value, low in least if not value >= low]
         if self.api_key == "":
             problems.append("COREINFER_API_KEY: expected a key, got an empty text; unset it to serve without one")
+        problems += [
+            f"--cors-origin: expected * or an origin such as https://app.example, got {origin}"
+            for origin in self.cors_origins
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s@?#]+", origin)
+        ]
         if problems:
             raise ConfigError(join_problems(problems))

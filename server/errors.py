@@ -11,12 +11,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from coreinfer.bundles.errors import ConfigError, CoreInferError, ModelOutputError
+from coreinfer.bundles.errors import ConfigError, ContextTooLong, CoreInferError, ModelOutputError
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from .invalid import describe_invalid
 from .responses import ErrorBody
 
 __all__ = [
@@ -129,7 +130,8 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ConfigError):
-        return ApiError(400, " ".join(str(error).split()))
+        code = "context_length_exceeded" if isinstance(error, ContextTooLong) else None
+        return ApiError(400, " ".join(str(error).split()), code=code)
     if isinstance(error, ModelOutputError):
         # Where it was raised says nothing: it is the model's doing.
         _log.error("a request failed: %s", error)
@@ -151,7 +153,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return error_response(_invalid(error))
+        found = describe_invalid(error.errors(), error.body)
+        return error_response(ApiError(400, found.message, param=found.param, code=found.code))
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -162,26 +165,6 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, failed)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, refused)
-
-
-def _invalid(error: RequestValidationError) -> ApiError:
-    """Name all fields that are wrong, each once: a union reports one line for each of its members."""
-    problems: dict[str, str] = {}
-    for detail in error.errors():
-        where = ".".join(str(part) for part in detail["loc"][1:])
-        problems.setdefault(where, _reason(detail))
-    if any(detail["type"] == "json_invalid" for detail in error.errors()):
-        return ApiError(400, f"the body is not JSON: {error.errors()[0].get('ctx', {}).get('error', '')}")
-    named = [f"{where}: {reason}" if where else reason for where, reason in problems.items()]
-    more = [f"and {len(named) - _MAX_PROBLEMS} more"] if len(named) > _MAX_PROBLEMS else []
-    message = "; ".join(named[:_MAX_PROBLEMS] + more)
-    return ApiError(400, message, param=next(iter(problems)) or None)
-
-
-def _reason(detail: Mapping[str, Any]) -> str:
-    if detail["type"] == "extra_forbidden":
-        return "not supported by this server; leave it out"
-    return str(detail["msg"]).removeprefix("Value error, ")
 
 
 def _encodable(text: str) -> str:

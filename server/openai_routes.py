@@ -1,22 +1,24 @@
 """The routes of OpenAI's interface: models, chat, completions."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Annotated, Any
 
 from coreinfer.runtime import GenerationOptions, Token
 from coreinfer.runtime.requests import Prompt
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
-from pydantic import BaseModel
 
-from .answers import Header, chat_answer, chat_chunk, completion_answer, completion_chunk, usage_chunk
+from .answers import AnswerForm, ChatForm, CompletionForm, Header, UsageEvents
 from .bodies import BoundedRoute
 from .errors import ERRORS, ApiError
+from .options import chat_options, completion_options
 from .requests import ChatRequest, CompletionRequest, SamplingFields
-from .responses import Chat, ChatChunk, Completion, ModelCard, ModelList
+from .responses import Chat, Completion, ModelCard, ModelList
 from .service import Model, Service, service_of
-from .streaming import EventStream, unless_gone
+from .streaming import EventStream, merged, unless_gone
 from .worker import Job
 
 __all__ = ["router"]
@@ -24,9 +26,6 @@ __all__ = ["router"]
 router = APIRouter(prefix="/v1", route_class=BoundedRoute)
 
 ServiceOf = Annotated[Service, Depends(service_of)]
-
-_COMPLETION_TOKENS = 16
-"""What a completion gets where it does not say, as at OpenAI."""
 
 
 def _answers(description: str) -> dict[int | str, dict[str, Any]]:
@@ -49,122 +48,93 @@ async def show_model(model: str, service: ServiceOf) -> ModelCard:
 
 
 @router.post("/chat/completions", response_model=Chat, responses=_answers("The answer, or its events."))
-async def chat(body: ChatRequest, request: Request, service: ServiceOf) -> Chat | Response:
+async def chat(body: ChatRequest, request: Request, service: ServiceOf) -> Chat | Completion | Response:
     """Answer a conversation."""
     model = service.model(body.model)
-    prompt = [message.plain for message in body.messages]
-    options = _options(
-        body,
-        max_new_tokens=_num_new_tokens(body.max_tokens or body.max_completion_tokens, service, None),
-        logprobs=body.num_logprobs,
-        json_schema=body.response_format.schema_to_follow if body.response_format else None,
+    options = chat_options(body, service.config)
+    jobs = _submit(service, model, [[message.plain for message in body.messages]], options, body.num_choices)
+    reader = model.engine.loaded.prompts.call_reader
+    one_call = body.parallel_tool_calls is False
+    form = ChatForm(
+        header=_header(model, body), readers=[reader(options.offered_tools, one_call=one_call) for _ in jobs]
     )
-    header = _header(model)
-    job = _submit(service, model, prompt, options)
-    if body.stream:
-        return await _stream(request, job, body, lambda token: chat_chunk(header, token))
-    return chat_answer(header, await _all_tokens(request, job))
+    return await _answer(request, jobs, form, body)
 
 
 @router.post("/completions", response_model=Completion, responses=_answers("The completion, or its events."))
-async def complete(body: CompletionRequest, request: Request, service: ServiceOf) -> Completion | Response:
-    """Continue a text."""
+async def complete(body: CompletionRequest, request: Request, service: ServiceOf) -> Chat | Completion | Response:
+    """Continue a text, or several."""
     model = service.model(body.model)
-    options = _options(
-        body,
-        max_new_tokens=_num_new_tokens(body.max_tokens, service, _COMPLETION_TOKENS),
-        logprobs=body.logprobs,
-        raw=True,
-    )
-    header = _header(model)
-    job = _submit(service, model, body.text, options)
-    if not body.stream:
-        return completion_answer(header, await _all_tokens(request, job))
-    offset = 0
-
-    def chunk(token: Token) -> Completion:
-        nonlocal offset
-        event = completion_chunk(header, token, offset=offset)
-        offset += len(token.text)
-        return event
-
-    return await _stream(request, job, body, chunk)
+    options = completion_options(body, service.config)
+    jobs = _submit(service, model, body.texts, options, body.num_choices)
+    echoed = [text if body.echo else "" for text in body.texts for _ in range(body.num_choices)]
+    return await _answer(request, jobs, CompletionForm(header=_header(model, body), echoed=echoed), body)
 
 
-def _submit(service: Service, model: Model, prompt: Prompt, options: GenerationOptions) -> Job:
-    return service.submit(model, prompt, options, arrived_seconds=time.monotonic())
-
-
-async def _all_tokens(request: Request, job: Job) -> list[Token]:
-    """Wait for a whole generation, as long as its client does."""
-    try:
-        return await unless_gone(request, _collect(job))
-    finally:
-        job.abandon()
-
-
-async def _collect(job: Job) -> list[Token]:
-    return [token async for token in job.tokens()]
-
-
-async def _stream(
-    request: Request, job: Job, body: SamplingFields, chunk: Callable[[Token], ChatChunk | Completion]
-) -> EventStream:
-    """Stream a generation. Its first token is waited for: until then an error has a status of its own."""
-    include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-
-    def events(token: Token) -> list[BaseModel]:
-        event = chunk(token)
-        return [event, usage_chunk(event, token)] if include_usage and token.finish_reason else [event]
-
-    try:
-        first = await unless_gone(request, job.next())
-    except BaseException:
-        job.abandon()
-        raise
-    return EventStream(first, job, events)
-
-
-def _options(
-    body: SamplingFields,
-    *,
-    max_new_tokens: int,
-    logprobs: int | None,
-    json_schema: dict[str, Any] | None = None,
-    raw: bool = False,
-) -> GenerationOptions:
-    """Translate a request's options; what it leaves out has OpenAI's default, or this project's."""
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    return GenerationOptions(
-        max_new_tokens=max_new_tokens,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=body.top_k or 0,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        min_p=body.min_p or 0.0,
-        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
-        seed=body.seed,
-        stop=stop,
-        mode=body.mode,
-        logprobs=logprobs,
-        json_schema=json_schema,
-        raw=raw,
-    )
-
-
-def _num_new_tokens(asked: int | None, service: Service, default: int | None) -> int:
-    """Settle how long an answer may be.
+def _submit(
+    service: Service, model: Model, prompts: Sequence[Prompt], options: GenerationOptions, num_choices: int
+) -> list[Job]:
+    """Put the generations of an answer into the queue, all or none: each prompt's choices after one another.
 
     Raises:
-        ApiError: more was asked for than the server gives.
+        ApiError: they are more than the queue can hold, ever or now.
     """
-    limit = service.config.max_new_tokens
-    if asked is not None and asked > limit:
-        raise ApiError(400, f"max_tokens: this server gives at most {limit}, got {asked}", param="max_tokens")
-    return asked or min(default or limit, limit)
+    arrived_seconds = time.monotonic()
+    most = service.config.queue + 1
+    if len(prompts) * num_choices > most:
+        raise ApiError(400, f"n, prompt: this server gives at most {most} answers at once; ask for fewer", param="n")
+    jobs: list[Job] = []
+    try:
+        for prompt in prompts:
+            for number in range(num_choices):
+                seed = None if options.seed is None else options.seed + number
+                own = replace(options, seed=seed)
+                jobs.append(service.submit(model, prompt, own, arrived_seconds=arrived_seconds))
+    except BaseException:
+        _abandon(jobs)
+        raise
+    return jobs
 
 
-def _header(model: Model) -> Header:
-    return Header(model=model.id, fingerprint=model.fingerprint, word=model.word)
+def _abandon(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        job.abandon()
+
+
+async def _answer(
+    request: Request, jobs: Sequence[Job], form: AnswerForm, body: SamplingFields
+) -> Chat | Completion | Response:
+    if body.stream:
+        return await _stream(request, jobs, form, body)
+    try:
+        # As long as the client waits.
+        return form.whole(await unless_gone(request, _collect(jobs)))
+    finally:
+        _abandon(jobs)
+
+
+async def _collect(jobs: Sequence[Job]) -> list[list[Token]]:
+    choices: list[list[Token]] = [[] for _ in jobs]
+    async with aclosing(merged(jobs)) as tokens:
+        async for index, token in tokens:
+            choices[index].append(token)
+    return choices
+
+
+async def _stream(request: Request, jobs: Sequence[Job], form: AnswerForm, body: SamplingFields) -> EventStream:
+    """Stream an answer. Its first token is waited for: until then an error has a status of its own."""
+    include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    tokens = merged(jobs)
+    try:
+        first = await unless_gone(request, anext(tokens))
+    except BaseException:
+        _abandon(jobs)
+        raise
+    return EventStream(first, tokens, jobs, UsageEvents(form, len(jobs), wanted=include_usage).events)
+
+
+def _header(model: Model, body: SamplingFields) -> Header:
+    return Header(model=model.id, fingerprint=model.fingerprint, word=model.word, num_alike=body.num_choices)
 
 
 def _card(model: Model) -> ModelCard:

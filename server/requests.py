@@ -1,48 +1,33 @@
-"""The requests that the server takes: what may be in them, checked and described in /openapi.json.
-
-A field of OpenAI's interface that is missing here is refused by name, and a field that is here does what it says, or
-may only have the value that changes nothing. Nothing is ignored.
-"""
+"""The bodies that the server takes: what may be in them, checked and described in /openapi.json."""
 
 from typing import Annotated, Any, Literal
 
 from coreinfer.runtime import Mode
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-__all__ = ["ChatRequest", "CompletionRequest", "MessageIn", "PlaceRequest", "SamplingFields", "StreamOptions"]
+from .fields import Fields, Nothing, Plain, Text
+from .messages import MessageIn
+from .tool_fields import NamedChoice, ToolIn
 
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+__all__ = ["ChatRequest", "CompletionRequest", "PlaceRequest", "SamplingFields", "StreamOptions"]
+
 _MAX_TOP_LOGPROBS = 20
+_MAX_CHOICES = 128
 
-Zero = Annotated[float, Field(ge=0, le=0, description="Only 0, which changes nothing.")]
-One = Annotated[int, Field(ge=1, le=1, description="Only 1, which changes nothing.")]
-
-
-def _check_unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        # JSON can write it, but no tokenizer reads it.
-        raise ValueError("expected Unicode text, got half a character") from error
-    return text
+TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-Plain = Annotated[str, AfterValidator(_check_unicode)]
-Text = Annotated[Plain, Field(min_length=1)]
-
-
-class StreamOptions(BaseModel):
+class StreamOptions(Fields):
     """How an answer is streamed."""
 
-    model_config = _STRICT
-
     include_usage: bool | None = Field(default=None, description="Send usage figures in a last chunk of their own.")
+    include_obfuscation: Literal[False] | None = None
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(Fields):
     """What chat and completions have in common."""
-
-    model_config = _STRICT
 
     model: Text = Field(description="A name out of /v1/models.")
     max_tokens: int | None = Field(default=None, ge=1, description="Most tokens of the answer.")
@@ -54,10 +39,12 @@ class SamplingFields(BaseModel):
     )
     stream: bool | None = Field(default=None, description="Answer by server-sent events.")
     stream_options: StreamOptions | None = None
-    n: One | None = None
-    frequency_penalty: Zero | None = None
-    presence_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0, description="Only empty.")] | None = None
+    n: int | None = Field(
+        default=None, ge=1, le=_MAX_CHOICES, description="Answers; with a seed, each has the next one."
+    )
+    frequency_penalty: Penalty | None = Field(default=None, description="For each time a token was decoded.")
+    presence_penalty: Penalty | None = Field(default=None, description="For tokens that were decoded.")
+    logit_bias: dict[TokenId, Bias] | None = Field(default=None, description="Added to the logits of token ids.")
     user: Plain | None = Field(default=None, description="Any text; kept nowhere, and without effect, as at OpenAI.")
     mode: Mode | None = Field(default=None, description="How FFN weights are chosen. Not in OpenAI's interface.")
     top_k: int | None = Field(default=None, ge=0, lt=1 << 31, description="0 is off. Not in OpenAI's interface.")
@@ -65,44 +52,24 @@ class SamplingFields(BaseModel):
     repetition_penalty: float | None = Field(
         default=None, ge=0.1, le=10, description="1 is off. Not in OpenAI's interface."
     )
+    skip_special_tokens: bool | None = Field(
+        default=None, description="If false, control tokens are in the text. Not in OpenAI's interface."
+    )
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "SamplingFields":
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only with stream true")
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
+            raise ValueError("stream_options: include_usage only with stream true")
         return self
 
-
-class TextPart(BaseModel):
-    """A piece of a message; text is all that these models read."""
-
-    model_config = _STRICT
-
-    type: Literal["text"]
-    text: Plain
-
-
-class MessageIn(BaseModel):
-    """A message of a conversation."""
-
-    model_config = _STRICT
-
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is read as system.")
-    content: Plain | Annotated[list[TextPart], Field(min_length=1)]
-
     @property
-    def plain(self) -> dict[str, str]:
-        """The message as the runtime takes it; pieces of text are joined by line breaks."""
-        role = "system" if self.role == "developer" else self.role
-        if isinstance(self.content, str):
-            return {"role": role, "content": self.content}
-        return {"role": role, "content": "\n".join(part.text for part in self.content)}
+    def num_choices(self) -> int:
+        """How many answers each prompt gets."""
+        return self.n or 1
 
 
-class JsonSchemaFormat(BaseModel):
+class JsonSchemaFormat(Fields):
     """A JSON schema that the answer follows."""
-
-    model_config = _STRICT
 
     name: Annotated[Plain, Field(min_length=1, max_length=64)]
     # Under another name, because pydantic's models have a method `schema`.
@@ -111,10 +78,8 @@ class JsonSchemaFormat(BaseModel):
     strict: bool | None = Field(default=None, description="The schema is always followed to the letter.")
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Fields):
     """What form the answer has."""
-
-    model_config = _STRICT
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
@@ -133,7 +98,43 @@ class ResponseFormat(BaseModel):
         return None if self.json_schema is None else self.json_schema.json_schema
 
 
-class ChatRequest(SamplingFields):
+class UnusedFields(Fields):
+    """Fields of OpenAI's chat that change nothing here, with the values for which this is right."""
+
+    store: Literal[False] | None = Field(default=None, description="Nothing is kept.")
+    metadata: Nothing | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: Plain | None = Field(default=None, description="As user.")
+    prompt_cache_key: Plain | None = Field(default=None, description="Prompts are compared themselves.")
+    prompt_cache_retention: Literal["in_memory"] | None = None
+    prompt_cache_options: Nothing | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    verbosity: Literal["medium"] | None = None
+    reasoning_effort: Literal["none"] | None = None
+    functions: Annotated[list[Any], Field(max_length=0, description="Only empty; tools are the newer form.")] | None = (
+        None
+    )
+    function_call: Literal["none", "auto"] | None = None
+
+
+class TemplateFields(Fields):
+    """How a conversation is written for the model; not in OpenAI's interface."""
+
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="Variables of the chat template.")
+    continue_final_message: bool | None = Field(
+        default=None, description="Go on with the last message; if left out, with one of the assistant."
+    )
+    add_generation_prompt: bool | None = Field(default=None, description="False only beside continue_final_message.")
+    parse_special: bool | None = Field(default=None, description="Read names of control tokens in messages as such.")
+
+    @model_validator(mode="after")
+    def _check_end(self) -> "TemplateFields":
+        if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
+            raise ValueError("add_generation_prompt: expected the contrary of continue_final_message")
+        return self
+
+
+class ChatRequest(SamplingFields, UnusedFields, TemplateFields):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[MessageIn], Field(min_length=1)]
@@ -141,12 +142,15 @@ class ChatRequest(SamplingFields):
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=_MAX_TOP_LOGPROBS)
+    tools: list[ToolIn] | None = Field(default=None, description="Functions that the model may call.")
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    parallel_tool_calls: bool | None = Field(default=None, description="If false, calls after the first are dropped.")
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ChatRequest":
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens, max_completion_tokens: give one of the two")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs true")
         return self
 
@@ -155,28 +159,40 @@ class ChatRequest(SamplingFields):
         """How many of the likeliest tokens to give; None for no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def plain_choice(self) -> str | dict[str, Any]:
+        """What the runtime takes as tool_choice."""
+        choice = self.tool_choice or "auto"
+        return choice if isinstance(choice, str) else choice.model_dump()
+
 
 class CompletionRequest(SamplingFields):
     """The body of /v1/completions."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)] = Field(
-        description="A text to continue as it is, or a list of one."
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=_MAX_CHOICES)] = Field(
+        description="A text to continue as it is, or several."
     )
     logprobs: int | None = Field(default=None, ge=0, le=_MAX_TOP_LOGPROBS)
-    best_of: One | None = None
-    echo: Literal[False] | None = None
+    best_of: int | None = Field(default=None, ge=1, description="Only as many as n: none is thrown away.")
+    echo: bool | None = Field(default=None, description="Begin the answer with the prompt; not with logprobs.")
     suffix: Annotated[Plain, Field(max_length=0, description="Only empty.")] | None = None
 
+    @model_validator(mode="after")
+    def _check_pairs(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != self.num_choices:
+            raise ValueError("best_of: only as many as n")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo, logprobs: a prompt's log-probabilities are not computed; give one of the two")
+        return self
+
     @property
-    def text(self) -> str:
-        """The prompt."""
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+    def texts(self) -> list[str]:
+        """The prompts."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
 
-class PlaceRequest(BaseModel):
+class PlaceRequest(Fields):
     """The body of /coreinfer/place."""
-
-    model_config = _STRICT
 
     model: Text = Field(description="A name out of /v1/models.")
     text: Text = Field(description="What would be said: the place of a conversation is that of its last user message.")

@@ -6,6 +6,8 @@ from coreinfer.runtime import Mode
 from pydantic import BaseModel, Field
 
 __all__ = [
+    "CallDelta",
+    "CallOut",
     "Chat",
     "ChatChoice",
     "ChatChunk",
@@ -20,6 +22,7 @@ __all__ = [
     "ErrorBody",
     "Figures",
     "Finish",
+    "FunctionOut",
     "Health",
     "Message",
     "ModelCard",
@@ -31,7 +34,7 @@ __all__ = [
     "Usage",
 ]
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class ErrorText(BaseModel):
@@ -109,18 +112,40 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
+class FunctionOut(BaseModel):
+    """What is called."""
+
+    name: str
+    arguments: str = Field(description="A JSON object, as text.")
+
+
+class CallOut(BaseModel):
+    """A call of a function."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionOut
+
+
+class CallDelta(CallOut):
+    """A call in a stream; it comes whole."""
+
+    index: int
+
+
 class Message(BaseModel):
     """The assistant's message."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None = Field(description="null where there is nothing beside calls.")
     refusal: None = None
+    tool_calls: list[CallOut] | None = None
 
 
 class ChatChoice(BaseModel):
-    """The one answer of a chat."""
+    """An answer of a chat."""
 
-    index: int = 0
+    index: int
     message: Message
     logprobs: ChatLogprobs | None
     finish_reason: Finish
@@ -144,12 +169,13 @@ class Delta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[CallDelta] | None = None
 
 
 class ChunkChoice(BaseModel):
-    """A chunk's part of the one answer."""
+    """A chunk's part of an answer."""
 
-    index: int = 0
+    index: int
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: Finish | None
@@ -169,9 +195,9 @@ class ChatChunk(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """The one completion, or a chunk's part of it."""
+    """A completion, or a chunk's part of it."""
 
-    index: int = 0
+    index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Finish | None

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.runtime import Engine, GenerationOptions
 from coreinfer.runtime.requests import Prompt
@@ -46,17 +47,23 @@ class Service:
 
         Args:
             engines: by the names that clients use.
+        Raises:
+            ConfigError: `any_model` with several.
         """
+        if config.any_model and len(engines) != 1:
+            raise ConfigError(f"any_model: it goes with one model, got {len(engines)}")
         self.config = config
         self.metrics = Metrics()
         self.models = {name: self._model(name, engine) for name, engine in engines.items()}
 
     def model(self, name: str) -> Model:
-        """Find a model by its name.
+        """Find a model by its name; with `any_model` there is one for all names.
 
         Raises:
             ApiError: there is none.
         """
+        if self.config.any_model:
+            return next(iter(self.models.values()))
         if name not in self.models:
             known = ", ".join(self.models)
             raise ApiError(404, f"no model {name!r} here; there is {known}", param="model", code="model_not_found")

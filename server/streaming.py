@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -16,9 +16,12 @@ from pydantic import BaseModel
 from .errors import ClientGone, api_error
 from .worker import Job
 
-__all__ = ["EventStream", "unless_gone"]
+__all__ = ["ChoiceToken", "EventStream", "merged", "unless_gone"]
 
 T = TypeVar("T")
+ChoiceToken = tuple[int, Token]
+"""A token and the index of its choice."""
+Events = Callable[[int, Token], list[BaseModel]]
 
 _log = logging.getLogger(__name__)
 
@@ -27,33 +30,59 @@ _READING_SECONDS = 30.0
 
 
 class EventStream(StreamingResponse):
-    """A job's tokens as server-sent events; however it ends, the job is given up."""
+    """The tokens of an answer as server-sent events; however it ends, its jobs are given up."""
 
-    def __init__(self, first: Token, job: Job, events: Callable[[Token], list[BaseModel]]) -> None:
+    def __init__(
+        self, first: ChoiceToken, others: AsyncGenerator[ChoiceToken, None], jobs: Sequence[Job], events: Events
+    ) -> None:
         """Begin with the first token, which is here already.
 
         Args:
-            first: the job's first token.
-            job: gives the others.
-            events: turns a token into events.
+            first: the first token of all.
+            others: gives the others.
+            jobs: that they come from.
+            events: turns a choice's token into events.
         """
         super().__init__(
-            _event_texts(first, job, events),
+            _event_texts(first, others, events),
             media_type="text/event-stream",
             # Proxies must pass each event on at once.
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
-        self._job = job
+        self._jobs = jobs
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the events."""
         try:
-            async with asyncio.timeout(self._job.deadline_seconds + _READING_SECONDS - time.monotonic()):
+            async with asyncio.timeout(self._jobs[0].deadline_seconds + _READING_SECONDS - time.monotonic()):
                 await super().__call__(scope, receive, send)
         except TimeoutError:
             _log.warning("a client did not read its answer within %g s of its time", _READING_SECONDS)
         finally:
-            self._job.abandon()
+            for job in self._jobs:
+                job.abandon()
+
+
+async def merged(jobs: Sequence[Job]) -> AsyncGenerator[ChoiceToken, None]:
+    """Yield the tokens of several jobs as they come, each with its job's index, to the last of all.
+
+    Raises:
+        Exception: whatever the first generation to fail raised.
+    """
+    waiting = {asyncio.ensure_future(job.next()): index for index, job in enumerate(jobs)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=waiting.__getitem__):
+                token, index = task.result(), waiting.pop(task)
+                if not token.finish_reason:
+                    waiting[asyncio.ensure_future(jobs[index].next())] = index
+                yield index, token
+    finally:
+        for task in waiting:
+            task.cancel()
+        # What else failed is not to be complained of.
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def unless_gone(request: Request, wanted: Awaitable[T]) -> T:
@@ -79,15 +108,16 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _event_texts(first: Token, job: Job, events: Callable[[Token], list[BaseModel]]) -> AsyncGenerator[str, None]:
+async def _event_texts(
+    first: ChoiceToken, others: AsyncGenerator[ChoiceToken, None], events: Events
+) -> AsyncGenerator[str, None]:
     try:
-        for event in events(first):
+        for event in events(*first):
             yield _event_text(event)
-        if not first.finish_reason:
-            async with aclosing(job.tokens()) as tokens:
-                async for token in tokens:
-                    for event in events(token):
-                        yield _event_text(event)
+        async with aclosing(others):
+            async for index, token in others:
+                for event in events(index, token):
+                    yield _event_text(event)
     except Exception as error:
         # The status is sent: the clients of OpenAI raise what they find under "error".
         yield f"data: {json.dumps(api_error(error).content)}\n\n"

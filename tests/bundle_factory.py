@@ -234,6 +234,12 @@ def written_once(folder: Path, write: Callable[[str, Path, dict[str, Any]], obje
     return bundle
 
 
+def with_more_positions(bundle_dir: Path, max_positions: int) -> None:
+    """Let a bundle with rotary positions read longer texts."""
+    with edit_manifest(bundle_dir) as data:
+        data["model"]["max_positions"] = data["model"]["config"]["max_position_embeddings"] = max_positions
+
+
 def as_version_2(data: dict[str, Any]) -> None:
     """Make the values of a manifest those of the version before, in which clusters had no budgets of their own."""
     data["schema_version"] = 2

@@ -14,7 +14,7 @@ from coreinfer import runtime
 from coreinfer.compiler import CompileConfig, compile_model
 
 from .browser import open_browser
-from .bundle_factory import write_bundle, written_once
+from .bundle_factory import with_more_positions, write_bundle, written_once
 from .model_factory import save_corpus, save_encoder, save_model
 
 if TYPE_CHECKING:
@@ -97,6 +97,14 @@ def tiny_bundle(
 def bundle(tiny_bundle: Callable[..., Path]) -> Path:
     """A tiny bundle for tests to which any will do; do not change it."""
     return tiny_bundle("llama")
+
+
+@pytest.fixture(scope="session")
+def long_bundle(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with room for longer texts, as tools need it; do not change it."""
+    copy = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("long") / "long"))
+    with_more_positions(copy, 2048)
+    return copy
 
 
 @pytest.fixture(scope="module")

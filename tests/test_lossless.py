@@ -82,7 +82,15 @@ SCHEMA = {"type": "array", "items": {"type": "boolean"}, "minItems": 3, "maxItem
 
 
 @pytest.mark.parametrize(
-    "options", [{"repetition_penalty": 1.3}, {"logprobs": 2}, {"drift_tokens": 8}, {"json_schema": SCHEMA}]
+    "options",
+    [
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 0.7, "logit_bias": {5: 4, 9: -100}},
+        {"logprobs": 2},
+        {"drift_tokens": 8},
+        {"json_schema": SCHEMA},
+    ],
 )
 def test_greedy_options_give_the_dense_tokens(options: Any, tiny_bundle: Bundles) -> None:
     loaded = load(tiny_bundle("llama"))

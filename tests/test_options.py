@@ -33,13 +33,30 @@ def test_an_option_that_there_is_not_is_refused(method: str, engine: runtime.Eng
         ({"max_new_tokens": 0, "logprobs": -2}, "2 problems"),
         ({"mode": "fast"}, "mode: expected auto"),
         ({"stop": "x"}, "stop: expected a list"),
+        ({"logit_bias": {9999: 1}}, "logit_bias: expected ids from 0 to"),
         ({"temperature": -1}, "temperature: expected"),
     ],
 )
 def test_wrong_options_are_refused(options: Any, named: str, engine: runtime.Engine) -> None:
-    for make in (GenerationOptions, lambda **given: engine.stream(PROMPT, raw=True, **given)):
+    makers: list[Callable[..., Any]] = [lambda **given: engine.stream(PROMPT, raw=True, **given)]
+    if "logit_bias" not in options:
+        # How many tokens there are only the engine knows.
+        makers.append(GenerationOptions)
+    for make in makers:
         with pytest.raises(runtime.ConfigError, match=named):
             make(**options)
+
+
+def test_a_prompt_that_leaves_too_little_room_is_refused_where_that_is_asked_for(engine: runtime.Engine) -> None:
+    prompt = "word " * 60
+    cut = engine.generate(prompt, raw=True, max_new_tokens=400)
+    room = engine.manifest.model.max_positions - cut.num_prompt_tokens
+    assert (
+        engine.generate(prompt, raw=True, max_new_tokens=room, whole_length=True).num_prompt_tokens
+        == cut.num_prompt_tokens
+    )
+    with pytest.raises(runtime.ContextTooLong, match=f"ask for at most {room} tokens"):
+        engine.stream(prompt, raw=True, max_new_tokens=room + 1, whole_length=True)
 
 
 def test_on_token_sees_every_token(engine: runtime.Engine) -> None:

@@ -138,6 +138,38 @@ def test_negative_logits_of_seen_tokens_go_down() -> None:
     np.testing.assert_allclose(got, np.exp([-1, -2]) / np.exp([-1, -2]).sum())
 
 
+def test_penalties_count_what_was_decoded_and_not_the_prompt() -> None:
+    logits = np.asarray([3.0, 2.5, 2.0], dtype=np.float32)
+    once = Sampler(SamplingParams(presence_penalty=0.75), [0, 0])
+    # After one: 2.25, 1.75, 1.25; however often it came.
+    assert [once.sample(logits) for _ in range(5)] == [0, 1, 0, 0, 0]
+    each = Sampler(SamplingParams(frequency_penalty=0.4), [0, 0])
+    # 3.0, 2.6, 2.2, 1.8 against 2.5, 2.1 and 2.0.
+    assert [each.sample(logits) for _ in range(6)] == [0, 0, 1, 0, 1, 2]
+    params = SamplingParams(temperature=1.0, presence_penalty=0.5, frequency_penalty=-0.25)
+    expected = np.exp(logits.astype(np.float64) - [0.5 - 0.25 * 3, 0, 0.5 - 0.25])
+    np.testing.assert_allclose(distribution(logits, params, (), {0: 3, 2: 1}), expected / expected.sum())
+
+
+def test_what_is_proposed_counts_what_was_proposed_before() -> None:
+    logits = np.asarray([3.0, 2.5, 2.0], dtype=np.float32)
+    for params in (SamplingParams(presence_penalty=1.2), SamplingParams(frequency_penalty=1.2)):
+        sampler = Sampler(params, ())
+        assert [sampler.propose(logits, ahead).token_id for ahead in ([], [0], [0, 1])] == [0, 1, 2]
+        assert sampler.sample(logits) == 0
+        assert sampler.propose(logits, [1]).token_id == 2
+
+
+def test_biases_are_added_before_all_else() -> None:
+    logits = np.asarray([3.0, 2.5, 2.0], dtype=np.float32)
+    assert Sampler(SamplingParams(logit_bias={2: 1.5, 0: -0.1}), ()).sample(logits) == 2
+    got = distribution(logits, SamplingParams(temperature=1.0, logit_bias={0: -100, 1: 1}, repetition_penalty=2), [1])
+    np.testing.assert_allclose(got[1:], np.exp([1.75, 2]) / np.exp([1.75, 2]).sum())
+    assert got[0] < 1e-40
+    with pytest.raises(ConfigError, match="logit_bias: expected ids from 0 to 2, got 3"):
+        Sampler(SamplingParams(logit_bias={3: 1}), ()).sample(logits)
+
+
 def test_sampling_counts_drawn_tokens_as_seen() -> None:
     sampler = Sampler(SamplingParams(temperature=1.0, repetition_penalty=1e6, seed=0), ())
     logits = np.full(50, 40, dtype=np.float32)
@@ -217,6 +249,7 @@ def test_seen_tokens_must_be_in_the_vocabulary(token_id: int) -> None:
         *itertools.product(("temperature", "min_p"), (-0.1, float("nan"), float("inf"), True, "1", None)),
         *itertools.product(("top_p",), (0, 0.0, 1.1, float("nan"), True, None)),
         *itertools.product(("repetition_penalty",), (0, -1.0, float("inf"), True, None)),
+        *itertools.product(("presence_penalty", "frequency_penalty"), (-2.1, 3, float("nan"), None)),
         *itertools.product(("top_k", "seed"), (-1, 1.0, True, "3")),
         ("min_p", 1.5),
         ("top_k", None),
@@ -227,6 +260,12 @@ def test_a_wrong_value_is_named(name: str, value: Any) -> None:
         SamplingParams(**{name: value})
     assert str(error.value).startswith(f"{name}: expected ")
     assert str(error.value).endswith(f", got {value!r}")
+
+
+@pytest.mark.parametrize("bias", [None, [1], {"1": 1}, {-1: 1}, {1: 101}, {1: "1"}, {1: float("nan")}])
+def test_a_wrong_bias_is_named(bias: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^logit_bias"):
+        SamplingParams(logit_bias=bias)
 
 
 def test_all_wrong_values_are_named_at_once() -> None:

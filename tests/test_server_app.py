@@ -184,19 +184,36 @@ def test_models(client: openai.OpenAI, model: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message", "param"),
     [
-        ({"tools": []}, "tools: not supported by this server; leave it out", "tools"),
-        ({"n": 2}, "n: Input should be less than or equal to 1", "n"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty: Input should be less than or equal to 0", "frequency_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias: Dictionary should have at most 0 items", "logit_bias"),
+        ({"prediction": {}}, "prediction: not supported by this server; leave it out", "prediction"),
+        ({"n": 129}, "n: Input should be less than or equal to 128", "n"),
+        ({"n": 66}, "n, prompt: this server gives at most 65 answers at once", "n"),
+        ({"frequency_penalty": 3}, "frequency_penalty: Input should be less than or equal to 2", "frequency_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5: Input should be less than or equal to 100", "logit_bias.5"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x: Input has characters", "logit_bias.x"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias: expected ids from 0 to", None),
+        ({"store": True}, "store: Input should be False", "store"),
+        ({"metadata": {"a": "b"}}, "metadata: Dictionary should have at most 0 items", "metadata"),
+        ({"verbosity": "low"}, "verbosity: Input should be 'medium'", "verbosity"),
+        ({"reasoning_effort": "high"}, "reasoning_effort: Input should be 'none'", "reasoning_effort"),
+        ({"service_tier": "flex"}, "service_tier: Input should be 'auto' or 'default'", "service_tier"),
+        ({"functions": [{"name": "f"}]}, "functions: List should have at most 0 items", "functions"),
+        ({"tool_choice": "required"}, "tool_choice: it asks for a call, and there are no tools", None),
+        (
+            {"tool_choice": {"type": "allowed_tools"}},
+            "tool_choice.type: Input should be 'function'",
+            "tool_choice.type",
+        ),
+        ({"tools": [{"type": "custom"}]}, "tools.0.type: Input should be 'function'", "tools.0.type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name: Input", None),
         ({"temperature": 3}, "temperature: Input should be less than or equal to 2", "temperature"),
         ({"temperature": "1"}, "temperature: Input should be a valid number", "temperature"),
         ({"top_p": 0}, "top_p: Input should be greater than 0", "top_p"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0", "seed"),
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1", "max_tokens"),
         ({"max_tokens": 65}, "max_tokens: this server gives at most 64, got 65", "max_tokens"),
-        ({"max_tokens": 2, "max_completion_tokens": 2}, "max_tokens, max_completion_tokens: give one of the two", None),
+        ({"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens, max_completion_tokens: give one of the two", None),
         ({"top_logprobs": 2}, "top_logprobs: only with logprobs true", None),
-        ({"stream_options": {}}, "stream_options: only with stream true", None),
+        ({"stream_options": {"include_usage": True}}, "stream_options: include_usage only with stream true", None),
         (
             {"mode": "fast"},
             "mode: Input should be 'auto', 'similarity', 'stability', 'fused', 'dense' or 'lossless'",
@@ -209,10 +226,33 @@ def test_models(client: openai.OpenAI, model: str) -> None:
         ),
         ({"messages": []}, "messages: List should have at least 1 item", "messages"),
         (
-            {"messages": [{"role": "tool", "content": "x"}]},
+            {"messages": [{"role": "function", "content": "x"}]},
             "messages.0.role: Input should be 'system'",
             "messages.0.role",
         ),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0: tool_call_id: it goes with", "messages.0"),
+        ({"messages": [{"role": "user"}]}, "messages.0: content: expected text or a list", "messages.0"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages.0: content: expected", "messages.0"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]},
+            "messages.0.refusal: not supported",
+            "messages.0.refusal",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content.0.type: Input should be 'text'; messages.0.content.0.text: Field required",
+            "messages.0.content.0.type",
+        ),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages.0.content: Input should be a string or Input should be a list",
+            "messages.0.content",
+        ),
+        ({"messages": "x"}, "messages: Input should be a list", "messages"),
+        ({"messages": ["x"]}, "messages.0: Input should be an object", "messages.0"),
+        ({"stop": ["a", ""]}, "stop.1: String should have at least 1 character", "stop.1"),
+        ({"stop": ["a", 1]}, "stop.1: Input should be a string", "stop.1"),
+        ({"stop": ["a"] * 5}, "stop: List should have at most 4 items", "stop"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content", None),
         ({"messages": [{"role": "user", "content": "word " * 400}]}, "prompt: expected 1 to 255 tokens, got", None),
         ({"\ud800": 1}, "Input should be a valid string", None),
@@ -230,6 +270,7 @@ def test_what_is_not_supported_is_refused(
     assert error["type"] == "invalid_request_error"
     if param is not None:
         assert error["param"] == param
+    assert not [text for text in ("0x", "[str", "function-", "constrained", "TextPart") if text in error["message"]]
 
 
 def test_fields_that_change_nothing_are_taken(client: openai.OpenAI, model: str) -> None:
@@ -242,6 +283,20 @@ def test_fields_that_change_nothing_are_taken(client: openai.OpenAI, model: str)
         logit_bias={},
         user="someone",
         response_format={"type": "text"},
+        store=False,
+        metadata=None,
+        parallel_tool_calls=True,
+        service_tier="auto",
+        safety_identifier="someone",
+        prompt_cache_key="some key",
+        verbosity="medium",
+        modalities=["text"],
+        stream_options={"include_usage": False},
+        tools=[],
+        tool_choice="none",
+        function_call="none",
+        functions=[],
+        extra_body={"top_logprobs": 0, "audio": None, "metadata": {}, "no_such_field": None, "stream": None},
         **SEEDED,
     )
     plain = client.chat.completions.create(model=model, messages=user(PROMPT), **SEEDED)
@@ -249,7 +304,7 @@ def test_fields_that_change_nothing_are_taken(client: openai.OpenAI, model: str)
 
 
 @pytest.mark.parametrize(
-    "change", [{"echo": True}, {"suffix": "x"}, {"best_of": 2}, {"prompt": ["a", "b"]}, {"prompt": ""}]
+    "change", [{"echo": True, "logprobs": 1}, {"suffix": "x"}, {"best_of": 2}, {"prompt": []}, {"prompt": ""}]
 )
 def test_completions_refuse_what_they_lack(server: RunningServer, model: str, change: dict[str, Any]) -> None:
     status, message, _ = refusal(server, "/v1/completions", {"model": model, "prompt": "x"} | change)
@@ -264,12 +319,16 @@ def test_bodies_that_are_no_request(server: RunningServer, body: bytes) -> None:
     assert response.json()["error"]["message"]
 
 
-def test_other_statuses_have_the_same_shape(server: RunningServer) -> None:
+def test_other_statuses_have_the_same_shape(server: RunningServer, model: str) -> None:
     assert server.get("/nothing").json()["error"]["message"] == "Not Found"
     response = server.get("/v1/completions")
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
     response = server.post("/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"})
     assert response.status_code == 415
+    for content_type in ("Application/JSON", 'application/json; Charset="UTF-8"', "APPLICATION/json;charset=utf-8"):
+        body = json.dumps({"model": model, "prompt": "x", "max_tokens": 1})
+        response = server.post("/v1/completions", content=body.encode(), headers={"Content-Type": content_type})
+        assert response.status_code == 200, response.text
     response = server.post("/v1/completions", json={}, headers={"Host": "elsewhere.example"})
     assert (response.status_code, response.json()["error"]["code"]) == (403, "wrong_host")
 

@@ -12,11 +12,13 @@ from coreinfer.runtime.decoder import DENSE, FfnChoice
 from coreinfer.runtime.drafting import DraftLength
 from coreinfer.runtime.drift import DriftWatch
 from coreinfer.runtime.generation import PathStep, Token
+from coreinfer.runtime.json_schema import JsonGrammar
 from coreinfer.runtime.options import GenerationOptions
 from coreinfer.runtime.planning import serving_cluster
 from coreinfer.runtime.requests import Loaded, Request
-from coreinfer.runtime.sampling import Draft
+from coreinfer.runtime.sampling import Draft, check_ids
 from coreinfer.runtime.text import TextStream
+from coreinfer.runtime.tool_grammar import call_grammar
 
 __all__ = ["Logits", "Post", "Row", "Run", "path_step", "prepare"]
 
@@ -160,16 +162,16 @@ def prepare(loaded: Loaded, request: Request, options: GenerationOptions) -> Run
     """Put together what answering a request needs.
 
     Raises:
-        ConfigError: the JSON schema cannot be used.
+        ConfigError: the JSON schema cannot be used, or `logit_bias` names a token that there is not.
     """
-    grammar = None if options.json_schema is None else loaded.grammars.grammar(options.json_schema)
     tokenizer = loaded.prompts.tokenizer
+    check_ids("logit_bias", options.logit_bias, loaded.bundle.manifest.model.vocab_size)
     cluster = serving_cluster(request.plan, request.route)
     return Run(
         loaded=loaded,
         request=request,
         options=options,
-        chooser=TokenChooser(options, request.token_ids, tokenizer, grammar),
+        chooser=TokenChooser(options, request.token_ids, tokenizer, _grammar(loaded, options)),
         text=TextStream(
             tokenizer,
             options.stop,
@@ -180,6 +182,15 @@ def prepare(loaded: Loaded, request: Request, options: GenerationOptions) -> Run
         lengths=_draft_length(loaded, options) if request.plan.mode == "lossless" else None,
         path=(path_step(loaded, cluster, first_token=1, distance=request.distance),),
     )
+
+
+def _grammar(loaded: Loaded, options: GenerationOptions) -> JsonGrammar | None:
+    if options.must_call and options.tools:
+        prompts = loaded.prompts
+        return loaded.grammars.calls(
+            call_grammar(prompts.tool_format, options.tools, options.tool_choice, prompts.tokenizer)
+        )
+    return None if options.json_schema is None else loaded.grammars.grammar(options.json_schema)
 
 
 def path_step(loaded: Loaded, cluster: int, *, first_token: int, distance: float) -> PathStep:
