@@ -296,7 +296,8 @@ def _kind(value: Any) -> str:
     """What JSON calls a value."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    return {dict: "an object", list: "an array", str: "text"}.get(type(value), "a number")
+    names: dict[type, str] = {dict: "an object", list: "an array", str: "text"}
+    return names.get(type(value), "a number")
 
 
 def _read_parquet(path: Path, text_field: str) -> list[str]:

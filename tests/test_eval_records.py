@@ -93,7 +93,7 @@ def test_all_that_is_wrong_is_named(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "lm_a.jsonl"
-    path.write_bytes(b"\xff\xfe")
+    path.write_bytes(b"text \xff\xfe")
     with pytest.raises(ConfigError, match="line 1: expected UTF-8, got other bytes"):
         read_datasets([str(path)])
 
