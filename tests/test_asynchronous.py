@@ -38,7 +38,7 @@ def test_it_gives_what_stream_gives(engine: runtime.Engine) -> None:
         return [token async for token in engine.astream(PROMPT, options)]
 
     got = runtime.collect(asyncio.run(consume()))
-    assert got.token_ids == engine.generate(PROMPT, raw=True, max_new_tokens=12).token_ids
+    assert got.token_ids == engine.generate(PROMPT, max_new_tokens=12).token_ids
     assert len(threads) == 1
     assert threading.current_thread().name not in threads
     assert not workers()
