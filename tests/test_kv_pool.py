@@ -215,8 +215,7 @@ def test_the_default_is_half_of_the_free_memory_or_64_contexts(monkeypatch: pyte
 
 
 def test_free_memory_is_no_more_than_the_groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    machine = kv_limits.free_memory_bytes()
-    assert machine > 0
+    assert kv_limits.free_memory_bytes() > 0
     for limit, expected in ((b"5000000\n", 4_999_000), (b"max\n", None)):
         (tmp_path / "max").write_bytes(limit)
         (tmp_path / "current").write_bytes(b"1000\n")

@@ -3,6 +3,8 @@
 
 #include <pybind11/stl.h>
 
+#include "cache_width.h"
+
 namespace coreinfer {
 
 void refuse(const std::string& what, const std::string& expected, const std::string& got) {
@@ -161,6 +163,7 @@ ModelWeights read_model(const py::dict& spec, Owners& owners) {
     model.layers.push_back(
         read_layer(py::cast<py::dict>(layer), model, "layer " + std::to_string(index++) + " ", owners));
   if (model.layers.empty()) refuse("layers", "at least 1", "0");
+  choose_cache_width(model);
   return model;
 }
 

@@ -1,0 +1,118 @@
+#include "cache_width.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace coreinfer {
+namespace {
+
+// Beyond it fp16 has no numbers; half of that leaves room for rotations and for the rounding of inputs.
+constexpr float kMost = 65504.0f / 2;
+// Rounded to fp16, keys of this size move scores by hundredths, which costs a KL of up to 0.001. Ordinary keys are below 6,
+// biases of Qwen2.5-0.5B's up to 211 in five of its layers. Values are averaged, so that only their share counts.
+constexpr float kMostTypicalKey = 32.0f;
+constexpr float kUnknown = std::numeric_limits<float>::infinity();
+
+float length(const float* x, int size) {
+  double squares = 0.0;
+  for (int i = 0; i < size; ++i) squares += double(x[i]) * x[i];
+  return static_cast<float>(std::sqrt(squares));
+}
+
+float largest(const float* x, int size) {
+  float most = 0.0f;
+  for (int i = 0; i < size; ++i) most = std::max(most, std::fabs(x[i]));
+  return most;
+}
+
+// What a matrix is given, or a row of it gives.
+struct Size {
+  float most;     // that it can be
+  float typical;  // root mean square
+};
+
+// Lengths of vectors (size) that come out of a norm, as long as its weights allow.
+Size norm_size(const Norm& norm, int size) {
+  const float root = std::sqrt(static_cast<float>(size)), bias = norm.bias ? length(norm.bias, size) : 0.0f;
+  return {root * largest(norm.weight, size) + bias, length(norm.weight, size) + bias};
+}
+
+// Length of a row of weights, or where they are quantized a bound of it by the scales alone.
+float row_bound(const Matrix& w, int row) {
+  double squares = 0.0;
+  if (!w.quantized()) {
+    for (int i = 0; i < w.cols; ++i) {
+      const float value = bf16_to_float(w.bf16[size_t(row) * w.cols + i]);
+      squares += double(value) * value;
+    }
+    return static_cast<float>(std::sqrt(squares));
+  }
+  for (int g = 0; g < w.num_groups(); ++g) {
+    const size_t at = (size_t(row / kBlockRows) * w.num_groups() + g) * kBlockRows + row % kBlockRows;
+    const float zero = w.format == Format::int4 ? w.zeros[at] / 16.0f : 128.0f;
+    const float code = w.format == Format::int4 ? std::max(zero, 15.0f - zero) : 128.0f;
+    const double most = double(half_to_float(w.scales[at])) * code;
+    squares += kGroup * most * most;
+  }
+  return static_cast<float>(std::sqrt(squares));
+}
+
+float row_length(const Matrix& w, int row, std::vector<float>& scratch) {
+  scratch.resize(w.cols);
+  unpack_row(w, row, scratch.data());
+  return length(scratch.data(), w.cols);
+}
+
+// Whether a row of a linear layer can give more than `limit`, given lengths of inputs.
+bool exceeds(const Linear& linear, int row, const Size& input, const Size& limit, std::vector<float>& scratch) {
+  const float bias = linear.bias ? std::fabs(linear.bias[row]) : 0.0f;
+  const float mean = 1.0f / std::sqrt(static_cast<float>(linear.weight.cols));
+  const auto over = [&](float weights) {
+    return !(bias + weights * input.most < limit.most) || !(bias + weights * input.typical * mean < limit.typical);
+  };
+  // The weights themselves are read only where their scales leave it open.
+  return over(row_bound(linear.weight, row)) && over(row_length(linear.weight, row, scratch));
+}
+
+bool any_exceeds(const Linear& linear, const Size& input, const Size& limit) {
+  std::vector<float> scratch;
+  for (int row = 0; row < linear.weight.rows; ++row)
+    if (exceeds(linear, row, input, limit, scratch)) return true;
+  return false;
+}
+
+// Lengths of the inputs of a layer's attention.
+Size input_size(const ModelWeights& model, size_t layer) {
+  const Norm& before = model.layers[layer].attention_norms.before;
+  if (before.present()) return norm_size(before, model.hidden);
+  // Else the residual stream itself, which is bounded where the layer before ends in a norm.
+  if (layer > 0 && model.layers[layer - 1].ffn_norms.after.present())
+    return norm_size(model.layers[layer - 1].ffn_norms.after, model.hidden);
+  return {kUnknown, kUnknown};
+}
+
+}  // namespace
+
+void choose_cache_width(ModelWeights& model) {
+  float scale = 1.0f;  // of rotations
+  for (const RotaryTable& table : model.rotary) scale = std::max(scale, table.scale);
+  const Size key_limit = {kMost / scale, kMostTypicalKey / scale}, value_limit = {kMost, kUnknown};
+  for (size_t i = 0; i < model.layers.size(); ++i) {
+    Layer& layer = model.layers[i];
+    const AttentionWeights& attention = layer.attention;
+    const Size input = input_size(model, i);
+    bool wide = any_exceeds(attention.value, input, value_limit);
+    if (attention.key_norm.present()) {
+      const Size key = norm_size(attention.key_norm, model.head_dim);
+      wide |= !(key.most < key_limit.most) ||
+              !(largest(attention.key_norm.weight, model.head_dim) < key_limit.typical);
+    } else {
+      wide = wide || any_exceeds(attention.key, input, key_limit);
+    }
+    layer.wide_cache = wide;
+  }
+}
+
+}  // namespace coreinfer
