@@ -157,7 +157,8 @@ def test_memory_is_flat(make_native: Callable[..., runtime.Engine]) -> None:
     before = resident_bytes()
     for _ in range(3):
         answer(100)
-    assert resident_bytes() - before < 8 << 20
+    # A cache that stayed would take 64 times as much.
+    assert resident_bytes() - before < 16 << 20
     check_nothing_is_held(engine)
 
 

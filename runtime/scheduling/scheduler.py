@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from coreinfer.bundles.errors import CoreInferError, GenerationCancelled
@@ -87,8 +88,9 @@ class Scheduler:
             self._free(run)
         if any(run.is_over for run in self._waiting):
             self._waiting = deque(run for run in self._waiting if not run.is_over)
-        # Whoever uses the decoder without a scheduler expects it so.
-        self.decoder.select(0)
+        if self.decoder.sequence != 0:
+            # Whoever uses the decoder without a scheduler expects it so.
+            self.decoder.select(0)
 
     def _free(self, run: Run) -> None:
         if run.sequence is None:
@@ -104,6 +106,8 @@ class Scheduler:
     def _admit(self) -> None:
         while self._arrived:
             self._waiting.append(self._arrived.popleft())
+        if not self._waiting:
+            return
         # Who does not ask for tokens takes no place.
         num_free = self.max_parallel - sum(run.wants for run in self._active)
         while self._waiting and num_free > 0:
@@ -129,7 +133,9 @@ class Scheduler:
 
     def _next_to_read(self) -> Run | None:
         """Choose the prompt of which least is left, and now and then the one that came first."""
-        for run in self._unread:
+        if not (unread := self._unread):
+            return None
+        for run in unread:
             run.check_cancelled()
         if not (unread := self._unread):
             return None
@@ -154,7 +160,7 @@ class Scheduler:
 
     def _decode(self) -> None:
         running = self._running
-        if not running or (self._unread and not any(run.watched for run in running)):
+        if not running or (not any(run.watched for run in running) and self._unread):
             # Where nobody follows the tokens, more share a pass when all prompts are read.
             return
         begun = self.clock()
@@ -199,7 +205,7 @@ class Scheduler:
 
     def _post(self, runs: Sequence[Run], rows: Sequence[Logits] | Logits) -> None:
         for run, logits in zip(runs, rows, strict=True):
-            self._call([run], lambda run=run, logits=logits: post_token(run, Row(logits=logits)))
+            self._call([run], partial(post_token, run, Row(logits=logits)))
 
     # Calls that fail
 
