@@ -121,13 +121,14 @@ class Scheduler:
         return [run for run in self._active if not run.is_read and not run.is_over]
 
     def _read(self) -> None:
-        if (run := self._next_to_read()) is None:
+        others_decode = any(run.watched for run in self._running)
+        if (others_decode and not self._pace.may_read) or (run := self._next_to_read()) is None:
             return
-        limit = self._pace.block_tokens if any(other.watched for other in self._running) else None
+        limit = self._pace.block_tokens if others_decode else None
         num_left, begun = run.num_left, self.clock()
         logits = self._pass([run], lambda _: read_block(run, self.decoder, self._switch, limit))
         if (num_read := num_left - run.num_left) > 0:
-            self._pace.note_block(num_read, self.clock() - begun)
+            self._pace.note_block(num_read, self.clock() - begun, others_decode=others_decode)
         if logits is not None:
             self._post([run], [logits])
 
