@@ -177,10 +177,11 @@ def test_long_texts_have_the_same_tokens(engine: runtime.Engine) -> None:
     """They are encoded by another call, which leaves Python's lock to others."""
     prompts = PromptFormat(with_room(engine.bundle, factor=100))
     text = " ".join(corpus_texts()) + MANY_WORDS[:20_000]
+    assert len(text) > 1 << 14
+    assert prompts.encode(text) == text_ids(engine.tokenizer, text)
     for special in (False, True):
-        assert prompts.encode(text, add_special_tokens=special) == list(
-            engine.tokenizer.encode(text, add_special_tokens=special).ids
-        )
+        ids = engine.tokenizer.encode(text, add_special_tokens=special).ids
+        assert list(encoded(engine.tokenizer, text, add_special_tokens=special).ids) == list(ids)
 
 
 def byte_level(**options: Any) -> Tokenizer:
@@ -262,7 +263,7 @@ def test_what_is_certainly_too_long_is_not_tokenized(engine: runtime.Engine, mon
     longest = max(engine.tokenizer.get_vocab(), key=len)
     assert len(longest) == most
     # As long as it may be: that it is too long is found by counting its tokens.
-    assert prompts.encode("x" * (most * (MAX_POSITIONS - 1)), add_special_tokens=False)
+    assert prompts.encode("x" * (most * (MAX_POSITIONS - 1)))
     monkeypatch.setattr(prompts, "tokenizer", None)
     with pytest.raises(runtime.ConfigError, match=r"^prompt: expected 1 to 255 tokens, .* that is 256 or more$"):
-        prompts.encode("x" * (most * (MAX_POSITIONS - 1) + 1), add_special_tokens=False)
+        prompts.encode("x" * (most * (MAX_POSITIONS - 1) + 1))

@@ -157,7 +157,8 @@ def test_memory_is_flat(make_native: Callable[..., runtime.Engine]) -> None:
     before = resident_bytes()
     for _ in range(3):
         answer(100)
-    assert resident_bytes() - before < 8 << 20
+    # A cache that stayed would take 64 times as much.
+    assert resident_bytes() - before < 16 << 20
     check_nothing_is_held(engine)
 
 
@@ -260,8 +261,10 @@ def test_a_long_prompt_holds_up_nobodys_tokens(make_engine: Callable[..., runtim
     finish(engine)
     gaps = [after - before for before, after in pairwise(times)]
     assert gaps[0] == pytest.approx(PASS_SECONDS)
-    # A block costs at least a pass over the weights, as much as a token.
+    # A block takes at least a pass over the weights, as long as a token; others make up for what it takes more.
     assert max(gaps) < 2.3 * PASS_SECONDS
+    while_reading = gaps[9:49]
+    assert PASS_SECONDS < sum(while_reading) / len(while_reading) < 2 * PASS_SECONDS
     assert long.run.finished
     check_nothing_is_held(engine)
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from coreinfer.bundles import Bundle, open_bundle
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.bundles.tensors import StoredTensor, bf16_to_float32, float32_to_bf16
+from coreinfer.bundles.tensors import StoredTensor, bf16_to_float32
 from coreinfer.runtime import _native
 from coreinfer.runtime.native_decoder import NativeDecoder
 from coreinfer.runtime.torch_decoder import TorchDecoder
 
-from .bundle_factory import change_tensors
+from .bundle_factory import change_tensors, float32_to_bf16
 from .model_factory import FAMILIES, VOCABULARY
 
 IDS = np.random.default_rng(11).integers(3, VOCABULARY, 150).tolist()
@@ -23,7 +23,7 @@ NUM_READ = 130
 
 def divergence(expected: Any, got: Any) -> float:
     """Mean KL(expected || got) in nats."""
-    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in np.float64((expected, got)))
+    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in np.asarray((expected, got), dtype=np.float64))
     return float((np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean())
 
 

@@ -39,7 +39,8 @@ def decode_group(decoder: Decoder, switch: FfnSwitch, group: Group) -> Logits:
         logits = decoder.forward_rows([_number(run) for run in runs], token_ids)
     else:
         # Alone the head may be screened; the likeliest token is the same.
-        decoder.select(_number(runs[0]))
+        if decoder.sequence != (number := _number(runs[0])):
+            decoder.select(number)
         logits = decoder.forward(token_ids, greedy=runs[0].chooser.greedy)
     _note_plain(runs, time.perf_counter() - begin)
     return logits

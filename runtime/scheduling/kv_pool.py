@@ -62,6 +62,9 @@ class KvPool:
 
     def leave(self, number: int, num_tokens: int) -> None:
         """Take a run's sequence back, with the tokens at its start that others may use."""
+        if num_tokens == 0:
+            self.drop(number)
+            return
         self._decoder.select(number)
         self._decoder.truncate(num_tokens)
         self._taken.remove(number)

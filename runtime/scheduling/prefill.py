@@ -42,7 +42,8 @@ def read_block(run: Run, decoder: Decoder, switch: FfnSwitch, limit: int | None 
     decoder.select(run.sequence)
     if not run.num_left:
         # All but some of what was decoded is there: it had to wait for room.
-        return _read_decoded_again(run, decoder, switch)
+        _read_decoded_again(run, decoder, switch)
+        return None
     switch.use(_reader(run), anew=True)
     if run.num_read == run.num_cached_tokens and run.request.plan.uses_pack:
         # The pack comes while the prompt is read; it may take the place of another generation's.
@@ -51,7 +52,8 @@ def read_block(run: Run, decoder: Decoder, switch: FfnSwitch, limit: int | None 
     if run.num_left:
         return None
     if run.token_ids:
-        return _read_decoded_again(run, decoder, switch)
+        _read_decoded_again(run, decoder, switch)
+        return None
     _end(run)
     last: Logits = logits[-1]
     return last

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from coreinfer.bundles.errors import CoreInferError, GenerationCancelled
@@ -87,8 +88,9 @@ class Scheduler:
             self._free(run)
         if any(run.is_over for run in self._waiting):
             self._waiting = deque(run for run in self._waiting if not run.is_over)
-        # Whoever uses the decoder without a scheduler expects it so.
-        self.decoder.select(0)
+        if self.decoder.sequence != 0:
+            # Whoever uses the decoder without a scheduler expects it so.
+            self.decoder.select(0)
 
     def _free(self, run: Run) -> None:
         if run.sequence is None:
@@ -104,6 +106,8 @@ class Scheduler:
     def _admit(self) -> None:
         while self._arrived:
             self._waiting.append(self._arrived.popleft())
+        if not self._waiting:
+            return
         # Who does not ask for tokens takes no place.
         num_free = self.max_parallel - sum(run.wants for run in self._active)
         while self._waiting and num_free > 0:
@@ -117,19 +121,22 @@ class Scheduler:
         return [run for run in self._active if not run.is_read and not run.is_over]
 
     def _read(self) -> None:
-        if (run := self._next_to_read()) is None:
+        others_decode = any(run.watched for run in self._running)
+        if (others_decode and not self._pace.may_read) or (run := self._next_to_read()) is None:
             return
-        limit = self._pace.block_tokens if any(other.watched for other in self._running) else None
+        limit = self._pace.block_tokens if others_decode else None
         num_left, begun = run.num_left, self.clock()
         logits = self._pass([run], lambda _: read_block(run, self.decoder, self._switch, limit))
         if (num_read := num_left - run.num_left) > 0:
-            self._pace.note_block(num_read, self.clock() - begun)
+            self._pace.note_block(num_read, self.clock() - begun, others_decode=others_decode)
         if logits is not None:
             self._post([run], [logits])
 
     def _next_to_read(self) -> Run | None:
         """Choose the prompt of which least is left, and now and then the one that came first."""
-        for run in self._unread:
+        if not (unread := self._unread):
+            return None
+        for run in unread:
             run.check_cancelled()
         if not (unread := self._unread):
             return None
@@ -154,7 +161,7 @@ class Scheduler:
 
     def _decode(self) -> None:
         running = self._running
-        if not running or (self._unread and not any(run.watched for run in running)):
+        if not running or (not any(run.watched for run in running) and self._unread):
             # Where nobody follows the tokens, more share a pass when all prompts are read.
             return
         begun = self.clock()
@@ -199,7 +206,7 @@ class Scheduler:
 
     def _post(self, runs: Sequence[Run], rows: Sequence[Logits] | Logits) -> None:
         for run, logits in zip(runs, rows, strict=True):
-            self._call([run], lambda run=run, logits=logits: post_token(run, Row(logits=logits)))
+            self._call([run], partial(post_token, run, Row(logits=logits)))
 
     # Calls that fail
 

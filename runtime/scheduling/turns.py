@@ -44,12 +44,22 @@ class Turns:
 
 
 class Pace:
-    """What reading and decoding take: a block of a prompt between two steps shall not take longer than a step."""
+    """What reading and decoding take: while others decode, reading gets at most as much time as decoding.
+
+    A block shall take no longer than a step. Where even the smallest does, steps without a block follow it, so that
+    tokens come half as fast as usual at worst.
+    """
 
     def __init__(self) -> None:
         """Know nothing."""
         self._step_seconds: float | None = None
         self._token_seconds: float | None = None
+        self._debt_seconds = 0.0
+
+    @property
+    def may_read(self) -> bool:
+        """Whether decoding has had as much time as reading."""
+        return self._debt_seconds <= 0
 
     @property
     def block_tokens(self) -> int:
@@ -61,10 +71,12 @@ class Pace:
     def note_step(self, seconds: float) -> None:
         """Take down the decoding of a step."""
         self._step_seconds = _moved(self._step_seconds, seconds)
+        self._debt_seconds = max(0.0, self._debt_seconds - seconds)
 
-    def note_block(self, num_tokens: int, seconds: float) -> None:
+    def note_block(self, num_tokens: int, seconds: float, *, others_decode: bool) -> None:
         """Take down a block that was read."""
         self._token_seconds = _moved(self._token_seconds, seconds / num_tokens)
+        self._debt_seconds = seconds if others_decode else 0.0
 
 
 def _moved(mean: float | None, value: float) -> float:
