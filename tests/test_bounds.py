@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from coreinfer import runtime
+from coreinfer.bundles.beginnings import encoded, text_ids
 from coreinfer.bundles.encoder import EXCERPT_CHARACTERS, routing_excerpt
 from coreinfer.compiler.embedding import StaticEncoder
 from coreinfer.runtime.prompts import PromptFormat
