@@ -109,6 +109,17 @@ def test_500_requests_of_32_clients_get_the_answers_of_a_single_run(bundle: Path
         assert server.metric("coreinfer_queue_length") == 0
 
 
+def test_requests_share_passes_and_what_their_prompts_begin_with(bundle: Path) -> None:
+    with serving(bundle, "--parallel", 4, token_seconds=TOKEN_SECONDS) as server, ThreadPoolExecutor(4) as pool:
+        expected = server.post("/v1/completions", json=body(bundle, max_tokens=40)).json()["choices"][0]["text"]
+        jobs = [pool.submit(server.post, "/v1/completions", json=body(bundle, max_tokens=40)) for _ in range(8)]
+        assert [job.result().json()["choices"][0]["text"] for job in jobs] == [expected] * 8
+        assert server.metric("coreinfer_batch_size_sum") > 1.5 * server.metric("coreinfer_batch_size_count")
+        assert server.metric("coreinfer_prefix_hits_total") == 8
+        assert server.metric("coreinfer_active") == server.metric("coreinfer_queue_length") == 0
+        assert 0 < server.metric("coreinfer_kv_free_pages") < server.metric("coreinfer_kv_pages")
+
+
 def test_a_full_queue_says_when_to_come_again(bundle: Path, slow_server: RunningServer) -> None:
     expected = slow_server.post("/v1/completions", json=body(bundle)).json()["choices"][0]["text"]
     refused = []
