@@ -23,7 +23,9 @@ NUM_READ = 130
 
 def divergence(expected: Any, got: Any) -> float:
     """Mean KL(expected || got) in nats."""
-    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in np.asarray((expected, got), dtype=np.float64))
+    log_p, log_q = (
+        x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in np.asarray((expected, got), dtype=np.float64)
+    )
     return float((np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean())
 
 
