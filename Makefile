@@ -47,7 +47,7 @@ site: $(VENV)/.site
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-NATIVE := setup.py $(wildcard runtime/native/*)
+NATIVE := setup.py $(wildcard runtime/engines/native/csrc/*)
 
 $(VENV)/.demo: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(PIP) $(TORCH)

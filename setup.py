@@ -14,9 +14,9 @@ EXTRA = os.environ.get("COREINFER_CXXFLAGS", "").split()
 setup(
     ext_modules=[
         Pybind11Extension(
-            "coreinfer.runtime._native",
-            sorted(glob("runtime/native/*.cpp")),
-            depends=sorted(glob("runtime/native/*.h")),
+            "coreinfer.runtime.engines.native._native",
+            sorted(glob("runtime/engines/native/csrc/*.cpp")),
+            depends=sorted(glob("runtime/engines/native/csrc/*.h")),
             cxx_std=17,
             extra_compile_args=["-O3", "-g0", "-pthread", *WARNINGS, *EXTRA],
             extra_link_args=["-pthread", *EXTRA],

@@ -17,8 +17,8 @@ from typing import Any
 
 import click
 from coreinfer import runtime
-from coreinfer.runtime import _native
-from coreinfer.runtime.decoder import FfnChoice
+from coreinfer.runtime.engines.native import _native
+from coreinfer.runtime.engines.protocol import FfnChoice
 
 MODES: tuple[runtime.Mode, ...] = ("dense", "similarity")
 _READ_BYTES = 1 << 29

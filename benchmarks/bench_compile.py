@@ -17,18 +17,18 @@ import torch
 from coreinfer.bundles.manifest import Quality
 from coreinfer.bundles.statistics import document_statistic, mix_scores, scores_from_statistic, select_neurons
 from coreinfer.compiler.cache import Cache
+from coreinfer.compiler.clusters.route import Routing, build_routing, control_assignments, nearest
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.corpus import Document, split_into_documents, split_point
-from coreinfer.compiler.layerwise import walk_layers
-from coreinfer.compiler.models import LoadedModel, load_model, read_config
-from coreinfer.compiler.narrowing import Assignment, Cut, NarrowModel
-from coreinfer.compiler.primitives import keep_few_primitives
+from coreinfer.compiler.models.layerwise import walk_layers
+from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
+from coreinfer.compiler.models.primitives import keep_few_primitives
+from coreinfer.compiler.models.sources import find_source
 from coreinfer.compiler.progress import Progress, TqdmProgress
-from coreinfer.compiler.routing import Routing, build_routing, control_assignments, nearest
-from coreinfer.compiler.selecting import Choice
-from coreinfer.compiler.sources import find_source
+from coreinfer.compiler.prune.narrow import Assignment, Cut, NarrowModel
+from coreinfer.compiler.prune.select import Choice
+from coreinfer.compiler.quality.stored import StoredModel, dense_cut, stored_packs
 from coreinfer.compiler.stages import Ground, Material, gather_material, narrow_packs, prepare, score_packs
-from coreinfer.compiler.stored import StoredModel, dense_cut, stored_packs
+from coreinfer.compiler.text.corpus import Document, split_into_documents, split_point
 
 HALF_TOKENS = 100
 Floats = npt.NDArray[np.float32]

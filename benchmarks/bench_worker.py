@@ -33,8 +33,8 @@ class CoreInfer:
 
     def __init__(self, path: str, variant: str, threads: int) -> None:
         from coreinfer.bundles import open_bundle
-        from coreinfer.runtime.decoder import DENSE, FfnChoice
-        from coreinfer.runtime.native_decoder import NativeDecoder
+        from coreinfer.runtime.engines.native.decoder import NativeDecoder
+        from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 
         self.decoder = NativeDecoder(open_bundle(path, lazy_packs=True), threads=threads)
         self.decoder.use(DENSE if variant == "dense" else FfnChoice(cluster=0))
@@ -168,7 +168,7 @@ class PlainRead:
     """The plain read bandwidth of the machine."""
 
     def __init__(self, threads: int) -> None:
-        from coreinfer.runtime import _native
+        from coreinfer.runtime.engines.native import _native
 
         self.native, self.threads = _native, threads
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 from bench_models import MODELS, BenchModel, bundle_of, link_qwen, llamacpp_file, transformers_folder
-from coreinfer.runtime.starts import measure_starts
+from coreinfer.runtime.commands.starts import measure_starts
 
 CONTENDERS = (
     "coreinfer-dense",

@@ -24,16 +24,16 @@ from bench_compile import Bench, choose_each, chosen_cut, open_bench
 from bench_inputs import BenchInputs, input_options
 from coreinfer.bundles.manifest import Score
 from coreinfer.compiler.config import Budgets
-from coreinfer.compiler.corpus import split_point
-from coreinfer.compiler.evaluating import Tally
-from coreinfer.compiler.layerwise import document_starts, walk_layers
-from coreinfer.compiler.models import LoadedModel
-from coreinfer.compiler.narrowing import CLUSTERS, Cut, NarrowModel, bf16_bits, choose_all
+from coreinfer.compiler.models.layerwise import document_starts, walk_layers
+from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress, peak_memory_bytes
-from coreinfer.compiler.repair import gram_matrix
-from coreinfer.compiler.selecting import Choice, choose_neurons
+from coreinfer.compiler.prune.narrow import CLUSTERS, Cut, NarrowModel, bf16_bits, choose_all
+from coreinfer.compiler.prune.repair import gram_matrix
+from coreinfer.compiler.prune.select import Choice, choose_neurons
+from coreinfer.compiler.quality.score import Tally
+from coreinfer.compiler.quality.stored import StoredPacks, stored_packs
 from coreinfer.compiler.stages import Ground, score_packs
-from coreinfer.compiler.stored import StoredPacks, stored_packs
+from coreinfer.compiler.text.corpus import split_point
 
 REFERENCE = "clusters, top-k, repaired"
 STATIC = "one static mask, repaired"

@@ -20,13 +20,13 @@ from typing import Any, Protocol
 import click
 import torch
 from coreinfer.bundles import Bundle, ConfigError, open_bundle
-from coreinfer.bundles.beginnings import text_ids
-from coreinfer.bundles.command import command_errors
+from coreinfer.bundles.shared.beginnings import text_ids
+from coreinfer.bundles.shared.command import command_errors
 from coreinfer.runtime import Engine
-from coreinfer.runtime.decoder import DENSE, FfnChoice
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder, device_needs
+from coreinfer.runtime.engines.torch.packed_linear import PackedLinear
 from coreinfer.runtime.generation import MODES
-from coreinfer.runtime.packed_linear import PackedLinear
-from coreinfer.runtime.torch_decoder import TorchDecoder, device_needs
 
 CONTENDERS = ("transformers", "dense", "pack", "lossless", "bounded")
 _TEXT = "The ferry leaves the harbour at noon and returns before the lamps are lit. "

@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from coreinfer.bundles import open_bundle
-from coreinfer.bundles.beginnings import text_ids
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.compiler.models import load_model, read_config
-from coreinfer.compiler.sources import find_source
-from coreinfer.runtime.decoder import DENSE, Decoder
-from coreinfer.runtime.native_decoder import NativeDecoder
-from coreinfer.runtime.torch_decoder import TorchDecoder
+from coreinfer.bundles.shared.beginnings import text_ids
+from coreinfer.compiler.models.load import load_model, read_config
+from coreinfer.compiler.models.sources import find_source
+from coreinfer.runtime.engines.native.decoder import NativeDecoder
+from coreinfer.runtime.engines.protocol import DENSE, Decoder
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from tokenizers import Tokenizer
 from tqdm import tqdm
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import click
 from coreinfer import runtime
-from coreinfer.runtime import _native
-from coreinfer.runtime.decoder import DENSE, Decoder, FfnChoice
-from coreinfer.runtime.drafting import expected_tokens
+from coreinfer.runtime.decoding.drafting import expected_tokens
+from coreinfer.runtime.engines.native import _native
+from coreinfer.runtime.engines.protocol import DENSE, Decoder, FfnChoice
 
 MODES: tuple[runtime.Mode, ...] = ("dense", "similarity", "lossless")
 _READ_BYTES = 1 << 29

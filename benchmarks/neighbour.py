@@ -18,8 +18,8 @@ from typing import Any
 
 import click
 from coreinfer.bundles import open_bundle
-from coreinfer.runtime import _native
-from coreinfer.runtime.native_decoder import NativeDecoder
+from coreinfer.runtime.engines.native import _native
+from coreinfer.runtime.engines.native.decoder import NativeDecoder
 
 _READ_BYTES = 1 << 28
 _COUNTED_TOKENS = 16

@@ -15,10 +15,10 @@ from typing import Literal, get_args
 import click
 from bench_compile import Bench, open_bench
 from bench_inputs import BenchInputs, input_options
-from coreinfer.bundles.command_options import NumberOr
 from coreinfer.bundles.manifest import Quality
+from coreinfer.bundles.shared.command_options import NumberOr
 from coreinfer.compiler.config import CompileConfig, HealOptimizer
-from coreinfer.compiler.narrowing import CLUSTERS
+from coreinfer.compiler.prune.narrow import CLUSTERS
 from coreinfer.compiler.stages import heal_packs
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import open_bundle
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.runtime.router import Router, lead
+from coreinfer.runtime.routing.router import Router, lead
 from tokenizers import Tokenizer
 
 Distances = npt.NDArray[np.float64]

@@ -20,7 +20,7 @@ from bench_inputs import BenchInputs, input_options
 from coreinfer.bundles.manifest import Quality, Score
 from coreinfer.bundles.statistics import Selection
 from coreinfer.compiler.config import Budgets, Removal
-from coreinfer.compiler.narrowing import CLUSTERS
+from coreinfer.compiler.prune.narrow import CLUSTERS
 
 REPAIRS: dict[str, tuple[Removal, bool]] = {
     "top-k, repaired": ("top-k", False),

@@ -43,7 +43,7 @@ _MODULES = ("errors", "manifest", "reader")
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """Import a name when it is first asked for: `coreinfer.bundles.starting` must be there before numpy is."""
+        """Import a name when it is first asked for: `.shared.starting` must be there before numpy is."""
         if name in __all__:
             for module in map(import_module, (f"{__name__}.{module}" for module in _MODULES)):
                 if name in module.__all__:

@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
-from .command import EXIT_ERROR, command_errors
 from .layout import LAYOUT
 from .manifest import Manifest, Quality, Score, read_manifest
 from .reader import find_problems
+from .shared.command import EXIT_ERROR, command_errors
 
 __all__ = ["describe", "main", "unlisted_files"]
 

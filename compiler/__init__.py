@@ -1,7 +1,7 @@
 """The compiler: a model and calibration text in, a bundle out. Needs the extra `coreinfer[compile]`."""
 
 from coreinfer.bundles import Manifest
-from coreinfer.bundles.extras import needs_extra
+from coreinfer.bundles.shared.extras import needs_extra
 
 from .config import CompileConfig
 from .progress import Progress, TqdmProgress

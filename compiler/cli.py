@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-from coreinfer.bundles.command import command_errors, start_logging
-from coreinfer.bundles.command_options import GroupedCommand, GroupedOption, click_options
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.manifest import Manifest
+from coreinfer.bundles.shared.command import command_errors, start_logging
+from coreinfer.bundles.shared.command_options import GroupedCommand, GroupedOption, click_options
 
 from . import compile_model
 from .config import GROUPS, MACHINE, CompileConfig
-from .primitives import keep_few_primitives
+from .models.primitives import keep_few_primitives
 from .progress import Progress, TqdmProgress
 
 __all__ = ["default_cache_dir", "main", "summary"]

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from coreinfer.bundles.checks import not_empty, number, raise_problems, share, whole_number
-from coreinfer.bundles.option_fields import field_problems, option
+from coreinfer.bundles.shared.checks import not_empty, number, raise_problems, share, whole_number
+from coreinfer.bundles.shared.option_fields import field_problems, option
 from coreinfer.bundles.statistics import Selection
 
 __all__ = ["BUILTIN", "GROUPS", "MACHINE", "Budgets", "CompileConfig", "DType", "Format", "HealOptimizer", "Removal"]

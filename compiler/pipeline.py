@@ -10,23 +10,23 @@ import faiss
 import numpy as np
 import torch
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.bundles.machine import usable_cores
 from coreinfer.bundles.manifest import Manifest, Quality, Score
+from coreinfer.bundles.shared.machine import usable_cores
 from coreinfer.bundles.writer import check_target, disk_errors, existing_parent, finish_manifest, stage_bundle
 
 from .cache import Cache
 from .config import CompileConfig
-from .corpus import text_sources
-from .describing import Compiled, manifest_of
-from .mapping import map_points
-from .models import LoadedModel, load_model, read_config
-from .narrowing import CLUSTERS
-from .packing import write_router, write_tokenizer
+from .models.load import LoadedModel, load_model, read_config
+from .models.sources import find_source
 from .progress import Progress
-from .report import file_sizes, write_report
-from .searching import fit_clusters, fit_quality
-from .sizing import Sizes, fit_budget
-from .sources import find_source
+from .prune.narrow import CLUSTERS
+from .quality.search import fit_clusters, fit_quality
+from .quality.sizes import Sizes, fit_budget
+from .quality.stored import StoredModel, StoredPacks, dense_cut, stored_packs
+from .quantize.pack import write_router, write_tokenizer
+from .report.describe import Compiled, manifest_of
+from .report.map_points import map_points
+from .report.write import file_sizes, write_report
 from .stages import (
     Ground,
     Material,
@@ -38,7 +38,7 @@ from .stages import (
     narrow_packs,
     score_packs,
 )
-from .stored import StoredModel, StoredPacks, dense_cut, stored_packs
+from .text.corpus import text_sources
 
 __all__ = ["compile_loaded", "compile_model"]
 

@@ -13,24 +13,24 @@ import torch
 from coreinfer.bundles.manifest import Quality
 
 from .cache import Cache, stage_key
-from .carrying import NarrowInputs, narrow_all
+from .clusters.route import Routing, build_routing, control_assignments
 from .config import CompileConfig
-from .corpus import Corpus, build_corpus, split_point
-from .describing import PACKAGES, formats_of
-from .evaluating import evaluate
-from .healing import HealInputs, heal, healing_text
-from .memory import check_memory
-from .models import LoadedModel
-from .moments import Moments, input_moments
-from .narrowing import CLUSTERS, Assignment, Cut, NarrowModel, choose_all
-from .packing import Packer
-from .profiling import Profile, profile_model
+from .models.load import LoadedModel
+from .models.memory import check_memory
 from .progress import Progress
-from .rounding import Rounding
-from .routing import Routing, build_routing, control_assignments
-from .selecting import layer_budgets
-from .sensitivity import output_metrics, removal_curves
-from .stored import StoredModel, store_model, stored_packs
+from .prune.carry import NarrowInputs, narrow_all
+from .prune.heal import HealInputs, heal, healing_text
+from .prune.narrow import CLUSTERS, Assignment, Cut, NarrowModel, choose_all
+from .prune.profile import Profile, profile_model
+from .prune.select import layer_budgets
+from .prune.sensitivity import output_metrics, removal_curves
+from .quality.score import evaluate
+from .quality.stored import StoredModel, store_model, stored_packs
+from .quantize.moments import Moments, input_moments
+from .quantize.pack import Packer
+from .quantize.rounding import Rounding
+from .report.describe import PACKAGES, formats_of
+from .text.corpus import Corpus, build_corpus, split_point
 
 __all__ = [
     "Ground",

@@ -1,6 +1,6 @@
 """Measure what a bundle's texts are worth, beside the dense model and the controls, at the bytes that each reads."""
 
-from .evaluating import EvaluationConfig, evaluate
+from .evaluate import EvaluationConfig, evaluate
 from .scores import Evaluation, MetricScore, Variant
 
 __all__ = ["Evaluation", "EvaluationConfig", "Variant", "MetricScore", "evaluate"]

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
-from coreinfer.bundles.command import command_errors, start_logging
+from coreinfer.bundles.shared.command import command_errors, start_logging
 from coreinfer.compiler.progress import TqdmProgress
-from coreinfer.runtime.engines import EngineName
+from coreinfer.runtime.engines.load import EngineName
 
-from .evaluating import DEFAULT_MODES, EvaluationConfig, evaluate
+from .evaluate import DEFAULT_MODES, EvaluationConfig, evaluate
 from .plot import check_plot, write_plot
 from .records import Dataset
 from .scores import MetricScore, Variant

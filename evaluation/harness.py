@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coreinfer.bundles.command import command_errors
-from coreinfer.runtime.chat import render_chat
-from coreinfer.runtime.text import text_after
+from coreinfer.bundles.shared.command import command_errors
+from coreinfer.runtime.decoding.text import text_after
+from coreinfer.runtime.prompts.chat_template import render_chat
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from coreinfer.runtime.sampling import check_finite
+from coreinfer.runtime.decoding.sampling import check_finite
 
 __all__ = ["Divergence", "Predictions", "diverge", "greedy_ids", "log_likelihood", "predictions"]
 

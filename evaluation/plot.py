@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from coreinfer.bundles import ConfigError
-from coreinfer.bundles.extras import require_package
+from coreinfer.bundles.shared.extras import require_package
 
 from .scores import Evaluation
 from .tables import mean_scores

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from coreinfer.bundles.errors import ConfigError, join_problems
-from coreinfer.bundles.text_files import check_text, read_records
+from coreinfer.bundles.shared.text_files import check_text, read_records
 
 __all__ = ["Dataset", "Item", "Kind", "read_datasets"]
 

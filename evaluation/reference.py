@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import ConfigError
-from coreinfer.bundles.extras import require_package
-from coreinfer.bundles.machine import usable_cores
+from coreinfer.bundles.shared.extras import require_package
+from coreinfer.bundles.shared.machine import usable_cores
 
 __all__ = ["LLAMACPP_FORMATS", "LlamaCppSubject", "TransformersSubject", "gguf_path", "has_llamacpp"]
 
@@ -36,8 +36,8 @@ class TransformersSubject:
         require_package("torch", "--against", "'coreinfer[compile]'")
         # Here, not above: evaluating bundles needs neither torch nor the compiler.
         import torch
-        from coreinfer.compiler.models import load_model, read_config
-        from coreinfer.compiler.sources import find_source
+        from coreinfer.compiler.models.load import load_model, read_config
+        from coreinfer.compiler.models.sources import find_source
 
         torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
         source = find_source(model, option="--against")
@@ -84,7 +84,7 @@ def has_llamacpp() -> bool:
 
 def gguf_path(model: str) -> Path | None:
     """The GGUF file behind a model argument, or None where it is none."""
-    from coreinfer.compiler.sources import find_source
+    from coreinfer.compiler.models.sources import find_source
 
     source = find_source(model, option="--against")
     return source.path if source.gguf_file else None

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from coreinfer.bundles.beginnings import text_ids
+from coreinfer.bundles.shared.beginnings import text_ids
 from tokenizers import Tokenizer
 
-from .answers import entity_f1, exact_match, token_f1
+from .answer_metrics import entity_f1, exact_match, token_f1
 from .logits import Divergence, Predictions, diverge, greedy_ids, log_likelihood, predictions
 from .records import Item, Kind
 from .scores import Ratio

@@ -22,7 +22,7 @@ from .conversation import Conversation
 from .engine import Engine, load
 from .generation import Drafting, Generation, Mode, PathStep, Token, TopLogprob, collect
 from .options import GenerationOptions
-from .tools import ToolCall
+from .prompts.tools import ToolCall
 
 __all__ = [
     "BundleCorrupt",

@@ -6,8 +6,8 @@ from coreinfer.bundles import ConfigError
 
 from .generation import Generation, Token, collect
 from .options import DEFAULTS, GenerationOptions
-from .prompts import continues
-from .requests import Loaded, Request, read_request
+from .prompts.prompt_format import continues
+from .prompts.requests import Loaded, Request, read_request
 
 __all__ = ["Conversation"]
 

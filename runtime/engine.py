@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any, Unpack, cast, get_args, overload
 
 from coreinfer.bundles import Bundle, Manifest, open_bundle
-from coreinfer.bundles.machine import give_back_heap
+from coreinfer.bundles.shared.machine import give_back_heap
 from tokenizers import Tokenizer
 
 from .asynchronous import in_thread
 from .conversation import Conversation
-from .decoder import Decoder
-from .drafting import DraftCosts
-from .engines import CudaGraphs, EngineName, Weights, load_decoder
+from .decoding.drafting import DraftCosts
+from .decoding.grammar import JsonGrammars
+from .engines.load import CudaGraphs, EngineName, Weights, load_decoder
+from .engines.protocol import Decoder
 from .generation import MODES, Generation, Mode, Token, collect
-from .json_schema import JsonGrammars
 from .options import DEFAULTS, GenerationKeywords, GenerationOptions, check_choice
-from .prompts import PromptFormat, read_tokenizer
-from .requests import Loaded, Prompt, Prompts, Request, is_batch, read_request, read_requests
-from .router import Router
+from .prompts.prompt_format import PromptFormat, read_tokenizer
+from .prompts.requests import Loaded, Prompt, Prompts, Request, is_batch, read_request, read_requests
+from .routing.router import Router
 from .scheduling import Driver, Post, Run, Scheduler, prepare
 
 __all__ = ["Engine", "Prompt", "Prompts", "load"]

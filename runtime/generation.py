@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .tools import CallReader, ToolCall
+from .prompts.tools import CallReader, ToolCall
 
 __all__ = [
     "MODES",

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict
 
-from coreinfer.bundles.checks import instance_of, one_of, raise_problems, whole_number
 from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.shared.checks import instance_of, one_of, raise_problems, whole_number
 
+from .decoding.sampling import SamplingParams
+from .decoding.text import check_stop
 from .generation import MODES, Mode, Token
-from .sampling import SamplingParams
-from .text import check_stop
-from .tools import check_tool_choice
+from .prompts.tools import check_tool_choice
 
 __all__ = ["DEFAULTS", "Cancel", "GenerationKeywords", "GenerationOptions", "check_choice"]
 

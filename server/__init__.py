@@ -8,10 +8,10 @@ app = server.create_app({"demo": runtime.load("build/demo-bundle")}, server.Serv
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from coreinfer.bundles.extras import needs_extra
+from coreinfer.bundles.shared.extras import needs_extra
 from coreinfer.runtime import Engine
 
-from .config import ServerConfig
+from .server_config import ServerConfig
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

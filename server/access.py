@@ -5,9 +5,9 @@ import hmac
 from collections.abc import Mapping
 from typing import Any
 
-from .config import LOOPBACK_HOSTS, ServerConfig
-from .errors import ApiError, error_response
+from .api_errors import ApiError, error_response
 from .metrics import AsgiApp, Message, Receive, Send
+from .server_config import LOOPBACK_HOSTS, ServerConfig
 
 __all__ = ["Gate", "HeadAsGet"]
 

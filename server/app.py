@@ -11,9 +11,9 @@ from starlette.middleware.cors import CORSMiddleware
 
 from . import openai_routes, own_routes
 from .access import Gate, HeadAsGet
-from .config import ServerConfig
-from .errors import add_error_handlers
+from .api_errors import add_error_handlers
 from .metrics import CountRequests
+from .server_config import ServerConfig
 from .service import Service
 
 __all__ = ["create_app"]

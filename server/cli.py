@@ -6,12 +6,12 @@ from pathlib import Path
 from types import ModuleType
 
 import click
-from coreinfer.bundles.command import command_errors, start_logging
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.bundles.extras import needs_extra
-from coreinfer.runtime.engine_options import LoadOptions, load_options
+from coreinfer.bundles.shared.command import command_errors, start_logging
+from coreinfer.bundles.shared.extras import needs_extra
+from coreinfer.runtime.commands.load_options import LoadOptions, load_options
 
-from .config import LOOPBACK_HOSTS, ServerConfig
+from .server_config import LOOPBACK_HOSTS, ServerConfig
 
 __all__ = ["main"]
 

@@ -7,16 +7,16 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from coreinfer.runtime import GenerationOptions, Token
-from coreinfer.runtime.requests import Prompt
+from coreinfer.runtime.prompts.requests import Prompt
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from .answers import AnswerForm, ChatForm, CompletionForm, Header, UsageEvents
+from .answer_forms import AnswerForm, ChatForm, CompletionForm, Header, UsageEvents
+from .api_errors import ERRORS, ApiError
 from .bodies import BoundedRoute
-from .errors import ERRORS, ApiError
-from .options import chat_options, completion_options
-from .requests import ChatRequest, CompletionRequest, SamplingFields
-from .responses import Chat, Completion, ModelCard, ModelList
+from .generation_options import chat_options, completion_options
+from .request_bodies import ChatRequest, CompletionRequest, SamplingFields
+from .response_bodies import Chat, Completion, ModelCard, ModelList
 from .service import Model, Service, service_of
 from .streaming import EventStream, merged, unless_gone
 from .worker import Job

@@ -6,16 +6,16 @@ import re
 from importlib import metadata, resources
 from typing import Annotated
 
-from coreinfer.bundles.mapping import PROMPT_SOFTNESS, pull_of_clusters
+from coreinfer.bundles.cluster_map import PROMPT_SOFTNESS, pull_of_clusters
 from coreinfer.runtime.generation import MODES
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from .api_errors import ERRORS
 from .bodies import BoundedRoute
-from .errors import ERRORS
-from .requests import PlaceRequest
-from .responses import ClusterPoint, Health, ModelMap, Place
+from .request_bodies import PlaceRequest
+from .response_bodies import ClusterPoint, Health, ModelMap, Place
 from .service import Service, service_of
 
 __all__ = ["router"]

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.runtime import Engine, GenerationOptions
-from coreinfer.runtime.requests import Prompt
-from coreinfer.runtime.text import token_text
+from coreinfer.runtime.decoding.text import token_text
+from coreinfer.runtime.prompts.requests import Prompt
 from fastapi import Request
 
-from .config import ServerConfig
-from .errors import ApiError
+from .api_errors import ApiError
 from .metrics import Metrics, ModelMetrics
+from .server_config import ServerConfig
 from .worker import Job, Worker
 
 __all__ = ["Model", "Service", "service_of"]

@@ -12,7 +12,7 @@ from coreinfer.bundles.errors import ConfigError
 from coreinfer.runtime import Engine
 
 from .app import create_app
-from .config import ServerConfig
+from .server_config import ServerConfig
 
 __all__ = ["bind", "serve"]
 

@@ -13,7 +13,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from .errors import ClientGone, api_error
+from .api_errors import ClientGone, api_error
 from .worker import Job
 
 __all__ = ["ChoiceToken", "EventStream", "merged", "unless_gone"]

@@ -5,7 +5,7 @@ from typing import Any
 
 from coreinfer.runtime import Token
 
-from .responses import ChatLogprobs, CompletionLogprobs, ContentLogprob, TokenLogprob
+from .response_bodies import ChatLogprobs, CompletionLogprobs, ContentLogprob, TokenLogprob
 
 __all__ = ["Word", "chat_logprobs", "completion_logprobs"]
 

@@ -11,10 +11,10 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 
 from coreinfer.runtime import Engine, GenerationOptions, Token
-from coreinfer.runtime.requests import Prompt
+from coreinfer.runtime.prompts.requests import Prompt
 from coreinfer.runtime.scheduling import Run
 
-from .errors import QueueFull, RequestTimedOut, ShuttingDown
+from .api_errors import QueueFull, RequestTimedOut, ShuttingDown
 from .metrics import ModelMetrics, Outcome
 
 __all__ = ["Job", "Worker"]

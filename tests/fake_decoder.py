@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import Bundle
-from coreinfer.runtime.cached import CachedTokens
-from coreinfer.runtime.decoder import DENSE, FfnChoice, KvPoolFull
+from coreinfer.runtime.engines.cached import CachedTokens
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice, KvPoolFull
 
 PAGE_TOKENS = 8
 PASS_SECONDS, TOKEN_SECONDS = 1.0, 0.01

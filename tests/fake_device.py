@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from coreinfer.runtime.transfer import CpuTransfer, Kind, Pairs, Ticket
+from coreinfer.runtime.engines.torch.transfer import CpuTransfer, Kind, Pairs, Ticket
 
 
 class FakeDevice(CpuTransfer):

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from coreinfer.runtime import _native
-from coreinfer.runtime.bench import BenchOptions, bench, main
-from coreinfer.runtime.native_decoder import NativeDecoder
+from coreinfer.runtime.commands.bench import BenchOptions, bench, main
+from coreinfer.runtime.engines.native import _native
+from coreinfer.runtime.engines.native.decoder import NativeDecoder
 
 from .engine_inputs import MAX_POSITIONS
 from .model_factory import VOCABULARY
@@ -35,7 +35,7 @@ def restored_process() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def small_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a gigabyte a round tells nothing here."""
-    monkeypatch.setattr("coreinfer.runtime.bench._READ_BYTES", 1 << 20)
+    monkeypatch.setattr("coreinfer.runtime.commands.bench._READ_BYTES", 1 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_own_reads_are_of_as_many_bytes_as_a_token_reads(bundle: Path, monkeypat
         sizes.append(num_bytes)
         return 40.0 if num_bytes == 1 << 20 else 50.0
 
-    monkeypatch.setattr("coreinfer.runtime.bench._native.read_bandwidth", read)
+    monkeypatch.setattr("coreinfer.runtime.commands.bench._native.read_bandwidth", read)
     got = figures(run(bundle, *QUICK, "--json"))
     assert got["read_gbps"] == 40.0
     assert {row["bytes_per_token"] for row in got["runs"]} <= set(sizes)
@@ -105,7 +105,7 @@ def test_starts_are_timed_and_their_memory_taken(bundle: Path) -> None:
 
 
 def test_a_start_that_fails_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coreinfer.runtime.starts._PROGRAM", "raise SystemExit(3)")
+    monkeypatch.setattr("coreinfer.runtime.commands.starts._PROGRAM", "raise SystemExit(3)")
     result = run(bundle, *QUICK, "--starts", 1)
     assert result.exit_code == 2
     assert "coreinfer-run printed no token (exit 3)" in result.stderr
@@ -181,7 +181,7 @@ def test_no_bundle(tmp_path: Path) -> None:
 
 def test_torch_is_not_imported(bundle: Path) -> None:
     code = (
-        "import sys; from coreinfer.runtime.bench import main; main(standalone_mode=False); "
+        "import sys; from coreinfer.runtime.commands.bench import main; main(standalone_mode=False); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(bundle), *map(str, QUICK)]

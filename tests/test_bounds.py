@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from coreinfer import runtime
-from coreinfer.bundles.beginnings import encoded, text_ids
 from coreinfer.bundles.encoder import EXCERPT_CHARACTERS, routing_excerpt
-from coreinfer.compiler.embedding import StaticEncoder
-from coreinfer.runtime.prompts import PromptFormat
-from coreinfer.runtime.token_room import token_room
+from coreinfer.bundles.shared.beginnings import encoded, text_ids
+from coreinfer.compiler.clusters.embed import StaticEncoder
+from coreinfer.runtime.prompts.prompt_format import PromptFormat
+from coreinfer.runtime.prompts.token_room import token_room
 from coreinfer.server.bodies import MAX_VALUES
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 

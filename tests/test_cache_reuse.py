@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from coreinfer import runtime
-from coreinfer.runtime.decoder import DENSE, FfnChoice
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 
 from .engine_inputs import DIALOGUE, SAMPLED
 from .model_factory import corpus_texts

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from coreinfer.runtime.cached import CachedTokens, blocks
-from coreinfer.runtime.decoder import DENSE, FfnChoice
+from coreinfer.runtime.engines.cached import CachedTokens, blocks
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 
 PACK = FfnChoice(cluster=1)
 PROMPT = list(range(100, 150))

@@ -9,17 +9,17 @@ import torch
 from coreinfer.bundles.families import assign_ffn, cache_argument, family_of_config, ffn_tensors
 from coreinfer.bundles.formats import float_matrix
 from coreinfer.compiler.cache import Cache
-from coreinfer.compiler.carrying import NarrowInputs, narrow_all
-from coreinfer.compiler.corpus import Document, split_point
-from coreinfer.compiler.models import LoadedModel, wrap_model
-from coreinfer.compiler.moments import input_moments
-from coreinfer.compiler.narrowing import Assignment, NarrowModel, narrow_layer
-from coreinfer.compiler.packing import Packer
+from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.progress import Progress
-from coreinfer.compiler.quantizing import QuantizeOptions
-from coreinfer.compiler.repair import CLUSTER_WEIGHTS, LayerTokens, RepairTask, repair_layer
-from coreinfer.compiler.rounding import Rounding
-from coreinfer.compiler.selecting import Choice
+from coreinfer.compiler.prune.carry import NarrowInputs, narrow_all
+from coreinfer.compiler.prune.narrow import Assignment, NarrowModel, narrow_layer
+from coreinfer.compiler.prune.repair import CLUSTER_WEIGHTS, LayerTokens, RepairTask, repair_layer
+from coreinfer.compiler.prune.select import Choice
+from coreinfer.compiler.quantize.moments import input_moments
+from coreinfer.compiler.quantize.pack import Packer
+from coreinfer.compiler.quantize.quantize import QuantizeOptions
+from coreinfer.compiler.quantize.rounding import Rounding
+from coreinfer.compiler.text.corpus import Document, split_point
 from transformers import DynamicCache
 
 from .model_factory import FAMILIES, VOCABULARY, build_model, build_tokenizer
@@ -88,7 +88,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[LayerTokens]:
         read.append(LayerTokens(activations=tokens.activations.clone(), targets=tokens.targets.clone()))
         return repair_layer(tokens, task)
 
-    monkeypatch.setattr("coreinfer.compiler.carrying.repair_layer", spy)
+    monkeypatch.setattr("coreinfer.compiler.prune.carry.repair_layer", spy)
     return read
 
 
@@ -213,7 +213,7 @@ def test_controls_take_the_cluster_weight_that_the_clusters_chose(monkeypatch: p
         # Say the second, so that a control that takes the first is seen.
         return replace(repaired, cluster_weight=CLUSTER_WEIGHTS[1])
 
-    monkeypatch.setattr("coreinfer.compiler.carrying.repair_layer", spy)
+    monkeypatch.setattr("coreinfer.compiler.prune.carry.repair_layer", spy)
     run(inputs_of(load("llama"), cluster_weight="auto"))
     # Layer 1 keeps all neurons.
     assert tried == [CLUSTER_WEIGHTS, CLUSTER_WEIGHTS[1:]] * 2
@@ -242,7 +242,7 @@ def test_an_interrupted_pass_goes_on_and_ends_alike(name: str, tmp_path: Path, m
             raise KeyboardInterrupt
         return real(tokens, task)
 
-    monkeypatch.setattr("coreinfer.compiler.carrying.repair_layer", fail_at_third)
+    monkeypatch.setattr("coreinfer.compiler.prune.carry.repair_layer", fail_at_third)
     with pytest.raises(KeyboardInterrupt):
         run(inputs_of(loaded), tmp_path / "half")
     resumed = run(inputs_of(loaded), tmp_path / "half")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.runtime.chat import check_messages, render_chat, routing_text
+from coreinfer.runtime.prompts.chat_template import check_messages, render_chat, routing_text
 from tokenizers import Tokenizer, models
 
 Messages = Sequence[Mapping[str, str]]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from coreinfer import runtime
-from coreinfer.runtime.cli import main
+from coreinfer.runtime.commands.run import main
 from coreinfer.runtime.options import GenerationOptions
 
 from .model_factory import corpus_texts
@@ -23,7 +23,7 @@ from .model_factory import corpus_texts
 FIRST, SECOND = corpus_texts()[0], corpus_texts()[2]
 TIMEOUT_SECONDS = 60
 BRIEF = GenerationOptions(max_new_tokens=5)
-COMMAND = [sys.executable, "-c", "from coreinfer.runtime.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from coreinfer.runtime.commands.run import main; main()"]
 
 
 @pytest.fixture(autouse=True)
@@ -236,7 +236,7 @@ def test_an_interrupt_at_the_prompt_ends_the_chat(bundle: Path) -> None:
 
 
 SLOW = (
-    "import sys, time, coreinfer.runtime.native_decoder as n\n"
+    "import sys, time, coreinfer.runtime.engines.native.decoder as n\n"
     "forward = n.NativeDecoder.forward\n"
     "wait = lambda: (print('forward', file=sys.stderr, flush=True), time.sleep(0.05))\n"
     "n.NativeDecoder.forward = lambda *a, **k: (wait(), forward(*a, **k))[1]\n"

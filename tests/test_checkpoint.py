@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from coreinfer.bundles import ConfigError, CoreInferError, UnsupportedModelError
-from coreinfer.compiler.embedding import load_encoder
-from coreinfer.compiler.models import LoadedModel, load_model, read_config
-from coreinfer.compiler.sources import find_source
+from coreinfer.compiler.clusters.embed import load_encoder
+from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
+from coreinfer.compiler.models.sources import find_source
 from safetensors.torch import load_file, save_file
 
 from .model_factory import FAMILIES, build_model, save_encoder, save_model

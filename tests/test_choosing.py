@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from coreinfer import runtime
-from coreinfer.runtime.choosing import log_softmax
+from coreinfer.runtime.decoding.choosing import log_softmax
 
 from .engine_inputs import PROMPT, SAMPLED
 

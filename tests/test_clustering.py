@@ -3,7 +3,7 @@ import logging
 import numpy as np
 import numpy.typing as npt
 import pytest
-from coreinfer.compiler.clustering import (
+from coreinfer.compiler.clusters.cluster import (
     Clustering,
     class_centroids,
     cluster_embeddings,
@@ -99,7 +99,7 @@ def test_as_many_clusters_as_sentences() -> None:
 @pytest.mark.parametrize("num_blobs", [2, 3, 4, 6, 8])
 def test_auto_finds_the_number_of_blobs(num_blobs: int, caplog: pytest.LogCaptureFixture) -> None:
     embeddings, truth = blobs([25] * num_blobs)
-    with caplog.at_level(logging.INFO, logger="coreinfer.compiler.clustering"):
+    with caplog.at_level(logging.INFO, logger="coreinfer.compiler.clusters.cluster"):
         clustering = cluster_embeddings(embeddings, "auto", seed=0)
     assert same_partition(clustering.labels, truth)
     assert f"clusters auto: {num_blobs} by silhouette" in caplog.text

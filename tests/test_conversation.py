@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from coreinfer import runtime
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.runtime.decoder import FfnChoice
-from coreinfer.runtime.literals import MarkedText
-from coreinfer.runtime.prompts import PromptFormat
+from coreinfer.runtime.engines.protocol import FfnChoice
+from coreinfer.runtime.prompts.literals import MarkedText
+from coreinfer.runtime.prompts.prompt_format import PromptFormat
 
 from .bundle_factory import list_again
 from .engine_inputs import PROMPT, UNFAMILIAR

@@ -11,10 +11,10 @@ import pytest
 from coreinfer.bundles.errors import CalibrationError, ConfigError
 from coreinfer.bundles.families import family_of_config
 from coreinfer.compiler import CompileConfig, Progress
-from coreinfer.compiler.builtin import Seed, continue_seeds, load_seeds
 from coreinfer.compiler.cache import Cache
-from coreinfer.compiler.corpus import Corpus, build_corpus, read_texts, split_into_documents
-from coreinfer.compiler.models import LoadedModel, wrap_model
+from coreinfer.compiler.models.load import LoadedModel, wrap_model
+from coreinfer.compiler.text.builtin import Seed, continue_seeds, load_seeds
+from coreinfer.compiler.text.corpus import Corpus, build_corpus, read_texts, split_into_documents
 
 from .model_factory import build_model, build_tokenizer, corpus_texts, save_corpus
 from .test_config import make_config
@@ -319,7 +319,7 @@ def test_builtin_documents_are_routed_by_their_prompts(loaded: LoadedModel) -> N
 def test_builtin_text_is_written_once(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = builtin_config(calibration_tokens=1000)
     first = build(loaded, config, tmp_path)
-    monkeypatch.setattr("coreinfer.compiler.corpus.continue_seeds", _must_not_run)
+    monkeypatch.setattr("coreinfer.compiler.text.corpus.continue_seeds", _must_not_run)
     assert build(loaded, replace(config, clusters=3), tmp_path) == first
     with pytest.raises(AssertionError, match="written again"):
         build(loaded, replace(config, seed=5), tmp_path)

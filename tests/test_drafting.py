@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from coreinfer.runtime.drafting import MAX_LENGTH, DraftCosts, DraftLength, expected_tokens
+from coreinfer.runtime.decoding.drafting import MAX_LENGTH, DraftCosts, DraftLength, expected_tokens
 
 
 def decode(

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from coreinfer import runtime
-from coreinfer.runtime.decoder import FfnChoice
-from coreinfer.runtime.drift import MARGIN, DriftWatch
-from coreinfer.runtime.sampling import Sampler
+from coreinfer.runtime.decoding.sampling import Sampler
+from coreinfer.runtime.engines.protocol import FfnChoice
+from coreinfer.runtime.routing.drift import MARGIN, DriftWatch
 
 from .model_factory import corpus_texts
 

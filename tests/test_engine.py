@@ -12,8 +12,8 @@ import pytest
 import torch
 from coreinfer import runtime
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.runtime.decoder import DENSE, FfnChoice
-from coreinfer.runtime.planning import largest_cluster
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.routing.modes import largest_cluster
 
 from .bundle_factory import list_again
 from .engine_inputs import DIALOGUE, MAX_POSITIONS, PROMPT, SAMPLED, UNFAMILIAR, load

@@ -18,7 +18,7 @@ from coreinfer.evaluation.cli import main
 from coreinfer.evaluation.reference import TransformersSubject
 from coreinfer.evaluation.subjects import MODES, BundleSubject
 from coreinfer.evaluation.tasks import Tools, encode_pair
-from coreinfer.runtime.decoder import DENSE
+from coreinfer.runtime.engines.protocol import DENSE
 from tokenizers.processors import TemplateProcessing
 
 from .model_factory import build_tokenizer, corpus_texts

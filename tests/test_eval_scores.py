@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from coreinfer.evaluation.answers import entity_f1, exact_match, normalize, token_f1
+from coreinfer.evaluation.answer_metrics import entity_f1, exact_match, normalize, token_f1
 from coreinfer.evaluation.corpus_scores import translation_scores
 from coreinfer.evaluation.logits import diverge, greedy_ids, log_likelihood, predictions
 from coreinfer.evaluation.scores import Evaluation, MetricScore, Ratio, Variant, interval, ratio_score

@@ -10,12 +10,12 @@ import torch
 from coreinfer.bundles.families import cache_argument, family_of_config, ffn_tensors
 from coreinfer.bundles.manifest import Quality
 from coreinfer.compiler import Progress
-from coreinfer.compiler.corpus import split_point
-from coreinfer.compiler.evaluating import Tally, compare_logits, evaluate
-from coreinfer.compiler.models import LoadedModel, wrap_model
-from coreinfer.compiler.narrowing import NarrowModel, bf16_bits, narrow_layer
-from coreinfer.compiler.selecting import Choice
-from coreinfer.compiler.swapping import ffn_in_use
+from coreinfer.compiler.models.load import LoadedModel, wrap_model
+from coreinfer.compiler.models.swapping import ffn_in_use
+from coreinfer.compiler.prune.narrow import NarrowModel, bf16_bits, narrow_layer
+from coreinfer.compiler.prune.select import Choice
+from coreinfer.compiler.quality.score import Tally, compare_logits, evaluate
+from coreinfer.compiler.text.corpus import split_point
 from transformers import DynamicCache
 
 from .model_factory import VOCABULARY, build_model, build_tokenizer
@@ -165,7 +165,7 @@ def test_dense_perplexity_equals_a_direct_computation(loaded: LoadedModel, texts
 def test_groups_of_texts_do_not_matter(texts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, narrow, labels = load("llama"), narrow_model([range(64), range(32, 96)]), [0, 1, 1, 0, 1]
     whole = run(loaded, texts, narrow, labels)
-    monkeypatch.setattr("coreinfer.compiler.evaluating.GROUP_TEXTS", 2)
+    monkeypatch.setattr("coreinfer.compiler.quality.score.GROUP_TEXTS", 2)
     assert run(loaded, texts, narrow, labels) == whole
 
 

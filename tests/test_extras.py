@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.bundles.extras import needs_extra, require_package
+from coreinfer.bundles.shared.extras import needs_extra, require_package
 
 
 def test_a_missing_package_is_one_line() -> None:

@@ -9,7 +9,7 @@ import torch
 from coreinfer import runtime
 from coreinfer.bundles.contract import tensor_name
 from coreinfer.bundles.families import family_by_name, resolve
-from coreinfer.runtime.decoder import DENSE, FfnChoice
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 
 from .model_factory import FAMILIES, build_model
 

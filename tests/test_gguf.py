@@ -19,9 +19,9 @@ from click.testing import CliRunner
 from coreinfer.bundles.errors import ConfigError, CoreInferError
 from coreinfer.compiler import cli
 from coreinfer.compiler.cli import main
-from coreinfer.compiler.gguf_header import read_header
-from coreinfer.compiler.models import load_model, load_tokenizer, read_config, stop_ids
-from coreinfer.compiler.sources import find_source
+from coreinfer.compiler.models.gguf.header import read_header
+from coreinfer.compiler.models.load import load_model, load_tokenizer, read_config, stop_ids
+from coreinfer.compiler.models.sources import find_source
 
 from .gguf_factory import Contents, contents, tiny_config, tiny_model, write
 from .model_factory import build_tokenizer

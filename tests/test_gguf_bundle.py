@@ -10,9 +10,9 @@ import pytest
 import torch
 from coreinfer.bundles import open_bundle
 from coreinfer.compiler import CompileConfig, compile_model
-from coreinfer.runtime.native_decoder import NativeDecoder
-from coreinfer.runtime.prompts import PromptFormat
-from coreinfer.runtime.torch_decoder import TorchDecoder
+from coreinfer.runtime.engines.native.decoder import NativeDecoder
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder
+from coreinfer.runtime.prompts.prompt_format import PromptFormat
 
 from .gguf_factory import contents, tiny_config, tiny_model, write
 from .test_gguf_property import LLAMA3, YARN, YARN_KEYS, llama3_factors

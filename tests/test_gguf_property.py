@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 from coreinfer.bundles.errors import ConfigError, CoreInferError, UnsupportedModelError
-from coreinfer.compiler.models import LoadedModel, load_model, read_config
-from coreinfer.compiler.sources import find_source
+from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
+from coreinfer.compiler.models.sources import find_source
 from transformers import PreTrainedModel
 
 from .gguf_factory import Contents, contents, tiny_config, tiny_model, write

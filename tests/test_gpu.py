@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pytest
 import torch
 from coreinfer.bundles import open_bundle
-from coreinfer.runtime.decoder import DENSE, FfnChoice
-from coreinfer.runtime.packed_linear import packed_problem
-from coreinfer.runtime.torch_decoder import TorchDecoder, device_needs
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder, device_needs
+from coreinfer.runtime.engines.torch.packed_linear import packed_problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

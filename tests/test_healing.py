@@ -10,15 +10,15 @@ import pytest
 import torch
 from coreinfer.bundles import open_bundle
 from coreinfer.bundles.families import ffn_tensors
-from coreinfer.compiler import healing
 from coreinfer.compiler.cache import Cache
-from coreinfer.compiler.corpus import Corpus
-from coreinfer.compiler.evaluating import evaluate
-from coreinfer.compiler.healing import HealInputs, heal, healing_text
-from coreinfer.compiler.models import LoadedModel
-from coreinfer.compiler.narrowing import NarrowModel, narrow_layer
+from coreinfer.compiler.clusters.route import Routing
+from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
-from coreinfer.compiler.routing import Routing
+from coreinfer.compiler.prune import heal as healing
+from coreinfer.compiler.prune.heal import HealInputs, heal, healing_text
+from coreinfer.compiler.prune.narrow import NarrowModel, narrow_layer
+from coreinfer.compiler.quality.score import evaluate
+from coreinfer.compiler.text.corpus import Corpus
 from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
@@ -167,7 +167,7 @@ def test_own_steps_alone_leave_other_clusters_as_they_are(caplog: pytest.LogCapt
 def test_muon_warns_where_bfloat16_is_emulated(
     fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("coreinfer.compiler.healing.cpu_multiplies_bf16", lambda: fast)
+    monkeypatch.setattr("coreinfer.compiler.prune.heal.cpu_multiplies_bf16", lambda: fast)
     heal(heal_inputs(load("llama"), heal_steps=1, heal_optimizer="muon"), Cache(None), "key", Progress())
     assert ("this CPU emulates bfloat16" in caplog.text) is not fast
 
@@ -188,7 +188,7 @@ def test_the_dense_model_is_left_alone() -> None:
 def test_an_interrupted_healing_goes_on_from_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, num_steps: int, optimizer: str
 ) -> None:
-    monkeypatch.setattr("coreinfer.compiler.healing._CHECKPOINT_STEPS", 4)
+    monkeypatch.setattr("coreinfer.compiler.prune.heal._CHECKPOINT_STEPS", 4)
     # The second stage is interrupted when its first cluster is done, behind a checkpoint of the second.
     inputs = heal_inputs(load("llama"), heal_steps=10, heal_cluster_steps=6, heal_optimizer=optimizer)
     whole = heal(inputs, Cache(None), "key", Progress())

@@ -7,8 +7,8 @@ import pytest
 import torch
 from coreinfer.bundles import open_bundle
 from coreinfer.bundles.families import family_by_name
-from coreinfer.runtime.host_weights import FfnReader, HostWeights, layer_bytes
-from coreinfer.runtime.transfer import CpuTransfer
+from coreinfer.runtime.engines.torch.host_weights import FfnReader, HostWeights, layer_bytes
+from coreinfer.runtime.engines.torch.transfer import CpuTransfer
 
 
 class PinningCpu(CpuTransfer):

@@ -95,8 +95,8 @@ def fresh(code: str) -> str:
         "from coreinfer import runtime",
         "import coreinfer.bundles",
         "import coreinfer.compiler",
-        "import coreinfer.runtime.cli, coreinfer.bundles.inspect, coreinfer.compiler.cli, coreinfer.evaluation.cli\n"
-        "import coreinfer.server.cli",
+        "import coreinfer.runtime.commands.run, coreinfer.bundles.inspect, coreinfer.compiler.cli\n"
+        "import coreinfer.evaluation.cli, coreinfer.server.cli",
     ],
 )
 def test_no_import_drags_in_the_heavy_packages(statement: str) -> None:
@@ -119,9 +119,9 @@ def test_packages_load_apart(statement: str, absent: str) -> None:
 
 def test_an_answer_waits_for_no_import_that_it_can_do_without(bundle: Path) -> None:
     """Each of these costs 5 ms or more before the first token."""
-    absent = {"torch", "asyncio", "numpy.random", "statistics", "coreinfer.runtime.chatting"}
+    absent = {"torch", "asyncio", "numpy.random", "statistics", "coreinfer.runtime.commands.chat"}
     code = (
-        "import json, sys\nfrom coreinfer.runtime.cli import main\n"
+        "import json, sys\nfrom coreinfer.runtime.commands.run import main\n"
         "print(json.dumps(['faiss' in sys.modules]))\n"
         f"main([{str(bundle)!r}, '-n', '1', '--engine', 'native', 'sea'], standalone_mode=False)\n"
         f"print(json.dumps(sorted({absent!r} & set(sys.modules))))"

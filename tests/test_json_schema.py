@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from coreinfer import runtime
-from coreinfer.runtime.json_schema import JsonGrammars
+from coreinfer.runtime.decoding.grammar import JsonGrammars
 
 from .engine_inputs import PROMPT
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from coreinfer.bundles import Bundle, ConfigError, open_bundle
 from coreinfer.bundles.statistics import SELECTIONS
-from coreinfer.runtime import kv_limits
-from coreinfer.runtime.decoder import Decoder, KvPoolFull
-from coreinfer.runtime.kv_limits import PAGE_TOKENS, count_pages, pages_of
-from coreinfer.runtime.native_decoder import NativeDecoder
-from coreinfer.runtime.torch_decoder import TorchDecoder
+from coreinfer.runtime.engines import kv_limits
+from coreinfer.runtime.engines.kv_limits import PAGE_TOKENS, count_pages, pages_of
+from coreinfer.runtime.engines.native.decoder import NativeDecoder
+from coreinfer.runtime.engines.protocol import Decoder, KvPoolFull
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
 from .model_factory import FAMILIES, VOCABULARY
 
@@ -194,7 +194,7 @@ def test_a_pool_beyond_the_address_space_is_refused(tiny_bundle: Callable[..., P
     code = (
         "import resource\n"
         "from coreinfer.bundles import ConfigError, open_bundle\n"
-        "from coreinfer.runtime.native_decoder import NativeDecoder\n"
+        "from coreinfer.runtime.engines.native.decoder import NativeDecoder\n"
         f"bundle = open_bundle({str(tiny_bundle('llama'))!r})\n"
         "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
         "try:\n    NativeDecoder(bundle, threads=1, kv_cache_bytes=9 << 30)\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from coreinfer.compiler.cache import Cache
-from coreinfer.compiler.layer_results import LayerResult, arrays_of, results_of
+from coreinfer.compiler.prune.layer_results import LayerResult, arrays_of, results_of
 
 
 def result(num_clusters: int, *, ridge: float | None, bias: bool) -> LayerResult:

@@ -12,7 +12,7 @@ from coreinfer import runtime
 from coreinfer.bundles import BundleCorrupt, BundleNotFound, open_bundle
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.runtime import engine as loading
-from coreinfer.runtime.prompts import PromptFormat, read_tokenizer
+from coreinfer.runtime.prompts.prompt_format import PromptFormat, read_tokenizer
 
 from .bundle_factory import flip_bit, list_again
 from .model_factory import corpus_texts

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from coreinfer import runtime
 from coreinfer.bundles import ConfigError, open_bundle
-from coreinfer.runtime.decoder import DENSE, FfnChoice
-from coreinfer.runtime.drafting import DraftLength
-from coreinfer.runtime.native_decoder import NativeDecoder
-from coreinfer.runtime.sampling import Sampler, SamplingParams, distribution
+from coreinfer.runtime.decoding.drafting import DraftLength
+from coreinfer.runtime.decoding.sampling import Sampler, SamplingParams, distribution
+from coreinfer.runtime.engines.native.decoder import NativeDecoder
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.scheduling.ffn_switch import FfnSwitch
-from coreinfer.runtime.scheduling.lossless import draft_round
+from coreinfer.runtime.scheduling.speculative import draft_round
 from scipy.stats import chisquare
 
 from .engine_inputs import DIALOGUE, MAX_POSITIONS, PROMPT

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from coreinfer.bundles.machine import usable_cores
+from coreinfer.bundles.shared.machine import usable_cores
 
 Files = dict[str, str]
 

@@ -2,13 +2,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from coreinfer.bundles.mapping import place_texts
-from coreinfer.compiler.clustering import Clustering, class_centroids
-from coreinfer.compiler.corpus import Document
-from coreinfer.compiler.embedding import StaticEncoder
-from coreinfer.compiler.mapping import map_points
-from coreinfer.compiler.narrowing import Assignment
-from coreinfer.compiler.routing import Routing
+from coreinfer.bundles.cluster_map import place_texts
+from coreinfer.compiler.clusters.cluster import Clustering, class_centroids
+from coreinfer.compiler.clusters.embed import StaticEncoder
+from coreinfer.compiler.clusters.route import Routing
+from coreinfer.compiler.prune.narrow import Assignment
+from coreinfer.compiler.report.map_points import map_points
+from coreinfer.compiler.text.corpus import Document
 
 from .test_clustering import blobs
 from .test_config import make_config

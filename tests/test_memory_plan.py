@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from coreinfer.bundles import ConfigError
-from coreinfer.runtime.memory_plan import MemoryNeeds, plan_memory
+from coreinfer.runtime.engines.torch.memory_plan import MemoryNeeds, plan_memory
 
 MB = 1_000_000
 # An OPT-6.7b-like model in bfloat16.

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from coreinfer.bundles import UnsupportedModelError, open_bundle
-from coreinfer.compiler.models import load_model, read_config
-from coreinfer.compiler.sources import find_source
-from coreinfer.runtime.native_decoder import NativeDecoder
-from coreinfer.runtime.torch_decoder import TorchDecoder
+from coreinfer.compiler.models.load import load_model, read_config
+from coreinfer.compiler.models.sources import find_source
+from coreinfer.runtime.engines.native.decoder import NativeDecoder
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from .model_factory import FAMILIES, save_model

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from coreinfer.bundles.families import family_of_config
-from coreinfer.compiler import moments
 from coreinfer.compiler.cache import Cache
-from coreinfer.compiler.corpus import Document, spread_sample
-from coreinfer.compiler.models import LoadedModel, wrap_model
-from coreinfer.compiler.moments import input_moments
+from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.quantize import moments
+from coreinfer.compiler.quantize.moments import input_moments
+from coreinfer.compiler.text.corpus import Document, spread_sample
 
 from .model_factory import FAMILIES, VOCABULARY, build_model, build_tokenizer
 

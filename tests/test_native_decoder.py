@@ -15,10 +15,10 @@ from coreinfer import runtime
 from coreinfer.bundles import BundleCorrupt, ConfigError, open_bundle
 from coreinfer.bundles.statistics import SELECTIONS
 from coreinfer.bundles.tensors import TensorFile
-from coreinfer.runtime import _native
-from coreinfer.runtime.decoder import DENSE, Decoder, FfnChoice
-from coreinfer.runtime.native_decoder import NativeDecoder
-from coreinfer.runtime.torch_decoder import TorchDecoder
+from coreinfer.runtime.engines.native import _native
+from coreinfer.runtime.engines.native.decoder import NativeDecoder
+from coreinfer.runtime.engines.protocol import DENSE, Decoder, FfnChoice
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
 from .engine_inputs import DIALOGUE, MAX_POSITIONS, PROMPT
 from .model_factory import FAMILIES, VOCABULARY
@@ -275,7 +275,7 @@ def test_two_threads_cannot_share_a_decoder(tiny_bundle: Callable[..., Path]) ->
 
 
 def test_a_failing_watcher_is_heard(tiny_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from coreinfer.runtime import native_decoder
+    from coreinfer.runtime.engines.native import decoder as native_decoder
 
     decoder = NativeDecoder(open_bundle(tiny_bundle("llama")), threads=2)
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 from coreinfer.bundles.formats import float_matrix, pack_int4, pack_int8, pack_planes, stored_parts, stored_shapes
 from coreinfer.bundles.tensors import StoredTensor, bf16_to_float32
-from coreinfer.runtime import _native
+from coreinfer.runtime.engines.native import _native
 
 from .bundle_factory import float32_to_bf16
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 from coreinfer.bundles import ConfigError, open_bundle
-from coreinfer.runtime import _native
-from coreinfer.runtime.decoder import DENSE, FfnChoice
-from coreinfer.runtime.native_decoder import NativeDecoder
-from coreinfer.runtime.torch_decoder import TorchDecoder
+from coreinfer.runtime.engines.native import _native
+from coreinfer.runtime.engines.native.decoder import NativeDecoder
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
 from .engine_inputs import MAX_POSITIONS, with_room
 from .model_factory import FAMILIES, VOCABULARY

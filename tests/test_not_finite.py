@@ -12,11 +12,11 @@ import torch
 from coreinfer import runtime
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.tensors import StoredTensor
-from coreinfer.compiler.evaluating import compare_logits
+from coreinfer.compiler.quality.score import compare_logits
 from coreinfer.evaluation.logits import diverge, greedy_ids, log_likelihood, predictions
-from coreinfer.runtime import _native
-from coreinfer.runtime.choosing import log_softmax
-from coreinfer.runtime.decoder import Decoder
+from coreinfer.runtime.decoding.choosing import log_softmax
+from coreinfer.runtime.engines.native import _native
+from coreinfer.runtime.engines.protocol import Decoder
 
 from .bundle_factory import change_tensors
 from .engine_inputs import PROMPT

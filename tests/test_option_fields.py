@@ -7,9 +7,9 @@ from typing import Any, Literal
 import click
 import pytest
 from click.testing import CliRunner
-from coreinfer.bundles.checks import Check, instance_of, not_empty, number, one_of, or_word, share, whole_number
-from coreinfer.bundles.command_options import GroupedCommand, GroupedOption, click_options
-from coreinfer.bundles.option_fields import FieldType, field_problems, option, switch_of, type_of
+from coreinfer.bundles.shared.checks import Check, instance_of, not_empty, number, one_of, or_word, share, whole_number
+from coreinfer.bundles.shared.command_options import GroupedCommand, GroupedOption, click_options
+from coreinfer.bundles.shared.option_fields import FieldType, field_problems, option, switch_of, type_of
 from coreinfer.compiler.config import GROUPS, MAIN, CompileConfig
 
 NAN, INFINITY = float("nan"), float("inf")

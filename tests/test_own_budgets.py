@@ -15,10 +15,10 @@ from coreinfer.bundles.manifest import Manifest
 from coreinfer.compiler import CompileConfig, Progress, compile_model
 from coreinfer.compiler.cli import summary
 from coreinfer.evaluation.subjects import BundleSubject
-from coreinfer.runtime.decoder import DENSE, FfnChoice
-from coreinfer.runtime.native_decoder import NativeDecoder
-from coreinfer.runtime.planning import largest_cluster
-from coreinfer.runtime.torch_decoder import TorchDecoder, device_needs
+from coreinfer.runtime.engines.native.decoder import NativeDecoder
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder, device_needs
+from coreinfer.runtime.routing.modes import largest_cluster
 
 from .bundle_factory import written_once
 from .engine_inputs import PROMPT
@@ -165,7 +165,7 @@ def test_a_search_gives_each_cluster_its_ratio(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("coreinfer.compiler.searching._LEAST_TOKENS", 1)
+    monkeypatch.setattr("coreinfer.compiler.quality.search._LEAST_TOKENS", 1)
     options: dict[str, Any] = {"budgets": "sensitivity", "min_layer_keep": 0.1}
     quality = open_bundle(tiny_bundle("llama", keep=0.34, **options)).manifest.quality
     assert quality is not None

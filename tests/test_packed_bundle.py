@@ -17,8 +17,8 @@ from coreinfer.bundles.manifest import TensorRecord, read_manifest
 from coreinfer.bundles.tensors import StoredTensor, TensorFile
 from coreinfer.bundles.writer import finish_manifest
 from coreinfer.compiler import CompileConfig, Progress, compile_model
-from coreinfer.runtime.decoder import DENSE, FfnChoice
-from coreinfer.runtime.torch_decoder import TorchDecoder
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
 from .bundle_factory import change_tensors
 from .model_factory import FAMILIES, build_model

@@ -10,10 +10,10 @@ import torch
 from coreinfer import runtime
 from coreinfer.bundles import open_bundle
 from coreinfer.bundles.formats import float_matrix, pack_int4
-from coreinfer.runtime import packed_linear
-from coreinfer.runtime.decoder import DENSE, FfnChoice
-from coreinfer.runtime.packed_linear import PackedLinear, pack_matrix, packed_problem, packed_shapes
-from coreinfer.runtime.torch_decoder import TorchDecoder
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.torch import packed_linear
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder
+from coreinfer.runtime.engines.torch.packed_linear import PackedLinear, pack_matrix, packed_problem, packed_shapes
 
 from .fake_device import FakeDevice
 
@@ -154,6 +154,6 @@ def test_only_int4_is_multiplied_packed(tiny_bundle: Callable[..., Path]) -> Non
 def test_where_the_product_fails_packed_is_refused(
     tiny_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coreinfer.runtime.torch_decoder.packed_problem", lambda *_: "no such operator")
+    monkeypatch.setattr("coreinfer.runtime.engines.torch.decoder.packed_problem", lambda *_: "no such operator")
     with pytest.raises(runtime.ConfigError, match="weights 'packed': no such operator; use 'bfloat16'"):
         runtime.load(tiny_bundle("llama", quantize="int4"), device="cpu", weights="packed")

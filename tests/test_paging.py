@@ -10,10 +10,10 @@ import pytest
 import torch
 from coreinfer.bundles import ConfigError
 from coreinfer.compiler import CompileConfig, compile_model
-from coreinfer.compiler.corpus import Corpus, Document
-from coreinfer.compiler.memory import check_memory
-from coreinfer.compiler.models import LoadedModel, load_model, read_config
-from coreinfer.compiler.sources import find_source
+from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
+from coreinfer.compiler.models.memory import check_memory
+from coreinfer.compiler.models.sources import find_source
+from coreinfer.compiler.text.corpus import Corpus, Document
 
 from .model_factory import FAMILIES, build_model, save_model
 

@@ -18,8 +18,9 @@ from coreinfer.bundles.errors import (
     CoreInferError,
     UnsupportedModelError,
 )
-from coreinfer.compiler import CompileConfig, Progress, compile_model, packing
+from coreinfer.compiler import CompileConfig, Progress, compile_model
 from coreinfer.compiler.progress import Advance
+from coreinfer.compiler.quantize import pack as packing
 
 from .model_factory import corpus_texts
 

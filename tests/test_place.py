@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 import pytest
-from coreinfer.bundles.mapping import pull_of_clusters
+from coreinfer.bundles.cluster_map import pull_of_clusters
 
 SOFTNESS = 0.05
 

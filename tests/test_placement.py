@@ -10,8 +10,8 @@ import pytest
 import torch
 from coreinfer import runtime
 from coreinfer.bundles import Bundle, open_bundle
-from coreinfer.runtime.decoder import DENSE, FfnChoice
-from coreinfer.runtime.torch_decoder import TorchDecoder
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
 from .engine_inputs import PROMPT
 from .fake_device import FakeDevice
@@ -300,7 +300,7 @@ def test_a_bound_that_is_none(limit_mb: float, bundle: Callable[..., Bundle]) ->
 
 
 def test_the_kv_cache_counts(bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coreinfer.runtime.memory_plan._MIN_KV_TOKENS", 24)
+    monkeypatch.setattr("coreinfer.runtime.engines.torch.memory_plan._MIN_KV_TOKENS", 24)
     opened = bundle()
     decoder = on_device(opened, FakeDevice(), Sizes(opened).least_mb(num_tokens=24))
     decoder.forward(TOKEN_IDS)

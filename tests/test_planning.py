@@ -14,9 +14,9 @@ from coreinfer.bundles.contract import tensor_name
 from coreinfer.bundles.families import family_by_name, resolve
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import FileRecord
-from coreinfer.runtime.decoder import DENSE, FfnChoice
-from coreinfer.runtime.planning import ModePlan, decode_choice, plan_mode, serving_cluster
-from coreinfer.runtime.router import UNSURE_MARGIN, Route
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.routing.modes import ModePlan, decode_choice, plan_mode, serving_cluster
+from coreinfer.runtime.routing.router import UNSURE_MARGIN, Route
 
 from .bundle_factory import make_manifest
 from .model_factory import build_model, corpus_texts

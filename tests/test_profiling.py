@@ -10,9 +10,9 @@ import torch
 from coreinfer.bundles.families import family_by_name
 from coreinfer.compiler import Progress
 from coreinfer.compiler.cache import Cache
-from coreinfer.compiler.corpus import Document
-from coreinfer.compiler.models import LoadedModel, wrap_model
-from coreinfer.compiler.profiling import Profile, profile_model, spread_over_clusters
+from coreinfer.compiler.models.load import LoadedModel, wrap_model
+from coreinfer.compiler.prune.profile import Profile, profile_model, spread_over_clusters
+from coreinfer.compiler.text.corpus import Document
 
 from .model_factory import VOCABULARY, build_model, build_tokenizer
 from .test_config import make_config
@@ -133,7 +133,7 @@ def test_a_cached_profile_is_the_same_and_runs_nothing(
     def no_walk(*args: object) -> Iterator[object]:
         pytest.fail("a cached profile must not run the model")
 
-    monkeypatch.setattr("coreinfer.compiler.profiling.walk_layers", no_walk)
+    monkeypatch.setattr("coreinfer.compiler.prune.profile.walk_layers", no_walk)
     second = profile(loaded, documents, "output-aware", tmp_path)
     np.testing.assert_array_equal(first.relative_energies, second.relative_energies)
     for name in ASSIGNMENTS:
@@ -161,8 +161,8 @@ def test_a_small_corpus_is_profiled_whole() -> None:
 def test_a_cluster_without_sampled_documents_has_scores_of_nothing(
     loaded: LoadedModel, documents: list[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coreinfer.compiler.profiling._SAMPLE_TOKENS", 1)
-    monkeypatch.setattr("coreinfer.compiler.profiling._LEAST_DOCUMENTS", 1)
+    monkeypatch.setattr("coreinfer.compiler.prune.profile._SAMPLE_TOKENS", 1)
+    monkeypatch.setattr("coreinfer.compiler.prune.profile._LEAST_DOCUMENTS", 1)
     found = profile(loaded, documents, "output-aware")
     for name, labels in ASSIGNMENTS.items():
         assert len(found.statistics[name]) == len(found.num_tokens[name]) == labels.max() + 1

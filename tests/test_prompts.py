@@ -9,11 +9,11 @@ from typing import Any, cast
 import pytest
 from coreinfer import runtime
 from coreinfer.bundles import Bundle, ConfigError
-from coreinfer.bundles.beginnings import text_ids, text_spans
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.runtime.literals import MarkedText
+from coreinfer.bundles.shared.beginnings import text_ids, text_spans
 from coreinfer.runtime.options import GenerationOptions
-from coreinfer.runtime.prompts import PromptFormat
+from coreinfer.runtime.prompts.literals import MarkedText
+from coreinfer.runtime.prompts.prompt_format import PromptFormat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -336,7 +336,7 @@ def test_options_that_do_not_go_together(prompt: Any, options: Any, named: str, 
 
 def force(monkeypatch: pytest.MonkeyPatch, token_ids: Sequence[int]) -> None:
     forced = iter(token_ids)
-    monkeypatch.setattr("coreinfer.runtime.sampling.Sampler.sample", lambda *_: next(forced))
+    monkeypatch.setattr("coreinfer.runtime.decoding.sampling.Sampler.sample", lambda *_: next(forced))
 
 
 def test_an_empty_answer_says_why(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from coreinfer.bundles.formats import float_matrix, matrix_bytes
 from coreinfer.bundles.tensors import StoredTensor
-from coreinfer.compiler.quantizing import store_matrix
+from coreinfer.compiler.quantize.quantize import store_matrix
 
 
 def weights(rows: int, cols: int, seed: int = 0) -> torch.Tensor:

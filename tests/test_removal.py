@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from coreinfer.compiler.removal import System, remove_neurons, solve
+from coreinfer.compiler.prune.removal import System, remove_neurons, solve
 
 HIDDEN = 5
 Doubles = npt.NDArray[np.float64]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from coreinfer.bundles.manifest import Manifest, read_manifest
 from coreinfer.bundles.token_bytes import token_bytes
-from coreinfer.compiler.mapping import MapPoint
-from coreinfer.compiler.report import file_sizes, write_report
+from coreinfer.compiler.report.map_points import MapPoint
+from coreinfer.compiler.report.write import file_sizes, write_report
 
 HOSTILE = '<script>alert("1")</script> & <img src=http://evil.example/x>'
 VOID = {"meta", "br", "img", "link", "hr", "input"}

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from coreinfer.bundles.manifest import Manifest, read_manifest
-from coreinfer.compiler.mapping import MapPoint
-from coreinfer.compiler.report import write_report
+from coreinfer.compiler.report.map_points import MapPoint
+from coreinfer.compiler.report.write import write_report
 
 from .browser import SCREENS, Screen, overflow_pixels, visit
 

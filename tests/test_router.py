@@ -13,7 +13,7 @@ from coreinfer import runtime
 from coreinfer.bundles import open_bundle
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.tensors import StoredTensor, TensorFile
-from coreinfer.runtime.router import UNSURE_MARGIN, Route, Router, lead
+from coreinfer.runtime.routing.router import UNSURE_MARGIN, Route, Router, lead
 from tokenizers import Tokenizer
 
 from .bundle_factory import change_tensors, list_again

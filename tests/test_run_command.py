@@ -17,16 +17,16 @@ import pytest
 from click.testing import CliRunner, Result
 from coreinfer import runtime
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.runtime import router
-from coreinfer.runtime.cli import main
+from coreinfer.runtime.commands.run import main
 from coreinfer.runtime.options import GenerationOptions
+from coreinfer.runtime.routing import router
 
 from .bundle_factory import flip_bit, list_again
 from .model_factory import corpus_texts
 
 FIRST, SECOND = corpus_texts()[0], corpus_texts()[2]
 TIMEOUT_SECONDS = 120
-COMMAND = [sys.executable, "-c", "from coreinfer.runtime.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from coreinfer.runtime.commands.run import main; main()"]
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +180,7 @@ def test_variables_of_the_template(bundle: Path, tmp_path: Path) -> None:
 
 def test_control_tokens_can_be_shown(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, text in (([], "\n"), (["--show-special"], "<s><s>\n")):
-        monkeypatch.setattr("coreinfer.runtime.sampling.Sampler.sample", lambda *_: 1)
+        monkeypatch.setattr("coreinfer.runtime.decoding.sampling.Sampler.sample", lambda *_: 1)
         assert said(run(bundle, FIRST, "-n", 2, *arguments)) == text
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from coreinfer.bundles.errors import ConfigError, CoreInferError
-from coreinfer.runtime.sampling import Sampler, SamplingParams, distribution
+from coreinfer.runtime.decoding.sampling import Sampler, SamplingParams, distribution
 from hypothesis import given
 from hypothesis import strategies as st
 

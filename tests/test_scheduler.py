@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from coreinfer import runtime
 from coreinfer.bundles import open_bundle
-from coreinfer.runtime.drafting import DraftLength
-from coreinfer.runtime.native_decoder import NativeDecoder
+from coreinfer.runtime.decoding.drafting import DraftLength
+from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.scheduling import Run
 
 from .fake_decoder import PASS_SECONDS, FakeDecoder

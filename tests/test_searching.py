@@ -10,7 +10,7 @@ import pytest
 from coreinfer.bundles import ConfigError, read_manifest
 from coreinfer.bundles.manifest import ClusterQuality, Quality, Score
 from coreinfer.compiler import CompileConfig, Progress, compile_model
-from coreinfer.compiler.searching import fewest_clusters, fit_clusters, fit_quality, least_keeps
+from coreinfer.compiler.quality.search import fewest_clusters, fit_clusters, fit_quality, least_keeps
 
 from .test_config import make_config
 

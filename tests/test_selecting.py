@@ -6,8 +6,8 @@ import numpy.typing as npt
 import pytest
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.compiler import CompileConfig
-from coreinfer.compiler.profiling import Profile
-from coreinfer.compiler.selecting import cheapest_budgets, choose_neurons, cluster_scores, layer_budgets
+from coreinfer.compiler.prune.profile import Profile
+from coreinfer.compiler.prune.select import cheapest_budgets, choose_neurons, cluster_scores, layer_budgets
 
 from .test_config import make_config
 

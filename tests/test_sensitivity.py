@@ -6,10 +6,10 @@ import pytest
 import torch
 from coreinfer.bundles.families import family_of_config
 from coreinfer.compiler.cache import Cache
-from coreinfer.compiler.corpus import Document
-from coreinfer.compiler.models import LoadedModel, wrap_model
+from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.progress import Progress
-from coreinfer.compiler.sensitivity import fisher_matrices, removal_curves
+from coreinfer.compiler.prune.sensitivity import fisher_matrices, removal_curves
+from coreinfer.compiler.text.corpus import Document
 
 from .model_factory import FAMILIES, VOCABULARY, build_model, build_tokenizer
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from coreinfer.bundles import open_bundle
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.compiler.sizing import base_bytes, block_bytes, fit_budget
-from coreinfer.runtime.decoder import FfnChoice
-from coreinfer.runtime.native_decoder import NativeDecoder
+from coreinfer.compiler.quality.sizes import base_bytes, block_bytes, fit_budget
+from coreinfer.runtime.engines.native.decoder import NativeDecoder
+from coreinfer.runtime.engines.protocol import FfnChoice
 
 from .model_factory import FAMILIES
 from .test_carrying import load

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.compiler import sources
-from coreinfer.compiler.sources import ModelSource, default_encoder, find_source
+from coreinfer.compiler.models import sources
+from coreinfer.compiler.models.sources import ModelSource, default_encoder, find_source
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from coreinfer.bundles import BundleCorrupt, ConfigError
-from coreinfer.bundles.command import command_errors
-from coreinfer.bundles.exhaustion import is_out_of_memory
+from coreinfer.bundles.shared.command import command_errors
+from coreinfer.bundles.shared.exhaustion import is_out_of_memory
 
 SCRIPTS = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["scripts"]
 INTERRUPTED = b"error: interrupted; nothing was left behind\n"
@@ -62,10 +62,10 @@ def test_all_commands_start_alike() -> None:
 
 
 def test_starting_imports_nothing_that_takes_long() -> None:
-    code = "import sys; import coreinfer.bundles.starting; print(*sys.modules)"
+    code = "import sys; import coreinfer.bundles.shared.starting; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
-    assert "coreinfer.bundles.starting" in loaded
+    assert "coreinfer.bundles.shared.starting" in loaded
     assert not {"numpy", "click", "safetensors", "coreinfer.bundles.manifest"} & loaded
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from coreinfer import runtime
 from coreinfer.bundles import open_bundle
-from coreinfer.runtime import static_step
-from coreinfer.runtime.decoder import DENSE, FfnChoice
-from coreinfer.runtime.torch_decoder import TorchDecoder, device_needs
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.torch import static_step
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder, device_needs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .engine_inputs import PROMPT
@@ -118,7 +118,7 @@ def least_mb(decoder: TorchDecoder) -> float:
 def test_under_a_bound_the_cache_takes_no_more_than_there_is(
     decoders: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coreinfer.runtime.memory_plan._MIN_KV_TOKENS", 30)
+    monkeypatch.setattr("coreinfer.runtime.engines.torch.memory_plan._MIN_KV_TOKENS", 30)
     roomy, plain, _ = decoders()
     tight, _, _ = decoders(limit_mb=least_mb(plain))
     for used, capacity in ((roomy, 256), (tight, 30)):

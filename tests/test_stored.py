@@ -12,14 +12,14 @@ from coreinfer.bundles.errors import BundleError
 from coreinfer.bundles.families import assign_ffn, cache_argument
 from coreinfer.bundles.formats import float_matrix
 from coreinfer.bundles.manifest import read_manifest
-from coreinfer.compiler import stored as stored_module
-from coreinfer.compiler.evaluating import Tally, compare_logits, evaluate
-from coreinfer.compiler.models import LoadedModel
-from coreinfer.compiler.narrowing import NarrowModel, narrow_layer
-from coreinfer.compiler.packing import Packer
+from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
-from coreinfer.compiler.quantizing import QuantizeOptions, store_matrix
-from coreinfer.compiler.stored import StoredModel, base_in_use, store_model, stored_packs
+from coreinfer.compiler.prune.narrow import NarrowModel, narrow_layer
+from coreinfer.compiler.quality import stored as stored_module
+from coreinfer.compiler.quality.score import Tally, compare_logits, evaluate
+from coreinfer.compiler.quality.stored import StoredModel, base_in_use, store_model, stored_packs
+from coreinfer.compiler.quantize.pack import Packer
+from coreinfer.compiler.quantize.quantize import QuantizeOptions, store_matrix
 from transformers import DynamicCache
 
 from .test_evaluating import load, narrow_model

@@ -23,8 +23,9 @@ from coreinfer.bundles.tensors import (
     stream_tensors,
     write_tensors,
 )
-from coreinfer.compiler import CompileConfig, compile_model, packing
-from coreinfer.compiler.quantizing import store_matrix
+from coreinfer.compiler import CompileConfig, compile_model
+from coreinfer.compiler.quantize import pack as packing
+from coreinfer.compiler.quantize.quantize import store_matrix
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

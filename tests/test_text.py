@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.runtime.text import TextStream, text_after, token_text
+from coreinfer.runtime.decoding.text import TextStream, text_after, token_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from coreinfer.bundles import open_bundle
 from coreinfer.bundles.token_bytes import token_bytes
-from coreinfer.runtime.decoder import DENSE, FfnChoice
-from coreinfer.runtime.native_decoder import NativeDecoder
+from coreinfer.runtime.engines.native.decoder import NativeDecoder
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 
 from .model_factory import FAMILIES
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from coreinfer.compiler.packing import quick_to_read
+from coreinfer.compiler.quantize.pack import quick_to_read
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 

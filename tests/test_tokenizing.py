@@ -14,11 +14,11 @@ from coreinfer import runtime
 from coreinfer.bundles import ConfigError, open_bundle
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.compiler import CompileConfig, compile_model
-from coreinfer.compiler.builtin import Seed, _prompt_ids
-from coreinfer.compiler.corpus import split_into_documents
-from coreinfer.compiler.models import load_tokenizer
-from coreinfer.compiler.sources import find_source
-from coreinfer.compiler.tokenizing import chat_templates
+from coreinfer.compiler.models.load import load_tokenizer
+from coreinfer.compiler.models.sources import find_source
+from coreinfer.compiler.models.tokenizer_files import chat_templates
+from coreinfer.compiler.text.builtin import Seed, _prompt_ids
+from coreinfer.compiler.text.corpus import split_into_documents
 from tokenizers import Tokenizer, pre_tokenizers, processors
 
 from .model_factory import CHAT_TEMPLATE, build_tokenizer, corpus_texts, save_model

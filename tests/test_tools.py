@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from coreinfer import runtime
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.runtime.chat import render_chat
-from coreinfer.runtime.tools import FORMATS, PLAIN, CallReader, ToolFormat
+from coreinfer.runtime.prompts.chat_template import render_chat
+from coreinfer.runtime.prompts.tools import FORMATS, PLAIN, CallReader, ToolFormat
 
 from .bundle_factory import list_again, with_more_positions
 

@@ -17,9 +17,9 @@ from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import TensorRecord
 from coreinfer.bundles.tensors import StoredTensor, TensorFile
 from coreinfer.bundles.writer import finish_manifest
-from coreinfer.runtime import torch_model
-from coreinfer.runtime.decoder import DENSE, FfnChoice
-from coreinfer.runtime.torch_decoder import TorchDecoder
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.torch import model as torch_model
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
 from .bundle_factory import change_tensors, edit_manifest, flip_bit, list_again
 from .model_factory import FAMILIES

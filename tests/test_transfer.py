@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from coreinfer.runtime.transfer import CpuTransfer, CudaTransfer, pick_transfer
+from coreinfer.runtime.engines.torch.transfer import CpuTransfer, CudaTransfer, pick_transfer
 
 DEVICE = torch.device("cuda", 0)
 

@@ -10,7 +10,7 @@ import pytest
 from coreinfer import runtime
 from coreinfer.bundles import ConfigError
 from coreinfer.compiler import CompileConfig, compile_model
-from coreinfer.compiler.vocabulary import fit_tokenizer
+from coreinfer.compiler.models.vocabulary import fit_tokenizer
 from transformers import AutoTokenizer
 
 from .model_factory import VOCABULARY, build_tokenizer, corpus_texts

@@ -79,7 +79,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     }
     expected |= {f"coreinfer/{package}/py.typed" for package in packages}
     expected |= {"coreinfer/server/page.html"}
-    expected |= {f"coreinfer/{path.relative_to(ROOT)}" for path in (ROOT / "compiler/report_page").iterdir()}
+    expected |= {f"coreinfer/{path.relative_to(ROOT)}" for path in (ROOT / "compiler/report/page").iterdir()}
     expected |= {"coreinfer/compiler/seeds.jsonl"}
     expected |= {"coreinfer/runtime/_native.pyi", f"coreinfer/runtime/_native{sysconfig.get_config_var('EXT_SUFFIX')}"}
     assert set(names) == expected

@@ -10,9 +10,9 @@ import pytest
 from coreinfer.bundles import Bundle, open_bundle
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.tensors import StoredTensor, bf16_to_float32
-from coreinfer.runtime import _native
-from coreinfer.runtime.native_decoder import NativeDecoder
-from coreinfer.runtime.torch_decoder import TorchDecoder
+from coreinfer.runtime.engines.native import _native
+from coreinfer.runtime.engines.native.decoder import NativeDecoder
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
 from .bundle_factory import change_tensors, float32_to_bf16
 from .model_factory import FAMILIES, VOCABULARY

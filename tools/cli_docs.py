@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from coreinfer.bundles.command_options import GroupedCommand
+from coreinfer.bundles.shared.command_options import GroupedCommand
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "cli.md"

@@ -16,9 +16,9 @@
 #include <unistd.h>
 #endif
 
-#include "../runtime/native/kv_cache.h"
-#include "../runtime/native/scratch.h"
-#include "../runtime/native/threads.h"
+#include "../runtime/engines/native/csrc/kv_cache.h"
+#include "../runtime/engines/native/csrc/scratch.h"
+#include "../runtime/engines/native/csrc/threads.h"
 
 using namespace coreinfer;
 

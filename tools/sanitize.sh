@@ -15,7 +15,7 @@ cp "$module" "$module.saved"
 trap 'mv "$module.saved" "$module"' EXIT
 # shellcheck disable=SC2046,SC2086
 g++ -std=c++17 -O1 -g1 -fPIC -shared -fvisibility=hidden -pthread -w $flags $("$python" -m pybind11 --includes) \
-  runtime/native/*.cpp -o "$module"
+  runtime/engines/native/csrc/*.cpp -o "$module"
 # Python itself leaks by design, and numpy and torch are not instrumented.
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \

@@ -1,6 +1,6 @@
 """Which FFN weights the decoder runs with: they change only where the next call needs others."""
 
-from coreinfer.runtime.decoder import Decoder, FfnChoice
+from coreinfer.runtime.engines.protocol import Decoder, FfnChoice
 
 __all__ = ["FfnSwitch", "same_weights"]
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from coreinfer.runtime.cached import CachedTokens
-from coreinfer.runtime.decoder import Decoder, KvPoolFull
+from coreinfer.runtime.engines.cached import CachedTokens
+from coreinfer.runtime.engines.protocol import Decoder, KvPoolFull
 
 __all__ = ["KvPool"]
 

@@ -3,8 +3,8 @@
 import logging
 import time
 
-from coreinfer.runtime.choosing import Chosen
-from coreinfer.runtime.decoder import FfnChoice
+from coreinfer.runtime.decoding.choosing import Chosen
+from coreinfer.runtime.engines.protocol import FfnChoice
 from coreinfer.runtime.generation import FinishReason, Token
 
 from .run import Row, Run, path_step

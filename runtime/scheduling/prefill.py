@@ -2,9 +2,9 @@
 
 import time
 
-from coreinfer.runtime.cached import CachedTokens, blocks
-from coreinfer.runtime.decoder import DENSE, Decoder, FfnChoice
-from coreinfer.runtime.planning import decode_choice
+from coreinfer.runtime.engines.cached import CachedTokens, blocks
+from coreinfer.runtime.engines.protocol import DENSE, Decoder, FfnChoice
+from coreinfer.runtime.routing.modes import decode_choice
 
 from .ffn_switch import FfnSwitch
 from .kv_pool import KvPool

@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles.errors import CoreInferError, GenerationCancelled
-from coreinfer.runtime.choosing import TokenChooser
-from coreinfer.runtime.decoder import DENSE, FfnChoice
-from coreinfer.runtime.drafting import DraftLength
-from coreinfer.runtime.drift import DriftWatch
+from coreinfer.runtime.decoding.choosing import TokenChooser
+from coreinfer.runtime.decoding.drafting import DraftLength
+from coreinfer.runtime.decoding.grammar import JsonGrammar
+from coreinfer.runtime.decoding.sampling import Draft, check_ids
+from coreinfer.runtime.decoding.text import TextStream
+from coreinfer.runtime.decoding.tool_grammar import call_grammar
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.generation import PathStep, Token
-from coreinfer.runtime.json_schema import JsonGrammar
 from coreinfer.runtime.options import GenerationOptions
-from coreinfer.runtime.planning import serving_cluster
-from coreinfer.runtime.requests import Loaded, Request
-from coreinfer.runtime.sampling import Draft, check_ids
-from coreinfer.runtime.text import TextStream
-from coreinfer.runtime.tool_grammar import call_grammar
+from coreinfer.runtime.prompts.requests import Loaded, Request
+from coreinfer.runtime.routing.drift import DriftWatch
+from coreinfer.runtime.routing.modes import serving_cluster
 
 __all__ = ["Logits", "Post", "Row", "Run", "path_step", "prepare"]
 

@@ -7,10 +7,10 @@ from functools import partial
 from typing import TypeVar
 
 from coreinfer.bundles.errors import CoreInferError, GenerationCancelled
-from coreinfer.runtime.decoder import Decoder, FfnChoice, KvPoolFull
+from coreinfer.runtime.engines.protocol import Decoder, FfnChoice, KvPoolFull
 
-from .decoding import decode_group, draft_alone, group_by_weights, post_rows
 from .ffn_switch import FfnSwitch
+from .groups import decode_group, draft_alone, group_by_weights, post_rows
 from .kv_pool import KvPool
 from .posting import post_token
 from .prefill import begin, read_block

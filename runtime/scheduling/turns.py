@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from .decoding import Group
 from .ffn_switch import same_weights
+from .groups import Group
 
 __all__ = ["Pace", "Turns"]
 

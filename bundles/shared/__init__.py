@@ -1,0 +1,1 @@
+"""What all packages share and no bundle holds: commands, checks of options, the machine, text files."""

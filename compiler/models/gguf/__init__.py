@@ -1,0 +1,1 @@
+"""Models in GGUF files: every key and tensor accounted for, or refused by name."""

@@ -1,0 +1,242 @@
+"""A model's config from the header of its GGUF file: every field that shapes the model is read, none assumed."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
+from coreinfer.bundles.families import FAMILIES
+from transformers import AutoConfig, PreTrainedConfig
+
+from .header import Header
+from .keys import HeaderKeys
+from .rope import scaled_rope
+
+__all__ = ["ARCHITECTURES", "architecture_of", "model_config"]
+
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+# Of a file that states no base of the frequencies, llama.cpp's.
+_DEFAULT_THETA = 10_000.0
+# Gemma 3's layers that slide have a base of their own, which files seldom state.
+_SLIDING_THETA = 10_000.0
+_SLIDING_PATTERN = 6
+# The layout of q and k that Llama has in every GGUF file.
+_LLAMA_LAYOUT = "Meta AI original pth"
+# Keys that say that a model has none of something: with these values nothing is lost.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "attention.causal": (True,),
+    "attention.sliding_window_pattern": (0, 1),
+    "logit_scale": (1.0,),
+    "residual_scale": (1.0,),
+    "embedding_scale": (1.0,),
+    "use_parallel_residual": (False,),
+}
+_TOKEN_ID_KEYS = {"bos_token_id": "bos_token_id", "pad_token_id": "padding_token_id"}
+_END_KEYS = ("eos_token_id", "eos_token_ids", "eot_token_id", "eot_token_ids", "eom_token_id", "eom_token_ids")
+
+
+def model_config(header: Header, name: str) -> PreTrainedConfig:
+    """Build the config that transformers would have of the model that a file was made from.
+
+    Args:
+        name: what to call the model in an error.
+    Raises:
+        ConfigError: a size is missing or contradicts the tensors.
+        UnsupportedModelError: the architecture is not read, or a key asks for something that is not computed.
+    """
+    architecture = architecture_of(header, name)
+    keys = HeaderKeys(header, architecture, name)
+    fields = _shared_fields(keys, header, name)
+    fields |= ARCHITECTURES[architecture](keys, header, fields)
+    keys.check_all_read(_NEUTRAL)
+    try:
+        config: PreTrainedConfig = AutoConfig.for_model(**fields)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--model {name}: its header describes no model that can be ({reason})") from error
+    return config
+
+
+def architecture_of(header: Header, name: str) -> str:
+    """Find the architecture that a file states.
+
+    Raises:
+        UnsupportedModelError: it is none that is read.
+    """
+    stated = header.metadata.get("general.architecture")
+    if stated in ARCHITECTURES:
+        return str(stated)
+    supported = ", ".join(family.name for family in FAMILIES if family.name in ARCHITECTURES)
+    what = f"architecture {stated!r}" if stated is not None else "a header without general.architecture"
+    raise UnsupportedModelError(f"--model {name}: {what} is not supported in GGUF; supported: {supported}")
+
+
+def _shared_fields(keys: HeaderKeys, header: Header, name: str) -> dict[str, Any]:
+    num_heads, hidden = keys.size("attention.head_count"), keys.size("embedding_length")
+    num_layers = keys.size("block_count")
+    blocks = {int(match[1]) for match in map(_BLOCK.match, header.tensors) if match}
+    if blocks != set(range(num_layers)):
+        raise keys.refused("block_count", f"it says {num_layers} layers, the tensors are of {_listed(sorted(blocks))}")
+    num_tokens = len(_tokens(header, name))
+    vocabulary = keys.size("vocab_size") if keys.has("vocab_size") else num_tokens
+    if num_tokens > vocabulary:
+        raise keys.refused("vocab_size", f"expected room for {num_tokens} tokens of the tokenizer, got {vocabulary}")
+    return {
+        "max_position_embeddings": keys.size("context_length"),
+        "num_hidden_layers": num_layers,
+        "hidden_size": hidden,
+        "intermediate_size": keys.size("feed_forward_length"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": keys.size("attention.head_count_kv"),
+        "head_dim": _head_dim(keys, hidden, num_heads),
+        "rms_norm_eps": keys.needed_number("attention.layer_norm_rms_epsilon"),
+        "vocab_size": vocabulary,
+        # The format has no other sign of a head of its own.
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        **_token_ids(header, name, vocabulary),
+    }
+
+
+def _listed(blocks: list[int]) -> str:
+    return f"layers {', '.join(map(str, blocks[:8]))}{', ...' if len(blocks) > 8 else ''}" if blocks else "no layer"
+
+
+def _tokens(header: Header, name: str) -> list[str]:
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise ConfigError(f"--model {name}: tokenizer.ggml.tokens: expected the vocabulary, got none")
+    return tokens
+
+
+def _head_dim(keys: HeaderKeys, hidden: int, num_heads: int) -> int:
+    if keys.has("attention.key_length"):
+        head_dim = keys.size("attention.key_length")
+    elif hidden % num_heads:
+        raise keys.refused("attention.key_length", f"expected a size, got none, and {num_heads} heads of {hidden}")
+    else:
+        head_dim = hidden // num_heads
+    # Values of another width, and rotation of a part of each head.
+    for key in ("attention.value_length", "rope.dimension_count"):
+        keys.expect(key, (head_dim,))
+    return head_dim
+
+
+def _token_ids(header: Header, name: str, vocabulary: int) -> dict[str, Any]:
+    ids: dict[str, Any] = dict.fromkeys(_TOKEN_ID_KEYS)
+    for field, key in _TOKEN_ID_KEYS.items():
+        found = _ids_of(header, key, name, vocabulary)
+        ids[field] = found[0] if found else None
+    # All that end a text or a turn; transformers has one list for them.
+    ends = [end for key in _END_KEYS for end in _ids_of(header, key, name, vocabulary)]
+    distinct = list(dict.fromkeys(ends))
+    return ids | {"eos_token_id": distinct if len(distinct) > 1 else next(iter(distinct), None)}
+
+
+def _ids_of(header: Header, key: str, name: str, vocabulary: int) -> list[int]:
+    value = header.metadata.get(f"tokenizer.ggml.{key}")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token_id in ids:
+        if not isinstance(token_id, int) or not 0 <= token_id < vocabulary:
+            raise ConfigError(
+                f"--model {name}: tokenizer.ggml.{key}: expected a token id below {vocabulary}, got {token_id!r}"
+            )
+    return ids
+
+
+def _llama(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
+    keys.expect("tensor_data_layout", (_LLAMA_LAYOUT,))
+    window = _window(keys)
+    fields = {
+        "attention_bias": _has_biases(header, "attn_q", "attn_k", "attn_v", "attn_output"),
+        "mlp_bias": _has_biases(header, "ffn_gate", "ffn_up", "ffn_down"),
+        "rope_parameters": _rope(keys, header, shared, keys.number("rope.freq_base") or _DEFAULT_THETA),
+    }
+    if not window:
+        return {"model_type": "llama", **fields}
+    if fields.pop("attention_bias") or fields.pop("mlp_bias"):
+        raise keys.unsupported("attention.sliding_window")
+    # Mistral is Llama with a window in every layer.
+    return {"model_type": "mistral", "sliding_window": window, **fields}
+
+
+def _qwen(model_type: str) -> Callable[[HeaderKeys, Header, Mapping[str, Any]], dict[str, Any]]:
+    def fields(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
+        # Which layers slide, the header does not state.
+        keys.expect("attention.sliding_window", (0,))
+        found: dict[str, Any] = {
+            "model_type": model_type,
+            "rope_parameters": _rope(keys, header, shared, keys.needed_number("rope.freq_base")),
+        }
+        if model_type == "qwen3":
+            found["attention_bias"] = _has_biases(header, "attn_q", "attn_k", "attn_v", "attn_output")
+        return found
+
+    return fields
+
+
+def _gemma3(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
+    window, num_layers = _window(keys), int(shared["num_hidden_layers"])
+    sliding = _sliding_layers(keys, num_layers) if window else [False] * num_layers
+    plain = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa") or _SLIDING_THETA}
+    for key in ("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa"):
+        keys.expect(key, (shared["head_dim"],))
+    return {
+        "model_type": "gemma3_text",
+        "sliding_window": window or None,
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in sliding],
+        # Scaling is that of the layers that see everything.
+        "rope_parameters": {
+            "full_attention": _rope(keys, header, shared, keys.needed_number("rope.freq_base")),
+            "sliding_attention": plain,
+        },
+        "query_pre_attn_scalar": _gemma3_scalar(shared),
+        "final_logit_softcapping": keys.number("final_logit_softcapping") or None,
+    }
+
+
+def _gemma3_scalar(shared: Mapping[str, Any]) -> int:
+    """What attention is scaled by the root of: not in the header, known by the number of layers as in llama.cpp."""
+    if shared["num_hidden_layers"] == 62:
+        return int(shared["hidden_size"] // shared["num_attention_heads"])
+    return int(shared["head_dim"])
+
+
+def _sliding_layers(keys: HeaderKeys, num_layers: int) -> list[bool]:
+    pattern = keys.value("attention.sliding_window_pattern")
+    if pattern is None:
+        pattern = _SLIDING_PATTERN
+    if isinstance(pattern, list):
+        if len(pattern) != num_layers:
+            raise keys.refused("attention.sliding_window_pattern", f"expected {num_layers} flags, got {len(pattern)}")
+        return [bool(slides) for slides in pattern]
+    if isinstance(pattern, bool) or not isinstance(pattern, int) or pattern < 1:
+        raise keys.unsupported("attention.sliding_window_pattern")
+    return [(layer + 1) % pattern != 0 for layer in range(num_layers)]
+
+
+def _window(keys: HeaderKeys) -> int:
+    if not keys.number("attention.sliding_window"):
+        return 0
+    return keys.size("attention.sliding_window")
+
+
+def _rope(keys: HeaderKeys, header: Header, shared: Mapping[str, Any], theta: float) -> dict[str, Any]:
+    context = int(shared["max_position_embeddings"])
+    return scaled_rope(keys, header, theta=theta, head_dim=int(shared["head_dim"]), context=context)
+
+
+def _has_biases(header: Header, *names: str) -> bool:
+    return all(f"blk.0.{name}.bias" in header.tensors for name in names)
+
+
+# general.architecture -> the fields that it has beside the shared ones. OPT has no architecture in GGUF.
+ARCHITECTURES: dict[str, Callable[[HeaderKeys, Header, Mapping[str, Any]], dict[str, Any]]] = {
+    "llama": _llama,
+    "qwen2": _qwen("qwen2"),
+    "qwen3": _qwen("qwen3"),
+    "gemma3": _gemma3,
+}

@@ -1,0 +1,312 @@
+"""Run calibration text through a model one layer at a time.
+
+Only one layer need be on the device, and only the hidden states between layers are kept: (tokens, hidden size) in
+all. What each layer wants besides hidden states (masks, positions, rotary embeddings) differs from family to family;
+it is recorded by running the model's own forward pass once with its layers taken out.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from coreinfer.bundles.families import resolve
+from coreinfer.compiler.progress import Advance
+from coreinfer.compiler.text.corpus import Document
+from torch import nn
+
+from .load import LoadedModel
+
+__all__ = [
+    "Batch",
+    "LayerActivations",
+    "LayerRun",
+    "PartialRun",
+    "document_starts",
+    "head_logits",
+    "prepare_batches",
+    "run_layer",
+    "run_partly",
+    "walk_layers",
+]
+
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerActivations:
+    """What one layer's FFN did on all documents.
+
+    Attributes:
+        layer: its number.
+        activations: (tokens, ffn_dim), input of the down projection, documents one after another.
+        starts: (documents + 1,) where each document's tokens begin; the last entry is the number of tokens.
+        stream_energies: (tokens,) float32, squared norm of the hidden state that leaves the layer.
+    """
+
+    layer: int
+    activations: torch.Tensor
+    starts: npt.NDArray[np.int64]
+    stream_energies: torch.Tensor
+
+    def document(self, index: int) -> torch.Tensor:
+        """Activations of one document: (tokens, ffn_dim)."""
+        return self.activations[self.starts[index] : self.starts[index + 1]]
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """Documents that go through a layer together.
+
+    Attributes:
+        token_ids: (batch, length), documents begin at the left.
+        rows: (tokens,) places of the batch's real tokens in the order of all documents.
+        mask: (batch, length) which places hold real tokens.
+        hidden: (batch, length, hidden size) that the next layer reads, overwritten layer by layer.
+        arguments: keyword arguments of each layer.
+    """
+
+    token_ids: torch.Tensor
+    rows: torch.Tensor
+    mask: torch.Tensor
+    hidden: torch.Tensor
+    arguments: list[dict[str, Any]]
+
+    def real(self, values: torch.Tensor) -> torch.Tensor:
+        """Drop the padding: (batch, length, n) -> (tokens, n), in the order of `rows`."""
+        return values.reshape(-1, values.shape[-1])[self.mask.reshape(-1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRun:
+    """What came out of one layer for one batch.
+
+    Attributes:
+        output: (batch, length, hidden size) hidden states that leave the layer.
+        activations: (batch, length, ffn_dim), input of the down projection.
+        ffn_output: (batch, length, hidden size), output of the down projection.
+    """
+
+    output: torch.Tensor
+    activations: torch.Tensor
+    ffn_output: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialRun:
+    """What came out of a layer whose FFN was computed for some tokens, and only as far as the down projection.
+
+    Attributes:
+        output: (batch, length, hidden size) hidden states that leave the layer.
+        activations: (tokens asked for, ffn_dim), what the down projection would read.
+    """
+
+    output: torch.Tensor
+    activations: torch.Tensor
+
+
+class _Substitute(nn.Module):
+    """Stands in for a decoder layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        # Models ask their layers for such things before calling them.
+        if hasattr(layer, "attention_type"):
+            self.attention_type = layer.attention_type
+
+
+class _Given(_Substitute):
+    """Gives hidden states that were computed elsewhere."""
+
+    def __init__(self, layer: nn.Module, hidden: torch.Tensor) -> None:
+        super().__init__(layer)
+        self.hidden = hidden
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.hidden
+
+
+class _Recorder(_Substitute):
+    """Keeps what it was called with."""
+
+    def __init__(self, layer: nn.Module, calls: list[dict[str, Any]]) -> None:
+        super().__init__(layer)
+        self.calls = calls
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.calls.append({"hidden_states": hidden_states, **kwargs})
+        return hidden_states
+
+
+def walk_layers(loaded: LoadedModel, documents: Sequence[Document], advance: Advance) -> Iterator[LayerActivations]:
+    """Yield the FFN activations of each layer in turn; `advance` is called once a layer.
+
+    Args:
+        documents: token ids of each are run as one sequence.
+    """
+    starts = document_starts(documents)
+    with torch.inference_mode():
+        batches = prepare_batches(loaded, documents, starts)
+        shape = (int(starts[-1]), loaded.record.ffn_dim)
+        activations = torch.empty(shape, dtype=batches[0].hidden.dtype, device=loaded.device)
+        stream_energies = torch.empty(shape[0], dtype=torch.float32, device=loaded.device)
+        for index in range(loaded.record.num_layers):
+            for batch in batches:
+                run = run_layer(loaded, index, batch, batch.hidden)
+                batch.hidden = run.output
+                activations[batch.rows] = batch.real(run.activations)
+                stream_energies[batch.rows] = batch.real(run.output).float().square().sum(dim=-1)
+            yield LayerActivations(layer=index, activations=activations, starts=starts, stream_energies=stream_energies)
+            advance()
+
+
+def document_starts(documents: Sequence[Document]) -> npt.NDArray[np.int64]:
+    """Where each document's tokens begin, documents one after another: (documents + 1,), the last is their number."""
+    return np.concatenate([[0], np.cumsum([len(document.token_ids) for document in documents])]).astype(np.int64)
+
+
+def prepare_batches(
+    loaded: LoadedModel,
+    documents: Sequence[Document],
+    starts: npt.NDArray[np.int64],
+    *,
+    batch_tokens: int = _BATCH_TOKENS,
+) -> list[Batch]:
+    """Batch documents of like length, of at most so many tokens, and record what the layers are called with."""
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i].token_ids))
+    batches, members = [], list[int]()
+    for index in order:
+        longest = len(documents[index].token_ids)
+        if members and (len(members) + 1) * longest > batch_tokens:
+            batches.append(_record_batch(loaded, documents, members, starts))
+            members = []
+        members.append(index)
+    batches.append(_record_batch(loaded, documents, members, starts))
+    return batches
+
+
+def _record_batch(
+    loaded: LoadedModel, documents: Sequence[Document], members: Sequence[int], starts: npt.NDArray[np.int64]
+) -> Batch:
+    lengths = [len(documents[i].token_ids) for i in members]
+    token_ids = torch.zeros((len(members), max(lengths)), dtype=torch.long)
+    mask = torch.zeros_like(token_ids, dtype=torch.bool)
+    for row, (i, length) in enumerate(zip(members, lengths, strict=True)):
+        token_ids[row, :length] = torch.tensor(documents[i].token_ids)
+        mask[row, :length] = True
+    rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in members])
+    padding = None if bool(mask.all()) else mask.long().to(loaded.device)
+    calls = _record_calls(loaded, token_ids.to(loaded.device), padding)
+    hidden = calls[0]["hidden_states"]
+    arguments = [{name: value for name, value in call.items() if name not in _STATE_ARGUMENTS} for call in calls]
+    return Batch(
+        token_ids=token_ids.to(loaded.device),
+        rows=rows.to(loaded.device),
+        mask=mask.to(loaded.device),
+        hidden=hidden,
+        arguments=arguments,
+    )
+
+
+_STATE_ARGUMENTS = frozenset({"hidden_states", "cache", "past_key_values", "use_cache"})
+
+
+def _record_calls(loaded: LoadedModel, token_ids: torch.Tensor, mask: torch.Tensor | None) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = []
+    with _layers_replaced(loaded, lambda layer: _Recorder(layer, calls)):
+        backbone = getattr(loaded.model, str(loaded.model.base_model_prefix))
+        backbone(input_ids=token_ids, attention_mask=mask, use_cache=False)
+    return calls
+
+
+def head_logits(loaded: LoadedModel, token_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """What the model makes of (batch, length, hidden size) that leave its layers: (batch, length, vocabulary)."""
+    with _layers_replaced(loaded, lambda layer: _Given(layer, hidden)):
+        logits: torch.Tensor = loaded.model(token_ids, use_cache=False).logits
+    return logits
+
+
+@contextmanager
+def _layers_replaced(loaded: LoadedModel, replacement: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
+    parent_path, _, name = loaded.family.layers.rpartition(".")
+    parent = resolve(loaded.model, parent_path)
+    layers = getattr(parent, name)
+    setattr(parent, name, nn.ModuleList(replacement(layer) for layer in layers))
+    try:
+        yield
+    finally:
+        setattr(parent, name, layers)
+
+
+def run_layer(loaded: LoadedModel, index: int, batch: Batch, hidden: torch.Tensor) -> LayerRun:
+    """Run one batch through one layer.
+
+    Args:
+        hidden: (batch, length, hidden size) that enters.
+    """
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        # Some models flatten batch and length for their FFN.
+        seen["activations"], seen["ffn_output"] = inputs[0], output
+
+    handle = loaded.projection(index, "down").register_forward_hook(keep)
+    try:
+        output = loaded.layers[index](hidden, **batch.arguments[index])
+    finally:
+        handle.remove()
+    return LayerRun(
+        output=_hidden_states(output),
+        activations=seen["activations"].reshape(*hidden.shape[:2], -1),
+        ffn_output=seen["ffn_output"].reshape(hidden.shape),
+    )
+
+
+def run_partly(
+    loaded: LoadedModel, index: int, batch: Batch, hidden: torch.Tensor, places: torch.Tensor, ffn_output: torch.Tensor
+) -> PartialRun:
+    """Run one batch through one layer, but its FFN for some tokens only and without the down projection.
+
+    Args:
+        hidden: (batch, length, hidden size) that enters.
+        places: (batch, length) bool, the tokens whose activations are wanted.
+        ffn_output: (batch, length, hidden size) to take as the down projection's output.
+    """
+    seen: dict[str, torch.Tensor] = {}
+    flat_places = places.reshape(-1)
+
+    def pick(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        # Some models flatten batch and length for their FFN, and want its output back in that shape.
+        seen["entering"] = inputs[0]
+        return inputs[0].reshape(-1, inputs[0].shape[-1])[flat_places]
+
+    def put(activations: torch.Tensor) -> torch.Tensor:
+        seen["activations"] = activations
+        return ffn_output.reshape(seen["entering"].shape)
+
+    entries = [role for role in loaded.family.projections if role != "down"]
+    handles = [loaded.projection(index, role).register_forward_pre_hook(pick) for role in entries]
+    try:
+        with _computed_by(loaded.projection(index, "down"), put):
+            output = loaded.layers[index](hidden, **batch.arguments[index])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return PartialRun(output=_hidden_states(output), activations=seen["activations"])
+
+
+@contextmanager
+def _computed_by(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Let a function take the place of a module's forward: a hook could only replace what was computed in vain."""
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _hidden_states(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,331 @@
+"""Load a model and its tokenizer, and know its shapes before a byte of weights is read."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+import transformers
+from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
+from coreinfer.bundles.families import FAMILIES, Family, cache_argument, family_of_config, resolve
+from coreinfer.bundles.manifest import ModelRecord
+from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
+from coreinfer.compiler.config import DType
+from torch import nn
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel
+
+from .checkpoint import LOADING_ERRORS, check_files, check_finite, check_loaded, check_quantization, check_tied_head
+from .gguf.config import model_config
+from .gguf.parts import read_parts
+from .gguf.tokenizer import build_tokenizer
+from .gguf.weights import load_weights
+from .mapped import convert_on_use
+from .settings import check_settings
+from .sources import ModelSource
+from .tokenizer_files import check_templates, with_own_file
+from .vocabulary import fit_tokenizer
+
+__all__ = [
+    "LoadedModel",
+    "load_model",
+    "load_tokenizer",
+    "pick_device",
+    "pick_dtype",
+    "quiet_transformers",
+    "read_config",
+    "special_tokens",
+    "stop_ids",
+    "wrap_model",
+]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A causal language model ready to be profiled.
+
+    Attributes:
+        model: the transformers model, in evaluation mode, on `device`.
+        record: what the manifest says of it.
+        dtype: that it computes in; weights that stay in their file may have another.
+        column_norms: (layers, ffn_dim) float32, L2 norms of the down projections' columns.
+        mapped: whether weights stay in their file, because all of them at once would be too much.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    family: Family
+    record: ModelRecord
+    device: torch.device
+    dtype: torch.dtype
+    column_norms: np.ndarray[Any, np.dtype[np.float32]]
+    mapped: bool = False
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers."""
+        return list(resolve(self.model, self.family.layers))
+
+    def forward(self, token_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Read tokens behind those in the cache, which grows: (batch, tokens) -> (batch, tokens, vocabulary)."""
+        logits: torch.Tensor = self.model(token_ids, use_cache=True, **cache_argument(self.model, cache)).logits
+        return logits
+
+    def read(self, token_ids: torch.Tensor, cache: Cache) -> None:
+        """Read tokens for the sake of the cache alone."""
+        self.states(token_ids, cache)
+
+    def states(
+        self, token_ids: torch.Tensor, cache: Cache, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Read tokens as `forward` does, up to the head.
+
+        Args:
+            weights: by the model's own names, in the place of its weights; gradients go through to them.
+        Returns:
+            (batch, tokens, size) what the head reads.
+        """
+        body, prefix = cast("nn.Module", self.model.base_model), f"{self.model.base_model_prefix}."
+        own = {name.removeprefix(prefix): weight for name, weight in (weights or {}).items()}
+        arguments = {"input_ids": token_ids, "use_cache": True, **cache_argument(self.model, cache)}
+        states: torch.Tensor = functional_call(body, own, kwargs=arguments).last_hidden_state
+        return states
+
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits of what `states` gives: (..., size) -> (..., vocabulary)."""
+        model = cast("PreTrainedModel", self.model)
+        head: nn.Module = model.get_output_embeddings()
+        logits: torch.Tensor = head(states)
+        cap = getattr(model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def projection(self, layer: int, role: str) -> nn.Linear:
+        """One linear module of a layer's FFN: "gate", "up" or "down"."""
+        module = resolve(self.layers[layer], self.family.projections[role])
+        assert isinstance(module, nn.Linear)
+        return module
+
+
+def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
+    """Read a model's config, refusing a family that is not in the table before any weight is loaded.
+
+    Raises:
+        ConfigError: there is no such model, or its config cannot be read.
+        UnsupportedModelError: its family, its quantization or another of its settings is not supported.
+    """
+    if source.gguf_file:
+        with quiet_transformers():
+            config = model_config(read_parts(source.gguf_path), source.name)
+        return family_of_config(config.to_dict(), source.name), config
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(source.location)
+    except (OSError, ValueError, KeyError) as error:
+        reason = _first_line(error)
+        if "not supported" in reason or "does not recognize" in reason:
+            supported = ", ".join(family.name for family in FAMILIES)
+            raise UnsupportedModelError(f"--model {source.name}: {reason}; supported families: {supported}") from error
+        raise ConfigError(
+            f"--model {source.name}: no model can be read there ({reason}); "
+            "give a Hub id, a folder with config.json, a .gguf file or package:NAME/PATH"
+        ) from error
+    family = family_of_config(config.to_dict(), source.name)
+    check_quantization(config, f"--model {source.name}")
+    check_settings(family, config, source.name)
+    return family, config
+
+
+def load_model(
+    source: ModelSource, family: Family, config: PreTrainedConfig, *, device: str, dtype: DType, mapped: bool = False
+) -> LoadedModel:
+    """Load a model for profiling; family and config are what `read_config` gave.
+
+    Args:
+        mapped: leave the weights in their file, in their stored dtype, and convert each layer's while it runs.
+    Raises:
+        ConfigError: the model, the device or the dtype cannot be had.
+    """
+    target, what = pick_device(device), f"--model {source.name}"
+    if mapped and source.gguf_file:
+        raise ConfigError(
+            f"--max-memory: expected a model in safetensors, whose weights can stay in their file, got {source.name}; "
+            "save it with transformers first"
+        )
+    if not source.gguf_file and source.path:
+        check_files(source.path, what, mapped=mapped)
+    computes_in = pick_dtype(dtype, target)
+    try:
+        with quiet_transformers():
+            model = _read_weights(source, config, computes_in, mapped=mapped)
+    except LOADING_ERRORS as error:
+        raise ConfigError(f"{what}: its weights cannot be loaded ({_first_line(error)})") from error
+    tied = bool(config.tie_word_embeddings)
+    check_tied_head(model, resolve(model, family.embedding), tied=tied, what=what)
+    check_finite(model, what)
+    model = model.eval().to(target)
+    tokenizer = load_tokenizer(source)
+    fit_tokenizer(tokenizer, resolve(model, family.embedding).num_embeddings, source.name)
+    loaded = wrap_model(model, tokenizer, family=family, name=source.name, config=config)
+    if not mapped:
+        return loaded
+    convert_on_use(model, family, computes_in)
+    return replace(loaded, dtype=computes_in, mapped=True)
+
+
+def _read_weights(
+    source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype, *, mapped: bool
+) -> PreTrainedModel:
+    """Read all parameters from the model's files, and nothing else."""
+    if source.gguf_file:
+        return load_weights(read_parts(source.gguf_path), config, dtype=dtype, name=source.name)
+    loading: Any = AutoModelForCausalLM.from_pretrained(
+        source.location,
+        dtype="auto" if mapped else dtype,
+        # Both for `check_loaded`, which names what does not fit.
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    model, info = loading
+    check_loaded(info, f"--model {source.name}")
+    return cast("PreTrainedModel", model)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def wrap_model(model: nn.Module, tokenizer: Any, *, family: Family, name: str, config: PreTrainedConfig) -> LoadedModel:
+    """Describe a model that is in memory already."""
+    layers = resolve(model, family.layers)
+    downs = [resolve(layer, family.down) for layer in layers]
+    norms = torch.stack([down.weight.detach().float().norm(dim=0) for down in downs]).cpu().numpy()
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        family=family,
+        record=_record(model, family, name, config),
+        device=next(model.parameters()).device,
+        dtype=next(model.parameters()).dtype,
+        column_norms=norms,
+    )
+
+
+def _record(model: nn.Module, family: Family, name: str, config: PreTrainedConfig) -> ModelRecord:
+    heads = int(config.num_attention_heads)
+    up = resolve(next(iter(resolve(model, family.layers))), family.up)
+    data = {key: value for key, value in config.to_dict().items() if key not in _DROPPED_FIELDS}
+    return ModelRecord(
+        name=name,
+        family=family.name,
+        num_layers=int(config.num_hidden_layers),
+        hidden_size=int(config.hidden_size),
+        ffn_dim=int(getattr(config, family.ffn_dim_field)),
+        vocab_size=int(config.vocab_size),
+        num_heads=heads,
+        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        max_positions=int(config.max_position_embeddings),
+        activation=str(getattr(config, family.activation_field)),
+        gated=family.gated,
+        ffn_bias=up.bias is not None,
+        tied_head=bool(config.tie_word_embeddings),
+        config=data,
+    )
+
+
+# Fields of a config that name places or code of elsewhere, or change from release to release.
+_DROPPED_FIELDS = frozenset(
+    {"_name_or_path", "name_or_path", "auto_map", "transformers_version", "quantization_config"}
+)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """Load the tokenizer of a model.
+
+    Raises:
+        ConfigError: there is none, or it has no `tokenizer.json` form that the runtime can use.
+    """
+    tokenizer: Any
+    try:
+        with quiet_transformers():
+            if source.gguf_file:
+                tokenizer = build_tokenizer(read_parts(source.gguf_path), source.name)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(source.location)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--model {source.name}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ConfigError(f"--model {source.name}: its tokenizer has no fast form (tokenizer.json); convert it first")
+    check_templates(tokenizer, source.name)
+    return tokenizer if source.gguf_file else with_own_file(tokenizer, source)
+
+
+def pick_device(name: str) -> torch.device:
+    """Find a torch device by name and prove that it works.
+
+    Raises:
+        ConfigError: there is no such device on this machine.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = _first_line(error)
+        raise ConfigError(f"--device {name}: torch cannot use it here ({reason}); try cpu") from error
+    return device
+
+
+def pick_dtype(dtype: DType, device: torch.device) -> torch.dtype:
+    """Resolve "auto": bfloat16 on accelerators and on CPUs with bfloat16 arithmetic, else float32."""
+    if dtype != "auto":
+        resolved = getattr(torch, dtype)
+        assert isinstance(resolved, torch.dtype)
+        return resolved
+    if device.type != "cpu":
+        return torch.bfloat16
+    return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own bars and remarks off stderr, where the compiler draws its own."""
+    verbosity = transformers.logging.get_verbosity()
+    had_bars = transformers.logging.is_progress_bar_enabled()
+    tqdm_switch = os.environ.get("TQDM_DISABLE")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers.logging.enable_progress_bar()
+        _restore("TQDM_DISABLE", tqdm_switch)
+
+
+def _restore(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def special_tokens(tokenizer: Any) -> Mapping[str, str]:
+    """Names and texts of a tokenizer's special tokens, as chat templates use them."""
+    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+
+
+def stop_ids(loaded: LoadedModel) -> set[int]:
+    """Token ids that end a text, from the model's generation defaults and its tokenizer."""
+    defaults = getattr(loaded.model, "generation_config", None)
+    stops = getattr(defaults, "eos_token_id", None)
+    found = {*stops} if isinstance(stops, list) else {stops}
+    found.add(loaded.tokenizer.eos_token_id)
+    return {int(stop) for stop in found if stop is not None}

@@ -1,0 +1,69 @@
+"""How much memory a compile takes whose weights stay in their file."""
+
+import math
+
+from coreinfer.bundles.errors import ConfigError
+from coreinfer.compiler.config import MOMENT_SHARE, CompileConfig
+from coreinfer.compiler.quality.score import GROUP_TEXTS
+from coreinfer.compiler.text.corpus import Corpus
+
+from .load import LoadedModel
+
+__all__ = ["check_memory"]
+
+_PROGRAM_BYTES = 900_000_000
+"""Python, torch, FAISS and the sentence encoder."""
+_MOMENT_MATRICES = 6
+"""Square matrices of one layer that are in memory beside those of all clusters: sums, mixtures, a solution's."""
+
+
+def check_memory(config: CompileConfig, loaded: LoadedModel, corpus: Corpus) -> None:
+    """Find out whether a compile gets by with `config.max_memory`; without it nothing is checked.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if config.max_memory is None:
+        return
+    num_tokens = sum(len(document.token_ids) for document in (*corpus.calibration, *corpus.validation))
+    # Moments take their share of the bound, whatever it is: the rest must do.
+    usable = config.max_memory * 1e9 - config.moment_bytes
+    fixed, per_token = _fixed_bytes(config, loaded), _token_bytes(config, loaded)
+    needed = fixed + per_token * num_tokens
+    if needed <= usable:
+        return
+    fitting = int((usable - fixed) // per_token)
+    share = max(0, fitting) / max(1, num_tokens)
+    way_out = f" or --calibration-tokens {int(config.calibration_tokens * share)}" if fitting > 0 else ""
+    raise ConfigError(
+        f"--max-memory: expected at least {_bound_gb(needed)} GB, {_bound_gb(fixed)} of it whatever the text, for "
+        f"{num_tokens} tokens to calibrate on, got {config.max_memory:g}; give more{way_out}, or take a smaller model"
+    )
+
+
+def _bound_gb(num_bytes: int) -> float:
+    """The least bound that leaves so much beside the moments' share, in tenths of a gigabyte."""
+    return math.ceil(num_bytes / (1 - MOMENT_SHARE) / 1e8) / 10
+
+
+def _fixed_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
+    record = loaded.record
+    layer_values = sum(parameter.numel() for parameter in loaded.layers[0].parameters())
+    text_values = config.document_tokens * record.vocab_size
+    # Embedding and head as they are stored, while quality is measured.
+    table_values = record.vocab_size * record.hidden_size * (1 if record.tied_head else 2)
+    return (
+        _PROGRAM_BYTES
+        + table_values * (loaded.dtype.itemsize + 4)
+        + 2 * layer_values * 4
+        + _MOMENT_MATRICES * record.ffn_dim**2 * 4
+        + record.num_layers * record.hidden_size**2 * 4
+        + text_values * (GROUP_TEXTS // 2 * loaded.dtype.itemsize + 3 * 4)
+    )
+
+
+def _token_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
+    """Activations and targets, hidden states before and behind a layer; of each stream those of the second halves."""
+    num_streams = 3 if config.evaluate and config.controls else 1
+    num_hidden = 1 + 2 + (num_streams + 2) / 2
+    return int((loaded.record.ffn_dim + num_hidden * loaded.record.hidden_size) * loaded.dtype.itemsize)

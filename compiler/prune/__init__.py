@@ -1,0 +1,1 @@
+"""Which neurons stay in each cluster and layer, and how the others are made up for."""

@@ -1,0 +1,126 @@
+"""What narrowing makes: the clusters' narrow FFNs, and the controls' at the same bytes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from coreinfer.bundles.families import ffn_tensors
+from coreinfer.compiler.config import CompileConfig
+from coreinfer.compiler.models.load import LoadedModel
+
+from .profile import Profile
+from .select import Choice, choose_neurons
+
+__all__ = [
+    "CLUSTERS",
+    "Assignment",
+    "Cut",
+    "NarrowModel",
+    "bf16_bits",
+    "choose_all",
+    "from_bits",
+    "narrow_layer",
+]
+
+CLUSTERS = "clusters"
+"""Name of the assignment that is shipped; the others are controls."""
+
+Labels = npt.NDArray[np.int64]
+Bits = npt.NDArray[np.uint16]
+Cut = Callable[[int, int], dict[str, torch.Tensor]]
+"""Layer and cluster -> one layer's FFN, as `narrow_layer` gives it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """One way to put documents into clusters.
+
+    Attributes:
+        name: "clusters", or the control's name.
+        calibration, validation, held_out: (documents,) cluster ids of each part of the corpus.
+    """
+
+    name: str
+    calibration: Labels
+    validation: Labels
+    held_out: Labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class NarrowModel:
+    """The narrow FFNs of one assignment.
+
+    Attributes:
+        choice: scores and neuron ids.
+        downs: downs[layer][cluster] is the repaired down projection (kept, hidden size) as bfloat16 bits, or None.
+        biases: biases[layer][cluster] is its bias (hidden size,), or None; of families that have one.
+        ridges: ridge of each layer, None where the repair was rejected.
+        inner: inner[layer][cluster] is role ("gate", "up") -> (kept, hidden size) bfloat16 bits of healed matrices;
+            None where they are the model's own.
+    """
+
+    choice: Choice
+    downs: list[list[Bits | None]]
+    biases: list[list[npt.NDArray[np.float32] | None]]
+    ridges: tuple[float | None, ...]
+    inner: list[list[dict[str, Bits]]] | None = None
+
+
+def choose_all(
+    config: CompileConfig,
+    profile: Profile,
+    loaded: LoadedModel,
+    assignments: Sequence[Assignment],
+    budgets: Mapping[str, Sequence[Sequence[int]]],
+) -> dict[str, Choice]:
+    """Choose neurons for every assignment.
+
+    Args:
+        budgets: budgets[name][cluster][layer].
+    """
+    return {
+        item.name: choose_neurons(
+            config,
+            profile.statistics[item.name],
+            profile.num_tokens[item.name],
+            loaded.column_norms,
+            budgets[item.name],
+        )
+        for item in assignments
+    }
+
+
+def bf16_bits(values: torch.Tensor) -> Bits:
+    """Round a tensor to bfloat16 and give its bit patterns."""
+    bits: Bits = values.to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().view(np.uint16)
+    return bits
+
+
+def narrow_layer(loaded: LoadedModel, narrow: NarrowModel, layer: int, cluster: int) -> dict[str, torch.Tensor]:
+    """Cut one layer's FFN down to a cluster's neurons.
+
+    Returns:
+        Role -> tensor as `assign_ffn` takes them: gate and up (kept, hidden), down (hidden, kept), biases.
+    """
+    dense = ffn_tensors(loaded.layers[layer], loaded.family)
+    ids = torch.from_numpy(narrow.choice.neuron_ids[cluster][layer]).long().to(loaded.device)
+    tensors = {role: tensor[ids] for role, tensor in dense.items() if role not in ("down", "down_bias")}
+    if narrow.inner is not None:
+        for role, bits in narrow.inner[layer][cluster].items():
+            tensors[role] = from_bits(bits).to(dense[role])
+    repaired = narrow.downs[layer][cluster]
+    if repaired is None:
+        tensors["down"] = dense["down"][:, ids]
+    else:
+        tensors["down"] = from_bits(repaired).T.to(dense["down"]).contiguous()
+    if "down_bias" in dense:
+        own, bias = dense["down_bias"], narrow.biases[layer][cluster]
+        tensors["down_bias"] = own if bias is None else torch.from_numpy(bias).to(own.device, loaded.dtype)
+    return tensors
+
+
+def from_bits(bits: Bits) -> torch.Tensor:
+    """Turn bit patterns back into a bfloat16 tensor."""
+    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)

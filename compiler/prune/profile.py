@@ -1,0 +1,130 @@
+"""Stage `profile`: moments of the FFN activations, per cluster and layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles.statistics import document_statistic
+from coreinfer.compiler.cache import Cache
+from coreinfer.compiler.config import CompileConfig
+from coreinfer.compiler.models.layerwise import walk_layers
+from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.text.corpus import Document
+
+__all__ = ["Profile", "profile_model", "spread_over_clusters"]
+
+Floats = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+_SAMPLE_TOKENS = 65_536
+"""Enough for scores that no neuron is removed by; it is what modes stability and fused go by at run time."""
+_LEAST_DOCUMENTS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Sums over calibration tokens.
+
+    Attributes:
+        statistics: assignment name -> (clusters, layers, ffn_dim) sums of the selection's statistic.
+        num_tokens: assignment name -> (clusters,) tokens that were summed.
+        relative_energies: (layers, ffn_dim) mean over tokens of h^2 divided by the squared norm of the hidden state
+            that leaves the layer at that token. Dividing token by token keeps the few tokens with massive
+            activations (attention sinks) from hiding all others.
+    """
+
+    statistics: dict[str, Floats]
+    num_tokens: dict[str, npt.NDArray[np.int64]]
+    relative_energies: Floats
+
+    def num_clusters(self, name: str) -> int:
+        """Clusters of an assignment."""
+        return len(self.statistics[name])
+
+
+def profile_model(
+    config: CompileConfig,
+    loaded: LoadedModel,
+    documents: Sequence[Document],
+    assignments: dict[str, Labels],
+    cache: Cache,
+    key: str,
+    progress: Progress,
+) -> Profile:
+    """Sum up each document's statistic into the cluster that each assignment puts it in.
+
+    Where neurons are not removed by scores, large corpora are sampled, spread evenly over the clusters.
+
+    Args:
+        documents: calibration text only.
+        assignments: name -> (documents,) cluster ids, such as the clusters and a random control; the clusters first.
+    """
+    num_clusters = {name: int(labels.max()) + 1 for name, labels in assignments.items()}
+    if config.effective_removal == "second-order":
+        picked = spread_over_clusters(
+            documents, next(iter(assignments.values())), _SAMPLE_TOKENS, least=_LEAST_DOCUMENTS
+        )
+        documents = [documents[index] for index in picked]
+        assignments = {name: labels[picked] for name, labels in assignments.items()}
+
+    def compute() -> dict[str, Any]:
+        return _sums(config, loaded, documents, assignments, num_clusters, progress)
+
+    arrays = cache.arrays(key, compute)
+    lengths = np.array([len(document.token_ids) for document in documents])
+    return Profile(
+        statistics={name: arrays[f"statistic.{name}"] for name in assignments},
+        num_tokens={name: _count(labels, lengths, num_clusters[name]) for name, labels in assignments.items()},
+        relative_energies=arrays["relative_energies"],
+    )
+
+
+def spread_over_clusters(documents: Sequence[Document], labels: Labels, num_tokens: int, *, least: int) -> Labels:
+    """Take documents evenly from each cluster, of about so many tokens together, and `least` of each if it has them.
+
+    Args:
+        labels: (documents,) cluster ids.
+    Returns:
+        Their indices, ascending.
+    """
+    total = sum(len(document.token_ids) for document in documents)
+    step = max(1, total // num_tokens)
+    picked = []
+    for cluster in range(int(labels.max()) + 1):
+        members = np.flatnonzero(labels == cluster)
+        picked.append(members[:: max(1, min(step, len(members) // least))])
+    return np.sort(np.concatenate(picked))
+
+
+def _count(labels: Labels, lengths: npt.NDArray[np.int64], num_clusters: int) -> npt.NDArray[np.int64]:
+    return np.bincount(labels, weights=lengths, minlength=num_clusters).astype(np.int64)
+
+
+def _sums(
+    config: CompileConfig,
+    loaded: LoadedModel,
+    documents: Sequence[Document],
+    assignments: dict[str, Labels],
+    num_clusters: dict[str, int],
+    progress: Progress,
+) -> dict[str, Any]:
+    num_layers, ffn_dim = loaded.record.num_layers, loaded.record.ffn_dim
+    sums = {name: np.zeros((num_clusters[name], num_layers, ffn_dim), dtype=np.float32) for name in assignments}
+    energies = np.zeros((num_layers, ffn_dim), dtype=np.float32)
+    with progress.stage("profile", num_layers) as advance:
+        for layer in walk_layers(loaded, documents, advance):
+            shares = (1.0 / layer.stream_energies.clamp_min(1e-30)).cpu().numpy()
+            for index in range(len(documents)):
+                activations = layer.document(index).float().cpu().numpy()
+                statistic = document_statistic(config.selection, activations, alpha=config.alpha, beta=config.beta)
+                for name, labels in assignments.items():
+                    sums[name][labels[index], layer.layer] += statistic
+                energies[layer.layer] += shares[layer.starts[index] : layer.starts[index + 1]] @ np.square(activations)
+    energies /= max(1, sum(len(document.token_ids) for document in documents))
+    return {
+        **{f"statistic.{name}": value for name, value in sums.items()},
+        "relative_energies": energies,
+    }

@@ -1,0 +1,162 @@
+"""Stage `select`: layer budgets, scores, neuron ids."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.statistics import scores_from_statistic, select_neurons
+from coreinfer.compiler.config import CompileConfig
+
+from .profile import Profile
+
+__all__ = ["NEURON_BLOCK", "Choice", "choose_neurons", "cheapest_budgets", "cluster_scores", "layer_budgets"]
+
+NEURON_BLOCK = 32
+"""Kept neurons a layer are a multiple of this, the kernels' group size."""
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What one assignment of documents to clusters keeps.
+
+    Attributes:
+        scores: (clusters, layers, ffn_dim), root mean square 1 over each layer.
+        neuron_ids: neuron_ids[cluster][layer] is an ascending int32 array.
+    """
+
+    scores: Floats
+    neuron_ids: list[list[npt.NDArray[np.int32]]]
+
+
+def layer_budgets(
+    config: CompileConfig, keep: float, profile: Profile, column_norms: Floats, curves: Floats | None = None
+) -> list[int]:
+    """Decide how many neurons each layer keeps: multiples of 32 that make up the keep ratio in all.
+
+    Args:
+        keep: the keep ratio in all; that of the options is what was asked for.
+        curves: of `removal_curves`; only for budgets "sensitivity".
+    Raises:
+        ConfigError: the floor leaves no room for the keep ratio.
+    """
+    num_layers, ffn_dim = column_norms.shape
+    if keep == 1 or ffn_dim <= NEURON_BLOCK:
+        return [ffn_dim] * num_layers
+    if config.budgets == "uniform":
+        return [_to_block(keep * ffn_dim, ffn_dim)] * num_layers
+    if config.min_layer_keep > keep:
+        raise ConfigError(
+            f"--min-layer-keep {config.min_layer_keep:g}: expected at most --keep {keep:g}; lower one of them"
+        )
+    if config.budgets == "sensitivity":
+        assert curves is not None
+        return cheapest_budgets(curves, keep, config.min_layer_keep, ffn_dim)
+    energies = (profile.relative_energies * np.square(column_norms)).sum(axis=1)
+    # Every layer keeps a block at least, which must not come on top of the keep ratio.
+    floor = max(config.min_layer_keep, min(keep, NEURON_BLOCK / ffn_dim))
+    shares = _proportional_shares(np.sqrt(energies.astype(np.float64)), keep, floor)
+    return _round_to_blocks(shares * ffn_dim, ffn_dim)
+
+
+def cheapest_budgets(curves: Floats, keep: float, floor: float, ffn_dim: int) -> list[int]:
+    """Take out blocks where they cost least, until the keep ratio is reached.
+
+    Layers are gone through along the lower convex hulls of their curves, so that a cheap stretch behind a dear block
+    is found too; the sum of all curves is then the least for that many blocks, but for the last stretch.
+
+    Args:
+        curves: (layers, removed blocks + 1) cost of removing so many blocks of a layer.
+        keep, floor: kept neurons / all neurons, in all and of a layer at least.
+    """
+    num_layers = len(curves)
+    least_kept = max(NEURON_BLOCK, math.ceil(floor * ffn_dim / NEURON_BLOCK - 1e-9) * NEURON_BLOCK)
+    most_removed = min(curves.shape[1] - 1, max(0, (ffn_dim - least_kept) // NEURON_BLOCK))
+    stretches = [
+        (slope, layer, size)
+        for layer in range(num_layers)
+        for slope, size in _hull(np.maximum.accumulate(curves[layer, : most_removed + 1]))
+    ]
+    total = round(num_layers * ffn_dim * (1 - keep) / NEURON_BLOCK)
+    removed = [0] * num_layers
+    # A hull's slopes grow, so that sorting keeps each layer's stretches in order.
+    for _, layer, size in sorted(stretches, key=lambda stretch: stretch[0]):
+        removed[layer] += min(size, total - sum(removed))
+    return [ffn_dim - NEURON_BLOCK * blocks for blocks in removed]
+
+
+def _hull(costs: Floats) -> list[tuple[float, int]]:
+    """Slopes and lengths of the lower convex hull of a rising curve, from its start."""
+    stretches, start = [], 0
+    while start < len(costs) - 1:
+        ends = np.arange(start + 1, len(costs))
+        slopes = (costs[ends] - costs[start]) / (ends - start)
+        # Of equal slopes the farthest, so that slopes strictly grow.
+        best = int(len(slopes) - 1 - np.argmin(slopes[::-1]))
+        stretches.append((float(slopes[best]), int(ends[best] - start)))
+        start = int(ends[best])
+    return stretches
+
+
+def _to_block(num_neurons: float, ffn_dim: int) -> int:
+    return min(ffn_dim, max(NEURON_BLOCK, round(num_neurons / NEURON_BLOCK) * NEURON_BLOCK))
+
+
+def _proportional_shares(weights: npt.NDArray[np.float64], mean: float, floor: float) -> npt.NDArray[np.float64]:
+    """Find shares clip(c * weights, floor, 1) whose mean is `mean`, by bisection on c: (layers,)."""
+    weights = np.maximum(weights / max(float(weights.max()), 1e-30), 1e-9)
+    low, high = 0.0, 1.0 / float(weights.min())
+    for _ in range(100):
+        middle = (low + high) / 2
+        if np.clip(middle * weights, floor, 1.0).mean() < mean:
+            low = middle
+        else:
+            high = middle
+    return np.clip(high * weights, floor, 1.0)
+
+
+def _round_to_blocks(wanted: npt.NDArray[np.float64], ffn_dim: int) -> list[int]:
+    """Round to multiples of 32 with the same sum, by largest remainder; a layer's last block may be cut short."""
+    budgets = np.maximum(np.floor(wanted / NEURON_BLOCK) * NEURON_BLOCK, NEURON_BLOCK)
+    total = round(float(wanted.sum()) / NEURON_BLOCK) * NEURON_BLOCK
+    for layer in np.argsort(-(wanted - budgets), kind="stable"):
+        if budgets.sum() >= total:
+            break
+        budgets[layer] = min(budgets[layer] + NEURON_BLOCK, ffn_dim)
+    return [int(budget) for budget in budgets]
+
+
+def cluster_scores(config: CompileConfig, statistic: Floats, num_tokens: Any, column_norms: Floats) -> Floats:
+    """Score neurons from each cluster's moments mixed with those of all text.
+
+    Args:
+        statistic: (clusters, layers, ffn_dim) sums.
+        num_tokens: (clusters,) tokens summed.
+        column_norms: (layers, ffn_dim).
+    Returns:
+        (clusters, layers, ffn_dim) float32.
+    """
+    weight = config.effective_cluster_weight
+    overall = statistic.sum(axis=0) / max(1, int(num_tokens.sum()))
+    scores = []
+    for cluster_sum, count in zip(statistic, num_tokens, strict=True):
+        mixed = weight * cluster_sum / max(1, int(count)) + (1 - weight) * overall
+        scores.append(scores_from_statistic(config.selection, mixed.astype(np.float32), 1, column_norms))
+    return np.stack(scores)
+
+
+def choose_neurons(
+    config: CompileConfig, statistic: Floats, num_tokens: Any, norms: Floats, budgets: Sequence[Sequence[int]]
+) -> Choice:
+    """Pick each cluster's neurons: the highest scores within each layer's budget.
+
+    Args:
+        budgets: budgets[cluster][layer].
+    """
+    scores = cluster_scores(config, statistic, num_tokens, norms)
+    return Choice(scores=scores, neuron_ids=list(map(select_neurons, scores, budgets)))

@@ -1,0 +1,195 @@
+"""From what is wanted to options: the narrowest packs of a quality, the fewest clusters that earn their place."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.manifest import Quality, Score
+from coreinfer.compiler.config import CompileConfig
+
+__all__ = ["fewest_clusters", "fit_clusters", "fit_quality", "least_keeps"]
+
+_log = logging.getLogger(__name__)
+_NUM_TRIES = 6
+_CLOSE = 0.05
+_FINE = 0.015
+_LADDER = (1, 2, 4, 8, 16, 32, 64)
+_CLUSTER_MARGIN = 0.02
+_CLUSTER_DOCUMENTS = 8
+"""Fewer documents a cluster on average are not worth a try."""
+
+_LEAST_TOKENS = 128
+"""Of a cluster's held-out text: with fewer, the score of all clusters together stands for its own."""
+
+Measure = Callable[[Sequence[float]], Quality]
+"""Narrows each cluster at its keep ratio and scores the packs on held-out text."""
+MeasureClusters = Callable[[int], Score]
+"""Narrows with a number of clusters and scores their packs on held-out text."""
+
+
+def fit_quality(
+    config: CompileConfig,
+    keep: float,
+    measure: Measure,
+    measure_dense: Callable[[], Score],
+    num_tokens: Sequence[int],
+) -> tuple[float, tuple[float, ...]]:
+    """Turn `max_kl` and `min_top1` into each cluster's lowest keep ratio that holds both; without them, into `keep`.
+
+    What is measured are packs as they are stored, before any healing. A cluster with little held-out text is judged by
+    all clusters' score.
+
+    Args:
+        measure_dense: scores the dense FFN as it is stored, which loses what rounding costs.
+        num_tokens: (clusters,) held-out tokens that the router sends to each cluster and that are decoded narrow.
+    Returns:
+        The keep ratio that has as many bytes on held-out text, and one for each cluster.
+    Raises:
+        ConfigError: there is no held-out text to measure on, or rounding alone loses more than may be lost.
+    """
+    if config.max_kl is None and config.min_top1 is None:
+        return keep, (keep,) * len(num_tokens)
+    if not sum(num_tokens):
+        raise ConfigError("--max-kl, --min-top1: expected calibration text enough to hold some out, got too little")
+
+    dense = measure_dense()
+    if (dense_excess := _excess(config, dense)) > 0:
+        way_out = "ask for less" if config.quantize == "bf16" else "ask for less, or --quantize more bits"
+        raise ConfigError(
+            f"--max-kl, --min-top1: rounding to {config.quantize} alone costs KL {dense.kl:.4f} and leaves top-1 "
+            f"{dense.top1:.4f} on held-out text, before anything is narrowed; {way_out}"
+        )
+
+    def excesses(keeps: Sequence[float]) -> list[float]:
+        quality = measure(keeps)
+        scores = [quality.clusters] * len(keeps)
+        for found in quality.per_cluster:
+            if num_tokens[found.cluster] >= _LEAST_TOKENS:
+                scores[found.cluster] = found.score
+        for cluster, (keep, score) in enumerate(zip(keeps, scores, strict=True)):
+            _log.info("cluster %d: keep %.3f, held-out KL %.4f, top-1 %.4f", cluster, keep, score.kl, score.top1)
+        return [_excess(config, score) for score in scores]
+
+    least = max(config.min_layer_keep, 0.05)
+    keeps = least_keeps(excesses, num_clusters=len(num_tokens), least=least, dense_excess=dense_excess)
+    return round(float(np.average(keeps, weights=num_tokens)), 4), keeps
+
+
+def _excess(config: CompileConfig, score: Score) -> float:
+    """What is lost against what may be lost: 0 where it is just that, -1 for the dense model."""
+    limits = []
+    if config.max_kl is not None:
+        limits.append(score.kl / config.max_kl - 1)
+    if config.min_top1 is not None:
+        # A model that must agree everywhere loses beyond measure where it does not.
+        limits.append((1 - score.top1) / max(1 - config.min_top1, 1e-6) - 1)
+    return max(limits)
+
+
+def least_keeps(
+    excesses: Callable[[Sequence[float]], Sequence[float]],
+    *,
+    num_clusters: int,
+    least: float,
+    dense_excess: float = -1.0,
+    num_tries: int = _NUM_TRIES,
+) -> tuple[float, ...]:
+    """Find each cluster's lowest keep ratio that holds, for all clusters at once.
+
+    Args:
+        excesses: tells of a ratio for each cluster how much more the cluster loses than it may, from -1 (nothing is
+            lost) on; at most 0 holds. Is asked `num_tries` times at most.
+        least: the lowest ratio to try.
+        dense_excess: that of ratio 1, the dense model, which holds.
+    Returns:
+        Ratios that hold: each loses at least 95% of what it may, or is at most 0.015 above one that does not hold,
+        unless the tries ended before.
+    """
+    brackets = [_Bracket(low=least, high_excess=dense_excess) for _ in range(num_clusters)]
+    for _ in range(num_tries):
+        keeps = [bracket.high if bracket.done else bracket.middle for bracket in brackets]
+        for bracket, keep, found in zip(brackets, keeps, excesses(keeps), strict=True):
+            if not bracket.done:
+                bracket.narrow(keep, found)
+        if all(bracket.done for bracket in brackets):
+            break
+    return tuple(bracket.high for bracket in brackets)
+
+
+@dataclass(kw_only=True)
+class _Bracket:
+    """False position with the Illinois rule. Loss falls with the ratio, near 1 in about a straight line: few tries do.
+
+    Attributes:
+        low, high: ratios of which the lower does not hold, or was not tried, and the higher holds.
+        low_excess, high_excess: what they lose too much.
+        held: whether the last try held; None before the first.
+        done: whether the higher is good enough.
+    """
+
+    low: float
+    low_excess: float = math.inf
+    high: float = 1.0
+    high_excess: float = -1.0
+    held: bool | None = None
+    done: bool = field(default=False, init=False)
+
+    @property
+    def middle(self) -> float:
+        """Where a straight line would have no excess, but not next to an end; halfway where the line is unknown."""
+        known = math.isfinite(self.low_excess)
+        share = self.low_excess / (self.low_excess - self.high_excess) if known else 0.5
+        return round(self.low + (self.high - self.low) * min(max(share, 0.1), 0.9), 4)
+
+    def narrow(self, keep: float, excess: float) -> None:
+        """Take in what a ratio in between loses too much."""
+        # An end that stays twice is made to look nearer, or the other would creep.
+        if excess > 0:
+            self.high_excess *= 0.5 if self.held is False else 1
+            self.low, self.low_excess, self.held = keep, excess, False
+        else:
+            self.low_excess *= 0.5 if self.held is True else 1
+            self.high, self.high_excess, self.held = keep, excess, True
+        self.done = -_CLOSE <= excess <= 0 or self.high - self.low <= _FINE
+
+
+def fit_clusters(config: CompileConfig, measure: MeasureClusters, *, num_documents: int) -> int | Literal["auto"]:
+    """Turn clusters "auto" into the fewest whose held-out KL is within 2% of the best tried, all at the same bytes.
+
+    With a quality to aim at, numbers of clusters are compared at the options' keep ratio.
+
+    Args:
+        num_documents: to calibrate on; 0 where nothing is held out, and clusters are counted by their embeddings alone.
+    """
+    if config.clusters != "auto":
+        return config.clusters
+    if not num_documents:
+        _log.warning("--clusters auto: no text is held out to measure KL on; counting clusters by their embeddings")
+        return config.clusters
+    ladder = [count for count in _LADDER if count == 1 or count * _CLUSTER_DOCUMENTS <= num_documents]
+    return fewest_clusters(lambda count: measure(count).kl, ladder)
+
+
+def fewest_clusters(kl_of: Callable[[int], float], ladder: Sequence[int]) -> int:
+    """Climb until two counts in a row bring no new best by the margin; give the fewest within the margin of the best.
+
+    Args:
+        kl_of: held-out KL of a number of clusters.
+        ladder: counts to try, ascending.
+    """
+    tried: dict[int, float] = {}
+    best, num_idle = float("inf"), 0
+    for count in ladder:
+        tried[count] = kl_of(count)
+        _log.info("%d clusters: held-out KL %.4f", count, tried[count])
+        num_idle = 0 if tried[count] < best * (1 - _CLUSTER_MARGIN) else num_idle + 1
+        best = min(best, tried[count])
+        if num_idle == 2:
+            break
+    fewest = min(count for count, kl in tried.items() if kl <= best * (1 + _CLUSTER_MARGIN))
+    _log.info("clusters auto: %d asked for; empty and tiny ones are merged", fewest)
+    return fewest

@@ -1,0 +1,164 @@
+"""The model as its bundle's files hold it: what is measured are the rounded weights that a device will read."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from coreinfer.bundles.contract import tensor_name
+from coreinfer.bundles.formats import float_matrix
+from coreinfer.bundles.layout import LAYOUT
+from coreinfer.bundles.manifest import TensorRecord
+from coreinfer.bundles.tensors import TensorFile
+from coreinfer.bundles.writer import disk_errors
+from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.models.swapping import Parameters, assign_values, parameters_in_use, values_of
+from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.prune.narrow import Cut, NarrowModel
+from coreinfer.compiler.quantize.pack import Packer, write_base, write_cluster, write_dense
+from torch import nn
+
+__all__ = ["StoredModel", "StoredPacks", "base_in_use", "dense_cut", "stored_packs", "store_model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """A model's files, ready for a bundle.
+
+    Attributes:
+        folder: where they lie, as in a bundle.
+        target: of the bundle, to name it where the disk cannot take them.
+        base_tensors: dtype and shape of each tensor of the base, for the manifest.
+    """
+
+    loaded: LoadedModel
+    packer: Packer
+    folder: Path
+    target: Path
+    base_tensors: dict[str, TensorRecord]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredPacks:
+    """The packs of a narrow model.
+
+    Attributes:
+        folder: where they lie, as in a bundle.
+        cut: gives their layers.
+    """
+
+    folder: Path
+    cut: Cut
+
+
+def store_model(loaded: LoadedModel, packer: Packer, folder: Path, target: Path, progress: Progress) -> StoredModel:
+    """Write base and dense FFN into a folder.
+
+    Raises:
+        BundleError: the disk cannot take them.
+    """
+    with progress.stage("pack", 2) as advance, disk_errors(target):
+        base_tensors = write_base(folder, loaded, packer)
+        advance()
+        write_dense(folder, loaded, packer)
+        advance()
+    return StoredModel(loaded=loaded, packer=packer, folder=folder, target=target, base_tensors=base_tensors)
+
+
+@contextmanager
+def stored_packs(
+    stored: StoredModel, models: Mapping[str, NarrowModel], progress: Progress
+) -> Iterator[dict[str, StoredPacks]]:
+    """Store narrow models' packs for the time of the block.
+
+    Raises:
+        BundleError: the disk cannot take them.
+    """
+    with disk_errors(stored.target):
+        folder = TemporaryDirectory(dir=stored.folder, prefix="packs-")
+    with folder as root:
+        with disk_errors(stored.target):
+            packs = _write_packs(stored, Path(root), models, progress)
+        yield packs
+
+
+def _write_packs(
+    stored: StoredModel, root: Path, models: Mapping[str, NarrowModel], progress: Progress
+) -> dict[str, StoredPacks]:
+    packs = {}
+    num_packs = sum(len(narrow.choice.neuron_ids) for narrow in models.values())
+    with progress.stage("pack", num_packs) as advance:
+        for number, (name, narrow) in enumerate(models.items()):
+            num_clusters = len(narrow.choice.neuron_ids)
+            for cluster in range(num_clusters):
+                write_cluster(root / str(number), stored.loaded, stored.packer, narrow, cluster)
+                advance()
+            packs[name] = _packs(stored.loaded, root / str(number), num_clusters)
+    return packs
+
+
+def _packs(loaded: LoadedModel, folder: Path, num_clusters: int) -> StoredPacks:
+    files = [TensorFile(folder / LAYOUT.cluster(cluster)) for cluster in range(num_clusters)]
+    return StoredPacks(folder=folder, cut=partial(_stored_layer, loaded, files))
+
+
+def dense_cut(stored: StoredModel) -> Cut:
+    """Give the layers of the dense FFN, as those of one cluster."""
+    return partial(_stored_layer, stored.loaded, [TensorFile(stored.folder / LAYOUT.dense)])
+
+
+def _stored_layer(
+    loaded: LoadedModel, files: Sequence[TensorFile], layer: int, cluster: int
+) -> dict[str, torch.Tensor]:
+    """Read one layer's FFN, as `narrow_layer` gives it."""
+    file, tensors = files[cluster], {}
+    chosen = tensor_name(layer, "neuron_ids")
+    num_neurons = file.shape_of(chosen)[1][0] if chosen in file else loaded.record.ffn_dim
+    for role in loaded.family.projections:
+        size = loaded.record.hidden_size
+        shape = (size, num_neurons) if role == "down" else (num_neurons, size)
+        tensors[role] = _matrix(loaded, file, tensor_name(layer, role), shape)
+        if loaded.projection(layer, role).bias is not None:
+            bias = torch.tensor(file[tensor_name(layer, f"{role}_bias")].array)
+            tensors[f"{role}_bias"] = bias.to(loaded.device, loaded.dtype)
+    return tensors
+
+
+def _matrix(loaded: LoadedModel, file: TensorFile, name: str, shape: tuple[int, int]) -> torch.Tensor:
+    return torch.from_numpy(float_matrix(file, name, shape)).to(loaded.device, loaded.dtype)
+
+
+@contextmanager
+def base_in_use(stored: StoredModel) -> Iterator[None]:
+    """Run the block with the stored matrices of everything but the FFN in the model; vectors are stored as they are."""
+    loaded, file = stored.loaded, TensorFile(stored.folder / LAYOUT.base)
+    layers = f"{loaded.family.layers}."
+    ffn = tuple(f"{path}.weight" for path in loaded.family.projections.values())
+    with ExitStack() as stack:
+        for index, layer in enumerate(loaded.layers):
+            matrices = _matrices(layer, without=ffn)
+            weights = partial(_stored_matrices, loaded, file, f"{layers}{index}.", matrices)
+            stack.enter_context(parameters_in_use(loaded, layer, matrices, weights))
+        around = _matrices(loaded.model, without=(layers,))
+        stack.callback(assign_values, around, values_of(around))
+        assign_values(around, _stored_matrices(loaded, file, "", around))
+        yield
+
+
+def _matrices(module: nn.Module, *, without: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """A module's matrices by name, but for those whose names begin with one of `without`."""
+    named = module.named_parameters()
+    return {name: parameter for name, parameter in named if parameter.ndim == 2 and not name.startswith(without)}
+
+
+def _stored_matrices(
+    loaded: LoadedModel, file: TensorFile, prefix: str, matrices: Parameters
+) -> dict[str, torch.Tensor]:
+    """Read the stored values of parameters."""
+    return {
+        name: _matrix(loaded, file, prefix + name, (matrix.shape[0], matrix.shape[1]))
+        for name, matrix in matrices.items()
+    }

@@ -1,0 +1,1 @@
+"""Fewer bits for a weight: moments, rounding, packing."""

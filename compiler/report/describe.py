@@ -1,0 +1,152 @@
+"""What a bundle says of itself: from what was compiled to the manifest."""
+
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from coreinfer.bundles.formats import GROUP_SIZE, PACKED_FORMATS
+from coreinfer.bundles.layout import LAYOUT
+from coreinfer.bundles.manifest import (
+    GROUPS,
+    ClusterRecord,
+    Manifest,
+    Plan,
+    Provenance,
+    Quality,
+    QuantizationRecord,
+    RouterRecord,
+    ffn_bytes,
+)
+from coreinfer.compiler.clusters.cluster import label_clusters, map_positions, typical_texts
+from coreinfer.compiler.clusters.route import Routing
+from coreinfer.compiler.config import CompileConfig
+from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.prune.narrow import NarrowModel
+from coreinfer.compiler.quality.sizes import Sizes
+from coreinfer.compiler.quantize.quantize import QuantizeOptions
+from coreinfer.compiler.text.corpus import Corpus
+
+__all__ = ["PACKAGES", "Compiled", "formats_of", "manifest_of"]
+
+PACKAGES = ("torch", "transformers", "numpy", "faiss-cpu", "model2vec")
+"""Packages whose versions shape what is compiled."""
+_STABILITY_MIN_TOKENS = 200
+_FUSED_HALF_TOKENS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """All that a bundle is written from."""
+
+    config: CompileConfig
+    sizes: Sizes
+    loaded: LoadedModel
+    corpus: Corpus
+    routing: Routing
+    narrow: NarrowModel
+    quality: Quality | None
+    model_sha256: str
+
+
+def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
+    """Describe a bundle whose files are written but for the manifest."""
+    config, routing = compiled.config, compiled.routing
+    return Manifest(
+        model=compiled.loaded.record,
+        quantization={group: _quantization(config, group) for group in GROUPS},
+        clusters=_cluster_records(compiled),
+        router=RouterRecord(
+            encoder="static",
+            dimension=routing.centroids.shape[1],
+            distance_p99=routing.distance_p99,
+            agreement=routing.agreement,
+            num_agreement_sentences=len(compiled.corpus.held_out),
+        ),
+        plan=Plan(
+            selection=config.selection,
+            keep=compiled.sizes.keep,
+            alpha=config.alpha,
+            beta=config.beta,
+            cluster_weight=config.effective_cluster_weight,
+            budgets=config.budgets,
+            layer_budgets=compiled.sizes.layer_budgets,
+            reconstruct=config.reconstruct,
+            ridges=compiled.narrow.ridges,
+            dense=config.dense,
+            stability_min_tokens=_STABILITY_MIN_TOKENS,
+            fused_half_tokens=_FUSED_HALF_TOKENS,
+        ),
+        quality=compiled.quality,
+        provenance=_provenance(compiled),
+        base_tensors=base_tensors,
+    )
+
+
+def formats_of(config: CompileConfig) -> QuantizeOptions:
+    """Formats as they are stored: an int8 head can be screened."""
+    head = config.effective_head_quantize
+    return QuantizeOptions(body=config.quantize, head="int8-planes" if head == "int8" else head)
+
+
+def _quantization(config: CompileConfig, group: str) -> QuantizationRecord:
+    if group == "norm":
+        return QuantizationRecord(format="f32")
+    formats = formats_of(config)
+    kind = formats.head if group in ("embedding", "head") else formats.body
+    return QuantizationRecord(format=kind, group_size=GROUP_SIZE if kind in PACKED_FORMATS else None)
+
+
+def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
+    clustering, documents = compiled.routing.clustering, compiled.corpus.calibration
+    texts = [document.routing_text for document in documents]
+    labels = label_clusters(texts, clustering.labels)
+    examples = typical_texts(texts, compiled.routing.embeddings, clustering)
+    positions = map_positions(clustering.centroids)
+    record, kind = compiled.loaded.record, compiled.config.quantize
+    budgets = [tuple(map(len, layers)) for layers in compiled.narrow.choice.neuron_ids]
+    return tuple(
+        ClusterRecord(
+            file=LAYOUT.cluster(cluster),
+            label=labels[cluster],
+            num_sentences=int((clustering.labels == cluster).sum()),
+            num_tokens=sum(
+                len(d.token_ids) for d, label in zip(documents, clustering.labels, strict=True) if label == cluster
+            ),
+            examples=examples[cluster],
+            layer_budgets=budgets[cluster],
+            keep_ratio=round(sum(budgets[cluster]) / (record.num_layers * record.ffn_dim), 5),
+            ffn_bytes=ffn_bytes(record, kind, budgets[cluster]),
+            map_x=float(positions[cluster][0]),
+            map_y=float(positions[cluster][1]),
+        )
+        for cluster in range(clustering.num_clusters)
+    )
+
+
+def _provenance(compiled: Compiled) -> Provenance:
+    decided = {"clusters": compiled.sizes.clusters, "keep": compiled.sizes.keep}
+    options = {
+        name: _plain(value)
+        for name, value in {**asdict(compiled.config), **decided}.items()
+        if name not in _UNRECORDED_OPTIONS
+    }
+    return Provenance(
+        coreinfer=version("coreinfer"),
+        packages={name: version(name) for name in PACKAGES},
+        model_sha256=compiled.model_sha256,
+        corpus_sha256=compiled.corpus.sha256,
+        encoder=compiled.routing.encoder_name,
+        config=options,
+    )
+
+
+# Where a bundle was written and cached says nothing of what it is, and would make equal bundles differ.
+_UNRECORDED_OPTIONS = frozenset({"output", "force", "cache_dir", "model", "encoder"})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    # Calibration files are recorded by name, not by this machine's paths.
+    return Path(value).name if isinstance(value, str) and "/" in value else value

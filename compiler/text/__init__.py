@@ -1,0 +1,1 @@
+"""Calibration text: read from files, or written by the model itself."""

@@ -1,0 +1,1 @@
+"""The runtime's commands: coreinfer-run, with its chat, and coreinfer-bench."""

@@ -1,0 +1,46 @@
+"""What `coreinfer-run` prints of a generation and reads from standard input, for one answer and for a chat."""
+
+from collections.abc import Callable
+
+from coreinfer.bundles.errors import ConfigError
+from coreinfer.runtime.generation import Drafting, Fallback, Token
+
+__all__ = ["figures", "from_stdin"]
+
+_FALLBACKS: dict[Fallback | None, str] = {
+    "unfamiliar": ", unlike calibration text",
+    "unsure": ", about as near to a second cluster",
+}
+
+
+def figures(last: Token) -> str:
+    """Sum an answer up in one line, from its last token."""
+    cached = f" ({last.num_cached_tokens} cached)" if last.num_cached_tokens else ""
+    path = " -> ".join(f"{step.cluster} ({step.label})" for step in last.path)
+    distance = f"{last.distance:.3f}{_FALLBACKS.get(last.fallback, '')}"
+    return (
+        f"[cluster {path}, distance {distance}, mode {last.mode}{_drafted(last.drafting)}; "
+        f"{last.num_prompt_tokens} prompt tokens{cached} in {last.prefill_seconds:.2f} s, "
+        f"{last.num_tokens} tokens at {last.decode_tokens_per_second:.1f} tok/s, {last.finish_reason}]"
+    )
+
+
+def _drafted(drafting: Drafting | None) -> str:
+    if drafting is None:
+        return ""
+    off = ", off where it did not pay" if drafting.turned_off else ""
+    return f" ({drafting.acceptance:.0%} of drafts accepted, {drafting.mean_length:.1f} a round{off})"
+
+
+def from_stdin(read: Callable[[], str]) -> str:
+    """Read text.
+
+    Raises:
+        ConfigError: there are other bytes.
+    """
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"standard input: expected {error.encoding} text, got other bytes ({error.reason})"
+        ) from error

@@ -1,0 +1,1 @@
+"""From logits to tokens and text: sampling, grammars, speculative decoding, stop texts."""

@@ -1,0 +1,319 @@
+"""From logits to the next token.
+
+The filters, their order and their edge cases are those of the logits processors of transformers, so that a setting
+means here what it means there.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles.errors import ConfigError, ModelOutputError
+from coreinfer.bundles.shared.checks import between, number, raise_problems, share, whole_number
+
+__all__ = ["Draft", "Sampler", "SamplingParams", "check_finite", "check_ids", "distribution"]
+
+Logits = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+_NO_COUNTS: Mapping[int, int] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the next token is drawn; greedily by default.
+
+    Attributes:
+        temperature: divides the logits; 0 always takes the likeliest token, whatever the filters say.
+        top_k: keep the k likeliest tokens and what ties with the last of them; 0 for all.
+        top_p: keep the likeliest tokens that together reach this probability, in (0, 1].
+        min_p: drop tokens less probable than this share of the likeliest one's probability, in [0, 1].
+        repetition_penalty: divides positive and multiplies negative logits of tokens that were seen; 1 for none.
+        presence_penalty: is taken from the logits of tokens that were decoded before, in [-2, 2]; the prompt's do not
+            count.
+        frequency_penalty: the same for each time that they were decoded.
+        logit_bias: is added to the logits of these token ids, each in [-100, 100], before all else.
+        seed: of the draws, not negative; None for another one each time.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether tokens do not keep the order of their logits."""
+        return self.repetition_penalty != 1 or self.counts or bool(self.logit_bias)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it matters how often a token was decoded."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            ConfigError: naming all values that are wrong.
+        """
+        raise_problems(_problems(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A token that another model proposes.
+
+    Attributes:
+        token_id: what is proposed.
+        probabilities: (vocab,) float64 that it was drawn from; None where nothing is drawn.
+    """
+
+    token_id: int
+    probabilities: Doubles | None
+
+
+class Sampler:
+    """Draws the tokens of one generation."""
+
+    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int]) -> None:
+        """Start a generation.
+
+        Args:
+            params: how to draw.
+            prompt_ids: the prompt's tokens, which count as seen.
+        """
+        self._params = params
+        self._seen = {int(token_id) for token_id in prompt_ids}
+        self._counts: Counter[int] = Counter()
+
+    @cached_property
+    def _generator(self) -> "np.random.Generator":
+        # Made for the first token that is drawn: a greedy text would wait some 10 ms for numpy to import this part.
+        return np.random.Generator(np.random.PCG64(self._params.seed))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether only the place of the largest logit matters."""
+        return self._params.temperature == 0 and not self._params.changes_logits
+
+    def sample(self, logits: Logits, draft: Draft | None = None) -> int:
+        """Draw the next token, which counts as seen from then on.
+
+        Args:
+            logits: (vocab,) float32; left as they are.
+            draft: a proposal by `propose`. The token is distributed as without it, and is the proposed one with the
+                highest probability that allows this (the rejection rule of arXiv 2211.17192 and 2302.01318).
+        Returns:
+            The token's id.
+        Raises:
+            ConfigError: the logits are no vector, or a seen token is not among them.
+            ModelOutputError: the logits hold NaN or infinity, or are minus infinity throughout.
+        """
+        token_id = self._likeliest(logits, self._seen, self._counts)
+        if token_id is None:
+            token_id = self._draw_beside(distribution(logits, self._params, self._seen, self._counts), draft)
+        self._seen.add(token_id)
+        if self._params.counts:
+            self._counts[token_id] += 1
+        return token_id
+
+    def propose(self, logits: Logits, ahead_ids: Collection[int]) -> Draft:
+        """Draw a token from another model's logits; nothing counts as seen.
+
+        Args:
+            logits: (vocab,) float32; left as they are.
+            ahead_ids: tokens proposed before this one since the last that was sampled; here they do count as seen.
+        Raises:
+            ConfigError, ModelOutputError: as `sample`.
+        """
+        seen = self._seen if self._params.repetition_penalty == 1 else self._seen.union(ahead_ids)
+        counts = self._counts + Counter(ahead_ids) if self._params.counts else self._counts
+        token_id = self._likeliest(logits, seen, counts)
+        if token_id is not None:
+            return Draft(token_id=token_id, probabilities=None)
+        probabilities = distribution(logits, self._params, seen, counts)
+        return Draft(token_id=self._draw(probabilities), probabilities=probabilities)
+
+    def _likeliest(self, logits: Logits, seen: Collection[int], counts: Mapping[int, int]) -> int | None:
+        """Find the next token where none is drawn."""
+        if self.greedy:
+            return _largest(logits)
+        if self._params.temperature == 0:
+            return int(_penalized(logits, self._params, seen, counts).argmax())
+        return None
+
+    def _draw_beside(self, probabilities: Doubles, draft: Draft | None) -> int:
+        if draft is None or draft.probabilities is None:
+            return self._draw(probabilities)
+        proposed = draft.probabilities[draft.token_id]
+        if self._generator.random() * proposed < probabilities[draft.token_id]:
+            return draft.token_id
+        # Rejected only where it was proposed more often than it may come; elsewhere something is wanting then.
+        return self._draw(np.maximum(probabilities - draft.probabilities, 0))
+
+    def _draw(self, probabilities: Doubles) -> int:
+        token_ids = np.flatnonzero(probabilities)
+        cumulative = np.cumsum(probabilities[token_ids])
+        position = int(np.searchsorted(cumulative, self._generator.random() * cumulative[-1], side="right"))
+        # A draw next to 1 can round up to the sum itself.
+        return int(token_ids[min(position, token_ids.size - 1)])
+
+
+def distribution(
+    logits: Logits, params: SamplingParams, seen_ids: Collection[int], counts: Mapping[int, int] = _NO_COUNTS
+) -> Doubles:
+    """Give each token's probability of being drawn next.
+
+    Args:
+        logits: (vocab,) float32; left as they are.
+        params: how to draw; its seed does not matter.
+        seen_ids: tokens of the prompt and of the text so far, in any order.
+        counts: how often each token was decoded.
+    Returns:
+        (vocab,) float64 that sum to 1; all of it on the lowest of the likeliest ids when the temperature is 0.
+    Raises:
+        ConfigError: the logits are no vector, or a seen token is not among them.
+        ModelOutputError: the logits hold NaN or infinity, or are minus infinity throughout.
+    """
+    scores = _penalized(logits, params, seen_ids, counts)
+    probabilities = np.zeros(scores.size)
+    if params.temperature == 0:
+        probabilities[scores.argmax()] = 1
+        return probabilities
+    token_ids = _top_k(scores, params.top_k)
+    weights = _softmax(scores[token_ids], params.temperature)
+    # Top-p never drops the likeliest token and min-p only compares with it, so min-p need not wait for its result.
+    weights[~(_top_p(weights, params.top_p) & _min_p(weights, params.min_p))] = 0
+    probabilities[token_ids] = weights / weights.sum()
+    return probabilities
+
+
+def check_finite(logits: Logits) -> None:
+    """Refuse logits of which nothing can be chosen; costs one pass over them.
+
+    Args:
+        logits: (..., vocab) float32.
+    Raises:
+        ModelOutputError: a row holds NaN or infinity, or is minus infinity throughout.
+    """
+    # The maximum of a row with a NaN is NaN.
+    wrong = ~np.isfinite(logits.max(axis=-1))
+    if wrong.any():
+        raise ModelOutputError(_not_finite(logits.reshape(-1, logits.shape[-1])[wrong.reshape(-1).argmax()]))
+
+
+def _largest(logits: Logits) -> int:
+    """Find the likeliest token without a copy of the logits."""
+    _check_vector(logits)
+    token_id = int(logits.argmax())
+    # argmax finds a NaN where there is one.
+    if not np.isfinite(logits[token_id]):
+        raise ModelOutputError(_not_finite(logits))
+    return token_id
+
+
+def _check_vector(logits: Logits) -> None:
+    if logits.ndim != 1 or logits.size == 0:
+        raise ConfigError(f"logits: expected the shape (vocab,), got {logits.shape}")
+
+
+def _penalized(logits: Logits, params: SamplingParams, seen_ids: Collection[int], counts: Mapping[int, int]) -> Doubles:
+    _check_vector(logits)
+    scores, penalty = logits.astype(np.float64), params.repetition_penalty
+    if params.logit_bias:
+        biased = check_ids("logit_bias", params.logit_bias, scores.size)
+        scores[biased] += np.fromiter(params.logit_bias.values(), dtype=np.float64)
+    if penalty != 1 and seen_ids:
+        seen = check_ids("seen tokens", seen_ids, scores.size)
+        with np.errstate(over="ignore"):
+            scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    if params.counts and counts:
+        times = np.fromiter(counts.values(), dtype=np.float64)
+        decoded = check_ids("decoded tokens", counts, scores.size)
+        scores[decoded] -= params.presence_penalty + params.frequency_penalty * times
+    # The maximum of scores with a NaN is NaN: one pass finds all that has no softmax.
+    if not np.isfinite(scores.max()):
+        raise ModelOutputError(_not_finite(scores))
+    return scores
+
+
+def check_ids(what: str, token_ids: Collection[int], vocab_size: int) -> Ids:
+    """Give token ids as an array.
+
+    Raises:
+        ConfigError: one is not among the model's.
+    """
+    ids = np.fromiter(token_ids, dtype=np.int64, count=len(token_ids))
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise ConfigError(f"{what}: expected ids from 0 to {vocab_size - 1}, got {outside[0]}")
+    return ids
+
+
+def _not_finite(scores: Logits | Doubles) -> str:
+    num_nan, num_infinite = np.count_nonzero(np.isnan(scores)), np.count_nonzero(np.isposinf(scores))
+    got = f"{num_nan} NaN and {num_infinite} infinite" if num_nan or num_infinite else "minus infinity throughout"
+    return f"logits of {scores.size} tokens: expected finite numbers, got {got}"
+
+
+def _top_k(scores: Doubles, top_k: int) -> Ids:
+    if not 0 < top_k < scores.size:
+        return np.arange(scores.size, dtype=np.int64)
+    least = scores[np.argpartition(scores, -top_k)[-top_k]]
+    return np.flatnonzero(scores >= least)
+
+
+def _softmax(scores: Doubles, temperature: float) -> Doubles:
+    # A tiny temperature takes all but the highest score to minus infinity, as it should.
+    with np.errstate(over="ignore"):
+        weights = np.exp((scores - scores.max()) / temperature)
+    return np.asarray(weights / weights.sum(), dtype=np.float64)
+
+
+def _top_p(probabilities: Doubles, top_p: float) -> Mask:
+    if top_p == 1:
+        return np.ones(probabilities.size, dtype=np.bool_)
+    # Tokens below 1/vocab of the probability that may be dropped are dropped all together: no need to sort them.
+    keep: Mask = probabilities >= min((1 - top_p) / probabilities.size, probabilities.max())
+    head = np.flatnonzero(keep)
+    ascending = head[np.argsort(-probabilities[head], kind="stable")[::-1]]
+    cumulative = probabilities[~keep].sum() + np.cumsum(probabilities[ascending])
+    keep[ascending[:-1][cumulative[:-1] <= 1 - top_p]] = False
+    return keep
+
+
+def _min_p(probabilities: Doubles, min_p: float) -> Mask:
+    return np.asarray(probabilities >= min_p * probabilities.max(), dtype=np.bool_)
+
+
+def _problems(params: SamplingParams) -> list[str | None]:
+    return [
+        number(least=0).problem("temperature", params.temperature),
+        whole_number(0).problem("top_k", params.top_k),
+        share().problem("top_p", params.top_p),
+        share(zero=True).problem("min_p", params.min_p),
+        number(above=0).problem("repetition_penalty", params.repetition_penalty),
+        between(-2, 2).problem("presence_penalty", params.presence_penalty),
+        between(-2, 2).problem("frequency_penalty", params.frequency_penalty),
+        *_bias_problems(params.logit_bias),
+        None if params.seed is None else whole_number(0).problem("seed", params.seed),
+    ]
+
+
+def _bias_problems(bias: object) -> list[str | None]:
+    if not isinstance(bias, Mapping):
+        return [f"logit_bias: expected a mapping from token ids to numbers, got {type(bias).__name__}"]
+    ids = [whole_number(0).problem("logit_bias", token_id) for token_id in bias]
+    values = [between(-100, 100).problem(f"logit_bias[{key!r}]", value) for key, value in bias.items()]
+    return [*ids, *values]

@@ -1,0 +1,1 @@
+"""What executes a model: the protocol, the native engine (C++, CPU) and the torch engine (any device)."""

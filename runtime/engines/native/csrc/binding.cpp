@@ -1,0 +1,318 @@
+// The Python module coreinfer.runtime.engines.native._native. Everything that comes from Python is checked here, nothing further in.
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <functional>
+#include <mutex>
+
+#include "decoder.h"
+#include "gather.h"
+#include "reading.h"
+
+namespace coreinfer {
+namespace {
+
+using Floats = py::array_t<float, py::array::c_style>;
+using Ids = py::array_t<int32_t, py::array::c_style>;
+
+class Model {
+ public:
+  Model(const py::dict& spec, const std::string& isa, int num_threads, int max_neurons,
+        const std::function<int(size_t)>& count_pages) {
+    const Kernels& kernels = find_kernels(isa);
+    if (max_neurons < 1) refuse("max_neurons", "at least 1", std::to_string(max_neurons));
+    ModelWeights weights = read_model(spec, owners_);
+    max_neurons_ = max_neurons;
+    const int num_pages = count_pages(layout_for(weights).num_bytes());
+    if (num_pages < 1) refuse("KV cache pages", "at least 1", std::to_string(num_pages));
+    decoder_ = std::make_unique<Decoder>(std::move(weights), kernels, num_threads, max_neurons, num_pages);
+  }
+
+  void use(const FfnHandle& ffn) {
+    const std::unique_lock<std::mutex> lock = acquire();
+    const size_t num_layers = decoder_->weights.layers.size();
+    if (ffn.ffn->size() != num_layers)
+      refuse("FFN layers", std::to_string(num_layers), std::to_string(ffn.ffn->size()));
+    if (ffn.max_neurons() > max_neurons_)
+      refuse("FFN neurons", "at most " + std::to_string(max_neurons_), std::to_string(ffn.max_neurons()));
+    for (const FfnWeights& layer : *ffn.ffn)
+      if (layer.up.weight.cols != decoder_->weights.hidden)
+        refuse("FFN inputs", std::to_string(decoder_->weights.hidden), std::to_string(layer.up.weight.cols));
+    decoder_->ffn = ffn.ffn;
+    ffn_ = ffn;
+  }
+
+  FfnHandle gather(const FfnHandle& from, const std::vector<Ids>& neuron_ids) const {
+    if (neuron_ids.size() != from.ffn->size())
+      refuse("neuron ids", std::to_string(from.ffn->size()) + " layers", std::to_string(neuron_ids.size()));
+    FfnHandle out;
+    out.owners = from.owners;  // biases of the output stay where they are
+    for (size_t i = 0; i < neuron_ids.size(); ++i) gather_layer((*from.ffn)[i], neuron_ids[i], out);
+    return out;
+  }
+
+  int add_sequence() {
+    const std::unique_lock<std::mutex> lock = acquire();
+    return decoder_->add_sequence();
+  }
+
+  int fork_sequence(int source, int num_tokens) {
+    const std::unique_lock<std::mutex> lock = acquire();
+    check_sequence(source);
+    const int most = decoder_->sequences[source]->num_cached;
+    if (num_tokens < 0 || num_tokens > most)
+      refuse("num_tokens", "0 to " + std::to_string(most) + " of the sequence", std::to_string(num_tokens));
+    return decoder_->fork_sequence(source, num_tokens);
+  }
+
+  void drop_sequence(int number) {
+    const std::unique_lock<std::mutex> lock = acquire();
+    check_sequence(number);
+    if (number == 0) refuse("sequence", "another than 0, which stays", "0");
+    decoder_->drop_sequence(number);
+  }
+
+  py::array forward_rows(const Ids& numbers, const Ids& ids) {
+    const std::unique_lock<std::mutex> lock = acquire();
+    if (numbers.ndim() != 1 || numbers.size() != ids.size())
+      refuse("sequences", std::to_string(ids.size()) + ", one a token", std::to_string(numbers.size()));
+    std::vector<int> counts(decoder_->sequences.size());
+    for (py::ssize_t i = 0; i < numbers.size(); ++i) {
+      check_sequence(numbers.data()[i]);
+      ++counts[numbers.data()[i]];
+    }
+    check_ids(ids);
+    for (size_t number = 0; number < counts.size(); ++number)
+      if (counts[number] > 0) check_room(static_cast<int>(number), counts[number]);
+    const int num_rows = static_cast<int>(ids.size()), vocab = decoder_->weights.vocab;
+    py::array_t<float> logits({num_rows, round_up(vocab, kBlockRows)});
+    {
+      py::gil_scoped_release release;
+      decoder_->forward_rows(numbers.data(), ids.data(), num_rows, logits.mutable_data());
+    }
+    return logits[py::make_tuple(py::ellipsis(), py::slice(0, vocab, 1))];
+  }
+
+  py::array forward(const Ids& ids, bool all_logits, bool screened, const py::object& watcher, int sequence) {
+    const std::unique_lock<std::mutex> lock = acquire();
+    check_sequence(sequence);
+    check_ids(ids);
+    check_room(sequence, ids.size());
+    const int num_tokens = static_cast<int>(ids.size()), vocab = decoder_->weights.vocab;
+    const int padded = round_up(vocab, kBlockRows);
+    py::array_t<float> logits({all_logits ? num_tokens : 1, padded});
+    std::exception_ptr failure;
+    Watcher watch;
+    if (!watcher.is_none())
+      watch = [&](int layer, const float* values, int count, int stride) {
+        if (!failure) call_watcher(watcher, layer, values, count, stride, failure);
+      };
+    {
+      py::gil_scoped_release release;
+      decoder_->forward(sequence, ids.data(), num_tokens, all_logits, screened, logits.mutable_data(), watch);
+    }
+    if (failure) std::rethrow_exception(failure);
+    return logits[py::make_tuple(py::ellipsis(), py::slice(0, vocab, 1))];
+  }
+
+  void truncate(int num_tokens, int sequence) {
+    const std::unique_lock<std::mutex> lock = acquire();
+    check_sequence(sequence);
+    if (num_tokens < 0) refuse("num_tokens", "at least 0", std::to_string(num_tokens));
+    decoder_->truncate_sequence(sequence, num_tokens);
+  }
+
+  int num_cached(int sequence) const {
+    check_sequence(sequence);
+    return decoder_->sequences[sequence]->num_cached;
+  }
+  int num_pages() const { return decoder_->pool.num_pages(); }
+  int num_free_pages() const { return decoder_->pool.num_free(); }
+  size_t page_bytes() const { return decoder_->layout.num_bytes(); }
+  std::vector<int> wide_layers() const {
+    std::vector<int> numbers;
+    const std::vector<Layer>& layers = decoder_->weights.layers;
+    for (size_t i = 0; i < layers.size(); ++i)
+      if (layers[i].wide_cache) numbers.push_back(static_cast<int>(i));
+    return numbers;
+  }
+  int num_threads() const { return decoder_->threads.size(); }
+  std::string isa() const { return decoder_->kernels.name; }
+  size_t bytes_per_token(int num_tokens, bool screened) const {
+    if (!decoder_->ffn) refuse("FFN", "one in use", "none");
+    return decoder_->bytes_per_token(num_tokens, screened);
+  }
+
+ private:
+  std::unique_lock<std::mutex> acquire() {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock.owns_lock())
+      throw std::runtime_error(
+          num_forks_ == num_forks()
+              ? "the native decoder is in use by another thread"
+              : "this process was forked while another thread decoded; load the bundle again in this process");
+    num_forks_ = num_forks();
+    return lock;
+  }
+
+  void check_ids(const Ids& ids) const {
+    const ModelWeights& weights = decoder_->weights;
+    if (!decoder_->ffn) refuse("FFN", "one in use", "none");
+    if (ids.ndim() != 1 || ids.size() == 0) refuse("token ids", "at least one", "none");
+    for (py::ssize_t i = 0; i < ids.size(); ++i)
+      if (ids.data()[i] < 0 || ids.data()[i] >= weights.vocab)
+        refuse("token id", "0 to " + std::to_string(weights.vocab - 1), std::to_string(ids.data()[i]));
+  }
+
+  void check_sequence(int number) const {
+    if (!decoder_->has(number)) refuse("sequence", "one that was added", std::to_string(number));
+  }
+
+  void check_room(int sequence, py::ssize_t num_tokens) const {
+    const int room = decoder_->weights.max_positions - decoder_->sequences[sequence]->num_cached;
+    if (num_tokens > room)
+      refuse("token ids", "at most " + std::to_string(room) + " more in the KV cache", std::to_string(num_tokens));
+  }
+
+  static void call_watcher(const py::object& watcher, int layer, const float* values, int count, int stride,
+                           std::exception_ptr& failure) {
+    py::gil_scoped_acquire acquire;
+    try {
+      watcher(layer, py::array_t<float>({count, stride}, values));
+    } catch (...) {
+      failure = std::current_exception();
+    }
+  }
+
+  static void gather_layer(const FfnWeights& from, const Ids& ids, FfnHandle& out) {
+    const int count = static_cast<int>(ids.size());
+    if (count < 1) refuse("neuron ids", "at least one a layer", "none");
+    for (int i = 0; i < count; ++i)
+      if (ids.data()[i] < 0 || ids.data()[i] >= from.num_neurons())
+        refuse("neuron id", "0 to " + std::to_string(from.num_neurons() - 1), std::to_string(ids.data()[i]));
+    FfnWeights weights;
+    auto keep = [&](const OwnedMatrix& owned) {
+      out.memory.push_back(owned.memory);
+      return owned.view;
+    };
+    auto pick_bias = [&](const float* bias) -> const float* {
+      if (!bias) return nullptr;
+      auto picked = std::make_shared<Buffer<float>>();
+      picked->resize(count);
+      for (int i = 0; i < count; ++i) picked->get()[i] = bias[ids.data()[i]];
+      out.memory.push_back(picked);
+      return picked->get();
+    };
+    if (!from.gate.weight.empty())
+      weights.gate = {keep(gather_rows(from.gate.weight, ids.data(), count)), pick_bias(from.gate.bias)};
+    weights.up = {keep(gather_rows(from.up.weight, ids.data(), count)), pick_bias(from.up.bias)};
+    weights.down = {keep(gather_columns(from.down.weight, ids.data(), count)), from.down.bias};
+    out.ffn->push_back(weights);
+  }
+
+  Owners owners_;
+  FfnHandle ffn_;
+  std::unique_ptr<Decoder> decoder_;
+  int max_neurons_ = 0;
+  std::mutex mutex_;
+  std::atomic<uint32_t> num_forks_{0};  // when the mutex was last taken
+};
+
+// GB/s of a plain read of `num_bytes` by several threads, best of three passes.
+double read_bandwidth(int num_threads, size_t num_bytes) {
+  const Kernels& kernels = find_kernels("auto");
+  Threads threads(num_threads);
+  Buffer<uint64_t> memory;
+  memory.resize(num_bytes / 8);
+  std::vector<uint64_t> sums(num_threads);
+  double best_seconds = 1e30;
+  py::gil_scoped_release release;
+  for (int pass = 0; pass < 3; ++pass) {
+    const auto start = std::chrono::steady_clock::now();
+    threads.run([&](int thread) {
+      const size_t words = num_bytes / 8, begin = words * thread / num_threads / 64 * 64,
+                   end = words * (thread + 1) / num_threads / 64 * 64;
+      sums[thread] += kernels.read_sum(memory.get() + begin, end - begin);
+    });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best_seconds = std::min(best_seconds, seconds.count());
+  }
+  return num_bytes / best_seconds / 1e9;
+}
+
+// One matrix product by one kernel table, for tests: (tokens, rows) float32.
+py::array multiply(const py::object& matrix, const Floats& inputs, const std::string& isa) {
+  Owners owners;
+  const Kernels& kernels = find_kernels(isa);
+  const Matrix w = read_matrix(matrix, "matrix", owners);
+  if (inputs.ndim() != 2 || inputs.shape(1) != w.cols) refuse("inputs", "(tokens, columns)", "another shape");
+  const int num_tokens = static_cast<int>(inputs.shape(0)), padded = round_up(w.rows, kBlockRows);
+  ActivationBuffer x;
+  x.resize(num_tokens, w.cols);
+  for (int t = 0; t < num_tokens; ++t) {
+    std::copy_n(inputs.data() + size_t(t) * w.cols, w.cols, x.view.token(t).values);
+    kernels.quantize(x.view.token(t), x.view.stride);
+  }
+  py::array_t<float> out({num_tokens, padded});
+  kernels.multiply(w, x.view, num_tokens, out.mutable_data(), padded, 0, w.num_blocks());
+  return out[py::make_tuple(py::ellipsis(), py::slice(0, w.rows, 1))];
+}
+
+// Rows of a matrix as float32, the way embeddings are looked up.
+py::array unpack(const py::object& matrix) {
+  Owners owners;
+  const Matrix w = read_matrix(matrix, "matrix", owners);
+  py::array_t<float> out({w.rows, w.cols});
+  for (int row = 0; row < w.rows; ++row) unpack_row(w, row, out.mutable_data() + size_t(row) * w.cols);
+  return out;
+}
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (const Kernels* table : available_kernels()) names.push_back(table->name);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "The native engine: decoding of packed weights on the CPU.";
+  module.attr("BLOCK_TOKENS") = kBlockTokens;
+  module.attr("PAGE_TOKENS") = kPageTokens;
+  py::register_exception<PoolFull>(module, "PoolFull", PyExc_RuntimeError);
+  py::register_exception<NoAddressSpace>(module, "NoAddressSpace", PyExc_RuntimeError);
+  py::class_<FfnHandle>(module, "Ffn")
+      .def(py::init(&read_ffn), py::arg("layers"), py::arg("hidden"))
+      .def_property_readonly("max_neurons", &FfnHandle::max_neurons);
+  py::class_<Model>(module, "Model")
+      .def(py::init<const py::dict&, const std::string&, int, int, const std::function<int(size_t)>&>(),
+           py::arg("spec"), py::arg("isa"), py::arg("num_threads"), py::arg("max_neurons"), py::arg("count_pages"))
+      .def("use", &Model::use, py::arg("ffn"))
+      .def("gather", &Model::gather, py::arg("ffn"), py::arg("neuron_ids"))
+      .def("forward", &Model::forward, py::arg("ids"), py::arg("all_logits") = false, py::arg("screened") = false,
+           py::arg("watcher") = py::none(), py::arg("sequence") = 0)
+      .def("forward_rows", &Model::forward_rows, py::arg("sequences"), py::arg("ids"))
+      .def("add_sequence", &Model::add_sequence)
+      .def("fork_sequence", &Model::fork_sequence, py::arg("source"), py::arg("num_tokens"))
+      .def("drop_sequence", &Model::drop_sequence, py::arg("sequence"))
+      .def("truncate", &Model::truncate, py::arg("num_tokens"), py::arg("sequence") = 0)
+      .def("bytes_per_token", &Model::bytes_per_token, py::arg("num_tokens"), py::arg("screened") = false)
+      .def("num_cached", &Model::num_cached, py::arg("sequence") = 0)
+      .def_property_readonly("num_pages", &Model::num_pages)
+      .def_property_readonly("num_free_pages", &Model::num_free_pages)
+      .def_property_readonly("page_bytes", &Model::page_bytes)
+      .def_property_readonly("wide_layers", &Model::wide_layers)
+      .def_property_readonly("num_threads", &Model::num_threads)
+      .def_property_readonly("isa", &Model::isa);
+  module.def("available_isas", &isa_names);
+  module.def("read_bandwidth", &read_bandwidth, py::arg("num_threads"), py::arg("num_bytes"));
+  module.def("multiply", &multiply, py::arg("matrix"), py::arg("inputs"), py::arg("isa"));
+  module.def("unpack", &unpack, py::arg("matrix"));
+}
+
+}  // namespace coreinfer

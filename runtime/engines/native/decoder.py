@@ -1,0 +1,274 @@
+"""The native engine: decoding on the CPU with packed weights, without torch."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, CoreInferError
+from coreinfer.bundles.shared.machine import usable_cores
+from coreinfer.bundles.statistics import Selection, document_statistic
+from coreinfer.runtime.engines.cached import CachedTokens
+from coreinfer.runtime.engines.kv_limits import count_pages
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice, KvPoolFull
+
+from . import _native
+from .model import ffn_layers, model_spec
+
+__all__ = ["NativeDecoder"]
+
+Floats = npt.NDArray[np.float32]
+
+
+class NativeDecoder:
+    """Runs a bundle's mapped weights in place; changing the FFN is a pointer swap."""
+
+    name = "native"
+    block_tokens: int = _native.BLOCK_TOKENS
+    page_tokens: int = _native.PAGE_TOKENS
+    calls_alike = True
+    cheap_swaps = True
+
+    def __init__(
+        self, bundle: Bundle, *, threads: int | None = None, isa: str = "auto", kv_cache_bytes: int | None = None
+    ) -> None:
+        """Put the model together; nothing is copied but norms.
+
+        Args:
+            threads: None for one a physical core that the process may use, see `usable_cores`.
+            isa: kernels to use, one of `_native.available_isas()`; "auto" for COREINFER_ISA, else the best ones.
+            kv_cache_bytes: bound of all sequences' keys and values, taken page by page; see `count_pages`.
+        Raises:
+            ConfigError: the CPU has no such kernels, the number of threads is wrong, or the KV cache is too small.
+            BundleCorrupt: the base does not hold what the model needs.
+            UnsupportedModelError: the native engine does not compute this model.
+        """
+        self._bundle = bundle
+        model = bundle.manifest.model
+        num_threads = usable_cores() if threads is None else threads
+        isa = os.environ.get("COREINFER_ISA") or "auto" if isa == "auto" else isa
+        if not 1 <= num_threads <= _MAX_THREADS:
+            raise ConfigError(f"threads: expected 1 to {_MAX_THREADS}, got {threads!r}")
+        if isa not in ("auto", *_native.available_isas()):
+            known = ", ".join(_native.available_isas())
+            raise ConfigError(f"isa (or COREINFER_ISA): expected auto, {known} on this CPU, got {isa!r}")
+
+        def num_pages(page_bytes: int) -> int:
+            return count_pages(kv_cache_bytes, page_bytes=page_bytes, max_positions=model.max_positions)
+
+        with _corrupt(bundle, "base"):
+            self._model = _native.Model(model_spec(bundle), isa, num_threads, model.ffn_dim, num_pages)
+        self._ffns: dict[int | None, Any] = {}
+        self._choice: FfnChoice | None = None
+        self._records = {0: CachedTokens()}
+        self.sequence = 0
+        self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
+
+    @property
+    def device(self) -> str:
+        """Where it runs: always the CPU."""
+        return "cpu"
+
+    @property
+    def isa(self) -> str:
+        """Name of the kernels in use, such as "avx512vnni"."""
+        return str(self._model.isa)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that decode together."""
+        return int(self._model.num_threads)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the KV cache, for all sequences together."""
+        return self._model.num_pages
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no sequence has; see `Decoder.num_free_pages`."""
+        return self._model.num_free_pages
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page's keys and values."""
+        return self._model.page_bytes
+
+    @property
+    def wide_layers(self) -> list[int]:
+        """Layers whose keys and values are kept in float32, because fp16 does not hold them."""
+        return self._model.wide_layers
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens in the KV cache."""
+        return self._model.num_cached(self.sequence)
+
+    @property
+    def cached(self) -> CachedTokens:
+        """Which tokens are in the KV cache of the selected sequence."""
+        return self._records[self.sequence]
+
+    def bytes_per_token(self, num_cached: int, *, greedy: bool = False) -> int:
+        """Bytes of weights and of `num_cached` tokens' keys and values that the next token reads at least.
+
+        With `greedy` of a screened head what is read for all tokens; what is scored again is not counted.
+        """
+        return int(self._model.bytes_per_token(num_cached, greedy))
+
+    def prepare(self, choice: FfnChoice) -> None:
+        """Have the system read a pack ahead."""
+        if choice.cluster is not None:
+            self._bundle.packs[choice.cluster].prefetch()
+
+    def use(self, choice: FfnChoice) -> None:
+        """Run with other FFN weights from the next token on.
+
+        Raises:
+            ConfigError: the choice needs the dense FFN and the bundle has none.
+            BundleCorrupt: the pack is damaged.
+        """
+        if choice.neuron_ids is None and choice == self._choice:
+            return
+        ffn = self._ffn(choice.cluster)
+        if choice.neuron_ids is not None:
+            ffn = self._model.gather(ffn, list(choice.neuron_ids))
+        self._model.use(ffn)
+        self._choice = choice
+
+    def _ffn(self, cluster: int | None) -> Any:
+        """The weights of a pack, or with None of the dense FFN, ready to be pointed at."""
+        if cluster not in self._ffns:
+            manifest = self._bundle.manifest
+            if cluster is not None:
+                file, num_neurons = self._bundle.pack(cluster), manifest.clusters[cluster].layer_budgets
+            elif self._bundle.dense is not None:
+                file, num_neurons = self._bundle.dense, (manifest.model.ffn_dim,) * manifest.model.num_layers
+            else:
+                raise ConfigError(
+                    f"bundle {self._bundle.path} has no dense FFN; compile it with --dense or use a cluster"
+                )
+            with _corrupt(self._bundle, file.path.name):
+                self._ffns[cluster] = _native.Ffn(ffn_layers(file, manifest, num_neurons), manifest.model.hidden_size)
+        return self._ffns[cluster]
+
+    def truncate(self, num_tokens: int) -> None:
+        """Keep only the first tokens; see `Decoder.truncate`."""
+        self._model.truncate(num_tokens, self.sequence)
+        self.cached.truncate(num_tokens)
+
+    def add_sequence(self) -> int:
+        """Begin another sequence; see `Decoder.add_sequence`."""
+        number = self._model.add_sequence()
+        self._records[number] = CachedTokens()
+        return number
+
+    def fork_sequence(self, source: int, num_tokens: int) -> int:
+        """Begin another sequence with the first tokens of one that is there; see `Decoder.fork_sequence`."""
+        with _refused():
+            number = self._model.fork_sequence(source, num_tokens)
+        self._records[number] = self._records[source].fork(num_tokens)
+        return number
+
+    def drop_sequence(self, sequence: int) -> None:
+        """Give a sequence's pages back; see `Decoder.drop_sequence`."""
+        with _refused():
+            self._model.drop_sequence(sequence)
+        del self._records[sequence]
+        if sequence == self.sequence:
+            self.sequence = 0
+
+    def select(self, sequence: int) -> None:
+        """Choose the sequence to go on with; see `Decoder.select`."""
+        with _refused():
+            self._model.num_cached(sequence)
+        self.sequence = sequence
+
+    def forward(self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False) -> Floats:
+        """Append tokens to the KV cache; see `Decoder.forward`.
+
+        With `greedy` an int8 head is screened: tokens that can hardly be the likeliest are scored by the high halves
+        of the weights only.
+
+        Raises:
+            ConfigError: a token id is out of range, or there is no position left.
+            KvPoolFull: too few pages are free.
+        """
+        return self._forward(token_ids, all_logits=all_logits, greedy=greedy, watcher=None)
+
+    def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int]) -> Floats:
+        """Append tokens to several sequences in one pass over the weights; see `Decoder.forward_rows`.
+
+        A row's logits are to the bit those of `forward` for the token alone, with the exact head.
+
+        Raises:
+            ConfigError: there is no such sequence, a token id is out of range, or there is no position left.
+            KvPoolFull: too few pages are free.
+        """
+        with _refused():
+            logits = self._model.forward_rows(
+                np.asarray(sequences, dtype=np.int32), np.asarray(token_ids, dtype=np.int32)
+            )
+        for sequence, token_id in zip(sequences, token_ids, strict=True):
+            self._records[sequence].append([token_id], self._choice)
+        return logits
+
+    def prompt_statistics(
+        self, token_ids: Sequence[int], selections: Sequence[Selection]
+    ) -> tuple[Floats, dict[Selection, Floats]]:
+        """Append a prompt and sum up its FFN activations; see `Decoder.prompt_statistics`."""
+        plan, model = self._bundle.manifest.plan, self._bundle.manifest.model
+        shape = (model.num_layers, model.ffn_dim)
+        statistics = {selection: np.zeros(shape, dtype=np.float32) for selection in selections}
+
+        def add(layer: int, activations: Floats) -> None:
+            # Prompts are read in blocks; all statistics are sums over tokens.
+            for selection, sums in statistics.items():
+                sums[layer] += document_statistic(
+                    selection, activations[:, : model.ffn_dim], alpha=plan.alpha, beta=plan.beta, sentence=False
+                )
+
+        return self._forward(token_ids, all_logits=False, greedy=False, watcher=add), statistics
+
+    def _forward(
+        self,
+        token_ids: Sequence[int],
+        *,
+        all_logits: bool,
+        greedy: bool,
+        watcher: Callable[[int, Floats], None] | None,
+    ) -> Floats:
+        with _refused():
+            ids = np.asarray(token_ids, dtype=np.int32)
+            logits = self._model.forward(ids, all_logits, greedy, watcher, self.sequence)
+        self.cached.append(token_ids, self._choice)
+        return logits
+
+
+_MAX_THREADS = 256
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Turn what the native module refuses into errors of the package."""
+    try:
+        yield
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(str(error)) from error
+    except _native.PoolFull as error:
+        raise KvPoolFull(f"{error}; give it more room, or let other generations end") from error
+    except RuntimeError as error:
+        raise CoreInferError(str(error)) from error
+
+
+@contextmanager
+def _corrupt(bundle: Bundle, part: str) -> Iterator[None]:
+    """Turn what the native module refuses into an error that names the bundle."""
+    try:
+        yield
+    except _native.NoAddressSpace as error:
+        raise ConfigError(f"kv_cache_mb: {error}; give a smaller limit") from error
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise BundleCorrupt(f"bundle {bundle.path}: {part}: {error}; compile the bundle again") from error

@@ -1,0 +1,1 @@
+"""The torch engine: any device and every family, through transformers."""

@@ -1,0 +1,380 @@
+"""The torch engine: any device and every family of the table, through transformers."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from coreinfer.bundles import Bundle, ConfigError, CoreInferError
+from coreinfer.bundles.families import cache_argument, family_by_name
+from coreinfer.bundles.statistics import Selection, document_statistic
+from coreinfer.runtime.engines.cached import CachedTokens
+from coreinfer.runtime.engines.kv_limits import PAGE_TOKENS, count_pages, pages_of
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice, KvPoolFull
+from torch import nn
+
+from .host_weights import FfnReader, HostWeights, layer_bytes
+from .memory_plan import MemoryNeeds, kv_bytes_per_token, plan_memory
+from .model import (
+    base_bytes,
+    decoder_layers,
+    empty_model,
+    fill_model,
+    pick_device,
+    pick_dtype,
+    watch_activations,
+)
+from .packed_linear import packed_problem
+from .placement import DevicePlacement, MappedPlacement, Placement
+from .sequences import TorchSequences
+from .static_step import StaticStep
+from .transfer import Transfer, pick_transfer
+
+__all__ = ["TorchDecoder", "device_needs"]
+
+_log = logging.getLogger(__name__)
+
+
+class TorchDecoder:
+    """Runs the transformers model of a bundle, with FFN weights that change by pointer swap.
+
+    On the CPU in bfloat16 the weights are the mapped file itself. A GPU holds the base, one pack, and the dense FFN
+    where it fits; see `placement`.
+    """
+
+    name = "torch"
+    block_tokens = 256
+    page_tokens = PAGE_TOKENS
+    calls_alike = False
+    cheap_swaps = False  # on a GPU, which holds one pack
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str,
+        dtype: str,
+        gpu_memory_mb: float | None = None,
+        cuda_graphs: str = "auto",
+        weights: str = "auto",
+        kv_cache_bytes: int | None = None,
+        transfer: Transfer | None = None,
+    ) -> None:
+        """Build the model on the device.
+
+        Args:
+            gpu_memory_mb: bound of weights and KV cache on the device; None for what is free. On the CPU it has the
+                weights copied as they would be to a GPU, and bounds the copies.
+            cuda_graphs: "on" decodes in steps of fixed shapes, recorded where the device is a GPU; "auto": on a GPU.
+            weights: "packed" multiplies by int4 weights as they are, "bfloat16" unpacks them to `dtype`; "auto" is
+                packed for int4 on a GPU that can.
+            kv_cache_bytes: bound of all sequences' keys and values; see `count_pages`. A device may have less room.
+            transfer: the seam to the device; None for the device's own.
+        Raises:
+            ConfigError: the device or an option cannot be had, or the weights do not fit.
+            BundleCorrupt: the base does not hold what the model needs.
+        """
+        self._bundle = bundle
+        self._process_id = os.getpid()
+        self._family = family_by_name(bundle.manifest.model.family)
+        self._device = pick_device(device)
+        self._dtype = pick_dtype(dtype, self._device)
+        packed = _pick_packed(bundle, weights, self._device, self._dtype)
+        self._reader = FfnReader(
+            bundle=bundle, family=self._family, dtype=self._dtype, device=self._device, packed=packed
+        )
+        self._model = empty_model(bundle, self._device, self._dtype, packed=packed)
+        self._layers: list[nn.Module] = decoder_layers(self._model, self._family)
+        self._kv_bytes_per_token = kv_bytes_per_token(bundle.manifest.model, self._dtype.itemsize)
+        self._most_pages = count_pages(
+            kv_cache_bytes, page_bytes=self._page_bytes, max_positions=bundle.manifest.model.max_positions
+        )
+        if device == "auto" and self._device.type == "cpu" and gpu_memory_mb is not None:
+            raise ConfigError("gpu_memory_mb: torch sees no GPU here; leave it out, or try it with device 'cpu'")
+        moves = self._device.type != "cpu" or gpu_memory_mb is not None
+        transfer = transfer or (pick_transfer(self._device) if moves else None)
+        self._placement = self._place_weights(transfer, gpu_memory_mb)
+        self._sequences = TorchSequences(self._pick_static(cuda_graphs, transfer))
+        self._choice: FfnChoice | None = None
+        self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
+
+    def _place_weights(self, transfer: Transfer | None, gpu_memory_mb: float | None) -> Placement:
+        """Fill the model's base, and decide where FFN weights live."""
+        if transfer is None:
+            if gpu_memory_mb is not None:
+                raise ConfigError(f"gpu_memory_mb: expected a CUDA device, got device {str(self._device)!r}")
+            fill_model(self._model, self._bundle, self._dtype, lambda tensor: tensor.to(self._device))
+            return MappedPlacement(self._layers, self._family, self._reader)
+        host = HostWeights(self._reader, transfer)
+        needs = _needs(self._model, self._reader)
+        plan = plan_memory(needs, limit_mb=gpu_memory_mb, free_bytes=transfer.free_bytes())
+        if plan.stream_dense:
+            _log.info("the dense FFN (%.0f MB) is streamed layer by layer", needs.dense / 1e6)
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            target = transfer.allocate("base", tensor.shape, tensor.dtype)
+            transfer.wait(transfer.copy([(tensor, target)]))
+            return target
+
+        fill_model(self._model, self._bundle, self._dtype, place)
+        return DevicePlacement(self._layers, self._family, host, transfer, plan, needs)
+
+    def _pick_static(self, cuda_graphs: str, transfer: Transfer | None) -> StaticStep | None:
+        if cuda_graphs not in ("auto", "on", "off"):
+            raise ConfigError(f"cuda_graphs: expected auto, on, off, got {cuda_graphs!r}")
+        if cuda_graphs == "off" or (cuda_graphs == "auto" and self._device.type != "cuda"):
+            return None
+        if transfer is None:
+            raise ConfigError(
+                "cuda_graphs: expected a CUDA device (or device 'cpu' with gpu_memory_mb, which tries the same steps "
+                f"without a graph), got device {str(self._device)!r}"
+            )
+        with torch.inference_mode():
+            return StaticStep(
+                self._model,
+                transfer,
+                num_layers=self._bundle.manifest.model.num_layers,
+                required=cuda_graphs == "on",
+            )
+
+    @property
+    def device(self) -> str:
+        """The torch device."""
+        return str(self._device)
+
+    @property
+    def _page_bytes(self) -> int:
+        return PAGE_TOKENS * self._kv_bytes_per_token
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the KV cache, for all sequences together."""
+        room = self._placement.kv_room_bytes
+        return self._most_pages if room is None else min(self._most_pages, max(room, 0) // self._page_bytes)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no sequence has; see `Decoder.num_free_pages`."""
+        return max(0, self.num_pages - self._sequences.num_pages)
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens in the KV cache of the selected sequence."""
+        return self._sequences.num_cached
+
+    @property
+    def cached(self) -> CachedTokens:
+        """Which tokens are in the KV cache of the selected sequence."""
+        return self._sequences.record
+
+    @property
+    def sequence(self) -> int:
+        """Number of the selected sequence."""
+        return self._sequences.selected
+
+    def prepare(self, choice: FfnChoice) -> None:
+        """Begin to bring a pack that will soon be used; see `Decoder.prepare`."""
+        self._placement.prepare(choice)
+
+    def use(self, choice: FfnChoice) -> None:
+        """Run with other FFN weights from the next token on.
+
+        Raises:
+            ConfigError: the choice needs the dense FFN and the bundle has none, or there is no room on the device.
+            BundleCorrupt: the pack is damaged.
+        """
+        # Arrays do not compare as one, so neuron ids are always gathered.
+        if choice.neuron_ids is None and choice == self._choice:
+            return
+        self._placement.use(choice)
+        self._choice = choice
+
+    def truncate(self, num_tokens: int) -> None:
+        """Keep only the first `num_tokens` tokens of the KV cache."""
+        with torch.inference_mode():
+            self._sequences.truncate(num_tokens)
+
+    def add_sequence(self) -> int:
+        """Begin another sequence; see `Decoder.add_sequence`."""
+        return self._sequences.add()
+
+    def fork_sequence(self, source: int, num_tokens: int) -> int:
+        """Begin another sequence with a copy of the first tokens of one; see `Decoder.fork_sequence`."""
+        most = self._sequences.length(source)
+        if not 0 <= num_tokens <= most:
+            raise ConfigError(f"num_tokens: expected 0 to {most} of the sequence, got {num_tokens}")
+        self._need_pages(pages_of(num_tokens), self.num_free_pages)
+        with torch.inference_mode():
+            return self._sequences.fork(source, num_tokens)
+
+    def _need_pages_to_extend(self, num_tokens: Mapping[int, int]) -> None:
+        """Refuse to append so many tokens to each sequence where pages lack; of a device `_make_room` knows more."""
+        free = self._most_pages - self._sequences.num_pages
+        self._need_pages(self._sequences.pages_to_extend(num_tokens), free)
+
+    @staticmethod
+    def _need_pages(num_needed: int, num_free: int) -> None:
+        if num_needed > num_free:
+            raise KvPoolFull(
+                f"KV cache: expected {num_needed} free pages of {PAGE_TOKENS} tokens, got {num_free}; give it more "
+                "room, or let other generations end"
+            )
+
+    def drop_sequence(self, sequence: int) -> None:
+        """Give a sequence's memory back; see `Decoder.drop_sequence`."""
+        self._sequences.drop(sequence)
+
+    def select(self, sequence: int) -> None:
+        """Choose the sequence to go on with; see `Decoder.select`."""
+        self._sequences.select(sequence)
+
+    def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Append tokens to several sequences, one sequence after another; see `Decoder.forward_rows`."""
+        rows: dict[int, list[int]] = {}
+        for row, sequence in enumerate(sequences):
+            rows.setdefault(sequence, []).append(row)
+        selected = self.sequence
+        logits = np.empty((len(token_ids), self._bundle.manifest.model.vocab_size), dtype=np.float32)
+        try:
+            for sequence in rows:
+                self.select(sequence)
+            self._need_pages_to_extend({sequence: len(places) for sequence, places in rows.items()})
+            for sequence, places in rows.items():
+                self.select(sequence)
+                logits[places] = self.forward([token_ids[row] for row in places], all_logits=True)
+        finally:
+            self.select(selected)
+        return logits
+
+    def forward(
+        self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Append tokens to the KV cache; see `Decoder.forward`. All logits are exact, `greedy` or not.
+
+        Raises:
+            KvPoolFull: the KV cache would not fit beside the weights, or has too few free pages.
+        """
+        return self._append(token_ids, logits_to_keep=0 if all_logits else 1)
+
+    def _append(
+        self, token_ids: Sequence[int], *, logits_to_keep: int, watched: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Append tokens; gives logits (tokens or 1, vocabulary).
+
+        Args:
+            watched: hooks of the model are to run, which a recorded step leaves out.
+        """
+        with torch.inference_mode():
+            logits = self._pass(token_ids, logits_to_keep=logits_to_keep, watched=watched)
+        values: npt.NDArray[np.float32] = logits[0].float().cpu().numpy()
+        self.cached.append(token_ids, self._choice)
+        return values
+
+    def _pass(self, token_ids: Sequence[int], *, logits_to_keep: int, watched: bool) -> torch.Tensor:
+        if os.getpid() != self._process_id and (torch.get_num_threads() > 1 or self._device.type != "cpu"):
+            # Torch would wait for threads that only the parent has.
+            raise CoreInferError(
+                "the torch engine cannot go on in a forked process; start processes by 'spawn' and load the bundle in "
+                "each, or use one thread (threads=1) or the native engine"
+            )
+        self._need_pages_to_extend({self.sequence: len(token_ids)})
+        capacity = self._make_room(self.num_cached + len(token_ids))
+        self._placement.settle()
+        static = self._sequences.static
+        if static is not None:
+            static.reserve(capacity)
+            addresses = self._placement.addresses
+            if len(token_ids) == 1 and addresses is not None and not watched:
+                return static.decode(token_ids[0], addresses)
+        ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self._device)
+        if static is not None:
+            return static.read(ids, logits_to_keep=logits_to_keep)
+        cache = cache_argument(self._model, self._sequences.cache)
+        output: Any = self._model(ids, **cache, use_cache=True, logits_to_keep=logits_to_keep)
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def _make_room(self, num_tokens: int) -> int:
+        """Find out for how many tokens the selected sequence's KV cache is to have room.
+
+        Raises:
+            KvPoolFull: not so many fit beside the weights and the other sequences.
+        """
+        room, static = self._placement.kv_room_bytes, self._sequences.static
+        elsewhere = self._sequences.num_elsewhere
+        most = self._bundle.manifest.model.max_positions
+        if room is not None:
+            most = min(most, room // self._kv_bytes_per_token - elsewhere)
+            if num_tokens > most and (num_tokens + elsewhere) * self._kv_bytes_per_token > room:
+                raise KvPoolFull(
+                    f"gpu_memory_mb: a KV cache of {num_tokens} tokens does not fit, there is room for {max(most, 0)} "
+                    "beside the weights; raise it, or generate less"
+                )
+        capacity = num_tokens if static is None else static.capacity_for(num_tokens, most=most)
+        self._placement.hold_kv((capacity + elsewhere) * self._kv_bytes_per_token)
+        return capacity
+
+    def prompt_statistics(
+        self, token_ids: Sequence[int], selections: Sequence[Selection]
+    ) -> tuple[npt.NDArray[np.float32], dict[Selection, npt.NDArray[np.float32]]]:
+        """Append a prompt and sum up its FFN activations; see `Decoder.prompt_statistics`."""
+        plan, model = self._bundle.manifest.plan, self._bundle.manifest.model
+        shape = (model.num_layers, model.ffn_dim)
+        statistics = {selection: np.zeros(shape, dtype=np.float32) for selection in selections}
+
+        def collect(layer: int, activations: torch.Tensor) -> None:
+            # Packed weights have padding rows.
+            flat = activations.reshape(-1, activations.shape[-1])[:, : model.ffn_dim].float().cpu().numpy()
+            for selection, sums in statistics.items():
+                sums[layer] = document_statistic(selection, flat, alpha=plan.alpha, beta=plan.beta, sentence=False)
+
+        with watch_activations(self._layers, self._family, collect):
+            logits = self._append(token_ids, logits_to_keep=1, watched=True)
+        return logits, statistics
+
+
+def device_needs(bundle: Bundle, *, device: str, dtype: str, weights: str = "auto") -> MemoryNeeds:
+    """Find out what a bundle would take on a device, without taking it; arguments as of `TorchDecoder`."""
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place)
+    packed = _pick_packed(bundle, weights, place, kind)
+    family = family_by_name(bundle.manifest.model.family)
+    reader = FfnReader(bundle=bundle, family=family, dtype=kind, device=place, packed=packed)
+    return _needs(empty_model(bundle, place, kind, packed=packed), reader)
+
+
+def _needs(model: nn.Module, reader: FfnReader) -> MemoryNeeds:
+    record = reader.bundle.manifest.model
+    has_dense = reader.bundle.dense is not None
+    return MemoryNeeds(
+        base=base_bytes(model),
+        pack=max(reader.num_bytes(cluster) for cluster in range(len(reader.bundle.manifest.clusters))),
+        dense=reader.num_bytes(None) if has_dense else 0,
+        layer=layer_bytes(reader.shapes(None, 0)),
+        kv_per_token=kv_bytes_per_token(record, reader.dtype.itemsize),
+        max_positions=record.max_positions,
+    )
+
+
+def _pick_packed(bundle: Bundle, weights: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Decide whether int4 weights are multiplied as they are.
+
+    Raises:
+        ConfigError: they are asked to be and cannot.
+    """
+    if weights not in ("auto", "bfloat16", "packed"):
+        raise ConfigError(f"weights: expected auto, bfloat16, packed, got {weights!r}")
+    kind = bundle.manifest.quantization["ffn"].format
+    if weights == "bfloat16" or (weights == "auto" and (device.type != "cuda" or kind != "int4")):
+        return False
+    problem = f"the FFN is stored as {kind}, and torch multiplies int4 only" if kind != "int4" else None
+    problem = problem or packed_problem(device, dtype)
+    if problem is None:
+        return True
+    if weights == "packed":
+        raise ConfigError(f"weights 'packed': {problem}; use 'bfloat16'")
+    _log.warning("int4 weights are unpacked: %s", problem)
+    return False

@@ -1,0 +1,173 @@
+"""FFN weights on the host, in the form that the device takes: read from the bundle, kept pinned where that fits."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from coreinfer.bundles import Bundle, ConfigError
+from coreinfer.bundles.contract import tensor_name
+from coreinfer.bundles.families import Family
+from coreinfer.bundles.tensors import TensorFile
+
+from .model import matrix_to_torch, to_torch
+from .packed_linear import Shapes, Tensors, pack_matrix, packed_shapes
+from .transfer import Transfer
+
+__all__ = ["FfnReader", "HostWeights", "gather", "layer_bytes"]
+
+DENSE_KEY = None
+_PINNED_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class FfnReader:
+    """Reads FFN layers of a bundle as host tensors: role ("gate", "up_bias", ...) -> tensor.
+
+    Attributes:
+        packed: keep int4 matrices packed; see `packed_linear`.
+        device: whose layout packed matrices take.
+    """
+
+    bundle: Bundle
+    family: Family
+    dtype: torch.dtype
+    device: torch.device
+    packed: bool = False
+
+    def layer(self, cluster: int | None, layer: int, *, packed: bool | None = None) -> Tensors:
+        """Read a layer of a pack, or with None of the dense FFN. Values that need no conversion are not copied.
+
+        Raises:
+            ConfigError: the bundle has no dense FFN.
+            BundleCorrupt: the pack is damaged.
+        """
+        packed = self.packed if packed is None else packed
+        file = self._file(cluster)
+        tensors: Tensors = {}
+        for role, shape in self._matrices(cluster, layer).items():
+            name = tensor_name(layer, role)
+            if packed:
+                tensors |= pack_matrix(file, name, role, shape, self.dtype, self.device)
+            else:
+                tensors[role] = matrix_to_torch(file, name, shape).to(self.dtype)
+            if f"{name}_bias" in file:
+                tensors[f"{role}_bias"] = self._bias(file, name, tensors, role)
+        return tensors
+
+    def shapes(self, cluster: int | None, layer: int) -> Shapes:
+        """Shapes and dtypes of what `layer` gives, from the manifest alone."""
+        shapes: Shapes = {}
+        for role, shape in self._matrices(cluster, layer).items():
+            if self.packed:
+                shapes |= packed_shapes(role, shape, self.dtype, self.device)
+            else:
+                shapes[role] = (shape, self.dtype)
+            if self.bundle.manifest.model.ffn_bias:
+                width = shapes[f"{role}_grid"][0][1] if self.packed and role != "down" else shape[0]
+                shapes[f"{role}_bias"] = ((width,), self.dtype)
+        return shapes
+
+    def num_bytes(self, cluster: int | None) -> int:
+        """Memory that all layers take."""
+        num_layers = self.bundle.manifest.model.num_layers
+        return sum(layer_bytes(self.shapes(cluster, layer)) for layer in range(num_layers))
+
+    def _bias(self, file: TensorFile, name: str, tensors: Tensors, role: str) -> torch.Tensor:
+        bias = to_torch(file[f"{name}_bias"]).to(self.dtype)
+        if role == "down" or f"{role}_grid" not in tensors:
+            return bias
+        return torch.nn.functional.pad(bias, (0, tensors[f"{role}_grid"].shape[1] - len(bias)))
+
+    def _file(self, cluster: int | None) -> TensorFile:
+        if cluster is not None:
+            return self.bundle.pack(cluster)
+        if self.bundle.dense is None:
+            raise ConfigError(f"bundle {self.bundle.path} has no dense FFN; compile it with --dense or use a cluster")
+        return self.bundle.dense
+
+    def _matrices(self, cluster: int | None, layer: int) -> dict[str, tuple[int, int]]:
+        manifest = self.bundle.manifest
+        hidden = manifest.model.hidden_size
+        wide = manifest.model.ffn_dim if cluster is None else manifest.clusters[cluster].layer_budgets[layer]
+        return {role: (hidden, wide) if role == "down" else (wide, hidden) for role in self.family.projections}
+
+
+class HostWeights:
+    """The layers of packs and of the dense FFN, in pinned memory while that lasts, else read again when asked for."""
+
+    def __init__(self, reader: FfnReader, transfer: Transfer, *, pinned_limit_bytes: int | None = None) -> None:
+        """Begin with nothing pinned.
+
+        Args:
+            pinned_limit_bytes: pinned memory to use at most; None for a quarter of the machine's memory.
+        """
+        self._reader = reader
+        self._transfer = transfer
+        self._limit_bytes = _quarter_of_memory() if pinned_limit_bytes is None else pinned_limit_bytes
+        # The one that was used last is last.
+        self._pinned: OrderedDict[int | None, list[Tensors]] = OrderedDict()
+        self._num_layers = reader.bundle.manifest.model.num_layers
+
+    def layers(self, cluster: int | None) -> Iterator[Tensors]:
+        """Give the layers of a pack, or with None of the dense FFN, one after another."""
+        self._pin(cluster)
+        for layer in range(self._num_layers):
+            yield self.layer(cluster, layer)
+
+    def layer(self, cluster: int | None, layer: int) -> Tensors:
+        """Give one layer, pinned if its pack is."""
+        pinned = self._pinned.get(cluster)
+        return self._reader.layer(cluster, layer) if pinned is None else pinned[layer]
+
+    def neurons(self, neuron_ids: tuple[npt.NDArray[np.int32], ...]) -> Iterator[Tensors]:
+        """Give the dense FFN's layers cut down to some neurons, unpacked."""
+        for layer, ids in enumerate(neuron_ids):
+            yield gather(self._reader.layer(None, layer, packed=False), ids)
+
+    def pin_dense(self) -> bool:
+        """Pin the dense FFN, which is read layer by layer at each pass; say whether it fits."""
+        self._pin(DENSE_KEY)
+        return DENSE_KEY in self._pinned
+
+    def _pin(self, cluster: int | None) -> None:
+        if cluster in self._pinned:
+            self._pinned.move_to_end(cluster)
+            return
+        num_bytes = self.bytes_of(cluster)
+        if num_bytes + (self.bytes_of(DENSE_KEY) if DENSE_KEY in self._pinned else 0) > self._limit_bytes:
+            return
+        while self._pinned_bytes + num_bytes > self._limit_bytes:
+            del self._pinned[next(key for key in self._pinned if key is not DENSE_KEY)]
+        self._pinned[cluster] = [
+            {role: self._transfer.pin(tensor) for role, tensor in self._reader.layer(cluster, layer).items()}
+            for layer in range(self._num_layers)
+        ]
+
+    @property
+    def _pinned_bytes(self) -> int:
+        return sum(self.bytes_of(cluster) for cluster in self._pinned)
+
+    def bytes_of(self, cluster: int | None) -> int:
+        """Memory that a pack, or with None the dense FFN, takes."""
+        return self._reader.num_bytes(cluster)
+
+
+def gather(tensors: Tensors, neuron_ids: npt.NDArray[np.int32]) -> Tensors:
+    """Cut a dense layer down to some neurons; the bias behind the down projection stays whole."""
+    ids = torch.from_numpy(neuron_ids).long().to(tensors["down"].device)
+    narrow = {role: tensor[ids] for role, tensor in tensors.items() if role not in ("down", "down_bias")}
+    narrow["down"] = tensors["down"][:, ids]
+    return narrow | {role: tensors[role] for role in ("down_bias",) if role in tensors}
+
+
+def layer_bytes(shapes: Shapes) -> int:
+    """Memory of tensors of these shapes and dtypes."""
+    return sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in shapes.values())
+
+
+def _quarter_of_memory() -> int:
+    return int(_PINNED_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

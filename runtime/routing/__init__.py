@@ -1,0 +1,1 @@
+"""From a prompt to its cluster and to the FFN weights that decode it."""

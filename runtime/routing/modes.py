@@ -1,0 +1,119 @@
+"""Which FFN weights a prompt is decoded with."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles import Bundle, ConfigError, Manifest
+from coreinfer.bundles.contract import tensor_name
+from coreinfer.bundles.statistics import mix_scores, scores_from_statistic, select_neurons
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.generation import Fallback, Mode
+
+from .router import Route
+
+__all__ = ["ModePlan", "decode_choice", "largest_cluster", "plan_mode", "serving_cluster"]
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModePlan:
+    """The mode that serves a prompt.
+
+    Attributes:
+        mode: never "auto".
+        fallback: why mode auto left the nearest pack alone; None where it did not.
+        cluster: the pack that serves instead of the nearest; None for the nearest.
+    """
+
+    mode: Mode
+    fallback: Fallback | None = None
+    cluster: int | None = None
+
+    @property
+    def uses_pack(self) -> bool:
+        """Whether a cluster's pack decodes or drafts, so that another cluster's can take over where the text drifts."""
+        return self.mode in ("similarity", "lossless")
+
+    @property
+    def needs_statistic(self) -> bool:
+        """Whether the prompt's own activations choose neurons."""
+        return self.mode in ("stability", "fused")
+
+
+def plan_mode(mode: Mode, manifest: Manifest, route: Route, num_prompt_tokens: int) -> ModePlan:
+    """Settle the mode of one prompt.
+
+    "auto" decodes dense where the prompt is unlike anything calibrated on, or where the router is unsure of it, and
+    without a dense FFN with the largest pack. Otherwise it takes the nearest cluster's pack, except that a long prompt
+    chooses its own neurons where packs are not repaired: a repaired pack is better than an unrepaired choice of any
+    kind (docs/benchmarks.md), an unrepaired one is not.
+
+    Raises:
+        ConfigError: the mode needs the dense FFN, which the bundle lacks.
+    """
+    if mode == "auto":
+        return _automatic(manifest, route, num_prompt_tokens)
+    if mode != "similarity" and not manifest.has_dense:
+        raise ConfigError(f"mode {mode!r} needs the dense FFN, which this bundle lacks; compile it with --dense")
+    return ModePlan(mode=mode)
+
+
+def _automatic(manifest: Manifest, route: Route, num_prompt_tokens: int) -> ModePlan:
+    fallback: Fallback | None = "unfamiliar" if not route.familiar else None if route.sure else "unsure"
+    if fallback and manifest.has_dense:
+        return ModePlan(mode="dense", fallback=fallback)
+    if fallback:
+        return ModePlan(mode="similarity", fallback=fallback, cluster=largest_cluster(manifest))
+    if manifest.has_dense and not manifest.plan.reconstruct and num_prompt_tokens >= manifest.plan.stability_min_tokens:
+        return ModePlan(mode="stability")
+    return ModePlan(mode="similarity")
+
+
+def largest_cluster(manifest: Manifest) -> int:
+    """Find the cluster whose pack serves prompts that belong nowhere: the widest, of equals that with most text."""
+
+    def size(cluster: int) -> tuple[int, int]:
+        record = manifest.clusters[cluster]
+        return sum(record.layer_budgets), record.num_tokens
+
+    return max(range(len(manifest.clusters)), key=size)
+
+
+def serving_cluster(plan: ModePlan, route: Route) -> int:
+    """Give the cluster that serves a prompt."""
+    return route.cluster if plan.cluster is None else plan.cluster
+
+
+def decode_choice(
+    plan: ModePlan, route: Route, bundle: Bundle, statistic: Floats | None, num_prompt_tokens: int
+) -> FfnChoice:
+    """Choose the FFN weights for decoding, in mode lossless those that draft.
+
+    Args:
+        statistic: (layers, ffn_dim) sums over the prompt, for the modes that need them.
+    """
+    if plan.mode == "dense":
+        return DENSE
+    if plan.uses_pack or statistic is None:
+        return FfnChoice(cluster=serving_cluster(plan, route))
+    scores = scores_from_statistic(
+        bundle.manifest.plan.selection, statistic, num_prompt_tokens, _layers(bundle, "column_norms", None)
+    )
+    if plan.mode == "fused":
+        cluster_scores = _layers(bundle, "scores", route.cluster)
+        scores = mix_scores(
+            scores,
+            cluster_scores,
+            num_prompt_tokens=num_prompt_tokens,
+            half_tokens=bundle.manifest.plan.fused_half_tokens,
+        )
+    return FfnChoice(neuron_ids=tuple(select_neurons(scores, bundle.manifest.plan.layer_budgets)))
+
+
+def _layers(bundle: Bundle, role: str, cluster: int | None) -> Floats:
+    """Stack a vector of every layer: (layers, ffn_dim), from a pack or from the dense FFN."""
+    file = bundle.dense if cluster is None else bundle.pack(cluster)
+    assert file is not None
+    return np.stack([file[tensor_name(layer, role)].array for layer in range(bundle.manifest.model.num_layers)])

@@ -1,0 +1,95 @@
+"""Decoding: runs with the same FFN weights share each read of them."""
+
+import time
+from collections.abc import Iterable, Sequence
+
+from coreinfer.runtime.engines.protocol import DENSE, Decoder, FfnChoice
+
+from .ffn_switch import FfnSwitch, same_weights
+from .posting import post_token
+from .run import Logits, Run
+from .speculative import draft_round
+
+__all__ = ["Group", "decode_group", "draft_alone", "group_by_weights", "post_rows"]
+
+Group = tuple[FfnChoice, list[Run]]
+
+
+def group_by_weights(runs: Iterable[Run]) -> list[Group]:
+    """Put runs together whose next token goes through the same weights."""
+    groups: list[Group] = []
+    for run in runs:
+        choice = run.choice if run.lengths is None else DENSE
+        found = next((group for known, group in groups if same_weights(known, choice)), None)
+        if found is None:
+            groups.append((choice, [run]))
+        else:
+            found.append(run)
+    return groups
+
+
+def decode_group(decoder: Decoder, switch: FfnSwitch, group: Group) -> Logits:
+    """Run the last token of each run through the weights of a group, in one pass: (runs, vocab)."""
+    choice, runs = group
+    switch.use(choice)
+    begin = time.perf_counter()
+    _start_clocks(runs, begin)
+    token_ids = [run.token_ids[-1] for run in runs]
+    if len(runs) > 1:
+        logits = decoder.forward_rows([_number(run) for run in runs], token_ids)
+    else:
+        # Alone the head may be screened; the likeliest token is the same.
+        if decoder.sequence != (number := _number(runs[0])):
+            decoder.select(number)
+        logits = decoder.forward(token_ids, greedy=runs[0].chooser.greedy)
+    _note_plain(runs, time.perf_counter() - begin)
+    return logits
+
+
+def _note_plain(runs: Sequence[Run], seconds: float) -> None:
+    for run in runs:
+        run.num_to_draft = None
+        if run.lengths is not None:
+            # What a token takes in company says nothing of what drafting saves alone.
+            run.lengths.note_plain(seconds if len(runs) == 1 else None)
+
+
+def draft_alone(decoder: Decoder, switch: FfnSwitch, run: Run, length: int) -> None:
+    """Draft and verify for a run in mode lossless; its rows are then to be chosen from."""
+    assert run.lengths is not None
+    _start_clocks([run], time.perf_counter())
+    decoder.select(_number(run))
+    rows = draft_round(
+        decoder,
+        switch,
+        run.token_ids[-1],
+        length=length,
+        pack=run.choice,
+        propose=run.chooser.propose,
+        lengths=run.lengths,
+        greedy=run.chooser.greedy,
+    )
+    run.rows.extend(rows)
+
+
+def post_rows(decoder: Decoder, run: Run) -> None:
+    """Choose from verified rows as long as drafts are accepted and tokens are wanted."""
+    while run.rows and run.wants:
+        row = run.rows.popleft()
+        token_id = post_token(run, row)
+        if run.finished or row.draft is None or token_id != row.draft.token_id:
+            run.rows.clear()
+            decoder.select(_number(run))
+            decoder.truncate(len(run.request.token_ids) + len(run.token_ids) - 1)
+
+
+def _start_clocks(runs: Sequence[Run], seconds: float) -> None:
+    for run in runs:
+        if len(run.token_ids) == 1:
+            # The time in which others were read is not its own.
+            run.decode_start = seconds
+
+
+def _number(run: Run) -> int:
+    assert run.sequence is not None
+    return run.sequence
