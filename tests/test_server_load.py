@@ -155,20 +155,20 @@ def test_openais_client_comes_again_by_itself(bundle: Path, slow_server: Running
 
 
 def test_a_request_that_takes_too_long(bundle: Path, slow_server: RunningServer) -> None:
-    response = slow_server.post("/v1/completions", json=body(bundle, max_tokens=200))
+    response = slow_server.post("/v1/completions", json=body(bundle, max_tokens=165))
     assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
     assert slow_server.post("/v1/completions", json=body(bundle)).status_code == 200
 
 
 def test_a_stream_that_takes_too_long_ends_in_good_order(bundle: Path, slow_server: RunningServer) -> None:
-    response = slow_server.post("/v1/completions", json=body(bundle, max_tokens=200, stream=True))
+    response = slow_server.post("/v1/completions", json=body(bundle, max_tokens=165, stream=True))
     events = response.text.strip().split("\n\n")
     assert response.status_code == 200
     assert events[-1] == "data: [DONE]"
     assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"
     assert len(events) > 20
     with slow_server.client() as client, pytest.raises(openai.APIError, match="took longer than 3 s"):
-        list(client.completions.create(**body(bundle, max_tokens=200, stream=True)))
+        list(client.completions.create(**body(bundle, max_tokens=165, stream=True)))
 
 
 def test_waiting_counts(bundle: Path, slow_server: RunningServer) -> None:
@@ -210,7 +210,7 @@ def test_a_dropped_connection_frees_its_place_in_the_queue(bundle: Path, slow_se
 
 def test_a_slow_reader_holds_up_nobody(bundle: Path) -> None:
     with serving(bundle) as server:
-        content = body(bundle, max_tokens=200, stream=True, logprobs=20)
+        content = body(bundle, max_tokens=165, stream=True, logprobs=20)
         with raw_request(server, "/v1/completions", content) as connection:
             start = time.monotonic()
             assert server.post("/v1/completions", json=body(bundle)).status_code == 200
