@@ -4,6 +4,7 @@ Jobs are made and awaited on the event loop; tokens come over from the worker's 
 """
 
 import asyncio
+import logging
 import math
 import threading
 import time
@@ -18,6 +19,8 @@ from .api_errors import QueueFull, RequestTimedOut, ShuttingDown
 from .metrics import ModelMetrics, Outcome
 
 __all__ = ["Job", "Worker"]
+
+_log = logging.getLogger(__name__)
 
 _MAX_RETRY_SECONDS = 60
 _KEPT_SEQUENCES = 32
@@ -160,7 +163,12 @@ class Worker:
         self._thread.join()
 
     def _run(self) -> None:
-        self._engine.driver.serve(lambda: self._closed)
+        try:
+            self._engine.driver.serve(lambda: self._closed)
+        except Exception:
+            # What fails for a request is its own affair; this is a bug, and nobody would step any more.
+            _log.exception("the worker ended; its requests are cut")
+            self.cut()
 
     def _begin(self, job: Job, prompt: Prompt, options: GenerationOptions) -> None:
         """Read a request in the reader's thread, and hand it to the scheduler."""

@@ -76,8 +76,10 @@ class Scheduler:
     def step(self) -> None:
         """Admit runs, read one block of one prompt, decode a token of each run that wants one, and post them."""
         self.sweep()
-        self._admit()
-        self._read()
+        if self._arrived or self._waiting:
+            self._admit()
+        if unread := self._unread:
+            self._read(unread)
         self._decode()
         self.sweep()
 
@@ -86,7 +88,7 @@ class Scheduler:
         for run in [run for run in self._active if run.is_over]:
             self._active.remove(run)
             self._free(run)
-        if any(run.is_over for run in self._waiting):
+        if self._waiting and any(run.is_over for run in self._waiting):
             self._waiting = deque(run for run in self._waiting if not run.is_over)
         if self.decoder.sequence != 0:
             # Whoever uses the decoder without a scheduler expects it so.
@@ -106,8 +108,6 @@ class Scheduler:
     def _admit(self) -> None:
         while self._arrived:
             self._waiting.append(self._arrived.popleft())
-        if not self._waiting:
-            return
         # Who does not ask for tokens takes no place.
         num_free = self.max_parallel - sum(run.wants for run in self._active)
         while self._waiting and num_free > 0:
@@ -120,9 +120,9 @@ class Scheduler:
     def _unread(self) -> list[Run]:
         return [run for run in self._active if not run.is_read and not run.is_over]
 
-    def _read(self) -> None:
+    def _read(self, unread: list[Run]) -> None:
         others_decode = any(run.watched for run in self._running)
-        if (others_decode and not self._pace.may_read) or (run := self._next_to_read()) is None:
+        if (others_decode and not self._pace.may_read) or (run := self._next_to_read(unread)) is None:
             return
         limit = self._pace.block_tokens if others_decode else None
         num_left, begun = run.num_left, self.clock()
@@ -132,13 +132,12 @@ class Scheduler:
         if logits is not None:
             self._post([run], [logits])
 
-    def _next_to_read(self) -> Run | None:
+    def _next_to_read(self, unread: list[Run]) -> Run | None:
         """Choose the prompt of which least is left, and now and then the one that came first."""
-        if not (unread := self._unread):
-            return None
         for run in unread:
             run.check_cancelled()
-        if not (unread := self._unread):
+        unread = [run for run in unread if not run.is_over]
+        if not unread:
             return None
         oldest = unread[0]
         if not self._has_begun(oldest):

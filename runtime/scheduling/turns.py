@@ -25,12 +25,14 @@ class Turns:
 
     def pick(self, groups: Sequence[Group]) -> list[Group]:
         """Choose the groups that decode in this step."""
+        if len(groups) < 2:
+            return list(groups)
         # A prompt's own neurons are gathered anew at every swap.
         cheap = [group for group in groups if self._cheap_swaps and group[0].neuron_ids is None]
         units = [[group] for group in groups if all(group is not other for other in cheap)]
         units += [cheap] if cheap else []
         if len(units) < 2:
-            return units[0] if units else []
+            return units[0]
         at = next((index for index, unit in enumerate(units) if self._was_last(unit)), -1)
         if at < 0 or self._num_left == 0:
             at, self._num_left = (at + 1) % len(units), _TURN_STEPS
