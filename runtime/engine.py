@@ -35,6 +35,7 @@ def load(
     threads: int | None = None,
     dtype: str = "auto",
     isa: str = "auto",
+    kv_cache_mb: float | None = None,
     gpu_memory_mb: float | None = None,
     cuda_graphs: CudaGraphs = "auto",
     weights: Weights = "auto",
@@ -52,6 +53,8 @@ def load(
         threads: CPU threads; None for one a core.
         dtype: of the torch engine: "bfloat16", "float32", or "auto" for bfloat16 where the device computes it natively.
         isa: kernels of the native engine, such as "avx2"; "auto" for COREINFER_ISA, else the best that the CPU has.
+        kv_cache_mb: megabytes (10^6 bytes) of keys and values, for all generations together; None for half of the free
+            memory, but no more than 64 whole contexts need. Memory is taken as it is used.
         gpu_memory_mb: of the torch engine: megabytes of weights and KV cache on the GPU; None for what is free. Where
             the dense FFN does not fit, its layers are streamed while a prompt is read (docs/gpu.md).
         cuda_graphs: of the torch engine: decode in recorded steps of fixed shapes; "auto" on a GPU, unless a recorded
@@ -75,6 +78,7 @@ def load(
         threads=threads,
         dtype=dtype,
         isa=isa,
+        kv_cache_mb=kv_cache_mb,
         gpu_memory_mb=gpu_memory_mb,
         cuda_graphs=cuda_graphs,
         weights=weights,

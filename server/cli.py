@@ -1,7 +1,7 @@
 """`coreinfer-serve`: answer requests with bundles."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +10,7 @@ from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.shared.command import command_errors, start_logging
 from coreinfer.bundles.shared.extras import needs_extra
 from coreinfer.runtime.commands.load_options import LoadOptions, load_options
+from coreinfer.runtime.engine import Engine
 
 from .server_config import LOOPBACK_HOSTS, ServerConfig
 
@@ -88,9 +89,15 @@ def main(
     engines = {name: loading.load(path) for name, path in zip(names, bundle_dirs, strict=True)}
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{taken.getsockname()[1]}"
-    serving.serve(
-        engines, config, taken, on_start=lambda: click.echo(f"serving {', '.join(names)} on {address}", err=True)
-    )
+    serving.serve(engines, config, taken, on_start=lambda: _announce(engines, address))
+
+
+def _announce(engines: Mapping[str, Engine], address: str) -> None:
+    click.echo(f"serving {', '.join(engines)} on {address}", err=True)
+    for name, engine in engines.items():
+        decoder = engine.decoder
+        num_tokens = decoder.num_pages * decoder.page_tokens
+        click.echo(f"{name}: the KV cache has room for {num_tokens} tokens (--kv-cache-mb)", err=True)
 
 
 def _import_serving() -> ModuleType:

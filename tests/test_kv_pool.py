@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from coreinfer import runtime
 from coreinfer.bundles import Bundle, ConfigError, open_bundle
 from coreinfer.bundles.statistics import SELECTIONS
 from coreinfer.runtime.engines import kv_limits
@@ -188,6 +189,26 @@ def test_a_limit_below_a_page_is_refused(tiny_bundle: Callable[..., Path]) -> No
     for engine in ENGINES:
         with pytest.raises(ConfigError, match=r"kv_cache_mb: expected at least .* a page of 64 tokens"):
             make(engine, bundle, num_pages=0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_loading_sets_the_limit(engine: Any, tiny_bundle: Callable[..., Path]) -> None:
+    page_mb = 0.2
+    loaded = runtime.load(tiny_bundle("llama"), engine=engine, device="cpu", kv_cache_mb=3 * page_mb)
+    page_bytes = loaded.decoder.page_bytes if isinstance(loaded.decoder, NativeDecoder) else PAGE_TOKENS * 3 * 2 * 8 * 4
+    assert loaded.decoder.num_pages == 3 * page_mb * 1e6 // page_bytes
+    for wrong in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="kv_cache_mb: expected a number above 0"):
+            runtime.load(tiny_bundle("llama"), engine=engine, device="cpu", kv_cache_mb=wrong)
+
+
+def test_a_prompt_that_the_pool_does_not_hold_is_refused_by_name(tiny_bundle: Callable[..., Path]) -> None:
+    engine = runtime.load(tiny_bundle("llama"), engine="native", threads=1, kv_cache_mb=0.05)
+    assert engine.decoder.num_pages == 2
+    prompt = "flour and butter " * 22
+    with pytest.raises(ConfigError, match=r"KV cache: expected . free pages of 64 tokens, got 2; raise kv_cache_mb"):
+        engine.generate(prompt, max_new_tokens=2)
+    assert engine.generate("flour", max_new_tokens=2).token_ids
 
 
 def test_a_pool_beyond_the_address_space_is_refused(tiny_bundle: Callable[..., Path]) -> None:

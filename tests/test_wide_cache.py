@@ -23,9 +23,7 @@ NUM_READ = 130
 
 def divergence(expected: Any, got: Any) -> float:
     """Mean KL(expected || got) in nats."""
-    log_p, log_q = (
-        x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in np.asarray((expected, got), dtype=np.float64)
-    )
+    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in np.stack([expected, got]).astype(float))
     return float((np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean())
 
 
@@ -75,7 +73,7 @@ def times(factor: float) -> Callable[[Any], Any]:
 
 
 @pytest.mark.parametrize("isa", _native.available_isas())
-@pytest.mark.parametrize("size", [40, 3_000, 100_000])
+@pytest.mark.parametrize("size", [300, 3_000, 100_000])
 def test_large_key_biases_are_those_of_torch(size: float, isa: str, changed: Callable[..., Bundle]) -> None:
     bundle = changed("qwen2", "k_proj.bias", of_size(size))
     check(bundle, isa, 1e-5)
@@ -103,7 +101,7 @@ def test_whatever_makes_keys_or_values_large(
 def test_quantized_weights_are_bounded_too(kind: str, changed: Callable[..., Bundle]) -> None:
     ordinary = changed("qwen2", "q_proj.bias", times(1), quantize=kind)
     assert NativeDecoder(ordinary, threads=1).wide_layers == []
-    large = changed("qwen2", "k_proj.weight.scale", times(100), quantize=kind)
+    large = changed("qwen2", "k_proj.weight.scale", times(1_000), quantize=kind)
     assert NativeDecoder(large, threads=1).wide_layers == [0, 1, 2]
 
 

@@ -33,6 +33,13 @@ _OPTIONS = (
         "--threads", type=int, default=None, help="CPU threads for each bundle.  [default: one a physical core]"
     ),
     click.option(
+        "--kv-cache-mb",
+        type=float,
+        default=None,
+        help="Bound of each bundle's keys and values, of all generations together.  "
+        "[default: half of the free memory, at most 64 whole contexts]",
+    ),
+    click.option(
         "--gpu-memory-mb",
         type=float,
         default=None,
@@ -63,6 +70,7 @@ class LoadOptions:
     device: str
     dtype: str
     threads: int | None
+    kv_cache_mb: float | None
     gpu_memory_mb: float | None
     cuda_graphs: CudaGraphs
     weights: Weights
@@ -77,6 +85,7 @@ class LoadOptions:
             threads=self.threads,
             dtype=self.dtype,
             isa=self.isa,
+            kv_cache_mb=self.kv_cache_mb,
             gpu_memory_mb=self.gpu_memory_mb,
             cuda_graphs=self.cuda_graphs,
             weights=self.weights,

@@ -20,7 +20,7 @@ def report():
     with contextlib.suppress(OSError), open("/proc/self/status") as status:
         sys.stderr.write(status.read())
 atexit.register(report)
-from coreinfer.runtime.cli import main
+from coreinfer.runtime.commands.run import main
 main()
 """
 _PROMPT = "How do I make soup?"

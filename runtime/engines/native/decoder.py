@@ -258,7 +258,7 @@ def _refused() -> Iterator[None]:
     except (ValueError, OverflowError) as error:
         raise ConfigError(str(error)) from error
     except _native.PoolFull as error:
-        raise KvPoolFull(f"{error}; give it more room, or let other generations end") from error
+        raise KvPoolFull(f"{error}; raise kv_cache_mb, or let other generations end") from error
     except RuntimeError as error:
         raise CoreInferError(str(error)) from error
 

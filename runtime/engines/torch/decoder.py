@@ -219,8 +219,8 @@ class TorchDecoder:
     def _need_pages(num_needed: int, num_free: int) -> None:
         if num_needed > num_free:
             raise KvPoolFull(
-                f"KV cache: expected {num_needed} free pages of {PAGE_TOKENS} tokens, got {num_free}; give it more "
-                "room, or let other generations end"
+                f"KV cache: expected {num_needed} free pages of {PAGE_TOKENS} tokens, got {num_free}; raise "
+                "kv_cache_mb, or let other generations end"
             )
 
     def drop_sequence(self, sequence: int) -> None:

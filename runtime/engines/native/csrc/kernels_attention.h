@@ -3,6 +3,7 @@
 
 constexpr int kChunk = 128;  // positions between two rescalings of the running sums
 constexpr int kQueries = 4;  // queries that share one read of the keys
+constexpr int kPageBlocks = kPageTokens / kPositions;
 
 // Numbers of the cache, `T` of which are halves (uint16_t) or floats.
 inline V::F load_cached(const uint16_t* p) { return V::load_half(p); }
@@ -10,7 +11,6 @@ inline V::F load_cached(const float* p) { return V::load(p); }
 
 template <class T>
 inline const T* keys_of(const AttentionTask& task, int block) {
-  constexpr int kPageBlocks = kPageTokens / kPositions;
   const uint8_t* page = task.pages[block / kPageBlocks] + task.head.keys;
   return reinterpret_cast<const T*>(page) + size_t(block % kPageBlocks) * task.head_dim * kPositions;
 }
@@ -30,9 +30,11 @@ inline void score_block(const AttentionTask& task, int query, int block, float (
       for (auto& value : vectors) value = V::set1(0.0f);
   const T* keys = keys_of<T>(task, block);
   const float* q = task.queries + size_t(query) * task.head_dim;
-  // A head's keys and values are pieces too short for the hardware to see them coming: the next block's keys, and the
-  // values of these positions, as many bytes, which are read next.
-  const T* next = (block + 1) * kPositions < task.end ? keys_of<T>(task, block + 1) : keys;
+  // A head's keys and values are pieces too short for the hardware to see them coming: the keys at the same place of the
+  // next page (nearer and further ones were tried, and are slower), and the values of these positions, as many bytes,
+  // which are read next.
+  const bool more = (block + kPageBlocks) * kPositions < task.end;
+  const T* next = more ? keys_of<T>(task, block + kPageBlocks) : keys;
   const T* values = values_of<T>(task, block * kPositions);
   for (int d = 0; d < task.head_dim; d += 2) {
     if (query == 0)  // the others find them in the cache
@@ -80,13 +82,17 @@ inline void add_value_columns(const AttentionTask& task, int query, int begin, i
     for (int c = 0; c < kColumns; ++c)
       sums[i][c] = V::load(out + size_t(i) * task.value_stride + c * V::kLanes) * V::set1(shrink[i]);
   for (int position = begin; position < end;) {
-    const T* values = values_of<T>(task, position) + d;
     const int page_end = (position / kPageTokens + 1) * kPageTokens, stop = page_end < end ? page_end : end;
-    for (; position < stop; ++position, values += task.value_stride)
+    const T* values = values_of<T>(task, position) + d;
+    const float* column[kCount];
+    for (int i = 0; i < kCount; ++i) column[i] = weights[i] + (position - base);
+    const int count = stop - position;
+    for (int p = 0; p < count; ++p)
       for (int c = 0; c < kColumns; ++c) {
-        const V::F value = load_cached(values + c * V::kLanes);
-        for (int i = 0; i < kCount; ++i) sums[i][c] = V::fma(value, V::set1(weights[i][position - base]), sums[i][c]);
+        const V::F value = load_cached(values + size_t(p) * task.value_stride + c * V::kLanes);
+        for (int i = 0; i < kCount; ++i) sums[i][c] = V::fma(value, V::set1(column[i][p]), sums[i][c]);
       }
+    position = stop;
   }
   for (int i = 0; i < kCount; ++i)
     for (int c = 0; c < kColumns; ++c) V::store(out + size_t(i) * task.value_stride + c * V::kLanes, sums[i][c]);
