@@ -19,4 +19,5 @@ g++ -std=c++17 -O1 -g1 -fPIC -shared -fvisibility=hidden -pthread -w $flags $("$
 # Python itself leaks by design, and numpy and torch are not instrumented.
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
-  "$python" -m pytest -q -p no:cacheprovider tests/test_native_kernels.py tests/test_native_decoder.py tests/test_native_rows.py
+  "$python" -m pytest -q -p no:cacheprovider tests/test_native_kernels.py tests/test_native_decoder.py tests/test_native_rows.py \
+  tests/test_kv_pool.py tests/test_wide_cache.py
