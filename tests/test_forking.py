@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from coreinfer import runtime
@@ -75,14 +76,17 @@ def test_a_forked_process_goes_on_with_a_generation_that_waits(engine: runtime.E
     assert begun + "".join(token.text for token in stream) == expected
 
 
-def test_a_fork_while_another_thread_decodes_is_told(engine: runtime.Engine) -> None:
+def test_a_fork_while_another_thread_decodes_is_told(engine: runtime.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, go_on = threading.Event(), threading.Event()
+    expected, forward = answer(engine), engine.decoder.forward
 
-    def wait(token: object) -> None:
+    def wait(*arguments: Any, **options: Any) -> Any:
         inside.set()
         go_on.wait(CHILD_SECONDS)
+        return forward(*arguments, **options)
 
-    thread = threading.Thread(target=lambda: engine.generate(PROMPT, max_new_tokens=2, on_token=wait))
+    monkeypatch.setattr(engine.decoder, "forward", wait)
+    thread = threading.Thread(target=lambda: engine.generate(PROMPT, max_new_tokens=2))
     thread.start()
     assert inside.wait(CHILD_SECONDS)
     try:
@@ -90,8 +94,27 @@ def test_a_fork_while_another_thread_decodes_is_told(engine: runtime.Engine) -> 
     finally:
         go_on.set()
         thread.join()
-    assert said.startswith("ConfigError: another generation is running on this engine")
-    assert "load a second engine" in said
+    assert said.startswith("ConfigError: engine: another thread was generating when this process was forked")
+    assert "load the bundle again" in said
+    assert answer(engine) == expected
+
+
+def test_a_fork_while_another_thread_has_a_token_in_hand(engine: runtime.Engine) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(token: object) -> None:
+        inside.set()
+        go_on.wait(CHILD_SECONDS)
+
+    expected = answer(engine)
+    thread = threading.Thread(target=lambda: engine.generate(PROMPT, max_new_tokens=2, on_token=wait))
+    thread.start()
+    assert inside.wait(CHILD_SECONDS)
+    try:
+        assert in_fork(lambda: answer(engine)) == expected
+    finally:
+        go_on.set()
+        thread.join()
 
 
 def _answer_of(engine: runtime.Engine, answers: "multiprocessing.SimpleQueue[str]") -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from coreinfer import runtime
 from coreinfer.bundles import ConfigError, open_bundle
+from coreinfer.bundles.shared.beginnings import text_ids
 from coreinfer.runtime.decoding.drafting import DraftLength
 from coreinfer.runtime.decoding.sampling import Sampler, SamplingParams, distribution
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
@@ -41,9 +42,10 @@ def fixed_length(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_equal(engine: runtime.Engine, prompt: Any, **options: Any) -> runtime.Generation:
     """Generate dense and lossless; returns the latter."""
-    dense = engine.generate(prompt, raw=True, mode="dense", **options)
+    options["raw"] = isinstance(prompt, str)
+    dense = engine.generate(prompt, mode="dense", **options)
     dense_cached = list(engine.decoder.cached.token_ids)
-    got: runtime.Generation = engine.generate(prompt, raw=True, mode="lossless", **options)
+    got: runtime.Generation = engine.generate(prompt, mode="lossless", **options)
     assert (got.token_ids, got.text, got.finish_reason) == (dense.token_ids, dense.text, dense.finish_reason)
     assert (got.mode, dense.drafting) == ("lossless", None)
     assert got.drafting is not None
@@ -146,15 +148,14 @@ def test_stop_strings_inside_a_draft(agreeing: runtime.Engine) -> None:
 @pytest.mark.parametrize("room", [1, 2, 5, 8, 9, 13])
 def test_context_end_inside_a_draft(room: int, agreeing: runtime.Engine) -> None:
     words = " ".join(corpus_texts())
-    num_ids = len(agreeing.loaded.prompts.encode(words))
-    assert num_ids > MAX_POSITIONS
+    assert encoded(agreeing, words) > MAX_POSITIONS
     size = next(n for n in range(len(words)) if encoded(agreeing, words[:n]) == MAX_POSITIONS - room)
     got = check_equal(agreeing, words[:size], max_new_tokens=100)
     assert (len(got.token_ids), got.finish_reason) == (room, "length")
 
 
 def encoded(engine: runtime.Engine, text: str) -> int:
-    return len(engine.loaded.prompts.encode(text))
+    return len(text_ids(engine.tokenizer, text))
 
 
 def test_closing_a_stream_early_leaves_no_draft(agreeing: runtime.Engine) -> None:

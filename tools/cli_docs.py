@@ -60,7 +60,7 @@ def _import(name: str, target: str) -> Script:
     try:
         entry = getattr(importlib.import_module(module), attribute)
         if isinstance(entry, partial):
-            # Of coreinfer.bundles.starting, which imports the command itself when it is called.
+            # Of coreinfer.bundles.shared.starting, which imports the command itself when it is called.
             entry = importlib.import_module(*entry.args).main
         return Script(name=name, entry=entry)
     except ImportError as error:

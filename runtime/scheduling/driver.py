@@ -1,8 +1,10 @@
 """Who steps: threads that wait for tokens, one of them for all, or a thread that does nothing else."""
 
+import os
 import threading
 from collections.abc import Callable, Generator, Sequence
 
+from coreinfer.bundles.errors import ConfigError
 from coreinfer.runtime.generation import Token
 
 from .run import Run
@@ -21,14 +23,38 @@ class Driver:
     def __init__(self, scheduler: Scheduler) -> None:
         """Drive a scheduler, which nobody else may step."""
         self.scheduler = scheduler
+        self._stepping = False
+        self._begin_process()
+
+    def _begin_process(self) -> None:
+        self._process_id = os.getpid()
         # Reentrant: a stream that is collected as garbage is closed by whichever thread happens to run.
         self._lock = threading.RLock()
-        self._stepping = False
         self._waiting: dict[Run, threading.Condition] = {}
         self._work = threading.Condition(self._lock)
 
+    def _check_process(self) -> None:
+        """After a fork go on with locks of this process's own, unless a thread of the parent's was stepping.
+
+        Raises:
+            ConfigError: it was, and left the KV cache in the middle of a step.
+        """
+        if os.getpid() == self._process_id:
+            return
+        if self._stepping:
+            raise ConfigError(
+                "engine: another thread was generating when this process was forked; load the bundle again in it, or "
+                "fork when nobody generates"
+            )
+        self._begin_process()
+
     def submit(self, run: Run) -> None:
-        """Hand a run to the scheduler."""
+        """Hand a run to the scheduler.
+
+        Raises:
+            ConfigError: the process was forked while another thread was generating.
+        """
+        self._check_process()
         self.scheduler.add(run)
         with self._lock:
             self._work.notify()
@@ -69,6 +95,9 @@ class Driver:
         """Free what runs hold, at once if nobody is stepping, else after the step."""
         for run in runs:
             run.ended = True
+        if os.getpid() != self._process_id:
+            # Of a stream that a forked process closes before it goes on with it.
+            return
         with self._lock:
             self._work.notify()
             if self._stepping:
@@ -96,6 +125,7 @@ class Driver:
 
     def _wait(self, run: Run) -> None:
         """Return when a run has something to take; step for all meanwhile, unless another thread does."""
+        self._check_process()
         with self._lock:
             if self._stepping:
                 self._listen(run)
