@@ -32,7 +32,7 @@ MOMENT_SHARE = 1 / 8
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
-    """Options of one compile, as the user gives them. What follows from them is decided in `quality.sizes` and `quality.search`.
+    """Options of one compile, as the user gives them. `quality.sizes` and `quality.search` derive the rest.
 
     Each option is stated only here: `coreinfer-compile` and docs/cli.md are made from these fields. Their order is
     that of the options in the manifest.
@@ -133,8 +133,8 @@ class CompileConfig:
     cluster_weight: float | Literal["auto"] | None = field(
         default=None,
         metadata=option(
-            "Weight of a cluster's own moments, from 0 to 1; the rest is that of all text. auto chooses the weight for the "
-            "repair in each layer on validation text, and keeps the default for the scores.",
+            "Weight of a cluster's own moments, from 0 to 1; the rest is that of all text. auto chooses the weight for "
+            "the repair in each layer on validation text, and keeps the default for the scores.",
             group=METHOD,
             check=share(zero=True),
             unset="0.3 for output-aware, else 1",
@@ -190,8 +190,8 @@ class CompileConfig:
     heal_steps: int = field(
         default=0,
         metadata=option(
-            "Number of steps, of 2,048 tokens each, that distil the dense model into what all packs share; on text beyond "
-            "the calibration tokens, if there is any.",
+            "Number of steps, of 2,048 tokens each, that distil the dense model into what all packs share; on text "
+            "beyond the calibration tokens, if there is any.",
             group=HEALING,
             check=whole_number(0),
         ),
@@ -228,8 +228,8 @@ class CompileConfig:
     controls: bool = field(
         default=True,
         metadata=option(
-            "Also compile and measure two controls of the same bytes, one static mask and random clusters; they are not put "
-            "into the bundle, and double the time.",
+            "Also compile and measure two controls of the same bytes, one static mask and random clusters; they are "
+            "not put into the bundle, and double the time.",
             group=SIZE,
         ),
     )
@@ -325,7 +325,7 @@ class CompileConfig:
 
     @property
     def effective_head_quantize(self) -> Format:
-        """The head's format with its default filled in: its errors change the logits directly, so int4 is not the default."""
+        """The head's format with its default filled in: its errors change the logits directly, so int8 or bf16."""
         return self.head_quantize or ("bf16" if self.quantize == "bf16" else "int8")
 
 

@@ -31,7 +31,7 @@ __all__ = ["main"]
 @click.option(
     "--llamacpp/--no-llamacpp",
     default=None,
-    help="Evaluate llama.cpp's quantizations of --against.  [default: if --against is a GGUF file and llama.cpp is installed]",
+    help="Evaluate llama.cpp's quantizations of --against.  [default: with a GGUF file, if it is installed]",
 )
 @click.option(
     "--limit", type=int, default=None, help="Maximum number of items per file, evenly spread.  [default: all]"

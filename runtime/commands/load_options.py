@@ -62,7 +62,8 @@ _OPTIONS = (
         "--weights",
         type=click.Choice(get_args(Weights)),
         default="auto",
-        help="On the GPU, multiply by int4 weights as they are (packed) or unpack them (bfloat16); auto: packed if possible.",
+        help="On the GPU, multiply by int4 weights as they are (packed) or unpack them (bfloat16); "
+        "auto: packed if possible.",
     ),
 )
 

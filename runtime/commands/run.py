@@ -70,7 +70,8 @@ def main(
     """Generate with the bundle in DIR: an answer to PROMPT, or to standard input without PROMPT.
 
     The text goes to stdout, the figures to stderr. A prompt is put into the model's chat template, if it has one;
-    --raw continues it as plain text. With --chat each line is a turn; exit code 2 means that a turn of piped input failed.
+    --raw continues it as plain text. With --chat each line is a turn; exit code 2 means that a turn of piped input
+    failed.
     """
     start_logging(verbose=verbose)
     if (chat or system is not None) and raw:
