@@ -158,7 +158,7 @@ def _variable_problems(variables: object) -> list[str]:
     if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
         return [f"chat_template_kwargs: expected an object with names, got {variables!r}"]
     reserved = [name for name in ("messages", "tools", "add_generation_prompt") if name in variables]
-    return [f"chat_template_kwargs: {name} is not for the taking; it is an argument of its own" for name in reserved]
+    return [f"chat_template_kwargs: {name} is reserved; it is an argument of its own" for name in reserved]
 
 
 DEFAULTS = GenerationOptions()

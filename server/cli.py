@@ -86,7 +86,7 @@ def main(
     )
     names = _model_names(bundle_dirs)
     if any_model and len(names) > 1:
-        raise ConfigError(f"--any-model: it goes with one DIR, got {len(names)}")
+        raise ConfigError(f"--any-model: expected one DIR, got {len(names)}")
     taken = serving.bind(host, port)
     if not is_loopback and config.api_key is None:
         click.echo(f"warning: {host} can be reached from elsewhere, and no key is asked for; set {_KEY}", err=True)

@@ -1,4 +1,4 @@
-"""`coreinfer-bench`: how fast the native engine decodes a bundle, beside what the machine's memory can deliver."""
+"""`coreinfer-bench`: how fast the native engine decodes a bundle, compared with the machine's memory bandwidth."""
 
 import json
 import statistics

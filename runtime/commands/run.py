@@ -75,7 +75,7 @@ def main(
     """
     start_logging(verbose=verbose)
     if (chat or system is not None) and raw:
-        raise ConfigError("--raw goes with neither --chat nor --system; leave one out")
+        raise ConfigError("--raw cannot be used with --chat or --system; leave one out")
     loaded = loading.load(bundle_dir)
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,
@@ -117,7 +117,7 @@ def _text_of(prompt: str | None) -> str:
 
 
 def _with_system(engine: Engine, text: str, system: str | None) -> Prompt:
-    """Put a system message before a prompt; an empty one is one too."""
+    """Put a system message before a prompt; an empty one counts too."""
     if system is None:
         return text
     if engine.chat_template is None:
@@ -126,7 +126,7 @@ def _with_system(engine: Engine, text: str, system: str | None) -> Prompt:
 
 
 def _variables(text: str | None) -> Mapping[str, Any] | None:
-    """Read what --chat-template-kwargs gives; options check what JSON holds."""
+    """Read --chat-template-kwargs; `GenerationOptions` checks the values."""
     if text is None:
         return None
     try:
