@@ -26,8 +26,7 @@ def file_sha256(path: Path) -> str:
 def mapped_sha256(path: Path) -> str:
     """Hash a file where its pages lie, in the form in which they will be mapped; see pages.py.
 
-    All in one call, which holds no lock of Python's: between two chunks it would wait for whatever else the process
-    does.
+    All in one call, which does not hold Python's lock: between two chunks it would wait for other threads.
 
     Raises:
         OSError: it is missing or cannot be read.

@@ -17,7 +17,7 @@ to them (docs/dev/log.md)."""
 
 
 def pull_of_clusters(distances: npt.NDArray[Any], *, softness: float) -> Doubles:
-    """Say how much each cluster pulls a text towards itself: a softmax of -distance / softness.
+    """Return each cluster's weight in the position of a text: a softmax of -distance / softness.
 
     The map's axes are the two main components of the sentence encoder's centroids (`map_positions`), and a device has
     only the static encoder, so that a prompt cannot be projected as the clusters were. It is drawn at the weighted mean
@@ -41,9 +41,9 @@ def place_texts(similarities: npt.NDArray[Any], centers: npt.NDArray[Any]) -> Do
 
     Args:
         similarities: (texts, clusters) cosines of texts to centroids.
-        centers: (clusters, 2) places of the clusters.
+        centers: (clusters, 2) positions of the clusters.
     Returns:
-        (texts, 2) places, within the clusters' convex hull.
+        (texts, 2) positions, within the clusters' convex hull.
     """
     distances = 1 - np.asarray(similarities, dtype=np.float64)
     return np.asarray(pull_of_clusters(distances, softness=_TEXT_SOFTNESS) @ np.asarray(centers, dtype=np.float64))

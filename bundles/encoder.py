@@ -1,4 +1,4 @@
-"""The static encoder: a text is the mean of its tokens' rows in a table; a long one that of its beginning and end.
+"""The static encoder: a text is embedded as the mean of its tokens' rows in a table; a long one by its two ends.
 
 The idea is that of model2vec (https://github.com/MinishLab/model2vec); its table is distilled by the compiler.
 """
@@ -16,9 +16,9 @@ EXCERPT_CHARACTERS = 4096
 
 
 def routing_excerpt(text: str) -> str:
-    """Cut a text to what is looked at to route it, here and where a bundle is compiled.
+    """Cut a text to the part that routes it, at run time and in the compiler.
 
-    Without a bound a text of 1,000,000 characters that are words each takes seconds and gigabytes.
+    Without a limit, a text of 1,000,000 one-letter words takes seconds and gigabytes.
     """
     if len(text) <= 2 * EXCERPT_CHARACTERS:
         return text

@@ -1,11 +1,11 @@
-"""Every error that CoreInfer raises on purpose.
+"""All errors that CoreInfer raises on purpose.
 
     CoreInferError
     ├── ConfigError              an option or an argument is wrong
-    │   └── ContextTooLong       a prompt and its answer are longer than the model reads
+    │   └── ContextTooLong       a prompt and its answer are longer than the model's context
     ├── UnsupportedModelError    the model's family has no row in the family table
-    ├── CalibrationError         the calibration text cannot serve
-    ├── ModelOutputError         what the model computed are no finite numbers
+    ├── CalibrationError         the calibration text is missing, empty or too small
+    ├── ModelOutputError         the model computed NaN or infinity
     ├── GenerationCancelled      a generation was cancelled before its first token
     └── BundleError              something is wrong with a bundle
         ├── BundleNotFound       there is no bundle at that path
@@ -42,7 +42,7 @@ class ConfigError(CoreInferError):
 
 
 class ContextTooLong(ConfigError):
-    """A prompt, or a prompt with the answer that is asked for, is longer than what the model reads."""
+    """A prompt, or a prompt with the requested answer, is longer than the model's context."""
 
 
 class UnsupportedModelError(CoreInferError):
@@ -54,14 +54,14 @@ class CalibrationError(CoreInferError):
 
 
 class ModelOutputError(CoreInferError):
-    """What the model computed are no finite numbers."""
+    """The model computed NaN or infinity."""
 
 
 class GenerationCancelled(CoreInferError):
-    """A generation was cancelled while its prompt was read, so that it has not even one token."""
+    """A generation was cancelled while its prompt was read, before its first token."""
 
     def __init__(self, num_read: int, num_prompt_tokens: int) -> None:
-        """Say how far it came."""
+        """Say how much of the prompt was read."""
         super().__init__(f"cancelled after {num_read} of {num_prompt_tokens} tokens of the prompt; none was decoded")
 
 

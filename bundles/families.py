@@ -1,6 +1,6 @@
 """The families that CoreInfer can narrow, as a table.
 
-A row says where a family keeps its decoder layers and how the modules of its FFN are called, as attribute paths
+A row says where a family keeps its decoder layers and the names of its FFN's modules, as attribute paths
 of the model that transformers builds. Adding a family is one row here and one tiny random config in the tests
 (docs/adding-a-family.md).
 """
@@ -27,7 +27,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How one family of models names its parts.
+    """The names of the parts of one family's models.
 
     Attributes:
         name: what the manifest calls the family.
@@ -102,7 +102,7 @@ def family_of_config(config: Mapping[str, Any], where: str) -> Family:
 
     Args:
         config: the config as a mapping; only `model_type` is read.
-        where: what to call the model in an error.
+        where: name of the model in an error.
     Raises:
         UnsupportedModelError: the model type is not supported.
     """

@@ -1,4 +1,4 @@
-"""`coreinfer-inspect`: show what a bundle holds, and whether it is whole."""
+"""`coreinfer-inspect`: show what a bundle contains, and verify it."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The manifest: what a bundle says of itself."""
+"""The manifest: the description of a bundle."""
 
 import hashlib
 import json
@@ -217,7 +217,7 @@ class TensorRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything that a bundle says of itself; `files` lists every other file."""
+    """The description of a bundle; `files` lists every other file."""
 
     model: ModelRecord
     quantization: dict[str, QuantizationRecord]

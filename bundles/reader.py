@@ -1,4 +1,4 @@
-"""Open a bundle, or say everything that is wrong with it."""
+"""Open a bundle, or report everything that is wrong with it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ class Bundle:
         path: its folder.
         base: everything that is not FFN.
         dense: the dense FFN, None where the bundle was compiled without.
-        packs: one cluster pack a cluster; those of a lazily opened bundle are to be had from `pack`.
+        packs: one pack per cluster; use `pack` to get those of a lazily opened bundle.
         unchecked: clusters whose packs were not hashed yet.
     """
 
@@ -36,10 +36,10 @@ class Bundle:
     unchecked: set[int] = field(default_factory=set)
 
     def pack(self, cluster: int) -> TensorFile:
-        """Give a cluster pack, after checking it where that was put off.
+        """Return a cluster pack; a lazily opened one is checked first.
 
         Raises:
-            BundleCorrupt: it is not what the manifest says.
+            BundleCorrupt: it does not fit the manifest.
         """
         if cluster in self.unchecked:
             name = self.manifest.clusters[cluster].file
@@ -68,7 +68,7 @@ def open_bundle(bundle_dir: str | Path, *, checksums: bool = True, lazy_packs: b
         lazy_packs: leave it to `Bundle.pack` to hash each cluster pack when it is first used: hashing gigabytes of
             packs of which one is used would take longer than the answer. Only with `checksums`.
     Raises:
-        BundleNotFound: no bundle is there.
+        BundleNotFound: there is no bundle.
         BundleVersionError: another schema version wrote it.
         BundleCorrupt: files are missing or damaged; the message names all of them.
     """
@@ -91,9 +91,9 @@ def open_bundle(bundle_dir: str | Path, *, checksums: bool = True, lazy_packs: b
 def find_problems(
     bundle_dir: Path, manifest: Manifest, *, checksums: bool = True, lazy_packs: bool = False
 ) -> list[str]:
-    """List all that is wrong with a bundle's files, one line each; an empty list means that it is sound.
+    """List everything that is wrong with a bundle's files, one line each; an empty list means that they are all right.
 
-    With `lazy_packs` neither hashes nor neuron ids of cluster packs are looked at.
+    With `lazy_packs`, hashes and neuron ids of cluster packs are not checked.
     """
     return _examine(bundle_dir, manifest, checksums=checksums, lazy_packs=lazy_packs)[0]
 

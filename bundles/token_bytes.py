@@ -1,4 +1,4 @@
-"""How many bytes of weights one decoded token reads, by part: what bounds the speed on the device."""
+"""How many bytes of weights one decoded token reads, by part: what limits the speed on the device."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Write a bundle so that it is either whole or not there."""
+"""Write a bundle so that it is either complete or does not exist."""
 
 import errno
 import logging
@@ -25,7 +25,7 @@ def check_target(target: Path, *, force: bool) -> None:
     """Refuse a target that cannot become a bundle, before hours are spent on one.
 
     Raises:
-        BundleError: it exists and `force` is off, it is no bundle that `force` may replace, or its parent is a file.
+        BundleError: it exists and `force` is off, it is not a bundle that `force` may replace, or its parent is a file.
     """
     if target.exists() or target.is_symlink():
         if not force:
@@ -46,7 +46,7 @@ def _replaceable(target: Path) -> bool:
 
 @contextmanager
 def stage_bundle(target: Path, *, force: bool) -> Iterator[Path]:
-    """Yield a temporary folder beside `target` that becomes `target` when the block ends without an exception.
+    """Yield a temporary folder next to `target` that becomes `target` when the block ends without an exception.
 
     Everything is fsynced before the rename; with `force` an existing bundle is moved aside first and removed after.
 
@@ -68,7 +68,7 @@ def stage_bundle(target: Path, *, force: bool) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Say of a failed write in the block which bundle cannot be made.
+    """Turn a failed write in the block into an error that names the bundle.
 
     Raises:
         BundleError: the disk cannot take the bundle.
@@ -80,7 +80,7 @@ def disk_errors(target: Path) -> Iterator[None]:
 
 
 def existing_parent(target: Path) -> Path:
-    """Find the nearest folder above a path that is there, on the disk that will take what is written to the path."""
+    """Find the nearest existing folder above a path, which is on the disk that the path will be written to."""
     return next(parent for parent in target.absolute().parents if parent.exists())
 
 

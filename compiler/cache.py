@@ -1,4 +1,4 @@
-"""Results of finished stages on disk, under a key of all that they depend on.
+"""Results of finished stages on disk, under a key of everything that they depend on.
 
 An interrupted compile continues after its last finished stage, and compiles that share a model and text share the
 stages before the first difference. Values are JSON and safetensors, never pickles.
@@ -50,12 +50,12 @@ def stage_key(stage: str, **inputs: object) -> str:
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of stage results; with `folder` None nothing is kept and everything is computed."""
+    """A folder of stage results; with `folder` None nothing is kept, and everything is computed."""
 
     folder: Path | None
 
     def find_arrays(self, key: str) -> Arrays | None:
-        """Give the arrays stored under a key, None where there are none that can be read.
+        """Return the arrays stored under a key, or None if there are none that can be read.
 
         They are mapped, so that the system may drop from memory what is not in use. They can be written to, which
         changes neither the file nor what others read of it.
@@ -97,7 +97,7 @@ class Cache:
             self._replace(self.folder / f"{key}.safetensors", lambda temporary: save_file(whole, temporary))
 
     def json(self, key: str, compute: Callable[[], Any]) -> Any:
-        """Give the JSON value stored under a key, or compute and store it.
+        """Return the JSON value stored under a key, or compute and store it.
 
         Raises:
             ConfigError: it cannot be stored.

@@ -70,7 +70,7 @@ def default_cache_dir() -> Path:
 
 
 def summary(output: Path, manifest: Manifest, progress: Progress) -> Iterator[str]:
-    """Say what was compiled: sizes, quality, seconds and memory a stage."""
+    """Summarise what was compiled: sizes, quality, seconds and memory of each stage."""
     total = sum(record.bytes for record in manifest.files.values())
     keeps = [cluster.keep_ratio for cluster in manifest.clusters]
     mean_keep = manifest.mean_pack_bytes / manifest.ffn_bytes

@@ -47,7 +47,7 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
     """Compile a model into the bundle `config.output`.
 
     Args:
-        progress: is told of stages as they run; None for none.
+        progress: reports stages as they run; None for no reports.
     Returns:
         The manifest that was written.
     Raises:

@@ -1,4 +1,4 @@
-"""How a compile tells how far it is: the library reports, the command draws."""
+"""Progress of a compile: the library reports it, the command draws it."""
 
 import sys
 import time
@@ -29,8 +29,8 @@ class Progress:
 
     Attributes:
         stage_seconds: stage -> seconds, in the order in which the stages ran.
-        stage_peak_bytes: stage -> the process's peak resident memory until the stage's end; empty where the
-            system does not tell.
+        stage_peak_bytes: stage -> the process's peak resident memory until the stage's end; empty if the
+            system does not report it.
     """
 
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Progress:
 
 
 def peak_memory_bytes() -> int | None:
-    """Greatest resident memory of this process until now; None where the system does not tell."""
+    """Peak resident memory of this process so far; None if the system does not report it."""
     try:
         import resource  # Not on Windows.
     except ImportError:
@@ -63,7 +63,7 @@ def peak_memory_bytes() -> int | None:
 
 
 class TqdmProgress(Progress):
-    """Draws one tqdm bar a stage on stderr."""
+    """Draws one tqdm bar per stage on stderr."""
 
     @contextmanager
     def bar(self, name: str, num_steps: int) -> Iterator[Advance]:

@@ -75,7 +75,7 @@ class Material:
 
 @dataclass(frozen=True, kw_only=True)
 class Ground:
-    """What does not depend on how much is kept.
+    """Everything that does not depend on how much is kept.
 
     Attributes:
         assignments: the clusters and the controls.
@@ -141,7 +141,7 @@ def build_ground(
     *,
     with_controls: bool,
 ) -> Ground:
-    """Cluster the text, and measure what narrowing it goes by.
+    """Cluster the text, and measure what narrowing needs.
 
     Args:
         clusters: how many; "auto" to count them by their embeddings.
@@ -162,7 +162,7 @@ def prepare(
     keep: float,
     progress: Progress,
 ) -> Ground:
-    """Measure what narrowing for the assignments goes by; see `build_ground`."""
+    """Measure what narrowing for the assignments needs; see `build_ground`."""
     loaded, calibration, cache = material.loaded, material.corpus.calibration, material.cache
     key = _profile_key(config, material, routing, [item.name for item in assignments])
     labels = {item.name: item.calibration for item in assignments}

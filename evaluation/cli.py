@@ -1,4 +1,4 @@
-"""`coreinfer-eval`: what bundles are worth."""
+"""`coreinfer-eval`: measure the quality of bundles."""
 
 import json
 from collections.abc import Sequence

@@ -40,7 +40,7 @@ class EvaluationConfig:
 
     Attributes:
         bundles: folders.
-        data: files, folders or patterns; a file's name tells what it is for.
+        data: files, folders or patterns; the beginning of a file's name tells its task.
         modes: of `MODES`.
         against: the original model, against which KL is measured; None for the first bundle's dense FFN.
         llamacpp: quantize it with llama.cpp and evaluate the results too; None for where that can be had.
@@ -105,8 +105,8 @@ def evaluate(
     """Score bundles, and what they are compared with, on every data set.
 
     Args:
-        progress: is told of data sets as they run.
-        on_dataset: is called with each data set's scores as soon as they are there.
+        progress: reports data sets as they run.
+        on_dataset: called with each data set's scores as soon as they are complete.
     Raises:
         CoreInferError: the options, a bundle or the data are wrong.
     """

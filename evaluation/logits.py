@@ -80,10 +80,10 @@ def log_likelihood(logits: Floats, targets: Sequence[int]) -> tuple[float, bool]
 def greedy_ids(
     append: Append, last_id: int, *, max_new_tokens: int, eos_ids: Collection[int], stopped: Callable[[list[int]], bool]
 ) -> list[int]:
-    """Go on after `last_id` with the likeliest token each time, until a stop token, or until `stopped(ids)`.
+    """Continue after `last_id` with the likeliest token each time, until a stop token, or until `stopped(ids)`.
 
     Raises:
-        ModelOutputError: logits are no finite numbers.
+        ModelOutputError: logits are not finite.
     """
     ids: list[int] = []
     token_id = last_id

@@ -14,10 +14,10 @@ _SUFFIXES = (".png", ".svg")
 
 
 def check_plot(path: Path) -> None:
-    """Refuse what could not be drawn, before hours are spent on figures.
+    """Refuse a plot that cannot be drawn, before hours are spent on measurements.
 
     Raises:
-        ConfigError: another suffix than .png and .svg, a folder that is not there, or no matplotlib.
+        ConfigError: another suffix than .png and .svg, a folder that does not exist, or no matplotlib.
     """
     if path.suffix not in _SUFFIXES:
         raise ConfigError(f"--plot {path}: expected a name that ends in {' or '.join(_SUFFIXES)}")
@@ -27,7 +27,7 @@ def check_plot(path: Path) -> None:
 
 
 def write_plot(result: Evaluation, path: Path) -> None:
-    """Draw one point a row: mean KL over text data sets, on a logarithmic scale.
+    """Draw one point per row: mean KL over text data sets, on a logarithmic scale.
 
     Raises:
         ConfigError: no row has both a KL and bytes.

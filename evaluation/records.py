@@ -1,4 +1,4 @@
-"""Read evaluation data: JSON Lines whose file name says what they are for."""
+"""Read evaluation data: JSON Lines files whose names tell their task."""
 
 import glob
 from collections.abc import Callable, Mapping, Sequence

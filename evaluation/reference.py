@@ -31,7 +31,7 @@ class TransformersSubject:
         """Load a model, in the forms of coreinfer-compile.
 
         Raises:
-            ConfigError: it cannot be had, or torch and transformers are not installed.
+            ConfigError: it is not available, or torch and transformers are not installed.
         """
         require_package("torch", "--against", "'coreinfer[compile]'")
         # Here, not above: evaluating bundles needs neither torch nor the compiler.
@@ -49,7 +49,7 @@ class TransformersSubject:
         self._cache: Any = None
 
     def bytes_per_token(self, mode: str) -> int | None:
-        """In the file's own bf16, which is what it would be run in: 2 bytes a weight."""
+        """2 bytes per weight: the model would run in bf16."""
         record, parameters = self._loaded.record, self._loaded.model.parameters()
         embedding = 0 if record.tied_head else record.vocab_size * record.hidden_size
         return 2 * (sum(parameter.numel() for parameter in parameters) - embedding)
@@ -91,7 +91,7 @@ def gguf_path(model: str) -> Path | None:
 
 
 class LlamaCppSubject:
-    """One of llama.cpp's quantizations of a GGUF file, made for the occasion."""
+    """One of llama.cpp's quantizations of a GGUF file, made temporarily."""
 
     def __init__(self, source: Path, kind: str, folder: Path, *, room: int, threads: int | None) -> None:
         """Quantize the file into `folder` and load it.
@@ -139,7 +139,7 @@ class LlamaCppSubject:
 
 
 def silence(llama_cpp: Any) -> None:
-    """Keep llama.cpp's own remarks off stderr, of which there are four lines a tensor."""
+    """Keep llama.cpp's own remarks off stderr, which are four lines per tensor."""
     # The callback has to outlive all calls, so the module keeps it.
     if not hasattr(llama_cpp, "_coreinfer_silent"):
         llama_cpp._coreinfer_silent = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)

@@ -1,4 +1,4 @@
-"""Scores with intervals: what was observed item by item, summed up and resampled."""
+"""Scores with intervals: observations of items, summed and resampled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

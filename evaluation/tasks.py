@@ -24,7 +24,7 @@ _NEW_TOKENS: Mapping[Kind, int] = {"completion": 24, "entities": 64, "summarizat
 
 @dataclass(frozen=True, kw_only=True)
 class Tools:
-    """What all subjects of a run share.
+    """What all subjects of a run have in common.
 
     Attributes:
         eos_ids: tokens that end a text.

@@ -132,7 +132,7 @@ def _host_name(host: str) -> str:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Give a body that was read once more; after it comes what the client does next."""
+    """Replay a body that was read already; after it comes what the client does next."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:

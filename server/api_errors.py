@@ -146,7 +146,7 @@ def error_response(error: ApiError) -> JSONResponse:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Give every error of an application OpenAI's shape."""
+    """Bring every error of an application into OpenAI's form."""
 
     async def failed(request: Request, error: Exception) -> JSONResponse:
         return error_response(api_error(error))

@@ -65,7 +65,7 @@ async def health(service: ServiceOf) -> Health:
     responses={200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}, 401: ERRORS[401]},
 )
 async def metrics(service: ServiceOf) -> Response:
-    """Give all counters in Prometheus' text format."""
+    """Return all counters in Prometheus' text format."""
     return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
 

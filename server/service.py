@@ -111,7 +111,7 @@ class Service:
 
 
 def service_of(request: Request) -> Service:
-    """Give a route the service of its application."""
+    """Return the service of a route's application."""
     service = request.app.state.service
     assert isinstance(service, Service)
     return service

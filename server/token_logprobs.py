@@ -13,7 +13,7 @@ Word = Callable[[int], str]
 
 
 def chat_logprobs(word: Word, tokens: Sequence[Token]) -> ChatLogprobs | None:
-    """Give those of a chat's tokens; None if they were not asked for."""
+    """Return those of a chat's tokens; None if they were not asked for."""
     content = [
         ContentLogprob(
             **_logprob(word(token.token_id), token.logprob),
@@ -26,7 +26,7 @@ def chat_logprobs(word: Word, tokens: Sequence[Token]) -> ChatLogprobs | None:
 
 
 def completion_logprobs(word: Word, tokens: Sequence[Token], offset: int) -> CompletionLogprobs | None:
-    """Give those of a completion's tokens; None if they were not asked for.
+    """Return those of a completion's tokens; None if they were not asked for.
 
     Args:
         offset: characters that came before them.

@@ -1,1 +1,1 @@
-"""What all packages share and no bundle holds: commands, checks of options, the machine, text files."""
+"""What all packages share and is not part of a bundle: commands, checks of options, the machine, text files."""

@@ -1,4 +1,4 @@
-"""How a text begins as token ids: what compiler, runtime and evaluation have to agree on."""
+"""How a text begins as token ids, the same for compiler, runtime and evaluation."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Checks of option values: what a value must be, and the line that says so where it is not."""
+"""Checks of option values: what a value must be, and the message if it is not."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -39,7 +39,7 @@ class Check:
 
 
 def raise_problems(problems: Iterable[str | None]) -> None:
-    """Refuse options of which something is wrong.
+    """Raise an error if options have problems.
 
     Raises:
         ConfigError: naming all problems that are not None.
@@ -49,7 +49,7 @@ def raise_problems(problems: Iterable[str | None]) -> None:
 
 
 def whole_number(least: int, most: int | None = None) -> Check:
-    """Expect an int, which True and False are not."""
+    """Expect an int; True and False are none."""
     bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
 
     def holds(value: Any) -> bool:
@@ -97,7 +97,7 @@ def or_word(words: Sequence[str], check: Check) -> Check:
 
 
 def not_empty(kind: type, expected: str) -> Check:
-    """Expect a text or a collection of a type with something in it."""
+    """Expect a text or a collection of a type that is not empty."""
     return Check(expected=expected, holds=lambda value: isinstance(value, kind) and bool(value))
 
 

@@ -42,7 +42,7 @@ def command_errors(command: Callable[P, None]) -> Callable[P, None]:
 
 @contextmanager
 def errors_on_one_line() -> Iterator[None]:
-    """End the process with one line where the block raises what was to be expected, or its output cannot be written."""
+    """End the process with one line if the block raises an expected error, or its output cannot be written."""
     try:
         try:
             yield

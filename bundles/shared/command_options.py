@@ -22,7 +22,7 @@ class NumberOr(click.ParamType[Any]):
         self.name = f"{number.__name__}|{word}"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Take the word as it is, and anything else as a number; click says so where it is none."""
+        """Take the word as it is, and everything else as a number, or let click refuse it."""
         if value == self.word:
             return value
         try:

@@ -1,4 +1,4 @@
-"""What an error says of those that led to it, such as that memory ran out."""
+"""What an error and those that led to it say, such as that memory ran out."""
 
 import errno
 from collections.abc import Iterator

@@ -11,11 +11,11 @@ __all__ = ["needs_extra", "require_package"]
 
 @contextmanager
 def needs_extra(what: str, extra: str) -> Iterator[None]:
-    """Import in the block what an extra of ours brings, so that the rest works without it.
+    """Import the packages of an extra in the block, so that the rest works without them.
 
     Args:
-        what: needs the package, for the message.
-        extra: that brings it.
+        what: what needs the package, for the message.
+        extra: the extra that contains it.
     Raises:
         ConfigError: a package is not installed; says which one, and how to install it.
     """
@@ -32,7 +32,7 @@ def require_package(package: str, what: str, install: str) -> None:
     """Find out whether a package is installed, without importing it.
 
     Args:
-        install: what pip installs it by.
+        install: what `pip install` takes to install it.
     Raises:
         ConfigError: it is not.
     """

@@ -41,7 +41,7 @@ def _core_of(root: Path, cpu: int) -> str:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Give the limits of CPU time, in CPUs, of the process's control groups and of those around them."""
+    """Return the limits of CPU time, in CPUs, of the process's control groups and of those around them."""
     mounts = root / "sys/fs/cgroup"
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         # hierarchy:controllers:path; version 2 has no controllers here.
@@ -59,7 +59,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _quota(group: Path) -> Iterator[float]:
-    """Give the limit of one control group, by either version's files; none where there is no limit."""
+    """Return the limit of one control group, by either version's files; none where there is no limit."""
     both = _read(group / "cpu.max") or f"{_read(group / 'cpu.cfs_quota_us')} {_read(group / 'cpu.cfs_period_us')}"
     quota, _, period = both.partition(" ")
     # "max" and -1 are no limit.
@@ -75,6 +75,6 @@ def _read(path: Path) -> str | None:
 
 
 def give_back_heap() -> None:
-    """Give what is free on the heap back to the system, where its C library can: glibc keeps it for later."""
+    """Return free heap memory to the system, if its C library can: glibc keeps it for later."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)

@@ -2,7 +2,7 @@
 
     keep: float = field(default=0.7, metadata=option("Kept neurons / all neurons.", group=SIZE, check=share()))
 
-What a field's type says is not said again: a Literal's words are its choices, a bool is a pair of switches, a tuple is
+What a field's type says is not repeated: a Literal's words are its choices, a bool is a pair of switches, a tuple is
 an option that repeats, and None is allowed where the type has it.
 """
 

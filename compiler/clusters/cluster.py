@@ -53,7 +53,7 @@ class Clustering:
 
 
 def cluster_embeddings(embeddings: Floats, num_clusters: int | str, *, seed: int) -> Clustering:
-    """Cluster by spherical k-means; empty and tiny clusters are merged into their nearest, and said so.
+    """Cluster by spherical k-means; empty and tiny clusters are merged into their nearest one, and this is logged.
 
     Args:
         embeddings: (sentences, dimension), rows of L2 norm 1.
@@ -128,7 +128,7 @@ def class_centroids(embeddings: Floats, labels: Labels) -> Floats:
 def label_clusters(texts: Sequence[str], labels: Labels) -> list[str]:
     """Label each cluster by the words that are most typical of it, by tf-idf over clusters.
 
-    A word counts once a text, so that one long text does not name its cluster.
+    A word counts once per text, so that one long text does not name its cluster.
     """
     num_clusters = int(labels.max()) + 1
     vectorizer: Any = TfidfVectorizer(stop_words="english", token_pattern=r"(?u)\b[^\W\d_]{3,}\b", sublinear_tf=True)

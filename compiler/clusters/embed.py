@@ -1,4 +1,4 @@
-"""Sentence embeddings, and the static encoder that stands in for them on the device."""
+"""Sentence embeddings, and the static encoder that replaces them on the device."""
 
 import io
 import logging

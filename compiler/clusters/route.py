@@ -1,4 +1,4 @@
-"""Stages `embed` and `cluster`: who belongs to which cluster, and how the device will find out."""
+"""Stages `embed` and `cluster`: the clusters of the text, and the router that finds them on the device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,7 +131,7 @@ def nearest(embeddings: Floats, centroids: Floats) -> npt.NDArray[np.int64]:
 
 
 def control_assignments(assignment: Assignment, *, seed: int) -> tuple[Assignment, ...]:
-    """Make the controls: one cluster for all, and clusters of the same sizes with documents dealt out at random."""
+    """Make the controls: one cluster for all, and clusters of the same sizes with randomly assigned documents."""
     generator = np.random.default_rng(seed)
     num_clusters = int(assignment.calibration.max()) + 1
 

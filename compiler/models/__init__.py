@@ -1,1 +1,1 @@
-"""Where models come from, and how they are loaded, completely or not at all."""
+"""Where models come from, and how they are loaded: completely or not at all."""

@@ -51,7 +51,7 @@ def check_quantization(config: PreTrainedConfig, what: str) -> None:
     """Refuse a checkpoint that is quantized already.
 
     Args:
-        what: what to call the model in an error, such as "--model tiny".
+        what: name of the model in an error, such as "--model tiny".
     Raises:
         UnsupportedModelError: its config says that it is.
     """
@@ -74,7 +74,7 @@ def check_files(folder: Path, what: str, *, mapped: bool) -> None:
     """Look at the headers of a folder's safetensors files, as far as they can be read; others are told on loading.
 
     Args:
-        what: what to call the model in an error, such as "--model tiny".
+        what: name of the model in an error, such as "--model tiny".
         mapped: whether weights are to stay in their file.
     Raises:
         ConfigError: there are no safetensors files, and weights are to stay in them.
@@ -99,10 +99,10 @@ def check_files(folder: Path, what: str, *, mapped: bool) -> None:
 
 
 def check_encoder(encoder: nn.Module, what: str) -> None:
-    """Compare a sentence encoder in memory with the files that it came from, which are read once more.
+    """Compare a sentence encoder in memory with its files, which are read again.
 
     Raises:
-        ConfigError: weights are missing, left over or no finite numbers; some are named.
+        ConfigError: weights are missing, left over or not finite; some are named.
     """
     check_finite(encoder, what)
     for module in encoder.modules():
@@ -140,7 +140,7 @@ def check_loaded(info: Mapping[str, Any], what: str) -> None:
 
     Args:
         info: of `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)`.
-        what: what to call the model in an error, such as "--model tiny".
+        what: name of the model in an error, such as "--model tiny".
     Raises:
         ConfigError: tensors are missing, left over or of another shape; some of each are named.
     """

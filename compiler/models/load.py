@@ -149,7 +149,7 @@ def load_model(
     Args:
         mapped: leave the weights in their file, in their stored dtype, and convert each layer's while it runs.
     Raises:
-        ConfigError: the model, the device or the dtype cannot be had.
+        ConfigError: the model, the device or the dtype is not available.
     """
     target, what = pick_device(device), f"--model {source.name}"
     if mapped and source.gguf_file:

@@ -18,7 +18,7 @@ _MOMENT_MATRICES = 6
 
 
 def check_memory(config: CompileConfig, loaded: LoadedModel, corpus: Corpus) -> None:
-    """Find out whether a compile gets by with `config.max_memory`; without it nothing is checked.
+    """Check that a compile fits into `config.max_memory`; without this option nothing is checked.
 
     Raises:
         ConfigError: it does not.

@@ -1,4 +1,4 @@
-"""Settings of config.json that would change a model's arithmetic, and that nobody here would honour.
+"""Settings of config.json that would change a model's arithmetic, but are not implemented here.
 
 transformers' classes take any setting, and leave those that they do not know alone: a config.json of a model of another
 architecture that calls itself llama would compute other numbers than its makers meant.
@@ -47,7 +47,7 @@ _OF_OTHER_MODELS: dict[str, tuple[Any, ...]] = {
 
 
 def check_settings(family: Family, config: PreTrainedConfig, name: str) -> None:
-    """Refuse settings that nobody would honour.
+    """Refuse settings that are not implemented.
 
     Args:
         name: what the user called the model.

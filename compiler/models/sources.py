@@ -73,7 +73,7 @@ def find_source(spec: str, *, option: str = "--model") -> ModelSource:
 
     Args:
         spec: Hub id, local folder, path of a `.gguf` file, or `package:NAME/PATH`.
-        option: what to call the option in an error.
+        option: name of the option in an error.
     Raises:
         ConfigError: there is no such file, folder or package.
     """

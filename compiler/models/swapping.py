@@ -38,7 +38,7 @@ def parameters_in_use(
 
 
 def values_of(parameters: Parameters) -> Weights:
-    """Give what parameters hold, by the same names."""
+    """Return what parameters hold, by the same names."""
     return {name: parameter.data for name, parameter in parameters.items()}
 
 

@@ -66,7 +66,7 @@ def with_own_file(tokenizer: Any, source: ModelSource) -> Any:
 
 
 def chat_templates(tokenizer: Any) -> Mapping[str, str]:
-    """Give a tokenizer's chat templates: `default`, and `tool_use` where conversations with tools have their own.
+    """Return a tokenizer's chat templates: `default`, and `tool_use` where conversations with tools have their own.
 
     Raises:
         ConfigError: there are several, and none of them is the default.

@@ -1,1 +1,1 @@
-"""Which neurons stay in each cluster and layer, and how the others are made up for."""
+"""Which neurons stay in each cluster and layer, and how the loss of the others is repaired."""

@@ -92,7 +92,7 @@ class _Part:
 
 
 def narrow_all(inputs: NarrowInputs, cache: Cache, key: str, progress: Progress) -> dict[str, NarrowModel]:
-    """Narrow the model for every assignment; each layer's result is cached as soon as it is there."""
+    """Narrow the model for every assignment; each layer's result is cached as soon as it is computed."""
     num_layers = inputs.loaded.record.num_layers
     if not inputs.config.reconstruct:
         results = [

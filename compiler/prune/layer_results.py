@@ -1,4 +1,4 @@
-"""What narrowing one layer ends in, and how it is kept in the cache."""
+"""The result of narrowing one layer, and its form in the cache."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What narrowing makes: the clusters' narrow FFNs, and the controls' at the same bytes."""
+"""The results of narrowing: the clusters' narrow FFNs, and those of the controls at the same bytes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

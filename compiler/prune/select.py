@@ -37,7 +37,7 @@ class Choice:
 def layer_budgets(
     config: CompileConfig, keep: float, profile: Profile, column_norms: Floats, curves: Floats | None = None
 ) -> list[int]:
-    """Decide how many neurons each layer keeps: multiples of 32 that make up the keep ratio in all.
+    """Decide how many neurons each layer keeps: multiples of 32 that together make the keep ratio.
 
     Args:
         keep: the keep ratio in all; that of the options is what was asked for.

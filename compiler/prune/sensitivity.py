@@ -165,10 +165,10 @@ def removal_curves(
     key: str,
     progress: Progress,
 ) -> Floats:
-    """Estimate what it costs to take ever more neurons out of each layer, repaired.
+    """Estimate what it costs to remove more and more neurons from each layer, with repair.
 
     Returns:
-        (layers, removed blocks of 32 neurons + 1) nats a token, from no block removed to all but one.
+        (layers, removed blocks of 32 neurons + 1) nats per token, from no block removed to all but one.
     """
     sample = spread_sample(documents, _CURVE_TOKENS)
 

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: what narrowing costs, on text that nothing was calibrated on.
+"""Stage `evaluate`: what narrowing costs, on text that was not calibrated on.
 
 Each text's first half is read with the dense FFN, the second half is decoded narrow under teacher forcing. The
 reference is the model with its own weights.
@@ -68,7 +68,7 @@ def compare_logits(dense: torch.Tensor, narrow: torch.Tensor, targets: torch.Ten
         targets: (tokens,) the tokens that came.
         text: number of the text, to count texts.
     Raises:
-        ModelOutputError: the logits are no finite numbers.
+        ModelOutputError: the logits are not finite.
     """
     log_p = dense.float().log_softmax(dim=-1)
     log_q = narrow.float().log_softmax(dim=-1)

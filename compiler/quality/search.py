@@ -1,4 +1,4 @@
-"""From what is wanted to options: the narrowest packs of a quality, the fewest clusters that earn their place."""
+"""From targets to options: the narrowest packs of a given quality, the smallest useful number of clusters."""
 
 import logging
 import math
@@ -38,7 +38,7 @@ def fit_quality(
     measure_dense: Callable[[], Score],
     num_tokens: Sequence[int],
 ) -> tuple[float, tuple[float, ...]]:
-    """Turn `max_kl` and `min_top1` into each cluster's lowest keep ratio that holds both; without them, into `keep`.
+    """Turn `max_kl` and `min_top1` into each cluster's lowest keep ratio that meets both; without them, into `keep`.
 
     What is measured are packs as they are stored, before any healing. A cluster with little held-out text is judged by
     all clusters' score.

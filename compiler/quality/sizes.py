@@ -1,4 +1,4 @@
-"""How much is kept: what was decided, and from a budget of bytes a token to a keep ratio."""
+"""How much is kept: the decision, and the keep ratio of a budget of bytes per token."""
 
 from dataclasses import dataclass
 from typing import Literal

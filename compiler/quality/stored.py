@@ -47,7 +47,7 @@ class StoredPacks:
 
     Attributes:
         folder: where they lie, as in a bundle.
-        cut: gives their layers.
+        cut: returns their layers.
     """
 
     folder: Path
@@ -106,7 +106,7 @@ def _packs(loaded: LoadedModel, folder: Path, num_clusters: int) -> StoredPacks:
 
 
 def dense_cut(stored: StoredModel) -> Cut:
-    """Give the layers of the dense FFN, as those of one cluster."""
+    """Return the layers of the dense FFN, as those of one cluster."""
     return partial(_stored_layer, stored.loaded, [TensorFile(stored.folder / LAYOUT.dense)])
 
 

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of every linear layer: what its rounding errors are weighed by."""
+"""Second moments of the inputs of every linear layer: the weights of its rounding errors."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,1 +1,1 @@
-"""What a bundle says of itself: manifest and report.html."""
+"""The description of a bundle: manifest and report.html."""

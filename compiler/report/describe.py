@@ -1,4 +1,4 @@
-"""What a bundle says of itself: from what was compiled to the manifest."""
+"""The description of a bundle: from what was compiled to the manifest."""
 
 from dataclasses import asdict, dataclass
 from importlib.metadata import version

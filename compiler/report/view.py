@@ -20,7 +20,7 @@ _PARTS = ("FFN", "attention", "head", "other")
 
 
 def report_view(manifest: Manifest, points: Sequence[MapPoint], file_bytes: Mapping[str, int]) -> dict[str, Any]:
-    """Give the template's variables."""
+    """Return the template's variables."""
     weights, quality = token_bytes(manifest), manifest.quality
     return {
         "m": manifest,
@@ -88,7 +88,7 @@ def _clusters(manifest: Manifest) -> Iterator[dict[str, Any]]:
 
 
 def _metrics(quality: Quality) -> Iterator[dict[str, Any]]:
-    """Give one bar chart a metric: the clusters between the dense model and the controls."""
+    """Return one bar chart a metric: the clusters between the dense model and the controls."""
     scores = (quality.dense, quality.clusters, *quality.controls)
     for name, note, field, form, greatest in (
         ("KL to the model", "nats a token; lower is better", "kl", "{:.3f}", None),
@@ -136,7 +136,7 @@ def _ridge(value: float | None) -> str:
 
 
 def _reads(manifest: Manifest, weights: TokenBytes) -> list[dict[str, Any]]:
-    """Give bytes and speeds with a pack and dense, as shares of the larger of both."""
+    """Return bytes and speeds with a pack and dense, as shares of the larger of both."""
     shared = (weights.attention, weights.head, weights.other)
     widest = max(weights.pack, weights.dense)
     dense = "with the dense FFN" if manifest.plan.dense else "with the dense FFN (not in this bundle)"

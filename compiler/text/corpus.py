@@ -71,7 +71,7 @@ def spread_sample(documents: Sequence[Document], num_tokens: int) -> list[Docume
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Documents in parts that share nothing.
+    """Documents in disjoint parts.
 
     Attributes:
         calibration: what moments and Gram matrices are made of.

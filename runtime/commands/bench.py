@@ -29,11 +29,11 @@ class BenchOptions:
     """What to measure.
 
     Attributes:
-        isas: kernels to measure, names or "auto".
-        threads: None for one a physical core.
+        isas: kernels to measure, by name or "auto".
+        threads: number of CPU threads; None for one per physical core.
         num_tokens: tokens to decode in a round, after a prompt of 16.
         num_prompt_tokens: tokens of the prompt whose prefill is timed.
-        num_starts: starts of coreinfer-run to time; 0 leaves them out.
+        num_starts: number of starts of coreinfer-run to time; 0 for none.
     """
 
     isas: tuple[str, ...] = ("auto",)

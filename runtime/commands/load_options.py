@@ -1,4 +1,4 @@
-"""Options of commands that load a bundle, and the engine that they ask for."""
+"""Options of commands that load a bundle, and the engine that they load."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields

@@ -1,4 +1,4 @@
-"""What `coreinfer-run` prints of a generation and reads from standard input, for one answer and for a chat."""
+"""What `coreinfer-run` prints about a generation and reads from standard input, for one answer and for a chat."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ _FALLBACKS: dict[Fallback | None, str] = {
 
 
 def figures(last: Token) -> str:
-    """Sum an answer up in one line, from its last token."""
+    """Summarise an answer in one line, from its last token."""
     cached = f" ({last.num_cached_tokens} cached)" if last.num_cached_tokens else ""
     path = " -> ".join(f"{step.cluster} ({step.label})" for step in last.path)
     distance = f"{last.distance:.3f}{_FALLBACKS.get(last.fallback, '')}"

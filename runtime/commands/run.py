@@ -1,4 +1,4 @@
-"""`coreinfer-run`: generate from a bundle."""
+"""`coreinfer-run`: generate with a bundle."""
 
 import json
 import sys

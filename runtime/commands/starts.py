@@ -1,4 +1,4 @@
-"""What a start of `coreinfer-run` takes: seconds to its first token, and memory."""
+"""Time and memory of a start of `coreinfer-run` up to its first token."""
 
 import re
 import statistics
@@ -32,7 +32,7 @@ class Starts:
 
     Attributes:
         first_token_seconds: from the start of the process to the first byte that it prints.
-        peak_rss_bytes: most resident memory of the process, mapped weights included; None where there is no /proc.
+        peak_rss_bytes: peak resident memory of the process, mapped weights included; None where there is no /proc.
     """
 
     first_token_seconds: float
@@ -43,7 +43,7 @@ def measure_starts(arguments: Sequence[str], num_starts: int) -> Starts:
     """Run `coreinfer-run` for one token, several times.
 
     Args:
-        arguments: of coreinfer-run, but for the prompt and the number of tokens.
+        arguments: arguments of coreinfer-run, without the prompt and the number of tokens.
     Raises:
         CoreInferError: it failed.
     """

@@ -1,4 +1,4 @@
-"""From logits to the next token, with its log-probability where asked for."""
+"""From logits to the next token, with its log-probability on request."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """A token, with the model's own log-probabilities where they were asked for."""
+    """A token, with the model's own log-probabilities if they were requested."""
 
     token_id: int
     logprob: float | None = None
@@ -115,7 +115,7 @@ class TokenChooser:
 
 
 def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
-    """Give each token's natural log-probability: (vocab,) float64.
+    """Return each token's natural log-probability: (vocab,) float64.
 
     Raises:
         ModelOutputError: the logits hold NaN or infinity, or are minus infinity throughout.

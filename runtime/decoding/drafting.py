@@ -1,4 +1,4 @@
-"""How many tokens to draft before a verification, and whether drafting pays at all."""
+"""How many tokens to draft before a verification, and whether drafting is faster at all."""
 
 from collections import defaultdict, deque
 
@@ -33,7 +33,7 @@ class DraftCosts:
     """
 
     def __init__(self) -> None:
-        """Know nothing; begin as if 3 of 4 drafts had been accepted."""
+        """Begin without measurements, as if 3 of 4 drafts had been accepted."""
         self.warm_up = list(_WARM_UP)
         self.accepted, self.tried = 3.0, 4.0
         self.plain, self.draft = Timing(), Timing()
@@ -55,7 +55,7 @@ class DraftCosts:
 
 
 class DraftLength:
-    """Chooses one generation's draft lengths by expected tokens a second, from acceptance and from measured times.
+    """Chooses one generation's draft lengths by expected tokens per second, from acceptance and from measured times.
 
     With acceptance a of a drafted token, a round that drafts k returns (1 - a^(k+1)) / (1 - a) tokens on average, the
     dense model's own token included, and takes k drafted tokens and one verification of k + 1 rows. Where no k beats
@@ -66,8 +66,8 @@ class DraftLength:
         """Begin a generation.
 
         Args:
-            costs: what is known so far, to be learnt further; None to go by nominal costs and by what this generation
-                accepts, so that the lengths follow from its tokens alone.
+            costs: measurements so far, which are continued; None to use nominal costs and this generation's acceptance
+                alone, so that lengths depend only on its tokens.
         """
         self._timed = costs is not None
         self._costs = costs or DraftCosts()
@@ -76,7 +76,7 @@ class DraftLength:
         self._turned_off = False
 
     def next(self, limit: int) -> int:
-        """Give the number of tokens to draft now, at most `limit`; 0 for plain decoding."""
+        """Return the number of tokens to draft now, at most `limit`; 0 for plain decoding."""
         costs = self._costs
         if limit < 1:
             return 0
@@ -105,13 +105,13 @@ class DraftLength:
         return around[self._num_rounds // _EXPLORE_ROUNDS % len(around)]
 
     def note_plain(self, seconds: float | None) -> None:
-        """Take down a token that was decoded plainly; None where its time was shared with others."""
+        """Record a token that was decoded plainly; None where its time was shared with others."""
         self._num_plain += 1
         if seconds is not None:
             self._costs.plain.add(seconds)
 
     def note_round(self, num_drafted: int, draft_seconds: float, verify_seconds: float) -> None:
-        """Take down a round: the drafting of all its tokens, and the verification of one row more."""
+        """Record a round: the time to draft all its tokens, and to verify one row more."""
         self._num_rounds += 1
         self._num_drafted += num_drafted
         self._costs.accepted *= _FADING
@@ -120,7 +120,7 @@ class DraftLength:
         self._costs.verify[num_drafted + 1].add(verify_seconds)
 
     def note_choice(self, *, accepted: bool) -> None:
-        """Take down that a token was chosen where one was drafted."""
+        """Record that a token was chosen where one was drafted."""
         self._num_tried += 1
         self._num_accepted += accepted
         self._costs.tried += 1
@@ -183,11 +183,11 @@ class Timing:
         return bool(self._seconds)
 
     def add(self, seconds: float) -> None:
-        """Take one down."""
+        """Record one."""
         self._seconds.append(seconds)
 
     def median(self) -> float:
-        """Give the median, in seconds."""
+        """Return the median, in seconds."""
         # Not at the top: whoever drafts nothing would wait some 5 ms for it, fractions and decimals included.
         from statistics import median
 

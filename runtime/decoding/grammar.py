@@ -99,7 +99,7 @@ class JsonGrammar:
         Args:
             logits: (vocab,) float32; left as they are.
         Raises:
-            ConfigError: no text follows the schema, as where it refers to itself and to nothing else; it became too
+            ConfigError: no text can follow the schema, for example one that refers only to itself; it became too
                 complex for llguidance's limits, or continues with no token that has a logit.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)

@@ -72,7 +72,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A token that another model proposes.
+    """A token proposed by another model.
 
     Attributes:
         token_id: what is proposed.
@@ -173,7 +173,7 @@ class Sampler:
 def distribution(
     logits: Logits, params: SamplingParams, seen_ids: Collection[int], counts: Mapping[int, int] = _NO_COUNTS
 ) -> Doubles:
-    """Give each token's probability of being drawn next.
+    """Return each token's probability of being drawn next.
 
     Args:
         logits: (vocab,) float32; left as they are.
@@ -200,7 +200,7 @@ def distribution(
 
 
 def check_finite(logits: Logits) -> None:
-    """Refuse logits of which nothing can be chosen; costs one pass over them.
+    """Refuse logits that no token can be chosen from; costs one pass over them.
 
     Args:
         logits: (..., vocab) float32.
@@ -249,7 +249,7 @@ def _penalized(logits: Logits, params: SamplingParams, seen_ids: Collection[int]
 
 
 def check_ids(what: str, token_ids: Collection[int], vocab_size: int) -> Ids:
-    """Give token ids as an array.
+    """Return token ids as an array.
 
     Raises:
         ConfigError: one is not among the model's.

@@ -110,14 +110,14 @@ class TextStream:
 
 
 def text_after(tokenizer: Tokenizer, before_ids: Sequence[int], token_ids: Sequence[int]) -> str:
-    """Give the text that tokens add to the text before them, without special ones."""
+    """Return the text that tokens add to the text before them, without special ones."""
     before = _ids_before(tokenizer, before_ids, _special_ids(tokenizer))
     num_before = len(tokenizer.decode(before, skip_special_tokens=True))
     return str(tokenizer.decode([*before, *token_ids], skip_special_tokens=True)[num_before:])
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """Give the text that one token adds to a text, a special one its name; half a character is a replacement."""
+    """Return the text that one token adds to a text, a special one its name; half a character is a replacement."""
     before = _letter_ids(tokenizer)
     num_before = len(tokenizer.decode(before, skip_special_tokens=False))
     return str(tokenizer.decode([*before, token_id], skip_special_tokens=False)[num_before:])

@@ -1,4 +1,4 @@
-"""Calls that must be made: a grammar of the functions' schemas, in the model's own form of calls."""
+"""Required calls: a grammar of the functions' schemas, in the model's own form of calls."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What a decoder's KV cache holds, and how much of it another prompt may take over."""
+"""What a decoder's KV cache holds, and how much of it another prompt may reuse."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""How many pages the KV cache of a decoder has: under a limit, or with what the machine has to spare."""
+"""How many pages the KV cache of a decoder has: under a limit, or with free memory."""
 
 import math
 import os
@@ -41,7 +41,7 @@ def limit_bytes(kv_cache_mb: float | None) -> int | None:
 
 
 def count_pages(kv_cache_bytes: int | None, *, page_bytes: int, max_positions: int) -> int:
-    """Count the pages that a KV cache is to have.
+    """Count the pages of a KV cache.
 
     Args:
         kv_cache_bytes: the limit; None for half of the free memory, but no more than 64 whole contexts (or 1,024 pages
@@ -49,7 +49,7 @@ def count_pages(kv_cache_bytes: int | None, *, page_bytes: int, max_positions: i
         page_bytes: keys and values of a page.
         max_positions: tokens of a whole context.
     Raises:
-        ConfigError: the limit has no room for a page.
+        ConfigError: the limit is smaller than a page.
     """
     if kv_cache_bytes is None:
         most = max(_MOST_CONTEXTS * pages_of(max_positions), _MOST_SHORT_PAGES)

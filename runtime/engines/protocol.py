@@ -1,4 +1,4 @@
-"""What executes a model: the seam between `Engine` and its decoders."""
+"""What executes a model: the interface between `Engine` and its decoders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

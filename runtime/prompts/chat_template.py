@@ -1,6 +1,6 @@
 """From a conversation to the text of a prompt, by the model's own chat template.
 
-A template comes out of a model's files and is a program: it runs in jinja2's sandbox, with the helpers that
+A template comes from a model's files and is a program: it runs in jinja2's sandbox, with the helpers that
 transformers gives to templates.
 """
 
@@ -109,7 +109,7 @@ def takes_tools(template: str) -> bool:
     """Whether a chat template writes the tools that it is given.
 
     Raises:
-        ConfigError: it is no template.
+        ConfigError: it is not a template.
     """
     return "tools" in _names(template)
 
@@ -164,7 +164,7 @@ def _depends_on(template: str, values: Mapping[str, Any], index: int) -> bool:
 
 
 def check_messages(messages: object) -> None:
-    """Check the form of a conversation; which roles there are and in which order is the template's affair.
+    """Check the form of a conversation; the template decides about roles and their order.
 
     Args:
         messages: expected to be a non-empty list of mappings with the strings "role" and "content"; content may be None
@@ -181,7 +181,7 @@ def check_messages(messages: object) -> None:
 
 
 def routing_text(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Give the text that says what a conversation is about: the user's last message, or the last of all."""
+    """Return the text that a conversation is routed by: the user's last message, or else the last message."""
     by_user = [message for message in messages if message["role"] == "user"]
     return (by_user or messages)[-1].get("content") or ""
 

@@ -1,4 +1,4 @@
-"""What users say is text: a control token's name in it is no control token.
+"""The content of messages is text: a control token's name in it is not a control token.
 
 A chat template writes contents and control tokens into one string. So names of control tokens in contents are put
 between marks before the template runs; in its result everything marked is text, and the rest is the template's.
@@ -124,7 +124,7 @@ class LiteralEncoder:
 
 
 def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Give tokens of a tokenizer's model other names, so that it makes none of them of a text either.
+    """Rename tokens of a tokenizer's model, so that no text becomes one of them.
 
     Raises:
         ConfigError: it is a model of a kind that is not known here.

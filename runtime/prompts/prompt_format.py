@@ -76,7 +76,7 @@ class PromptFormat:
     ) -> list[int]:
         """Turn a conversation into token ids by the model's chat template.
 
-        Names of control tokens in what is said are text, unless `options.parse_special` has it otherwise.
+        Names of control tokens in messages are text, unless `options.parse_special` is set.
 
         Args:
             known_ids: see `encode_after`.
@@ -124,8 +124,8 @@ class PromptFormat:
         """Turn a text that is to be continued as it is into token ids, with those that begin a text of the model.
 
         Raises:
-            ConfigError: the text is no Unicode, holds a token that the model has no embedding for, or is of so many
-                characters that it is certainly too long for the model.
+            ConfigError: the text is not valid Unicode, holds a token that the model has no embedding for, or is of so
+                many characters that it is certainly too long for the model.
         """
         self._check_text(text)
         return self._known(text_ids(self.tokenizer, text))
@@ -159,8 +159,8 @@ class PromptFormat:
     def encode_after(self, known_ids: Sequence[int], rendered: MarkedText) -> list[int]:
         """Turn a rendered conversation into token ids that begin, where its text allows it, with known ones.
 
-        A model does not always write a text with the tokens that its tokenizer gives to it. What is in the KV cache are
-        the model's own, so they are kept if they stand for the same text.
+        A model does not always write a text with the tokens that its tokenizer makes of it. The KV cache holds the
+        model's own tokens, so they are kept if they stand for the same text.
 
         Args:
             known_ids: a prompt and the tokens that were decoded after it.
@@ -193,7 +193,7 @@ class PromptFormat:
 
 
 def continues(messages: Sequence[Mapping[str, Any]], options: GenerationOptions) -> bool:
-    """Whether the last message is to be continued."""
+    """Whether the last message is continued."""
     check_messages(messages)
     by_assistant = messages[-1]["role"] == "assistant"
     if options.continue_final_message and not by_assistant:

@@ -55,7 +55,7 @@ def token_room(tokenizer: Tokenizer) -> TokenRoom | None:
 
 
 def _parts(component: Any) -> Iterator[dict[str, Any]]:
-    """Give the parts of a normalizer or pre-tokenizer as tokenizer.json has them."""
+    """Return the parts of a normalizer or pre-tokenizer as tokenizer.json has them."""
     if component is not None:
         yield from _flat(json.loads(component.__getstate__()))
 
@@ -82,7 +82,7 @@ def _lost(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> str | None:
 
 
 def _byte_letters(text: str) -> str:
-    """Give the letters that stand for a text's bytes."""
+    """Return the letters that stand for a text's bytes."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return "".join(piece for piece, _ in byte_level.pre_tokenize_str(text))
 

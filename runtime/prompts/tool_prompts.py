@@ -18,7 +18,7 @@ To call several, answer with nothing but a list of such objects. If no function 
 
 
 def call_problems(where: str, message: Mapping[str, Any]) -> list[str]:
-    """Say what is wrong with the calls in a message; see `for_template` for their form."""
+    """List what is wrong with the calls in a message; see `for_template` for their form."""
     calls = message.get("tool_calls")
     if calls is None:
         return []
@@ -68,14 +68,14 @@ def for_template(messages: Messages) -> Messages:
 
 
 def described(messages: Messages, tools: Sequence[Mapping[str, Any]]) -> Messages:
-    """Say everything about tools in plain messages, for a chat template that takes none.
+    """Describe tools, calls and results in plain messages, for a chat template that takes no tools.
 
     Args:
         messages: of `for_template`.
         tools: put into the system message, which is made if there is none.
     Returns:
-        Messages in which calls are their JSON text, and results are said by the user, together with what else the user
-        says next: many templates want users and assistants to take turns.
+        Messages in which calls are their JSON text, and results are messages of the user, joined with the
+        user's next message: many templates expect users and assistants to take turns.
     """
     plain: Messages = []
     for message in messages:

@@ -27,8 +27,8 @@ class ToolCall:
     """A call that a model wrote.
 
     Attributes:
-        id: by which the function's result says what it answers.
-        name: of the function.
+        id: id that the function's result refers to.
+        name: name of the function.
         arguments: a JSON object, as text.
     """
 
@@ -64,7 +64,7 @@ class ToolFormat:
     others: tuple[str, ...] = ()
 
     def writes_like(self, template: str) -> bool:
-        """Whether a chat template is one of this format's."""
+        """Whether a chat template writes calls in this format."""
         return any(hint in template for hint in self.hints) and not any(other in template for other in self.others)
 
 
@@ -88,8 +88,8 @@ FORMATS = (_HERMES, _MISTRAL, _LLAMA)
 class CallReader:
     """Splits one answer, as it comes, into content and calls.
 
-    What comes out as content, put together, is the text without its calls. A call that is not whole, is no JSON, or
-    names a function that was not offered stays content, as it was written.
+    All content, joined, is the text without its calls. A call that is incomplete, is not JSON, or names a function
+    that was not offered stays content, as it was written.
     """
 
     def __init__(self, form: ToolFormat, names: Collection[str], *, one_call: bool = False) -> None:
@@ -181,7 +181,7 @@ class CallReader:
 
 
 def tool_names(tools: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Give the names of functions.
+    """Return the names of functions.
 
     Raises:
         ConfigError: one has none.
@@ -215,7 +215,7 @@ def check_tool_choice(choice: object, tools: Sequence[Mapping[str, Any]] | None)
 
 
 def named_tool(choice: object) -> str | None:
-    """Give the name of the one function that must be called; None where it is not named."""
+    """Return the name of the one function that must be called; None where it is not named."""
     if not isinstance(choice, Mapping) or choice.get("type") != "function":
         return None
     function = choice.get("function")
@@ -259,5 +259,5 @@ def _new_id() -> str:
 
 
 def _num_begun(text: str, mark: str) -> int:
-    """Give the length of the longest end of a text that a mark could begin with."""
+    """Return the length of the longest end of a text that a mark could begin with."""
     return next((length for length in range(min(len(text), len(mark)), 0, -1) if mark.startswith(text[-length:])), 0)

@@ -1,4 +1,4 @@
-"""Whether a text has moved on to another cluster while it was decoded."""
+"""Whether a text has drifted to another cluster while it was decoded."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ MARGIN = 0.05
 
 
 class DriftWatch:
-    """Follows the clusters that stretches of one generation belong to.
+    """Follows the clusters of the stretches of one generation.
 
     A pack is swapped when two stretches in a row, which share no token, are nearest to the same other cluster, each by
     a margin. One stretch may quote or digress; a lasting change shows in both.
@@ -24,15 +24,15 @@ class DriftWatch:
         """Begin a generation.
 
         Args:
-            cluster: that it begins with.
-            stretch_tokens: length of a stretch; 0 never looks.
+            cluster: the cluster that it begins with.
+            stretch_tokens: length of a stretch; 0 to never route again.
         """
         self.cluster = cluster
         self._stretch_tokens = stretch_tokens
         self._candidate: int | None = None
 
     def stretch(self, token_ids: Sequence[int]) -> Sequence[int]:
-        """Give the tokens to route now, given all that were decoded; none except at the end of a stretch."""
+        """Return the tokens to route now, given all decoded tokens; empty except at the end of a stretch."""
         if self._stretch_tokens == 0 or len(token_ids) % self._stretch_tokens:
             return ()
         return token_ids[-self._stretch_tokens :]

@@ -23,8 +23,8 @@ class ModePlan:
 
     Attributes:
         mode: never "auto".
-        fallback: why mode auto left the nearest pack alone; None where it did not.
-        cluster: the pack that serves instead of the nearest; None for the nearest.
+        fallback: why mode auto did not use the nearest pack; None if it did.
+        cluster: the pack that is used instead of the nearest one; None for the nearest.
     """
 
     mode: Mode
@@ -43,12 +43,12 @@ class ModePlan:
 
 
 def plan_mode(mode: Mode, manifest: Manifest, route: Route, num_prompt_tokens: int) -> ModePlan:
-    """Settle the mode of one prompt.
+    """Decide the mode of one prompt.
 
-    "auto" decodes dense where the prompt is unlike anything calibrated on, or where the router is unsure of it, and
-    without a dense FFN with the largest pack. Otherwise it takes the nearest cluster's pack, except that a long prompt
-    chooses its own neurons where packs are not repaired: a repaired pack is better than an unrepaired choice of any
-    kind (docs/benchmarks.md), an unrepaired one is not.
+    "auto" decodes dense where the prompt is unlike the calibration text, or where the router is unsure of it;
+    without a dense FFN it uses the largest pack. Otherwise it takes the nearest cluster's pack, except that a long
+    prompt chooses its own neurons where packs are not repaired: a repaired pack is better than an unrepaired choice of
+    any kind (docs/benchmarks.md), an unrepaired one is not.
 
     Raises:
         ConfigError: the mode needs the dense FFN, which the bundle lacks.
@@ -72,7 +72,7 @@ def _automatic(manifest: Manifest, route: Route, num_prompt_tokens: int) -> Mode
 
 
 def largest_cluster(manifest: Manifest) -> int:
-    """Find the cluster whose pack serves prompts that belong nowhere: the widest, of equals that with most text."""
+    """Find the cluster for prompts that belong to none: the widest pack; of equals, the one with the most text."""
 
     def size(cluster: int) -> tuple[int, int]:
         record = manifest.clusters[cluster]
@@ -82,7 +82,7 @@ def largest_cluster(manifest: Manifest) -> int:
 
 
 def serving_cluster(plan: ModePlan, route: Route) -> int:
-    """Give the cluster that serves a prompt."""
+    """Return the cluster whose pack a prompt uses."""
     return route.cluster if plan.cluster is None else plan.cluster
 
 

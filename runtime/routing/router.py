@@ -19,13 +19,12 @@ UNSURE_MARGIN = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """Where a text belongs.
+    """The cluster that a text belongs to.
 
     Attributes:
         cluster: nearest cluster.
         distance: 1 - cosine to its centroid.
-        margin: by which share of the second nearest distance the nearest is nearer, see `lead`; 1 where there is one
-            cluster only.
+        margin: share of the second nearest distance by which the nearest is nearer, see `lead`; 1 with one cluster.
         familiar: whether the distance is within the 99th percentile of calibration text.
     """
 
@@ -36,7 +35,7 @@ class Route:
 
     @property
     def sure(self) -> bool:
-        """Whether the margin says which cluster it is."""
+        """Whether the margin is large enough to be sure of the cluster."""
         return self.margin >= UNSURE_MARGIN
 
 
@@ -82,7 +81,7 @@ class Router:
         )
 
     def distances(self, text: str) -> npt.NDArray[np.float64]:
-        """Give a text's distance to every cluster: (clusters,) 1 - cosine."""
+        """Return a text's distance to every cluster: (clusters,) 1 - cosine."""
         clusters, distances = self._nearest(text, self._index.ntotal)
         return np.asarray(distances[np.argsort(clusters)], dtype=np.float64)
 
@@ -94,7 +93,7 @@ class Router:
 
 
 def lead(near: float, far: float) -> float:
-    """Give by which share of `far` a distance is nearer: 0 for equal ones, up to 1.
+    """Return by which share of `far` a distance is nearer: 0 for equal distances, at most 1.
 
     A share, because the distances of one encoder may be a hundredth of another's.
     """

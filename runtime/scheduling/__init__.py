@@ -1,4 +1,4 @@
-"""The one loop that every generation goes through: `Scheduler.step` admits, reads, decodes and posts."""
+"""The one loop of all generations: `Scheduler.step` admits, reads, decodes and posts."""
 
 from .driver import Driver
 from .run import Post, Run, prepare

@@ -92,7 +92,7 @@ class Driver:
             self.end(runs)
 
     def end(self, runs: Sequence[Run]) -> None:
-        """Free what runs hold, at once if nobody is stepping, else after the step."""
+        """Free what runs hold: at once, or after the step in progress."""
         for run in runs:
             run.ended = True
         if os.getpid() != self._process_id:
@@ -119,7 +119,7 @@ class Driver:
             self._lead(lambda: True)
 
     def wake(self) -> None:
-        """Have `serve` look whether it is closed."""
+        """Make `serve` check whether it is closed."""
         with self._lock:
             self._work.notify()
 

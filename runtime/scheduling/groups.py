@@ -16,7 +16,7 @@ Group = tuple[FfnChoice, list[Run]]
 
 
 def group_by_weights(runs: Iterable[Run]) -> list[Group]:
-    """Put runs together whose next token goes through the same weights."""
+    """Group runs whose next token uses the same weights."""
     groups: list[Group] = []
     for run in runs:
         choice = run.choice if run.lengths is None else DENSE
@@ -55,7 +55,7 @@ def _note_plain(runs: Sequence[Run], seconds: float) -> None:
 
 
 def draft_alone(decoder: Decoder, switch: FfnSwitch, run: Run, length: int) -> None:
-    """Draft and verify for a run in mode lossless; its rows are then to be chosen from."""
+    """Draft and verify for a run in mode lossless; tokens are then chosen from its rows."""
     assert run.lengths is not None
     _start_clocks([run], time.perf_counter())
     decoder.select(_number(run))

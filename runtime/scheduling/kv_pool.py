@@ -1,4 +1,4 @@
-"""The decoder's sequences and their pages: which run has which, and what those of finished runs still hold."""
+"""The decoder's sequences and their pages: which run has which, and what finished runs left in them."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ NumKept = Callable[[CachedTokens], int]
 
 
 class KvPool:
-    """Gives each run a sequence that begins with as much as possible of what another one holds.
+    """Gives each run the sequence that already holds the longest beginning of its tokens.
 
     A finished run's sequence stays as it is, so that a conversation's next turn, or a prompt with the same beginning,
     finds its tokens: the sequence is taken over, or forked where others may want the rest of it. The longest unused
@@ -31,12 +31,12 @@ class KvPool:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences that there are."""
+        """Number of sequences."""
         return len(self._idle) + len(self._taken)
 
     @property
     def num_taken(self) -> int:
-        """Sequences that runs have."""
+        """Number of sequences that runs have."""
         return len(self._taken)
 
     def take(self, num_kept: NumKept) -> tuple[int, int]:
@@ -77,7 +77,7 @@ class KvPool:
         self._forget(number)
 
     def evict(self) -> bool:
-        """Forget what the longest unused sequence holds; False if none that is idle holds anything."""
+        """Forget what the longest unused sequence holds; False if no idle sequence holds anything."""
         for number in self._idle:
             if self._length(number):
                 self._forget(number)

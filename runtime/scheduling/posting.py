@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 def post_token(run: Run, row: Row) -> int:
-    """Choose a token, hand it over, and see whether the text has moved on; returns its id."""
+    """Choose a token, hand it over, and check for drift; returns its id."""
     chosen = run.chooser.choose(row.logits, row.draft)
     if run.lengths and row.draft:
         run.lengths.note_choice(accepted=chosen.token_id == row.draft.token_id)

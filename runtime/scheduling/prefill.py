@@ -17,7 +17,7 @@ _ROWS_AT_ONCE = 16
 
 
 def begin(run: Run, decoder: Decoder, pool: KvPool) -> bool:
-    """Take a sequence for a run, with what of its prompt is read already; False if there is no room for the rest."""
+    """Take a sequence for a run, with the part of its prompt that it already holds; False if the rest has no room."""
     number, kept = pool.take(lambda cached: _num_kept(run, cached, decoder))
     num_more = len(run.request.token_ids) + len(run.decoded_in_cache) + 1 - kept
     if not pool.make_room(kept, num_more) and pool.num_taken > 1:
@@ -125,7 +125,7 @@ def _read_decoded_again(run: Run, decoder: Decoder, switch: FfnSwitch) -> None:
 
 
 def _decoded_with(run: Run, start: int, end: int) -> tuple[FfnChoice, int]:
-    """Give the weights that the decoded token at `start` went through, and where others begin."""
+    """Return the weights that the decoded token at `start` went through, and where others begin."""
     if run.lengths is not None:
         return DENSE, end
     if len(run.path) == 1:

@@ -53,7 +53,7 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        """Know nothing."""
+        """Begin without measurements."""
         self._step_seconds: float | None = None
         self._token_seconds: float | None = None
         self._debt_seconds = 0.0
@@ -71,12 +71,12 @@ class Pace:
         return max(_LEAST_BLOCK_TOKENS, int(_READING_SHARE * self._step_seconds / self._token_seconds))
 
     def note_step(self, seconds: float) -> None:
-        """Take down the decoding of a step."""
+        """Record the decoding time of a step."""
         self._step_seconds = _moved(self._step_seconds, seconds)
         self._debt_seconds = max(0.0, self._debt_seconds - seconds)
 
     def note_block(self, num_tokens: int, seconds: float, *, others_decode: bool) -> None:
-        """Take down a block that was read."""
+        """Record the reading time of a block."""
         self._token_seconds = _moved(self._token_seconds, seconds / num_tokens)
         self._debt_seconds = seconds if others_decode else 0.0
 

@@ -43,7 +43,7 @@ def model_config(header: Header, name: str) -> PreTrainedConfig:
     """Build the config that transformers would have of the model that a file was made from.
 
     Args:
-        name: what to call the model in an error.
+        name: name of the model in an error.
     Raises:
         ConfigError: a size is missing or contradicts the tensors.
         UnsupportedModelError: the architecture is not read, or a key asks for something that is not computed.
@@ -65,7 +65,7 @@ def architecture_of(header: Header, name: str) -> str:
     """Find the architecture that a file states.
 
     Raises:
-        UnsupportedModelError: it is none that is read.
+        UnsupportedModelError: the architecture is not supported.
     """
     stated = header.metadata.get("general.architecture")
     if stated in ARCHITECTURES:

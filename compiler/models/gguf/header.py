@@ -66,7 +66,7 @@ def read_header(file: Path) -> Header:
     """Read what a GGUF file states before its weights.
 
     Raises:
-        ConfigError: it is no GGUF file, of a version or byte order that is not read, cut short or damaged.
+        ConfigError: it is not a GGUF file, has an unsupported version or byte order, or is cut short or damaged.
     """
     try:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -16,7 +16,7 @@ class HeaderKeys:
     Args:
         header: what the file states.
         architecture: prefix of the keys, such as "llama".
-        name: what to call the model in an error.
+        name: name of the model in an error.
     """
 
     def __init__(self, header: Header, architecture: str, name: str) -> None:
@@ -69,7 +69,7 @@ class HeaderKeys:
             raise self.unsupported(key)
 
     def check_all_read(self, neutral: Mapping[str, Collection[Any]]) -> None:
-        """Refuse keys of the architecture that nothing has read: what they change would be lost in silence.
+        """Refuse keys of the architecture that nothing has read: what they change would be lost silently.
 
         Args:
             neutral: key -> values with which it changes nothing.

@@ -37,7 +37,7 @@ def build_tokenizer(header: Header, name: str) -> PreTrainedTokenizerFast:
     """Build the tokenizer that a file describes.
 
     Args:
-        name: what to call the model in an error.
+        name: name of the model in an error.
     Raises:
         ConfigError: the vocabulary is missing or contradicts itself.
         UnsupportedModelError: the tokenizer is of a kind, or splits in a way, that is not known here.
@@ -90,7 +90,7 @@ def _wrap(backend: Tokenizer, keys: _Keys, where: str, *, begins: bool, chat_tem
 
 
 def _chat_template(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """Give the template; where there are several, all by name, the first as "default"."""
+    """Return the template; where there are several, all by name, the first as "default"."""
     named = {
         key.removeprefix(f"{_TEMPLATE}."): str(text)
         for key, text in metadata.items()

@@ -94,7 +94,7 @@ def load_weights(header: Header, config: PreTrainedConfig, *, dtype: torch.dtype
     Args:
         config: what `model_config` made of the header.
         dtype: of the parameters.
-        name: what to call the model in an error.
+        name: name of the model in an error.
     Raises:
         ConfigError: a tensor is missing, left over or of another shape.
         UnsupportedModelError: a tensor's type cannot be unpacked.

@@ -173,7 +173,7 @@ class NativeDecoder:
         return number
 
     def drop_sequence(self, sequence: int) -> None:
-        """Give a sequence's pages back; see `Decoder.drop_sequence`."""
+        """Free a sequence's pages; see `Decoder.drop_sequence`."""
         with _refused():
             self._model.drop_sequence(sequence)
         del self._records[sequence]
@@ -218,7 +218,7 @@ class NativeDecoder:
     def prompt_statistics(
         self, token_ids: Sequence[int], selections: Sequence[Selection]
     ) -> tuple[Floats, dict[Selection, Floats]]:
-        """Append a prompt and sum up its FFN activations; see `Decoder.prompt_statistics`."""
+        """Append a prompt and sum its FFN activations; see `Decoder.prompt_statistics`."""
         plan, model = self._bundle.manifest.plan, self._bundle.manifest.model
         shape = (model.num_layers, model.ffn_dim)
         statistics = {selection: np.zeros(shape, dtype=np.float32) for selection in selections}

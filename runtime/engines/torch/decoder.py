@@ -66,8 +66,8 @@ class TorchDecoder:
         """Build the model on the device.
 
         Args:
-            gpu_memory_mb: bound of weights and KV cache on the device; None for what is free. On the CPU it has the
-                weights copied as they would be to a GPU, and bounds the copies.
+            gpu_memory_mb: maximum megabytes of weights and KV cache on the device; None for what is free. On the CPU,
+                weights are then copied as they would be to a GPU, and the copies are limited.
             cuda_graphs: "on" decodes in steps of fixed shapes, recorded where the device is a GPU; "auto": on a GPU.
             weights: "packed" multiplies by int4 weights as they are, "bfloat16" unpacks them to `dtype`; "auto" is
                 packed for int4 on a GPU that can.
@@ -176,7 +176,7 @@ class TorchDecoder:
         return self._sequences.selected
 
     def prepare(self, choice: FfnChoice) -> None:
-        """Begin to bring a pack that will soon be used; see `Decoder.prepare`."""
+        """Begin to load a pack that will soon be used; see `Decoder.prepare`."""
         self._placement.prepare(choice)
 
     def use(self, choice: FfnChoice) -> None:
@@ -224,7 +224,7 @@ class TorchDecoder:
             )
 
     def drop_sequence(self, sequence: int) -> None:
-        """Give a sequence's memory back; see `Decoder.drop_sequence`."""
+        """Free a sequence's memory; see `Decoder.drop_sequence`."""
         self._sequences.drop(sequence)
 
     def select(self, sequence: int) -> None:
@@ -320,7 +320,7 @@ class TorchDecoder:
     def prompt_statistics(
         self, token_ids: Sequence[int], selections: Sequence[Selection]
     ) -> tuple[npt.NDArray[np.float32], dict[Selection, npt.NDArray[np.float32]]]:
-        """Append a prompt and sum up its FFN activations; see `Decoder.prompt_statistics`."""
+        """Append a prompt and sum its FFN activations; see `Decoder.prompt_statistics`."""
         plan, model = self._bundle.manifest.plan, self._bundle.manifest.model
         shape = (model.num_layers, model.ffn_dim)
         statistics = {selection: np.zeros(shape, dtype=np.float32) for selection in selections}

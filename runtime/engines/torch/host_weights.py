@@ -113,18 +113,18 @@ class HostWeights:
         self._num_layers = reader.bundle.manifest.model.num_layers
 
     def layers(self, cluster: int | None) -> Iterator[Tensors]:
-        """Give the layers of a pack, or with None of the dense FFN, one after another."""
+        """Yield the layers of a pack, or with None of the dense FFN."""
         self._pin(cluster)
         for layer in range(self._num_layers):
             yield self.layer(cluster, layer)
 
     def layer(self, cluster: int | None, layer: int) -> Tensors:
-        """Give one layer, pinned if its pack is."""
+        """Return one layer, pinned if its pack is."""
         pinned = self._pinned.get(cluster)
         return self._reader.layer(cluster, layer) if pinned is None else pinned[layer]
 
     def neurons(self, neuron_ids: tuple[npt.NDArray[np.int32], ...]) -> Iterator[Tensors]:
-        """Give the dense FFN's layers cut down to some neurons, unpacked."""
+        """Return the dense FFN's layers cut down to some neurons, unpacked."""
         for layer, ids in enumerate(neuron_ids):
             yield gather(self._reader.layer(None, layer, packed=False), ids)
 

@@ -52,11 +52,11 @@ def kv_bytes_per_token(model: ModelRecord, item_bytes: int) -> int:
 
 
 def plan_memory(needs: MemoryNeeds, *, limit_mb: float | None, free_bytes: int) -> MemoryPlan:
-    """Decide what lives on the device.
+    """Decide what is kept on the device.
 
     Args:
-        limit_mb: megabytes for weights and KV cache; None for the free memory less a margin.
-        free_bytes: memory of the device that no one holds.
+        limit_mb: maximum megabytes of weights and KV cache; None for the free memory minus a margin.
+        free_bytes: free memory of the device.
     Raises:
         ConfigError: base, pack, layer buffers and a short KV cache do not fit.
     """

@@ -148,7 +148,7 @@ def _model_of_config(bundle: Bundle, dtype: torch.dtype) -> Any:
 
 
 def _empty_ffn(model: nn.Module, family: Family, device: torch.device, dtype: torch.dtype, *, packed: bool) -> None:
-    """Give the FFN modules weights that `assign_ffn` can swap; they come with the first choice."""
+    """Prepare the FFN modules for weights that `assign_ffn` can swap; weights come with the first choice."""
     for layer in resolve(model, family.layers):
         for role, path in family.projections.items():
             if packed:

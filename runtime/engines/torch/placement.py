@@ -1,7 +1,7 @@
-"""Which FFN weights are where: mapped in place on the CPU, or one pack at a time on a device.
+"""Where FFN weights are: mapped in place on the CPU, or one pack at a time on a device.
 
 On a device there are fixed buffers for one pack, and either the whole dense FFN or, where that does not fit, two
-buffers of a layer through which it is streamed. docs/gpu.md shows what lives where.
+buffers of a layer through which it is streamed. docs/gpu.md shows what is kept where.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -26,7 +26,7 @@ class Placement(Protocol):
     """Brings FFN weights to where they are used."""
 
     def prepare(self, choice: FfnChoice) -> None:
-        """Begin to bring weights that will be used soon, without touching those in use."""
+        """Begin to load weights that will soon be used, without touching those in use."""
 
     def use(self, choice: FfnChoice) -> None:
         """Put weights into the model."""

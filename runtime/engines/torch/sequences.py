@@ -106,7 +106,7 @@ class TorchSequences:
         return self._length(number)
 
     def drop(self, number: int) -> None:
-        """Give a sequence's memory back; see `Decoder.drop_sequence`."""
+        """Free a sequence's memory; see `Decoder.drop_sequence`."""
         if number == 0 or number not in self._caches:
             raise ConfigError(f"sequence: expected one that was added, other than 0, got {number}")
         del self._caches[number], self._records[number]
