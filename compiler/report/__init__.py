@@ -1,1 +1,3 @@
 """What a bundle says of itself: manifest and report.html."""
+
+__all__: list[str] = []
