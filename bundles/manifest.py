@@ -133,7 +133,7 @@ class Plan:
             prompts that choose their own neurons.
         ridges: ridge of each layer, relative to the mean diagonal of its Gram matrix; None where the repair was
             rejected or not asked for.
-        stability_min_tokens: prompts of at least so many tokens may choose their own neurons in mode "auto".
+        stability_min_tokens: prompts of at least this many tokens may choose their own neurons in mode "auto".
         fused_half_tokens: n0 of the fused mode: a prompt of n0 tokens counts as much as its cluster.
     """
 
@@ -179,7 +179,7 @@ class ClusterQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Held-out quality of the bundle beside the dense model and the controls, all controls at the same bytes."""
+    """Held-out quality of the bundle, the dense model and the controls; all controls have the same bytes."""
 
     dense: Score
     clusters: Score
@@ -255,7 +255,7 @@ class Manifest:
 
 
 def ffn_bytes(model: ModelRecord, kind: str, layer_budgets: Sequence[int]) -> int:
-    """Bytes of FFN weights that are read for one token, with so many neurons in each layer, stored as `kind`."""
+    """Bytes of FFN weights that are read for one token, by the number of neurons in each layer, stored as `kind`."""
     num_inner, hidden = 2 if model.gated else 1, model.hidden_size
     return sum(
         num_inner * matrix_bytes(kind, (budget, hidden)) + matrix_bytes(kind, (hidden, budget))
@@ -327,7 +327,7 @@ def _read_json(bundle_dir: Path, path: Path) -> dict[str, Any]:
 
 def _why_no_bundle(bundle_dir: Path) -> str:
     if bundle_dir.is_dir():
-        return f"is no bundle (it has no {LAYOUT.manifest})"
+        return f"is not a bundle (it has no {LAYOUT.manifest})"
     return "is a file, not a folder" if bundle_dir.exists() else "does not exist"
 
 

@@ -45,7 +45,7 @@ def touch(mapped: mmap.mmap) -> None:
 
 
 def forget_pages(descriptor: int) -> None:
-    """Let go of the pages of a file that was just written: read anew, they can be huge ones."""
+    """Drop the cached pages of a file that was just written: when read again, they can be huge pages."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 

@@ -17,7 +17,7 @@ def parse(cls: type[T], data: Any, where: str, problems: list[str]) -> T | None:
 
     Args:
         cls: a dataclass with fields of str, int, float, bool, None, Literal, tuple, str-keyed dict, Any, dataclass.
-        data: what `json.loads` gave.
+        data: what `json.loads` returned.
         where: what to call this value in a problem, such as "manifest.model".
         problems: receives one line for each thing that is wrong.
     Returns:

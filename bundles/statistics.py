@@ -39,7 +39,7 @@ def document_statistic(
         activations: (tokens, ffn_dim) float32.
         alpha: share of a token's positive activations that are token-wise core; coreinfer only.
         beta: share of neurons that are sentence-wise core; coreinfer only.
-        sentence: for coreinfer, mark the sentence-wise core neurons; without, give the counts that rank them, as
+        sentence: for coreinfer, mark the sentence-wise core neurons; without, return the counts that rank them, as
             the stability-guided mode needs.
     Returns:
         (ffn_dim,) float32.

@@ -31,7 +31,7 @@ def check_target(target: Path, *, force: bool) -> None:
         if not force:
             raise BundleError(f"{target} exists; give another -o or add --force to replace it")
         if not _replaceable(target):
-            raise BundleError(f"{target} exists and is no bundle; --force replaces bundles only: give another -o")
+            raise BundleError(f"{target} exists and is not a bundle; --force replaces only bundles: give another -o")
     for parent in target.absolute().parents:
         if parent.exists():
             if not parent.is_dir():

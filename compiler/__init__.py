@@ -14,7 +14,7 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
 
     Raises:
         ConfigError: the packages of the extra `compile` are not installed.
-        CoreInferError: the options, the model, the text or the target are wrong; nothing is left behind.
+        CoreInferError: the options, the model, the text or the target are wrong; no files are left.
     """
     # torch and transformers are loaded only when something is compiled, so that `--help` works without them.
     with needs_extra("compiling", "compile"):

@@ -1,6 +1,6 @@
 """Results of finished stages on disk, under a key of all that they depend on.
 
-An interrupted compile goes on after its last finished stage, and compiles that share a model and text share the
+An interrupted compile continues after its last finished stage, and compiles that share a model and text share the
 stages before the first difference. Values are JSON and safetensors, never pickles.
 """
 
@@ -72,7 +72,7 @@ class Cache:
             return None
 
     def arrays(self, key: str, compute: Callable[[], Mapping[str, np.ndarray[Any, Any]]]) -> Arrays:
-        """Give the arrays stored under a key, or compute and store them; mapped, as `find_arrays` gives them.
+        """Return the arrays stored under a key, or compute and store them; mapped, as `find_arrays` returns them.
 
         Raises:
             ConfigError: they cannot be stored.

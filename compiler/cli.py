@@ -27,9 +27,9 @@ __all__ = ["default_cache_dir", "main", "summary"]
     params=click_options(CompileConfig),
     context_settings={"show_default": True, "max_content_width": 120},
 )
-@click.option("--no-cache", cls=GroupedOption, group=MACHINE, is_flag=True, help="Keep no stage results.")
+@click.option("--no-cache", cls=GroupedOption, group=MACHINE, is_flag=True, help="Do not keep stage results.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-@click.option("-v", "--verbose", is_flag=True, help="Log remarks on stderr.")
+@click.option("-v", "--verbose", is_flag=True, help="Log progress on stderr.")
 @click.version_option(package_name="coreinfer")
 @command_errors
 @click.pass_context

@@ -1,4 +1,4 @@
-"""What a compile is asked to do."""
+"""The options of a compile."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,15 +27,15 @@ _MAX_SEED = 2**31 - 2
 
 _MOMENT_BYTES = 4 << 30
 MOMENT_SHARE = 1 / 8
-"""Of `max_memory`, for the moments of all clusters."""
+"""Share of `max_memory` for the moments of all clusters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
-    """Options of one compile: what is asked for. What follows from it is decided in `sizing` and `searching`.
+    """Options of one compile, as the user gives them. `quality.sizes` and `quality.search` derive the rest.
 
-    Each option is stated here and nowhere else: `coreinfer-compile` and docs/cli.md are made from these fields. Their
-    order is that of the manifest's record of the options.
+    Each option is stated only here: `coreinfer-compile` and docs/cli.md are made from these fields. Their order is
+    that of the options in the manifest.
     """
 
     model: str = field(
@@ -70,8 +70,8 @@ class CompileConfig:
     max_kl: float | None = field(
         default=None,
         metadata=option(
-            "Instead of --keep: maximum KL per cluster on held-out text, in nats per token, of packs as they are "
-            "stored, before healing; each cluster gets its lowest keep ratio that holds it.",
+            "Instead of --keep: maximum KL per cluster on held-out text, in nats per token, of packs as "
+            "stored, before healing; each cluster gets the lowest keep ratio that meets it.",
             group=MAIN,
             check=number(above=0),
             unset="none",
@@ -133,8 +133,8 @@ class CompileConfig:
     cluster_weight: float | Literal["auto"] | None = field(
         default=None,
         metadata=option(
-            "Weight of a cluster's own moments against those of all text; auto chooses the repair's for each layer on "
-            "text that is not calibrated on, and leaves that of the scores at its default.",
+            "Weight of a cluster's own moments, from 0 to 1; the rest is that of all text. auto chooses the weight for "
+            "the repair in each layer on validation text, and keeps the default for the scores.",
             group=METHOD,
             check=share(zero=True),
             unset="0.3 for output-aware, else 1",
@@ -173,7 +173,7 @@ class CompileConfig:
     repair_rounding: bool = field(
         default=False,
         metadata=option(
-            "With --carry: repair each layer on the output of rounded weights, so that later layers make up for "
+            "With --carry: repair each layer on the output of rounded weights, so that later layers compensate "
             "rounding.",
             group=METHOD,
         ),
@@ -182,7 +182,7 @@ class CompileConfig:
         default="auto",
         metadata=option(
             "Ridge of the repair, relative to the mean diagonal of the Gram matrix; auto chooses it for each layer on "
-            "text that is not calibrated on.",
+            "validation text.",
             group=METHOD,
             check=number(above=0),
         ),
@@ -190,15 +190,17 @@ class CompileConfig:
     heal_steps: int = field(
         default=0,
         metadata=option(
-            "Steps, of 2,048 tokens each, of distilling the dense model into what all packs share; on text beyond the "
-            "calibration tokens where there is any.",
+            "Number of steps, of 2,048 tokens each, that distil the dense model into what all packs share; on text "
+            "beyond the calibration tokens, if there is any.",
             group=HEALING,
             check=whole_number(0),
         ),
     )
     heal_cluster_steps: int = field(
         default=0,
-        metadata=option("Steps of each cluster's own after that.", group=HEALING, check=whole_number(0)),
+        metadata=option(
+            "Number of further steps for each cluster's own weights.", group=HEALING, check=whole_number(0)
+        ),
     )
     heal_rate: float = field(
         default=2e-3,
@@ -211,7 +213,7 @@ class CompileConfig:
     heal_optimizer: HealOptimizer = field(
         default="adamw",
         metadata=option(
-            "Optimizer of these steps; muon computes in bfloat16, which not every CPU does fast.", group=HEALING
+            "Optimizer of these steps; muon computes in bfloat16, which is slow on some CPUs.", group=HEALING
         ),
     )
     quantize: Format = field(default="int4", metadata=option("Format of the FFN and attention weights.", group=MAIN))
@@ -226,8 +228,8 @@ class CompileConfig:
     controls: bool = field(
         default=True,
         metadata=option(
-            "Compile and measure one static mask and random clusters too, at the same bytes; they are not shipped and "
-            "double the time.",
+            "Also compile and measure two controls of the same bytes, one static mask and random clusters; they are "
+            "not put into the bundle, and double the time.",
             group=SIZE,
         ),
     )
@@ -237,7 +239,7 @@ class CompileConfig:
             "Number of calibration sentences that report.html shows on its map, with their text.",
             group=SIZE,
             check=whole_number(0),
-            unset="400, text of builtin ones only",
+            unset="400, with text only from builtin",
         ),
     )
     seed: int = field(
@@ -299,31 +301,31 @@ class CompileConfig:
 
     @property
     def effective_removal(self) -> Removal:
-        """The removal with its default filled in: other statistics are kept as their papers have them."""
+        """The removal with its default filled in: other selections remove neurons as their papers do."""
         if self.removal is not None:
             return self.removal
         return "second-order" if self.selection == "output-aware" and self.reconstruct else "top-k"
 
     @property
     def moment_bytes(self) -> int:
-        """Moments of all clusters are held in memory up to this size, and summed twice beyond it."""
+        """Maximum bytes of moments of all clusters in memory; larger moments are summed in two passes."""
         return (
             _MOMENT_BYTES if self.max_memory is None else min(_MOMENT_BYTES, int(self.max_memory * 1e9 * MOMENT_SHARE))
         )
 
     @property
     def repairs_rounding(self) -> bool:
-        """Whether there is rounding to make up for, and a way."""
+        """Whether the repair also compensates rounding."""
         return self.repair_rounding and self.reconstruct and self.carry and self.quantize != "bf16"
 
     @property
     def heals(self) -> bool:
-        """Whether packs are healed at all."""
+        """Whether packs are healed."""
         return bool(self.heal_steps or self.heal_cluster_steps)
 
     @property
     def effective_head_quantize(self) -> Format:
-        """The head's format with its default filled in: each of its errors goes straight into the logits."""
+        """The head's format with its default filled in: its errors change the logits directly, so int8 or bf16."""
         return self.head_quantize or ("bf16" if self.quantize == "bf16" else "int8")
 
 

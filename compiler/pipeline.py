@@ -51,7 +51,7 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
     Returns:
         The manifest that was written.
     Raises:
-        CoreInferError: the options, the model, the text or the target are wrong; nothing is left behind.
+        CoreInferError: the options, the model, the text or the target are wrong; no files are left.
     """
     progress = progress or Progress()
     check_target(config.output, force=config.force)
@@ -158,7 +158,7 @@ def _measure_clusters(
 def _final_quality(
     config: CompileConfig, ground: Ground, packs: Mapping[str, StoredPacks], progress: Progress, *, healed: bool
 ) -> Quality | None:
-    """Score what is shipped beside the controls, which are not healed, and must not look as if they were."""
+    """Score the packs and the controls, which are not healed and must not look as if they were."""
     if not config.evaluate or not ground.material.corpus.held_out:
         return None
     models = {}
@@ -169,7 +169,7 @@ def _final_quality(
 
 
 def write_bundle(compiled: Compiled, stored: StoredModel, packs: StoredPacks, progress: Progress) -> Manifest:
-    """Put the bundle together beside its target and move it there when it is whole."""
+    """Write the bundle next to its target and move it there when it is complete."""
     config, loaded = compiled.config, compiled.loaded
     with progress.stage("write", 2) as advance, stage_bundle(config.output, force=config.force) as stage:
         (stored.folder / LAYOUT.base).rename(stage / LAYOUT.base)

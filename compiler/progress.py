@@ -29,7 +29,7 @@ class Progress:
 
     Attributes:
         stage_seconds: stage -> seconds, in the order in which the stages ran.
-        stage_peak_bytes: stage -> the process's greatest resident memory until the stage's end; empty where the
+        stage_peak_bytes: stage -> the process's peak resident memory until the stage's end; empty where the
             system does not tell.
     """
 

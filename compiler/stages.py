@@ -1,4 +1,4 @@
-"""The stages of a compile one by one, for the pipeline that calls them in order and for whoever wants some of them."""
+"""The stages of a compile, one function each, for the pipeline that calls them in order and for other callers."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -81,7 +81,7 @@ class Ground:
         assignments: the clusters and the controls.
         metrics: of `output_metrics`.
         curves: of `removal_curves`, for budgets by sensitivity.
-        key: of the profile; later stages' keys go on from it.
+        key: key of the profile; later stages' keys extend it.
     """
 
     material: Material
@@ -231,7 +231,7 @@ def score_packs(
     models: Mapping[str, tuple[Cut, npt.NDArray[np.int64]]],
     progress: Progress,
 ) -> Quality:
-    """Score FFNs on texts, with everything beside them as it is stored; see `evaluate`."""
+    """Score FFNs on texts, with all other weights as stored; see `evaluate`."""
     return evaluate(material.loaded, texts, models, progress, material.stored)
 
 

@@ -1,4 +1,4 @@
-"""Measure what a bundle's texts are worth, beside the dense model and the controls, at the bytes that each reads."""
+"""Measure a bundle's quality against the dense model and the controls, at the bytes that each reads."""
 
 from .evaluate import EvaluationConfig, evaluate
 from .scores import Evaluation, MetricScore, Variant

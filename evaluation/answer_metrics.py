@@ -19,7 +19,7 @@ def normalize(text: str) -> str:
 def exact_match(answer: str, accepted: Sequence[str]) -> float:
     """1 where the answer is one of the accepted ones, or begins with one as whole words, else 0.
 
-    A base model goes on after its answer, so what follows the accepted words does not count against it.
+    A base model continues after its answer, so what follows the accepted words does not count against it.
     """
     words = normalize(answer).split()
     targets = [normalize(text).split() for text in accepted]
@@ -27,7 +27,7 @@ def exact_match(answer: str, accepted: Sequence[str]) -> float:
 
 
 def token_f1(answer: str, accepted: Sequence[str]) -> float:
-    """Greatest F1 of the words in common with an accepted answer."""
+    """Maximum F1 of the words in common with an accepted answer."""
     return max((_f1(normalize(answer).split(), normalize(text).split()) for text in accepted), default=0.0)
 
 

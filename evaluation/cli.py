@@ -24,36 +24,38 @@ __all__ = ["main"]
 @click.command(context_settings={"show_default": True})
 @click.argument("bundles", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--data", multiple=True, required=True, help="File, folder or pattern of JSON Lines; repeatable.")
-@click.option("--against", default=None, help="Original model that KL is measured against.  [default: dense FFN]")
+@click.option("--against", default=None, help="Original model, the reference for KL.  [default: dense FFN]")
 @click.option(
     "--mode", "modes", multiple=True, type=click.Choice(MODES), default=DEFAULT_MODES, help="How to decode; repeatable."
 )
 @click.option(
     "--llamacpp/--no-llamacpp",
     default=None,
-    help="Evaluate llama.cpp's quantizations of --against.  [default: where it is a GGUF file and llama.cpp is there]",
+    help="Evaluate llama.cpp's quantizations of --against.  [default: with a GGUF file, if it is installed]",
 )
-@click.option("--limit", type=int, default=None, help="Items a file, evenly spread.  [default: all]")
-@click.option("--as-text", is_flag=True, help="Score all files as texts (KL, top-1, perplexity), none as tasks.")
-@click.option("--max-tokens", type=int, default=256, help="Cut texts to so many tokens.")
+@click.option(
+    "--limit", type=int, default=None, help="Maximum number of items per file, evenly spread.  [default: all]"
+)
+@click.option("--as-text", is_flag=True, help="Score all files as texts (KL, top-1, perplexity), not as tasks.")
+@click.option("--max-tokens", type=int, default=256, help="Cut texts to this many tokens.")
 @click.option("--engine", type=click.Choice(get_args(EngineName)), default="auto", help="Engine of the bundles.")
-@click.option("--threads", type=int, default=None, help="CPU threads.  [default: all cores]")
+@click.option("--threads", type=int, default=None, help="Number of CPU threads.  [default: all cores]")
 @click.option("--seed", type=int, default=0, help="Seed of the bootstrap.")
 @click.option(
     "--plot",
     type=click.Path(path_type=Path),
     default=None,
-    help="Draw KL against bytes: .png or .svg.  [default: no plot]",
+    help="Plot KL over bytes to this .png or .svg file.  [default: no plot]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all scores as one JSON object.")
-@click.option("-v", "--verbose", is_flag=True, help="Log remarks on stderr.")
+@click.option("-v", "--verbose", is_flag=True, help="Log progress on stderr.")
 @click.version_option(package_name="coreinfer")
 @command_errors
 @click.pass_context
 def main(context: click.Context, /, **_options: object) -> None:
-    """Score the bundles in DIR... beside the dense model and controls of the same bytes.
+    """Score the bundles in DIR... and compare them with the dense model and controls of the same bytes.
 
-    A data file's name tells what it is for: lm_, code_ (texts), completion_, ie_, mc_ (multiple choice),
+    The beginning of a data file's name tells its task: lm_, code_ (texts), completion_, ie_, mc_ (multiple choice),
     summarization_, translation_, prompts_ (along the reference's own answers). Each score has a 95% interval.
     """
     options = context.params

@@ -46,7 +46,7 @@ class EvaluationConfig:
         llamacpp: quantize it with llama.cpp and evaluate the results too; None for where that can be had.
         limit: items a file; None for all.
         as_text: score all files as texts.
-        max_tokens: texts are cut to so many tokens.
+        max_tokens: texts are cut to this many tokens.
         seed: of the bootstrap.
     """
 

@@ -22,7 +22,7 @@ def check_plot(path: Path) -> None:
     if path.suffix not in _SUFFIXES:
         raise ConfigError(f"--plot {path}: expected a name that ends in {' or '.join(_SUFFIXES)}")
     if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--plot {path}: expected a name in a folder that is there")
+        raise ConfigError(f"--plot {path}: expected a name in an existing folder")
     require_package("matplotlib", "--plot", "'coreinfer[eval]'")
 
 

@@ -56,7 +56,7 @@ def _joined(record: Mapping[str, Any]) -> Item:
 
 
 def _gap(record: Mapping[str, Any]) -> str:
-    """Programs go on where the context ends; other continuations are joined with a space."""
+    """Programs continue where the context ends; other continuations are joined with a space."""
     return "" if "entry_point" in record else " "
 
 
@@ -103,7 +103,7 @@ def read_datasets(paths: Sequence[str], *, limit: int | None = None, as_text: bo
     """Read files, folders of `.jsonl` files, and patterns.
 
     Args:
-        limit: take at most so many items of a file, evenly spread; None for all.
+        limit: maximum number of items per file, evenly spread; None for all.
         as_text: score records with a context and a continuation as one text each; files without them are refused.
     Raises:
         ConfigError: a path matches nothing, a file's name or a line of it is not of a known kind. All are named.
@@ -138,7 +138,7 @@ def _read(path: Path, limit: int | None, *, as_text: bool) -> Dataset:
     prefix = path.stem.split("_")[0]
     if prefix not in _READERS:
         known = ", ".join(f"{name}_" for name in _READERS)
-        raise ConfigError(f"{path.name}: expected a name that begins with {known} to tell what it is for")
+        raise ConfigError(f"{path.name}: expected a name that begins with {known} to tell its task")
     kind, reader = ("text", _joined) if as_text else _READERS[prefix]
     try:
         records = list(read_records(path))

@@ -1,4 +1,4 @@
-"""What is evaluated: anything that reads a prefix and goes on from it, one or several ways."""
+"""What is evaluated: anything that reads a prefix and continues it, in one or several modes."""
 
 import hashlib
 from collections.abc import Sequence

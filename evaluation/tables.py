@@ -48,7 +48,7 @@ def _short(value: float) -> str:
 
 
 def summary_table(result: Evaluation) -> Iterator[str]:
-    """Means over data sets, one column a kind of task, beside the bytes that a token reads."""
+    """Means over data sets, one column per kind of task, and the bytes that a token reads."""
     means = mean_scores(result)
     metrics = [metric for metric in HEADLINES if any(metric in values for values in means.values())]
     yield f"### Means over data sets; KL and top-1 against {result.reference}"

@@ -36,11 +36,11 @@ class Tools:
     room: int
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text that goes on, with the tokens that begin every text of the model."""
+        """Token ids of a text that will be continued, with the tokens that begin every text of the model."""
         return text_ids(self.tokenizer, text)
 
     def encode_more(self, text: str) -> list[int]:
-        """Token ids of a text that goes on with another one, without what begins a text."""
+        """Token ids of a text that continues another one, without the tokens that begin a text."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""The runtime: load a bundle, generate from it. Needs neither torch nor the compiler to be imported.
+"""The runtime: load a bundle and generate with it. Importing it needs neither torch nor the compiler.
 
 from coreinfer import runtime
 

@@ -9,7 +9,7 @@ __all__ = ["in_thread"]
 
 
 async def in_thread(stream: Generator[Token, None, None]) -> AsyncGenerator[Token, None]:
-    """Run a stream in a worker thread, one token ahead of nobody: a token is decoded when it is asked for.
+    """Run a stream in a worker thread; a token is decoded when it is asked for, not earlier.
 
     When the consumer stops, the stream is closed after the token in progress.
     """

@@ -15,18 +15,18 @@ Answer = Callable[[Request, GenerationOptions], Generator[Token, None, None]]
 
 
 class Conversation:
-    """Messages, and the tokens that they were read and written as.
+    """The messages of a conversation, and the tokens that they were read and written as.
 
-    Each turn routes anew and swaps the pack. The KV cache keeps the tokens of earlier turns as they were computed:
-    prompts dense, answers by the pack that wrote them. What another generation on the engine overwrote in between is
+    Each turn is routed again and swaps the pack. The KV cache keeps the tokens of earlier turns as they were computed:
+    prompts dense, answers by the pack that wrote them. Tokens that were dropped from the KV cache in the meantime are
     read again.
 
     Attributes:
-        messages: so far, {"role", "content"} each.
+        messages: all messages so far, each {"role", "content"}.
     """
 
     def __init__(self, loaded: Loaded, answer: Answer, *, system: str | None = None) -> None:
-        """Begin a conversation; `Engine.conversation` is the way to get one."""
+        """Begin a conversation. Use `Engine.conversation` to get one."""
         self._loaded = loaded
         self._answer = answer
         self._system = system
@@ -40,23 +40,23 @@ class Conversation:
         self._known_ids: tuple[int, ...] = ()
 
     def send(self, text: str, options: GenerationOptions = DEFAULTS, *, role: str = "user") -> Generation:
-        """Say something and take the whole answer; the arguments are those of `stream`."""
+        """Send a message and return the whole answer; the arguments are those of `stream`."""
         tokens = list(self.stream(text, options, role=role))
         return collect(tokens, self._loaded.prompts.call_reader(options.offered_tools))
 
     def stream(
         self, text: str, options: GenerationOptions = DEFAULTS, *, role: str = "user"
     ) -> Generator[Token, None, None]:
-        """Say something and take the answer token by token.
+        """Send a message and return the answer token by token.
 
-        What was said and answered becomes part of `messages` when the stream ends; when it is closed early, with the
-        text so far. A stream that fails or never began leaves the conversation as it was.
+        The message and its answer are added to `messages` when the stream ends; when it is closed early, with the text
+        so far. A stream that fails or was never started leaves the conversation as it was.
 
         Args:
-            text: what is said.
-            options: of this answer.
-            role: of the message; "tool" for what a tool gave, where the chat template has such a role; "assistant" for
-                the start of the answer.
+            text: the content of the message.
+            options: options of this answer.
+            role: role of the message; "tool" for the result of a tool, if the chat template has this role; "assistant"
+                for the start of the answer.
         Yields:
             A `Token` for each token; the last has a finish reason.
         Raises:

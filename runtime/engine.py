@@ -42,27 +42,29 @@ def load(
 ) -> "Engine":
     """Open a bundle, check it, and make it ready to generate.
 
-    Everything is checked at once but the contents of cluster packs, each of which is hashed when it is first used.
+    Everything is checked now, except the contents of cluster packs: each is hashed when it is first used.
 
     Args:
         bundle_dir: a folder that coreinfer-compile wrote.
-        engine: "native" (C++, CPU), "torch" (any device), or "auto": native, but torch where there is a GPU or where
-            `device` or `dtype` asks for it.
+        engine: "native" (C++, CPU), "torch" (any device), or "auto": torch where there is a GPU or where `device` or
+            `dtype` is given, else native.
         device: a torch device, or "auto" for a GPU when there is one.
-        mode: how FFN weights are chosen when `generate` is not told.
-        threads: CPU threads; None for one a core.
-        dtype: of the torch engine: "bfloat16", "float32", or "auto" for bfloat16 where the device computes it natively.
-        isa: kernels of the native engine, such as "avx2"; "auto" for COREINFER_ISA, else the best that the CPU has.
-        kv_cache_mb: megabytes (10^6 bytes) of keys and values, for all generations together; None for half of the free
-            memory, but no more than 64 whole contexts need. Memory is taken as it is used.
-        gpu_memory_mb: of the torch engine: megabytes of weights and KV cache on the GPU; None for what is free. Where
-            the dense FFN does not fit, its layers are streamed while a prompt is read (docs/gpu.md).
-        cuda_graphs: of the torch engine: decode in recorded steps of fixed shapes; "auto" on a GPU, unless a recorded
-            step differs from the step itself.
-        weights: of the torch engine: "packed" multiplies by int4 weights as they are, "bfloat16" unpacks them; "auto"
-            is packed for int4 on a GPU whose product comes out right.
+        mode: how FFN weights are chosen when a generation has no mode of its own.
+        threads: number of CPU threads; None for one per physical core.
+        dtype: arithmetic of the torch engine: "bfloat16", "float32", or "auto" for bfloat16 where the device computes
+            it natively.
+        isa: kernels of the native engine, such as "avx2"; "auto" for COREINFER_ISA, else the best that the CPU
+            supports.
+        kv_cache_mb: maximum megabytes (10^6 bytes) of the KV cache, for all generations together; None for half of the
+            free memory, at most 64 whole contexts. Memory is taken when it is first used.
+        gpu_memory_mb: for the torch engine: maximum megabytes of weights and KV cache on the GPU; None for what is
+            free. If the dense FFN does not fit, its layers are streamed while a prompt is read (docs/gpu.md).
+        cuda_graphs: for the torch engine: decode with captured graphs of fixed shapes; "auto": on a GPU, unless a
+            captured step differs from the plain one.
+        weights: for the torch engine: "packed" multiplies by int4 weights as they are, "bfloat16" unpacks them; "auto"
+            is packed for int4 on a GPU that passes a test of this product.
     Raises:
-        BundleError: there is no bundle, or it is damaged; all damaged files are named.
+        BundleError: there is no bundle, or it is damaged; the message names all damaged files.
         ConfigError: an argument is wrong, or the engine's packages are not installed.
         UnsupportedModelError: engine "native" does not compute this model.
     """
@@ -90,12 +92,12 @@ def load(
 
 
 def _open(bundle_dir: str | Path) -> tuple[Bundle, Future[Tokenizer]]:
-    """Open a bundle, and meanwhile do what comes after: hashing leaves Python's lock to it.
+    """Open a bundle and, at the same time, do what comes next: hashing releases Python's lock.
 
     Returns:
-        The bundle, and what parsing gave or raised; its thread has ended.
+        The bundle, and what parsing returned or raised; its thread has ended.
     Raises:
-        BundleError: as `load`; whatever parsing says of a damaged bundle is dropped.
+        BundleError: as `load`; errors from parsing a damaged bundle are dropped.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="coreinfer-load") as pool:
         # First, because parsing keeps the lock to its end: an import lets the threads that hash begin.
@@ -105,12 +107,12 @@ def _open(bundle_dir: str | Path) -> tuple[Bundle, Future[Tokenizer]]:
 
 
 class Engine:
-    """A loaded bundle. Several generations may run at once, in one thread or in many; they share passes."""
+    """A loaded bundle. Several generations may run at once, in one thread or in many; they share reads of weights."""
 
     def __init__(
         self, bundle: Bundle, decoder: Decoder, *, mode: Mode = "auto", tokenizer: Future[Tokenizer] | None = None
     ) -> None:
-        """Put an engine together; `load` is the way to get one."""
+        """Put an engine together. Use `load` to get one."""
         prompts = PromptFormat(bundle, tokenizer)
         vocab_size = bundle.manifest.model.vocab_size
         self.loaded = Loaded(
@@ -129,7 +131,7 @@ class Engine:
 
     @property
     def manifest(self) -> Manifest:
-        """What the bundle says of itself."""
+        """The bundle's manifest."""
         return self.bundle.manifest
 
     # A text is also a sequence of texts, of one character each; it is never taken for one.
@@ -144,16 +146,16 @@ class Engine:
     def generate(
         self, prompt: Prompt | Prompts, **keywords: Unpack[GenerationKeywords]
     ) -> Generation | list[Generation]:
-        """Generate text; the keywords are the fields of `GenerationOptions`.
+        """Generate a whole answer; the keywords are the fields of `GenerationOptions`.
 
         Args:
-            prompt: as `stream` takes it; or a list of such prompts, all texts or all lists of messages, which are
+            prompt: one prompt, as for `stream`; or a list of prompts, all texts or all lists of messages, which are
                 answered together: prompts of one cluster share each read of the weights. Each gets the text that it
                 would get alone. A list of messages (a list of dicts) is always one conversation.
         Returns:
-            The text, its token ids, and what was measured; of several prompts a list in their order.
+            The text, its token ids, and measurements; for several prompts a list of these, in the order of the prompts.
         Raises:
-            ConfigError: as `stream`; or `on_token` is given, which does not go with several prompts.
+            ConfigError: as `stream`; or `on_token` is given with several prompts.
         """
         options = GenerationOptions(**keywords)
         if is_batch(prompt):
@@ -165,15 +167,14 @@ class Engine:
         return collect(self.driver.finish([run])[0], reader)
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerationKeywords]) -> Generator[Token, None, None]:
-        """Generate token by token; the same prompt, options and seed give the same text, whatever ran before.
+        """Generate token by token; the same prompt, options and seed return the same text, whatever ran before.
 
         The keywords are the fields of `GenerationOptions`.
 
         Args:
-            prompt: chat messages ({"role", "content"}) for the chat template, of which the assistant's may have
-                "tool_calls", and one of role "tool" answers one by its "tool_call_id"; or a text: what a user says
-                where the model has a chat template, and to be continued as it is where it has none or the option `raw`
-                is set.
+            prompt: a text, or a list of chat messages ({"role", "content"}). A text is what a user says; where the
+                model has no chat template, or with the option `raw`, it is continued as it is. A message of the
+                assistant may have "tool_calls"; a message of role "tool" answers one of them by its "tool_call_id".
         Yields:
             A `Token` for each token; the last has a finish reason.
         Raises:
@@ -198,7 +199,7 @@ class Engine:
         return in_thread(self.start(prompt, options))
 
     def conversation(self, system: str | None = None) -> Conversation:
-        """Begin a conversation, whose turns keep what the KV cache holds of it.
+        """Begin a conversation, whose turns reuse what the KV cache holds of it.
 
         Args:
             system: the system message.
@@ -206,20 +207,21 @@ class Engine:
         return Conversation(self.loaded, self._answer, system=system)
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation in the model's chat template.
+        """Return the token ids of a conversation in the model's chat template.
 
         Raises:
-            ConfigError: the model has no chat template, or it refuses the messages.
+            ConfigError: the model has no chat template, or the template refuses the messages.
         """
         return self.loaded.prompts.read_messages(messages)
 
     def submit(self, prompt: Prompt, options: GenerationOptions, post: Post) -> Run:
-        """Begin a generation for a thread that steps for all, in `driver.serve`.
+        """Begin a generation that another thread decodes, the one in `driver.serve`.
 
         Args:
-            post: is given each token, or the exception that ended the generation, in that thread; must not block.
+            post: called in that thread with each token, or with the exception that ended the generation; must not
+                block.
         Returns:
-            What `driver.end` takes to end it early.
+            The run, which `driver.end` takes to end it early.
         Raises:
             ConfigError: as `stream`.
         """

@@ -1,4 +1,4 @@
-"""What a generation gives back."""
+"""The results of a generation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ Mode = Literal["auto", "similarity", "stability", "fused", "dense", "lossless"]
 MODES: tuple[Mode, ...] = ("auto", "similarity", "stability", "fused", "dense", "lossless")
 FinishReason = Literal["stop", "length", "cancelled"]
 Fallback = Literal["unfamiliar", "unsure"]
-"""Why mode auto took no nearest pack: unlike calibration text, or nearly as near to a second cluster."""
+"""Why mode auto did not use the nearest pack: unlike calibration text, or almost as near to a second cluster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +53,14 @@ class TopLogprob:
 
 @dataclass(frozen=True, kw_only=True)
 class Drafting:
-    """What drafting gave in lossless decoding.
+    """Measurements of drafting in lossless decoding.
 
     Attributes:
         num_drafted: tokens that the pack drafted.
-        num_tried, num_accepted: of those, what the dense model looked at, and what it accepted; what lies behind a
-            rejected draft is not looked at.
+        num_tried, num_accepted: drafts that the dense model checked, and accepted; drafts after a rejected one are not
+            checked.
         num_rounds: verifications.
-        num_plain: tokens that were decoded without drafting.
+        num_plain: tokens decoded without drafting.
         turned_off: whether drafting was paused, at least for a while, because plain dense decoding was faster.
     """
 
@@ -73,12 +73,12 @@ class Drafting:
 
     @property
     def acceptance(self) -> float:
-        """Share of the drafts looked at that were accepted."""
+        """Share of the checked drafts that were accepted."""
         return self.num_accepted / self.num_tried if self.num_tried else 0.0
 
     @property
     def mean_length(self) -> float:
-        """Tokens drafted in a round."""
+        """Mean number of tokens drafted in a round."""
         return self.num_drafted / self.num_rounds if self.num_rounds else 0.0
 
 
@@ -89,21 +89,22 @@ class Token:
     Attributes:
         token_id: its id.
         text: text that became final with it; may be empty inside a character or a possible stop string.
-        cluster: the cluster that serves now: the prompt's nearest one, the largest where a prompt falls back to it, or
-            what the text drifted to.
+        cluster: the cluster in use: the prompt's nearest one, the largest one after a fallback, or the one that the
+            text drifted to.
         cluster_label: the cluster's most typical words.
         distance: 1 - cosine of the prompt to its nearest centroid.
         familiar: whether that distance is within the 99th percentile of calibration text.
-        fallback: why mode auto left the nearest pack alone; None where it did not.
-        path: the clusters so far; longer than 1 where the text drifted.
+        fallback: why mode auto did not use the nearest pack; None if it did.
+        path: the clusters so far; more than one if the text drifted.
         mode: the mode that was used; never "auto".
         num_prompt_tokens, num_tokens: tokens of the prompt, tokens decoded so far.
-        num_cached_tokens: those of the prompt that were in the KV cache already.
-        prefill_seconds: routing and reading of the prompt.
-        decode_seconds: since the prompt was read.
+        num_cached_tokens: tokens of the prompt that were in the KV cache already.
+        prefill_seconds: time to route and read the prompt.
+        decode_seconds: time since this generation was first decoded after its prompt was read; includes what was
+            decoded for others in between.
         logprob: natural log of the model's probability of the token, before sampling options; None if not asked for.
         top_logprobs: the likeliest tokens, likeliest first; empty if not asked for.
-        drafting: what it gave so far in mode lossless; else None.
+        drafting: measurements so far in mode lossless; else None.
         finish_reason: on the last token "stop" (end of text or stop string), "length" or "cancelled", before it None.
     """
 
@@ -128,18 +129,18 @@ class Token:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Decoded tokens a second; the first token comes from the prompt's own logits and is not counted."""
+        """Decoded tokens per second; the first token comes from the prompt's own logits and is not counted."""
         return (self.num_tokens - 1) / self.decode_seconds if self.num_tokens > 1 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """A finished generation; the fields are those of its last `Token`, for the whole of it.
+    """A finished generation. The fields are those of its last `Token`; text and token ids are those of all tokens.
 
     Attributes:
-        logprobs: of each token; empty if not asked for.
-        top_logprobs: at each token; empty if not asked for.
-        tool_calls: what the model called of the tools that it was offered; the text holds them as they were written.
+        logprobs: log-probability of each token; empty if not asked for.
+        top_logprobs: the likeliest tokens at each token's position; empty if not asked for.
+        tool_calls: the model's calls of tools that it was offered; the text contains them as they were written.
     """
 
     text: str
@@ -164,10 +165,10 @@ class Generation:
 
 
 def collect(tokens: Sequence[Token], calls: CallReader | None = None) -> Generation:
-    """Put the tokens of a finished stream together.
+    """Join the tokens of a finished stream into a generation.
 
     Args:
-        calls: reads the calls of tools that were offered.
+        calls: reads the calls of offered tools; None if none were offered.
     """
     last = tokens[-1]
     assert last.finish_reason is not None

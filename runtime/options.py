@@ -16,10 +16,10 @@ __all__ = ["DEFAULTS", "Cancel", "GenerationKeywords", "GenerationOptions", "che
 
 
 class Cancel(Protocol):
-    """What can ask a generation to end, such as a `threading.Event`."""
+    """A signal that ends a generation, such as a `threading.Event`."""
 
     def is_set(self) -> bool:
-        """Whether the generation shall end."""
+        """Whether the generation should end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,28 +29,31 @@ class GenerationOptions(SamplingParams):
     The options of sampling are those of `SamplingParams`.
 
     Attributes:
-        max_new_tokens: decode at most so many tokens.
-        stop: texts that end the generation, also the names of control tokens; they are not part of it.
-        skip_special_tokens: leave control tokens out of the text; the one that ends it never is part of it.
-        raw: continue a text as it is, without the chat template; names of control tokens in it are control tokens.
-        parse_special: read them so in messages too, where they are text otherwise.
-        continue_final_message: go on with the last message rather than begin an answer; None to do so where it is the
+        max_new_tokens: maximum number of tokens to decode.
+        stop: texts that end the generation, names of control tokens included; they are not part of the answer.
+        skip_special_tokens: leave control tokens out of the text; the one that ends it is always left out.
+        raw: continue a text as it is, without the chat template; names of control tokens in it are read as control
+            tokens.
+        parse_special: read names of control tokens as control tokens in messages too, where they are text by default.
+        continue_final_message: continue the last message instead of beginning an answer; None to do so if it is the
             assistant's.
         chat_template_kwargs: variables for the chat template, such as {"enable_thinking": False}.
         mode: how FFN weights are chosen; None for the engine's own.
         tools: JSON schemas of functions that the model may call, as OpenAI has them: {"type": "function", "function":
-            {"name", "description", "parameters"}}. Where the chat template takes none, a system message says them.
+            {"name", "description", "parameters"}}. If the chat template takes no tools, a system message describes
+            them.
         tool_choice: "auto"; "none" for no tools; "required" for one call of any of them; {"type": "function",
-            "function": {"name": NAME}} for a call of that one. A call that is asked for follows its function's schema
-            to the letter, which needs the package llguidance.
-        drift_tokens: route the recent text again after so many decoded tokens; 0 keeps the pack.
-        logprobs: give each token's log-probability, and so many of the likeliest tokens with theirs; None for neither.
-        whole_length: refuse a prompt after which `max_new_tokens` have no room in what the model can read, instead of
+            "function": {"name": NAME}} for a call of that one. A required call follows its function's schema exactly,
+            which needs the package llguidance.
+        drift_tokens: route the recent text again each time this many tokens were decoded; 0 keeps the pack.
+        logprobs: return each token's log-probability, and this many of the likeliest tokens with theirs; None for
+            neither.
+        whole_length: refuse a prompt after which `max_new_tokens` do not fit into the model's context, instead of
             ending earlier.
         json_schema: a JSON schema, or its text, that the answer must follow; needs the package llguidance.
-        on_token: called with each token before it is given out.
-        cancel: ends the generation with the token during which it is set; between two blocks of a prompt by
-            `GenerationCancelled`.
+        on_token: called with each token before it is returned.
+        cancel: when set, ends the generation after the token in progress; while a prompt is read, raises
+            `GenerationCancelled` between two blocks.
     """
 
     max_new_tokens: int = 256
@@ -95,12 +98,12 @@ class GenerationOptions(SamplingParams):
 
     @property
     def offered_tools(self) -> Sequence[Mapping[str, Any]] | None:
-        """The tools that the model is told of."""
+        """The tools that the model is offered."""
         return None if self.tool_choice == "none" else self.tools
 
     @property
     def must_call(self) -> bool:
-        """Whether the answer has to be a call."""
+        """Whether the answer must be a call."""
         return self.tool_choice not in ("auto", "none")
 
     def _flags(self) -> Iterator[tuple[str, object]]:
@@ -111,7 +114,7 @@ class GenerationOptions(SamplingParams):
 
 
 class GenerationKeywords(TypedDict, total=False):
-    """The same as keywords, for type checkers."""
+    """The fields of `GenerationOptions` as keywords, for type checkers."""
 
     max_new_tokens: int
     temperature: float
@@ -155,7 +158,7 @@ def _variable_problems(variables: object) -> list[str]:
     if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
         return [f"chat_template_kwargs: expected an object with names, got {variables!r}"]
     reserved = [name for name in ("messages", "tools", "add_generation_prompt") if name in variables]
-    return [f"chat_template_kwargs: {name} is not for the taking; it is an argument of its own" for name in reserved]
+    return [f"chat_template_kwargs: {name} is reserved; it is an argument of its own" for name in reserved]
 
 
 DEFAULTS = GenerationOptions()

@@ -1,4 +1,4 @@
-"""The server: bundles behind OpenAI's interface, and a page with a map. Needs the extra `coreinfer[serve]`.
+"""The server: bundles behind OpenAI's API, and a page with a map. Needs the extra `coreinfer[serve]`.
 
 from coreinfer import runtime, server
 

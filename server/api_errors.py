@@ -51,7 +51,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         504: "The answer took too long.",
     }.items()
 }
-"""What routes can answer beside what they return, for FastAPI's description of them."""
+"""What routes can answer in addition to what they return, for FastAPI's schema."""
 
 
 class ApiError(Exception):

@@ -21,27 +21,31 @@ _KEY = "COREINFER_API_KEY"
 
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle_dirs", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all of this machine.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 for any that is free.")
-@click.option("--parallel", type=int, default=8, help="Requests that each bundle answers at once.")
-@click.option("--queue", type=int, default=64, help="Requests that may wait for each bundle; more get status 429.")
-@click.option("--timeout", type=float, default=300.0, help="Seconds for one request, waiting included.")
-@click.option("--grace", type=float, default=10.0, help="Seconds that requests get to finish at SIGTERM or Ctrl-C.")
-@click.option("--max-body-kb", type=int, default=1024, help="Largest body of a request.")
-@click.option("--max-new-tokens", type=int, default=2048, help="Most tokens that a request may ask for.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all addresses.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 for any free one.")
+@click.option("--parallel", type=int, default=8, help="Number of requests that each bundle answers at once.")
+@click.option(
+    "--queue", type=int, default=64, help="Number of requests that may wait for each bundle; others get status 429."
+)
+@click.option("--timeout", type=float, default=300.0, help="Maximum seconds for one request, waiting included.")
+@click.option(
+    "--grace", type=float, default=10.0, help="Seconds that running requests get to finish after SIGTERM or Ctrl-C."
+)
+@click.option("--max-body-kb", type=int, default=1024, help="Maximum size of a request's body.")
+@click.option("--max-new-tokens", type=int, default=2048, help="Maximum number of tokens that a request may ask for.")
 @click.option(
     "--allow-host",
     multiple=True,
-    help="Answer requests to this name too; only needed when listening on loopback.  [default: none]",
+    help="Also answer requests to this host name; only needed when listening on loopback.  [default: none]",
 )
 @click.option(
     "--cors-origin",
     multiple=True,
-    help="Let pages of this origin ask, such as https://app.example; * for all. Repeatable.  [default: none]",
+    help="Allow web pages of this origin, such as https://app.example; * for all; repeatable.  [default: none]",
 )
-@click.option("--any-model", is_flag=True, help="Answer with the one DIR whatever model a request names.")
+@click.option("--any-model", is_flag=True, help="Answer with the one DIR, also when a request names another model.")
 @load_options
-@click.option("-v", "--verbose", is_flag=True, help="Log remarks on stderr.")
+@click.option("-v", "--verbose", is_flag=True, help="Log progress on stderr.")
 @click.version_option(package_name="coreinfer")
 @command_errors
 def main(
@@ -60,10 +64,10 @@ def main(
     loading: LoadOptions,
     verbose: bool,
 ) -> None:
-    """Serve the bundle in each DIR under its folder's name: OpenAI's interface at /v1, a page at /.
+    """Serve the bundle in each DIR under its folder's name: OpenAI's API at /v1, a page at /.
 
-    Clients must send the key in the environment variable COREINFER_API_KEY, if there is one. SIGTERM and Ctrl-C end
-    the server in good order, with exit code 0.
+    If the environment variable COREINFER_API_KEY is set, clients must send that key. SIGTERM and Ctrl-C stop the server
+    cleanly, with exit code 0.
     """
     start_logging(verbose=verbose)
     serving = _import_serving()
@@ -82,7 +86,7 @@ def main(
     )
     names = _model_names(bundle_dirs)
     if any_model and len(names) > 1:
-        raise ConfigError(f"--any-model: it goes with one DIR, got {len(names)}")
+        raise ConfigError(f"--any-model: expected one DIR, got {len(names)}")
     taken = serving.bind(host, port)
     if not is_loopback and config.api_key is None:
         click.echo(f"warning: {host} can be reached from elsewhere, and no key is asked for; set {_KEY}", err=True)

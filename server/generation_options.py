@@ -18,7 +18,7 @@ def chat_options(body: ChatRequest, config: ServerConfig) -> GenerationOptions:
     """Translate a chat's options.
 
     Raises:
-        ApiError: it asks for more tokens than the server gives.
+        ApiError: it asks for more tokens than the server allows.
         ConfigError: options do not go together.
     """
     return GenerationOptions(
@@ -38,7 +38,7 @@ def completion_options(body: CompletionRequest, config: ServerConfig) -> Generat
     """Translate a completion's options.
 
     Raises:
-        ApiError: it asks for more tokens than the server gives.
+        ApiError: it asks for more tokens than the server allows.
     """
     return GenerationOptions(
         **_sampling(body), **_length(body.max_tokens, config, _COMPLETION_TOKENS), logprobs=body.logprobs, raw=True
@@ -67,5 +67,5 @@ def _length(asked: int | None, config: ServerConfig, default: int | None) -> dic
     """Settle how long an answer may be. What was asked for must fit, as at OpenAI."""
     limit = config.max_new_tokens
     if asked is not None and asked > limit:
-        raise ApiError(400, f"max_tokens: this server gives at most {limit}, got {asked}", param="max_tokens")
+        raise ApiError(400, f"max_tokens: this server allows at most {limit}, got {asked}", param="max_tokens")
     return {"max_new_tokens": asked or min(default or limit, limit), "whole_length": asked is not None}

@@ -40,7 +40,7 @@ class MessageIn(Fields):
         description="developer is read as system."
     )
     content: Plain | Annotated[list[TextPart], Field(min_length=1)] | None = Field(
-        default=None, description="May only be missing beside tool_calls."
+        default=None, description="May only be missing where there are tool_calls."
     )
     name: Plain | None = Field(default=None, description="For the chat template.")
     tool_calls: list[CallIn] | None = Field(default=None, description="Only of assistants.")
@@ -52,7 +52,7 @@ class MessageIn(Fields):
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls: only of role assistant")
         if (self.role == "tool") != (self.tool_call_id is not None):
-            raise ValueError("tool_call_id: it goes with role tool, and that with it")
+            raise ValueError("tool_call_id: expected exactly on messages of role tool")
         if self.content is None and not self.tool_calls:
             raise ValueError("content: expected text or a list of text parts, got nothing")
         return self

@@ -82,7 +82,7 @@ def _submit(
     arrived_seconds = time.monotonic()
     most = service.config.queue + 1
     if len(prompts) * num_choices > most:
-        raise ApiError(400, f"n, prompt: this server gives at most {most} answers at once; ask for fewer", param="n")
+        raise ApiError(400, f"n, prompt: this server returns at most {most} answers at once; ask for fewer", param="n")
     jobs: list[Job] = []
     try:
         for prompt in prompts:

@@ -1,4 +1,4 @@
-"""The routes beside OpenAI's: the page, the map behind it, health and metrics."""
+"""The routes that are not OpenAI's: the page, its map, health and metrics."""
 
 import base64
 import hashlib
@@ -97,7 +97,7 @@ async def show_map(model: Annotated[str, Query(min_length=1)], service: ServiceO
 
 @router.post("/coreinfer/place", responses={status: ERRORS[status] for status in (400, 401, 404, 413, 415)})
 def show_place(body: PlaceRequest, service: ServiceOf) -> Place:
-    """Say where a text is on the map, without answering it; in a thread, beside the event loop."""
+    """Return where a text is on the map, without answering it; in a thread, not in the event loop."""
     engine = service.model(body.model).engine
     clusters = engine.manifest.clusters
     route, distances = engine.router.route(body.text), engine.router.distances(body.text)

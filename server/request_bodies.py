@@ -75,7 +75,7 @@ class JsonSchemaFormat(Fields):
     # Under another name, because pydantic's models have a method `schema`.
     json_schema: dict[str, Any] = Field(alias="schema")
     description: Plain | None = None
-    strict: bool | None = Field(default=None, description="The schema is always followed to the letter.")
+    strict: bool | None = Field(default=None, description="The schema is always followed exactly.")
 
 
 class ResponseFormat(Fields):
@@ -87,7 +87,7 @@ class ResponseFormat(Fields):
     @model_validator(mode="after")
     def _check_schema(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema: it goes with type json_schema, and that with it")
+            raise ValueError("json_schema: expected exactly with type json_schema")
         return self
 
     @property
@@ -118,13 +118,13 @@ class UnusedFields(Fields):
 
 
 class TemplateFields(Fields):
-    """How a conversation is written for the model; not in OpenAI's interface."""
+    """How a conversation is written for the model; not in OpenAI's API."""
 
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="Variables of the chat template.")
     continue_final_message: bool | None = Field(
-        default=None, description="Go on with the last message; if left out, with one of the assistant."
+        default=None, description="Continue the last message; default: if it is the assistant's."
     )
-    add_generation_prompt: bool | None = Field(default=None, description="False only beside continue_final_message.")
+    add_generation_prompt: bool | None = Field(default=None, description="False only with continue_final_message.")
     parse_special: bool | None = Field(default=None, description="Read names of control tokens in messages as such.")
 
     @model_validator(mode="after")
@@ -156,7 +156,7 @@ class ChatRequest(SamplingFields, UnusedFields, TemplateFields):
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens to give; None for no log-probabilities."""
+        """How many of the likeliest tokens to return; None for no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
@@ -173,14 +173,14 @@ class CompletionRequest(SamplingFields):
         description="A text to continue as it is, or several."
     )
     logprobs: int | None = Field(default=None, ge=0, le=_MAX_TOP_LOGPROBS)
-    best_of: int | None = Field(default=None, ge=1, description="Only as many as n: none is thrown away.")
+    best_of: int | None = Field(default=None, ge=1, description="Only the same as n.")
     echo: bool | None = Field(default=None, description="Begin the answer with the prompt; not with logprobs.")
     suffix: Annotated[Plain, Field(max_length=0, description="Only empty.")] | None = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != self.num_choices:
-            raise ValueError("best_of: only as many as n")
+            raise ValueError("best_of: expected the same as n")
         if self.echo and self.logprobs is not None:
             raise ValueError("echo, logprobs: a prompt's log-probabilities are not computed; give one of the two")
         return self

@@ -68,7 +68,7 @@ class Usage(BaseModel):
 
 
 class Figures(BaseModel):
-    """What CoreInfer says of an answer, beside OpenAI's fields."""
+    """What CoreInfer says about an answer, in addition to OpenAI's fields."""
 
     cluster: int
     label: str
@@ -137,7 +137,7 @@ class Message(BaseModel):
     """The assistant's message."""
 
     role: Literal["assistant"] = "assistant"
-    content: str | None = Field(description="null where there is nothing beside calls.")
+    content: str | None = Field(description="null where the answer is only calls.")
     refusal: None = None
     tool_calls: list[CallOut] | None = None
 

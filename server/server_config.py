@@ -1,4 +1,4 @@
-"""How the server is to behave."""
+"""Configuration of the server."""
 
 import re
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ class ServerConfig:
     """Limits and access of a server.
 
     Attributes:
-        parallel: requests that each model answers at once.
-        queue: requests that may wait for each model besides.
+        parallel: number of requests that each model answers at once.
+        queue: number of further requests that may wait for each model.
         timeout_seconds: a request's whole time, waiting included.
         grace_seconds: time that running requests get at shutdown.
-        max_body_bytes: of a request's body.
-        max_new_tokens: most tokens that a request may ask for, and what it gets where it does not say.
+        max_body_bytes: maximum size of a request's body.
+        max_new_tokens: maximum number of tokens of a request, and the default.
         api_key: clients must send it as a bearer token; None for no key.
         allowed_hosts: values of the header Host that are answered; empty for all. Guards a server that is bound to a
             loopback address against pages that point a name of their own at it.
-        cors_origins: origins, such as https://app.example, whose pages may ask; "*" for all.
-        any_model: answer whatever name a client asks for with the one model that there is.
+        cors_origins: origins, such as https://app.example, whose pages may send requests; "*" for all.
+        any_model: answer with the one model, also when a client asks for another name.
     """
 
     parallel: int = 8

@@ -51,7 +51,7 @@ class Service:
             ConfigError: `any_model` with several.
         """
         if config.any_model and len(engines) != 1:
-            raise ConfigError(f"any_model: it goes with one model, got {len(engines)}")
+            raise ConfigError(f"any_model: expected one model, got {len(engines)}")
         self.config = config
         self.metrics = Metrics()
         self.models = {name: self._model(name, engine) for name, engine in engines.items()}

@@ -39,7 +39,7 @@ class EventStream(StreamingResponse):
 
         Args:
             first: the first token of all.
-            others: gives the others.
+            others: yields the others.
             jobs: that they come from.
             events: turns a choice's token into events.
         """
@@ -67,7 +67,7 @@ async def merged(jobs: Sequence[Job]) -> AsyncGenerator[ChoiceToken, None]:
     """Yield the tokens of several jobs as they come, each with its job's index, to the last of all.
 
     Raises:
-        Exception: whatever the first generation to fail raised.
+        Exception: what the first generation that failed raised.
     """
     waiting = {asyncio.ensure_future(job.next()): index for index, job in enumerate(jobs)}
     try:

@@ -17,7 +17,7 @@ class FunctionIn(Fields):
     parameters: dict[str, Any] | None = Field(default=None, description="JSON schema of the arguments.")
     strict: bool | None = Field(
         default=None,
-        description="A call that tool_choice asks for follows the schema to the letter; one of the model's own accord "
+        description="A call that tool_choice requires follows the schema exactly; one of the model's own accord "
         "is as the model writes it.",
     )
 

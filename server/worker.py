@@ -70,7 +70,7 @@ class Job:
 
         Raises:
             RequestTimedOut: the job's time is over.
-            Exception: whatever the generation raised.
+            Exception: what the generation raised.
         """
         try:
             async with asyncio.timeout(self.deadline_seconds - time.monotonic()):
@@ -100,7 +100,7 @@ class Worker:
             name: of the model.
             engine: nobody else may generate with it.
             parallel: jobs that run at once.
-            capacity: jobs that may wait besides.
+            capacity: number of further jobs that may wait.
         """
         self.metrics = metrics
         self._engine = engine
@@ -183,7 +183,7 @@ class Worker:
             self._engine.driver.end([job.run])
 
     def _take(self, job: Job, event: Token | Exception) -> None:
-        """Give an event to the event loop, counted first: whoever then asks for the metrics finds it there."""
+        """Pass an event to the event loop, counted first, so that metrics that are read afterwards include it."""
         if job.is_over:
             return
         if isinstance(event, Exception):

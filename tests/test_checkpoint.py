@@ -253,7 +253,7 @@ def test_torch_files_cannot_stay_in_their_file(copy: Callable[..., Path]) -> Non
     folder = copy()
     torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
     (folder / WEIGHTS).unlink()
-    with pytest.raises(ConfigError, match="--max-memory wants safetensors"):
+    with pytest.raises(ConfigError, match="--max-memory needs safetensors"):
         load(folder, mapped=True)
 
 

@@ -69,4 +69,4 @@ def test_what_is_missing_or_no_click_command_is_said(tmp_path: Path) -> None:
     pyproject.write_text('[project.scripts]\na = "not_there_at_all:main"\nb = "json.tool:main"\n', encoding="utf-8")
     text = tool.document(tool.read_scripts(pyproject))
     assert "Not described: it needs what is not installed here (No module named 'not_there_at_all')" in text
-    assert "Its options are another program's: `b --help` shows them." in text
+    assert "Its options are those of another program; `b --help` lists them." in text

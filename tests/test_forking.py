@@ -145,7 +145,7 @@ def test_the_torch_engine_refuses_a_forked_process(bundle: Path) -> None:
     try:
         expected = answer(engine)
         said = in_fork(lambda: answer(engine))
-        assert said.startswith("CoreInferError: the torch engine cannot go on in a forked process")
+        assert said.startswith("CoreInferError: the torch engine cannot work in a forked process")
         assert "spawn" in said
         # One thread needs no other.
         torch.set_num_threads(1)

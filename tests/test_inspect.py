@@ -144,7 +144,7 @@ def test_what_is_no_bundle_is_one_line_and_exit_2(bundle_dir: Path, kind: str, a
     reasons = {
         "absent": "does not exist",
         "file": "is a file",
-        "empty folder": "is no bundle",
+        "empty folder": "is not a bundle",
         "no manifest fields": "manifest.model: missing",
         "another version": "upgrade coreinfer",
     }

@@ -268,7 +268,7 @@ def _option(**options: Any) -> Callable[[Path], dict[str, Any]]:
         (_corpus("\n\n".join([corpus_texts()[0]] * 40), clusters=2), CalibrationError, "1 different usable texts"),
         (_parent_is_a_file, BundleError, "file is a file; give another -o"),
         (_target_exists, BundleError, "bundle exists; give another -o or add --force"),
-        (_target_is_no_bundle, BundleError, "bundle exists and is no bundle"),
+        (_target_is_no_bundle, BundleError, "bundle exists and is not a bundle"),
     ],
 )
 def test_wrong_inputs_are_one_line_and_leave_nothing(

@@ -320,7 +320,7 @@ def test_a_text_is_what_a_user_says(engine: runtime.Engine) -> None:
 @pytest.mark.parametrize(
     ("prompt", "options", "named"),
     [
-        (user("soup"), {"raw": True}, "raw: it goes with a prompt that is plain text"),
+        (user("soup"), {"raw": True}, "raw: can only be used with a prompt that is plain text"),
         ("soup", {"raw": True, "tools": [{"name": "t"}]}, "tools: they go with messages"),
         ("soup", {"raw": True, "chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: they go with messages"),
         ("soup", {"raw": True, "continue_final_message": True}, "continue_final_message: they go with messages"),

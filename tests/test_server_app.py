@@ -186,7 +186,7 @@ def test_models(client: openai.OpenAI, model: str) -> None:
     [
         ({"prediction": {}}, "prediction: not supported by this server; leave it out", "prediction"),
         ({"n": 129}, "n: Input should be less than or equal to 128", "n"),
-        ({"n": 66}, "n, prompt: this server gives at most 65 answers at once", "n"),
+        ({"n": 66}, "n, prompt: this server returns at most 65 answers at once", "n"),
         ({"frequency_penalty": 3}, "frequency_penalty: Input should be less than or equal to 2", "frequency_penalty"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5: Input should be less than or equal to 100", "logit_bias.5"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x: Input has characters", "logit_bias.x"),
@@ -197,7 +197,7 @@ def test_models(client: openai.OpenAI, model: str) -> None:
         ({"reasoning_effort": "high"}, "reasoning_effort: Input should be 'none'", "reasoning_effort"),
         ({"service_tier": "flex"}, "service_tier: Input should be 'auto' or 'default'", "service_tier"),
         ({"functions": [{"name": "f"}]}, "functions: List should have at most 0 items", "functions"),
-        ({"tool_choice": "required"}, "tool_choice: it asks for a call, and there are no tools", None),
+        ({"tool_choice": "required"}, "tool_choice: it requires a call, but there are no tools", None),
         (
             {"tool_choice": {"type": "allowed_tools"}},
             "tool_choice.type: Input should be 'function'",
@@ -210,7 +210,7 @@ def test_models(client: openai.OpenAI, model: str) -> None:
         ({"top_p": 0}, "top_p: Input should be greater than 0", "top_p"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0", "seed"),
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1", "max_tokens"),
-        ({"max_tokens": 65}, "max_tokens: this server gives at most 64, got 65", "max_tokens"),
+        ({"max_tokens": 65}, "max_tokens: this server allows at most 64, got 65", "max_tokens"),
         ({"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens, max_completion_tokens: give one of the two", None),
         ({"top_logprobs": 2}, "top_logprobs: only with logprobs true", None),
         ({"stream_options": {"include_usage": True}}, "stream_options: include_usage only with stream true", None),
@@ -221,7 +221,7 @@ def test_models(client: openai.OpenAI, model: str) -> None:
         ),
         (
             {"response_format": {"type": "json_schema"}},
-            "response_format: json_schema: it goes with type",
+            "response_format: json_schema: expected exactly with type",
             "response_format",
         ),
         ({"messages": []}, "messages: List should have at least 1 item", "messages"),
@@ -230,7 +230,11 @@ def test_models(client: openai.OpenAI, model: str) -> None:
             "messages.0.role: Input should be 'system'",
             "messages.0.role",
         ),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0: tool_call_id: it goes with", "messages.0"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "messages.0: tool_call_id: expected exactly on",
+            "messages.0",
+        ),
         ({"messages": [{"role": "user"}]}, "messages.0: content: expected text or a list", "messages.0"),
         ({"messages": [{"role": "assistant", "content": None}]}, "messages.0: content: expected", "messages.0"),
         (

@@ -204,7 +204,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(
     static._sequences.static._required = False
     both(static, plain, [4])
     both(static, plain, [5])
-    assert caplog.text.count("decoding goes on without a CUDA graph") == 1
+    assert caplog.text.count("decoding continues without a CUDA graph") == 1
 
 
 @pytest.mark.parametrize("spoiled", [1.5, float("nan")])
@@ -224,7 +224,7 @@ def test_a_recorded_step_that_differs_is_not_used(
     steps._required = False
     both(static, plain, [4])
     both(static, plain, [5])
-    assert caplog.text.count("decoding goes on without a CUDA graph: the logits of a recorded step are off by") == 1
+    assert caplog.text.count("decoding continues without a CUDA graph: the logits of a recorded step are off by") == 1
 
 
 def test_an_engine_says_the_same(tiny_bundle: Callable[..., Path]) -> None:

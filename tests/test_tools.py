@@ -256,7 +256,7 @@ def test_schemas_that_refer_to_themselves(engine: runtime.Engine) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"tool_choice": "required"}, "tool_choice: it asks for a call, and there are no tools"),
+        ({"tool_choice": "required"}, "tool_choice: it requires a call, but there are no tools"),
         ({"tool_choice": "always", "tools": TOOLS}, "tool_choice: expected auto, none, required or"),
         (
             {"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": TOOLS},

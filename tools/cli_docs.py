@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "cli.md"
 _INTRODUCTION = """# Commands
 
-Written by `make docs` from the commands themselves; do not edit. Each command shows the same with `--help`. What is
-asked for goes to stdout, progress and figures to stderr. An expected error is one line and exit code 2, Ctrl-C and
-SIGTERM are exit code 130.
+Written by `make docs` from the commands themselves; do not edit. Each command shows the same with `--help`. Results go
+to stdout, progress and figures to stderr. An expected error prints one line and exits with code 2; Ctrl-C and SIGTERM
+exit with code 130.
 """
 
 
@@ -80,7 +80,7 @@ def _section(script: Script) -> Iterator[str]:
         yield f"Not described: it needs what is not installed here ({script.missing}).\n"
     else:
         yield f"{inspect.getdoc(script.entry) or ''}\n"
-        yield f"Its options are another program's: `{script.name} --help` shows them.\n"
+        yield f"Its options are those of another program; `{script.name} --help` lists them.\n"
 
 
 def _command(name: str, command: click.Command) -> Iterator[str]:

@@ -37,7 +37,7 @@ def text_spans(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
 
 
 def encoded(tokenizer: Any, text: str, *, add_special_tokens: bool) -> Any:
-    """Encode a text; other threads of Python go on meanwhile where that takes long."""
+    """Encode a text; other Python threads run meanwhile if that takes long."""
     if len(text) < _LONG_CHARACTERS:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     (encoding,) = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)

@@ -22,7 +22,8 @@ def cpu_multiplies_bf16() -> bool:
 def usable_cores(root: Path = Path("/")) -> int:
     """Count the physical cores that this process may keep busy: the default for threads everywhere.
 
-    A second thread on a core adds no memory bandwidth. A container's quota of CPU time counts as so many cores, rounded
+    A second thread on a core adds no memory bandwidth. A container's quota of CPU time counts as that many cores,
+    rounded
     up: more threads than that use it up early and then all stand still until the next period.
 
     Args:

@@ -20,7 +20,7 @@ _KEY = "option"
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What a field says of itself as an option, beside its name, type and default.
+    """What a field says about itself as an option, in addition to its name, type and default.
 
     Attributes:
         help: for the command's help and the docs.

@@ -36,7 +36,7 @@ class StaticEncoder:
 
     Attributes:
         table: (vocabulary, dimension) float16.
-        tokenizer_json: the tokenizer that gives the rows' ids, as `tokenizer.json`.
+        tokenizer_json: the tokenizer whose ids are the rows, as `tokenizer.json`.
     """
 
     table: npt.NDArray[np.float16]

@@ -83,7 +83,7 @@ def check_files(folder: Path, what: str, *, mapped: bool) -> None:
     files = [file for file in _files_of(folder, what) if file.is_file()]
     if mapped and not files:
         raise ConfigError(
-            f"{what}: --max-memory wants safetensors, whose weights can stay in their file, and found none; "
+            f"{what}: --max-memory needs safetensors, whose weights can stay in their file, and found none; "
             "save it with transformers first"
         )
     packed = []

@@ -1,7 +1,7 @@
 """Run calibration text through a model one layer at a time.
 
 Only one layer need be on the device, and only the hidden states between layers are kept: (tokens, hidden size) in
-all. What each layer wants besides hidden states (masks, positions, rotary embeddings) differs from family to family;
+all. What each layer needs besides hidden states (masks, positions, rotary embeddings) differs between families;
 it is recorded by running the model's own forward pass once with its layers taken out.
 """
 
@@ -175,7 +175,7 @@ def prepare_batches(
     *,
     batch_tokens: int = _BATCH_TOKENS,
 ) -> list[Batch]:
-    """Batch documents of like length, of at most so many tokens, and record what the layers are called with."""
+    """Batch documents of similar length, up to a number of tokens, and record what the layers are called with."""
     order = sorted(range(len(documents)), key=lambda i: len(documents[i].token_ids))
     batches, members = [], list[int]()
     for index in order:

@@ -73,7 +73,7 @@ class LoadedModel:
         return list(resolve(self.model, self.family.layers))
 
     def forward(self, token_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Read tokens behind those in the cache, which grows: (batch, tokens) -> (batch, tokens, vocabulary)."""
+        """Read tokens after those in the cache, which grows: (batch, tokens) -> (batch, tokens, vocabulary)."""
         logits: torch.Tensor = self.model(token_ids, use_cache=True, **cache_argument(self.model, cache)).logits
         return logits
 
@@ -98,7 +98,7 @@ class LoadedModel:
         return states
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits of what `states` gives: (..., size) -> (..., vocabulary)."""
+        """Logits of what `states` returns: (..., size) -> (..., vocabulary)."""
         model = cast("PreTrainedModel", self.model)
         head: nn.Module = model.get_output_embeddings()
         logits: torch.Tensor = head(states)
@@ -144,7 +144,7 @@ def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
 def load_model(
     source: ModelSource, family: Family, config: PreTrainedConfig, *, device: str, dtype: DType, mapped: bool = False
 ) -> LoadedModel:
-    """Load a model for profiling; family and config are what `read_config` gave.
+    """Load a model for profiling; family and config are what `read_config` returned.
 
     Args:
         mapped: leave the weights in their file, in their stored dtype, and convert each layer's while it runs.

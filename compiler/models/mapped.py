@@ -19,7 +19,7 @@ Stored = list[tuple[nn.Module, str, nn.Parameter]]
 
 
 def convert_on_use(model: nn.Module, family: Family, dtype: torch.dtype) -> None:
-    """Have each layer's parameters converted to `dtype` while the layer runs, and put back behind it."""
+    """Have each layer's parameters converted to `dtype` while the layer runs, and put back after it."""
     layers = list(resolve(model, family.layers))
     embedding, head = resolve(model, family.embedding), model.get_output_embeddings()  # type: ignore[operator]
     elsewhere = {id(part) for layer in layers for part in layer.modules()} | {id(embedding), id(head)}

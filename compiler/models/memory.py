@@ -14,7 +14,7 @@ __all__ = ["check_memory"]
 _PROGRAM_BYTES = 900_000_000
 """Python, torch, FAISS and the sentence encoder."""
 _MOMENT_MATRICES = 6
-"""Square matrices of one layer that are in memory beside those of all clusters: sums, mixtures, a solution's."""
+"""Square matrices of one layer in memory, in addition to those of all clusters: sums, mixtures, a solution's."""
 
 
 def check_memory(config: CompileConfig, loaded: LoadedModel, corpus: Corpus) -> None:
@@ -36,13 +36,13 @@ def check_memory(config: CompileConfig, loaded: LoadedModel, corpus: Corpus) -> 
     share = max(0, fitting) / max(1, num_tokens)
     way_out = f" or --calibration-tokens {int(config.calibration_tokens * share)}" if fitting > 0 else ""
     raise ConfigError(
-        f"--max-memory: expected at least {_bound_gb(needed)} GB, {_bound_gb(fixed)} of it whatever the text, for "
+        f"--max-memory: expected at least {_bound_gb(needed)} GB, {_bound_gb(fixed)} of it for any text, for "
         f"{num_tokens} tokens to calibrate on, got {config.max_memory:g}; give more{way_out}, or take a smaller model"
     )
 
 
 def _bound_gb(num_bytes: int) -> float:
-    """The least bound that leaves so much beside the moments' share, in tenths of a gigabyte."""
+    """The lowest limit that leaves this much next to the moments' share, in tenths of a gigabyte."""
     return math.ceil(num_bytes / (1 - MOMENT_SHARE) / 1e8) / 10
 
 
@@ -63,7 +63,7 @@ def _fixed_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
 
 
 def _token_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
-    """Activations and targets, hidden states before and behind a layer; of each stream those of the second halves."""
+    """Activations and targets, hidden states before and after a layer; for each stream those of the second halves."""
     num_streams = 3 if config.evaluate and config.controls else 1
     num_hidden = 1 + 2 + (num_streams + 2) / 2
     return int((loaded.record.ffn_dim + num_hidden * loaded.record.hidden_size) * loaded.dtype.itemsize)

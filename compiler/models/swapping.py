@@ -56,7 +56,7 @@ def _in_use(
     own: Callable[[], Weights],
     assign: Callable[[Weights], None],
 ) -> Iterator[None]:
-    """Assign what `weights` gives as the layer is entered, and what `own` gave before that as it is left.
+    """Assign what `weights` returns when the layer is entered, and what `own` returned before that when it is left.
 
     The weights are made once, but each time where a model's stay in their file: all layers' together would be too
     much then.

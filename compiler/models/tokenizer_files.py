@@ -29,11 +29,11 @@ _SAMPLES = (
 def with_own_file(tokenizer: Any, source: ModelSource) -> Any:
     """Put the model's own `tokenizer.json`, where there is one, in the place of what transformers made of it.
 
-    The class that `tokenizer_config.json` names may build a tokenizer anew, with parts that the file does not have; the
+    The class that `tokenizer_config.json` names may rebuild a tokenizer, with parts that the file does not have; the
     file is what the model was trained with.
 
     Args:
-        tokenizer: of transformers, as `AutoTokenizer` gives it.
+        tokenizer: of transformers, as `AutoTokenizer` returns it.
     Raises:
         ConfigError: the file cannot be read.
     """

@@ -1,6 +1,6 @@
 """Stages `select` and `reconstruct`: narrow a model layer after layer, on the hidden states that it will really have.
 
-The calibration text goes through the dense model and, beside it, through each narrow model as far as it is made: as
+The calibration text runs through the dense model and, in parallel, each narrow model as far as it is made: as
 at run time, the first half of every document is read dense and the second half narrow. A layer is therefore fitted on
 what the narrow layers before it hand on, and where hidden states are sums of what the layers add, towards the hidden
 state of the dense model: it also makes up for what the layers before it got wrong. GPTAQ (arXiv 2504.02692) does so
@@ -223,13 +223,13 @@ def _read_dense(inputs: NarrowInputs, layer: int, part: _Part, tokens: LayerToke
 def _read_narrow(
     inputs: NarrowInputs, layer: int, part: _Part, entering: torch.Tensor, own: torch.Tensor, tokens: LayerTokens
 ) -> torch.Tensor:
-    """Run a batch behind a stream's narrowed layers: what is read narrow takes its place among the layer's tokens.
+    """Run a batch after a stream's narrowed layers: what is read narrow takes its place among the layer's tokens.
 
     Args:
         entering: (batch, length, hidden size) the dense model's hidden states.
         own: (tokens that are read narrow, hidden size) the stream's.
     Returns:
-        Their hidden states behind the layer but for what its FFN adds, where that is just added.
+        Their hidden states after the layer, without what its FFN adds where that is just added.
     """
     hidden = _put(entering, part.places, own)
     run = run_partly(inputs.loaded, layer, part.batch, hidden, part.places, torch.zeros_like(hidden))
@@ -281,7 +281,7 @@ def _repair(
 
 
 def _repair_weights(config: CompileConfig) -> tuple[float, ...]:
-    """Candidates: moments of one cluster alone are too thin for a repair, whatever the scores are made of."""
+    """Candidates: moments of one cluster alone are too few for a repair, for every kind of score."""
     if config.cluster_weight == "auto":
         return CLUSTER_WEIGHTS
     return CLUSTER_WEIGHTS[:1] if config.cluster_weight is None else (config.cluster_weight,)
@@ -338,7 +338,7 @@ def _move(
     without_ffn: torch.Tensor,
     outputs: torch.Tensor,
 ) -> torch.Tensor:
-    """A stream's hidden states behind the narrow layer: (tokens that are read narrow, hidden size)."""
+    """A stream's hidden states after the narrow layer: (tokens that are read narrow, hidden size)."""
     narrow = outputs[part.rows]
     if inputs.loaded.family.adds_ffn_output:
         return (without_ffn.float() + narrow.float()).to(without_ffn.dtype)

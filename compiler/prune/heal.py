@@ -39,7 +39,7 @@ _STEP_TOKENS = 2048
 _POOL_SIZE = 16
 """Most spare text to draw from, in multiples of what the steps read: with little, the same documents meet again."""
 _DENSE_SHARES = (0.125, 0.5)
-"""Least and greatest share of a document that is read dense: short prompts have long answers."""
+"""Minimum and maximum share of a document that is read dense: short prompts have long answers."""
 _MIN_DOCUMENT_TOKENS = 4
 _HEAD_TOKENS = 128
 """Tokens whose logits are in memory at once."""
@@ -126,7 +126,7 @@ def healing_text(config: CompileConfig, corpus: Corpus, routing: Routing) -> tup
 
 
 def heal(inputs: HealInputs, cache: Cache, key: str, progress: Progress) -> NarrowModel:
-    """Train for the options' steps; an interrupted training goes on from its last checkpoint."""
+    """Train for the options' steps; an interrupted training continues from its last checkpoint."""
     config, narrow = inputs.config, inputs.narrow
     if config.heal_steps:
         shared = _Course(inputs=inputs, cluster=None, num_steps=config.heal_steps, key=key)
@@ -150,7 +150,7 @@ def _own_course(inputs: HealInputs, cluster: int, key: str) -> _Course:
 
 
 def _run(name: str, courses: Sequence[_Course], cache: Cache, progress: Progress) -> dict[str, Bits]:
-    """Train what was not trained before; all healed matrices, as `_changed_weights` gives them."""
+    """Train what was not trained before; returns all healed matrices, as `_changed_weights` does."""
     found = [cache.find_arrays(f"{course.key}-healed") for course in courses]
     if None in found:
         with progress.stage(name, sum(course.num_steps for course in courses)) as advance:
@@ -240,7 +240,7 @@ def _step(course: _Course, changes: Changes, optimizer: torch.optim.Optimizer, s
 
 
 def _gradient(loaded: LoadedModel, narrow: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    """Gradient of the mean KL(dense || narrow) of next tokens, by the states that the narrow model gives to the head.
+    """Gradient of the mean KL(dense || narrow) of next tokens, by the states that the narrow model passes to the head.
 
     By the logits it is softmax(narrow) - softmax(dense); a few tokens' logits at a time are enough, where those of all
     would take the most memory of a step.

@@ -30,7 +30,7 @@ CLUSTERS = "clusters"
 Labels = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint16]
 Cut = Callable[[int, int], dict[str, torch.Tensor]]
-"""Layer and cluster -> one layer's FFN, as `narrow_layer` gives it."""
+"""Layer and cluster -> one layer's FFN, as `narrow_layer` returns it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def choose_all(
 
 
 def bf16_bits(values: torch.Tensor) -> Bits:
-    """Round a tensor to bfloat16 and give its bit patterns."""
+    """Round a tensor to bfloat16 and return its bit patterns."""
     bits: Bits = values.to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().view(np.uint16)
     return bits
 

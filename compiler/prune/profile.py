@@ -83,7 +83,7 @@ def profile_model(
 
 
 def spread_over_clusters(documents: Sequence[Document], labels: Labels, num_tokens: int, *, least: int) -> Labels:
-    """Take documents evenly from each cluster, of about so many tokens together, and `least` of each if it has them.
+    """Take documents evenly from each cluster, of about `num_tokens` together, at least `least` of each if it has them.
 
     Args:
         labels: (documents,) cluster ids.

@@ -1,4 +1,4 @@
-"""Second-order removal of neurons: take out what costs least once the others have made up for it.
+"""Second-order removal of neurons: remove the neurons that cost least after the others have compensated them.
 
 The FFN's output is h W with activations h and W (ffn_dim, hidden size). With G = E[h h^T], C = E[h y^T] for a wanted
 output y, and lam a ridge towards the model's own weights W0, the best W is X = H^-1 (C + lam W0), H = G + lam I.

@@ -20,7 +20,7 @@ __all__ = ["CLUSTER_WEIGHTS", "RIDGES", "LayerTokens", "Repaired", "RepairTask",
 RIDGES = (1e-3, 1e-2, 1e-1)
 """Candidates for "auto", relative to the mean diagonal of the Gram matrix; no repair is the last candidate."""
 CLUSTER_WEIGHTS = (0.3, 0.6)
-"""Candidates for "auto"; the first is what little text wants, the second what 40,000 tokens a cluster want."""
+"""Candidates for "auto"; the first is best for little text, the second for 40,000 tokens per cluster."""
 _REMOVAL_RIDGE = 1e-2
 _TOKEN_CHUNK = 8192
 _COLUMN_BLOCKS = 6
@@ -145,7 +145,7 @@ class _Attempt:
 def repair_layer(tokens: LayerTokens, task: RepairTask) -> Repaired:
     """Choose and refit one layer's neurons for every cluster, with one cluster weight and one ridge for all of them.
 
-    Both are the candidates with the least cost on the validation tokens; no repair at all is a candidate of "auto", so
+    Both are the candidates with the lowest cost on the validation tokens; no repair at all is a candidate of "auto", so
     that a repair which other text rejects is never shipped. Without validation tokens they are the first.
     """
     attempts = [

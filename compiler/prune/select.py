@@ -65,14 +65,14 @@ def layer_budgets(
 
 
 def cheapest_budgets(curves: Floats, keep: float, floor: float, ffn_dim: int) -> list[int]:
-    """Take out blocks where they cost least, until the keep ratio is reached.
+    """Remove blocks where they cost least, until the keep ratio is reached.
 
-    Layers are gone through along the lower convex hulls of their curves, so that a cheap stretch behind a dear block
-    is found too; the sum of all curves is then the least for that many blocks, but for the last stretch.
+    Layers are gone through along the lower convex hulls of their curves, so that a cheap stretch after an expensive
+    block is found too; the sum of all curves is then minimal for that many blocks, except in the last stretch.
 
     Args:
-        curves: (layers, removed blocks + 1) cost of removing so many blocks of a layer.
-        keep, floor: kept neurons / all neurons, in all and of a layer at least.
+        curves: (layers, removed blocks + 1) cost of removing this many blocks of a layer.
+        keep, floor: kept neurons / all neurons, of all layers together, and the minimum of each layer.
     """
     num_layers = len(curves)
     least_kept = max(NEURON_BLOCK, math.ceil(floor * ffn_dim / NEURON_BLOCK - 1e-9) * NEURON_BLOCK)

@@ -113,12 +113,12 @@ def evaluate(
     progress: Progress,
     stored: StoredModel | None = None,
 ) -> Quality:
-    """Measure the clusters' packs and the controls beside the dense model.
+    """Measure the clusters' packs, the controls and the dense model.
 
     Args:
         texts: token ids of the held-out texts.
         models: assignment name -> its FFN and (texts,) cluster of each text.
-        stored: what runs beside the narrow FFN (attention, embedding, head, and the dense FFN for the first halves) is
+        stored: what runs with the narrow FFN (attention, embedding, head, and the dense FFN for the first halves) is
             as stored there, and so is the dense model that is scored; None for the model's own weights.
     """
     tallies: dict[str, dict[int, Tally]] = {name: {} for name in models}

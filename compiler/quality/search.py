@@ -106,7 +106,7 @@ def least_keeps(
         least: the lowest ratio to try.
         dense_excess: that of ratio 1, the dense model, which holds.
     Returns:
-        Ratios that hold: each loses at least 95% of what it may, or is at most 0.015 above one that does not hold,
+        Ratios that meet the limit: each loses at least 95% of it, or is at most 0.015 above one that does not meet it,
         unless the tries ended before.
     """
     brackets = [_Bracket(low=least, high_excess=dense_excess) for _ in range(num_clusters)]
@@ -175,7 +175,7 @@ def fit_clusters(config: CompileConfig, measure: MeasureClusters, *, num_documen
 
 
 def fewest_clusters(kl_of: Callable[[int], float], ladder: Sequence[int]) -> int:
-    """Climb until two counts in a row bring no new best by the margin; give the fewest within the margin of the best.
+    """Climb until two counts in a row bring no new best by the margin; return the fewest within the margin of the best.
 
     Args:
         kl_of: held-out KL of a number of clusters.

@@ -113,7 +113,7 @@ def dense_cut(stored: StoredModel) -> Cut:
 def _stored_layer(
     loaded: LoadedModel, files: Sequence[TensorFile], layer: int, cluster: int
 ) -> dict[str, torch.Tensor]:
-    """Read one layer's FFN, as `narrow_layer` gives it."""
+    """Read one layer's FFN, as `narrow_layer` returns it."""
     file, tensors = files[cluster], {}
     chosen = tensor_name(layer, "neuron_ids")
     num_neurons = file.shape_of(chosen)[1][0] if chosen in file else loaded.record.ffn_dim

@@ -149,7 +149,7 @@ def write_tokenizer(stage: Path, loaded: LoadedModel) -> None:
 
 
 def quick_to_read(tokenizer_json: str) -> str:
-    """Write a tokenizer compactly, without truncation and padding, which belong to whoever trained with it.
+    """Write a tokenizer compactly, without truncation and padding, which are only for training.
 
     Merges of two tokens are written as "a b", the older of the two forms that `tokenizers` reads, and by a quarter the
     quicker; where a token has a space in it they stay lists.

@@ -1,9 +1,9 @@
-"""Stage `quantize`: round weights to few bits for the least error of a layer's outputs, not for the nearest weights.
+"""Stage `quantize`: round weights to few bits, minimising the error of a layer's outputs, not of the weights.
 
 The error of a row's output is, with inputs x whose second moments are m_i = E[x_i^2] and which are taken as
 uncorrelated, sum_i m_i (w_i - w'_i)^2 (OBQ, arXiv 2208.11580, with a diagonal Hessian). Each row's groups of 32
 inputs are independent under it: several ranges are tried for each group, the best is refitted by weighted least
-squares, and what has the least error is kept. Weights that already lie on a 4-bit grid with a minimum, as those of
+squares, and the one with the lowest error is kept. Weights that already lie on a 4-bit grid with a minimum, as those of
 Q4_1 files do, are found again up to the rounding of the zero point.
 """
 

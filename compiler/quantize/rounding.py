@@ -1,4 +1,4 @@
-"""What rounding does to a layer, so that the repair of the layers behind it can make up for it."""
+"""What rounding does to a layer, so that the repair of later layers can compensate it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -64,7 +64,7 @@ def split_point(num_tokens: int) -> int:
 
 
 def spread_sample(documents: Sequence[Document], num_tokens: int) -> list[Document]:
-    """Take documents spread evenly over all, of about so many tokens together; all of them if there are fewer."""
+    """Take evenly spread documents of about this many tokens together; all documents if there are fewer."""
     total = sum(len(document.token_ids) for document in documents)
     return list(documents[:: max(1, total // num_tokens)])
 
@@ -161,7 +161,7 @@ def _take(documents: Sequence[Document], config: CompileConfig) -> tuple[list[Do
 
 
 def first_documents(documents: Sequence[Document], num_tokens: int) -> list[Document]:
-    """Take documents from the front as long as they have no more than so many tokens together."""
+    """Take documents from the front as long as they have no more than this many tokens together."""
     totals = accumulate(len(document.token_ids) for document in documents)
     return [document for document, total in zip(documents, totals, strict=True) if total <= num_tokens]
 

@@ -1,4 +1,4 @@
-"""`coreinfer-bench`: how fast the native engine decodes a bundle, beside what the machine's memory can deliver."""
+"""`coreinfer-bench`: how fast the native engine decodes a bundle, compared with the machine's memory bandwidth."""
 
 import json
 import statistics
@@ -197,12 +197,12 @@ def _check(options: BenchOptions, bundle: Bundle) -> None:
 
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle_dir", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--isa", default="auto", help="Kernels, such as avx2; all measures all that the CPU has.")
-@click.option("--threads", type=int, default=None, help="CPU threads.  [default: one a physical core]")
-@click.option("--tokens", type=int, default=128, help="Tokens to decode in a round.")
-@click.option("--prompt-tokens", type=int, default=512, help="Tokens of the prompt whose prefill is timed.")
-@click.option("--rounds", type=int, default=5, help="Rounds; medians are shown.")
-@click.option("--starts", type=int, default=3, help="Starts of coreinfer-run to time; 0 leaves them out.")
+@click.option("--isa", default="auto", help="Kernels, such as avx2; all measures every kind that the CPU supports.")
+@click.option("--threads", type=int, default=None, help="Number of CPU threads.  [default: one per physical core]")
+@click.option("--tokens", type=int, default=128, help="Number of tokens to decode in a round.")
+@click.option("--prompt-tokens", type=int, default=512, help="Number of tokens of the prompt whose prefill is timed.")
+@click.option("--rounds", type=int, default=5, help="Number of rounds; medians are shown.")
+@click.option("--starts", type=int, default=3, help="Number of starts of coreinfer-run to time; 0 for none.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line after the table.")
 @click.version_option(package_name="coreinfer")
 @command_errors

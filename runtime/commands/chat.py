@@ -239,10 +239,10 @@ class _Command:
 
 _COMMANDS: Mapping[str, _Command] = {
     "help": _Command(run=_help, help="list the commands"),
-    "mode": _Command(run=_mode, argument="[MODE]", help="choose FFN weights so from now on, or show the mode"),
-    "clusters": _Command(run=_clusters, help="list the clusters; the star is where the last answer was written"),
-    "stats": _Command(run=_stats, help="tokens, speed and room of this chat"),
+    "mode": _Command(run=_mode, argument="[MODE]", help="set how FFN weights are chosen from now on, or show the mode"),
+    "clusters": _Command(run=_clusters, help="list the clusters; a star marks the one that wrote the last answer"),
+    "stats": _Command(run=_stats, help="show the tokens, speed and free context of this chat"),
     "reset": _Command(run=_reset, help="forget all turns"),
-    "system": _Command(run=_system, argument="[TEXT]", help="begin anew with this system message, or show it"),
+    "system": _Command(run=_system, argument="[TEXT]", help="start again with this system message, or show it"),
     "quit": _Command(run=_quit, help="end the chat"),
 }

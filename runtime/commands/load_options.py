@@ -19,10 +19,14 @@ _OPTIONS = (
         "--engine",
         type=click.Choice(get_args(EngineName)),
         default="auto",
-        help="native: C++ on the CPU; torch: any device; auto: native, but torch for a GPU, --device or --dtype.",
+        help="native: C++ on the CPU; torch: any device; auto: torch with a GPU, --device or --dtype, else native.",
     ),
-    click.option("--isa", default="auto", help="Kernels of the native engine, such as avx2; auto for the CPU's best."),
-    click.option("--device", default="auto", help="Device of the torch engine; auto for a GPU where there is one."),
+    click.option(
+        "--isa",
+        default="auto",
+        help="Kernels of the native engine, such as avx2; auto for the best that the CPU supports.",
+    ),
+    click.option("--device", default="auto", help="Device of the torch engine; auto for a GPU, if there is one."),
     click.option(
         "--dtype",
         type=click.Choice(["auto", "bfloat16", "float32"]),
@@ -30,39 +34,43 @@ _OPTIONS = (
         help="Arithmetic of the torch engine.",
     ),
     click.option(
-        "--threads", type=int, default=None, help="CPU threads for each bundle.  [default: one a physical core]"
+        "--threads",
+        type=int,
+        default=None,
+        help="Number of CPU threads for each bundle.  [default: one per physical core]",
     ),
     click.option(
         "--kv-cache-mb",
         type=float,
         default=None,
-        help="Bound of each bundle's keys and values, of all generations together.  "
+        help="Maximum megabytes of each bundle's KV cache, for all generations together.  "
         "[default: half of the free memory, at most 64 whole contexts]",
     ),
     click.option(
         "--gpu-memory-mb",
         type=float,
         default=None,
-        help="Bound of each bundle's weights and KV cache on the GPU.  [default: what is free]",
+        help="Maximum megabytes of each bundle's weights and KV cache on the GPU.  [default: what is free]",
     ),
     click.option(
         "--cuda-graphs",
         type=click.Choice(get_args(CudaGraphs)),
         default="auto",
-        help="Decode in recorded steps of fixed shapes on the GPU; auto where there is one.",
+        help="Decode with captured CUDA graphs of fixed shapes; auto: on a GPU.",
     ),
     click.option(
         "--weights",
         type=click.Choice(get_args(Weights)),
         default="auto",
-        help="packed: multiply by int4 weights as they are on the GPU; auto where it can; bfloat16: unpack them.",
+        help="On the GPU, multiply by int4 weights as they are (packed) or unpack them (bfloat16); "
+        "auto: packed if possible.",
     ),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How bundles are to be loaded; the fields are arguments of `load`."""
+    """How bundles are loaded; the fields are arguments of `load`."""
 
     mode: str
     engine: EngineName
@@ -93,7 +101,7 @@ class LoadOptions:
 
 
 def load_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of an engine; their values come as one argument, `loading`."""
+    """Add the options of an engine to a command; their values come as one argument, `loading`."""
 
     # click calls by name, whatever the command's own options are.
     @wraps(command)

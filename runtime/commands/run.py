@@ -23,23 +23,27 @@ __all__ = ["main"]
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle_dir", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
-@click.option("--chat", is_flag=True, help="Talk: one turn a line; /help lists commands.")
+@click.option("--chat", is_flag=True, help="Hold a conversation, one turn per line; /help lists commands.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @click.option("--system", default=None, help="System message.  [default: none]")
-@click.option("-n", "--max-new-tokens", type=int, default=256, help="Decode at most so many tokens.")
-@click.option("--temperature", type=float, default=0.0, help="0 decodes greedily.")
-@click.option("--top-k", type=int, default=0, help="Sample from the k likeliest tokens; 0 is off.")
-@click.option("--top-p", type=float, default=1.0, help="Sample from the likeliest tokens with this probability.")
-@click.option("--min-p", type=float, default=0.0, help="Least probability, relative to the likeliest token.")
+@click.option("-n", "--max-new-tokens", type=int, default=256, help="Maximum number of tokens to decode.")
+@click.option("--temperature", type=float, default=0.0, help="Temperature of sampling; 0 decodes greedily.")
+@click.option("--top-k", type=int, default=0, help="Sample from the k likeliest tokens; 0 for all.")
+@click.option(
+    "--top-p", type=float, default=1.0, help="Sample from the likeliest tokens that together reach this probability."
+)
+@click.option("--min-p", type=float, default=0.0, help="Minimum probability of a token, relative to the likeliest one.")
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 makes repetition less likely.")
 @click.option("--seed", type=int, default=None, help="Seed of sampling.  [default: a new one each time]")
-@click.option("--stop", multiple=True, help="End at this text; repeatable.  [default: none]")
+@click.option("--stop", multiple=True, help="End the answer at this text; repeatable.  [default: none]")
 @click.option("--show-special", is_flag=True, help="Show control tokens in the text.")
 @click.option("--parse-special", is_flag=True, help="Read names of control tokens in messages as control tokens.")
-@click.option("--chat-template-kwargs", default=None, help="Variables for the chat template, JSON.  [default: none]")
+@click.option(
+    "--chat-template-kwargs", default=None, help="Variables for the chat template, as a JSON object.  [default: none]"
+)
 @load_options
 @click.option("--json", "as_json", is_flag=True, help="Print the generation as one JSON object.")
-@click.option("-v", "--verbose", is_flag=True, help="Log remarks on stderr.")
+@click.option("-v", "--verbose", is_flag=True, help="Log progress on stderr.")
 @click.version_option(package_name="coreinfer")
 @command_errors
 def main(
@@ -63,14 +67,15 @@ def main(
     as_json: bool,
     verbose: bool,
 ) -> None:
-    """Generate from the bundle in DIR: an answer to PROMPT, or to standard input when there is none.
+    """Generate with the bundle in DIR: an answer to PROMPT, or to standard input without PROMPT.
 
-    The text goes to stdout, the figures to stderr. A prompt is put into the model's chat template when it has one;
-    --raw continues it as plain text. With --chat each line is a turn; exit code 2 says that one of piped input failed.
+    The text goes to stdout, the figures to stderr. A prompt is put into the model's chat template, if it has one;
+    --raw continues it as plain text. With --chat each line is a turn; exit code 2 means that a turn of piped input
+    failed.
     """
     start_logging(verbose=verbose)
     if (chat or system is not None) and raw:
-        raise ConfigError("--raw goes with neither --chat nor --system; leave one out")
+        raise ConfigError("--raw cannot be used with --chat or --system; leave one out")
     loaded = loading.load(bundle_dir)
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,
@@ -112,7 +117,7 @@ def _text_of(prompt: str | None) -> str:
 
 
 def _with_system(engine: Engine, text: str, system: str | None) -> Prompt:
-    """Put a system message before a prompt; an empty one is one too."""
+    """Put a system message before a prompt; an empty one counts too."""
     if system is None:
         return text
     if engine.chat_template is None:
@@ -121,7 +126,7 @@ def _with_system(engine: Engine, text: str, system: str | None) -> Prompt:
 
 
 def _variables(text: str | None) -> Mapping[str, Any] | None:
-    """Read what --chat-template-kwargs gives; options check what JSON holds."""
+    """Read --chat-template-kwargs; `GenerationOptions` checks the values."""
     if text is None:
         return None
     try:

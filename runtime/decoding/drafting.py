@@ -18,7 +18,7 @@ _PROBE_ROUNDS = 4
 _FORGETTING = 0.2
 _PAUSE_TOKENS, _MAX_PAUSE_TOKENS = 64, 512
 _NOMINAL_DRAFT, _NOMINAL_ROW = 0.8, 0.15
-"""Costs beside a plain token of 1: of a drafted token, and of one more row in a verification."""
+"""Costs relative to a plain token: of a drafted token, and of one more row in a verification."""
 
 
 class DraftCosts:
@@ -57,7 +57,7 @@ class DraftCosts:
 class DraftLength:
     """Chooses one generation's draft lengths by expected tokens a second, from acceptance and from measured times.
 
-    With acceptance a of a drafted token, a round that drafts k gives (1 - a^(k+1)) / (1 - a) tokens on average, the
+    With acceptance a of a drafted token, a round that drafts k returns (1 - a^(k+1)) / (1 - a) tokens on average, the
     dense model's own token included, and takes k drafted tokens and one verification of k + 1 rows. Where no k beats
     plain decoding, drafting pauses, and is tried again after 64 tokens, then after twice as many each time.
     """
@@ -167,7 +167,7 @@ class DraftLength:
 
 
 def expected_tokens(acceptance: float, length: int) -> float:
-    """Tokens that a round of `length` drafts gives on average, each accepted with the same probability."""
+    """Mean number of tokens that a round of `length` drafts returns, each accepted with the same probability."""
     return sum(acceptance**i for i in range(length + 1))
 
 

@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema: llguidance says, token by token, how the text may go on."""
+"""Answers that follow a JSON schema: llguidance says, token by token, how the text may continue."""
 
 import json
 from collections.abc import Callable, Collection, Mapping
@@ -92,7 +92,7 @@ class JsonGrammar:
         self._vocab_size = vocab_size
 
     def masked(self, logits: Logits) -> Logits:
-        """Give logits in which tokens that the text cannot go on with are minus infinity.
+        """Return logits in which tokens that the text cannot continue with are minus infinity.
 
         Tokens that end a text are allowed where the text is whole.
 
@@ -100,13 +100,13 @@ class JsonGrammar:
             logits: (vocab,) float32; left as they are.
         Raises:
             ConfigError: no text follows the schema, as where it refers to itself and to nothing else; it became too
-                complex for llguidance's limits, or goes on with no token that has a logit.
+                complex for llguidance's limits, or continues with no token that has a logit.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         allowed = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(np.bool_)
         if not allowed.any():
-            raise ConfigError(f"{self._option}: the tokenizer goes on with tokens that the model has no logit for")
+            raise ConfigError(f"{self._option}: the text can only continue with tokens that the model has no logit for")
         return np.where(allowed, logits, np.float32(-np.inf))
 
     def advance(self, token_id: int) -> None:

@@ -26,19 +26,19 @@ _NO_COUNTS: Mapping[int, int] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the next token is drawn; greedily by default.
+    """How the next token is chosen; greedily by default.
 
     Attributes:
-        temperature: divides the logits; 0 always takes the likeliest token, whatever the filters say.
-        top_k: keep the k likeliest tokens and what ties with the last of them; 0 for all.
+        temperature: divides the logits; with 0 the likeliest token is always taken, and filters have no effect.
+        top_k: keep the k likeliest tokens, and those that tie with the last of them; 0 for all.
         top_p: keep the likeliest tokens that together reach this probability, in (0, 1].
-        min_p: drop tokens less probable than this share of the likeliest one's probability, in [0, 1].
+        min_p: drop tokens whose probability is below this share of the likeliest token's, in [0, 1].
         repetition_penalty: divides positive and multiplies negative logits of tokens that were seen; 1 for none.
-        presence_penalty: is taken from the logits of tokens that were decoded before, in [-2, 2]; the prompt's do not
-            count.
-        frequency_penalty: the same for each time that they were decoded.
-        logit_bias: is added to the logits of these token ids, each in [-100, 100], before all else.
-        seed: of the draws, not negative; None for another one each time.
+        presence_penalty: subtracted from the logits of tokens that were decoded before, in [-2, 2]; tokens of the
+            prompt do not count.
+        frequency_penalty: subtracted once for each time that a token was decoded, in [-2, 2].
+        logit_bias: added to the logits of these token ids, each in [-100, 100], before everything else.
+        seed: seed of the draws, not negative; None for a new one each time.
     """
 
     temperature: float = 0.0
@@ -53,7 +53,7 @@ class SamplingParams:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether tokens do not keep the order of their logits."""
+        """Whether the options can change the order of the logits."""
         return self.repetition_penalty != 1 or self.counts or bool(self.logit_bias)
 
     @property

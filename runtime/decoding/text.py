@@ -57,7 +57,7 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string appeared; whatever is pushed after it is ignored."""
+        """Whether a stop string appeared; text that is pushed after it is ignored."""
         return self._stopped
 
     def push(self, token_id: int) -> str:

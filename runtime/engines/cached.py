@@ -26,7 +26,7 @@ class _Call:
 class CachedTokens:
     """The tokens in a KV cache, and the calls that put them there.
 
-    The decoder itself keeps this record, so that it is right whoever uses the decoder.
+    The decoder itself keeps this record, so that it is right for every user of the decoder.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class CachedTokens:
         self._calls.append(_Call(start=start, end=len(self.token_ids), num_read=len(token_ids), choice=choice))
 
     def truncate(self, num_tokens: int) -> None:
-        """Forget the tokens behind the first `num_tokens`."""
+        """Forget the tokens after the first `num_tokens`."""
         del self.token_ids[num_tokens:]
         while self._calls and self._calls[-1].start >= num_tokens:
             self._calls.pop()

@@ -23,7 +23,7 @@ _GROUP_LIMITS = (
 
 
 def pages_of(num_tokens: int) -> int:
-    """Pages that so many tokens of a sequence take."""
+    """Number of pages that some tokens of a sequence take."""
     return -(-num_tokens // PAGE_TOKENS)
 
 

@@ -21,7 +21,7 @@ class KvPoolFull(ConfigError):
 
 @dataclass(frozen=True, kw_only=True)
 class FfnChoice:
-    """Which FFN weights to run with: a cluster's pack, a prompt's own neurons, or, with neither, the dense FFN.
+    """The FFN weights to run with: a cluster's pack, a prompt's own neurons, or, with neither, the dense FFN.
 
     Attributes:
         cluster: number of a cluster pack.
@@ -48,33 +48,33 @@ class Decoder(Protocol):
 
     @property
     def sequence(self) -> int:
-        """Number of the selected sequence, the one that `forward`, `prompt_statistics` and `truncate` go on with."""
+        """Number of the selected sequence, the one that `forward`, `prompt_statistics` and `truncate` work on."""
 
     @property
     def page_tokens(self) -> int:
-        """Tokens that a page of the KV cache has room for; a sequence has whole pages, the last one partly filled."""
+        """Tokens that fit into a page of the KV cache; a sequence has whole pages, the last one partly filled."""
 
     @property
     def num_pages(self) -> int:
-        """Pages of the KV cache in all, for all sequences together."""
+        """Total number of pages of the KV cache, for all sequences together."""
 
     @property
     def num_free_pages(self) -> int:
         """Pages that no sequence has.
 
-        A call that appends tokens needs as many of them as its sequences then have more. A sequence that goes on in the
-        middle of a page that another one has too needs one page in addition.
+        A call that appends tokens takes as many of them as its sequences grow by. A sequence that grows in the middle
+        of a page that it shares with another one takes one more page.
         """
 
     def add_sequence(self) -> int:
         """Begin another sequence, empty.
 
         Returns:
-            Its number; sequence 0 is there from the start.
+            Its number; sequence 0 exists from the start.
         """
 
     def fork_sequence(self, source: int, num_tokens: int) -> int:
-        """Begin another sequence with the first tokens of one that is there, which stays as it is.
+        """Begin another sequence with the first tokens of an existing one, which stays as it is.
 
         The native engine shares the pages that they fill, and copies the last one where they do not fill it, which
         takes a free page. The torch engine copies all of them.
@@ -88,14 +88,14 @@ class Decoder(Protocol):
         """
 
     def drop_sequence(self, sequence: int) -> None:
-        """Forget a sequence and give its pages back; if it is the selected one, 0 is selected.
+        """Forget a sequence and free its pages; if it is the selected one, 0 is selected.
 
         Raises:
             ConfigError: there is no such sequence, or it is 0, which stays.
         """
 
     def select(self, sequence: int) -> None:
-        """Choose the sequence to go on with.
+        """Choose the sequence to work on.
 
         Raises:
             ConfigError: there is no such sequence.
@@ -107,27 +107,27 @@ class Decoder(Protocol):
 
     @property
     def calls_alike(self) -> bool:
-        """Whether a token's results are to the bit the same in all calls of two tokens or more."""
+        """Whether a token's results are bit-identical in all calls of two or more tokens."""
 
     @property
     def cheap_swaps(self) -> bool:
-        """Whether changing from one pack to another takes no time worth saving."""
+        """Whether changing from one pack to another takes so little time that it need not be avoided."""
 
     @property
     def cached(self) -> "CachedTokens":
-        """Which tokens are in the selected sequence's KV cache, and what computed them; the decoder keeps it right."""
+        """The tokens in the selected sequence's KV cache, and what computed them; the decoder keeps this up to date."""
 
     def prepare(self, choice: FfnChoice) -> None:
-        """Begin to bring a pack that will soon be used to where it is needed; returns at once, changes no result.
+        """Begin to load a pack that will soon be used; returns at once, changes no result.
 
-        Called once the router has spoken, while the prompt is still to be read. Weights in use are left alone.
+        Called after the router has chosen it and before the prompt is read. Weights in use are not touched.
         """
 
     def use(self, choice: FfnChoice) -> None:
         """Run with other FFN weights from the next token on."""
 
     def truncate(self, num_tokens: int) -> None:
-        """Keep only the first `num_tokens` tokens of the selected sequence, and give the other pages back."""
+        """Keep only the first `num_tokens` tokens of the selected sequence, and free the other pages."""
 
     def forward(
         self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False
@@ -135,8 +135,8 @@ class Decoder(Protocol):
         """Append tokens to the KV cache.
 
         Args:
-            all_logits: give the logits of all tokens.
-            greedy: only the likeliest token will be asked for: logits of others may be approximate.
+            all_logits: return the logits of all tokens.
+            greedy: only the likeliest token will be used: logits of others may be approximate.
 
         Returns:
             (tokens, vocabulary) float32 logits with `all_logits`, else (1, vocabulary) of the last token.
@@ -154,8 +154,8 @@ class Decoder(Protocol):
 
         Returns:
             (tokens, vocabulary) float32: each token's exact logits. The native engine reads the weights once for all
-            rows, and a row is to the bit what `forward` gives for the token alone; the torch engine runs sequence by
-            sequence, and a row of several tokens of one sequence differs from that by float rounding.
+            rows, and a row is bit-identical to what `forward` returns for the token alone; the torch engine runs
+            sequence by sequence, and a row of several tokens of one sequence differs from that by float rounding.
 
         Raises:
             KvPoolFull: too few pages are free; the sequences are as they were.
@@ -164,10 +164,10 @@ class Decoder(Protocol):
     def prompt_statistics(
         self, token_ids: Sequence[int], selections: Sequence[Selection]
     ) -> tuple[npt.NDArray[np.float32], dict[Selection, npt.NDArray[np.float32]]]:
-        """Append a prompt like `forward` and sum up its FFN activations.
+        """Append a prompt like `forward`, and sum its FFN activations.
 
         Args:
-            selections: ways to sum them up; see `document_statistic`.
+            selections: ways to sum them; see `document_statistic`.
 
         Returns:
             Logits (1, vocabulary), and for each selection statistics (layers, ffn_dim) float32.

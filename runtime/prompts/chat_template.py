@@ -39,7 +39,7 @@ def render_chat(
 
     Args:
         template: a Hugging Face chat template, in jinja2's language.
-        messages: as `check_messages` wants them; other keys reach the template too, if JSON can hold their values.
+        messages: as `check_messages` expects them; other keys reach the template too, if JSON can hold their values.
         special_tokens: the tokens that the template may name, such as `bos_token`, with their text.
         tools: JSON schemas of functions that the model may call. For a template that takes none they are described in
             the system message, and calls and results are written as plain messages.

@@ -1,7 +1,7 @@
 """What users say is text: a control token's name in it is no control token.
 
 A chat template writes contents and control tokens into one string. So names of control tokens in contents are put
-between marks before the template runs; in its result whatever is marked is text, and all the rest is the template's.
+between marks before the template runs; in its result everything marked is text, and the rest is the template's.
 """
 
 import json
@@ -21,7 +21,7 @@ __all__ = ["LiteralEncoder", "MarkedText", "Marks"]
 
 @dataclass(frozen=True)
 class MarkedText:
-    """A text some pieces of which are text whatever they look like.
+    """A text with marked pieces, which are read as text even if they look like control tokens.
 
     Attributes:
         pieces: in the order of the text; the second, the fourth and so on are the marked ones.

@@ -27,7 +27,7 @@ _LONG_TOKEN_CHARACTERS = 8
 
 
 class PromptFormat:
-    """How one bundle's model wants to be spoken to.
+    """How prompts for one bundle's model are written.
 
     Attributes:
         tokenizer: the model's.
@@ -41,7 +41,7 @@ class PromptFormat:
         """Read the tokenizer's files of a bundle whose checksums were verified.
 
         Args:
-            tokenizer: what `read_tokenizer` gave or raised while they were verified; None to call it now.
+            tokenizer: what `read_tokenizer` returned or raised while they were verified; None to call it now.
         Raises:
             BundleCorrupt: a file cannot be parsed.
         """
@@ -103,7 +103,7 @@ class PromptFormat:
         )
 
     def _marked(self, messages: Sequence[Mapping[str, Any]], options: GenerationOptions) -> MarkedText:
-        """Write a conversation, and mark what in it is text whatever it looks like."""
+        """Write a conversation, and mark the pieces that are text even if they look like control tokens."""
         text, names = self.render(messages, options), self._literals.names
         said = [messages, options.offered_tools, options.chat_template_kwargs]
         if names is None or options.parse_special or not self._literals.holds_name(said):

@@ -74,7 +74,7 @@ def read_requests(loaded: Loaded, prompts: Prompts, options: GenerationOptions) 
         ConfigError: naming the prompt; or `on_token` is given.
     """
     if options.on_token is not None:
-        raise ConfigError("on_token: it goes with one prompt, not with several; leave it out")
+        raise ConfigError("on_token: cannot be used with several prompts; leave it out")
     requests = []
     for number, prompt in enumerate(cast(Sequence[Prompt], prompts)):
         try:
@@ -90,7 +90,7 @@ def read_request(
     """Tokenize and route a prompt, and settle the mode.
 
     Args:
-        known_ids: of a conversation's prompt and answer before this turn; whatever of them is in the KV cache is kept.
+        known_ids: tokens of a conversation's prompt and answer before this turn; those in the KV cache are reused.
     Raises:
         ConfigError: the prompt is empty, malformed or too long, or its mode cannot be had.
     """
@@ -106,7 +106,7 @@ def read_request(
     else:
         check_messages(prompt)
         if options.raw:
-            raise ConfigError("raw: it goes with a prompt that is plain text, not with messages; leave it out")
+            raise ConfigError("raw: can only be used with a prompt that is plain text, not with messages; leave it out")
         source = routing_text(prompt)
         token_ids = loaded.prompts.read_messages(prompt, options, known_ids=known_ids)
     _check_length(len(token_ids), options, loaded.bundle.manifest.model.max_positions)

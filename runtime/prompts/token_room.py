@@ -26,7 +26,7 @@ class TokenRoom:
     lost: str
 
     def least_tokens(self, text: str) -> int:
-        """Give a number of tokens that a text has at least."""
+        """Return a lower bound of the number of tokens of a text."""
         return -(-(len(text) - sum(map(text.count, self.lost))) // self.most_characters)
 
 
@@ -34,7 +34,7 @@ def token_room(tokenizer: Tokenizer) -> TokenRoom | None:
     """Find out how many characters tokens can hold; None where there is no telling.
 
     It is known where no part of the tokenizer drops characters or makes one token of any number of them: of byte-level
-    BPE and BPE with byte fallback, behind the usual normalizers.
+    BPE and BPE with byte fallback, after the usual normalizers.
     """
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     lost = _lost(tokenizer, vocabulary)

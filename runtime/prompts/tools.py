@@ -208,7 +208,7 @@ def check_tool_choice(choice: object, tools: Sequence[Mapping[str, Any]] | None)
         expected = 'auto, none, required or {"type": "function", "function": {"name": ...}}'
         raise ConfigError(f"tool_choice: expected {expected}, got {choice!r}")
     if not tools:
-        raise ConfigError("tool_choice: it asks for a call, and there are no tools; give tools or leave it out")
+        raise ConfigError("tool_choice: it requires a call, but there are no tools; give tools or leave it out")
     names = tool_names(tools)
     if name is not None and name not in names:
         raise ConfigError(f"tool_choice: expected one of {', '.join(names)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""Who steps: threads that wait for tokens, one of them for all, or a thread that does nothing else."""
+"""Which thread steps: one of those that wait for tokens, for all of them, or a thread that does nothing else."""
 
 import os
 import threading
@@ -16,12 +16,12 @@ __all__ = ["Driver"]
 class Driver:
     """Lets any number of threads use one scheduler.
 
-    Of the threads that wait for tokens one steps for all until it has its own; then another does. A thread that waits
-    alone steps without being told, so that it costs no switch of threads.
+    One of the threads that wait for tokens steps for all until it has its own token; then another one does. A thread
+    that waits alone steps at once, without a switch of threads.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
-        """Drive a scheduler, which nobody else may step."""
+        """Drive a scheduler, which nothing else may step."""
         self.scheduler = scheduler
         self._stepping = False
         self._begin_process()
@@ -34,7 +34,7 @@ class Driver:
         self._work = threading.Condition(self._lock)
 
     def _check_process(self) -> None:
-        """After a fork go on with locks of this process's own, unless a thread of the parent's was stepping.
+        """After a fork, use locks of this process's own, unless a thread of the parent was stepping.
 
         Raises:
             ConfigError: it was, and left the KV cache in the middle of a step.
@@ -60,10 +60,10 @@ class Driver:
             self._work.notify()
 
     def stream(self, run: Run) -> Generator[Token, None, None]:
-        """Submit a run and give its tokens; closing the stream ends the run.
+        """Submit a run and yield its tokens; closing the stream ends the run.
 
         Raises:
-            Exception: whatever went wrong.
+            Exception: the run's error.
         """
         self.submit(run)
         try:
@@ -80,7 +80,7 @@ class Driver:
         """Submit runs and wait for all of their tokens, in the order of the runs.
 
         Raises:
-            Exception: whatever went wrong with the first that failed.
+            Exception: the error of the first run that failed.
         """
         for run in runs:
             self.submit(run)
@@ -109,7 +109,7 @@ class Driver:
             self._step_down()
 
     def serve(self, is_closed: Callable[[], bool]) -> None:
-        """Step for all until `is_closed`; whoever changes that has to call `wake`."""
+        """Step for all until `is_closed`; a thread that changes that must call `wake`."""
         while True:
             with self._lock:
                 self._work.wait_for(lambda: is_closed() or (self.scheduler.has_work and not self._stepping))

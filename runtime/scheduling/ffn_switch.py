@@ -17,7 +17,7 @@ class FfnSwitch:
         """Run with these weights from the next call on.
 
         Args:
-            anew: even if they should be in use already: somebody else may have changed them since.
+            anew: set them even if they seem to be in use already: other code may have changed them since.
         """
         if anew or self._in_use is None or not same_weights(self._in_use, choice):
             # Unknown while it changes, and if it fails.

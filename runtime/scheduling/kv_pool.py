@@ -18,7 +18,7 @@ class KvPool:
     one goes first, when there are too many or when pages are needed.
 
     Attributes:
-        num_to_keep: so many sequences may be there even if never as many ran at once.
+        num_to_keep: number of sequences that may exist even if fewer ran at once.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -85,7 +85,7 @@ class KvPool:
         return False
 
     def make_room(self, num_tokens: int, num_more: int) -> bool:
-        """Evict until a sequence of so many tokens can have so many more; False if that is not enough."""
+        """Evict until a sequence of some tokens can have some more; False if that is not enough."""
         size = self._decoder.page_tokens
         # One more for a page that is shared and not full.
         needed = -(-(num_tokens + num_more) // size) - num_tokens // size

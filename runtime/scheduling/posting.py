@@ -1,4 +1,4 @@
-"""From logits to a token that is handed to whoever waits for it."""
+"""From logits to a token that is handed to the waiting thread."""
 
 import logging
 import time

@@ -33,7 +33,7 @@ def read_block(run: Run, decoder: Decoder, switch: FfnSwitch, limit: int | None 
     """Read one block of the prompt of a run that has begun, dense where the bundle can.
 
     Args:
-        limit: read about so many tokens at most, where that changes no result; None for a whole block.
+        limit: read about this many tokens at most, where that changes no result; None for a whole block.
     Returns:
         None as long as some of the prompt is left; then (vocab,) logits for the first token. None too for a run that
         had decoded before it gave way: it is where it was.
@@ -112,7 +112,7 @@ def _end(run: Run) -> None:
 
 
 def _read_decoded_again(run: Run, decoder: Decoder, switch: FfnSwitch) -> None:
-    """Read tokens once more with the weights that each was decoded with: to the bit where rows are."""
+    """Read tokens again with the weights that each was decoded with: bit-identical where rows are."""
     assert run.sequence is not None
     token_ids = run.decoded_in_cache
     start = decoder.num_cached - len(run.request.token_ids)

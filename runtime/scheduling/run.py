@@ -1,4 +1,4 @@
-"""One generation under way: what was asked, how far it is, and the tokens that nobody has taken yet."""
+"""One running generation: its request, its progress, and the tokens that were not taken yet."""
 
 from collections import deque
 from collections.abc import Callable
@@ -28,7 +28,7 @@ Post = Callable[[Token | Exception], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The model's logits where a token is to be chosen, and what a pack proposes there.
+    """The model's logits at the position of a token to choose, and the pack's draft for it.
 
     Attributes:
         logits: (vocab,) float32.
@@ -46,19 +46,19 @@ class Run:
     Attributes:
         lengths: of drafts, in mode lossless.
         path: the clusters so far.
-        ahead: it is not decoded while so many of its tokens have not been taken; None for no bound.
-        watched: whether somebody follows its tokens, so that they should come evenly.
-        post: is given each token, or what went wrong, by the thread that steps; None keeps them for `take`.
-        choice: the FFN weights that decode, in mode lossless those that draft; known when the prompt was read.
+        ahead: maximum number of decoded tokens that were not taken yet; None for no limit.
+        watched: whether its tokens are followed as they come, so that they should come evenly.
+        post: called with each token, or the error, by the thread that steps; None keeps them for `take`.
+        choice: the FFN weights that decode, in mode lossless those that draft; known after the prompt was read.
         sequence: its number in the decoder; None while it waits.
         num_read: tokens of the prompt that are in the KV cache.
-        num_cached_tokens: of those, how many need not be read when it began.
-        token_ids: that were decoded.
-        rows: verified and not yet chosen from, in mode lossless.
-        num_to_draft: decided and not yet drafted, in mode lossless.
+        num_cached_tokens: tokens of the prompt that were in the KV cache when it began.
+        token_ids: the decoded tokens.
+        rows: verified rows that no token was chosen from yet, in mode lossless.
+        num_to_draft: length of the next round, decided and not yet drafted, in mode lossless.
         read_start, decode_start: by `time.perf_counter`.
-        ended: nobody wants it any more; whoever steps next frees what it holds.
-        failure: what went wrong.
+        ended: it is no longer needed; the next step frees what it holds.
+        failure: the error that ended it.
     """
 
     loaded: Loaded
@@ -90,7 +90,7 @@ class Run:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens after which it ends, at the latest."""
+        """Maximum number of tokens that it decodes."""
         room = self.loaded.bundle.manifest.model.max_positions - len(self.request.token_ids)
         return min(self.options.max_new_tokens, room)
 
@@ -116,7 +116,7 @@ class Run:
 
     @property
     def is_ready(self) -> bool:
-        """Whether whoever waits has something to take: a token, or without a bound the last one."""
+        """Whether a waiting thread has something to take: a token, or without a limit the last one."""
         return self.is_over if self.ahead is None else self.is_over or len(self.tokens) > 0
 
     @property
@@ -126,7 +126,7 @@ class Run:
         return self.token_ids + drafts if self.rows else self.token_ids[:-1]
 
     def give(self, token: Token) -> None:
-        """Hand a token to whoever waits for it."""
+        """Hand a token to the waiting thread."""
         self.finished = token.finish_reason is not None
         if self.post is not None:
             self.post(token)
@@ -134,35 +134,35 @@ class Run:
             self.tokens.append(token)
 
     def take(self) -> Token:
-        """Take the next token, which is there, or raise what went wrong."""
+        """Take the next token, or raise the error."""
         if not self.tokens:
             raise self.failure or CoreInferError("the generation was ended by another thread")
         return self.tokens.popleft()
 
     def take_all(self) -> list[Token]:
-        """Take all tokens of a run that is over, or raise what went wrong."""
+        """Take all tokens of a run that is over, or raise its error."""
         if not self.finished:
             raise self.failure or CoreInferError("the generation was ended by another thread")
         return list(self.tokens)
 
     def check_cancelled(self) -> None:
-        """End it between two blocks of its prompt, if that is asked for."""
+        """End it between two blocks of its prompt, if it was cancelled."""
         cancel = self.options.cancel
         if self.num_read > self.num_cached_tokens and cancel is not None and cancel.is_set():
             self.fail(GenerationCancelled(self.num_read, len(self.request.token_ids)))
 
     def fail(self, error: Exception) -> None:
-        """End it with what went wrong."""
+        """End it with an error."""
         self.failure = error
         if self.post is not None:
             self.post(error)
 
 
 def prepare(loaded: Loaded, request: Request, options: GenerationOptions) -> Run:
-    """Put together what answering a request needs.
+    """Make the run that answers a request.
 
     Raises:
-        ConfigError: the JSON schema cannot be used, or `logit_bias` names a token that there is not.
+        ConfigError: the JSON schema cannot be used, or `logit_bias` names a token that does not exist.
     """
     tokenizer = loaded.prompts.tokenizer
     check_ids("logit_bias", options.logit_bias, loaded.bundle.manifest.model.vocab_size)

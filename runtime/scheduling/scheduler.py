@@ -22,17 +22,17 @@ __all__ = ["MAX_PARALLEL", "Scheduler"]
 T = TypeVar("T")
 
 MAX_PARALLEL = 64
-# Every so many blocks the prompt that came first is read, so that short ones do not keep a long one waiting for ever.
+# After this many blocks the prompt that came first is read, so that a long one does not wait for ever.
 _OLDEST_EVERY = 4
 
 
 class Scheduler:
-    """Steps all runs of one decoder. One thread at a time may call it; only `add` is for any.
+    """Steps all runs of one decoder. Only one thread at a time may call it; `add` may be called by any thread.
 
     Attributes:
-        max_parallel: runs that are read and decoded at once; others wait.
-        on_pass: is told how many runs a pass decodes.
-        clock: seconds, by which blocks are made about as long as a step.
+        max_parallel: maximum number of runs that are read and decoded at once; others wait.
+        on_pass: called with the number of runs that a pass decodes.
+        clock: returns seconds; used to make blocks take about as long as a step.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -56,12 +56,12 @@ class Scheduler:
 
     @property
     def runs(self) -> Sequence[Run]:
-        """Runs that are read or decoded, in the order in which they came."""
+        """Runs that are read or decoded, in order of arrival."""
         return tuple(self._active)
 
     @property
     def num_waiting(self) -> int:
-        """Runs that have no place yet."""
+        """Number of runs that wait."""
         return len(self._arrived) + len(self._waiting)
 
     @property
@@ -74,7 +74,7 @@ class Scheduler:
         self._arrived.append(run)
 
     def step(self) -> None:
-        """Admit runs, read one block of one prompt, decode a token of each run that wants one, and post them."""
+        """Admit runs, read one block of one prompt, decode a token of each run that may have one, and post them."""
         self.sweep()
         if self._arrived or self._waiting:
             self._admit()
@@ -84,7 +84,7 @@ class Scheduler:
         self.sweep()
 
     def sweep(self) -> None:
-        """Free what runs hold that are over."""
+        """Free what finished runs hold."""
         for run in [run for run in self._active if run.is_over]:
             self._active.remove(run)
             self._free(run)
@@ -133,7 +133,7 @@ class Scheduler:
             self._post([run], [logits])
 
     def _next_to_read(self, unread: list[Run]) -> Run | None:
-        """Choose the prompt of which least is left, and now and then the one that came first."""
+        """Choose the prompt with the fewest tokens left, and now and then the one that came first."""
         for run in unread:
             run.check_cancelled()
         unread = [run for run in unread if not run.is_over]
@@ -179,7 +179,7 @@ class Scheduler:
             self._post(runs, rows)
 
     def _draft(self, run: Run) -> bool:
-        """Decode for a run by drafts, where it does and where that pays now."""
+        """Decode a run by drafts, if it is in mode lossless and drafting is faster now."""
         if run.lengths is None or not run.is_read:
             return not run.is_read
         if not run.rows:
@@ -210,7 +210,7 @@ class Scheduler:
     # Calls that fail
 
     def _pass(self, runs: list[Run], call: Callable[[list[Run]], T]) -> T | None:
-        """Do something for runs that takes pages; those that have to give way leave the list."""
+        """Do something for runs that takes pages; runs that must give way leave the list."""
         while runs:
             try:
                 return call(runs)
@@ -242,7 +242,7 @@ class Scheduler:
         return True
 
     def _call(self, runs: Sequence[Run], call: Callable[[], T]) -> T | None:
-        """Do something for runs; if it fails, it fails for them and for nobody else."""
+        """Do something for runs; if it fails, only these runs fail."""
         try:
             return call()
         except Exception as error:

@@ -32,14 +32,14 @@ def draft_round(
     """Draft tokens after one that was chosen, and verify them, on the selected sequence.
 
     All keys and values that are left in the KV cache are the dense model's: those of drafts are overwritten by the
-    verification. Whoever chooses another token than a draft has to drop what is after it.
+    verification. A caller that chooses another token than a draft must drop what follows it.
 
     Args:
         token_id: the last token, which is not in the KV cache yet.
         length: tokens to draft.
         pack: the weights that draft.
         propose: (logits, tokens drafted before) -> a draft.
-        lengths: takes down how long it took.
+        lengths: records how long it took.
         greedy: only the likeliest token matters, so that logits of others may be approximate.
     Returns:
         A row for each draft, and one more.

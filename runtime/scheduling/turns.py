@@ -1,4 +1,4 @@
-"""Which runs a step decodes, and how much of a prompt it reads, so that nobody waits long."""
+"""Which runs a step decodes, and how much of a prompt it reads, so that no run waits long."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ _NEWEST = 0.2
 
 
 class Turns:
-    """Lets groups whose weights take time to bring decode by turns, several steps each; all others in every step."""
+    """Lets groups whose weights take time to load decode in turns, several steps each; all others in every step."""
 
     def __init__(self, *, cheap_swaps: bool) -> None:
         """Begin; `cheap_swaps` is the decoder's."""
@@ -46,10 +46,10 @@ class Turns:
 
 
 class Pace:
-    """What reading and decoding take: while others decode, reading gets at most as much time as decoding.
+    """Measured times of reading and decoding: while others decode, reading gets at most as much time as decoding.
 
-    A block shall take no longer than a step. Where even the smallest does, steps without a block follow it, so that
-    tokens come half as fast as usual at worst.
+    A block should take no longer than a step. Where even the smallest block does, steps without a block follow it, so
+    that tokens come at least half as fast as usual.
     """
 
     def __init__(self) -> None:

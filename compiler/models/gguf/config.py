@@ -233,7 +233,7 @@ def _has_biases(header: Header, *names: str) -> bool:
     return all(f"blk.0.{name}.bias" in header.tensors for name in names)
 
 
-# general.architecture -> the fields that it has beside the shared ones. OPT has no architecture in GGUF.
+# general.architecture -> the fields that it has in addition to the shared ones. OPT has no architecture in GGUF.
 ARCHITECTURES: dict[str, Callable[[HeaderKeys, Header, Mapping[str, Any]], dict[str, Any]]] = {
     "llama": _llama,
     "qwen2": _qwen("qwen2"),

@@ -11,13 +11,13 @@ __all__ = ["SPLITS", "Split"]
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """What the tokenizer of one kind of model does beside its merges.
+    """What the tokenizer of one kind of model does in addition to its merges.
 
     Attributes:
         pattern: regular expression of the pieces, None for that of GPT-2.
         digits: whether each digit is a piece of its own before anything else.
         composes: whether text is brought to Unicode's composed form first.
-        whole_words: whether a piece that is in the vocabulary is taken whole, whatever the merges say.
+        whole_words: whether a piece that is in the vocabulary is taken whole, without merges.
         begins: whether a text begins with the token for that unless the file says otherwise.
     """
 

@@ -89,7 +89,7 @@ _LAYOUTS = {
 
 
 def load_weights(header: Header, config: PreTrainedConfig, *, dtype: torch.dtype, name: str) -> PreTrainedModel:
-    """Build the model and give each parameter its tensor of the file; each is unpacked and converted by itself.
+    """Build the model and assign each parameter its tensor of the file; each is unpacked and converted by itself.
 
     Args:
         config: what `model_config` made of the header.

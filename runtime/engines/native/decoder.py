@@ -181,7 +181,7 @@ class NativeDecoder:
             self.sequence = 0
 
     def select(self, sequence: int) -> None:
-        """Choose the sequence to go on with; see `Decoder.select`."""
+        """Choose the sequence to work on; see `Decoder.select`."""
         with _refused():
             self._model.num_cached(sequence)
         self.sequence = sequence
@@ -201,7 +201,7 @@ class NativeDecoder:
     def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int]) -> Floats:
         """Append tokens to several sequences in one pass over the weights; see `Decoder.forward_rows`.
 
-        A row's logits are to the bit those of `forward` for the token alone, with the exact head.
+        A row's logits are bit-identical to those of `forward` for the token alone, with the exact head.
 
         Raises:
             ConfigError: there is no such sequence, a token id is out of range, or there is no position left.

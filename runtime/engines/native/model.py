@@ -30,7 +30,7 @@ class _Names:
         output: the attention's output projection.
         norms: name in the native engine -> name in the layer.
         norm_offset: added to the weight of an RMS norm.
-        settings: those of the config that models of this family are computed with, besides their shapes. A config may
+        settings: those of the config that models of this family are computed with, in addition to shapes. A config may
             hold any others, which transformers leaves alone as well.
     """
 

@@ -211,7 +211,7 @@ class TorchDecoder:
             return self._sequences.fork(source, num_tokens)
 
     def _need_pages_to_extend(self, num_tokens: Mapping[int, int]) -> None:
-        """Refuse to append so many tokens to each sequence where pages lack; of a device `_make_room` knows more."""
+        """Refuse to append tokens to sequences if too few pages are free; for a device `_make_room` knows more."""
         free = self._most_pages - self._sequences.num_pages
         self._need_pages(self._sequences.pages_to_extend(num_tokens), free)
 
@@ -228,7 +228,7 @@ class TorchDecoder:
         self._sequences.drop(sequence)
 
     def select(self, sequence: int) -> None:
-        """Choose the sequence to go on with; see `Decoder.select`."""
+        """Choose the sequence to work on; see `Decoder.select`."""
         self._sequences.select(sequence)
 
     def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
@@ -255,14 +255,14 @@ class TorchDecoder:
         """Append tokens to the KV cache; see `Decoder.forward`. All logits are exact, `greedy` or not.
 
         Raises:
-            KvPoolFull: the KV cache would not fit beside the weights, or has too few free pages.
+            KvPoolFull: the KV cache would not fit next to the weights, or has too few free pages.
         """
         return self._append(token_ids, logits_to_keep=0 if all_logits else 1)
 
     def _append(
         self, token_ids: Sequence[int], *, logits_to_keep: int, watched: bool = False
     ) -> npt.NDArray[np.float32]:
-        """Append tokens; gives logits (tokens or 1, vocabulary).
+        """Append tokens; returns logits (tokens or 1, vocabulary).
 
         Args:
             watched: hooks of the model are to run, which a recorded step leaves out.
@@ -277,7 +277,7 @@ class TorchDecoder:
         if os.getpid() != self._process_id and (torch.get_num_threads() > 1 or self._device.type != "cpu"):
             # Torch would wait for threads that only the parent has.
             raise CoreInferError(
-                "the torch engine cannot go on in a forked process; start processes by 'spawn' and load the bundle in "
+                "the torch engine cannot work in a forked process; start processes by 'spawn' and load the bundle in "
                 "each, or use one thread (threads=1) or the native engine"
             )
         self._need_pages_to_extend({self.sequence: len(token_ids)})
@@ -301,7 +301,7 @@ class TorchDecoder:
         """Find out for how many tokens the selected sequence's KV cache is to have room.
 
         Raises:
-            KvPoolFull: not so many fit beside the weights and the other sequences.
+            KvPoolFull: they do not fit next to the weights and the other sequences.
         """
         room, static = self._placement.kv_room_bytes, self._sequences.static
         elsewhere = self._sequences.num_elsewhere

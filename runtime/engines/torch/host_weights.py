@@ -59,7 +59,7 @@ class FfnReader:
         return tensors
 
     def shapes(self, cluster: int | None, layer: int) -> Shapes:
-        """Shapes and dtypes of what `layer` gives, from the manifest alone."""
+        """Shapes and dtypes of what `layer` returns, from the manifest alone."""
         shapes: Shapes = {}
         for role, shape in self._matrices(cluster, layer).items():
             if self.packed:
@@ -157,7 +157,7 @@ class HostWeights:
 
 
 def gather(tensors: Tensors, neuron_ids: npt.NDArray[np.int32]) -> Tensors:
-    """Cut a dense layer down to some neurons; the bias behind the down projection stays whole."""
+    """Cut a dense layer down to some neurons; the bias after the down projection stays whole."""
     ids = torch.from_numpy(neuron_ids).long().to(tensors["down"].device)
     narrow = {role: tensor[ids] for role, tensor in tensors.items() if role not in ("down", "down_bias")}
     narrow["down"] = tensors["down"][:, ids]

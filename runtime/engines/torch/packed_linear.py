@@ -30,7 +30,7 @@ class PackedLinear(nn.Module):
         """Leave the weights open.
 
         Args:
-            out_features: cut the output to so many columns; None leaves the padding, whose weights are 0.
+            out_features: cut the output to this many columns; None leaves the padding, whose weights are 0.
         """
         super().__init__()
         self.out_features = out_features
@@ -76,7 +76,7 @@ def _inner_tiles(num_columns: int) -> int:
 
 
 def packed_shapes(role: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Shapes:
-    """Shapes and dtypes of what `pack_matrix` gives."""
+    """Shapes and dtypes of what `pack_matrix` returns."""
     rows, columns = _padded_shape(role, shape)
     shapes: Shapes = {role + GRID: ((columns // GROUP_SIZE, rows, 2), dtype)}
     if device.type == "cpu":

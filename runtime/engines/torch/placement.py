@@ -40,7 +40,7 @@ class Placement(Protocol):
 
     @property
     def kv_room_bytes(self) -> int | None:
-        """What there is for a KV cache beside the weights; None where there is no limit."""
+        """Memory for a KV cache next to the weights; None where there is no limit."""
 
     def hold_kv(self, num_bytes: int) -> None:
         """Say how much the KV cache takes."""

@@ -59,7 +59,7 @@ class TorchSequences:
         return sum(pages_of(self._length(number)) for number in self._caches)
 
     def pages_to_extend(self, num_tokens: Mapping[int, int]) -> int:
-        """Pages that sequences would have more with so many more tokens each."""
+        """Number of pages that sequences would grow by, with some more tokens each."""
         return sum(
             pages_of(self._length(number) + count) - pages_of(self._length(number))
             for number, count in num_tokens.items()
@@ -76,11 +76,11 @@ class TorchSequences:
             self.cache.crop(num_tokens - self.num_cached)
 
     def add(self) -> int:
-        """Begin another sequence; gives its number."""
+        """Begin another sequence; returns its number."""
         return self._add(DynamicCache(), CachedTokens())
 
     def fork(self, source: int, num_tokens: int) -> int:
-        """Begin another sequence with a copy of the first tokens of one that is there; gives its number.
+        """Begin another sequence with a copy of the first tokens of an existing one; returns its number.
 
         The caller is in inference mode, and has checked both.
         """
@@ -114,7 +114,7 @@ class TorchSequences:
             self.selected = 0
 
     def select(self, number: int) -> None:
-        """Choose the sequence to go on with.
+        """Choose the sequence to work on.
 
         Raises:
             ConfigError: there is no such sequence.

@@ -59,7 +59,7 @@ class StaticStep:
         return max(num_tokens, min(capacity, most))
 
     def reserve(self, capacity: int) -> None:
-        """Make room for so many tokens; steps are recorded anew."""
+        """Make room for this many tokens; steps are captured again."""
         if capacity <= self.capacity:
             return
         self._recorded.clear()
@@ -82,14 +82,14 @@ class StaticStep:
             layer.cumulative_length.fill_(self.num_cached)
 
     def read(self, ids: torch.Tensor, *, logits_to_keep: int) -> torch.Tensor:
-        """Append tokens (1, n) in a pass of their own shape; gives logits (1, n or 1, vocabulary)."""
+        """Append tokens (1, n) in a pass of their own shape; returns logits (1, n or 1, vocabulary)."""
         positions = torch.arange(self.num_cached, self.num_cached + ids.shape[1], device=ids.device)[None]
         logits = self._pass(ids, positions, logits_to_keep)
         self.num_cached += ids.shape[1]
         return logits
 
     def decode(self, token_id: int, addresses: Hashable) -> torch.Tensor:
-        """Append one token; gives logits (1, 1, vocabulary).
+        """Append one token; returns logits (1, 1, vocabulary).
 
         Args:
             addresses: names where the weights in use lie: another recorded step serves other addresses.
@@ -114,7 +114,7 @@ class StaticStep:
         except RuntimeError as error:
             if self._required:
                 raise
-            _log.warning("decoding goes on without a CUDA graph: %s", str(error).strip().split("\n")[0])
+            _log.warning("decoding continues without a CUDA graph: %s", str(error).strip().split("\n")[0])
             self._can_record = False
             self._rewind()
             return self._step

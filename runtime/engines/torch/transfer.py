@@ -1,4 +1,4 @@
-"""The seam to a device: its memory, copies that run beside the computation, and recorded steps.
+"""The interface to a device: its memory, copies that run in parallel with the computation, and captured steps.
 
 Everything that knows of streams, events and pinned memory is here. `CudaTransfer` ran on no GPU yet (docs/gpu.md).
 """
@@ -23,7 +23,7 @@ class Ticket:
     """A copy under way; what it reads and writes stays alive with it.
 
     Attributes:
-        event: recorded behind the copy, None where copies are done at once.
+        event: recorded after the copy, None where copies are done at once.
     """
 
     pairs: Pairs
@@ -39,7 +39,7 @@ class Transfer(Protocol):
         """Memory of the device that no one holds."""
 
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Put a host tensor where copies from it run beside the computation."""
+        """Put a host tensor where copies from it run in parallel with the computation."""
 
     def allocate(self, kind: Kind, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Take device memory until the last reference goes; its contents are undefined."""
@@ -121,7 +121,7 @@ class CudaTransfer:
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
     def copy(self, pairs: Pairs) -> Ticket:
-        """See `Transfer`. From memory that is not pinned the host waits, and nothing runs beside it."""
+        """See `Transfer`. From memory that is not pinned the host waits, and nothing runs in parallel."""
         self._side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._side):
             for source, target in pairs:
