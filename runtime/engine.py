@@ -213,18 +213,19 @@ class Engine:
         """
         return self.loaded.prompts.read_messages(messages)
 
-    def submit(self, prompt: Prompt, options: GenerationOptions, post: Post) -> Run:
+    def submit(self, prompt: Prompt, options: GenerationOptions, post: Post, *, watched: bool = True) -> Run:
         """Begin a generation for a thread that steps for all, in `driver.serve`.
 
         Args:
             post: is given each token, or the exception that ended the generation, in that thread; must not block.
+            watched: whether tokens should come evenly; if none is watched, more are decoded in the same time.
         Returns:
             What `driver.end` takes to end it early.
         Raises:
             ConfigError: as `stream`.
         """
         run = prepare(self.loaded, read_request(self.loaded, prompt, options), options)
-        run.watched, run.post = True, post
+        run.watched, run.post = watched, post
         self.driver.submit(run)
         return run
 
