@@ -214,19 +214,20 @@ class Engine:
         """
         return self.loaded.prompts.read_messages(messages)
 
-    def submit(self, prompt: Prompt, options: GenerationOptions, post: Post) -> Run:
+    def submit(self, prompt: Prompt, options: GenerationOptions, post: Post, *, watched: bool = True) -> Run:
         """Begin a generation that another thread decodes, the one in `driver.serve`.
 
         Args:
             post: called in that thread with each token, or with the exception that ended the generation; must not
                 block.
+            watched: whether tokens should come evenly; if none is watched, more are decoded in the same time.
         Returns:
             The run, which `driver.end` takes to end it early.
         Raises:
             ConfigError: as `stream`.
         """
         run = prepare(self.loaded, read_request(self.loaded, prompt, options), options)
-        run.watched, run.post = True, post
+        run.watched, run.post = watched, post
         self.driver.submit(run)
         return run
 

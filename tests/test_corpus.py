@@ -279,7 +279,7 @@ def few_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def use_seeds(monkeypatch: pytest.MonkeyPatch, seeds: tuple[Seed, ...]) -> None:
     for module in ("builtin", "corpus"):
-        monkeypatch.setattr(f"coreinfer.compiler.{module}.load_seeds", lambda: seeds)
+        monkeypatch.setattr(f"coreinfer.compiler.text.{module}.load_seeds", lambda: seeds)
 
 
 def builtin_config(**options: Any) -> CompileConfig:

@@ -142,6 +142,26 @@ def test_random_arrivals_and_departures_change_no_text(
     check_nothing_is_held(engine)
 
 
+@pytest.mark.parametrize("watched", [True, False])
+def test_prompts_that_wait_for_pages_stop_nobody(watched: bool, make_native: Callable[..., runtime.Engine]) -> None:
+    alone, engine = make_native(), make_native(num_pages=6)
+    prompts, options = (
+        [f"{number} flour and butter " * 9 for number in range(8)],
+        runtime.GenerationOptions(max_new_tokens=20),
+    )
+    expected = [alone.generate(prompt, max_new_tokens=20).token_ids for prompt in prompts]
+    events: list[list[Any]] = [[] for _ in prompts]
+    for prompt, own in zip(prompts, events, strict=True):
+        engine.submit(prompt, options, own.append, watched=watched)
+    num_steps = 0
+    while engine.driver.scheduler.has_work:
+        engine.driver.scheduler.step()
+        num_steps += 1
+        assert num_steps < 3000, "prompts wait for pages that nobody frees"
+    assert [tuple(token.token_id for token in own) for own in events] == expected
+    check_nothing_is_held(engine)
+
+
 def test_memory_is_flat(make_native: Callable[..., runtime.Engine]) -> None:
     engine = make_native(num_pages=16)
 

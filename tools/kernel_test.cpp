@@ -222,17 +222,16 @@ void test_vectors(const Kernels& kernels) {
 
 // A sequence with pages of its own, of a model of two layers and two heads.
 struct Cache {
-  Cache(int head_dim, int num_tokens, bool wide) : layout({!wide, wide}, 2, head_dim), pool(layout.num_bytes(), 9) {
-    pool.take();  // so that pages do not begin where the pool does
+  Cache(int head_dim, int num_tokens, bool wide) : pool(PageLayout({!wide, wide}, 2, head_dim), 9) {
+    pool.take(-1);  // so that pages do not begin where the pool does
     extend(pool, sequence, num_tokens);
   }
   void store(int position, const float* key, const float* value) {
-    layout.store(portable_kernels(), sequence.pages.data(), 1, 1, position, key, value);
+    pool.store(portable_kernels(), sequence.pages.data(), 1, 1, position, key, value);
   }
-  const uint8_t* const* pages() const { return sequence.pages.data(); }
-  CachedHead head() const { return layout.head(1, 1); }
+  const int32_t* pages() const { return sequence.pages.data(); }
+  CachedHead head() const { return pool.head(1, 1); }
 
-  PageLayout layout;
   PagePool pool;
   Sequence sequence;
 };
@@ -252,7 +251,7 @@ void test_attend(const Kernels& kernels, bool wide) {
         for (int i = 0; i < num_queries * head_dim; ++i) queries.get()[i] = draw();
         for (int p = 0; p < 300; ++p)
           cache.store(p, key.get() + p * head_dim, value.get() + p * head_dim);
-        const int stride = cache.layout.value_stride();
+        const int stride = cache.pool.layout.value_stride();
         out.resize(num_queries * stride);
         maxima.resize(num_queries);
         sums.resize(num_queries);

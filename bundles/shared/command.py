@@ -17,7 +17,7 @@ from coreinfer.bundles.errors import CoreInferError
 from .exhaustion import is_out_of_memory, led_to
 from .starting import EXIT_INTERRUPTED, INTERRUPTED, leave
 
-__all__ = ["EXIT_ERROR", "EXIT_INTERRUPTED", "command_errors", "errors_on_one_line", "start_logging"]
+__all__ = ["EXIT_ERROR", "EXIT_INTERRUPTED", "command_errors", "errors_on_one_line", "fail", "start_logging"]
 
 EXIT_ERROR = 2
 # Of files that were opened already, such as stdout: errors of opening name their file.

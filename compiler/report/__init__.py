@@ -1,1 +1,3 @@
 """The description of a bundle: manifest and report.html."""
+
+__all__: list[str] = []

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.bundles.shared.command import EXIT_ERROR, command_errors, start_logging
+from coreinfer.bundles.shared.command import EXIT_ERROR, EXIT_INTERRUPTED, command_errors, fail, start_logging
 from coreinfer.runtime.engine import Engine, Prompt
 from coreinfer.runtime.generation import Token, collect
 from coreinfer.runtime.options import GenerationOptions
@@ -41,6 +41,13 @@ __all__ = ["main"]
 @click.option(
     "--chat-template-kwargs", default=None, help="Variables for the chat template, as a JSON object.  [default: none]"
 )
+@click.option(
+    "--batch",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    default=None,
+    help="Answer each line of this JSON Lines file, many at once (docs/batches.md).  [default: none]",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=None, help="File for a batch's answers.")
 @load_options
 @click.option("--json", "as_json", is_flag=True, help="Print the generation as one JSON object.")
 @click.option("-v", "--verbose", is_flag=True, help="Log progress on stderr.")
@@ -63,6 +70,8 @@ def main(
     show_special: bool,
     parse_special: bool,
     chat_template_kwargs: str | None,
+    batch: Path | None,
+    output: Path | None,
     loading: LoadOptions,
     as_json: bool,
     verbose: bool,
@@ -72,8 +81,13 @@ def main(
     The text goes to stdout, the figures to stderr. A prompt is put into the model's chat template, if it has one;
     --raw continues it as plain text. With --chat each line is a turn; exit code 2 means that a turn of piped input
     failed.
+    With --batch FILE -o OUT each line of FILE gets one of OUT; the same command again goes on where it was interrupted.
     """
     start_logging(verbose=verbose)
+    if (batch is None) != (output is None):
+        raise ConfigError("--batch and -o go together; give both or neither")
+    if batch is not None and (prompt is not None or chat or system is not None or as_json):
+        raise ConfigError("--batch goes with no PROMPT, --chat, --system or --json; its lines say all of that")
     if (chat or system is not None) and raw:
         raise ConfigError("--raw cannot be used with --chat or --system; leave one out")
     loaded = loading.load(bundle_dir)
@@ -91,10 +105,22 @@ def main(
         parse_special=parse_special,
         chat_template_kwargs=_variables(chat_template_kwargs),
     )
-    if chat:
+    if batch is not None and output is not None:
+        _answer_batch(loaded, options, batch, output)
+    elif chat:
         _converse(loaded, prompt, system, options, as_json=as_json)
     else:
         _answer(loaded, _with_system(loaded, _text_of(prompt), system), options, as_json=as_json)
+
+
+def _answer_batch(engine: Engine, options: GenerationOptions, batch: Path, output: Path) -> None:
+    # Not at the top, as the chat.
+    from .batch_file import answer_file
+
+    try:
+        answer_file(engine, options, batch, output)
+    except KeyboardInterrupt:
+        fail(f"interrupted; {output} keeps what is answered, and the same command goes on from there", EXIT_INTERRUPTED)
 
 
 def _converse(

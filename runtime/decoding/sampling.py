@@ -254,9 +254,13 @@ def check_ids(what: str, token_ids: Collection[int], vocab_size: int) -> Ids:
     Raises:
         ConfigError: one is not among the model's.
     """
-    ids = np.fromiter(token_ids, dtype=np.int64, count=len(token_ids))
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.size:
+    try:
+        ids = np.fromiter(token_ids, dtype=np.int64, count=len(token_ids))
+        outside = ids[(ids < 0) | (ids >= vocab_size)].tolist()
+    except OverflowError:
+        # JSON has whole numbers of any size.
+        outside = [max(token_ids, key=abs)]
+    if outside:
         raise ConfigError(f"{what}: expected ids from 0 to {vocab_size - 1}, got {outside[0]}")
     return ids
 

@@ -2,6 +2,6 @@
 
 from .driver import Driver
 from .run import Post, Run, prepare
-from .scheduler import Scheduler
+from .scheduler import MAX_PARALLEL, Scheduler
 
-__all__ = ["Driver", "Post", "Run", "Scheduler", "prepare"]
+__all__ = ["MAX_PARALLEL", "Driver", "Post", "Run", "Scheduler", "prepare"]

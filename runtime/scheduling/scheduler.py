@@ -78,9 +78,8 @@ class Scheduler:
         self.sweep()
         if self._arrived or self._waiting:
             self._admit()
-        if unread := self._unread:
-            self._read(unread)
-        self._decode()
+        unread = self._unread
+        self._decode(was_read=bool(unread) and self._read(unread))
         self.sweep()
 
     def sweep(self) -> None:
@@ -120,10 +119,11 @@ class Scheduler:
     def _unread(self) -> list[Run]:
         return [run for run in self._active if not run.is_read and not run.is_over]
 
-    def _read(self, unread: list[Run]) -> None:
+    def _read(self, unread: list[Run]) -> bool:
+        """Read a block of a prompt, if that may be now and there is room; whether some of a prompt was read."""
         others_decode = any(run.watched for run in self._running)
         if (others_decode and not self._pace.may_read) or (run := self._next_to_read(unread)) is None:
-            return
+            return False
         limit = self._pace.block_tokens if others_decode else None
         num_left, begun = run.num_left, self.clock()
         logits = self._pass([run], lambda _: read_block(run, self.decoder, self._switch, limit))
@@ -131,6 +131,7 @@ class Scheduler:
             self._pace.note_block(num_read, self.clock() - begun, others_decode=others_decode)
         if logits is not None:
             self._post([run], [logits])
+        return num_read > 0
 
     def _next_to_read(self, unread: list[Run]) -> Run | None:
         """Choose the prompt with the fewest tokens left, and now and then the one that came first."""
@@ -158,10 +159,10 @@ class Scheduler:
     def _running(self) -> list[Run]:
         return [run for run in self._active if run.is_read and run.wants]
 
-    def _decode(self) -> None:
+    def _decode(self, *, was_read: bool) -> None:
         running = self._running
-        if not running or (not any(run.watched for run in running) and self._unread):
-            # Where nobody follows the tokens, more share a pass when all prompts are read.
+        if not running or (was_read and self._unread and not any(run.watched for run in running)):
+            # Where nobody follows the tokens, more share a pass when all prompts are read that there is room for.
             return
         begun = self.clock()
         together = [run for run in running if not self._draft(run)]

@@ -1,1 +1,3 @@
 """The torch engine: any device and every family, through transformers."""
+
+__all__: list[str] = []

@@ -133,7 +133,7 @@ class Model {
   }
   int num_pages() const { return decoder_->pool.num_pages(); }
   int num_free_pages() const { return decoder_->pool.num_free(); }
-  size_t page_bytes() const { return decoder_->layout.num_bytes(); }
+  size_t page_bytes() const { return decoder_->pool.layout.num_bytes(); }
   std::vector<int> wide_layers() const {
     std::vector<int> numbers;
     const std::vector<Layer>& layers = decoder_->weights.layers;

@@ -124,7 +124,7 @@ class BlockPass {
     for (int i = 0; i < weights_.query_size(); ++i) heads[i] *= weights_.attention_scale;
     if (attention.value.bias) kernels_.add(heads + value_, attention.value.bias, weights_.kv_size());
     for (int head = 0; head < weights_.num_kv_heads; ++head)
-      decoder_.layout.store(kernels_, rows_[t].pages, layer, head, rows_[t].position,
+      decoder_.pool.store(kernels_, rows_[t].pages, layer, head, rows_[t].position,
                             heads + key_ + head * weights_.head_dim, heads + value_ + head * weights_.head_dim);
   }
 
@@ -145,14 +145,14 @@ class BlockPass {
 
   // Part `part` of the scratch takes what the queries of one key-value head see of positions [begin, end).
   void attend_part(int layer, int t, int head, int part, int begin, int end) {
-    const int group = weights_.group_size(), size = weights_.head_dim, stride = decoder_.layout.value_stride();
-    kernels_.attend({rows_[t].pages, decoder_.layout.head(layer, head), size, stride, qkv(t) + head * group * size,
+    const int group = weights_.group_size(), size = weights_.head_dim, stride = decoder_.pool.layout.value_stride();
+    kernels_.attend({rows_[t].pages, decoder_.pool.head(layer, head), size, stride, qkv(t) + head * group * size,
                      group, begin, end, own_.heads.get() + size_t(part) * group * stride,
                      own_.maxima.get() + part * group, own_.sums.get() + part * group});
   }
 
   void attend_at_once(int layer, const AttentionWeights& attention, int t, int head, float* out) {
-    const int position = rows_[t].position, size = weights_.head_dim, stride = decoder_.layout.value_stride();
+    const int position = rows_[t].position, size = weights_.head_dim, stride = decoder_.pool.layout.value_stride();
     attend_part(layer, t, head, 0, first_position(attention, position), position + 1);
     for (int query = 0; query < weights_.group_size(); ++query, out += size)
       for (int i = 0; i < size; ++i) out[i] = own_.heads.get()[query * stride + i] / own_.sums.get()[query];

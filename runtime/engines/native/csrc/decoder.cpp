@@ -18,8 +18,7 @@ PageLayout layout_for(const ModelWeights& weights) {
 Decoder::Decoder(ModelWeights model, const Kernels& table, int num_threads, int max_neurons, int num_pages)
     : weights(std::move(model)),
       kernels(table),
-      layout(layout_for(weights)),
-      pool(layout.num_bytes(), num_pages),
+      pool(layout_for(weights), num_pages),
       threads(num_threads) {
   sequences.push_back(std::make_unique<Sequence>());
   if (weights.head.format == Format::int8_planes) deviations.resize(round_up(weights.vocab, kBlockRows));
@@ -101,7 +100,7 @@ size_t Decoder::bytes_per_token(int num_tokens, bool screened) const {
       total += linear->weight.num_bytes();
     for (const Linear* linear : {&(*ffn)[i].gate, &(*ffn)[i].up, &(*ffn)[i].down}) total += linear->weight.num_bytes();
     const int seen = attention.window > 0 ? std::min(num_tokens, attention.window) : num_tokens;
-    total += layout.bytes_per_token(static_cast<int>(i)) * seen;
+    total += pool.layout.bytes_per_token(static_cast<int>(i)) * seen;
   }
   return total;
 }

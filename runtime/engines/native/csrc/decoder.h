@@ -49,7 +49,6 @@ struct Decoder {
   const ModelWeights weights;
   const Kernels& kernels;
   std::shared_ptr<const Ffn> ffn;
-  const PageLayout layout;
   PagePool pool;
   std::vector<std::unique_ptr<Sequence>> sequences;  // empty where one was dropped
   Threads threads;
@@ -68,7 +67,7 @@ PageLayout layout_for(const ModelWeights& weights);
 struct Row {
   int32_t id;
   int position;
-  uint8_t* const* pages;
+  const int32_t* pages;
 };
 
 // Logits of one token's final hidden state by the head, all threads together.

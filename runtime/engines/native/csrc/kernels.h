@@ -13,16 +13,16 @@ enum class Nonlinearity { silu, gelu_tanh, gelu_erf, relu };
 constexpr int kPositions = 16;   // positions whose keys are interleaved
 constexpr int kPageTokens = 64;  // positions of one page of the cache
 
-// Where every page of the cache keeps the keys and values of one key-value head, in bytes from the page's start.
+// Where the cache keeps the keys and values of one key-value head.
 struct CachedHead {
-  size_t keys;    // (kPageTokens / 16, head_dim, 16)
-  size_t values;  // (kPageTokens, value_stride)
-  bool wide;      // float, else fp16
+  const void* keys;    // (num_pages, kPageTokens / 16, head_dim, 16)
+  const void* values;  // (num_pages, kPageTokens, value_stride)
+  bool wide;           // float, else fp16
 };
 
 // One key-value head's part of the cache, and the queries that share it.
 struct AttentionTask {
-  const uint8_t* const* pages;  // of a sequence, kPageTokens positions each
+  const int32_t* pages;  // of a sequence, kPageTokens positions each
   CachedHead head;
   int head_dim;
   int value_stride;        // head_dim rounded up to 16

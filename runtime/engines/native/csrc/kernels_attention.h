@@ -11,14 +11,14 @@ inline V::F load_cached(const float* p) { return V::load(p); }
 
 template <class T>
 inline const T* keys_of(const AttentionTask& task, int block) {
-  const uint8_t* page = task.pages[block / kPageBlocks] + task.head.keys;
-  return reinterpret_cast<const T*>(page) + size_t(block % kPageBlocks) * task.head_dim * kPositions;
+  const size_t place = size_t(task.pages[block / kPageBlocks]) * kPageBlocks + block % kPageBlocks;
+  return static_cast<const T*>(task.head.keys) + place * task.head_dim * kPositions;
 }
 
 template <class T>
 inline const T* values_of(const AttentionTask& task, int position) {
-  const uint8_t* page = task.pages[position / kPageTokens] + task.head.values;
-  return reinterpret_cast<const T*>(page) + size_t(position % kPageTokens) * task.value_stride;
+  const size_t place = size_t(task.pages[position / kPageTokens]) * kPageTokens + position % kPageTokens;
+  return static_cast<const T*>(task.head.values) + place * task.value_stride;
 }
 
 template <class T, int kCount>

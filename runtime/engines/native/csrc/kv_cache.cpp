@@ -9,10 +9,10 @@
 namespace coreinfer {
 
 namespace {
-constexpr size_t kPageAlignment = 4096;    // so that pages can be given back one by one
+constexpr size_t kGranule = 4096;         // what the system gives and takes back
 constexpr size_t kKeptBytes = 256 << 20;  // of free pages, whose memory is not given back
 
-size_t aligned(size_t num_bytes) { return (num_bytes + kPageAlignment - 1) / kPageAlignment * kPageAlignment; }
+size_t aligned(size_t num_bytes) { return (num_bytes + kGranule - 1) / kGranule * kGranule; }
 
 }  // namespace
 
@@ -20,84 +20,100 @@ PageLayout::PageLayout(const std::vector<bool>& wide_layers, int num_kv_heads, i
     : wide_layers_(wide_layers),
       num_kv_heads_(num_kv_heads),
       head_dim_(head_dim),
-      value_stride_(round_up(head_dim, kPositions)) {
-  size_t start = 0;
-  for (const bool wide : wide_layers) {
-    layer_starts_.push_back(start);
-    start += kPageTokens * token_bytes(wide);
-  }
-  num_bytes_ = aligned(start);
+      value_stride_(round_up(head_dim, kPositions)) {}
+
+size_t PageLayout::num_bytes() const {
+  size_t total = 0;
+  for (int layer = 0; layer < num_layers(); ++layer) total += num_kv_heads_ * (key_bytes(layer) + value_bytes(layer));
+  return total;
 }
 
-size_t PageLayout::token_bytes(bool wide) const {
-  return size_t(num_kv_heads_) * (head_dim_ + value_stride_) * (wide ? sizeof(float) : sizeof(uint16_t));
-}
-
-CachedHead PageLayout::head(int layer, int head) const {
-  const bool wide = wide_layers_[layer];
-  const size_t keys = layer_starts_[layer] + head * (kPageTokens * token_bytes(wide) / num_kv_heads_);
-  return {keys, keys + size_t(kPageTokens) * head_dim_ * (wide ? sizeof(float) : sizeof(uint16_t)), wide};
-}
-
-void PageLayout::store(const Kernels& kernels, uint8_t* const* pages, int layer, int number, int position,
-                       const float* key, const float* value) const {
-  const CachedHead head = this->head(layer, number);
-  uint8_t* page = pages[position / kPageTokens];
-  const int row = position % kPageTokens;
-  const size_t lane = size_t(row / kPositions) * head_dim_ * kPositions + row % kPositions;
-  if (head.wide) {
-    float* lanes = reinterpret_cast<float*>(page + head.keys) + lane;
-    for (int i = 0; i < head_dim_; ++i) lanes[size_t(i) * kPositions] = key[i];
-    float* row_values = reinterpret_cast<float*>(page + head.values) + size_t(row) * value_stride_;
-    std::copy_n(value, head_dim_, row_values);
-    return;
-  }
-  uint16_t* lanes = reinterpret_cast<uint16_t*>(page + head.keys) + lane;
-  uint16_t halves[64];
-  for (int start = 0; start < head_dim_; start += 64) {
-    const int count = std::min(64, head_dim_ - start);
-    kernels.to_half(key + start, count, halves);
-    for (int i = 0; i < count; ++i) lanes[size_t(start + i) * kPositions] = halves[i];
-  }
-  kernels.to_half(value, head_dim_, reinterpret_cast<uint16_t*>(page + head.values) + size_t(row) * value_stride_);
-}
-
-PagePool::PagePool(size_t page_bytes, int num_pages) : page_bytes_(page_bytes) {
-  const size_t num_bytes = page_bytes * num_pages;
+PagePool::PagePool(const PageLayout& page_layout, int num_pages) : layout(page_layout), num_holders_(num_pages) {
+  size_t num_bytes = 0;
+  for (int layer = 0; layer < layout.num_layers(); ++layer)
+    for (int head = 0; head < layout.num_kv_heads(); ++head)
+      for (const size_t page_bytes : {layout.key_bytes(layer), layout.value_bytes(layer)}) {
+        regions_.push_back({num_bytes, page_bytes});
+        num_bytes += aligned(page_bytes * num_pages);
+      }
   void* memory = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED)
     throw NoAddressSpace("KV cache: the system does not reserve " + std::to_string(num_bytes / 1000000) + " MB");
-#ifdef MADV_HUGEPAGE
-  // Pages of a sequence may lie anywhere: with pages of 4 KB attention to 2,048 tokens takes an eighth longer.
-  madvise(memory, num_bytes, MADV_HUGEPAGE);
-#endif
   base_.reset(static_cast<uint8_t*>(memory), [num_bytes](uint8_t* base) { munmap(base, num_bytes); });
-  num_holders_.resize(num_pages);
-  for (int page = num_pages - 1; page >= 0; --page) empty_.push_back(base_.get() + page * page_bytes);
+  for (int32_t page = 0; page < num_pages; ++page) empty_.insert(empty_.end(), page);
 }
 
-uint8_t* PagePool::take() {
-  std::vector<uint8_t*>& free = kept_.empty() ? empty_ : kept_;
-  uint8_t* page = free.back();
-  free.pop_back();
-  num_holders_[number_of(page)] = 1;
+CachedHead PagePool::head(int layer, int head) const {
+  const Region* regions = &regions_[(size_t(layer) * layout.num_kv_heads() + head) * 2];
+  return {at(regions[0], 0), at(regions[1], 0), layout.is_wide(layer)};
+}
+
+void PagePool::store(const Kernels& kernels, const int32_t* pages, int layer, int head, int position, const float* key,
+                     const float* value) const {
+  const int head_dim = layout.head_dim(), row = position % kPageTokens;
+  const Region* regions = &regions_[(size_t(layer) * layout.num_kv_heads() + head) * 2];
+  uint8_t* keys = at(regions[0], pages[position / kPageTokens]);
+  uint8_t* values = at(regions[1], pages[position / kPageTokens]);
+  const size_t lane = size_t(row / kPositions) * head_dim * kPositions + row % kPositions;
+  if (layout.is_wide(layer)) {
+    float* lanes = reinterpret_cast<float*>(keys) + lane;
+    for (int i = 0; i < head_dim; ++i) lanes[size_t(i) * kPositions] = key[i];
+    std::copy_n(value, head_dim, reinterpret_cast<float*>(values) + size_t(row) * layout.value_stride());
+    return;
+  }
+  uint16_t* lanes = reinterpret_cast<uint16_t*>(keys) + lane;
+  uint16_t halves[64];
+  for (int start = 0; start < head_dim; start += 64) {
+    const int count = std::min(64, head_dim - start);
+    kernels.to_half(key + start, count, halves);
+    for (int i = 0; i < count; ++i) lanes[size_t(start + i) * kPositions] = halves[i];
+  }
+  kernels.to_half(value, head_dim, reinterpret_cast<uint16_t*>(values) + size_t(row) * layout.value_stride());
+}
+
+int32_t PagePool::take(int32_t wanted) {
+  const std::set<int32_t>& free = kept_.empty() ? empty_ : kept_;
+  const bool is_free = wanted >= 0 && wanted < num_pages() && num_holders_[wanted] == 0;
+  const int32_t page = is_free ? wanted : *free.begin();
+  if (!kept_.erase(page)) empty_.erase(page);
+  num_holders_[page] = 1;
   return page;
 }
 
-void PagePool::release(uint8_t* page) {
-  if (--num_holders_[number_of(page)] > 0) return;
-  if ((kept_.size() + 1) * page_bytes_ <= kKeptBytes) return kept_.push_back(page);
-  madvise(page, page_bytes_, MADV_DONTNEED);
-  empty_.push_back(page);
+void PagePool::release(int32_t page) {
+  if (--num_holders_[page] > 0) return;
+  if ((kept_.size() + 1) * layout.num_bytes() <= kKeptBytes) {
+    kept_.insert(page);
+    return;
+  }
+  empty_.insert(page);
+  for (const Region& region : regions_) give_back(region, page);
 }
 
-uint8_t* PagePool::copy(uint8_t* page) {
-  uint8_t* own = take();
-  std::memcpy(own, page, page_bytes_);
+// Granules that other pages have parts of are given back with the last of these.
+void PagePool::give_back(const Region& region, int32_t page) const {
+  const auto all_empty = [&](size_t begin, size_t end) {
+    const int32_t last = std::min<int32_t>((end - 1) / region.page_bytes, num_pages() - 1);
+    for (int32_t other = begin / region.page_bytes; other <= last; ++other)
+      if (!empty_.count(other)) return false;
+    return true;
+  };
+  size_t begin = page * region.page_bytes / kGranule * kGranule, end = aligned((page + 1) * region.page_bytes);
+  if (!all_empty(begin, begin + kGranule)) begin += kGranule;
+  if (begin < end && !all_empty(end - kGranule, end)) end -= kGranule;
+  if (begin < end) madvise(base_.get() + region.start + begin, end - begin, MADV_DONTNEED);
+}
+
+int32_t PagePool::copy(int32_t page, int32_t wanted) {
+  const int32_t own = take(wanted);
+  for (const Region& region : regions_) std::memcpy(at(region, own), at(region, page), region.page_bytes);
   return own;
 }
 
 namespace {
+
+// The page that best comes at `index`: right after the one before it in memory.
+int32_t page_after(const std::vector<int32_t>& pages, size_t index) { return index ? pages[index - 1] + 1 : -1; }
 
 // Whether the next token would be written to a page that others read.
 bool must_copy(const PagePool& pool, const Sequence& sequence) {
@@ -113,13 +129,13 @@ int pages_to_extend(const PagePool& pool, const Sequence& sequence, int num_toke
 
 void extend(PagePool& pool, Sequence& sequence, int num_tokens) {
   if (must_copy(pool, sequence)) {
-    uint8_t*& page = sequence.pages[sequence.num_cached / kPageTokens];
-    uint8_t* own = pool.copy(page);
+    int32_t& page = sequence.pages[sequence.num_cached / kPageTokens];
+    const int32_t own = pool.copy(page, page_after(sequence.pages, sequence.num_cached / kPageTokens));
     pool.release(page);
     page = own;
   }
   const size_t num_pages = pages_of(sequence.num_cached + num_tokens);
-  while (sequence.pages.size() < num_pages) sequence.pages.push_back(pool.take());
+  while (sequence.pages.size() < num_pages) sequence.pages.push_back(pool.take(page_after(sequence.pages, sequence.pages.size())));
 }
 
 void truncate(PagePool& pool, Sequence& sequence, int num_tokens) {
@@ -130,8 +146,8 @@ void truncate(PagePool& pool, Sequence& sequence, int num_tokens) {
 
 Sequence fork(PagePool& pool, const Sequence& source, int num_tokens) {
   Sequence sequence{{source.pages.begin(), source.pages.begin() + num_tokens / kPageTokens}, num_tokens};
-  for (const uint8_t* page : sequence.pages) pool.share(page);
-  if (pages_to_fork(num_tokens)) sequence.pages.push_back(pool.copy(source.pages[num_tokens / kPageTokens]));
+  for (const int32_t page : sequence.pages) pool.share(page);
+  if (pages_to_fork(num_tokens)) sequence.pages.push_back(pool.copy(source.pages[num_tokens / kPageTokens], page_after(sequence.pages, sequence.pages.size())));
   return sequence;
 }
 

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <vector>
 
@@ -11,63 +12,80 @@
 
 namespace coreinfer {
 
-// What a page keeps of kPageTokens positions, all layers: by layer and head first the keys, then the values.
+// How many bytes a page takes, which keeps kPageTokens positions of all layers.
 class PageLayout {
  public:
   // `wide_layers`: of each layer, whether its keys and values are float; else they are fp16.
   PageLayout(const std::vector<bool>& wide_layers, int num_kv_heads, int head_dim);
 
-  CachedHead head(int layer, int head) const;
+  int num_layers() const { return static_cast<int>(wide_layers_.size()); }
+  int num_kv_heads() const { return num_kv_heads_; }
+  int head_dim() const { return head_dim_; }
   int value_stride() const { return value_stride_; }
-  size_t num_bytes() const { return num_bytes_; }  // of a page
-  size_t bytes_per_token(int layer) const { return token_bytes(wide_layers_[layer]); }
-  // Write one token's key and value of one head into a sequence's pages.
-  void store(const Kernels& kernels, uint8_t* const* pages, int layer, int head, int position, const float* key,
-             const float* value) const;
+  bool is_wide(int layer) const { return wide_layers_[layer]; }
+  // Of one head's keys or values in a page.
+  size_t key_bytes(int layer) const { return size_t(kPageTokens) * head_dim_ * number_bytes(layer); }
+  size_t value_bytes(int layer) const { return size_t(kPageTokens) * value_stride_ * number_bytes(layer); }
+  size_t num_bytes() const;  // of a page
+  size_t bytes_per_token(int layer) const {
+    return num_kv_heads_ * (key_bytes(layer) + value_bytes(layer)) / kPageTokens;
+  }
 
  private:
-  size_t token_bytes(bool wide) const;
+  size_t number_bytes(int layer) const { return is_wide(layer) ? sizeof(float) : sizeof(uint16_t); }
 
   std::vector<bool> wide_layers_;
-  std::vector<size_t> layer_starts_;
   int num_kv_heads_, head_dim_, value_stride_;
-  size_t num_bytes_;
 };
 
 struct NoAddressSpace : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Pages that several sequences may hold at once. Address space is reserved for all of them, memory is taken when a page
-// is first written; some of it is kept for the next who takes a page, the rest goes back to the system.
+// Pages that several sequences may hold at once. A head's keys (or values) of all pages lie side by side, in the pages'
+// order: those of a sequence whose pages follow one another are read in one go. Address space is reserved for all pages,
+// memory is taken when a page is first written; some of it is kept for the next who takes a page, the rest goes back to
+// the system.
 class PagePool {
  public:
   // Throws NoAddressSpace: the system does not give so much.
-  PagePool(size_t page_bytes, int num_pages);
+  PagePool(const PageLayout& layout, int num_pages);
+
+  CachedHead head(int layer, int head) const;
+  // Write one token's key and value of one head into a sequence's pages.
+  void store(const Kernels& kernels, const int32_t* pages, int layer, int head, int position, const float* key,
+             const float* value) const;
 
   int num_pages() const { return static_cast<int>(num_holders_.size()); }
   int num_free() const { return static_cast<int>(kept_.size() + empty_.size()); }
-  // There must be a free page.
-  uint8_t* take();
-  void share(const uint8_t* page) { ++num_holders_[number_of(page)]; }
-  bool is_shared(const uint8_t* page) const { return num_holders_[number_of(page)] > 1; }
+  // There must be a free page. `wanted` is taken if it is free; it may be no page at all.
+  int32_t take(int32_t wanted);
+  void share(int32_t page) { ++num_holders_[page]; }
+  bool is_shared(int32_t page) const { return num_holders_[page] > 1; }
   // One holder less; the last one's page is free.
-  void release(uint8_t* page);
+  void release(int32_t page);
   // A page of one's own with the same content, in the place of one that was shared. There must be a free page.
-  uint8_t* copy(uint8_t* page);
+  int32_t copy(int32_t page, int32_t wanted);
+
+  const PageLayout layout;
 
  private:
-  size_t number_of(const uint8_t* page) const { return (page - base_.get()) / page_bytes_; }
+  // One head's keys or values: those of page p are at [p, p + 1) * page_bytes.
+  struct Region {
+    size_t start, page_bytes;
+  };
+  uint8_t* at(const Region& region, int32_t page) const { return base_.get() + region.start + page * region.page_bytes; }
+  void give_back(const Region& region, int32_t page) const;
 
-  size_t page_bytes_;
+  std::vector<Region> regions_;  // by layer and head: keys, values
   std::shared_ptr<uint8_t> base_;
-  std::vector<int> num_holders_;           // of each page
-  std::vector<uint8_t*> kept_, empty_;  // free pages, with memory and without
+  std::vector<int> num_holders_;   // of each page
+  std::set<int32_t> kept_, empty_;  // free pages, with memory and without
 };
 
 // One text: where its keys and values are, and how many there are.
 struct Sequence {
-  std::vector<uint8_t*> pages;  // page i has positions [i, i + 1) * kPageTokens
+  std::vector<int32_t> pages;  // page i has positions [i, i + 1) * kPageTokens
   int num_cached = 0;
 };
 

@@ -106,17 +106,20 @@ class TokenPass {
   // Ask for the thread's keys and values: pieces too short for the hardware to see them coming.
   void prefetch_cache(int layer, Range positions) const {
     if (positions.begin >= positions.end) return;
-    const PageLayout& layout = decoder_.layout;
-    const uint8_t* page = row_.pages[positions.begin / kPageTokens];
-    const int first = positions.begin % kPageTokens / kPositions * kPositions;
-    const int count = std::min(kPageTokens - first, positions.end - positions.begin / kPositions * kPositions);
+    const PagePool& pool = decoder_.pool;
+    const size_t page = row_.pages[positions.begin / kPageTokens];
+    const size_t first = positions.begin % kPageTokens / kPositions * kPositions;
+    // A sequence's next page most often lies right behind.
+    const size_t count = positions.end - positions.begin / kPositions * kPositions;
     const size_t most = kPrefetchBytes / weights_.num_kv_heads;
+    const size_t key_bytes = pool.layout.key_bytes(layer) / kPageTokens;
+    const size_t value_bytes = pool.layout.value_bytes(layer) / kPageTokens;
     for (int number = 0; number < weights_.num_kv_heads; ++number) {
-      const CachedHead head = layout.head(layer, number);
-      const size_t size = head.wide ? sizeof(float) : sizeof(uint16_t);
-      const size_t key_bytes = weights_.head_dim * size, value_bytes = layout.value_stride() * size;
-      prefetch_bytes(page + head.keys + first * key_bytes, std::min(most, count * key_bytes));
-      prefetch_bytes(page + head.values + first * value_bytes, std::min(most, count * value_bytes));
+      const CachedHead head = pool.head(layer, number);
+      const size_t position = page * kPageTokens + first;
+      prefetch_bytes(static_cast<const char*>(head.keys) + position * key_bytes, std::min(most, count * key_bytes));
+      prefetch_bytes(static_cast<const char*>(head.values) + position * value_bytes,
+                     std::min(most, count * value_bytes));
     }
   }
 
@@ -124,7 +127,7 @@ class TokenPass {
     prepare_heads(weights_, kernels_, attention.key, attention.key_norm, angles, weights_.num_kv_heads, key_);
     if (attention.value.bias) kernels_.add(value_, attention.value.bias, weights_.kv_size());
     for (int head = 0; head < weights_.num_kv_heads; ++head)
-      decoder_.layout.store(kernels_, row_.pages, layer, head, position_, key_ + head * weights_.head_dim,
+      decoder_.pool.store(kernels_, row_.pages, layer, head, position_, key_ + head * weights_.head_dim,
                             value_ + head * weights_.head_dim);
   }
 
@@ -133,9 +136,9 @@ class TokenPass {
     std::memcpy(queries, query_, sizeof(float) * weights_.query_size());
     prepare_heads(weights_, kernels_, attention.query, attention.query_norm, angles, weights_.num_heads, queries);
     for (int i = 0; i < weights_.query_size(); ++i) queries[i] *= weights_.attention_scale;
-    const int group = weights_.group_size(), stride = decoder_.layout.value_stride();
+    const int group = weights_.group_size(), stride = decoder_.pool.layout.value_stride();
     for (int head = 0; head < weights_.num_kv_heads; ++head)
-      kernels_.attend({row_.pages, decoder_.layout.head(layer, head), weights_.head_dim, stride,
+      kernels_.attend({row_.pages, decoder_.pool.head(layer, head), weights_.head_dim, stride,
                        queries + head * group * weights_.head_dim, group, positions.begin, positions.end,
                        own_.partial.get() + size_t(head) * group * stride, own_.maxima.get() + head * group,
                        own_.sums.get() + head * group});
