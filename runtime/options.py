@@ -49,8 +49,8 @@ class GenerationOptions(SamplingParams):
             ending earlier.
         json_schema: a JSON schema, or its text, that the answer must follow; needs the package llguidance.
         on_token: called with each token before it is given out.
-        cancel: ends the generation with the token during which it is set; between two blocks of a prompt by
-            `GenerationCancelled`.
+        cancel: ends the generation with the token during which it is set; while it waits, and between
+            two blocks of a prompt, by `GenerationCancelled`.
     """
 
     max_new_tokens: int = 256
