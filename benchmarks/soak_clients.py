@@ -17,7 +17,24 @@ from coreinfer.server.worker import Job, Worker
 
 __all__ = ["DIRECT_WAYS", "SERVED_WAYS", "Question", "Tally", "be_direct", "be_served", "make_questions", "settle"]
 
-_WORDS = "flour oven bake recipe function loop variable compiler wave ship harbour storm court judge contract claim".split()
+_WORDS = [
+    "flour",
+    "oven",
+    "bake",
+    "recipe",
+    "function",
+    "loop",
+    "variable",
+    "compiler",
+    "wave",
+    "ship",
+    "harbour",
+    "storm",
+    "court",
+    "judge",
+    "contract",
+    "claim",
+]
 # Beginnings that many prompts share, so that sequences are forked and taken over.
 _BEGINNINGS = ("", " ".join(_WORDS[:8] * 3) + " ", " ".join(_WORDS[8:] * 5) + " ")
 _MODES: tuple[runtime.Mode, ...] = ("auto", "dense", "similarity", "stability", "fused", "lossless")
