@@ -124,13 +124,8 @@ class PromptFormat:
         """Turn a text that is to be continued as it is into token ids, with those that begin a text of the model.
 
         Raises:
-        <<<<<<< HEAD
-            ConfigError: the text is not valid Unicode, holds a token that the model has no embedding for, or is of so
-                many characters that it is certainly too long for the model.
-        =======
-            ConfigError: the text is no Unicode, or holds a token that the model has no embedding for.
+            ConfigError: the text is not valid Unicode, or holds a token that the model has no embedding for.
             ContextTooLong: it is of so many characters that it is certainly too long for the model.
-        >>>>>>> k4
         """
         self._check_text(text)
         return self._known(text_ids(self.tokenizer, text))
