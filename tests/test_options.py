@@ -39,7 +39,7 @@ def test_an_option_that_there_is_not_is_refused(method: str, engine: runtime.Eng
         ({"logit_bias": {9999: 1}}, "logit_bias: expected ids from 0 to"),
         ({"temperature": -1}, "temperature: expected"),
         ({"temperature": -1, "drift_tokens": -1, "stop": [""]}, "3 problems"),
-        ({"raw": "no"}, "raw: expected True or False, got 'no'"),
+        ({"parse_special": "no"}, "parse_special: expected True or False, got 'no'"),
         ({"continue_final_message": 1}, "continue_final_message: expected True or False, got 1"),
         ({"on_token": "print"}, "on_token: expected a function, got 'print'"),
         ({"cancel": True}, "cancel: expected an object with the method is_set, got True"),

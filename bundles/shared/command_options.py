@@ -68,7 +68,7 @@ Command = Callable[..., None]
 
 def click_options(options: type) -> list[click.Parameter]:
     """Make the options of a command from the fields of a dataclass, see `option_fields`; each has its field's name."""
-    made = []
+    made: list[click.Parameter] = []
     for item in _command_fields(options):
         names, settings = _click_settings(item)
         made.append(GroupedOption(names, **settings))
