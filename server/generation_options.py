@@ -54,7 +54,7 @@ def _sampling(body: SamplingFields) -> dict[str, Any]:
         "temperature": _TEMPERATURE,
         **{name: value for name in same_names(type(body)) if (value := getattr(body, name)) is not None},
         "logit_bias": {int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()},
-        "stop": [body.stop] if isinstance(body.stop, str) else body.stop or [],
+        "stop": [body.stop] if isinstance(body.stop, str) else body.stop or (),
     }
 
 

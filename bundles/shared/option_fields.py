@@ -10,6 +10,7 @@ a sequence is an option that repeats, and None is allowed where the type has it.
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import Field, dataclass, fields
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
 from .checks import Check, instance_of, one_of, or_word
@@ -142,6 +143,7 @@ class FieldType:
     repeated: bool
 
 
+@cache
 def type_of(item: "Field[Any]") -> FieldType:
     """Read a field's type: a plain type, a Literal of words, None, a sequence of one type, or a union of these."""
     parts = get_args(item.type) if get_origin(item.type) in (Union, types.UnionType) else (item.type,)
@@ -159,16 +161,19 @@ def field_problems(options: Any, called: "Callable[[Field[Any]], str]" = switch_
         called: gives the name that messages have for a field.
     """
     for item in fields(options):
-        value, kind = getattr(options, item.name), type_of(item)
-        if value is None and kind.optional:
+        value = getattr(options, item.name)
+        if value is None and type_of(item).optional:
             continue
         if find := option_of(item).problems:
             yield from find(called(item), value)
-        elif problem := _check_of(item, kind).problem(called(item), value):
+        elif problem := _check_of(item).problem(called(item), value):
             yield problem
 
 
-def _check_of(item: "Field[Any]", kind: FieldType) -> Check:
+# A server makes options for each request.
+@cache
+def _check_of(item: "Field[Any]") -> Check:
+    kind = type_of(item)
     if kind.plain is None:
         return one_of(kind.words)
     check = option_of(item).check or instance_of(tuple if kind.repeated else kind.plain)
