@@ -52,8 +52,8 @@ class GenerationOptions(SamplingParams):
             ending earlier.
         json_schema: a JSON schema, or its text, that the answer must follow; needs the package llguidance.
         on_token: called with each token before it is returned.
-        cancel: when set, ends the generation after the token in progress; while a prompt is read, raises
-            `GenerationCancelled` between two blocks.
+        cancel: when set, ends the generation after the token in progress; before its first token, while it waits or
+            between two blocks of its prompt, raises `GenerationCancelled`.
     """
 
     max_new_tokens: int = 256

@@ -102,7 +102,7 @@ class UnusedFields(Fields):
     """Fields of OpenAI's chat that change nothing here, with the values for which this is right."""
 
     store: Literal[False] | None = Field(default=None, description="Nothing is kept.")
-    metadata: Nothing | None = None
+    metadata: dict[Text, Any] | None = Field(default=None, description="For what is kept, which is nothing.")
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: Plain | None = Field(default=None, description="As user.")
     prompt_cache_key: Plain | None = Field(default=None, description="Prompts are compared themselves.")

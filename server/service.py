@@ -95,6 +95,8 @@ class Service:
 
     def _model(self, name: str, engine: Engine) -> Model:
         manifest = engine.bundle.path / LAYOUT.manifest
+        # At the first schema it would hold up everybody else.
+        engine.loaded.grammars.prepare()
         return Model(
             id=name,
             engine=engine,

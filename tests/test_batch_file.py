@@ -377,7 +377,8 @@ def test_an_interrupted_batch_goes_on(bundle: Path, write: Any, out: Path, monke
 def test_other_requests_under_an_id_are_refused(bundle: Path, write: Any, out: Path) -> None:
     done(run(bundle, write({"prompt": "soup"}), out))
     before = out.read_bytes()
-    for batch, more in ((write({"prompt": "flour"}), []), (write({"prompt": "soup"}), ["--temperature", "1"])):
+    for prompt, more in (("flour", []), ("soup", ["--temperature", "1"])):
+        batch = write({"prompt": prompt})
         assert "it has an answer for id 1, to which line 1 of the batch, the options or the bundle" in refusal(
             run(bundle, batch, out, *more)
         )

@@ -18,6 +18,8 @@ from coreinfer.compiler.clusters.embed import StaticEncoder
 from coreinfer.runtime.prompts.prompt_format import PromptFormat
 from coreinfer.runtime.prompts.token_room import token_room
 from coreinfer.server.bodies import MAX_VALUES
+from coreinfer.server.server_config import ServerConfig
+from coreinfer.server.service import Service
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from .engine_inputs import MAX_POSITIONS, PROMPT, with_room
@@ -124,6 +126,18 @@ def test_a_body_within_its_bounds_is_answered(server: RunningServer, bundle: Pat
     body = chat(bundle.name, PROMPT)
     body["messages"] = [{"role": "user", "content": "a"}] * 8
     assert send(server, "/v1/chat/completions", body)[0] == 200
+
+
+def test_the_first_schema_does_not_wait_for_llguidance(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a second of everybody's to read a large tokenizer, so that it is done before the server answers."""
+    llguidance = pytest.importorskip("llguidance")
+    loaded = runtime.load(bundle, threads=1)
+    service = Service({"m": loaded}, ServerConfig())
+    monkeypatch.setattr(llguidance, "LLTokenizer", None)
+    try:
+        assert loaded.generate(PROMPT, json_schema={"const": 7}, max_new_tokens=20).text == "7"
+    finally:
+        service.close()
 
 
 def test_a_large_schema_is_refused_by_name(engine: runtime.Engine) -> None:

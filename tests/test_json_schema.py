@@ -101,6 +101,8 @@ def test_without_the_package_the_error_says_what_to_install(
     engine: runtime.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
+    # A server starts without it.
+    engine.loaded.grammars.prepare()
     with pytest.raises(runtime.ConfigError, match=r"pip install 'coreinfer\[json\]'"):
         engine.stream(PROMPT, raw=True, json_schema=SCHEMAS["array"])
 
@@ -152,5 +154,6 @@ def test_a_bundle_with_more_tokens_than_embeddings(engine: runtime.Engine) -> No
 
 def test_a_tokenizer_that_llguidance_does_not_read(engine: runtime.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llguidance.LLTokenizer", lambda *_, **__: int("no number"))
+    engine.loaded.grammars.prepare()
     with pytest.raises(runtime.ConfigError, match="llguidance does not read this tokenizer"):
         engine.stream(PROMPT, json_schema=SCHEMAS["array"])

@@ -34,6 +34,7 @@ def test_an_option_that_there_is_not_is_refused(method: str, engine: runtime.Eng
         ({"mode": "fast"}, "mode: expected auto"),
         ({"stop": "x"}, "stop: expected a list"),
         ({"logit_bias": {9999: 1}}, "logit_bias: expected ids from 0 to"),
+        ({"logit_bias": {10**30: 1}}, "logit_bias: expected ids from 0 to"),
         ({"temperature": -1}, "temperature: expected"),
     ],
 )

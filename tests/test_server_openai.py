@@ -220,7 +220,12 @@ def test_penalties_and_biases(client: openai.OpenAI, engine: runtime.Engine) -> 
 
 
 def test_what_does_not_fit_into_the_context(client: openai.OpenAI) -> None:
-    cases: list[dict[str, Any]] = [{"prompt": "word " * 3000}, {"prompt": "x " * 100, "max_tokens": 2040}]
+    cases: list[dict[str, Any]] = [
+        {"prompt": "word " * 3000},
+        # So many characters that they are not even tokenized.
+        {"prompt": "word " * 100_000},
+        {"prompt": "x " * 100, "max_tokens": 2040},
+    ]
     for options in cases:
         with pytest.raises(openai.BadRequestError) as caught:
             client.completions.create(model="m", **options)

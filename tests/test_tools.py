@@ -263,6 +263,9 @@ def test_schemas_that_refer_to_themselves(engine: runtime.Engine) -> None:
             "tool_choice: expected one of weather, clock, got 'x'",
         ),
         ({"tool_choice": "required", "tools": TOOLS, "json_schema": {}}, "tool_choice, json_schema: .* one of the two"),
+        ({"tool_choice": "required", "tools": 5}, "tools: expected a list of JSON schemas, got 5"),
+        ({"tool_choice": "required", "tools": [3]}, "tools: expected a list of JSON schemas"),
+        ({"tool_choice": "required", "tools": [{"function": 5}]}, r"tools\[0\].function.name: expected a string"),
         ({"tool_choice": "required", "tools": [{"type": "function"}]}, r"tools\[0\].function.name: expected a string"),
         (
             {"tool_choice": "required", "tools": [{"function": {"name": "f", "parameters": {"type": "nothing"}}}]},

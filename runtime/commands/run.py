@@ -47,7 +47,9 @@ __all__ = ["main"]
     default=None,
     help="Answer each line of this JSON Lines file, many at once (docs/batches.md).  [default: none]",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=None, help="File for a batch's answers.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=None, help="File for a batch's answers.  [default: none]"
+)
 @load_options
 @click.option("--json", "as_json", is_flag=True, help="Print the generation as one JSON object.")
 @click.option("-v", "--verbose", is_flag=True, help="Log progress on stderr.")

@@ -1,6 +1,7 @@
 """Answers that follow a JSON schema: llguidance says, token by token, how the text may continue."""
 
 import json
+import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from tokenizers import Tokenizer
 
 __all__ = ["JsonGrammar", "JsonGrammars"]
 
+_log = logging.getLogger(__name__)
+
 Logits = npt.NDArray[np.float32]
 
 _MAX_SCHEMA_CHARACTERS = 1 << 16
@@ -19,7 +22,7 @@ _MAX_SCHEMA_CHARACTERS = 1 << 16
 
 
 class JsonGrammars:
-    """Makes grammars for one tokenizer; what llguidance knows of it is made once, when it is first needed."""
+    """Makes grammars for one tokenizer, which llguidance reads once: when the first schema comes, or before."""
 
     def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eos_token_ids: Collection[int]) -> None:
         """Note the tokenizer; llguidance is imported when a schema comes.
@@ -32,6 +35,16 @@ class JsonGrammars:
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
         self._known: Any = None
+
+    def prepare(self) -> None:
+        """Read the tokenizer before a schema comes: that takes up to a second, in which no other thread runs.
+
+        Where llguidance is not installed or cannot read the tokenizer, the first schema's error says so.
+        """
+        try:
+            self._tokens("json_schema")
+        except ConfigError as error:
+            _log.info("%s", error)
 
     def grammar(self, schema: Mapping[str, Any] | str) -> "JsonGrammar":
         """Begin a text that follows a schema.
@@ -56,15 +69,18 @@ class JsonGrammars:
         return self._begin(grammar, "tools")
 
     def _begin(self, grammar: str, option: str) -> "JsonGrammar":
-        matcher_class = _matcher_class(option)
-        if self._known is None:
-            from llguidance import LLTokenizer
-
-            self._known = self._read_tokenizer(LLTokenizer)
-        matcher = matcher_class(self._known, grammar, log_level=0)
+        matcher = _matcher_class(option)(self._tokens(option), grammar, log_level=0)
         if matcher.is_error():
             raise ConfigError(f"{option}: {_one_line(matcher.get_error())}")
         return JsonGrammar(matcher, self._vocab_size, option)
+
+    def _tokens(self, option: str) -> Any:
+        """What llguidance knows of the tokenizer."""
+        if self._known is None:
+            with needs_extra(option, "json"):
+                from llguidance import LLTokenizer
+            self._known = self._read_tokenizer(LLTokenizer)
+        return self._known
 
     def _read_tokenizer(self, reader: Callable[..., Any]) -> Any:
         # llguidance must know of tokens that the model has no logit for; masks are cut off before them.

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError
+from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, ContextTooLong
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.shared.beginnings import encoded, text_ids
 from coreinfer.runtime.options import DEFAULTS, GenerationOptions
@@ -124,8 +124,8 @@ class PromptFormat:
         """Turn a text that is to be continued as it is into token ids, with those that begin a text of the model.
 
         Raises:
-            ConfigError: the text is not valid Unicode, holds a token that the model has no embedding for, or is of so
-                many characters that it is certainly too long for the model.
+            ConfigError: the text is not valid Unicode, or holds a token that the model has no embedding for.
+            ContextTooLong: it is of so many characters that it is certainly too long for the model.
         """
         self._check_text(text)
         return self._known(text_ids(self.tokenizer, text))
@@ -137,7 +137,7 @@ class PromptFormat:
         if len(text) <= _LONG_TOKEN_CHARACTERS * limit or self._token_room is None:
             return
         if (least := self._token_room.least_tokens(text)) >= limit:
-            raise ConfigError(
+            raise ContextTooLong(
                 f"prompt: expected 1 to {limit - 1} tokens, got {len(text)} characters, that is {least} or more"
             )
 

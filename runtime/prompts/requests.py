@@ -35,6 +35,13 @@ class Loaded:
     draft_costs: DraftCosts
     mode: Mode
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that a prompt and its answer may have: the model's positions, or fewer where the KV cache is small."""
+        # An answer's last token is never put into it.
+        room = self.decoder.num_pages * self.decoder.page_tokens + 1
+        return min(self.bundle.manifest.model.max_positions, room)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -109,7 +116,7 @@ def read_request(
             raise ConfigError("raw: can only be used with a prompt that is plain text, not with messages; leave it out")
         source = routing_text(prompt)
         token_ids = loaded.prompts.read_messages(prompt, options, known_ids=known_ids)
-    _check_length(len(token_ids), options, loaded.bundle.manifest.model.max_positions)
+    _check_length(len(token_ids), options, loaded)
     route = loaded.router.route(source)
     plan = plan_mode(options.mode or loaded.mode, loaded.bundle.manifest, route, len(token_ids))
     return Request(
@@ -122,15 +129,19 @@ def read_request(
     )
 
 
-def _check_length(num_tokens: int, options: GenerationOptions, limit: int) -> None:
+def _check_length(num_tokens: int, options: GenerationOptions, loaded: Loaded) -> None:
+    limit = loaded.max_tokens
+    is_small = limit < loaded.bundle.manifest.model.max_positions
     if num_tokens >= limit:
-        raise ContextTooLong(f"prompt: expected 1 to {limit - 1} tokens, got {num_tokens}")
+        advice = "; the KV cache has no room for more, raise kv_cache_mb" if is_small else ""
+        raise ContextTooLong(f"prompt: expected 1 to {limit - 1} tokens, got {num_tokens}{advice}")
     if num_tokens == 0:
         raise ConfigError(f"prompt: expected 1 to {limit - 1} tokens, got 0")
     if options.whole_length and num_tokens + options.max_new_tokens > limit:
         raise ContextTooLong(
             f"prompt: its {num_tokens} tokens and {options.max_new_tokens} for the answer are more than the "
-            f"{limit} that this model reads; shorten the prompt or ask for at most {limit - num_tokens} tokens"
+            f"{limit} that {'the KV cache has room for' if is_small else 'this model reads'}; shorten the prompt or "
+            f"ask for at most {limit - num_tokens} tokens"
         )
 
 

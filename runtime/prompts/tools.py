@@ -189,7 +189,7 @@ def tool_names(tools: Sequence[Mapping[str, Any]]) -> list[str]:
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ConfigError(f"tools: expected a list of JSON schemas, got {tools!r:.80}")
     functions = [tool.get("function", tool) for tool in tools]
-    names = [function.get("name") if isinstance(function, Mapping) else None for function in functions]
+    names: list[Any] = [function.get("name") if isinstance(function, Mapping) else None for function in functions]
     for index, name in enumerate(names):
         if not isinstance(name, str) or not name:
             raise ConfigError(f"tools[{index}].function.name: expected a string that is not empty, got {name!r}")

@@ -46,6 +46,9 @@ class Driver:
                 "engine: another thread was generating when this process was forked; load the bundle again in it, or "
                 "fork when nobody generates"
             )
+        for run in self._waiting:
+            # The thread that waits for it is not here.
+            run.ended = True
         self._begin_process()
 
     def submit(self, run: Run) -> None:
@@ -65,8 +68,8 @@ class Driver:
         Raises:
             Exception: the run's error.
         """
-        self.submit(run)
         try:
+            self.submit(run)
             while not run.finished or run.tokens:
                 self._wait(run)
                 token = run.take()
@@ -82,9 +85,9 @@ class Driver:
         Raises:
             Exception: the error of the first run that failed.
         """
-        for run in runs:
-            self.submit(run)
         try:
+            for run in runs:
+                self.submit(run)
             for run in runs:
                 self._wait(run)
             return [run.take_all() for run in runs]
@@ -112,7 +115,7 @@ class Driver:
         """Step for all until `is_closed`; a thread that changes that must call `wake`."""
         while True:
             with self._lock:
-                self._work.wait_for(lambda: is_closed() or (self.scheduler.has_work and not self._stepping))
+                self._work.wait_for(lambda: is_closed() or (not self._stepping and self.scheduler.has_work))
                 if is_closed():
                     return
                 self._stepping = True

@@ -116,7 +116,9 @@ class KvPool:
 
     def _fork(self, source: int, kept: int) -> int | None:
         if not self._may_add:
-            self._forget(next(number for number in self._idle if number != source))
+            # Sequence 0 would stay, and make no place.
+            longest = next((number for number in self._idle if number not in (0, source)), 0)
+            self._forget(longest)
         try:
             number = self._decoder.fork_sequence(source, kept)
         except KvPoolFull:

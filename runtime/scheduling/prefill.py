@@ -25,7 +25,9 @@ def begin(run: Run, decoder: Decoder, pool: KvPool) -> bool:
         return False
     run.sequence, run.num_read, run.statistic = number, kept, None
     if run.read_start is None:
-        run.read_start, run.num_cached_tokens = time.perf_counter(), kept
+        run.read_start = time.perf_counter()
+    if not run.token_ids:
+        run.num_cached_tokens = kept
     return True
 
 

@@ -1,5 +1,6 @@
 """One running generation: its request, its progress, and the tokens that were not taken yet."""
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from coreinfer.runtime.routing.drift import DriftWatch
 from coreinfer.runtime.routing.modes import serving_cluster
 
 __all__ = ["Logits", "Post", "Row", "Run", "path_step", "prepare"]
+
+_log = logging.getLogger(__name__)
 
 Logits = npt.NDArray[np.float32]
 Post = Callable[[Token | Exception], object]
@@ -91,8 +94,7 @@ class Run:
     @property
     def max_tokens(self) -> int:
         """Maximum number of tokens that it decodes."""
-        room = self.loaded.bundle.manifest.model.max_positions - len(self.request.token_ids)
-        return min(self.options.max_new_tokens, room)
+        return min(self.options.max_new_tokens, self.loaded.max_tokens - len(self.request.token_ids))
 
     @property
     def num_left(self) -> int:
@@ -146,16 +148,21 @@ class Run:
         return list(self.tokens)
 
     def check_cancelled(self) -> None:
-        """End it between two blocks of its prompt, if it was cancelled."""
+        """End it between two steps, if it was cancelled and has no tokens; one that has tokens ends with its next."""
         cancel = self.options.cancel
-        if self.num_read > self.num_cached_tokens and cancel is not None and cancel.is_set():
+        if cancel is not None and cancel.is_set() and not self.token_ids and not self.is_over:
             self.fail(GenerationCancelled(self.num_read, len(self.request.token_ids)))
 
     def fail(self, error: Exception) -> None:
         """End it with an error."""
         self.failure = error
-        if self.post is not None:
+        if self.post is None:
+            return
+        try:
             self.post(error)
+        except Exception:
+            # It may be what failed. The other generations go on.
+            _log.exception("a generation failed (%s), and so did telling whoever waits for it", error)
 
 
 def prepare(loaded: Loaded, request: Request, options: GenerationOptions) -> Run:

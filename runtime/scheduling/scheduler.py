@@ -74,19 +74,22 @@ class Scheduler:
         self._arrived.append(run)
 
     def step(self) -> None:
-        """Admit runs, read one block of one prompt, decode a token of each run that may have one, and post them."""
+        """Admit runs, read one block of one prompt, decode a token of each run that wants one, and post them."""
+        for run in (*self._waiting, *self._active):
+            run.check_cancelled()
         self.sweep()
-        if self._arrived or self._waiting:
-            self._admit()
-        unread = self._unread
-        self._decode(was_read=bool(unread) and self._read(unread))
+        self._admit()
+        has_read = self._read(self._unread)
+        self._decode(has_read=has_read)
         self.sweep()
 
     def sweep(self) -> None:
         """Free what finished runs hold."""
+        while self._arrived:
+            self._waiting.append(self._arrived.popleft())
         for run in [run for run in self._active if run.is_over]:
-            self._active.remove(run)
             self._free(run)
+            self._active.remove(run)
         if self._waiting and any(run.is_over for run in self._waiting):
             self._waiting = deque(run for run in self._waiting if not run.is_over)
         if self.decoder.sequence != 0:
@@ -105,8 +108,8 @@ class Scheduler:
         run.rows.clear()
 
     def _admit(self) -> None:
-        while self._arrived:
-            self._waiting.append(self._arrived.popleft())
+        if not self._waiting:
+            return
         # Who does not ask for tokens takes no place.
         num_free = self.max_parallel - sum(run.wants for run in self._active)
         while self._waiting and num_free > 0:
@@ -117,7 +120,8 @@ class Scheduler:
 
     @property
     def _unread(self) -> list[Run]:
-        return [run for run in self._active if not run.is_read and not run.is_over]
+        # Who gave way while nobody asked for its tokens is read again when somebody does.
+        return [run for run in self._active if run.wants and not run.is_read]
 
     def _read(self, unread: list[Run]) -> bool:
         """Read a block of a prompt, if that may be now and there is room; whether some of a prompt was read."""
@@ -131,13 +135,11 @@ class Scheduler:
             self._pace.note_block(num_read, self.clock() - begun, others_decode=others_decode)
         if logits is not None:
             self._post([run], [logits])
+        # Where there was no room, others go on decoding until there is.
         return num_read > 0
 
     def _next_to_read(self, unread: list[Run]) -> Run | None:
         """Choose the prompt with the fewest tokens left, and now and then the one that came first."""
-        for run in unread:
-            run.check_cancelled()
-        unread = [run for run in unread if not run.is_over]
         if not unread:
             return None
         oldest = unread[0]
@@ -151,7 +153,18 @@ class Scheduler:
 
     def _has_begun(self, run: Run) -> bool:
         """Have a run begin if it has not and there is room; whether it has."""
-        return run.sequence is not None or bool(self._call([run], lambda: begin(run, self.decoder, self.pool)))
+        while run.sequence is None and not run.is_over:
+            if not self._call([run], lambda: begin(run, self.decoder, self.pool)) and not self._pauses_end():
+                return False
+        return run.sequence is not None
+
+    def _pauses_end(self) -> bool:
+        """Take the room of a run of which nobody asks for tokens, unless others will make room."""
+        holders = [run for run in self._active if run.sequence is not None]
+        if not holders or any(run.wants for run in holders):
+            return False
+        self._interrupt(holders[-1])
+        return True
 
     # Decoding
 
@@ -159,10 +172,10 @@ class Scheduler:
     def _running(self) -> list[Run]:
         return [run for run in self._active if run.is_read and run.wants]
 
-    def _decode(self, *, was_read: bool) -> None:
+    def _decode(self, *, has_read: bool) -> None:
         running = self._running
-        if not running or (was_read and self._unread and not any(run.watched for run in running)):
-            # Where nobody follows the tokens, more share a pass when all prompts are read that there is room for.
+        if not running or (has_read and self._unread and not any(run.watched for run in running)):
+            # Where nobody follows the tokens, more share a pass when all prompts are read that can be.
             return
         begun = self.clock()
         together = [run for run in running if not self._draft(run)]
@@ -229,18 +242,23 @@ class Scheduler:
         return None
 
     def _give_way(self) -> bool:
-        """Free pages: what finished runs left, else what the youngest run has, which is read again later."""
+        """Free pages: what finished runs left, else what a run has, which is read again later.
+
+        It is the youngest of those whose tokens nobody asks for, else of all.
+        """
         if self.pool.evict():
             return True
         holders = [run for run in self._active if run.sequence is not None]
         if len(holders) < 2:
             # Its tokens do not fit even alone.
             return False
-        youngest = holders[-1]
-        assert youngest.sequence is not None
-        self.pool.drop(youngest.sequence)
-        youngest.sequence, youngest.num_read = None, 0
+        self._interrupt(next((run for run in reversed(holders) if not run.wants), holders[-1]))
         return True
+
+    def _interrupt(self, run: Run) -> None:
+        assert run.sequence is not None
+        self.pool.drop(run.sequence)
+        run.sequence, run.num_read = None, 0
 
     def _call(self, runs: Sequence[Run], call: Callable[[], T]) -> T | None:
         """Do something for runs; if it fails, only these runs fail."""
