@@ -81,7 +81,7 @@ def prompt_format(name: str = "byte_level", template: str = CHATML, tool_templat
     if tool_template is not None:
         texts[LAYOUT.tool_template] = tool_template
     bundle = SimpleNamespace(
-        manifest=SimpleNamespace(model=SimpleNamespace(name="tiny")),
+        manifest=SimpleNamespace(model=SimpleNamespace(name="tiny", max_positions=1 << 20, vocab_size=1 << 20)),
         path=Path("tiny"),
         has=texts.__contains__,
         read_bytes=lambda file: texts[file].encode(),
