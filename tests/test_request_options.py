@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from coreinfer.bundles.shared.option_fields import help_of
 from coreinfer.runtime import GenerationOptions
-from coreinfer.server.generation_options import chat_options, completion_options, same_names
-from coreinfer.server.request_bodies import ChatRequest, CompletionRequest
+from coreinfer.server.requests.generation_options import chat_options, completion_options, same_names
+from coreinfer.server.requests.request_bodies import ChatRequest, CompletionRequest
 from coreinfer.server.server_config import ServerConfig
 
 SAMPLING = {

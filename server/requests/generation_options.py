@@ -4,10 +4,10 @@ from dataclasses import fields
 from typing import Any
 
 from coreinfer.runtime import GenerationOptions
+from coreinfer.server.api_errors import ApiError
+from coreinfer.server.server_config import ServerConfig
 
-from .api_errors import ApiError
 from .request_bodies import ChatRequest, CompletionRequest, SamplingFields
-from .server_config import ServerConfig
 
 __all__ = ["chat_options", "completion_options", "same_names"]
 
