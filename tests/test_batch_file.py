@@ -330,7 +330,7 @@ def test_a_mark_and_line_ends_of_windows(bundle: Path, tmp_path: Path, out: Path
 
 @pytest.mark.parametrize("more", [["hello"], ["--chat"], ["--system", "x"], ["--json"]])
 def test_a_batch_goes_with_no_other_prompt(more: list[str], bundle: Path, write: Any, out: Path) -> None:
-    assert "--batch goes with no PROMPT, --chat, --system or --json" in refusal(
+    assert "--batch cannot be used with PROMPT, --chat, --system or --json" in refusal(
         run(bundle, write({"prompt": "a"}), out, *more)
     )
 

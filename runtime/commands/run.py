@@ -57,14 +57,16 @@ def main(
 
     The text goes to stdout, the figures to stderr. A prompt is put into the model's chat template, if it has one;
     --raw continues it as plain text. With --chat each line is a turn; exit code 2 means that a turn of piped input
-    failed.
-    With --batch FILE -o OUT each line of FILE gets one of OUT; the same command again goes on where it was interrupted.
+    failed. With --batch FILE -o OUT each line of FILE gets a line of OUT; after an interruption the same command
+    continues.
     """
     start_logging(verbose=verbose)
     if (batch is None) != (output is None):
-        raise ConfigError("--batch and -o go together; give both or neither")
+        raise ConfigError("--batch and -o must be used together; give both or neither")
     if batch is not None and (prompt is not None or chat or system is not None or as_json):
-        raise ConfigError("--batch goes with no PROMPT, --chat, --system or --json; its lines say all of that")
+        raise ConfigError(
+            "--batch cannot be used with PROMPT, --chat, --system or --json; its lines contain all of that"
+        )
     if (chat or system is not None) and options.raw:
         raise ConfigError("--raw cannot be used with --chat or --system; leave one out")
     loaded = load_engine(bundle_dir, loading)
