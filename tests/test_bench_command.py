@@ -146,7 +146,7 @@ def test_a_round_is_the_prompt_then_a_short_start_and_the_tokens(bundle: Path, m
 def test_numbers_must_be_positive(option: str, bundle: Path) -> None:
     result = run(bundle, *QUICK, option, 0)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == f"error: {option}: expected at least 1, got 0\n"
+    assert result.stderr == f"error: {option}: expected a whole number of at least 1, got 0\n"
 
 
 @pytest.mark.parametrize("option", ["--tokens", "--prompt-tokens"])

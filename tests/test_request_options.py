@@ -26,7 +26,8 @@ MESSAGES = [{"role": "user", "content": "Hello"}]
 
 
 def chat(**given: Any) -> GenerationOptions:
-    return chat_options(ChatRequest(model="m", messages=MESSAGES, **given), ServerConfig(max_new_tokens=99))
+    body = ChatRequest.model_validate({"model": "m", "messages": MESSAGES, **given})
+    return chat_options(body, ServerConfig(max_new_tokens=99))
 
 
 def completion(**given: Any) -> GenerationOptions:

@@ -104,7 +104,7 @@ def not_empty(kind: type, expected: str) -> Check:
 
 def instance_of(kind: type) -> Check:
     """Expect a value of a type."""
-    expected = "True or False" if kind is bool else f"a {kind.__name__}"
+    expected = {bool: "True or False", int: "a whole number"}.get(kind, f"a {kind.__name__}")
     return Check(expected=expected, holds=lambda value: isinstance(value, kind))
 
 

@@ -4,13 +4,16 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import click
 import numpy as np
 from coreinfer.bundles import Bundle, ConfigError, open_bundle
+from coreinfer.bundles.shared.checks import raise_problems, whole_number
 from coreinfer.bundles.shared.command import command_errors, start_logging
+from coreinfer.bundles.shared.command_options import field_options
+from coreinfer.bundles.shared.option_fields import field_problems, option
 from coreinfer.runtime.engines.native import _native
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
@@ -26,22 +29,43 @@ _READ_BYTES = 512 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What to measure.
+    """What to measure; the options of `coreinfer-bench` are made from these fields."""
 
-    Attributes:
-        isas: kernels to measure, by name or "auto".
-        threads: number of CPU threads; None for one per physical core.
-        num_tokens: tokens to decode in a round, after a prompt of 16.
-        num_prompt_tokens: tokens of the prompt whose prefill is timed.
-        num_starts: number of starts of coreinfer-run to time; 0 for none.
-    """
+    isa: str = field(default="auto", metadata=option("Kernels, such as avx2; all measures all that the CPU has."))
+    threads: int | None = field(default=None, metadata=option("CPU threads.", unset="one a physical core"))
+    num_tokens: int = field(
+        default=128,
+        metadata=option("Tokens to decode in a round.", check=whole_number(1), switches=("--tokens",)),
+    )
+    """After a prompt of 16."""
+    num_prompt_tokens: int = field(
+        default=512,
+        metadata=option(
+            "Tokens of the prompt whose prefill is timed.", check=whole_number(1), switches=("--prompt-tokens",)
+        ),
+    )
+    num_rounds: int = field(
+        default=5, metadata=option("Rounds; medians are shown.", check=whole_number(1), switches=("--rounds",))
+    )
+    num_starts: int = field(
+        default=3,
+        metadata=option(
+            "Starts of coreinfer-run to time; 0 leaves them out.", check=whole_number(0), switches=("--starts",)
+        ),
+    )
 
-    isas: tuple[str, ...] = ("auto",)
-    threads: int | None = None
-    num_tokens: int = 128
-    num_prompt_tokens: int = 512
-    num_rounds: int = 5
-    num_starts: int = 3
+    def __post_init__(self) -> None:
+        """Check every option; how many threads there can be only the engine knows.
+
+        Raises:
+            ConfigError: naming all options that are wrong.
+        """
+        raise_problems(field_problems(self))
+
+    @property
+    def isas(self) -> tuple[str, ...]:
+        """Kernels to measure, names or "auto"."""
+        return tuple(_native.available_isas()) if self.isa == "all" else (self.isa,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +167,7 @@ def bench(bundle_dir: Path, options: BenchOptions) -> BenchResult:
         UnsupportedModelError: the native engine does not compute this model.
     """
     bundle = open_bundle(bundle_dir)
-    _check(options, bundle)
+    _check_fit(options, bundle)
     decoders = [NativeDecoder(bundle, threads=options.threads, isa=isa) for isa in options.isas]
     ffns = ("dense", "pack") if bundle.dense else ("pack",)
     vocab_size = bundle.manifest.model.vocab_size
@@ -177,16 +201,7 @@ def _with_starts(run: BenchRun, bundle: Bundle, options: BenchOptions) -> BenchR
     return replace(run, ttft_s=starts.first_token_seconds, peak_rss_mb=peak)
 
 
-def _check(options: BenchOptions, bundle: Bundle) -> None:
-    for name, number in (
-        ("--tokens", options.num_tokens),
-        ("--prompt-tokens", options.num_prompt_tokens),
-        ("--rounds", options.num_rounds),
-    ):
-        if number < 1:
-            raise ConfigError(f"{name}: expected at least 1, got {number}")
-    if options.num_starts < 0:
-        raise ConfigError(f"--starts: expected 0 or more, got {options.num_starts}")
+def _check_fit(options: BenchOptions, bundle: Bundle) -> None:
     limit = bundle.manifest.model.max_positions
     if options.num_prompt_tokens > limit or _START_TOKENS + options.num_tokens > limit:
         raise ConfigError(
@@ -197,35 +212,13 @@ def _check(options: BenchOptions, bundle: Bundle) -> None:
 
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle_dir", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--isa", default="auto", help="Kernels, such as avx2; all measures every kind that the CPU supports.")
-@click.option("--threads", type=int, default=None, help="Number of CPU threads.  [default: one per physical core]")
-@click.option("--tokens", type=int, default=128, help="Number of tokens to decode in a round.")
-@click.option("--prompt-tokens", type=int, default=512, help="Number of tokens of the prompt whose prefill is timed.")
-@click.option("--rounds", type=int, default=5, help="Number of rounds; medians are shown.")
-@click.option("--starts", type=int, default=3, help="Number of starts of coreinfer-run to time; 0 for none.")
+@command_errors
+@field_options(BenchOptions, "options")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line after the table.")
 @click.version_option(package_name="coreinfer")
-@command_errors
-def main(
-    bundle_dir: Path,
-    isa: str,
-    threads: int | None,
-    tokens: int,
-    prompt_tokens: int,
-    rounds: int,
-    starts: int,
-    as_json: bool,
-) -> None:
+def main(bundle_dir: Path, options: BenchOptions, as_json: bool) -> None:
     """Measure how fast the native engine decodes the bundle in DIR, with its dense FFN and with its first pack."""
     start_logging(verbose=False)
-    options = BenchOptions(
-        isas=tuple(_native.available_isas()) if isa == "all" else (isa,),
-        threads=threads,
-        num_tokens=tokens,
-        num_prompt_tokens=prompt_tokens,
-        num_rounds=rounds,
-        num_starts=starts,
-    )
     result = bench(bundle_dir, options)
     click.echo("\n".join(_table(result, options)))
     if as_json:
