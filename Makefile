@@ -34,6 +34,7 @@ test: $(VENV)/.test lint
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(wildcard runtime/engines/native/csrc/*.cpp runtime/engines/native/csrc/*.h) tools/kernel_test.cpp
 	# Copies of the tree that know no symbolic links leave files in their place.
 	for package in bundles compiler evaluation runtime server; do ln -sfn ../../../$$package tools/typing/coreinfer/$$package; done
 	$(BIN)/mypy

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 from coreinfer import runtime
-from coreinfer.runtime.engines.load import EngineName
+from coreinfer.runtime.load_options import EngineName
 
 SYSTEM = "You are a helpful assistant. Answer in plain words, with an example where one helps."
 TURNS = (

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import click
 from coreinfer.bundles.shared.command import command_errors, start_logging
 from coreinfer.compiler.progress import TqdmProgress
-from coreinfer.runtime.engines.load import EngineName
+from coreinfer.runtime.load_options import EngineName
 
 from .evaluate import DEFAULT_MODES, EvaluationConfig, evaluate
 from .plot import check_plot, write_plot

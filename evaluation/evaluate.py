@@ -13,7 +13,7 @@ from coreinfer.bundles.errors import join_problems
 from coreinfer.bundles.shared.extras import require_package
 from coreinfer.compiler.progress import Progress
 from coreinfer.runtime import Engine
-from coreinfer.runtime.engines.load import EngineName
+from coreinfer.runtime.load_options import EngineName
 
 from .corpus_scores import translation_scores
 from .logits import greedy_ids

@@ -10,10 +10,10 @@ import numpy.typing as npt
 from coreinfer.bundles import ConfigError
 from coreinfer.bundles.statistics import SELECTIONS, Selection, scores_from_statistic, select_neurons
 from coreinfer.runtime import load
-from coreinfer.runtime.engines.load import EngineName
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.generation import Mode
+from coreinfer.runtime.load_options import EngineName
 from coreinfer.runtime.routing.modes import ModePlan, decode_choice
 
 __all__ = ["MODES", "BundleSubject", "Subject"]

@@ -21,6 +21,7 @@ from coreinfer.bundles import (
 from .conversation import Conversation
 from .engine import Engine, load
 from .generation import Drafting, Generation, Mode, PathStep, Token, TopLogprob, collect
+from .load_options import LoadOptions
 from .options import GenerationOptions
 from .prompts.tools import ToolCall
 
@@ -38,6 +39,7 @@ __all__ = [
     "Generation",
     "GenerationCancelled",
     "GenerationOptions",
+    "LoadOptions",
     "Mode",
     "ModelOutputError",
     "PathStep",

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Unpack, cast, get_args, overload
+from typing import Any, Unpack, cast, overload
 
 from coreinfer.bundles import Bundle, Manifest, open_bundle
 from coreinfer.bundles.shared.machine import give_back_heap
@@ -14,78 +14,38 @@ from .asynchronous import in_thread
 from .conversation import Conversation
 from .decoding.drafting import DraftCosts
 from .decoding.grammar import JsonGrammars
-from .engines.load import CudaGraphs, EngineName, Weights, load_decoder
+from .engines.load import load_decoder
 from .engines.protocol import Decoder
-from .generation import MODES, Generation, Mode, Token, collect
-from .options import DEFAULTS, GenerationKeywords, GenerationOptions, check_choice
+from .generation import Generation, Mode, Token, collect
+from .load_options import LoadKeywords, LoadOptions
+from .options import DEFAULTS, GenerationKeywords, GenerationOptions
 from .prompts.prompt_format import PromptFormat, read_tokenizer
 from .prompts.requests import Loaded, Prompt, Prompts, Request, is_batch, read_request, read_requests
 from .routing.router import Router
 from .scheduling import Driver, Post, Run, Scheduler, prepare
 
-__all__ = ["Engine", "Prompt", "Prompts", "load"]
+__all__ = ["Engine", "Prompt", "Prompts", "load", "load_engine"]
 
 
-def load(
-    bundle_dir: str | Path,
-    *,
-    engine: EngineName = "auto",
-    device: str = "auto",
-    mode: Mode = "auto",
-    threads: int | None = None,
-    dtype: str = "auto",
-    isa: str = "auto",
-    kv_cache_mb: float | None = None,
-    gpu_memory_mb: float | None = None,
-    cuda_graphs: CudaGraphs = "auto",
-    weights: Weights = "auto",
-) -> "Engine":
-    """Open a bundle, check it, and make it ready to generate.
+def load(bundle_dir: str | Path, **options: Unpack[LoadKeywords]) -> "Engine":
+    """Open a bundle, check it, and make it ready to generate; the keywords are the fields of `LoadOptions`.
 
     Everything is checked now, except the contents of cluster packs: each is hashed when it is first used.
 
     Args:
         bundle_dir: a folder that coreinfer-compile wrote.
-        engine: "native" (C++, CPU), "torch" (any device), or "auto": torch where there is a GPU or where `device` or
-            `dtype` is given, else native.
-        device: a torch device, or "auto" for a GPU when there is one.
-        mode: how FFN weights are chosen when a generation has no mode of its own.
-        threads: number of CPU threads; None for one per physical core.
-        dtype: arithmetic of the torch engine: "bfloat16", "float32", or "auto" for bfloat16 where the device computes
-            it natively.
-        isa: kernels of the native engine, such as "avx2"; "auto" for COREINFER_ISA, else the best that the CPU
-            supports.
-        kv_cache_mb: maximum megabytes (10^6 bytes) of the KV cache, for all generations together; None for half of the
-            free memory, at most 64 whole contexts. Memory is taken when it is first used.
-        gpu_memory_mb: for the torch engine: maximum megabytes of weights and KV cache on the GPU; None for what is
-            free. If the dense FFN does not fit, its layers are streamed while a prompt is read (docs/gpu.md).
-        cuda_graphs: for the torch engine: decode with captured graphs of fixed shapes; "auto": on a GPU, unless a
-            captured step differs from the plain one.
-        weights: for the torch engine: "packed" multiplies by int4 weights as they are, "bfloat16" unpacks them; "auto"
-            is packed for int4 on a GPU that passes a test of this product.
     Raises:
         BundleError: there is no bundle, or it is damaged; the message names all damaged files.
         ConfigError: an argument is wrong, or the engine's packages are not installed.
         UnsupportedModelError: engine "native" does not compute this model.
     """
-    check_choice("mode", mode, MODES)
-    check_choice("engine", engine, get_args(EngineName))
-    check_choice("cuda_graphs", cuda_graphs, get_args(CudaGraphs))
-    check_choice("weights", weights, get_args(Weights))
+    return load_engine(bundle_dir, LoadOptions(**options))
+
+
+def load_engine(bundle_dir: str | Path, options: LoadOptions) -> "Engine":
+    """Make a bundle ready to generate, with the options of `load` in one object."""
     bundle, tokenizer = _open(bundle_dir)
-    decoder = load_decoder(
-        bundle,
-        engine=engine,
-        device=device,
-        threads=threads,
-        dtype=dtype,
-        isa=isa,
-        kv_cache_mb=kv_cache_mb,
-        gpu_memory_mb=gpu_memory_mb,
-        cuda_graphs=cuda_graphs,
-        weights=weights,
-    )
-    loaded = Engine(bundle, decoder, mode=mode, tokenizer=tokenizer)
+    loaded = Engine(bundle, load_decoder(bundle, options), mode=options.mode, tokenizer=tokenizer)
     # Parsing tokenizers leaves 10 to 20 MB free; giving it back takes 1 to 5 ms.
     give_back_heap()
     return loaded

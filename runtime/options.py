@@ -1,15 +1,17 @@
 """The options of one generation."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.bundles.shared.checks import instance_of, one_of, raise_problems, whole_number
+from coreinfer.bundles.shared.checks import ANY, Check, one_of, raise_problems, whole_number
+from coreinfer.bundles.shared.option_fields import keyword, option
 
 from .decoding.sampling import SamplingParams
-from .decoding.text import check_stop
-from .generation import MODES, Mode, Token
+from .decoding.text import stop_problems
+from .generation import Mode, Token
 from .prompts.tools import check_tool_choice
 
 __all__ = ["DEFAULTS", "Cancel", "GenerationKeywords", "GenerationOptions", "check_choice"]
@@ -22,56 +24,137 @@ class Cancel(Protocol):
         """Whether the generation should end."""
 
 
+_FUNCTION = Check(expected="a function", holds=callable)
+_EVENT = Check(
+    expected="an object with the method is_set", holds=lambda value: callable(getattr(value, "is_set", None))
+)
+
+
+def _variable_problems(name: str, variables: object) -> Iterator[str]:
+    if not isinstance(variables, Mapping) or not all(isinstance(key, str) for key in variables):
+        yield f"{name}: expected an object with names, got {variables!r}"
+        return
+    for reserved in ("messages", "tools", "add_generation_prompt"):
+        if reserved in variables:
+            yield f"{name}: {reserved} is not for the taking; it is an argument of its own"
+
+
+def _read_variables(text: str) -> Mapping[str, Any]:
+    """Read what --chat-template-kwargs gives; `_variable_problems` says what JSON may hold."""
+    try:
+        found: Mapping[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--chat-template-kwargs: expected a JSON object, got other text: {error}") from error
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(SamplingParams):
     """How a prompt is answered; `Engine.stream` and `Engine.generate` take the same as keywords.
 
-    The options of sampling are those of `SamplingParams`.
-
-    Attributes:
-        max_new_tokens: maximum number of tokens to decode.
-        stop: texts that end the generation, names of control tokens included; they are not part of the answer.
-        skip_special_tokens: leave control tokens out of the text; the one that ends it is always left out.
-        raw: continue a text as it is, without the chat template; names of control tokens in it are read as control
-            tokens.
-        parse_special: read names of control tokens as control tokens in messages too, where they are text by default.
-        continue_final_message: continue the last message instead of beginning an answer; None to do so if it is the
-            assistant's.
-        chat_template_kwargs: variables for the chat template, such as {"enable_thinking": False}.
-        mode: how FFN weights are chosen; None for the engine's own.
-        tools: JSON schemas of functions that the model may call, as OpenAI has them: {"type": "function", "function":
-            {"name", "description", "parameters"}}. If the chat template takes no tools, a system message describes
-            them.
-        tool_choice: "auto"; "none" for no tools; "required" for one call of any of them; {"type": "function",
-            "function": {"name": NAME}} for a call of that one. A required call follows its function's schema exactly,
-            which needs the package llguidance.
-        drift_tokens: route the recent text again each time this many tokens were decoded; 0 keeps the pack.
-        logprobs: return each token's log-probability, and this many of the likeliest tokens with theirs; None for
-            neither.
-        whole_length: refuse a prompt after which `max_new_tokens` do not fit into the model's context, instead of
-            ending earlier.
-        json_schema: a JSON schema, or its text, that the answer must follow; needs the package llguidance.
-        on_token: called with each token before it is returned.
-        cancel: when set, ends the generation after the token in progress; before its first token, while it waits or
-            between two blocks of its prompt, raises `GenerationCancelled`.
+    The options of sampling are those of `SamplingParams`. Each option is stated once: `coreinfer-run`, docs/cli.md, the
+    checks and what the server says of its own fields are made from these.
     """
 
-    max_new_tokens: int = 256
-    stop: Sequence[str] = ()
-    skip_special_tokens: bool = True
-    raw: bool = False
-    parse_special: bool = False
-    continue_final_message: bool | None = None
-    chat_template_kwargs: Mapping[str, Any] | None = None
-    mode: Mode | None = None
-    tools: Sequence[Mapping[str, Any]] | None = None
-    tool_choice: str | Mapping[str, Any] = "auto"
-    drift_tokens: int = 64
-    logprobs: int | None = None
-    whole_length: bool = False
-    json_schema: Mapping[str, Any] | str | None = None
-    on_token: Callable[[Token], object] | None = None
-    cancel: Cancel | None = None
+    max_new_tokens: int = field(
+        default=256,
+        metadata=option(
+            "Maximum number of tokens to decode.", check=whole_number(1), switches=("-n", "--max-new-tokens")
+        ),
+    )
+    stop: Sequence[str] = field(
+        default=(), metadata=option("End the answer at this text; repeatable.", problems=stop_problems, unset="none")
+    )
+    """Also the name of a control token; the text that ends the generation is not part of it."""
+    skip_special_tokens: bool = field(
+        default=True,
+        metadata=option(
+            "Leave control tokens out of the text.",
+            switches=("--show-special",),
+            switch_help="Show control tokens in the text.",
+        ),
+    )
+    """The one that ends the text never is part of it."""
+    raw: bool = field(
+        default=False,
+        metadata=option("Continue the prompt as it is, without the chat template.", switches=("--raw",)),
+    )
+    """Names of control tokens in it are control tokens."""
+    parse_special: bool = field(
+        default=False,
+        metadata=option("Read names of control tokens in messages as control tokens.", switches=("--parse-special",)),
+    )
+    """They are text otherwise."""
+    continue_final_message: bool | None = field(
+        default=None,
+        metadata=keyword("Go on with the last message; if left out, with one of the assistant."),
+    )
+    chat_template_kwargs: Mapping[str, Any] | None = field(
+        default=None,
+        metadata=option(
+            "Variables for the chat template, as a JSON object.",
+            problems=_variable_problems,
+            unset="none",
+            parse=_read_variables,
+        ),
+    )
+    """Such as {"enable_thinking": False}."""
+    mode: Mode | None = field(
+        default=None, metadata=keyword("How FFN weights are chosen.", unset="the engine's own mode")
+    )
+    tools: Sequence[Mapping[str, Any]] | None = field(
+        default=None, metadata=keyword("Functions that the model may call.", check=ANY)
+    )
+    """JSON schemas, as OpenAI has them: {"type": "function", "function": {"name", "description", "parameters"}}. Where
+    the chat template takes none, a system message says them."""
+    tool_choice: str | Mapping[str, Any] = field(
+        default="auto",
+        metadata=keyword(
+            'Whether and what to call: "auto"; "none" for no tools; "required" for one call of any of them; {"type": '
+            '"function", "function": {"name": NAME}} for a call of that one.',
+            check=ANY,
+        ),
+    )
+    """A call that is asked for follows its function's schema to the letter, which needs the package llguidance."""
+    drift_tokens: int = field(
+        default=64,
+        metadata=keyword(
+            "Route the recent text again each time this many tokens were decoded; 0 keeps the pack.",
+            check=whole_number(0),
+        ),
+    )
+    logprobs: int | None = field(
+        default=None,
+        metadata=keyword(
+            "Return each token's log-probability, and this many of the likeliest tokens with theirs.",
+            check=whole_number(0),
+            unset="neither",
+        ),
+    )
+    whole_length: bool = field(
+        default=False,
+        metadata=keyword(
+            "Refuse a prompt after which max_new_tokens have no room in what the model can read, instead of ending "
+            "earlier."
+        ),
+    )
+    json_schema: Mapping[str, Any] | str | None = field(
+        default=None,
+        metadata=keyword(
+            "A JSON schema, or its text, that the answer must follow; needs the package llguidance.", check=ANY
+        ),
+    )
+    on_token: Callable[[Token], object] | None = field(
+        default=None, metadata=keyword("Called with each token before it is returned.", check=_FUNCTION)
+    )
+    cancel: Cancel | None = field(
+        default=None,
+        metadata=keyword(
+            "Ends the generation with the token during which it is set; between two blocks of a prompt by "
+            "`GenerationCancelled`.",
+            check=_EVENT,
+        ),
+    )
 
     def __post_init__(self) -> None:
         """Check every value but the schema and the tools, which their own libraries read.
@@ -80,18 +163,6 @@ class GenerationOptions(SamplingParams):
             ConfigError: naming what is wrong.
         """
         super().__post_init__()
-        check_stop(self.stop)
-        if self.mode is not None:
-            check_choice("mode", self.mode, MODES)
-        whole = [("max_new_tokens", self.max_new_tokens, 1), ("drift_tokens", self.drift_tokens, 0)]
-        whole += [("logprobs", self.logprobs, 0)] if self.logprobs is not None else []
-        raise_problems(
-            [
-                *(whole_number(least).problem(name, value) for name, value, least in whole),
-                *(instance_of(bool).problem(name, value) for name, value in self._flags()),
-                *_variable_problems(self.chat_template_kwargs),
-            ]
-        )
         check_tool_choice(self.tool_choice, self.tools)
         if self.must_call and self.json_schema is not None:
             raise ConfigError("tool_choice, json_schema: a call has its function's schema; give one of the two")
@@ -105,12 +176,6 @@ class GenerationOptions(SamplingParams):
     def must_call(self) -> bool:
         """Whether the answer must be a call."""
         return self.tool_choice not in ("auto", "none")
-
-    def _flags(self) -> Iterator[tuple[str, object]]:
-        for name in ("skip_special_tokens", "raw", "parse_special", "continue_final_message"):
-            value = getattr(self, name)
-            if name != "continue_final_message" or value is not None:
-                yield name, value
 
 
 class GenerationKeywords(TypedDict, total=False):
@@ -150,15 +215,6 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
         ConfigError: it is not.
     """
     raise_problems([one_of(allowed).problem(name, value)])
-
-
-def _variable_problems(variables: object) -> list[str]:
-    if variables is None:
-        return []
-    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
-        return [f"chat_template_kwargs: expected an object with names, got {variables!r}"]
-    reserved = [name for name in ("messages", "tools", "add_generation_prompt") if name in variables]
-    return [f"chat_template_kwargs: {name} is reserved; it is an argument of its own" for name in reserved]
 
 
 DEFAULTS = GenerationOptions()

@@ -17,8 +17,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from .invalid import describe_invalid
-from .response_bodies import ErrorBody
+from .answers.response_bodies import ErrorBody
+from .requests.invalid import describe_invalid
 
 __all__ = [
     "ERRORS",

@@ -9,10 +9,11 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from . import openai_routes, own_routes
 from .access import Gate, HeadAsGet
 from .api_errors import add_error_handlers
 from .metrics import CountRequests
+from .routes import openai as openai_routes
+from .routes import own as own_routes
 from .server_config import ServerConfig
 from .service import Service
 

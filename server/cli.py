@@ -4,63 +4,35 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import click
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.shared.command import command_errors, start_logging
+from coreinfer.bundles.shared.command_options import field_options
 from coreinfer.bundles.shared.extras import needs_extra
-from coreinfer.runtime.commands.load_options import LoadOptions, load_options
-from coreinfer.runtime.engine import Engine
+from coreinfer.runtime.engine import Engine, load_engine
+from coreinfer.runtime.load_options import LoadOptions
 
-from .server_config import LOOPBACK_HOSTS, ServerConfig
+from .server_config import KEY_VARIABLE, LOOPBACK_HOSTS, ServerConfig
 
 __all__ = ["main"]
-
-_KEY = "COREINFER_API_KEY"
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle_dirs", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@command_errors
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all addresses.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 for any free one.")
-@click.option("--parallel", type=int, default=8, help="Number of requests that each bundle answers at once.")
-@click.option(
-    "--queue", type=int, default=64, help="Number of requests that may wait for each bundle; others get status 429."
-)
-@click.option("--timeout", type=float, default=300.0, help="Maximum seconds for one request, waiting included.")
-@click.option(
-    "--grace", type=float, default=10.0, help="Seconds that running requests get to finish after SIGTERM or Ctrl-C."
-)
-@click.option("--max-body-kb", type=int, default=1024, help="Maximum size of a request's body.")
-@click.option("--max-new-tokens", type=int, default=2048, help="Maximum number of tokens that a request may ask for.")
-@click.option(
-    "--allow-host",
-    multiple=True,
-    help="Also answer requests to this host name; only needed when listening on loopback.  [default: none]",
-)
-@click.option(
-    "--cors-origin",
-    multiple=True,
-    help="Allow web pages of this origin, such as https://app.example; * for all; repeatable.  [default: none]",
-)
-@click.option("--any-model", is_flag=True, help="Answer with the one DIR, also when a request names another model.")
-@load_options
+@field_options(ServerConfig, "limits", make=dict)
+@field_options(LoadOptions, "loading")
 @click.option("-v", "--verbose", is_flag=True, help="Log progress on stderr.")
 @click.version_option(package_name="coreinfer")
-@command_errors
 def main(
     bundle_dirs: tuple[Path, ...],
     host: str,
     port: int,
-    parallel: int,
-    queue: int,
-    timeout: float,
-    grace: float,
-    max_body_kb: int,
-    max_new_tokens: int,
-    allow_host: tuple[str, ...],
-    cors_origin: tuple[str, ...],
-    any_model: bool,
+    limits: dict[str, Any],
     loading: LoadOptions,
     verbose: bool,
 ) -> None:
@@ -72,25 +44,19 @@ def main(
     start_logging(verbose=verbose)
     serving = _import_serving()
     is_loopback = host in LOOPBACK_HOSTS
-    config = ServerConfig(
-        parallel=parallel,
-        queue=queue,
-        timeout_seconds=timeout,
-        grace_seconds=grace,
-        max_body_bytes=max_body_kb << 10,
-        max_new_tokens=max_new_tokens,
-        api_key=os.environ.get(_KEY),
-        allowed_hosts=(*LOOPBACK_HOSTS, *allow_host) if is_loopback else (),
-        cors_origins=cors_origin,
-        any_model=any_model,
-    )
+    # The key is no option, because others see a command's options; and names guard a loopback address only.
+    limits["api_key"] = os.environ.get(KEY_VARIABLE)
+    limits["allowed_hosts"] = (*LOOPBACK_HOSTS, *limits["allowed_hosts"]) if is_loopback else ()
+    config = ServerConfig(**limits)
     names = _model_names(bundle_dirs)
-    if any_model and len(names) > 1:
-        raise ConfigError(f"--any-model: expected one DIR, got {len(names)}")
+    if config.any_model and len(names) > 1:
+        raise ConfigError(f"--any-model: it goes with one DIR, got {len(names)}")
     taken = serving.bind(host, port)
     if not is_loopback and config.api_key is None:
-        click.echo(f"warning: {host} can be reached from elsewhere, and no key is asked for; set {_KEY}", err=True)
-    engines = {name: loading.load(path) for name, path in zip(names, bundle_dirs, strict=True)}
+        click.echo(
+            f"warning: {host} can be reached from elsewhere, and no key is asked for; set {KEY_VARIABLE}", err=True
+        )
+    engines = {name: load_engine(path, loading) for name, path in zip(names, bundle_dirs, strict=True)}
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{taken.getsockname()[1]}"
     serving.serve(engines, config, taken, on_start=lambda: _announce(engines, address))

@@ -1,65 +1,107 @@
 """Configuration of the server."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from coreinfer.bundles.errors import ConfigError, join_problems
+from coreinfer.bundles.shared.checks import number, raise_problems, whole_number
+from coreinfer.bundles.shared.option_fields import field_problems, keyword, option
 
-__all__ = ["LOOPBACK_HOSTS", "ServerConfig"]
+__all__ = ["KEY_VARIABLE", "LOOPBACK_HOSTS", "ServerConfig"]
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+KEY_VARIABLE = "COREINFER_API_KEY"
+
+
+def _key_problems(_name: str, key: object) -> Iterator[str]:
+    if not isinstance(key, str):
+        yield f"{KEY_VARIABLE}: expected a text, got {type(key).__name__}"
+    elif not key:
+        yield f"{KEY_VARIABLE}: expected a key, got an empty text; unset it to serve without one"
+
+
+def _origin_problems(name: str, origins: tuple[str, ...]) -> Iterator[str]:
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s@?#]+", origin):
+            yield f"{name}: expected * or an origin such as https://app.example, got {origin}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """Limits and access of a server.
 
-    Attributes:
-        parallel: number of requests that each model answers at once.
-        queue: number of further requests that may wait for each model.
-        timeout_seconds: a request's whole time, waiting included.
-        grace_seconds: time that running requests get at shutdown.
-        max_body_bytes: maximum size of a request's body.
-        max_new_tokens: maximum number of tokens of a request, and the default.
-        api_key: clients must send it as a bearer token; None for no key.
-        allowed_hosts: values of the header Host that are answered; empty for all. Guards a server that is bound to a
-            loopback address against pages that point a name of their own at it.
-        cors_origins: origins, such as https://app.example, whose pages may send requests; "*" for all.
-        any_model: answer with the one model, also when a client asks for another name.
+    Each option is stated here and nowhere else: those of `coreinfer-serve`, docs/cli.md and the checks are made from
+    these fields.
     """
 
-    parallel: int = 8
-    queue: int = 64
-    timeout_seconds: float = 300.0
-    grace_seconds: float = 10.0
-    max_body_bytes: int = 1 << 20
-    max_new_tokens: int = 2048
-    api_key: str | None = None
-    allowed_hosts: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-    any_model: bool = False
+    parallel: int = field(
+        default=8, metadata=option("Number of requests that each bundle answers at once.", check=whole_number(1))
+    )
+    queue: int = field(
+        default=64,
+        metadata=option(
+            "Number of requests that may wait for each bundle; others get status 429.", check=whole_number(1)
+        ),
+    )
+    timeout_seconds: float = field(
+        default=300.0,
+        metadata=option(
+            "Maximum seconds for one request, waiting included.", check=number(least=0.001), switches=("--timeout",)
+        ),
+    )
+    grace_seconds: float = field(
+        default=10.0,
+        metadata=option(
+            "Seconds that running requests get to finish after SIGTERM or Ctrl-C.",
+            check=number(least=0),
+            switches=("--grace",),
+        ),
+    )
+    max_body_kb: int = field(
+        default=1024, metadata=option("Maximum kilobytes of a request's body.", check=whole_number(1))
+    )
+    """In units of 1,024 bytes."""
+    max_new_tokens: int = field(
+        default=2048, metadata=option("Maximum number of tokens that a request may ask for.", check=whole_number(1))
+    )
+    """Also what a request gets where it does not say."""
+    api_key: str | None = field(
+        default=None,
+        metadata=keyword("Clients must send it as a bearer token.", problems=_key_problems, unset="no key"),
+    )
+    allowed_hosts: tuple[str, ...] = field(
+        default=(),
+        metadata=option(
+            "Also answer requests to this host name; only needed when listening on loopback.",
+            unset="none",
+            switches=("--allow-host",),
+        ),
+    )
+    """Values of the header Host that are answered; empty for all. Guards a server that is bound to a loopback address
+    against pages that point a name of their own at it."""
+    cors_origins: tuple[str, ...] = field(
+        default=(),
+        metadata=option(
+            "Allow web pages of this origin, such as https://app.example; * for all; repeatable.",
+            problems=_origin_problems,
+            unset="none",
+            switches=("--cors-origin",),
+        ),
+    )
+    any_model: bool = field(
+        default=False,
+        metadata=option("Answer with the one DIR, also when a request names another model.", switches=("--any-model",)),
+    )
 
     def __post_init__(self) -> None:
-        """Check every value.
+        """Check every option.
 
         Raises:
-            ConfigError: naming all values that are wrong.
+            ConfigError: naming all options that are wrong.
         """
-        least: list[tuple[str, float, float]] = [
-            ("parallel", self.parallel, 1),
-            ("queue", self.queue, 1),
-            ("timeout", self.timeout_seconds, 0.001),
-            ("grace", self.grace_seconds, 0),
-            ("max_body_bytes", self.max_body_bytes, 1),
-            ("max_new_tokens", self.max_new_tokens, 1),
-        ]
-        problems = [f"{name}: expected at least {low}, got {value}" for name, value, low in least if not value >= low]
-        if self.api_key == "":
-            problems.append("COREINFER_API_KEY: expected a key, got an empty text; unset it to serve without one")
-        problems += [
-            f"--cors-origin: expected * or an origin such as https://app.example, got {origin}"
-            for origin in self.cors_origins
-            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s@?#]+", origin)
-        ]
-        if problems:
-            raise ConfigError(join_problems(problems))
+        raise_problems(field_problems(self))
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Most bytes of a request's body."""
+        return self.max_body_kb << 10

@@ -8,7 +8,6 @@ import pytest
 from coreinfer import runtime
 from coreinfer.bundles import ConfigError
 from coreinfer.runtime.generation import Mode
-from coreinfer.runtime.options import GenerationKeywords, GenerationOptions
 
 from .engine_inputs import DIALOGUE, PROMPT, SAMPLED
 from .model_factory import corpus_texts
@@ -153,7 +152,3 @@ def test_wrong_batches_are_refused(tiny_bundle: Bundles) -> None:
     with pytest.raises(ConfigError, match="on_token"):
         engine.generate([PROMPT], raw=True, on_token=print)
     check_nothing_is_held(engine)
-
-
-def test_the_keywords_are_the_options() -> None:
-    assert GenerationKeywords.__annotations__.keys() == GenerationOptions.__dataclass_fields__.keys()

@@ -17,7 +17,7 @@ from coreinfer.bundles.shared.beginnings import encoded, text_ids
 from coreinfer.compiler.clusters.embed import StaticEncoder
 from coreinfer.runtime.prompts.prompt_format import PromptFormat
 from coreinfer.runtime.prompts.token_room import token_room
-from coreinfer.server.bodies import MAX_VALUES
+from coreinfer.server.requests.bounds import MAX_VALUES
 from coreinfer.server.server_config import ServerConfig
 from coreinfer.server.service import Service
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers

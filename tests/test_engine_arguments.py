@@ -104,12 +104,27 @@ def torch_threads() -> Iterator[None]:
         ({"dtype": "int3"}, "dtype: expected auto, bfloat16, float32, got 'int3'"),
         ({"threads": 0}, "threads: expected at least 1, got 0"),
         ({"threads": -3}, "threads: expected at least 1, got -3"),
+        ({"threads": 1.5}, "threads: expected a whole number, got 1.5"),
+        ({"threads": True}, "threads: expected a whole number, got True"),
+        ({"isa": 2}, "isa: expected a str, got 2"),
+        ({"device": None}, "device: expected a str, got None"),
+        ({"kv_cache_mb": "9"}, "kv_cache_mb: expected a number above 0, got '9'"),
+        ({"gpu_memory_mb": float("nan")}, "gpu_memory_mb: expected a number above 0, got nan"),
+        ({"weights": "int4", "cuda_graphs": True}, "2 problems: .1. cuda_graphs: expected auto, on, off, got True"),
+        ({"engine": "torch", "isa": "avx2"}, "isa: expected auto with the torch engine, got 'avx2'"),
     ],
 )
 def test_wrong_options_of_load_are_refused(options: Any, named: str, tiny_bundle: Callable[..., Path]) -> None:
     with pytest.raises(runtime.ConfigError, match=named) as caught:
         load(tiny_bundle("llama"), **options)
     assert "\n" not in str(caught.value)
+
+
+def test_wrong_options_of_load_are_refused_before_the_bundle_is_read(tmp_path: Path) -> None:
+    with pytest.raises(runtime.ConfigError, match="threads: expected"):
+        runtime.load(tmp_path / "nothing", threads=0)
+    with pytest.raises(TypeError, match="num_threads"):
+        runtime.load(tmp_path / "nothing", num_threads=2)  # type: ignore[call-arg]
 
 
 @pytest.mark.usefixtures("torch_threads")

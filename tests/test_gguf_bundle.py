@@ -1,4 +1,4 @@
-"""A GGUF file's positions and ends of turns, in the bundle that is compiled of it and in both engines."""
+"""A GGUF file's positions, ends of turns and chat templates, in the bundle compiled of it and in both engines."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from coreinfer.bundles import open_bundle
+from coreinfer.bundles.layout import LAYOUT
 from coreinfer.compiler import CompileConfig, compile_model
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
@@ -18,6 +19,12 @@ from .gguf_factory import contents, tiny_config, tiny_model, write
 from .test_gguf_property import LLAMA3, YARN, YARN_KEYS, llama3_factors
 
 IDS = list(range(3, 43))
+TEMPLATES = {
+    "tokenizer.chat_template": "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}",
+    "tokenizer.chat_template.tool_use": (
+        "{{ tools }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    ),
+}
 
 
 @pytest.mark.parametrize("case", ["llama3", "yarn"])
@@ -28,6 +35,7 @@ def test_both_engines_scale_positions_as_transformers_does(
     model = tiny_model(tiny_config("llama" if case == "llama3" else "qwen3", rope_parameters=rope)).bfloat16().float()
     what = contents(model)
     what.metadata["tokenizer.ggml.eot_token_id"] = 7
+    what.metadata |= TEMPLATES
     if case == "llama3":
         what.tensors["rope_freqs.weight"] = llama3_factors(LLAMA3, 8)
     else:
@@ -44,3 +52,5 @@ def test_both_engines_scale_positions_as_transformers_does(
         # The native engine keeps keys and values in fp16.
         assert float(np.abs(got - expected).max() / np.abs(expected).max()) < 2e-3
     assert PromptFormat(bundle).eos_token_ids == {2, 7}
+    stored = [(bundle.path / name).read_text(encoding="utf-8") for name in (LAYOUT.chat_template, LAYOUT.tool_template)]
+    assert stored == list(TEMPLATES.values())

@@ -1,5 +1,6 @@
 """Options stated as fields: their checks, their click options and the groups of the help."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -7,9 +8,36 @@ from typing import Any, Literal
 import click
 import pytest
 from click.testing import CliRunner
-from coreinfer.bundles.shared.checks import Check, instance_of, not_empty, number, one_of, or_word, share, whole_number
-from coreinfer.bundles.shared.command_options import GroupedCommand, GroupedOption, click_options
-from coreinfer.bundles.shared.option_fields import FieldType, field_problems, option, switch_of, type_of
+from coreinfer.bundles.shared.checks import (
+    ANY,
+    Check,
+    instance_of,
+    not_empty,
+    number,
+    one_of,
+    or_word,
+    raise_problems,
+    share,
+    whole_number,
+)
+from coreinfer.bundles.shared.command import command_errors
+from coreinfer.bundles.shared.command_options import (
+    GroupedCommand,
+    GroupedOption,
+    click_options,
+    field_option,
+    field_options,
+)
+from coreinfer.bundles.shared.option_fields import (
+    FieldType,
+    field_problems,
+    help_of,
+    keyword,
+    name_of,
+    option,
+    switch_of,
+    type_of,
+)
 from coreinfer.compiler.config import GROUPS, MAIN, CompileConfig
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -26,6 +54,7 @@ CHECKS: list[tuple[Check, list[Any], list[Any], str]] = [
     (not_empty(tuple, "a source"), [("a",)], [(), "a", ["a"]], "a source"),
     (instance_of(bool), [True, False], [1, "yes"], "True or False"),
     (instance_of(str), ["", "a"], [b"a", None], "a str"),
+    (ANY, [None, "", 1], [], "anything"),
 ]
 
 
@@ -102,3 +131,81 @@ def test_the_ten_options_that_most_need_come_first() -> None:
     assert len(first) == 10
     assert {item.metadata["option"].group for item in fields(CompileConfig)} == set(GROUPS)
     assert switch_of(next(item for item in fields(CompileConfig) if item.name == "cache_dir")) == "--cache"
+
+
+# Options of a library that are a command's too
+
+
+def _empty_words(name: str, words: Any) -> Iterator[str]:
+    yield from (f"{name}[{index}]: expected a word, got nothing" for index, word in enumerate(words) if not word)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """Of which one is the library's alone."""
+
+    size: int = field(default=1, metadata=option("A size.", check=whole_number(1), switches=("-s", "--size")))
+    words: Sequence[str] = field(default=(), metadata=option("Words.", problems=_empty_words, unset="none"))
+    quiet: bool = field(
+        default=True, metadata=option("Say little.", switches=("--loud",), switch_help="Say everything.")
+    )
+    hot: bool = field(default=False, metadata=option("Whether it is hot.", switches=("--hot",)))
+    numbers: list[int] | None = field(
+        default=None,
+        metadata=option("Numbers.", check=instance_of(list), parse=lambda text: [int(n) for n in text.split("+")]),
+    )
+    secret: object = field(default=None, metadata=keyword("Of no command.", check=ANY))
+
+    def __post_init__(self) -> None:
+        raise_problems(field_problems(self, name_of))
+
+
+@click.command(context_settings={"show_default": True})
+@command_errors
+@field_option(Wishes, "hot")
+@click.option("--between", is_flag=True, help="Of the command alone.")
+@field_options(Wishes, "wishes", apart=("hot",))
+@click.option("--after", is_flag=True, help="Of the command alone.")
+def wish(wishes: Wishes, between: bool, after: bool) -> None:
+    click.echo(repr((wishes, between, after)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], Wishes()),
+        (["--loud", "--hot"], Wishes(quiet=False, hot=True)),
+        (["-s", "3", "--words", "a", "--words", "b"], Wishes(size=3, words=("a", "b"))),
+        (["--numbers", "1+2"], Wishes(numbers=[1, 2])),
+    ],
+)
+def test_a_command_gets_a_dataclass_as_one_argument(arguments: list[str], expected: Wishes) -> None:
+    assert CliRunner().invoke(wish, [*arguments, "--after"]).output == f"{(expected, False, True)!r}\n"
+
+
+def test_what_the_dataclass_refuses_is_one_line() -> None:
+    result = CliRunner().invoke(wish, ["--size", "0", "--words", "", "--words", "a", "--words", ""])
+    assert result.exit_code == 2
+    assert result.output == (
+        "error: 3 problems: (1) size: expected a whole number of at least 1, got 0; "
+        "(2) words[0]: expected a word, got nothing; (3) words[2]: expected a word, got nothing\n"
+    )
+
+
+def test_options_stand_in_their_places_and_keywords_nowhere() -> None:
+    shown = CliRunner().invoke(wish, ["--help"]).output
+    order = ["--hot", "--between", "--size", "Words.  [default: none]", "--loud", "Say everything.\n", "--numbers"]
+    places = [shown.index(text) for text in [*order, "--after"]]
+    assert places == sorted(places)
+    assert "secret" not in shown
+    assert help_of(Wishes, "quiet") == "Say little."
+
+
+def test_values_may_be_made_into_something_else() -> None:
+    @click.command()
+    @field_options(Wishes, "values", make=dict)
+    def show(values: dict[str, Any]) -> None:
+        click.echo(repr(values))
+
+    values = {"size": 0, "words": (), "quiet": True, "hot": False, "numbers": None}
+    assert CliRunner().invoke(show, ["--size", "0"]).output == f"{values}\n"

@@ -2,12 +2,15 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from coreinfer import runtime
-from coreinfer.runtime.options import GenerationOptions
+from coreinfer.bundles.shared.option_fields import option_of
+from coreinfer.runtime.load_options import LoadKeywords, LoadOptions
+from coreinfer.runtime.options import GenerationKeywords, GenerationOptions
 
 from .engine_inputs import PROMPT, load
 
@@ -36,6 +39,11 @@ def test_an_option_that_there_is_not_is_refused(method: str, engine: runtime.Eng
         ({"logit_bias": {9999: 1}}, "logit_bias: expected ids from 0 to"),
         ({"logit_bias": {10**30: 1}}, "logit_bias: expected ids from 0 to"),
         ({"temperature": -1}, "temperature: expected"),
+        ({"temperature": -1, "drift_tokens": -1, "stop": [""]}, "3 problems"),
+        ({"parse_special": "no"}, "parse_special: expected True or False, got 'no'"),
+        ({"continue_final_message": 1}, "continue_final_message: expected True or False, got 1"),
+        ({"on_token": "print"}, "on_token: expected a function, got 'print'"),
+        ({"cancel": True}, "cancel: expected an object with the method is_set, got True"),
     ],
 )
 def test_wrong_options_are_refused(options: Any, named: str, engine: runtime.Engine) -> None:
@@ -46,6 +54,20 @@ def test_wrong_options_are_refused(options: Any, named: str, engine: runtime.Eng
     for make in makers:
         with pytest.raises(runtime.ConfigError, match=named):
             make(**options)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "options"), [(GenerationKeywords, GenerationOptions), (LoadKeywords, LoadOptions)]
+)
+def test_the_keywords_are_the_options(keywords: type, options: Any) -> None:
+    assert get_type_hints(keywords) == {item.name: item.type for item in fields(options)}
+
+
+@pytest.mark.parametrize("options", [GenerationOptions, LoadOptions])
+def test_every_option_says_what_it_is_for(options: Any) -> None:
+    for item in fields(options):
+        assert len(option_of(item).help.split()) >= 3, item.name
+        assert option_of(item).help.endswith("."), item.name
 
 
 def test_a_prompt_that_leaves_too_little_room_is_refused_where_that_is_asked_for(engine: runtime.Engine) -> None:

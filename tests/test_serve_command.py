@@ -51,9 +51,9 @@ def test_two_bundles_of_one_name(bundle: Path, tmp_path: Path) -> None:
 
 def test_all_wrong_limits_at_once(bundle: Path) -> None:
     assert refused(bundle, "--queue", 0, "--timeout", "nan", "--grace", -1, COREINFER_API_KEY="") == (
-        "4 problems: (1) queue: expected at least 1, got 0; (2) timeout: expected at least 0.001, got nan; "
-        "(3) grace: expected at least 0, got -1.0; (4) COREINFER_API_KEY: expected a key, got an empty text; "
-        "unset it to serve without one"
+        "4 problems: (1) --queue: expected a whole number of at least 1, got 0; (2) --timeout: expected a number of "
+        "at least 0.001, got nan; (3) --grace: expected a number of at least 0, got -1.0; (4) COREINFER_API_KEY: "
+        "expected a key, got an empty text; unset it to serve without one"
     )
 
 

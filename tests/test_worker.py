@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from coreinfer import runtime
 from coreinfer.bundles import open_bundle
+from coreinfer.server.answers.streaming import merged
 from coreinfer.server.api_errors import RequestTimedOut, ShuttingDown
 from coreinfer.server.metrics import Metrics, ModelMetrics
-from coreinfer.server.streaming import merged
 from coreinfer.server.worker import Job, Worker
 
 from .fake_decoder import FakeDecoder

@@ -249,8 +249,7 @@ void test_attend(const Kernels& kernels, bool wide) {
         queries.resize(num_queries * head_dim);
         for (int i = 0; i < 300 * head_dim; ++i) key.get()[i] = draw(), value.get()[i] = draw();
         for (int i = 0; i < num_queries * head_dim; ++i) queries.get()[i] = draw();
-        for (int p = 0; p < 300; ++p)
-          cache.store(p, key.get() + p * head_dim, value.get() + p * head_dim);
+        for (int p = 0; p < 300; ++p) cache.store(p, key.get() + p * head_dim, value.get() + p * head_dim);
         const int stride = cache.pool.layout.value_stride();
         out.resize(num_queries * stride);
         maxima.resize(num_queries);
@@ -268,8 +267,7 @@ void test_attend(const Kernels& kernels, bool wide) {
               score += double(queries.get()[q * head_dim + d]) * kept(key.get()[p * head_dim + d], wide);
             const double weight = std::exp(score - maxima.get()[q]);
             total += weight;
-            for (int d = 0; d < head_dim; ++d)
-              sum[d] += weight * kept(value.get()[p * head_dim + d], wide);
+            for (int d = 0; d < head_dim; ++d) sum[d] += weight * kept(value.get()[p * head_dim + d], wide);
           }
           for (int d = 0; d < head_dim; ++d) {
             expected.get()[q * stride + d] = static_cast<float>(sum[d] / total);
@@ -298,8 +296,8 @@ void test_combine(const Kernels& kernels) {
         values[part].resize(num_heads * stride);
         maxima[part].resize(num_heads);
         sums[part].resize(num_heads);
-        kernels.attend({cache.pages(), cache.head(), head_dim, stride, queries.get(), num_heads,
-                        bounds[part][0], bounds[part][1], values[part].get(), maxima[part].get(), sums[part].get()});
+        kernels.attend({cache.pages(), cache.head(), head_dim, stride, queries.get(), num_heads, bounds[part][0],
+                        bounds[part][1], values[part].get(), maxima[part].get(), sums[part].get()});
       }
       const AttentionPart parts[3] = {{values[0].get(), maxima[0].get(), sums[0].get()},
                                       {values[1].get(), maxima[1].get(), sums[1].get()},
@@ -358,7 +356,9 @@ void test_waits() {
   std::vector<std::thread> busy;
   for (bool beside : {false, true}) {
     for (unsigned core = 0; beside && core < std::thread::hardware_concurrency(); ++core)
-      busy.emplace_back([&] { while (!stop) continue; });
+      busy.emplace_back([&] {
+        while (!stop) continue;
+      });
     for (int num_threads : {2, 5}) {
       Threads threads(num_threads);
       std::vector<int> rounds(num_threads);

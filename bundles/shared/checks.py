@@ -8,6 +8,7 @@ from typing import Any
 from coreinfer.bundles.errors import ConfigError, join_problems
 
 __all__ = [
+    "ANY",
     "Check",
     "between",
     "instance_of",
@@ -105,6 +106,10 @@ def instance_of(kind: type) -> Check:
     """Expect a value of a type."""
     expected = "True or False" if kind is bool else f"a {kind.__name__}"
     return Check(expected=expected, holds=lambda value: isinstance(value, kind))
+
+
+ANY = Check(expected="anything", holds=lambda _value: True)
+"""Of what is checked where it is read."""
 
 
 def _is_number(value: Any) -> bool:

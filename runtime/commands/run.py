@@ -2,19 +2,18 @@
 
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.shared.command import EXIT_ERROR, EXIT_INTERRUPTED, command_errors, fail, start_logging
-from coreinfer.runtime.engine import Engine, Prompt
+from coreinfer.bundles.shared.command_options import field_option, field_options
+from coreinfer.runtime.engine import Engine, Prompt, load_engine
 from coreinfer.runtime.generation import Token, collect
+from coreinfer.runtime.load_options import LoadOptions
 from coreinfer.runtime.options import GenerationOptions
 
-from .load_options import LoadOptions, load_options
 from .printing import figures, from_stdin
 
 __all__ = ["main"]
@@ -23,24 +22,12 @@ __all__ = ["main"]
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle_dir", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
+@command_errors
 @click.option("--chat", is_flag=True, help="Hold a conversation, one turn per line; /help lists commands.")
-@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@field_option(GenerationOptions, "raw")
 @click.option("--system", default=None, help="System message.  [default: none]")
-@click.option("-n", "--max-new-tokens", type=int, default=256, help="Maximum number of tokens to decode.")
-@click.option("--temperature", type=float, default=0.0, help="Temperature of sampling; 0 decodes greedily.")
-@click.option("--top-k", type=int, default=0, help="Sample from the k likeliest tokens; 0 for all.")
-@click.option(
-    "--top-p", type=float, default=1.0, help="Sample from the likeliest tokens that together reach this probability."
-)
-@click.option("--min-p", type=float, default=0.0, help="Minimum probability of a token, relative to the likeliest one.")
-@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 makes repetition less likely.")
-@click.option("--seed", type=int, default=None, help="Seed of sampling.  [default: a new one each time]")
-@click.option("--stop", multiple=True, help="End the answer at this text; repeatable.  [default: none]")
-@click.option("--show-special", is_flag=True, help="Show control tokens in the text.")
-@click.option("--parse-special", is_flag=True, help="Read names of control tokens in messages as control tokens.")
-@click.option(
-    "--chat-template-kwargs", default=None, help="Variables for the chat template, as a JSON object.  [default: none]"
-)
+@field_option(GenerationOptions, "max_new_tokens")
+@field_options(GenerationOptions, "options", apart=("raw", "max_new_tokens"))
 @click.option(
     "--batch",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -50,28 +37,16 @@ __all__ = ["main"]
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=None, help="File for a batch's answers.  [default: none]"
 )
-@load_options
+@field_options(LoadOptions, "loading")
 @click.option("--json", "as_json", is_flag=True, help="Print the generation as one JSON object.")
 @click.option("-v", "--verbose", is_flag=True, help="Log progress on stderr.")
 @click.version_option(package_name="coreinfer")
-@command_errors
 def main(
     bundle_dir: Path,
     prompt: str | None,
     chat: bool,
-    raw: bool,
     system: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    seed: int | None,
-    stop: tuple[str, ...],
-    show_special: bool,
-    parse_special: bool,
-    chat_template_kwargs: str | None,
+    options: GenerationOptions,
     batch: Path | None,
     output: Path | None,
     loading: LoadOptions,
@@ -92,23 +67,9 @@ def main(
         raise ConfigError(
             "--batch cannot be used with PROMPT, --chat, --system or --json; its lines contain all of that"
         )
-    if (chat or system is not None) and raw:
+    if (chat or system is not None) and options.raw:
         raise ConfigError("--raw cannot be used with --chat or --system; leave one out")
-    loaded = loading.load(bundle_dir)
-    options = GenerationOptions(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-        raw=raw,
-        skip_special_tokens=not show_special,
-        parse_special=parse_special,
-        chat_template_kwargs=_variables(chat_template_kwargs),
-    )
+    loaded = load_engine(bundle_dir, loading)
     if batch is not None and output is not None:
         _answer_batch(loaded, options, batch, output)
     elif chat:
@@ -153,17 +114,6 @@ def _with_system(engine: Engine, text: str, system: str | None) -> Prompt:
     if engine.chat_template is None:
         raise ConfigError("--system: this model has no chat template; put it into the prompt")
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]
-
-
-def _variables(text: str | None) -> Mapping[str, Any] | None:
-    """Read --chat-template-kwargs; `GenerationOptions` checks the values."""
-    if text is None:
-        return None
-    try:
-        found: Mapping[str, Any] = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--chat-template-kwargs: expected a JSON object, got other text: {error}") from error
-    return found
 
 
 def _answer(engine: Engine, prompt: Prompt, options: GenerationOptions, *, as_json: bool) -> None:

@@ -5,7 +5,7 @@ means here what it means there.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles.errors import ConfigError, ModelOutputError
 from coreinfer.bundles.shared.checks import between, number, raise_problems, share, whole_number
+from coreinfer.bundles.shared.option_fields import field_problems, keyword, name_of, option
 
 __all__ = ["Draft", "Sampler", "SamplingParams", "check_finite", "check_ids", "distribution"]
 
@@ -24,32 +25,62 @@ Mask = npt.NDArray[np.bool_]
 _NO_COUNTS: Mapping[int, int] = {}
 
 
+def _bias_problems(name: str, bias: object) -> Iterator[str]:
+    if not isinstance(bias, Mapping):
+        yield f"{name}: expected a mapping from token ids to numbers, got {type(bias).__name__}"
+        return
+    yield from filter(None, (whole_number(0).problem(name, token_id) for token_id in bias))
+    yield from filter(None, (between(-100, 100).problem(f"{name}[{key!r}]", value) for key, value in bias.items()))
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the next token is chosen; greedily by default.
 
-    Attributes:
-        temperature: divides the logits; with 0 the likeliest token is always taken, and filters have no effect.
-        top_k: keep the k likeliest tokens, and those that tie with the last of them; 0 for all.
-        top_p: keep the likeliest tokens that together reach this probability, in (0, 1].
-        min_p: drop tokens whose probability is below this share of the likeliest token's, in [0, 1].
-        repetition_penalty: divides positive and multiplies negative logits of tokens that were seen; 1 for none.
-        presence_penalty: subtracted from the logits of tokens that were decoded before, in [-2, 2]; tokens of the
-            prompt do not count.
-        frequency_penalty: subtracted once for each time that a token was decoded, in [-2, 2].
-        logit_bias: added to the logits of these token ids, each in [-100, 100], before everything else.
-        seed: seed of the draws, not negative; None for a new one each time.
+    Each option is stated here and nowhere else: `coreinfer-run`, docs/cli.md and the checks are made from these fields.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
+    temperature: float = field(
+        default=0.0, metadata=option("Temperature of sampling; 0 decodes greedily.", check=number(least=0))
+    )
+    """Divides the logits; 0 always takes the likeliest token, whatever the filters say."""
+    top_k: int = field(
+        default=0, metadata=option("Sample from the k likeliest tokens; 0 for all.", check=whole_number(0))
+    )
+    """What ties with the last of them is kept too."""
+    top_p: float = field(
+        default=1.0,
+        metadata=option("Sample from the likeliest tokens that together reach this probability.", check=share()),
+    )
+    """That which they reach together."""
+    min_p: float = field(
+        default=0.0,
+        metadata=option("Minimum probability of a token, relative to the likeliest one.", check=share(zero=True)),
+    )
+    repetition_penalty: float = field(
+        default=1.0, metadata=option("Above 1 makes repetition less likely.", check=number(above=0))
+    )
+    """Divides positive and multiplies negative logits of tokens that were seen, the prompt's too; 1 for none."""
+    presence_penalty: float = field(
+        default=0.0,
+        metadata=keyword(
+            "Subtracted from the logits of tokens that were decoded before; tokens of the prompt do not count.",
+            check=between(-2, 2),
+        ),
+    )
+    frequency_penalty: float = field(
+        default=0.0, metadata=keyword("Subtracted once for each time that a token was decoded.", check=between(-2, 2))
+    )
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict,
+        metadata=keyword(
+            "Added to the logits of these token ids, each in [-100, 100], before everything else.",
+            problems=_bias_problems,
+        ),
+    )
+    seed: int | None = field(
+        default=None, metadata=option("Seed of sampling.", check=whole_number(0), unset="a new one each time")
+    )
 
     @property
     def changes_logits(self) -> bool:
@@ -67,7 +98,7 @@ class SamplingParams:
         Raises:
             ConfigError: naming all values that are wrong.
         """
-        raise_problems(_problems(self))
+        raise_problems(field_problems(self, name_of))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,25 +330,3 @@ def _top_p(probabilities: Doubles, top_p: float) -> Mask:
 
 def _min_p(probabilities: Doubles, min_p: float) -> Mask:
     return np.asarray(probabilities >= min_p * probabilities.max(), dtype=np.bool_)
-
-
-def _problems(params: SamplingParams) -> list[str | None]:
-    return [
-        number(least=0).problem("temperature", params.temperature),
-        whole_number(0).problem("top_k", params.top_k),
-        share().problem("top_p", params.top_p),
-        share(zero=True).problem("min_p", params.min_p),
-        number(above=0).problem("repetition_penalty", params.repetition_penalty),
-        between(-2, 2).problem("presence_penalty", params.presence_penalty),
-        between(-2, 2).problem("frequency_penalty", params.frequency_penalty),
-        *_bias_problems(params.logit_bias),
-        None if params.seed is None else whole_number(0).problem("seed", params.seed),
-    ]
-
-
-def _bias_problems(bias: object) -> list[str | None]:
-    if not isinstance(bias, Mapping):
-        return [f"logit_bias: expected a mapping from token ids to numbers, got {type(bias).__name__}"]
-    ids = [whole_number(0).problem("logit_bias", token_id) for token_id in bias]
-    values = [between(-100, 100).problem(f"logit_bias[{key!r}]", value) for key, value in bias.items()]
-    return [*ids, *values]

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from coreinfer.bundles.errors import ConfigError, join_problems
+from coreinfer.bundles.shared.checks import raise_problems
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-__all__ = ["TextStream", "check_stop", "text_after", "token_text"]
+__all__ = ["TextStream", "stop_problems", "text_after", "token_text"]
 
 _MAX_STOPS, _MAX_STOP_CHARACTERS = 256, 1000
 """All are looked for after each token, and so is each beginning of each."""
@@ -39,7 +39,7 @@ class TextStream:
         Raises:
             ConfigError: a stop string is empty or no string.
         """
-        check_stop(stop)
+        raise_problems(stop_problems("stop", stop))
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._skip = skip_special_tokens
@@ -123,27 +123,22 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     return str(tokenizer.decode([*before, token_id], skip_special_tokens=False)[num_before:])
 
 
-def check_stop(stop: object) -> None:
-    """Check the stop strings of a generation.
-
-    Raises:
-        ConfigError: they are no list of strings that are not empty, or too many or too long.
-    """
+def stop_problems(name: str, stop: object) -> list[str]:
+    """Say what is wrong with the stop strings of a generation: a list of few, short strings that are not empty."""
     # A bare string is a sequence of strings too: each of its characters would stop the text.
     if isinstance(stop, (str, bytes)) or not isinstance(stop, Sequence):
-        raise ConfigError(f"stop: expected a list of strings, got {type(stop).__name__} {str(stop)[:40]!r}")
+        return [f"{name}: expected a list of strings, got {type(stop).__name__} {str(stop)[:40]!r}"]
     if len(stop) > _MAX_STOPS:
-        raise ConfigError(f"stop: expected at most {_MAX_STOPS} strings, got {len(stop)}")
-    wrong = [(index, text) for index, text in enumerate(stop) if not isinstance(text, str) or not text]
-    if wrong:
-        raise ConfigError(
-            join_problems(
-                [f"stop[{index}]: expected a string that is not empty, got {text!r}" for index, text in wrong]
-            )
-        )
-    for index, text in enumerate(stop):
-        if len(text) > _MAX_STOP_CHARACTERS:
-            raise ConfigError(f"stop[{index}]: expected at most {_MAX_STOP_CHARACTERS} characters, got {len(text)}")
+        return [f"{name}: expected at most {_MAX_STOPS} strings, got {len(stop)}"]
+    return [problem for index, text in enumerate(stop) if (problem := _stop_problem(f"{name}[{index}]", text))]
+
+
+def _stop_problem(name: str, text: object) -> str | None:
+    if not isinstance(text, str) or not text:
+        return f"{name}: expected a string that is not empty, got {text!r}"
+    if len(text) > _MAX_STOP_CHARACTERS:
+        return f"{name}: expected at most {_MAX_STOP_CHARACTERS} characters, got {len(text)}"
+    return None
 
 
 def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -1,13 +1,12 @@
 """How many pages the KV cache of a decoder has: under a limit, or with free memory."""
 
-import math
 import os
 from contextlib import suppress
 from pathlib import Path
 
 from coreinfer.bundles import ConfigError
 
-__all__ = ["PAGE_TOKENS", "count_pages", "free_memory_bytes", "limit_bytes", "pages_of"]
+__all__ = ["PAGE_TOKENS", "count_pages", "free_memory_bytes", "pages_of"]
 
 PAGE_TOKENS = 64
 """Tokens of a page, in every engine."""
@@ -25,19 +24,6 @@ _GROUP_LIMITS = (
 def pages_of(num_tokens: int) -> int:
     """Number of pages that some tokens of a sequence take."""
     return -(-num_tokens // PAGE_TOKENS)
-
-
-def limit_bytes(kv_cache_mb: float | None) -> int | None:
-    """Turn megabytes into bytes.
-
-    Raises:
-        ConfigError: the limit is not a number above 0.
-    """
-    if kv_cache_mb is None:
-        return None
-    if not (math.isfinite(kv_cache_mb) and kv_cache_mb > 0):
-        raise ConfigError(f"kv_cache_mb: expected a number above 0, got {kv_cache_mb}")
-    return round(kv_cache_mb * 1e6)
 
 
 def count_pages(kv_cache_bytes: int | None, *, page_bytes: int, max_positions: int) -> int:

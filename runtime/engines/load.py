@@ -2,67 +2,47 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from coreinfer.bundles import Bundle, ConfigError, UnsupportedModelError
 from coreinfer.bundles.shared.extras import needs_extra
 from coreinfer.bundles.shared.machine import usable_cores
+from coreinfer.runtime.load_options import LoadOptions
 
-from .kv_limits import limit_bytes
 from .protocol import Decoder
 
-__all__ = ["CudaGraphs", "EngineName", "Weights", "load_decoder"]
+__all__ = ["load_decoder"]
 
 _log = logging.getLogger(__name__)
-EngineName = Literal["auto", "native", "torch"]
-CudaGraphs = Literal["auto", "on", "off"]
-Weights = Literal["auto", "bfloat16", "packed"]
 
 
-def load_decoder(
-    bundle: Bundle,
-    *,
-    engine: EngineName,
-    device: str,
-    threads: int | None,
-    dtype: str,
-    isa: str,
-    kv_cache_mb: float | None = None,
-    gpu_memory_mb: float | None = None,
-    cuda_graphs: CudaGraphs = "auto",
-    weights: Weights = "auto",
-) -> Decoder:
+def load_decoder(bundle: Bundle, options: LoadOptions) -> Decoder:
     """Load the engine that was asked for, or the one that serves best here; see `load` of engine.py."""
-    kv_cache_bytes = limit_bytes(kv_cache_mb)
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads: expected at least 1, got {threads}")
-    for_torch = dtype != "auto" or gpu_memory_mb is not None or (cuda_graphs, weights) != ("auto", "auto")
-    if engine == "native":
-        if device not in ("auto", "cpu") or for_torch:
-            raise ConfigError(
-                f"engine native: it runs on the CPU with the bundle's own formats; got device {device!r}, dtype "
-                f"{dtype!r}, gpu_memory_mb {gpu_memory_mb}, cuda_graphs {cuda_graphs!r} and weights {weights!r}: leave "
-                "them out, or use engine torch"
-            )
-        return _load_native(bundle, threads=threads, isa=isa, kv_cache_bytes=kv_cache_bytes)
-    if engine == "auto" and device in ("auto", "cpu") and not for_torch and not (device == "auto" and _has_gpu()):
+    if options.engine == "native":
+        return _load_native(bundle, options)
+    if options.engine == "auto" and not options.asks_for_torch and _suits_cpu(options.device):
         try:
-            return _load_native(bundle, threads=threads, isa=isa, kv_cache_bytes=kv_cache_bytes)
+            return _load_native(bundle, options)
         except UnsupportedModelError as error:
             _log.warning("%s; going on with the torch engine", error)
-    if isa != "auto":
-        raise ConfigError(f"isa: expected auto with the torch engine, got {isa!r}")
-    TorchDecoder = _import_torch_decoder(threads)  # noqa: N806
+    if options.isa != "auto":
+        raise ConfigError(f"isa: expected auto with the torch engine, got {options.isa!r}")
+    TorchDecoder = _import_torch_decoder(options.threads)  # noqa: N806
     decoder: Decoder = TorchDecoder(
         bundle,
-        device=device,
-        dtype=dtype,
-        gpu_memory_mb=gpu_memory_mb,
-        cuda_graphs=cuda_graphs,
-        weights=weights,
-        kv_cache_bytes=kv_cache_bytes,
+        device=options.device,
+        dtype=options.dtype,
+        gpu_memory_mb=options.gpu_memory_mb,
+        cuda_graphs=options.cuda_graphs,
+        weights=options.weights,
+        kv_cache_bytes=options.kv_cache_bytes,
     )
     return decoder
+
+
+def _suits_cpu(device: str) -> bool:
+    """Whether the CPU is asked for, or the best device where there is no GPU."""
+    return device == "cpu" or (device == "auto" and not _has_gpu())
 
 
 def _has_gpu() -> bool:
@@ -76,10 +56,10 @@ def _has_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def _load_native(bundle: Bundle, *, threads: int | None, isa: str, kv_cache_bytes: int | None) -> Decoder:
+def _load_native(bundle: Bundle, options: LoadOptions) -> Decoder:
     from .native.decoder import NativeDecoder
 
-    return NativeDecoder(bundle, threads=threads, isa=isa, kv_cache_bytes=kv_cache_bytes)
+    return NativeDecoder(bundle, threads=options.threads, isa=options.isa, kv_cache_bytes=options.kv_cache_bytes)
 
 
 def _import_torch_decoder(threads: int | None) -> Any:

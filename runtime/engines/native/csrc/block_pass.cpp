@@ -63,9 +63,8 @@ class BlockPass {
         qkv_stride_(value_ + round_up(weights_.kv_size(), kGroup)) {}
 
   void run(float* logits, const Watcher& watcher) {
-    each_token([&](int t) {
-      embed(weights_, kernels_, rows_[t].id, rows_[t].position, own_.inputs.view, residual(t));
-    });
+    each_token(
+        [&](int t) { embed(weights_, kernels_, rows_[t].id, rows_[t].position, own_.inputs.view, residual(t)); });
     const int num_layers = static_cast<int>(weights_.layers.size());
     for (int layer = 0; layer < num_layers; ++layer) {
       attention(layer);
@@ -125,7 +124,7 @@ class BlockPass {
     if (attention.value.bias) kernels_.add(heads + value_, attention.value.bias, weights_.kv_size());
     for (int head = 0; head < weights_.num_kv_heads; ++head)
       decoder_.pool.store(kernels_, rows_[t].pages, layer, head, rows_[t].position,
-                            heads + key_ + head * weights_.head_dim, heads + value_ + head * weights_.head_dim);
+                          heads + key_ + head * weights_.head_dim, heads + value_ + head * weights_.head_dim);
   }
 
   void attend(int layer, const AttentionWeights& attention, int t) {
@@ -146,9 +145,9 @@ class BlockPass {
   // Part `part` of the scratch takes what the queries of one key-value head see of positions [begin, end).
   void attend_part(int layer, int t, int head, int part, int begin, int end) {
     const int group = weights_.group_size(), size = weights_.head_dim, stride = decoder_.pool.layout.value_stride();
-    kernels_.attend({rows_[t].pages, decoder_.pool.head(layer, head), size, stride, qkv(t) + head * group * size,
-                     group, begin, end, own_.heads.get() + size_t(part) * group * stride,
-                     own_.maxima.get() + part * group, own_.sums.get() + part * group});
+    kernels_.attend({rows_[t].pages, decoder_.pool.head(layer, head), size, stride, qkv(t) + head * group * size, group,
+                     begin, end, own_.heads.get() + size_t(part) * group * stride, own_.maxima.get() + part * group,
+                     own_.sums.get() + part * group});
   }
 
   void attend_at_once(int layer, const AttentionWeights& attention, int t, int head, float* out) {
@@ -174,9 +173,8 @@ class BlockPass {
     });
     decoder_.threads.barrier(thread_);
     multiply({{&ffn.down.weight, out(0)}}, neurons_, hidden_);
-    each_token([&](int t) {
-      finish_sublayer(weights_, kernels_, weights.ffn_norms, ffn.down.bias, out(t), residual(t));
-    });
+    each_token(
+        [&](int t) { finish_sublayer(weights_, kernels_, weights.ffn_norms, ffn.down.bias, out(t), residual(t)); });
   }
 
   // 32 neurons of all tokens.
@@ -189,8 +187,7 @@ class BlockPass {
       kernels_.multiply(ffn.gate.weight, inputs_, num_tokens_, gate - offset, kUnit, begin, end);
     kernels_.multiply(ffn.up.weight, inputs_, num_tokens_, up - offset, kUnit, begin, end);
     for (int t = 0; t < num_tokens_; ++t)
-      finish_neurons(weights_, kernels_, ffn, unit, unit + 1, gate + t * kUnit, up + t * kUnit,
-                     neurons_.token(t));
+      finish_neurons(weights_, kernels_, ffn, unit, unit + 1, gate + t * kUnit, up + t * kUnit, neurons_.token(t));
   }
 
   void head(float* logits) {
@@ -204,10 +201,9 @@ class BlockPass {
       prepare_inputs(weights_, kernels_, weights_.final_norm, residual(t), inputs);
       if (!weights_.project_out.empty()) project_out(inputs);
     });
-    if (!options_.all_logits)
-      return compute_head(decoder_, all.token(first), thread_, options_.screened, logits);
-    multiply_share(kernels_, {{&weights_.head, logits}}, all, num_tokens_, round_up(weights_.vocab, kBlockRows), thread_,
-                   decoder_.threads);
+    if (!options_.all_logits) return compute_head(decoder_, all.token(first), thread_, options_.screened, logits);
+    multiply_share(kernels_, {{&weights_.head, logits}}, all, num_tokens_, round_up(weights_.vocab, kBlockRows),
+                   thread_, decoder_.threads);
   }
 
   void project_out(const Activations& inputs) {

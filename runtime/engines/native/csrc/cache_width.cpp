@@ -107,8 +107,7 @@ void choose_cache_width(ModelWeights& model) {
     bool wide = any_exceeds(attention.value, input, value_limit);
     if (attention.key_norm.present()) {
       const Size key = norm_size(attention.key_norm, model.head_dim);
-      wide |= !(key.most < key_limit.most) ||
-              !(largest(attention.key_norm.weight, model.head_dim) < key_limit.typical);
+      wide |= !(key.most < key_limit.most) || !(largest(attention.key_norm.weight, model.head_dim) < key_limit.typical);
     } else {
       wide = wide || any_exceeds(attention.key, input, key_limit);
     }

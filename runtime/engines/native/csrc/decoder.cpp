@@ -16,10 +16,7 @@ PageLayout layout_for(const ModelWeights& weights) {
 }
 
 Decoder::Decoder(ModelWeights model, const Kernels& table, int num_threads, int max_neurons, int num_pages)
-    : weights(std::move(model)),
-      kernels(table),
-      pool(layout_for(weights), num_pages),
-      threads(num_threads) {
+    : weights(std::move(model)), kernels(table), pool(layout_for(weights), num_pages), threads(num_threads) {
   sequences.push_back(std::make_unique<Sequence>());
   if (weights.head.format == Format::int8_planes) deviations.resize(round_up(weights.vocab, kBlockRows));
   allocate(token, weights, max_neurons, num_threads);

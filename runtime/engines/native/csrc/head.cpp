@@ -22,9 +22,8 @@ void compute_head(Decoder& decoder, const Activations& x, int thread, bool scree
     return multiply_share(kernels, {{&head, logits}}, x, 1, 0, thread, decoder.threads);
 
   float* deviations = decoder.deviations.get();
-  decoder.threads.deal(thread, head.num_blocks(), [&](int begin, int end) {
-    kernels.screen(head, x, logits, deviations, begin, end);
-  });
+  decoder.threads.deal(thread, head.num_blocks(),
+                       [&](int begin, int end) { kernels.screen(head, x, logits, deviations, begin, end); });
   decoder.threads.barrier(thread);
   // Every thread looks for the best by screening and scores its block, into memory of its own.
   const int best = kernels.largest(logits, head.rows) / kBlockRows;

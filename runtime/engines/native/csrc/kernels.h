@@ -25,13 +25,13 @@ struct AttentionTask {
   const int32_t* pages;  // of a sequence, kPageTokens positions each
   CachedHead head;
   int head_dim;
-  int value_stride;        // head_dim rounded up to 16
-  const float* queries;    // (num_queries, head_dim), scaled already
+  int value_stride;      // head_dim rounded up to 16
+  const float* queries;  // (num_queries, head_dim), scaled already
   int num_queries;
-  int begin, end;          // positions
-  float* out;              // (num_queries, value_stride): sum of exp(score - max) * value
-  float* maxima;           // (num_queries); minus infinity where there are no positions
-  float* sums;             // (num_queries): sum of exp(score - max)
+  int begin, end;  // positions
+  float* out;      // (num_queries, value_stride): sum of exp(score - max) * value
+  float* maxima;   // (num_queries); minus infinity where there are no positions
+  float* sums;     // (num_queries): sum of exp(score - max)
 };
 
 // What `attend` wrote for all heads of some of the positions.

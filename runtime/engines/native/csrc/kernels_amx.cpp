@@ -18,7 +18,10 @@
 #include <new>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                                                 \
+    __attribute__((                                                                                           \
+        target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c")
 #endif
@@ -26,8 +29,8 @@
 namespace coreinfer {
 namespace {
 
-constexpr int kTile = 16;                       // tokens, or rows of weights, of one tile
-constexpr int kPair = 2 * kTile;                // of the two tiles that are worked on together
+constexpr int kTile = 16;                         // tokens, or rows of weights, of one tile
+constexpr int kPair = 2 * kTile;                  // of the two tiles that are worked on together
 constexpr int kTileHalves = kBlockRows * kGroup;  // bfloat16 numbers of a tile of inputs
 
 // Weights of a block of 16 rows as (groups, 16 pairs of inputs, 16 rows, 2) bfloat16: one tile a group.

@@ -50,8 +50,7 @@ inline void score_block(const AttentionTask& task, int query, int block, float (
       }
   }
   for (int i = 0; i < kCount; ++i)
-    for (int v = 0; v < kVectors; ++v)
-      V::store(scores[i] + column + v * V::kLanes, sums[0][i][v] + sums[1][i][v]);
+    for (int v = 0; v < kVectors; ++v) V::store(scores[i] + column + v * V::kLanes, sums[0][i][v] + sums[1][i][v]);
 }
 
 // Turn scores into weights relative to the running maximum; returns what earlier sums shrink by.

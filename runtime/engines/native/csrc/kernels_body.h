@@ -261,8 +261,7 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
   mean /= size;
   for (int i = 0; i < size; ++i) variance += (x[i] - mean) * (x[i] - mean);
   const float scale = 1.0f / __builtin_sqrtf(variance / size + epsilon);
-  for (int i = 0; i < size; ++i)
-    out[i] = (x[i] - mean) * scale * (weight ? weight[i] : 1.0f) + (bias ? bias[i] : 0.0f);
+  for (int i = 0; i < size; ++i) out[i] = (x[i] - mean) * scale * (weight ? weight[i] : 1.0f) + (bias ? bias[i] : 0.0f);
 }
 
 inline V::F apply(Nonlinearity kind, V::F x) {
@@ -338,5 +337,5 @@ uint64_t read_sum(const uint64_t* words, size_t num_words) {
   return total;
 }
 
-const Kernels kTable = {V::kName, false, quantize, multiply, screen, rms_norm, layer_norm, activate,
-                        largest,  attend,   combine,  rotate, add,      to_half,    read_sum};
+const Kernels kTable = {V::kName, false,  quantize, multiply, screen, rms_norm, layer_norm, activate,
+                        largest,  attend, combine,  rotate,   add,    to_half,  read_sum};

@@ -45,7 +45,9 @@ struct V {
   static B low_nibbles(B x) { return vandq_u8(x, vdupq_n_u8(15)); }
   static B high_nibbles(B x) { return vshrq_n_u8(x, 4); }
   static I zero() { return vdupq_n_s32(0); }
-  static int8x16_t quad(const int8_t* p) { return vreinterpretq_s8_s32(vld1q_dup_s32(reinterpret_cast<const int32_t*>(p))); }
+  static int8x16_t quad(const int8_t* p) {
+    return vreinterpretq_s8_s32(vld1q_dup_s32(reinterpret_cast<const int32_t*>(p)));
+  }
   static I add_nibble_sums(I a, I b) { return add_int(a, b); }
   static I nibble_sums(I sums) { return sums; }
   static I dot_nibbles(I sum, B codes, const int8_t* p) { return vdotq_s32(sum, vreinterpretq_s8_u8(codes), quad(p)); }

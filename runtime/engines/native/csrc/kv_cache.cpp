@@ -135,7 +135,8 @@ void extend(PagePool& pool, Sequence& sequence, int num_tokens) {
     page = own;
   }
   const size_t num_pages = pages_of(sequence.num_cached + num_tokens);
-  while (sequence.pages.size() < num_pages) sequence.pages.push_back(pool.take(page_after(sequence.pages, sequence.pages.size())));
+  while (sequence.pages.size() < num_pages)
+    sequence.pages.push_back(pool.take(page_after(sequence.pages, sequence.pages.size())));
 }
 
 void truncate(PagePool& pool, Sequence& sequence, int num_tokens) {
@@ -147,7 +148,9 @@ void truncate(PagePool& pool, Sequence& sequence, int num_tokens) {
 Sequence fork(PagePool& pool, const Sequence& source, int num_tokens) {
   Sequence sequence{{source.pages.begin(), source.pages.begin() + num_tokens / kPageTokens}, num_tokens};
   for (const int32_t page : sequence.pages) pool.share(page);
-  if (pages_to_fork(num_tokens)) sequence.pages.push_back(pool.copy(source.pages[num_tokens / kPageTokens], page_after(sequence.pages, sequence.pages.size())));
+  if (pages_to_fork(num_tokens))
+    sequence.pages.push_back(
+        pool.copy(source.pages[num_tokens / kPageTokens], page_after(sequence.pages, sequence.pages.size())));
   return sequence;
 }
 

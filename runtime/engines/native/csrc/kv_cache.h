@@ -74,12 +74,14 @@ class PagePool {
   struct Region {
     size_t start, page_bytes;
   };
-  uint8_t* at(const Region& region, int32_t page) const { return base_.get() + region.start + page * region.page_bytes; }
+  uint8_t* at(const Region& region, int32_t page) const {
+    return base_.get() + region.start + page * region.page_bytes;
+  }
   void give_back(const Region& region, int32_t page) const;
 
   std::vector<Region> regions_;  // by layer and head: keys, values
   std::shared_ptr<uint8_t> base_;
-  std::vector<int> num_holders_;   // of each page
+  std::vector<int> num_holders_;    // of each page
   std::set<int32_t> kept_, empty_;  // free pages, with memory and without
 };
 

@@ -108,7 +108,9 @@ Range attention_share(const AttentionWeights& attention, int position, int threa
   const int first = first_position(attention, position), first_block = first / kBlockRows;
   const int num_blocks = position / kBlockRows + 1 - first_block;
   // Rounded up: the thread that has the last positions also stores the new token, and has the fewest.
-  const auto bound = [&](int t) { return (first_block + (num_blocks * t + num_threads - 1) / num_threads) * kBlockRows; };
+  const auto bound = [&](int t) {
+    return (first_block + (num_blocks * t + num_threads - 1) / num_threads) * kBlockRows;
+  };
   const int begin = std::max(first, bound(thread));
   return {begin, std::max(begin, std::min(position + 1, bound(thread + 1)))};
 }
@@ -150,8 +152,7 @@ void ActivationBuffer::resize(int num_tokens, int size, bool bf16) {
   energies_.resize(count / kGroup);
   if (bf16)
     for (Buffer<uint16_t>* buffer : {&bf16_, &rests_}) buffer->resize(size_t(round_up(num_tokens, 32)) * stride);
-  view = {stride,      values_.get(),   codes_.get(), scales_.get(),
-          sums_.get(), energies_.get(), bf16_.get(),  rests_.get()};
+  view = {stride, values_.get(), codes_.get(), scales_.get(), sums_.get(), energies_.get(), bf16_.get(), rests_.get()};
 }
 
 }  // namespace coreinfer

@@ -44,21 +44,26 @@ struct Matrix {
 // Inputs of a matrix for one or more tokens. `stride` is a multiple of 32, padded with zeros.
 struct Activations {
   int stride = 0;
-  float* values = nullptr;   // (tokens, stride)
-  int8_t* codes = nullptr;   // (tokens, stride)
-  float* scales = nullptr;   // (tokens, stride / 32)
-  float* sums = nullptr;     // (tokens, stride / 32): sum of a group's codes / 16
-  float* energies = nullptr; // (tokens, stride / 32): sum of a group's squared inputs
-  uint16_t* bf16 = nullptr;  // (tokens, stride); in the place of codes where it is not null (Kernels::rounds_to_bf16)
-  uint16_t* rests = nullptr; // (tokens, stride): what that rounding leaves, for weights that are not quantized
+  float* values = nullptr;    // (tokens, stride)
+  int8_t* codes = nullptr;    // (tokens, stride)
+  float* scales = nullptr;    // (tokens, stride / 32)
+  float* sums = nullptr;      // (tokens, stride / 32): sum of a group's codes / 16
+  float* energies = nullptr;  // (tokens, stride / 32): sum of a group's squared inputs
+  uint16_t* bf16 = nullptr;   // (tokens, stride); in the place of codes where it is not null (Kernels::rounds_to_bf16)
+  uint16_t* rests = nullptr;  // (tokens, stride): what that rounding leaves, for weights that are not quantized
 
   Activations token(int index) const { return from(size_t(index) * stride); }
   // From a value on, whose number is a multiple of 32.
   Activations from(size_t first) const {
     const size_t group = first / kGroup;
-    return {stride,           values + first,              codes + first,
-            scales + group,   sums + group,                energies + group,
-            bf16 ? bf16 + first : nullptr, bf16 ? rests + first : nullptr};
+    return {stride,
+            values + first,
+            codes + first,
+            scales + group,
+            sums + group,
+            energies + group,
+            bf16 ? bf16 + first : nullptr,
+            bf16 ? rests + first : nullptr};
   }
 };
 

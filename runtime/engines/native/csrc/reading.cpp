@@ -109,9 +109,12 @@ Layer read_layer(const py::dict& spec, const ModelWeights& model, const std::str
 }
 
 void check_sizes(const ModelWeights& model) {
-  for (const auto& [name, value] : {std::pair{"hidden", model.hidden}, {"num_heads", model.num_heads},
-                                    {"num_kv_heads", model.num_kv_heads}, {"head_dim", model.head_dim},
-                                    {"vocab", model.vocab}, {"max_positions", model.max_positions}})
+  for (const auto& [name, value] : {std::pair{"hidden", model.hidden},
+                                    {"num_heads", model.num_heads},
+                                    {"num_kv_heads", model.num_kv_heads},
+                                    {"head_dim", model.head_dim},
+                                    {"vocab", model.vocab},
+                                    {"max_positions", model.max_positions}})
     if (value < 1) refuse(name, "at least 1", std::to_string(value));
   if (model.num_heads % model.num_kv_heads)
     refuse("num_heads", "a multiple of " + std::to_string(model.num_kv_heads), std::to_string(model.num_heads));

@@ -86,9 +86,9 @@ class TokenPass {
     const Layer& weights = weights_.layers[layer];
     const AttentionWeights& attention = weights.attention;
     prepare_inputs(weights_, kernels_, weights.attention_norms.before, x_, inputs_);
-    multiply_share(kernels_,
-                   {{&attention.query.weight, query_}, {&attention.key.weight, key_}, {&attention.value.weight, value_}},
-                   inputs_, 1, 0, thread_, decoder_.threads);
+    multiply_share(
+        kernels_, {{&attention.query.weight, query_}, {&attention.key.weight, key_}, {&attention.value.weight, value_}},
+        inputs_, 1, 0, thread_, decoder_.threads);
     const Range positions = attention_share(attention, position_, thread_, num_threads_);
     prefetch_cache(layer, positions);
     decoder_.threads.barrier(thread_);
@@ -128,7 +128,7 @@ class TokenPass {
     if (attention.value.bias) kernels_.add(value_, attention.value.bias, weights_.kv_size());
     for (int head = 0; head < weights_.num_kv_heads; ++head)
       decoder_.pool.store(kernels_, row_.pages, layer, head, position_, key_ + head * weights_.head_dim,
-                            value_ + head * weights_.head_dim);
+                          value_ + head * weights_.head_dim);
   }
 
   void attend(int layer, const AttentionWeights& attention, const float* angles, Range positions) {
@@ -163,9 +163,8 @@ class TokenPass {
       finish_neurons(weights_, kernels_, ffn, first, last, gate + first * kUnit, up + first * kUnit,
                      shared_.neurons.view);
     };
-    decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, work, [&](int first) {
-      prefetch_block(*first_of(ffn), first * 2, kPartPrefetchBytes);
-    });
+    decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, work,
+                          [&](int first) { prefetch_block(*first_of(ffn), first * 2, kPartPrefetchBytes); });
     prefetch_share({&ffn.down.weight}, thread_, num_threads_);
     decoder_.threads.barrier(thread_);
     multiply({{&ffn.down.weight, shared_.ffn_out.get()}}, shared_.neurons.view, next);

@@ -8,15 +8,14 @@ from typing import Annotated
 
 from coreinfer.bundles.cluster_map import PROMPT_SOFTNESS, pull_of_clusters
 from coreinfer.runtime.generation import MODES
+from coreinfer.server.answers.response_bodies import ClusterPoint, Health, ModelMap, Place
+from coreinfer.server.api_errors import ERRORS
+from coreinfer.server.requests.bounds import BoundedRoute
+from coreinfer.server.requests.request_bodies import PlaceRequest
+from coreinfer.server.service import Service, service_of
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-
-from .api_errors import ERRORS
-from .bodies import BoundedRoute
-from .request_bodies import PlaceRequest
-from .response_bodies import ClusterPoint, Health, ModelMap, Place
-from .service import Service, service_of
 
 __all__ = ["router"]
 

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Any, Literal
 
-from coreinfer.runtime import Mode
+from coreinfer.bundles.shared.option_fields import help_of
+from coreinfer.runtime import GenerationOptions, Mode
 from pydantic import Field, model_validator
 
 from .fields import Fields, Nothing, Plain, Text
@@ -17,6 +18,11 @@ _MAX_CHOICES = 128
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+def _ours(name: str) -> str:
+    """Describe a field that OpenAI's interface does not have, as the option of a generation describes itself."""
+    return f"{help_of(GenerationOptions, name)} Not in OpenAI's interface."
 
 
 class StreamOptions(Fields):
@@ -46,14 +52,12 @@ class SamplingFields(Fields):
     presence_penalty: Penalty | None = Field(default=None, description="For tokens that were decoded.")
     logit_bias: dict[TokenId, Bias] | None = Field(default=None, description="Added to the logits of token ids.")
     user: Plain | None = Field(default=None, description="Any text; kept nowhere, and without effect, as at OpenAI.")
-    mode: Mode | None = Field(default=None, description="How FFN weights are chosen. Not in OpenAI's interface.")
-    top_k: int | None = Field(default=None, ge=0, lt=1 << 31, description="0 is off. Not in OpenAI's interface.")
-    min_p: float | None = Field(default=None, ge=0, le=1, description="0 is off. Not in OpenAI's interface.")
-    repetition_penalty: float | None = Field(
-        default=None, ge=0.1, le=10, description="1 is off. Not in OpenAI's interface."
-    )
+    mode: Mode | None = Field(default=None, description=_ours("mode"))
+    top_k: int | None = Field(default=None, ge=0, lt=1 << 31, description=_ours("top_k"))
+    min_p: float | None = Field(default=None, ge=0, le=1, description=_ours("min_p"))
+    repetition_penalty: float | None = Field(default=None, ge=0.1, le=10, description=_ours("repetition_penalty"))
     skip_special_tokens: bool | None = Field(
-        default=None, description="If false, control tokens are in the text. Not in OpenAI's interface."
+        default=None, description=f"True if left out. {_ours('skip_special_tokens')}"
     )
 
     @model_validator(mode="after")
@@ -120,12 +124,10 @@ class UnusedFields(Fields):
 class TemplateFields(Fields):
     """How a conversation is written for the model; not in OpenAI's API."""
 
-    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="Variables of the chat template.")
-    continue_final_message: bool | None = Field(
-        default=None, description="Continue the last message; default: if it is the assistant's."
-    )
-    add_generation_prompt: bool | None = Field(default=None, description="False only with continue_final_message.")
-    parse_special: bool | None = Field(default=None, description="Read names of control tokens in messages as such.")
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description=_ours("chat_template_kwargs"))
+    continue_final_message: bool | None = Field(default=None, description=_ours("continue_final_message"))
+    add_generation_prompt: bool | None = Field(default=None, description="False only beside continue_final_message.")
+    parse_special: bool | None = Field(default=None, description=_ours("parse_special"))
 
     @model_validator(mode="after")
     def _check_end(self) -> "TemplateFields":
@@ -142,7 +144,7 @@ class ChatRequest(SamplingFields, UnusedFields, TemplateFields):
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=_MAX_TOP_LOGPROBS)
-    tools: list[ToolIn] | None = Field(default=None, description="Functions that the model may call.")
+    tools: list[ToolIn] | None = Field(default=None, description=help_of(GenerationOptions, "tools"))
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = Field(default=None, description="If false, calls after the first are dropped.")
 

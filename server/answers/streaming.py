@@ -9,12 +9,11 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from coreinfer.runtime import Token
+from coreinfer.server.api_errors import ClientGone, api_error
+from coreinfer.server.worker import Job
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
-
-from .api_errors import ClientGone, api_error
-from .worker import Job
 
 __all__ = ["ChoiceToken", "EventStream", "merged", "unless_gone"]
 

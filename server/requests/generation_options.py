@@ -1,17 +1,23 @@
 """From a request's fields to the options of a generation."""
 
+from dataclasses import fields
 from typing import Any
 
 from coreinfer.runtime import GenerationOptions
+from coreinfer.server.api_errors import ApiError
+from coreinfer.server.server_config import ServerConfig
 
-from .api_errors import ApiError
 from .request_bodies import ChatRequest, CompletionRequest, SamplingFields
-from .server_config import ServerConfig
 
-__all__ = ["chat_options", "completion_options"]
+__all__ = ["chat_options", "completion_options", "same_names"]
 
 _COMPLETION_TOKENS = 16
 """What a completion gets where it does not say, as at OpenAI."""
+_TEMPERATURE = 1.0
+"""What a request gets where it does not say, as at OpenAI."""
+_TRANSLATED = {"logit_bias", "logprobs", "stop", "tools", "tool_choice"}
+"""Fields whose values in a body are of another kind than those of a generation; what else has one name is the same."""
+_OPTION_NAMES = {item.name for item in fields(GenerationOptions)}
 
 
 def chat_options(body: ChatRequest, config: ServerConfig) -> GenerationOptions:
@@ -28,9 +34,6 @@ def chat_options(body: ChatRequest, config: ServerConfig) -> GenerationOptions:
         json_schema=body.response_format.schema_to_follow if body.response_format else None,
         tools=[tool.plain for tool in body.tools] if body.tools else None,
         tool_choice=body.plain_choice,
-        chat_template_kwargs=body.chat_template_kwargs,
-        continue_final_message=body.continue_final_message,
-        parse_special=bool(body.parse_special),
     )
 
 
@@ -46,21 +49,18 @@ def completion_options(body: CompletionRequest, config: ServerConfig) -> Generat
 
 
 def _sampling(body: SamplingFields) -> dict[str, Any]:
-    """Translate what all requests have; what one leaves out has OpenAI's default, or this project's."""
+    """Translate what all requests have, and what has the same name in both; what one leaves out has its default."""
     return {
-        "temperature": 1.0 if body.temperature is None else body.temperature,
-        "top_k": body.top_k or 0,
-        "top_p": 1.0 if body.top_p is None else body.top_p,
-        "min_p": body.min_p or 0.0,
-        "repetition_penalty": 1.0 if body.repetition_penalty is None else body.repetition_penalty,
-        "presence_penalty": body.presence_penalty or 0.0,
-        "frequency_penalty": body.frequency_penalty or 0.0,
+        "temperature": _TEMPERATURE,
+        **{name: value for name in same_names(type(body)) if (value := getattr(body, name)) is not None},
         "logit_bias": {int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()},
-        "seed": body.seed,
-        "stop": [body.stop] if isinstance(body.stop, str) else body.stop or [],
-        "mode": body.mode,
-        "skip_special_tokens": body.skip_special_tokens is not False,
+        "stop": [body.stop] if isinstance(body.stop, str) else body.stop or (),
     }
+
+
+def same_names(body: type[SamplingFields]) -> set[str]:
+    """Name the fields of a body that a generation takes as they are."""
+    return (body.model_fields.keys() & _OPTION_NAMES) - _TRANSLATED
 
 
 def _length(asked: int | None, config: ServerConfig, default: int | None) -> dict[str, Any]:

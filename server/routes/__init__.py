@@ -1,0 +1,3 @@
+"""The routes: OpenAI's, and those of the page, the map, health and metrics."""
+
+__all__: list[str] = []
