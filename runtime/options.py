@@ -36,7 +36,7 @@ def _variable_problems(name: str, variables: object) -> Iterator[str]:
         return
     for reserved in ("messages", "tools", "add_generation_prompt"):
         if reserved in variables:
-            yield f"{name}: {reserved} is not for the taking; it is an argument of its own"
+            yield f"{name}: {reserved} is reserved; it is an argument of its own"
 
 
 def _read_variables(text: str) -> Mapping[str, Any]:

@@ -50,7 +50,7 @@ def main(
     config = ServerConfig(**limits)
     names = _model_names(bundle_dirs)
     if config.any_model and len(names) > 1:
-        raise ConfigError(f"--any-model: it goes with one DIR, got {len(names)}")
+        raise ConfigError(f"--any-model: expected one DIR, got {len(names)}")
     taken = serving.bind(host, port)
     if not is_loopback and config.api_key is None:
         click.echo(

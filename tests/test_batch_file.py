@@ -337,7 +337,7 @@ def test_a_batch_goes_with_no_other_prompt(more: list[str], bundle: Path, write:
 
 def test_batch_and_output_go_together(bundle: Path, write: Any) -> None:
     for arguments in (["--batch", str(write({"prompt": "a"}))], ["-o", "x", "hello"]):
-        assert "--batch and -o go together" in refusal(CliRunner().invoke(main, [str(bundle), *arguments]))
+        assert "--batch and -o must be used together" in refusal(CliRunner().invoke(main, [str(bundle), *arguments]))
 
 
 # Going on

@@ -3,7 +3,7 @@
     keep: float = field(default=0.7, metadata=option("Kept neurons / all neurons.", group=SIZE, check=share()))
     cancel: Cancel | None = field(default=None, metadata=keyword("Ends the generation once it is set.", check=ANY))
 
-What a field's type says is not said again: a Literal's words are its choices, a bool is a pair of switches, a tuple or
+What a field's type says is not repeated: a Literal's words are its choices, a bool is a pair of switches, a tuple or
 a sequence is an option that repeats, and None is allowed where the type has it.
 """
 

@@ -1,7 +1,7 @@
 """`coreinfer-run --batch`: answer every line of a JSON Lines file, many at once, each as it would be answered alone.
 
 One thread steps the scheduler; this one reads lines, tokenizes them and writes answers as they end. However long the
-file is, only so many lines are in memory at once.
+file is, only a limited number of lines is in memory at once.
 """
 
 import hashlib

@@ -53,9 +53,9 @@ class Form:
     """How lines of one kind are read and answered.
 
     Attributes:
-        read: gives what is asked for, from a line and the command's options; raises ConfigError.
-        answer: gives the line for an answer.
-        refusal: gives the line (id, digest, error) for what could not be answered.
+        read: returns the request of a line, with the command's options; raises ConfigError.
+        answer: returns the line for an answer.
+        refusal: returns the line (id, digest, error) for a request that could not be answered.
     """
 
     read: Callable[[Value, GenerationOptions], Asked]

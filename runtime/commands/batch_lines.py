@@ -83,7 +83,7 @@ def is_openai(value: Value) -> bool:
 
 
 def id_of(value: Value) -> object:
-    """The id that a line gives, of whatever type; None where it gives none."""
+    """The id of a line, of any type; None if it has none."""
     return value.get("custom_id") if is_openai(value) else value.get("id")
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's batch form: lines with a custom_id, a url and a body; answers as its interface gives them.
+"""OpenAI's batch form: lines with a custom_id, a url and a body; answers as its API returns them.
 
 Known fields of a body do what they say, or may only have the value that changes nothing; others are refused by name.
 Null is the same as leaving a field out. The server's own reading of the same bodies (coreinfer.server) knows more

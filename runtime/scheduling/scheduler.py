@@ -74,7 +74,7 @@ class Scheduler:
         self._arrived.append(run)
 
     def step(self) -> None:
-        """Admit runs, read one block of one prompt, decode a token of each run that wants one, and post them."""
+        """Admit runs, read one block of one prompt, decode a token of each run that may have one, and post them."""
         for run in (*self._waiting, *self._active):
             run.check_cancelled()
         self.sweep()

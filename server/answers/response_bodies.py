@@ -258,7 +258,7 @@ class ModelMap(BaseModel):
     model: str
     name: str
     has_chat_template: bool
-    max_new_tokens: int = Field(description="Most tokens that the page asks for: of the server, or half the context.")
+    max_new_tokens: int = Field(description="Maximum number of tokens that the page asks for.")
     modes: list[Mode]
     clusters: list[ClusterPoint]
 

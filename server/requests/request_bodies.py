@@ -36,7 +36,7 @@ class SamplingFields(Fields):
     """What chat and completions have in common."""
 
     model: Text = Field(description="A name out of /v1/models.")
-    max_tokens: int | None = Field(default=None, ge=1, description="Most tokens of the answer.")
+    max_tokens: int | None = Field(default=None, ge=1, description="Maximum number of tokens of the answer.")
     temperature: float | None = Field(default=None, ge=0, le=2, description="1 if left out; 0 decodes greedily.")
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=0, lt=1 << 63, description="The same seed gives the same answer.")
@@ -126,7 +126,9 @@ class TemplateFields(Fields):
 
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, description=_ours("chat_template_kwargs"))
     continue_final_message: bool | None = Field(default=None, description=_ours("continue_final_message"))
-    add_generation_prompt: bool | None = Field(default=None, description="False only beside continue_final_message.")
+    add_generation_prompt: bool | None = Field(
+        default=None, description="False only together with continue_final_message."
+    )
     parse_special: bool | None = Field(default=None, description=_ours("parse_special"))
 
     @model_validator(mode="after")
