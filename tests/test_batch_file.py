@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from coreinfer import runtime
 from coreinfer.runtime.commands import batch_file
+from coreinfer.runtime.commands.batch_output import AnswerFile
 from coreinfer.runtime.commands.run import main
 from coreinfer.runtime.options import GenerationOptions
 
@@ -108,7 +109,7 @@ def test_every_line_gets_the_answer_that_it_would_get_alone(
         options = {name: value for name, value in asked.items() if name not in ("id", "prompt", "messages")}
         if "logit_bias" in options:
             options["logit_bias"] = {7: 4.0}
-        alone = engine.generate(asked.get("prompt", asked.get("messages")), **{"max_new_tokens": 9, **options})
+        alone = engine.generate(asked.get("prompt") or asked["messages"], **{"max_new_tokens": 9, **options})
         assert got[line_id]["token_ids"] == list(alone.token_ids)
         assert (got[line_id]["text"], got[line_id]["finish_reason"]) == (alone.text, alone.finish_reason)
         assert (got[line_id]["cluster"], got[line_id]["mode"]) == (alone.cluster, alone.mode)
@@ -119,7 +120,7 @@ def test_every_line_gets_the_answer_that_it_would_get_alone(
 
 
 def test_openai_lines(bundle: Path, engine: runtime.Engine, write: Any, out: Path) -> None:
-    settled = {"temperature": 0, "n": 1, "stream": False, "stop": None, "user": "me"}
+    settled: dict[str, Any] = {"temperature": 0, "n": 1, "stream": False, "stop": None, "user": "me"}
     parts = [{"type": "text", "text": "Speak"}, {"type": "text", "text": "of law."}]
     messages = [{"role": "developer", "content": parts}, *user(TEXTS[0])]
     batch = write(
@@ -445,7 +446,7 @@ def test_nothing_is_left_in_the_engine(bundle: Path, write: Any, out: Path, monk
         writes += 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(batch_file.AnswerFile, "write", interrupt)
+    monkeypatch.setattr(AnswerFile, "write", interrupt)
     batch = write(*({"prompt": f"{number} soup", "raw": True, "max_new_tokens": number + 1} for number in range(9)))
     with pytest.raises(KeyboardInterrupt):
         batch_file.answer_file(loaded, GenerationOptions(), batch, out)

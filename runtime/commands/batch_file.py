@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Never
 
 import click
 from coreinfer.bundles.errors import ConfigError, CoreInferError
@@ -203,6 +204,6 @@ def _stepping(engine: Engine, ended: "SimpleQueue[_Ended]", is_open: dict[int, _
         engine.driver.end([each.run for each in is_open.values()])
 
 
-def _bar(num_lines: int) -> "tqdm[None]":
+def _bar(num_lines: int) -> "tqdm[Never]":
     interval = _BAR_SECONDS if sys.stderr.isatty() else _LOG_SECONDS
     return tqdm(total=num_lines, unit="line", mininterval=interval, dynamic_ncols=True, file=sys.stderr)

@@ -12,11 +12,14 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 from coreinfer.bundles.errors import ConfigError
 
 from .batch_lines import Line, hashed, parse
 
 __all__ = ["AnswerFile"]
+
+Hashes = npt.NDArray[np.uint64]
 
 _DIGEST_BYTES = 8
 _ANOTHER = "give another file with -o"
@@ -89,7 +92,7 @@ class AnswerFile:
     def _salt_bytes(self) -> bytes:
         return blake2b(self._salt, digest_size=16).digest()
 
-    def _read(self) -> tuple[Any, Any]:
+    def _read(self) -> tuple[Hashes, Hashes]:
         """Give keys in order, and the digests that go with them; drop a last line that was cut."""
         keys, digests = array("Q"), array("Q")
         end = 0
@@ -105,7 +108,7 @@ class AnswerFile:
         self._file.seek(end)
         self._file.truncate()
         order = np.argsort(np.frombuffer(keys, dtype=np.uint64), kind="stable")
-        return tuple(np.frombuffer(values, dtype=np.uint64)[order] for values in (keys, digests))
+        return np.frombuffer(keys, dtype=np.uint64)[order], np.frombuffer(digests, dtype=np.uint64)[order]
 
     def _parsed(self, number: int, text: bytes) -> tuple[int, int, bool]:
         try:
