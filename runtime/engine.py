@@ -54,7 +54,8 @@ def load(
         dtype: of the torch engine: "bfloat16", "float32", or "auto" for bfloat16 where the device computes it natively.
         isa: kernels of the native engine, such as "avx2"; "auto" for COREINFER_ISA, else the best that the CPU has.
         kv_cache_mb: megabytes (10^6 bytes) of keys and values, for all generations together; None for half of the free
-            memory, but no more than 64 whole contexts need. Memory is taken as it is used.
+            memory, but no more than 64 whole contexts need. Memory is taken as it is used. A prompt that has no room in
+            it alone is refused, and an answer ends where there is none.
         gpu_memory_mb: of the torch engine: megabytes of weights and KV cache on the GPU; None for what is free. Where
             the dense FFN does not fit, its layers are streamed while a prompt is read (docs/gpu.md).
         cuda_graphs: of the torch engine: decode in recorded steps of fixed shapes; "auto" on a GPU, unless a recorded
