@@ -17,26 +17,9 @@ from coreinfer.server.worker import Job, Worker
 
 __all__ = ["DIRECT_WAYS", "SERVED_WAYS", "Question", "Tally", "be_direct", "be_served", "make_questions", "settle"]
 
-_WORDS = [
-    "flour",
-    "oven",
-    "bake",
-    "recipe",
-    "function",
-    "loop",
-    "variable",
-    "compiler",
-    "wave",
-    "ship",
-    "harbour",
-    "storm",
-    "court",
-    "judge",
-    "contract",
-    "claim",
-]
+_WORDS = ("flour", "oven", "bake", "loop", "variable", "compiler", "wave", "ship", "harbour", "court", "judge", "claim")
 # Beginnings that many prompts share, so that sequences are forked and taken over.
-_BEGINNINGS = ("", " ".join(_WORDS[:8] * 3) + " ", " ".join(_WORDS[8:] * 5) + " ")
+_BEGINNINGS = ("", " ".join(_WORDS[:6] * 4) + " ", " ".join(_WORDS[6:] * 6) + " ")
 _MODES: tuple[runtime.Mode, ...] = ("auto", "dense", "similarity", "stability", "fused", "lossless")
 DIRECT_WAYS = ("generate", "list", "stream", "closed", "forgotten", "cancelled", "failing")
 SERVED_WAYS = ("answered", "answered", "left", "timed out")

@@ -36,7 +36,8 @@ def prompt_of(engine: runtime.Engine, num_tokens: int, start: int = 1) -> str:
 
 
 def answer(engine: runtime.Engine, prompt: str, **options: Any) -> tuple[int, ...]:
-    return engine.generate(prompt, **{"mode": "dense", "max_new_tokens": 20, **options}).token_ids
+    generation: runtime.Generation = engine.generate(prompt, **{"mode": "dense", "max_new_tokens": 20, **options})
+    return generation.token_ids
 
 
 def check_nothing_is_held(engine: runtime.Engine) -> None:
@@ -115,6 +116,8 @@ def test_what_never_fits_is_refused_before_anything_is_computed(make_engine: Mak
     decoder: Any = engine.decoder
     with pytest.raises(ConfigError, match=r"prompt: expected 1 to 40 tokens.*kv_cache_mb"):
         engine.generate(prompt_of(engine, 60), mode="dense")
+    with pytest.raises(ConfigError, match=r"more than the 41 that the KV cache has room for"):
+        engine.generate(prompt_of(engine, 10), mode="dense", max_new_tokens=100, whole_length=True)
     assert decoder.calls == []
 
 
@@ -196,11 +199,11 @@ def test_whoever_fails_to_take_tokens_fails_alone(make_engine: Make) -> None:
     well: list[Any] = []
     options = runtime.GenerationOptions(mode="dense", max_new_tokens=20)
     ill = engine.submit(prompts[0], options, lambda event: 1 / 0)
-    engine.submit(prompts[1], options, lambda event: well.append(event.token_id))
+    engine.submit(prompts[1], options, well.append)
     while engine.driver.scheduler.has_work:
         engine.driver.scheduler.step()
     assert isinstance(ill.failure, ZeroDivisionError)
-    assert tuple(well) == expected
+    assert tuple(token.token_id for token in well) == expected
     check_nothing_is_held(engine)
 
 

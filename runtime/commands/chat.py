@@ -203,7 +203,7 @@ def _stats(running: _Chat, _argument: str) -> list[str]:
     # An answer's first token comes from the prompt's own logits, and takes no time of its own.
     seconds = sum(t.decode_seconds for t in answers)
     speed = (num_written - len(answers)) / seconds if seconds else 0.0
-    taken, room = last.num_prompt_tokens + last.num_tokens, running.engine.manifest.model.max_positions
+    taken, room = last.num_prompt_tokens + last.num_tokens, running.engine.loaded.max_tokens
     return [
         f"answers  {len(answers)}: {', '.join(f'{count} {mode}' for mode, count in modes.items())}",
         f"read     {num_read} tokens, {num_cached} of them cached, in {sum(t.prefill_seconds for t in answers):.2f} s",

@@ -87,7 +87,7 @@ async def show_map(model: Annotated[str, Query(min_length=1)], service: ServiceO
         model=model,
         name=engine.manifest.model.name,
         # What is asked for must fit beside the prompt: the page leaves it as much room.
-        max_new_tokens=min(service.config.max_new_tokens, engine.manifest.model.max_positions // 2),
+        max_new_tokens=min(service.config.max_new_tokens, engine.loaded.max_tokens // 2),
         has_chat_template=engine.chat_template is not None,
         modes=list(MODES) if engine.manifest.has_dense else ["auto", "similarity"],
         clusters=clusters,
