@@ -223,7 +223,7 @@ void test_vectors(const Kernels& kernels) {
 // A sequence with pages of its own, of a model of two layers and two heads.
 struct Cache {
   Cache(int head_dim, int num_tokens, bool wide) : pool(PageLayout({!wide, wide}, 2, head_dim), 9) {
-    pool.take(-1);  // so that pages do not begin where the pool does
+    pool.take();  // so that pages do not begin where the pool does
     extend(pool, sequence, num_tokens);
   }
   void store(int position, const float* key, const float* value) {
@@ -306,6 +306,66 @@ void test_combine(const Kernels& kernels) {
       portable_kernels().combine(parts + 2, 1, num_heads, head_dim, expected.get());
       compare("combine", out.get(), expected.get(), num_heads * head_dim);
     }
+}
+
+void expect(const char* what, bool holds) {
+  if (holds) return;
+  std::printf("%s\n", what);
+  ++num_failures;
+}
+
+bool follow_one_another(const Sequence& sequence) {
+  for (size_t i = 1; i < sequence.pages.size(); ++i)
+    if (sequence.pages[i] != sequence.pages[i - 1] + 1) return false;
+  return true;
+}
+
+// Sequences that grow by turns keep their pages together, until the pool is full; and one that is read again gets the
+// same pages again.
+void test_pages() {
+  PagePool pool(PageLayout({false}, 1, 64), 64);
+  Sequence sequences[4], all;
+  for (int turn = 0; turn < 8; ++turn)
+    for (Sequence& sequence : sequences) {
+      extend(pool, sequence, kPageTokens);
+      sequence.num_cached += kPageTokens;
+    }
+  for (const Sequence& sequence : sequences)
+    expect("pages: expected those of a sequence side by side", follow_one_another(sequence));
+  const std::vector<int32_t> before = sequences[1].pages;
+  truncate(pool, sequences[1], 0);
+  extend(pool, sequences[1], 8 * kPageTokens);
+  expect("pages: expected the same ones again", sequences[1].pages == before);
+  extend(pool, all, pool.num_free() * kPageTokens);
+  std::vector<int32_t> pages = all.pages;
+  for (const Sequence& sequence : sequences) pages.insert(pages.end(), sequence.pages.begin(), sequence.pages.end());
+  std::sort(pages.begin(), pages.end());
+  for (int page = 0; page < 64; ++page) expect("pages: expected each of them once", pages[page] == page);
+}
+
+// Pages that are given back to the system read as zeros; others keep what they hold, also where they share 4 KB.
+void test_given_back() {
+  for (int head_dim : {8, 64, 80}) {
+    PagePool pool(PageLayout({false, true}, 2, head_dim), 9, 0);
+    Sequence sequence;
+    extend(pool, sequence, 9 * kPageTokens);
+    Buffer<float> ones;
+    ones.resize(head_dim);
+    std::fill_n(ones.get(), head_dim, 1.0f);
+    for (int position = 0; position < 9 * kPageTokens; ++position)
+      for (int head = 0; head < 4; ++head)
+        pool.store(portable_kernels(), sequence.pages.data(), head / 2, head % 2, position, ones.get(), ones.get());
+    const auto count_ones = [&](int page) {
+      const size_t size = size_t(kPageTokens) * head_dim;
+      const float* keys = static_cast<const float*>(pool.head(1, 1).keys) + page * size;
+      return static_cast<size_t>(std::count(keys, keys + size, 1.0f));
+    };
+    const size_t size = size_t(kPageTokens) * head_dim;
+    for (int page : {4, 0, 3, 7}) pool.release(page);
+    for (int page : {1, 2, 5, 6, 8}) expect("given back: expected a held page to keep all", count_ones(page) == size);
+    for (int page : {1, 2, 5, 6, 8}) pool.release(page);
+    for (int page = 0; page < 9; ++page) expect("given back: expected no memory in a free page", count_ones(page) == 0);
+  }
 }
 
 void test_rotate(const Kernels& kernels) {
@@ -419,6 +479,8 @@ int main() {
   test_deal();
   test_waits();
   test_fork();
+  test_pages();
+  test_given_back();
   for (const Kernels* kernels : available_kernels()) {
     const int before = num_failures;
     test_multiply(*kernels);

@@ -9,8 +9,7 @@
 namespace coreinfer {
 
 namespace {
-constexpr size_t kGranule = 4096;         // what the system gives and takes back
-constexpr size_t kKeptBytes = 256 << 20;  // of free pages, whose memory is not given back
+constexpr size_t kGranule = 4096;  // what the system gives and takes back
 
 size_t aligned(size_t num_bytes) { return (num_bytes + kGranule - 1) / kGranule * kGranule; }
 
@@ -28,7 +27,12 @@ size_t PageLayout::num_bytes() const {
   return total;
 }
 
-PagePool::PagePool(const PageLayout& page_layout, int num_pages) : layout(page_layout), num_holders_(num_pages) {
+PagePool::PagePool(const PageLayout& page_layout, int num_pages, size_t kept_bytes)
+    : layout(page_layout),
+      num_holders_(num_pages),
+      kept_(num_pages),
+      kept_bytes_(kept_bytes),
+      num_free_(num_pages) {
   size_t num_bytes = 0;
   for (int layer = 0; layer < layout.num_layers(); ++layer)
     for (int head = 0; head < layout.num_kv_heads(); ++head)
@@ -40,7 +44,6 @@ PagePool::PagePool(const PageLayout& page_layout, int num_pages) : layout(page_l
   if (memory == MAP_FAILED)
     throw NoAddressSpace("KV cache: the system does not reserve " + std::to_string(num_bytes / 1000000) + " MB");
   base_.reset(static_cast<uint8_t*>(memory), [num_bytes](uint8_t* base) { munmap(base, num_bytes); });
-  for (int32_t page = 0; page < num_pages; ++page) empty_.insert(empty_.end(), page);
 }
 
 CachedHead PagePool::head(int layer, int head) const {
@@ -71,22 +74,35 @@ void PagePool::store(const Kernels& kernels, const int32_t* pages, int layer, in
   kernels.to_half(value, head_dim, reinterpret_cast<uint16_t*>(values) + size_t(row) * layout.value_stride());
 }
 
-int32_t PagePool::take(int32_t wanted) {
-  const std::set<int32_t>& free = kept_.empty() ? empty_ : kept_;
-  const bool is_free = wanted >= 0 && wanted < num_pages() && num_holders_[wanted] == 0;
-  const int32_t page = is_free ? wanted : *free.begin();
-  if (!kept_.erase(page)) empty_.erase(page);
+int32_t PagePool::take(int32_t before) {
+  const int32_t next = before + 1;
+  const bool is_free = next >= 0 && next < num_pages() && num_holders_[next] == 0;
+  const int32_t page = is_free ? next : roomiest();
   num_holders_[page] = 1;
+  --num_free_;
+  num_kept_ -= kept_[page];
+  kept_[page] = false;
   return page;
+}
+
+// The middle of the longest run of free pages, so that the sequence whose pages end before it has room to grow too.
+int32_t PagePool::roomiest() const {
+  int32_t first = 0, longest = 0;
+  for (int32_t page = 0, length = 0; page < num_pages(); ++page) {
+    length = num_holders_[page] ? 0 : length + 1;
+    if (length > longest) longest = length, first = page + 1 - length;
+  }
+  return first ? first + longest / 2 : 0;
 }
 
 void PagePool::release(int32_t page) {
   if (--num_holders_[page] > 0) return;
-  if ((kept_.size() + 1) * layout.num_bytes() <= kKeptBytes) {
-    kept_.insert(page);
+  ++num_free_;
+  if ((num_kept_ + 1) * layout.num_bytes() <= kept_bytes_) {
+    kept_[page] = true;
+    ++num_kept_;
     return;
   }
-  empty_.insert(page);
   for (const Region& region : regions_) give_back(region, page);
 }
 
@@ -95,25 +111,26 @@ void PagePool::give_back(const Region& region, int32_t page) const {
   const auto all_empty = [&](size_t begin, size_t end) {
     const int32_t last = std::min<int32_t>((end - 1) / region.page_bytes, num_pages() - 1);
     for (int32_t other = begin / region.page_bytes; other <= last; ++other)
-      if (!empty_.count(other)) return false;
+      if (!is_empty(other)) return false;
     return true;
   };
-  size_t begin = page * region.page_bytes / kGranule * kGranule, end = aligned((page + 1) * region.page_bytes);
+  size_t begin = page * region.page_bytes / kGranule * kGranule;
+  size_t end = aligned((page + 1) * region.page_bytes);
   if (!all_empty(begin, begin + kGranule)) begin += kGranule;
   if (begin < end && !all_empty(end - kGranule, end)) end -= kGranule;
   if (begin < end) madvise(base_.get() + region.start + begin, end - begin, MADV_DONTNEED);
 }
 
-int32_t PagePool::copy(int32_t page, int32_t wanted) {
-  const int32_t own = take(wanted);
+int32_t PagePool::copy(int32_t page, int32_t before) {
+  const int32_t own = take(before);
   for (const Region& region : regions_) std::memcpy(at(region, own), at(region, page), region.page_bytes);
   return own;
 }
 
 namespace {
 
-// The page that best comes at `index`: right after the one before it in memory.
-int32_t page_after(const std::vector<int32_t>& pages, size_t index) { return index ? pages[index - 1] + 1 : -1; }
+// The page before the one at `index`.
+int32_t page_before(const std::vector<int32_t>& pages, size_t index) { return index ? pages[index - 1] : kNoPage; }
 
 // Whether the next token would be written to a page that others read.
 bool must_copy(const PagePool& pool, const Sequence& sequence) {
@@ -129,28 +146,41 @@ int pages_to_extend(const PagePool& pool, const Sequence& sequence, int num_toke
 
 void extend(PagePool& pool, Sequence& sequence, int num_tokens) {
   if (must_copy(pool, sequence)) {
-    int32_t& page = sequence.pages[sequence.num_cached / kPageTokens];
-    const int32_t own = pool.copy(page, page_after(sequence.pages, sequence.num_cached / kPageTokens));
+    const size_t index = sequence.num_cached / kPageTokens;
+    int32_t& page = sequence.pages[index];
+    const int32_t own = pool.copy(page, page_before(sequence.pages, index));
     pool.release(page);
     page = own;
   }
   const size_t num_pages = pages_of(sequence.num_cached + num_tokens);
   while (sequence.pages.size() < num_pages)
+<<<<<<< HEAD
     sequence.pages.push_back(pool.take(page_after(sequence.pages, sequence.pages.size())));
+=======
+    sequence.pages.push_back(pool.take(page_before(sequence.pages, sequence.pages.size())));
+>>>>>>> k3
 }
 
 void truncate(PagePool& pool, Sequence& sequence, int num_tokens) {
   sequence.num_cached = std::min(sequence.num_cached, num_tokens);
   const size_t num_pages = pages_of(sequence.num_cached);
-  for (; sequence.pages.size() > num_pages; sequence.pages.pop_back()) pool.release(sequence.pages.back());
+  // The first ones first: their memory is kept, for the next sequence there.
+  for (size_t index = num_pages; index < sequence.pages.size(); ++index) pool.release(sequence.pages[index]);
+  sequence.pages.resize(std::min(num_pages, sequence.pages.size()));
 }
 
 Sequence fork(PagePool& pool, const Sequence& source, int num_tokens) {
   Sequence sequence{{source.pages.begin(), source.pages.begin() + num_tokens / kPageTokens}, num_tokens};
   for (const int32_t page : sequence.pages) pool.share(page);
+<<<<<<< HEAD
   if (pages_to_fork(num_tokens))
     sequence.pages.push_back(
         pool.copy(source.pages[num_tokens / kPageTokens], page_after(sequence.pages, sequence.pages.size())));
+=======
+  const size_t index = sequence.pages.size();
+  if (pages_to_fork(num_tokens))
+    sequence.pages.push_back(pool.copy(source.pages[index], page_before(sequence.pages, index)));
+>>>>>>> k3
   return sequence;
 }
 

@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <set>
 #include <stdexcept>
 #include <vector>
 
@@ -38,18 +37,20 @@ class PageLayout {
   int num_kv_heads_, head_dim_, value_stride_;
 };
 
+constexpr int32_t kNoPage = -2;  // not one before page 0 either
+
 struct NoAddressSpace : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
 // Pages that several sequences may hold at once. A head's keys (or values) of all pages lie side by side, in the pages'
-// order: those of a sequence whose pages follow one another are read in one go. Address space is reserved for all pages,
-// memory is taken when a page is first written; some of it is kept for the next who takes a page, the rest goes back to
-// the system.
+// order: those of a sequence whose pages follow one another are read in one go, and pages are taken so that they do.
+// Address space is reserved for all pages, memory is taken when a page is first written; some of it is kept for the next
+// who takes that page, the rest goes back to the system.
 class PagePool {
  public:
-  // Throws NoAddressSpace: the system does not give so much.
-  PagePool(const PageLayout& layout, int num_pages);
+  // `kept_bytes`: of free pages, whose memory is not given back. Throws NoAddressSpace: the system does not give so much.
+  PagePool(const PageLayout& layout, int num_pages, size_t kept_bytes = 256 << 20);
 
   CachedHead head(int layer, int head) const;
   // Write one token's key and value of one head into a sequence's pages.
@@ -57,15 +58,15 @@ class PagePool {
              const float* value) const;
 
   int num_pages() const { return static_cast<int>(num_holders_.size()); }
-  int num_free() const { return static_cast<int>(kept_.size() + empty_.size()); }
-  // There must be a free page. `wanted` is taken if it is free; it may be no page at all.
-  int32_t take(int32_t wanted);
+  int num_free() const { return num_free_; }
+  // A free page, of which there must be one: page `before` + 1, or else one where there is room for pages after it.
+  int32_t take(int32_t before = kNoPage);
   void share(int32_t page) { ++num_holders_[page]; }
   bool is_shared(int32_t page) const { return num_holders_[page] > 1; }
   // One holder less; the last one's page is free.
   void release(int32_t page);
-  // A page of one's own with the same content, in the place of one that was shared. There must be a free page.
-  int32_t copy(int32_t page, int32_t wanted);
+  // `take`, and a page's content with it.
+  int32_t copy(int32_t page, int32_t before);
 
   const PageLayout layout;
 
@@ -74,15 +75,28 @@ class PagePool {
   struct Region {
     size_t start, page_bytes;
   };
+<<<<<<< HEAD
   uint8_t* at(const Region& region, int32_t page) const {
     return base_.get() + region.start + page * region.page_bytes;
   }
+=======
+  uint8_t* at(const Region& region, int32_t page) const { return base_.get() + region.start + page * region.page_bytes; }
+  int32_t roomiest() const;
+  bool is_empty(int32_t page) const { return num_holders_[page] == 0 && !kept_[page]; }
+>>>>>>> k3
   void give_back(const Region& region, int32_t page) const;
 
   std::vector<Region> regions_;  // by layer and head: keys, values
   std::shared_ptr<uint8_t> base_;
+<<<<<<< HEAD
   std::vector<int> num_holders_;    // of each page
   std::set<int32_t> kept_, empty_;  // free pages, with memory and without
+=======
+  std::vector<int> num_holders_;  // of each page
+  std::vector<bool> kept_;        // of each page, whether it is free and has memory
+  size_t kept_bytes_;
+  int num_free_, num_kept_ = 0;
+>>>>>>> k3
 };
 
 // One text: where its keys and values are, and how many there are.
