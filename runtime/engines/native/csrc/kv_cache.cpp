@@ -28,11 +28,7 @@ size_t PageLayout::num_bytes() const {
 }
 
 PagePool::PagePool(const PageLayout& page_layout, int num_pages, size_t kept_bytes)
-    : layout(page_layout),
-      num_holders_(num_pages),
-      kept_(num_pages),
-      kept_bytes_(kept_bytes),
-      num_free_(num_pages) {
+    : layout(page_layout), num_holders_(num_pages), kept_(num_pages), kept_bytes_(kept_bytes), num_free_(num_pages) {
   size_t num_bytes = 0;
   for (int layer = 0; layer < layout.num_layers(); ++layer)
     for (int head = 0; head < layout.num_kv_heads(); ++head)
@@ -154,11 +150,7 @@ void extend(PagePool& pool, Sequence& sequence, int num_tokens) {
   }
   const size_t num_pages = pages_of(sequence.num_cached + num_tokens);
   while (sequence.pages.size() < num_pages)
-<<<<<<< HEAD
-    sequence.pages.push_back(pool.take(page_after(sequence.pages, sequence.pages.size())));
-=======
     sequence.pages.push_back(pool.take(page_before(sequence.pages, sequence.pages.size())));
->>>>>>> k3
 }
 
 void truncate(PagePool& pool, Sequence& sequence, int num_tokens) {
@@ -172,15 +164,9 @@ void truncate(PagePool& pool, Sequence& sequence, int num_tokens) {
 Sequence fork(PagePool& pool, const Sequence& source, int num_tokens) {
   Sequence sequence{{source.pages.begin(), source.pages.begin() + num_tokens / kPageTokens}, num_tokens};
   for (const int32_t page : sequence.pages) pool.share(page);
-<<<<<<< HEAD
-  if (pages_to_fork(num_tokens))
-    sequence.pages.push_back(
-        pool.copy(source.pages[num_tokens / kPageTokens], page_after(sequence.pages, sequence.pages.size())));
-=======
   const size_t index = sequence.pages.size();
   if (pages_to_fork(num_tokens))
     sequence.pages.push_back(pool.copy(source.pages[index], page_before(sequence.pages, index)));
->>>>>>> k3
   return sequence;
 }
 

@@ -75,28 +75,19 @@ class PagePool {
   struct Region {
     size_t start, page_bytes;
   };
-<<<<<<< HEAD
   uint8_t* at(const Region& region, int32_t page) const {
     return base_.get() + region.start + page * region.page_bytes;
   }
-=======
-  uint8_t* at(const Region& region, int32_t page) const { return base_.get() + region.start + page * region.page_bytes; }
   int32_t roomiest() const;
   bool is_empty(int32_t page) const { return num_holders_[page] == 0 && !kept_[page]; }
->>>>>>> k3
   void give_back(const Region& region, int32_t page) const;
 
   std::vector<Region> regions_;  // by layer and head: keys, values
   std::shared_ptr<uint8_t> base_;
-<<<<<<< HEAD
-  std::vector<int> num_holders_;    // of each page
-  std::set<int32_t> kept_, empty_;  // free pages, with memory and without
-=======
   std::vector<int> num_holders_;  // of each page
   std::vector<bool> kept_;        // of each page, whether it is free and has memory
   size_t kept_bytes_;
   int num_free_, num_kept_ = 0;
->>>>>>> k3
 };
 
 // One text: where its keys and values are, and how many there are.
