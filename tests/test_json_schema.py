@@ -73,6 +73,13 @@ def test_a_schema_may_be_text_and_goes_with_other_options(engine: runtime.Engine
     assert any(top[0].logprob > own for own, top in zip(got.logprobs, got.top_logprobs, strict=True))
 
 
+def test_true_is_any_json(engine: runtime.Engine) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 30, "logit_bias": {engine.tokenizer.token_to_id("7"): 100}}
+    got = [engine.generate(PROMPT, json_schema=schema, **options) for schema in ("true", {})]
+    assert got[0].token_ids == got[1].token_ids
+    assert got[0].text.strip("7") == ""
+
+
 def test_without_a_schema_the_model_says_something_else(engine: runtime.Engine) -> None:
     with pytest.raises(json.JSONDecodeError):
         json.loads(engine.generate(PROMPT, raw=True, max_new_tokens=100).text)
@@ -82,7 +89,8 @@ def test_without_a_schema_the_model_says_something_else(engine: runtime.Engine) 
     ("schema", "named"),
     [
         ("{", "json_schema: expected JSON"),
-        ("7", "json_schema: expected an object, got 7"),
+        ("7", "json_schema: expected an object or true, got 7"),
+        ("false", "json_schema: expected an object or true, got false"),
         (7, "json_schema: expected a schema or its text, got int"),
         ({"type": "soup"}, "json_schema: "),
         ({"type": "string", "pattern": "("}, "json_schema: "),

@@ -156,9 +156,10 @@ def _schema_text(schema: object) -> str:
             f"json_schema: expected at most {_MAX_SCHEMA_CHARACTERS} characters, got {len(text)}; leave out what need "
             "not be followed to the letter"
         )
-    if not isinstance(data, (dict, bool)):
-        raise ConfigError(f"json_schema: expected an object, got {text[:40]}")
-    return text
+    if data is not True and not isinstance(data, dict):
+        raise ConfigError(f"json_schema: expected an object or true, got {text[:40]}")
+    # Any JSON; llguidance wants that as an object.
+    return "{}" if data is True else text
 
 
 def _one_line(error: object) -> str:
