@@ -75,7 +75,8 @@ def test_a_schema_may_be_text_and_goes_with_other_options(engine: runtime.Engine
 
 def test_true_is_any_json(engine: runtime.Engine) -> None:
     options: dict[str, Any] = {"max_new_tokens": 30, "logit_bias": {engine.tokenizer.token_to_id("7"): 100}}
-    got = [engine.generate(PROMPT, json_schema=schema, **options) for schema in ("true", {})]
+    schemas: tuple[str | dict[str, Any], ...] = ("true", {})
+    got = [engine.generate(PROMPT, json_schema=schema, **options) for schema in schemas]
     assert got[0].token_ids == got[1].token_ids
     assert got[0].text.strip("7") == ""
 
