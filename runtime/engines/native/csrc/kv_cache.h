@@ -49,7 +49,8 @@ struct NoAddressSpace : std::runtime_error {
 // who takes that page, the rest goes back to the system.
 class PagePool {
  public:
-  // `kept_bytes`: of free pages, whose memory is not given back. Throws NoAddressSpace: the system does not give so much.
+  // `kept_bytes`: of free pages, whose memory is not given back.
+  // Throws NoAddressSpace: the system does not give so much.
   PagePool(const PageLayout& layout, int num_pages, size_t kept_bytes = 256 << 20);
 
   CachedHead head(int layer, int head) const;
