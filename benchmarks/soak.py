@@ -58,7 +58,12 @@ def main(
             bundle_dir = _tiny_bundle(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         engine = _engine(bundle_dir, num_pages)
         questions = make_questions(_engine(bundle_dir, None), num_questions, random.Random(seed), _MAX_TOKENS)
-        result = {"bundle": bundle_dir.name, "seed": seed, "threads": num_threads, "clients": num_clients}
+        result: dict[str, Any] = {
+            "bundle": bundle_dir.name,
+            "seed": seed,
+            "threads": num_threads,
+            "clients": num_clients,
+        }
         result |= _soak(engine, questions, num_requests, num_threads, num_clients, seed)
     wrong = result.pop("wrong")
     for line in wrong[:5]:
