@@ -10,7 +10,7 @@ tools/test-kernels.sh $flags
 
 # The instrumented module takes the installed one's place while the tests run.
 suffix=$("$python" -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
-module="runtime/_native$suffix"
+module="runtime/engines/native/_native$suffix"
 cp "$module" "$module.saved"
 trap 'mv "$module.saved" "$module"' EXIT
 # shellcheck disable=SC2046,SC2086
