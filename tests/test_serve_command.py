@@ -33,7 +33,7 @@ def refused(*arguments: object, **environment: str) -> str:
 
 
 def test_a_folder_without_a_bundle(tmp_path: Path) -> None:
-    assert "no bundle" in refused(tmp_path, "--port", 0)
+    assert "not a bundle" in refused(tmp_path, "--port", 0)
 
 
 def test_a_damaged_bundle(bundle: Path, tmp_path: Path) -> None:

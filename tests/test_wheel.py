@@ -78,10 +78,10 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
         f"coreinfer/{path.relative_to(ROOT)}" for package in packages for path in (ROOT / package).rglob("*.py")
     }
     expected |= {f"coreinfer/{package}/py.typed" for package in packages}
-    expected |= {"coreinfer/server/page.html"}
+    expected |= {"coreinfer/server/routes/page.html", "coreinfer/compiler/text/seeds.jsonl"}
     expected |= {f"coreinfer/{path.relative_to(ROOT)}" for path in (ROOT / "compiler/report/page").iterdir()}
-    expected |= {"coreinfer/compiler/seeds.jsonl"}
-    expected |= {"coreinfer/runtime/_native.pyi", f"coreinfer/runtime/_native{sysconfig.get_config_var('EXT_SUFFIX')}"}
+    module = "coreinfer/runtime/engines/native/_native"
+    expected |= {f"{module}.pyi", f"{module}{sysconfig.get_config_var('EXT_SUFFIX')}"}
     assert set(names) == expected
     assert len(names) == len(expected)
 

@@ -128,7 +128,7 @@ def test_force_refuses_what_is_no_bundle(tmp_path: Path, kind: str) -> None:
     else:
         target.symlink_to(tmp_path / "absent")
     before = snapshot(tmp_path)
-    assert "no bundle" in refused(target, force=True)
+    assert "not a bundle" in refused(target, force=True)
     assert snapshot(tmp_path) == before
 
 
