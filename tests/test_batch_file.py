@@ -200,7 +200,8 @@ def test_more_lines_than_are_open_at_once(
     assert got.keys() == set(range(1, 13))
     for number in range(12):
         assert got[number + 1]["text"] == engine.generate(f"{number} soup", raw=True, max_new_tokens=9).text
-    assert most <= 3
+    # Those that ended in the step under way are still counted.
+    assert most <= 2 * 3
 
 
 def test_answers_come_as_they_end(bundle: Path, write: Any, out: Path) -> None:
