@@ -12,9 +12,10 @@ from coreinfer.runtime.prompts.requests import Prompt
 from fastapi import Request
 
 from .api_errors import ApiError
+from .jobs import Job
 from .metrics import Metrics, ModelMetrics
 from .server_config import ServerConfig
-from .worker import Job, Worker
+from .worker import Worker
 
 __all__ = ["Model", "Service", "service_of"]
 

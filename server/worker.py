@@ -8,86 +8,22 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 
-from coreinfer.runtime import Engine, GenerationOptions, Token
+from coreinfer.runtime import Engine, GenerationOptions
 from coreinfer.runtime.prompts.requests import Prompt
-from coreinfer.runtime.scheduling import Run
 
-from .api_errors import QueueFull, RequestTimedOut, ShuttingDown
+from .api_errors import QueueFull, ShuttingDown
+from .jobs import Event, Job, Mail
 from .metrics import ModelMetrics, Outcome
 
-__all__ = ["Job", "Worker"]
+__all__ = ["Worker"]
 
 _log = logging.getLogger(__name__)
 
 _MAX_RETRY_SECONDS = 60
 _KEPT_SEQUENCES = 32
 """Of finished answers, for the next turn of their chats, while there are pages for them."""
-
-
-class Job:
-    """A request that waits or is answered.
-
-    Attributes:
-        arrived_seconds: when the request came, by `time.monotonic`.
-        timeout_seconds: how long after that it may be worked on.
-        run: its generation, once there is one.
-        last: its newest token.
-        is_over: whether its place is free again.
-    """
-
-    def __init__(self, worker: "Worker", *, arrived_seconds: float, timeout_seconds: float) -> None:
-        """Prepare a job on the running event loop."""
-        self.arrived_seconds, self.timeout_seconds = arrived_seconds, timeout_seconds
-        self.run: Run | None = None
-        self.last: Token | None = None
-        self.is_over = False
-        self._worker = worker
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Token | Exception] = asyncio.Queue()
-
-    @property
-    def deadline_seconds(self) -> float:
-        """When its time is over, by `time.monotonic`."""
-        return self.arrived_seconds + self.timeout_seconds
-
-    def post(self, event: Token | Exception) -> None:
-        """Hand a token or what went wrong to the event loop, from any thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:
-            # The event loop ended, and with it whoever waited.
-            self.abandon()
-
-    def abandon(self) -> None:
-        """Nobody waits for it any more: free its place, and end it after the step that is being made."""
-        self._worker.abandon(self)
-
-    async def next(self) -> Token:
-        """Wait for the next token.
-
-        Raises:
-            RequestTimedOut: the job's time is over.
-            Exception: what the generation raised.
-        """
-        try:
-            async with asyncio.timeout(self.deadline_seconds - time.monotonic()):
-                event = await self._events.get()
-        except TimeoutError as error:
-            raise RequestTimedOut(self.timeout_seconds) from error
-        if isinstance(event, Exception):
-            raise event
-        return event
-
-    async def tokens(self) -> AsyncGenerator[Token, None]:
-        """Yield the tokens as they come, to the last."""
-        while True:
-            token = await self.next()
-            yield token
-            if token.finish_reason:
-                return
 
 
 class Worker:
@@ -109,6 +45,7 @@ class Worker:
         scheduler.max_parallel = parallel
         scheduler.pool.num_to_keep = parallel + _KEPT_SEQUENCES
         metrics.watch(scheduler)
+        self._mail: Mail | None = None
         self._jobs: list[Job] = []  # not over, in the order in which they came
         self._closed = False
         self._lock = threading.Lock()
@@ -129,7 +66,8 @@ class Worker:
             QueueFull: there is no place.
             ShuttingDown: the worker was closed.
         """
-        job = Job(self, arrived_seconds=arrived_seconds, timeout_seconds=timeout_seconds)
+        mail = self._mail_on(asyncio.get_running_loop())
+        job = Job(mail, self.abandon, arrived_seconds=arrived_seconds, timeout_seconds=timeout_seconds)
         with self._lock:
             if self._closed:
                 raise ShuttingDown
@@ -162,6 +100,12 @@ class Worker:
         self._reader.shutdown()
         self._thread.join()
 
+    def _mail_on(self, loop: asyncio.AbstractEventLoop) -> Mail:
+        """All jobs of an event loop share one mail."""
+        if self._mail is None or self._mail.loop is not loop:
+            self._mail = Mail(loop)
+        return self._mail
+
     def _run(self) -> None:
         try:
             self._engine.driver.serve(lambda: self._closed)
@@ -182,7 +126,7 @@ class Worker:
             # It was given up meanwhile.
             self._engine.driver.end([job.run])
 
-    def _take(self, job: Job, event: Token | Exception) -> None:
+    def _take(self, job: Job, event: Event) -> None:
         """Pass an event to the event loop, counted first, so that metrics that are read afterwards include it."""
         if job.is_over:
             return

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from coreinfer import runtime
 from coreinfer.bundles import open_bundle
-from coreinfer.server.answers.streaming import merged
 from coreinfer.server.api_errors import RequestTimedOut, ShuttingDown
+from coreinfer.server.jobs import Job, merged
 from coreinfer.server.metrics import Metrics, ModelMetrics
-from coreinfer.server.worker import Job, Worker
+from coreinfer.server.worker import Worker
 
 from .fake_decoder import FakeDecoder
 from .model_factory import corpus_texts

@@ -29,7 +29,11 @@ class Chosen:
 
 
 class TokenChooser:
-    """Chooses the tokens of one generation: grammar, then sampling."""
+    """Chooses the tokens of one generation: grammar, then sampling.
+
+    Attributes:
+        greedy: whether only the place of the largest logit matters, so that the others may be approximate.
+    """
 
     def __init__(
         self,
@@ -49,11 +53,7 @@ class TokenChooser:
         self._num_logprobs = options.logprobs
         self._tokenizer = tokenizer
         self._grammar = grammar
-
-    @property
-    def greedy(self) -> bool:
-        """Whether only the place of the largest logit matters, so that the others may be approximate."""
-        return self._sampler.greedy and self._grammar is None and self._num_logprobs is None
+        self.greedy = self._sampler.greedy and grammar is None and options.logprobs is None
 
     def propose(self, logits: Logits, ahead_ids: Sequence[int]) -> Draft:
         """Draft a token from a pack's logits; see `Sampler.propose`. A grammar looks at chosen tokens only."""

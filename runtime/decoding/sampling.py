@@ -115,7 +115,11 @@ class Draft:
 
 
 class Sampler:
-    """Draws the tokens of one generation."""
+    """Draws the tokens of one generation.
+
+    Attributes:
+        greedy: whether only the place of the largest logit matters.
+    """
 
     def __init__(self, params: SamplingParams, prompt_ids: Iterable[int]) -> None:
         """Start a generation.
@@ -125,6 +129,7 @@ class Sampler:
             prompt_ids: the prompt's tokens, which count as seen.
         """
         self._params = params
+        self.greedy, self._counts_matter = params.temperature == 0 and not params.changes_logits, params.counts
         self._seen = {int(token_id) for token_id in prompt_ids}
         self._counts: Counter[int] = Counter()
 
@@ -132,11 +137,6 @@ class Sampler:
     def _generator(self) -> "np.random.Generator":
         # Made for the first token that is drawn: a greedy text would wait some 10 ms for numpy to import this part.
         return np.random.Generator(np.random.PCG64(self._params.seed))
-
-    @property
-    def greedy(self) -> bool:
-        """Whether only the place of the largest logit matters."""
-        return self._params.temperature == 0 and not self._params.changes_logits
 
     def sample(self, logits: Logits, draft: Draft | None = None) -> int:
         """Draw the next token, which counts as seen from then on.
@@ -155,7 +155,7 @@ class Sampler:
         if token_id is None:
             token_id = self._draw_beside(distribution(logits, self._params, self._seen, self._counts), draft)
         self._seen.add(token_id)
-        if self._params.counts:
+        if self._counts_matter:
             self._counts[token_id] += 1
         return token_id
 

@@ -46,7 +46,10 @@ class TextStream:
         special = _special_ids(tokenizer)
         self._stop_ids = {token_id for token_id in special if tokenizer.id_to_token(token_id) in self._stop}
         self._decoder = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._open_ids = _byte_ids(tokenizer).union(special if skip_special_tokens else ())
+        byte_ids = _byte_ids(tokenizer)
+        # An unknown id, which does not end a run of bytes, is looked for only where there are such runs.
+        self._has_bytes = bool(byte_ids)
+        self._open_ids = byte_ids.union(special if skip_special_tokens else ())
         self._token_ids = _ids_before(tokenizer, after_ids, special)
         self._num_decoded = len(self._decode())
         if self._token_ids:
@@ -76,7 +79,7 @@ class TextStream:
             return text
         self._token_ids.append(token_id)
         self._pending.append(token_id)
-        if token_id in self._open_ids or self._tokenizer.id_to_token(token_id) is None:
+        if token_id in self._open_ids or (self._has_bytes and self._tokenizer.id_to_token(token_id) is None):
             return ""
         text = self._decoder.step(self._tokenizer, self._pending) or ""
         self._pending = []

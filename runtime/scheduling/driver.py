@@ -150,7 +150,8 @@ class Driver:
         try:
             self.scheduler.step()
             while not is_done():
-                self._ring(lambda run: run.is_ready)
+                if self._waiting:
+                    self._ring(lambda run: run.is_ready)
                 self.scheduler.step()
         finally:
             self._step_down()
@@ -163,8 +164,6 @@ class Driver:
             self._work.notify()
 
     def _ring(self, deserves: Callable[[Run], bool]) -> None:
-        if not self._waiting:
-            return
         with self._lock:
             for run, bell in self._waiting.items():
                 if deserves(run):

@@ -47,6 +47,7 @@ class Run:
     """A generation from its request to its last token.
 
     Attributes:
+        max_tokens: maximum number of tokens that it decodes.
         lengths: of drafts, in mode lossless.
         path: the clusters so far.
         ahead: maximum number of decoded tokens that were not taken yet; None for no limit.
@@ -70,6 +71,7 @@ class Run:
     chooser: TokenChooser
     text: TextStream
     drift: DriftWatch
+    max_tokens: int
     lengths: DraftLength | None
     path: tuple[PathStep, ...]
     ahead: int | None = None
@@ -90,11 +92,6 @@ class Run:
     finished: bool = False
     ended: bool = False
     failure: Exception | None = None
-
-    @property
-    def max_tokens(self) -> int:
-        """Maximum number of tokens that it decodes."""
-        return min(self.options.max_new_tokens, self.loaded.max_tokens - len(self.request.token_ids))
 
     @property
     def num_left(self) -> int:
@@ -186,6 +183,7 @@ def prepare(loaded: Loaded, request: Request, options: GenerationOptions) -> Run
             skip_special_tokens=options.skip_special_tokens,
         ),
         drift=DriftWatch(cluster, stretch_tokens=options.drift_tokens if request.plan.uses_pack else 0),
+        max_tokens=min(options.max_new_tokens, loaded.max_tokens - len(request.token_ids)),
         lengths=_draft_length(loaded, options) if request.plan.mode == "lossless" else None,
         path=(path_step(loaded, cluster, first_token=1, distance=request.distance),),
     )

@@ -79,7 +79,8 @@ class Scheduler:
             run.check_cancelled()
         self.sweep()
         self._admit()
-        has_read = self._read(self._unread)
+        unread = self._unread
+        has_read = bool(unread) and self._read(unread)
         self._decode(has_read=has_read)
         self.sweep()
 
@@ -87,9 +88,10 @@ class Scheduler:
         """Free what finished runs hold."""
         while self._arrived:
             self._waiting.append(self._arrived.popleft())
-        for run in [run for run in self._active if run.is_over]:
-            self._free(run)
-            self._active.remove(run)
+        for run in tuple(self._active):
+            if run.is_over:
+                self._free(run)
+                self._active.remove(run)
         if self._waiting and any(run.is_over for run in self._waiting):
             self._waiting = deque(run for run in self._waiting if not run.is_over)
         if self.decoder.sequence != 0:

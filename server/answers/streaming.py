@@ -10,16 +10,14 @@ from typing import Any, TypeVar
 
 from coreinfer.runtime import Token
 from coreinfer.server.api_errors import ClientGone, api_error
-from coreinfer.server.worker import Job
+from coreinfer.server.jobs import ChoiceToken, Job
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-__all__ = ["ChoiceToken", "EventStream", "merged", "unless_gone"]
+__all__ = ["EventStream", "unless_gone"]
 
 T = TypeVar("T")
-ChoiceToken = tuple[int, Token]
-"""A token and the index of its choice."""
 Events = Callable[[int, Token], list[BaseModel]]
 
 _log = logging.getLogger(__name__)
@@ -60,28 +58,6 @@ class EventStream(StreamingResponse):
         finally:
             for job in self._jobs:
                 job.abandon()
-
-
-async def merged(jobs: Sequence[Job]) -> AsyncGenerator[ChoiceToken, None]:
-    """Yield the tokens of several jobs as they come, each with its job's index, to the last of all.
-
-    Raises:
-        Exception: what the first generation that failed raised.
-    """
-    waiting = {asyncio.ensure_future(job.next()): index for index, job in enumerate(jobs)}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=waiting.__getitem__):
-                token, index = task.result(), waiting.pop(task)
-                if not token.finish_reason:
-                    waiting[asyncio.ensure_future(jobs[index].next())] = index
-                yield index, token
-    finally:
-        for task in waiting:
-            task.cancel()
-        # What else failed is not to be complained of.
-        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def unless_gone(request: Request, wanted: Awaitable[T]) -> T:

@@ -10,13 +10,13 @@ from coreinfer.runtime import GenerationOptions, Token
 from coreinfer.runtime.prompts.requests import Prompt
 from coreinfer.server.answers.answer_forms import AnswerForm, ChatForm, CompletionForm, Header, UsageEvents
 from coreinfer.server.answers.response_bodies import Chat, Completion, ModelCard, ModelList
-from coreinfer.server.answers.streaming import EventStream, merged, unless_gone
+from coreinfer.server.answers.streaming import EventStream, unless_gone
 from coreinfer.server.api_errors import ERRORS, ApiError
+from coreinfer.server.jobs import Job, merged
 from coreinfer.server.requests.bounds import BoundedRoute
 from coreinfer.server.requests.generation_options import chat_options, completion_options
 from coreinfer.server.requests.request_bodies import ChatRequest, CompletionRequest, SamplingFields
 from coreinfer.server.service import Model, Service, service_of
-from coreinfer.server.worker import Job
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 

@@ -167,23 +167,29 @@ class NativeDecoder:
 
     def fork_sequence(self, source: int, num_tokens: int) -> int:
         """Begin another sequence with the first tokens of one that is there; see `Decoder.fork_sequence`."""
-        with _refused():
+        try:
             number = self._model.fork_sequence(source, num_tokens)
+        except _REFUSALS as error:
+            raise _refusal(error) from error
         self._records[number] = self._records[source].fork(num_tokens)
         return number
 
     def drop_sequence(self, sequence: int) -> None:
         """Free a sequence's pages; see `Decoder.drop_sequence`."""
-        with _refused():
+        try:
             self._model.drop_sequence(sequence)
+        except _REFUSALS as error:
+            raise _refusal(error) from error
         del self._records[sequence]
         if sequence == self.sequence:
             self.sequence = 0
 
     def select(self, sequence: int) -> None:
         """Choose the sequence to work on; see `Decoder.select`."""
-        with _refused():
+        try:
             self._model.num_cached(sequence)
+        except _REFUSALS as error:
+            raise _refusal(error) from error
         self.sequence = sequence
 
     def forward(self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False) -> Floats:
@@ -207,10 +213,11 @@ class NativeDecoder:
             ConfigError: there is no such sequence, a token id is out of range, or there is no position left.
             KvPoolFull: too few pages are free.
         """
-        with _refused():
-            logits = self._model.forward_rows(
-                np.asarray(sequences, dtype=np.int32), np.asarray(token_ids, dtype=np.int32)
-            )
+        try:
+            rows, ids = np.asarray(sequences, dtype=np.int32), np.asarray(token_ids, dtype=np.int32)
+            logits = self._model.forward_rows(rows, ids)
+        except _REFUSALS as error:
+            raise _refusal(error) from error
         for sequence, token_id in zip(sequences, token_ids, strict=True):
             self._records[sequence].append([token_id], self._choice)
         return logits
@@ -240,27 +247,27 @@ class NativeDecoder:
         greedy: bool,
         watcher: Callable[[int, Floats], None] | None,
     ) -> Floats:
-        with _refused():
+        try:
             ids = np.asarray(token_ids, dtype=np.int32)
             logits = self._model.forward(ids, all_logits, greedy, watcher, self.sequence)
+        except _REFUSALS as error:
+            raise _refusal(error) from error
         self.cached.append(token_ids, self._choice)
         return logits
 
 
 _MAX_THREADS = 256
+# What the native module raises. It is caught in place: a context manager takes several microseconds of every token.
+_REFUSALS = (RuntimeError, ValueError, OverflowError)
 
 
-@contextmanager
-def _refused() -> Iterator[None]:
-    """Turn what the native module refuses into errors of the package."""
-    try:
-        yield
-    except (ValueError, OverflowError) as error:
-        raise ConfigError(str(error)) from error
-    except _native.PoolFull as error:
-        raise KvPoolFull(f"{error}; raise kv_cache_mb, or let other generations end") from error
-    except RuntimeError as error:
-        raise CoreInferError(str(error)) from error
+def _refusal(error: RuntimeError | ValueError | OverflowError) -> CoreInferError:
+    """Turn what the native module refuses into an error of the package."""
+    if isinstance(error, (ValueError, OverflowError)):
+        return ConfigError(str(error))
+    if isinstance(error, _native.PoolFull):
+        return KvPoolFull(f"{error}; raise kv_cache_mb, or let other generations end")
+    return CoreInferError(str(error))
 
 
 @contextmanager
