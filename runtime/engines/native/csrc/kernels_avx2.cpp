@@ -18,6 +18,7 @@ namespace {
 struct V : Avx2 {
   static constexpr const char* kName = "avx2";
   static constexpr int kByteOffset = 0;  // dot_bytes takes the offset away itself
+  static constexpr bool kJoinsPlanes = false;
 
   // GCC sums in an order of its own, holding all products back in memory: each sum passes through an empty instruction.
   static I in_order(I sum) {

@@ -20,6 +20,7 @@ struct V {
   static constexpr int kTileTokens = 8;
   static constexpr int kTileTokensBf16 = kTileTokens;
   static constexpr int kByteOffset = 128;  // dot_bytes takes bytes as unsigned
+  static constexpr bool kJoinsPlanes = true;
   using F = __m512;
   using I = __m512i;
   using B = __m512i;
@@ -42,6 +43,10 @@ struct V {
   static B load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static B low_nibbles(B x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
   static B high_nibbles(B x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+  // The bytes whose halves are the low, or the high, nibbles of two vectors.
+  static B join_low(B high, B low) { return halves(_mm512_slli_epi16(high, 4), low); }
+  static B join_high(B high, B low) { return halves(high, _mm512_srli_epi16(low, 4)); }
+  static B halves(B high, B low) { return _mm512_ternarylogic_epi32(_mm512_set1_epi8(-16), high, low, 0xca); }
   static I zero() { return _mm512_setzero_si512(); }
   static I quad(const int8_t* p) { return _mm512_set1_epi32(*(const int32_t*)p); }
   static I add_nibble_sums(I a, I b) { return add_int(a, b); }

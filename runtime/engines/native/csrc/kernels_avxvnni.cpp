@@ -18,6 +18,7 @@ namespace {
 struct V : Avx2 {
   static constexpr const char* kName = "avxvnni";
   static constexpr int kByteOffset = 128;  // dot_bytes takes bytes as unsigned
+  static constexpr bool kJoinsPlanes = true;
 
   static I add_nibble_sums(I a, I b) { return add_int(a, b); }
   static I nibble_sums(I sums) { return sums; }

@@ -21,6 +21,7 @@ struct V {
   static constexpr int kTileTokens = 4;
   static constexpr int kTileTokensBf16 = kTileTokens;
   static constexpr int kByteOffset = 0;  // dot_bytes takes the offset away itself
+  static constexpr bool kJoinsPlanes = true;
   using F = float32x4_t;
   using I = int32x4_t;
   using B = uint8x16_t;
@@ -44,6 +45,9 @@ struct V {
   static B load_bytes(const uint8_t* p) { return vld1q_u8(p); }
   static B low_nibbles(B x) { return vandq_u8(x, vdupq_n_u8(15)); }
   static B high_nibbles(B x) { return vshrq_n_u8(x, 4); }
+  // The bytes whose halves are the low, or the high, nibbles of two vectors.
+  static B join_low(B high, B low) { return vorrq_u8(vshlq_n_u8(high, 4), low_nibbles(low)); }
+  static B join_high(B high, B low) { return vorrq_u8(vandq_u8(high, vdupq_n_u8(0xf0)), vshrq_n_u8(low, 4)); }
   static I zero() { return vdupq_n_s32(0); }
   static int8x16_t quad(const int8_t* p) {
     return vreinterpretq_s8_s32(vld1q_dup_s32(reinterpret_cast<const int32_t*>(p)));

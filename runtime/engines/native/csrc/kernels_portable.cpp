@@ -13,6 +13,7 @@ struct V {
   static constexpr int kTileTokens = 2;
   static constexpr int kTileTokensBf16 = kTileTokens;
   static constexpr int kByteOffset = 0;  // dot_bytes takes the offset away itself
+  static constexpr bool kJoinsPlanes = true;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
   typedef uint8_t B __attribute__((vector_size(16)));
@@ -52,6 +53,9 @@ struct V {
   }
   static B low_nibbles(B x) { return x & 15; }
   static B high_nibbles(B x) { return x >> 4; }
+  // The bytes whose halves are the low, or the high, nibbles of two vectors.
+  static B join_low(B high, B low) { return (high << 4) | (low & 15); }
+  static B join_high(B high, B low) { return (high & 0xf0) | (low >> 4); }
   static I zero() { return I{}; }
   static I add_nibble_sums(I a, I b) { return add_int(a, b); }
   static I nibble_sums(I sums) { return sums; }

@@ -28,6 +28,13 @@ struct Avx2 {
   static B load_bytes(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static B low_nibbles(B x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
   static B high_nibbles(B x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
+  // The bytes whose halves are the low, or the high, nibbles of two vectors.
+  static B join_low(B high, B low) { return halves(_mm256_slli_epi16(high, 4), low); }
+  static B join_high(B high, B low) { return halves(high, _mm256_srli_epi16(low, 4)); }
+  static B halves(B high, B low) {
+    const B mask = _mm256_set1_epi8(15);
+    return _mm256_or_si256(_mm256_andnot_si256(mask, high), _mm256_and_si256(mask, low));
+  }
   static I zero() { return _mm256_setzero_si256(); }
   static I quad(const int8_t* p) { return _mm256_set1_epi32(*(const int32_t*)p); }
   static I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
