@@ -1,0 +1,1 @@
+"""Checkpoints that are quantized already: their weights as plain numbers."""
