@@ -14,7 +14,7 @@ import torch
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 __all__ = [
@@ -81,11 +81,16 @@ def check_encoder(encoder: nn.Module, what: str) -> None:
 
     Raises:
         ConfigError: weights are missing, left over or not finite; some are named.
+        UnsupportedModelError: they are quantized.
     """
     check_finite(encoder, what)
     for module in encoder.modules():
         folder = getattr(module, "name_or_path", None)
         if isinstance(module, PreTrainedModel) and folder and Path(folder).is_dir():
+            if PreTrainedConfig.get_config_dict(folder)[0].get("quantization_config"):
+                raise UnsupportedModelError(
+                    f"{what}: its weights are quantized already; expected plain ones, as floats"
+                )
             loading: Any = type(module).from_pretrained(folder, output_loading_info=True)
             info = loading[1]
             own = tuple(f"{name}." for name, _ in module.named_children())

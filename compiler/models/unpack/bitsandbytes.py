@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .packing import FLOATS, Method, Packing, Part, Settings
+from .packing import FLOATS, Method, Packing, Part, Settings, matrix_shape
 
 __all__ = ["BITSANDBYTES"]
 
@@ -32,7 +32,7 @@ def _problem(settings: Settings) -> str | None:
 
 
 def _packing(settings: Settings, model: nn.Module, name: str) -> Packing:
-    shape = tuple(model.get_submodule(name).weight.shape)
+    shape = matrix_shape(model, name)
     if not settings.get("load_in_4bit"):
         return Packing(
             needed={"weight": Part(dtypes=("I8",), shapes=[shape]), "SCB": Part(dtypes=("F32",), shapes=[shape[:1]])},
@@ -56,7 +56,8 @@ def _packing(settings: Settings, model: nn.Module, name: str) -> Packing:
 def _unpack_rows(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if "weight_format" in parts and int(parts["weight_format"]) != _ROW_FORMAT:
         raise ValueError(f"weight_format {int(parts['weight_format'])}, expected {_ROW_FORMAT}: row by row")
-    return parts["weight"].float() * (parts["SCB"] / 127)[:, None]
+    scales = parts["SCB"] / 127
+    return parts["weight"].float() * scales[:, None]
 
 
 def _unpack_blocks(shape: tuple[int, ...], parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

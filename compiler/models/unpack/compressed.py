@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .packing import Method, Packing, Part, Settings, groups_of
+from .packing import Method, Packing, Part, Settings, groups_of, matrix_shape
 
 __all__ = ["COMPRESSED_TENSORS"]
 
@@ -56,22 +56,26 @@ def _groups(settings: Settings) -> Mapping[str, Any]:
 
 def _format(settings: Settings, group: Any) -> str:
     """Format of a group: its own, or that of the whole model."""
-    found = group.format or settings.get("format")
-    return str(getattr(found, "value", found))
+    return _text(group.format or settings.get("format"))
+
+
+def _text(value: Any) -> str:
+    """Text of a setting, which the library may hold as an enumeration."""
+    return str(getattr(value, "value", value))
 
 
 def _group_problem(settings: Settings, name: str, group: Any) -> str | None:
     if (weights := group.weights) is None:
         return None
-    found, strategy = _format(settings, group), weights.strategy.value
+    found, strategy = _format(settings, group), _text(weights.strategy)
     whole = settings.get("format")
     if found not in _FORMATS or (whole not in (found, _MIXED)):
         return f"format {found!r} in {name} and {whole!r} (expected one of {', '.join(_FORMATS)})"
     if strategy not in _SCALES:
         return f"strategy {strategy!r} in {name} (expected one of {', '.join(_SCALES)})"
-    if weights.actorder and getattr(weights.actorder, "value", weights.actorder) == "group":
+    if _text(weights.actorder) == "group":
         return f"actorder 'group' in {name}"
-    if weights.dynamic or (not weights.symmetric and weights.type.value != "int"):
+    if weights.dynamic or (not weights.symmetric and _text(weights.type) != "int"):
         return f"weights of dynamic or asymmetric floats in {name}"
     return None
 
@@ -111,17 +115,17 @@ def _packings(settings: Settings, model: nn.Module) -> Callable[[str], Packing |
 def _grouped(settings: Settings, model: nn.Module) -> list[tuple[str, Any]]:
     from compressed_tensors.utils import match_named_modules, match_targets
 
-    # The first group that names a target counts, and of a module's targets the narrowest.
-    groups = {target: group for group in reversed(_groups(settings).values()) for target in group.targets}
+    # As the library applies them: the last group that names a target counts, and of a module's targets the narrowest.
+    groups = {target: group for group in _groups(settings).values() for target in group.targets}
     matched = match_named_modules(model, groups, settings.get("ignore"))
     found = ((name, groups[match_targets(name, module, groups)[0]]) for name, module in matched)
     return [(name, group) for name, group in found if group.weights is not None]
 
 
 def _packing(settings: Settings, model: nn.Module, name: str, group: Any) -> Packing:
-    outputs, inputs = model.get_submodule(name).weight.shape
+    outputs, inputs = matrix_shape(model, name)
     weights, kind = group.weights, _format(settings, group)
-    scales = _SCALES[weights.strategy.value](weights, outputs, inputs)
+    scales = _SCALES[_text(weights.strategy)](weights, outputs, inputs)
     needed = {
         **_values(weights, kind, outputs, inputs),
         "weight_scale": Part(dtypes=_scale_dtypes(kind), shapes=scales),
@@ -140,7 +144,7 @@ def _values(weights: Any, kind: str, outputs: int, inputs: int) -> dict[str, Par
     if kind in _FP4:
         pairs = {"weight_packed": Part(dtypes=("U8",), shapes=[(outputs, inputs // 2)])}
         return {**pairs, "weight_global_scale": Part(dtypes=("F32",), shapes=_ONE)} if kind == _FP4[0] else pairs
-    dtype = "I8" if weights.type.value == "int" else "F8_E4M3"
+    dtype = "I8" if _text(weights.type) == "int" else "F8_E4M3"
     return {"weight": Part(dtypes=(dtype,), shapes=[(outputs, inputs)])}
 
 
@@ -151,7 +155,7 @@ def _scale_dtypes(kind: str) -> Collection[str]:
 
 
 def _zeros(weights: Any, kind: str, outputs: int, scales: Collection[tuple[int, ...]]) -> Part:
-    if kind == _PACKED and weights.strategy.value in ("group", "channel"):
+    if kind == _PACKED and _text(weights.strategy) in ("group", "channel"):
         words = -(-outputs * weights.num_bits // 32)
         return Part(dtypes=("I32",), shapes=[(words, *shape[1:]) for shape in scales])
     return Part(dtypes=("I8",), shapes=scales)

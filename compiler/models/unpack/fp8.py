@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .packing import Method, Packing, Part, Settings, unlike
+from .packing import Method, Packing, Part, Settings, matrix_shape, unlike
 
 __all__ = ["FP8"]
 
@@ -22,7 +22,7 @@ def _problem(settings: Settings) -> str | None:
 
 
 def _packing(settings: Settings, model: nn.Module, name: str) -> Packing:
-    shape = tuple(model.get_submodule(name).weight.shape)
+    shape = matrix_shape(model, name)
     block = settings.get("weight_block_size")
     grid = [tuple(-(-size // step) for size, step in zip(shape, block, strict=True))] if block else [(1,), (), (1, 1)]
     return Packing(

@@ -5,11 +5,12 @@ A weight is scale * (code - zero). The layouts are those of AutoGPTQ and of Auto
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from .packing import Method, Packing, Part, Settings, groups_of, unlike
+from .packing import Method, Packing, Part, Settings, groups_of, matrix_shape, unlike
 
 __all__ = ["AWQ", "GPTQ"]
 
@@ -17,7 +18,7 @@ _WORD_BITS = 32
 _WORDS, _SCALES = ("I32",), ("F16", "BF16", "F32")
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which 4 bits of a word hold each of its 8 outputs."""
-_NEITHER = (False, "", {}, [])
+_NEITHER: tuple[Any, ...] = (False, "", {}, [])
 _GPTQ_FORMATS = ("gptq", "gptq_v2")
 _COMMON = {"pack_dtype": ("int32",), "dynamic": _NEITHER, "adapter": _NEITHER, "rotation": _NEITHER}
 _GPTQ_SETTINGS = {
@@ -39,7 +40,7 @@ _AWQ_SETTINGS = {
 }
 
 
-def _problem(settings: Settings, known: Mapping[str, tuple[object, ...]]) -> str | None:
+def _problem(settings: Settings, known: Mapping[str, tuple[Any, ...]]) -> str | None:
     size = settings.get("group_size")
     if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
         return f"group_size {size!r} (expected -1 or a number of inputs)"
@@ -52,7 +53,7 @@ def _words(count: int, bits: int) -> int:
 
 def _parts(model: nn.Module, name: str, settings: Settings) -> tuple[int, int, dict[str, Part]]:
     """Outputs and inputs of a module, and what both methods have: zeros and scales."""
-    num_outputs, num_inputs = model.get_submodule(name).weight.shape
+    num_outputs, num_inputs = matrix_shape(model, name)
     groups = groups_of(num_inputs, settings["group_size"])
     parts = {
         "qzeros": Part(dtypes=_WORDS, shapes=[(groups, _words(num_outputs, settings["bits"]))]),
@@ -78,13 +79,20 @@ def _unpack_gptq(settings: Settings, num_inputs: int, parts: Mapping[str, torch.
     shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32)
     codes = (parts["qweight"][:, None] >> shifts[:, None] & (1 << bits) - 1).flatten(0, 1)[:num_inputs]
     zeros = (parts["qzeros"][..., None] >> shifts & (1 << bits) - 1).flatten(1)[:, : scales.shape[1]]
-    # The first version stores one less than the zero, and wraps where that is below 0.
     if "gptq_v2" not in (settings.get("checkpoint_format"), settings.get("format")):
-        zeros = zeros + 1 & (1 << bits) - 1
+        zeros = _first_version(zeros, (1 << bits) - 1)
     groups = parts.get("g_idx", torch.arange(num_inputs) // (num_inputs if size == -1 else size)).long()
     if groups.min() < 0 or groups.max() >= len(scales):
         raise ValueError(f"g_idx from {groups.min()} to {groups.max()}, expected 0 to {len(scales) - 1}")
-    return ((codes - zeros[groups]).float() * scales[groups]).T
+    weight: torch.Tensor = (codes - zeros[groups]).float() * scales[groups]
+    return weight.T
+
+
+def _first_version(stored: torch.Tensor, largest: int) -> torch.Tensor:
+    """The zeros of the first format, which stores one less than each; where that is below 0, its writers differ."""
+    if (stored == largest).any():
+        raise ValueError(f"qzeros hold {largest}, which stands for a zero of 0 or of {largest + 1}; expected less")
+    return stored + 1
 
 
 def _awq_packing(settings: Settings, model: nn.Module, name: str) -> Packing:
@@ -105,7 +113,7 @@ def _awq_codes(words: torch.Tensor) -> torch.Tensor:
     return (words[..., None] >> shifts & 15).flatten(1)
 
 
-def _method(known: Mapping[str, tuple[object, ...]], packing: Callable[[Settings, nn.Module, str], Packing]) -> Method:
+def _method(known: Mapping[str, tuple[Any, ...]], packing: Callable[[Settings, nn.Module, str], Packing]) -> Method:
     return Method(
         parts=("qweight", "qzeros", "scales", "g_idx"),
         problem=partial(_problem, known=known),

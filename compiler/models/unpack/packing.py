@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["FLOATS", "Method", "Packing", "Part", "Settings", "groups_of", "unlike"]
+__all__ = ["FLOATS", "Method", "Packing", "Part", "Settings", "groups_of", "matrix_shape", "unlike"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of safetensors whose numbers are weights as they are."""
@@ -69,6 +69,12 @@ def unlike(settings: Settings, known: Mapping[str, Collection[Any]]) -> str | No
         if plain not in values and (setting == "bits" or plain is not None):
             return f"{setting} {value!r} (expected {' or '.join(map(repr, values))})"
     return None
+
+
+def matrix_shape(model: nn.Module, name: str) -> tuple[int, int]:
+    """Outputs and inputs of a module, or rows and columns of an embedding."""
+    num_outputs, num_inputs = model.get_parameter(f"{name}.weight").shape
+    return num_outputs, num_inputs
 
 
 def groups_of(size: int, group_size: int) -> int:
