@@ -6,7 +6,7 @@ reads them is used.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,13 @@ class Case:
         settings: quantization_config of config.json.
         pack: random generator, outputs and inputs -> the parts of a weight, and the weight (outputs, inputs).
         optional: parts that may be missing.
+        rounding: largest relative difference; libraries compute some weights in bf16.
     """
 
     settings: Mapping[str, Any]
     pack: Callable[[np.random.Generator, int, int], tuple[Parts, Numbers]]
-    optional: tuple[str, ...] = field(default=())
+    optional: tuple[str, ...] = ()
+    rounding: float = 2e-6
 
 
 def save_quantized(folder: Path, case: Case, family: str = "llama") -> dict[str, torch.Tensor]:
@@ -180,13 +182,35 @@ def _ct_whole(random: np.random.Generator, outputs: int, inputs: int) -> tuple[P
     return {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor([0.5])}, _wide(codes) * float(scale)
 
 
-def _ct_fp4(random: np.random.Generator, outputs: int, inputs: int) -> tuple[Parts, Numbers]:
+def _ct_blocks(random: np.random.Generator, outputs: int, inputs: int) -> tuple[Parts, Numbers]:
+    parts, weight = _fp8_blocks(random, outputs, inputs)
+    return {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"]}, weight
+
+
+def _float4(random: np.random.Generator, outputs: int, inputs: int) -> tuple[torch.Tensor, Numbers]:
     values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
     codes = random.integers(0, 16, (outputs, inputs))
+    return torch.from_numpy(codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8), values[codes]
+
+
+def _ct_mxfp4(random: np.random.Generator, outputs: int, inputs: int) -> tuple[Parts, Numbers]:
+    packed, values = _float4(random, outputs, inputs)
     levels = random.integers(120, 125, (outputs, inputs // GROUP))
-    packed = torch.from_numpy(codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)
     parts = {"weight_packed": packed, "weight_scale": torch.from_numpy(levels).to(torch.uint8)}
-    return parts, values[codes] * (2.0 ** (levels - 127)).repeat(GROUP, 1)
+    return parts, values * (2.0 ** (levels - 127)).repeat(GROUP, 1)
+
+
+def _ct_mxfp8(random: np.random.Generator, outputs: int, inputs: int) -> tuple[Parts, Numbers]:
+    codes, levels = _float8(random, outputs, inputs), random.integers(112, 117, (outputs, inputs // GROUP))
+    parts = {"weight": codes, "weight_scale": torch.from_numpy(levels).to(torch.uint8)}
+    return parts, _wide(codes) * (2.0 ** (levels - 127)).repeat(GROUP, 1)
+
+
+def _ct_nvfp4(random: np.random.Generator, outputs: int, inputs: int) -> tuple[Parts, Numbers]:
+    packed, values = _float4(random, outputs, inputs)
+    scales = torch.from_numpy(random.uniform(20, 440, (outputs, inputs // 16))).to(torch.float8_e4m3fn)
+    parts = {"weight_packed": packed, "weight_scale": scales, "weight_global_scale": torch.tensor([3000.0])}
+    return parts, values * _wide(scales).repeat(16, 1) / 3000
 
 
 def _compressed(kind: str, activations: Mapping[str, Any] | None = None, **weights: Any) -> dict[str, Any]:
@@ -252,7 +276,26 @@ CASES: dict[str, Case] = {
         settings=_compressed(
             "mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=GROUP, symmetric=True
         ),
-        pack=_ct_fp4,
+        pack=_ct_mxfp4,
+    ),
+    "ct-blocks": Case(
+        settings=_compressed(
+            "float-quantized", num_bits=8, type="float", strategy="block", block_structure=list(_BLOCK), symmetric=True
+        ),
+        pack=_ct_blocks,
+    ),
+    "ct-mxfp8": Case(
+        settings=_compressed(
+            "mxfp8-quantized", num_bits=8, type="float", strategy="group", group_size=GROUP, symmetric=True
+        ),
+        pack=_ct_mxfp8,
+    ),
+    "ct-nvfp4": Case(
+        settings=_compressed(
+            "nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16, symmetric=True
+        ),
+        pack=_ct_nvfp4,
+        rounding=2**-7,
     ),
 }
 """Name -> a way to write a model, of each method that is read and of its kinds."""

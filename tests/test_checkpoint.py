@@ -273,6 +273,7 @@ def test_torch_files_cannot_stay_in_their_file(copy: Callable[..., Path]) -> Non
         {"quant_method": "hqq"},
         {"quant_method": "quanto"},
         {"quant_method": "torchao"},
+        {"quant_method": 7},
         {"quant_method": "a method of tomorrow"},
     ],
     ids=lambda settings: str(settings["quant_method"]),

@@ -87,7 +87,7 @@ def test_weights_are_what_codes_and_scales_stand_for(case: str, saved: Callable[
     assert set(got) == set(meant)
     for name, weight in meant.items():
         assert got[name].dtype == torch.float32
-        torch.testing.assert_close(got[name].detach(), weight, rtol=2e-6, atol=1e-9)
+        torch.testing.assert_close(got[name].detach(), weight, rtol=CASES[case].rounding, atol=1e-9)
     # A wrong order of codes or groups would be far off.
     assert meant[f"{MODULE}.weight"].std() > 0.01
     linears = [module for module in loaded.model.modules() if isinstance(module, nn.Linear)]
@@ -135,6 +135,14 @@ def test_modules_that_are_left_plain_are_read_as_they_are(copy: Callable[[str], 
 
     change_weights(folder, change)
     assert torch.equal(load(folder).model.get_parameter(f"{MODULE}.weight"), plain.bfloat16().float())
+
+
+@pytest.mark.parametrize(("case", "settings"), [("ct-packed", {"ignore": None}), ("nf4", {"quant_method": None})])
+def test_settings_that_are_left_out(case: str, settings: dict[str, Any], copy: Callable[[str], Path]) -> None:
+    folder = copy(case)
+    whole = load(folder).model.get_parameter(f"{MODULE}.weight")
+    change_settings(folder, **settings)
+    assert torch.equal(load(folder).model.get_parameter(f"{MODULE}.weight"), whole)
 
 
 def test_generation_defaults_are_those_of_the_folder(copy: Callable[[str], Path]) -> None:
@@ -262,6 +270,14 @@ def test_one_method_in_the_clothes_of_another(copy: Callable[[str], Path]) -> No
     assert "o_proj.qweight is 32x4 and not 4x32" in refusal(folder)
 
 
+def test_biases_of_zeros_that_a_quantizer_added_are_passed_over(copy: Callable[[str], Path]) -> None:
+    folder, name = copy("gptq"), f"{MODULE}.bias"
+    change_weights(folder, lambda weights: weights.update({name: torch.zeros(32).half()}))
+    assert load(folder).model.get_submodule(MODULE).bias is None
+    change_weights(folder, lambda weights: weights[name][3].fill_(0.5))
+    assert f": left over {name}; give" in refusal(folder)
+
+
 # Values
 
 
@@ -342,8 +358,10 @@ def test_scales_that_are_no_numbers_are_named(case: str, copy: Callable[[str], P
         ("ct-packed", {"quantization_status": "frozen"}, "quantization_status 'frozen'"),
         ("ct-packed", {"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
         ("ct-packed", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
+        ("ct-packed", {"sparsity_config": "2:4"}, "sparsity_config '2:4'"),
+        ("ct-packed", {"ignore": ["re:("]}, "config_groups or ignore that"),
         ("ct-packed", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
-        ("ct-packed", {"config_groups": {"group_0": {"weights": {"num_bits": 4}}}}, "config_groups that"),
+        ("ct-packed", {"config_groups": {"group_0": {"weights": {"num_bits": 4}}}}, "config_groups or ignore that"),
         (
             "ct-packed",
             {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "attn_head"}}}},

@@ -87,7 +87,8 @@ def _scales(parts: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> torc
     if "weight.nested_absmax" not in parts:
         return scales
     outer = parts["weight.nested_absmax"].repeat_interleave(state["nested_blocksize"])[: len(scales)]
-    return parts["weight.nested_quant_map"][scales.int()] * outer + state["nested_offset"]
+    levels = parts["weight.nested_quant_map"][scales.int()]
+    return levels * outer + float(state["nested_offset"])
 
 
 BITSANDBYTES = Method(

@@ -4,6 +4,7 @@ The library finds a module's group and undoes its format; what a module must hol
 library takes what it is given.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
@@ -26,18 +27,20 @@ _ONE: Collection[tuple[int, ...]] = ((1,), (), (1, 1))
 
 
 def _problem(settings: Settings) -> str | None:
-    status, spread = settings.get("quantization_status"), settings.get("sparsity_config") or {}
+    status, spread = settings.get("quantization_status"), settings.get("sparsity_config") or {"format": "dense"}
     if status != "compressed":
         return f"quantization_status {status!r} (expected 'compressed')"
     for setting in ("transform_config", "kv_cache_scheme", "moe_sparsity_config"):
         if settings.get(setting):
             return f"a {setting} that is not empty"
-    if spread.get("format", "dense") != "dense":
-        return f"sparsity_config with format {spread['format']!r} (expected 'dense')"
+    if not isinstance(spread, Mapping) or spread.get("format") != "dense":
+        return f"sparsity_config {spread!r} (expected format 'dense')"
     try:
         groups = _groups(settings)
-    except (ValueError, TypeError, NotImplementedError, KeyError) as error:
-        return f"config_groups that compressed-tensors cannot read ({_first_lines(error)})"
+        for target in [*_ignored(settings), *(target for group in groups.values() for target in group.targets)]:
+            re.compile(target)
+    except (ValueError, TypeError, NotImplementedError, KeyError, re.error) as error:
+        return f"config_groups or ignore that compressed-tensors cannot read ({_first_lines(error)})"
     return next(filter(None, (_group_problem(settings, name, group) for name, group in groups.items())), None)
 
 
@@ -48,10 +51,13 @@ def _first_lines(error: Exception) -> str:
 def _groups(settings: Settings) -> Mapping[str, Any]:
     from compressed_tensors.quantization import QuantizationConfig
 
-    groups: Mapping[str, Any] = QuantizationConfig.model_validate(
-        {"config_groups": settings.get("config_groups")}
-    ).config_groups
+    config = QuantizationConfig.model_validate({"config_groups": settings.get("config_groups")})
+    groups: Mapping[str, Any] = config.config_groups
     return groups
+
+
+def _ignored(settings: Settings) -> Collection[str]:
+    return settings.get("ignore") or ()
 
 
 def _format(settings: Settings, group: Any) -> str:
@@ -117,7 +123,7 @@ def _grouped(settings: Settings, model: nn.Module) -> list[tuple[str, Any]]:
 
     # As the library applies them: the last group that names a target counts, and of a module's targets the narrowest.
     groups = {target: group for group in _groups(settings).values() for target in group.targets}
-    matched = match_named_modules(model, groups, settings.get("ignore"))
+    matched = match_named_modules(model, groups, _ignored(settings))
     found = ((name, groups[match_targets(name, module, groups)[0]]) for name, module in matched)
     return [(name, group) for name, group in found if group.weights is not None]
 

@@ -32,7 +32,7 @@ def settings_of(config: PreTrainedConfig) -> Settings | None:
     settings = getattr(config, _FIELD, None)
     if not settings:
         return None
-    values: Mapping[str, Any] = settings if isinstance(settings, Mapping) else settings.to_dict()
+    values: Mapping[str, Any] = settings if isinstance(settings, Mapping) else {"quant_method": settings}
     return {**values, "quant_method": _method_name(values)}
 
 
@@ -78,5 +78,10 @@ def describe(settings: Settings) -> str:
 
 
 def _method_name(settings: Settings) -> str:
-    method = settings.get("quant_method") or settings.get("format") or "an unknown method"
+    method = settings.get("quant_method") or settings.get("format") or _unnamed(settings)
     return str(getattr(method, "value", method))
+
+
+def _unnamed(settings: Settings) -> str:
+    """Method of a config that names none, as transformers wrote them before it read others than bitsandbytes."""
+    return "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else "an unknown method"

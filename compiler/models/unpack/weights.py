@@ -5,7 +5,7 @@ passes over others; so every tensor is accounted for here, by the headers of the
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +90,7 @@ def load_unpacked(folder: Path, config: PreTrainedConfig, what: str, *, dtype: t
     loading: Any = type(empty).from_pretrained(
         None,
         config=plain,
-        state_dict=dict(_weights(plan, empty, dtype, what)),
+        state_dict=dict(_weights(plan, dtype, what)),
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
@@ -113,7 +113,9 @@ def _headers(folder: Path, what: str) -> Iterator[_Stored]:
                 yield _Stored(file=file, name=name, dtype=header.get_dtype(), shape=tuple(header.get_shape()))
 
 
-def _plan(stored: Collection[_Stored], method: Method, packings: Any, empty: nn.Module) -> _Plan:
+def _plan(
+    stored: Collection[_Stored], method: Method, packings: Callable[[str], Packing | None], empty: nn.Module
+) -> _Plan:
     plan, parameters = _Plan(), empty.state_dict()
     modules: dict[str, dict[str, _Stored]] = {}
     for tensor in stored:
@@ -131,7 +133,17 @@ def _plan(stored: Collection[_Stored], method: Method, packings: Any, empty: nn.
                 _keep(plan, tensor, parameters)
         else:
             _take_apart(plan, module, packing, parts)
+    _pass_over_zeros(plan, stored)
     return plan
+
+
+def _pass_over_zeros(plan: _Plan, stored: Collection[_Stored]) -> None:
+    """Pass over biases of zeros that AutoGPTQ adds to modules which have none."""
+    added = [tensor for tensor in stored if tensor.name.removesuffix(".bias") in plan.packed]
+    left_over = plan.problems["unexpected_keys"]
+    for tensor in added:
+        if tensor.name in left_over and not _read(tensor).any():
+            left_over.remove(tensor.name)
 
 
 def _split(name: str, parts: Collection[str]) -> tuple[str, str]:
@@ -177,7 +189,7 @@ def _compare(plan: _Plan, tensor: _Stored, part: Part) -> None:
         plan.problems["mismatched_keys"].append((tensor.name, tensor.shape, next(iter(part.shapes))))
 
 
-def _weights(plan: _Plan, empty: nn.Module, dtype: torch.dtype, what: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _weights(plan: _Plan, dtype: torch.dtype, what: str) -> Iterator[tuple[str, torch.Tensor]]:
     for tensor in plan.plain:
         yield tensor.name, _read(tensor).to(dtype)
     for module, (packing, parts) in plan.packed.items():
@@ -186,8 +198,6 @@ def _weights(plan: _Plan, empty: nn.Module, dtype: torch.dtype, what: str) -> It
         except _UNPACKING_ERRORS as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise ConfigError(f"{what}: {module} cannot be unpacked ({reason}); give a whole checkpoint") from error
-        expected = empty.get_parameter(f"{module}.{_WEIGHT}").shape
-        assert weight.shape == expected, f"{module}: {weight.shape} and not {expected}"
         yield f"{module}.{_WEIGHT}", weight.to(dtype).contiguous()
 
 
