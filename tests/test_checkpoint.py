@@ -263,12 +263,17 @@ def test_torch_files_cannot_stay_in_their_file(copy: Callable[..., Path]) -> Non
 @pytest.mark.parametrize(
     "settings",
     [
-        {"quant_method": "gptq", "bits": 4, "group_size": 128},
-        {"quant_method": "awq", "bits": 4, "group_size": 128},
-        {"quant_method": "bitsandbytes", "load_in_4bit": True},
-        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
-        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        {"quant_method": "gptq", "bits": 3, "group_size": 128},
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"},
+        {"quant_method": "bitsandbytes"},
+        {"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": {}},
+        {"quant_method": "fp8", "fmt": "e5m2"},
         {"quant_method": "mxfp4"},
+        {"quant_method": "aqlm"},
+        {"quant_method": "hqq"},
+        {"quant_method": "quanto"},
+        {"quant_method": "torchao"},
+        {"quant_method": 7},
         {"quant_method": "a method of tomorrow"},
     ],
     ids=lambda settings: str(settings["quant_method"]),
@@ -279,7 +284,18 @@ def test_quantized_checkpoints_are_refused_by_name(settings: dict[str, Any], cop
     with pytest.raises(UnsupportedModelError) as caught:
         load(folder)
     assert f"quantized already ({settings['quant_method']}" in str(caught.value)
+    assert "or what awq, bitsandbytes, compressed-tensors, fp8, gptq wrote; " in str(caught.value)
     assert str(caught.value).endswith("; give the model that it was quantized from")
+
+
+@pytest.mark.parametrize("field", ["quantization", "compression_config"])
+def test_quantized_checkpoints_that_say_so_elsewhere_are_refused(field: str, copy: Callable[..., Path]) -> None:
+    folder = copy()
+    change_json(folder / "config.json", **{field: {"bits": 4}})
+    with pytest.raises(
+        UnsupportedModelError, match=rf"quantized already \(an unknown method, 4 bits; {field} in config"
+    ):
+        load(folder)
 
 
 # The sentence encoder
@@ -313,3 +329,10 @@ def test_what_a_sentence_encoder_does_not_need_is_passed_over(tmp_path: Path) ->
         folder, lambda weights: (weights.pop("pooler.dense.weight"), weights.update({"cls.a": torch.ones(2)}))
     )
     assert load_encoder(find_source(str(folder), option="--encoder"), "cpu") is not None
+
+
+def test_a_quantized_sentence_encoder_is_refused(tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path)
+    change_json(folder / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
+    with pytest.raises(UnsupportedModelError, match="--encoder encoder: its weights are quantized already; expected"):
+        load_encoder(find_source(str(folder), option="--encoder"), "cpu")

@@ -23,8 +23,9 @@ __all__ = [
     "check_files",
     "check_finite",
     "check_loaded",
-    "check_quantization",
     "check_tied_head",
+    "files_of",
+    "some",
 ]
 
 _SHOWN = 5
@@ -47,29 +48,6 @@ _LEFTOVERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 """Ends of names of tensors that older checkpoints hold and no model reads."""
 
 
-def check_quantization(config: PreTrainedConfig, what: str) -> None:
-    """Refuse a checkpoint that is quantized already.
-
-    Args:
-        what: name of the model in an error, such as "--model tiny".
-    Raises:
-        UnsupportedModelError: its config says that it is.
-    """
-    for field in ("quantization_config", "quantization", "compression_config"):
-        if settings := getattr(config, field, None):
-            raise UnsupportedModelError(
-                f"{what}: its weights are quantized already ({_quantizer(settings)}; {field} in config.json), "
-                "expected float32, bfloat16 or float16; give the model that it was quantized from"
-            )
-
-
-def _quantizer(settings: Any) -> str:
-    values = settings if isinstance(settings, Mapping) else vars(settings)
-    method = values.get("quant_method") or values.get("format") or "an unknown method"
-    bits = values.get("bits")
-    return f"{getattr(method, 'value', method)}{f', {bits} bits' if bits else ''}"
-
-
 def check_files(folder: Path, what: str, *, mapped: bool) -> None:
     """Look at the headers of a folder's safetensors files, as far as they can be read; others are told on loading.
 
@@ -80,7 +58,7 @@ def check_files(folder: Path, what: str, *, mapped: bool) -> None:
         ConfigError: there are no safetensors files, and weights are to stay in them.
         UnsupportedModelError: some tensors are packed integers.
     """
-    files = [file for file in _files_of(folder, what) if file.is_file()]
+    files = [file for file in files_of(folder, what) if file.is_file()]
     if mapped and not files:
         raise ConfigError(
             f"{what}: --max-memory needs safetensors, whose weights can stay in their file, and found none; "
@@ -93,7 +71,7 @@ def check_files(folder: Path, what: str, *, mapped: bool) -> None:
             packed += [f"{key} ({dtype})" for key, dtype in dtypes.items() if _is_packed(key, dtype)]
     if packed:
         raise UnsupportedModelError(
-            f"{what}: expected weights in float32, bfloat16 or float16, got {_some(packed)}; "
+            f"{what}: expected weights in float32, bfloat16 or float16, got {some(packed)}; "
             "give the model that these were quantized from"
         )
 
@@ -103,11 +81,16 @@ def check_encoder(encoder: nn.Module, what: str) -> None:
 
     Raises:
         ConfigError: weights are missing, left over or not finite; some are named.
+        UnsupportedModelError: they are quantized.
     """
     check_finite(encoder, what)
     for module in encoder.modules():
         folder = getattr(module, "name_or_path", None)
         if isinstance(module, PreTrainedModel) and folder and Path(folder).is_dir():
+            if PreTrainedConfig.get_config_dict(folder)[0].get("quantization_config"):
+                raise UnsupportedModelError(
+                    f"{what}: its weights are quantized already; expected plain ones, as floats"
+                )
             loading: Any = type(module).from_pretrained(folder, output_loading_info=True)
             info = loading[1]
             own = tuple(f"{name}." for name, _ in module.named_children())
@@ -121,8 +104,12 @@ def _is_packed(key: str, dtype: str) -> bool:
     return dtype not in _FLOATS and not key.endswith(_LEFTOVERS)
 
 
-def _files_of(folder: Path, what: str) -> list[Path]:
-    """The safetensors files that transformers reads: the single one if it is there, else those of the index."""
+def files_of(folder: Path, what: str) -> list[Path]:
+    """The safetensors files that transformers reads: the single one if it is there, else those of the index.
+
+    Raises:
+        ConfigError: the index cannot be read.
+    """
     if (folder / SAFE_WEIGHTS_NAME).exists() or not (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
         return [folder / SAFE_WEIGHTS_NAME]
     try:
@@ -150,7 +137,7 @@ def check_loaded(info: Mapping[str, Any], what: str) -> None:
     ]
     left_over = [tensor for tensor in info["unexpected_keys"] if not tensor.endswith(_LEFTOVERS)]
     problems = [
-        f"{what} {_some(found)}"
+        f"{what} {some(found)}"
         for what, found in (
             ("missing", sorted(info["missing_keys"])),
             ("of another shape:", shapes),
@@ -166,10 +153,11 @@ def check_loaded(info: Mapping[str, Any], what: str) -> None:
 
 
 def _shape(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))
+    return "x".join(map(str, size)) or "a single number"
 
 
-def _some(found: Collection[str]) -> str:
+def some(found: Collection[str]) -> str:
+    """Name the first of what was found, and count the others."""
     shown = ", ".join(list(found)[:_SHOWN])
     return shown if len(found) <= _SHOWN else f"{shown} and {len(found) - _SHOWN} more"
 
@@ -198,7 +186,7 @@ def check_finite(model: nn.Module, what: str) -> None:
     if broken:
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         raise ConfigError(
-            f"{what}: NaN or infinite values, read as {dtype}, in {_some(broken)}; give a whole checkpoint"
+            f"{what}: NaN or infinite values, read as {dtype}, in {some(broken)}; give a whole checkpoint"
         )
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -15,11 +16,13 @@ from coreinfer.bundles.families import FAMILIES, Family, cache_argument, family_
 from coreinfer.bundles.manifest import ModelRecord
 from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
 from coreinfer.compiler.config import DType
+from huggingface_hub import snapshot_download
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .checkpoint import LOADING_ERRORS, check_files, check_finite, check_loaded, check_quantization, check_tied_head
+from .checkpoint import LOADING_ERRORS, check_files, check_finite, check_loaded, check_tied_head
 from .gguf.config import model_config
 from .gguf.parts import read_parts
 from .gguf.tokenizer import build_tokenizer
@@ -28,6 +31,8 @@ from .mapped import convert_on_use
 from .settings import check_settings
 from .sources import ModelSource
 from .tokenizer_files import check_templates, with_own_file
+from .unpack.methods import check_quantization, settings_of
+from .unpack.weights import load_unpacked
 from .vocabulary import fit_tokenizer
 
 __all__ = [
@@ -157,12 +162,21 @@ def load_model(
             f"--max-memory: expected a model in safetensors, whose weights can stay in their file, got {source.name}; "
             "save it with transformers first"
         )
-    if not source.gguf_file and source.path:
+    quantized = not source.gguf_file and settings_of(config) is not None
+    if mapped and quantized:
+        raise ConfigError(
+            f"--max-memory: expected plain weights, which can stay in their file, and those of {source.name} are "
+            "quantized; leave out --max-memory, or give the model that it was quantized from"
+        )
+    if not source.gguf_file and not quantized and source.path:
         check_files(source.path, what, mapped=mapped)
     computes_in = pick_dtype(dtype, target)
     try:
         with quiet_transformers():
-            model = _read_weights(source, config, computes_in, mapped=mapped)
+            if quantized:
+                model = load_unpacked(_folder(source), config, what, dtype=computes_in)
+            else:
+                model = _read_weights(source, config, computes_in, mapped=mapped)
     except LOADING_ERRORS as error:
         raise ConfigError(f"{what}: its weights cannot be loaded ({_first_line(error)})") from error
     tied = bool(config.tie_word_embeddings)
@@ -194,6 +208,12 @@ def _read_weights(
     model, info = loading
     check_loaded(info, f"--model {source.name}")
     return cast("PreTrainedModel", model)
+
+
+def _folder(source: ModelSource) -> Path:
+    """The folder of a model's safetensors files; those of a Hub model are downloaded, unless they were before."""
+    patterns = ["*.safetensors", SAFE_WEIGHTS_INDEX_NAME, "generation_config.json"]
+    return source.path or Path(snapshot_download(source.location, allow_patterns=patterns))
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from coreinfer.bundles.errors import ConfigError
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from coreinfer.compiler.models.empty import empty_model
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import architecture_of
 from .header import Header, TensorEntry
@@ -101,7 +102,7 @@ def load_weights(header: Header, config: PreTrainedConfig, *, dtype: torch.dtype
     """
     layout = _LAYOUTS[architecture_of(header, name)]
     sources = _sources(header, layout)
-    empty = _empty_model(config)
+    empty = empty_model(config)
     _check_complete(header, sources, empty, name)
     for tensor, entry in header.tensors.items():
         check_readable(tensor, entry)
@@ -157,13 +158,6 @@ def _check_complete(header: Header, sources: Mapping[str, str], empty: PreTraine
             f"--model {name}: its tensors are not those of the {empty.config.model_type} model of its header: "
             f"{'; '.join(problems)}; download or convert it again"
         )
-
-
-def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the model without memory for its parameters."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
 
 
 def _few(names: list[str]) -> str:
