@@ -96,8 +96,9 @@ class Service:
 
     def _model(self, name: str, engine: Engine) -> Model:
         manifest = engine.bundle.path / LAYOUT.manifest
-        # At the first schema it would hold up everybody else.
+        # Made for the first request that needs them, they would hold up everybody else.
         engine.loaded.grammars.prepare()
+        engine.loaded.prompts.prepare()
         return Model(
             id=name,
             engine=engine,

@@ -15,6 +15,7 @@ from coreinfer import runtime
 from coreinfer.bundles.encoder import EXCERPT_CHARACTERS, routing_excerpt
 from coreinfer.bundles.shared.beginnings import encoded, text_ids
 from coreinfer.compiler.clusters.embed import StaticEncoder
+from coreinfer.runtime.prompts import literals, prompt_format
 from coreinfer.runtime.prompts.prompt_format import PromptFormat
 from coreinfer.runtime.prompts.token_room import token_room
 from coreinfer.server.requests.bounds import MAX_VALUES
@@ -136,6 +137,21 @@ def test_the_first_schema_does_not_wait_for_llguidance(bundle: Path, monkeypatch
     monkeypatch.setattr(llguidance, "LLTokenizer", None)
     try:
         assert loaded.generate(PROMPT, json_schema={"const": 7}, max_new_tokens=20).text == "7"
+    finally:
+        service.close()
+
+
+def test_nothing_large_is_made_of_the_tokenizer_for_a_request(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look through its vocabulary, or to make the second one of literals, holds the lock of Python for long."""
+    loaded = runtime.load(bundle, threads=1)
+    name = next(token.content for token in loaded.tokenizer.get_added_tokens_decoder().values() if token.special)
+    service = Service({"m": loaded}, ServerConfig())
+    monkeypatch.setattr(prompt_format, "token_room", None)
+    monkeypatch.setattr(literals, "Tokenizer", None)
+    try:
+        assert loaded.generate([{"role": "user", "content": f"what is {name}?"}], max_new_tokens=1).token_ids
+        with pytest.raises(runtime.ContextTooLong):
+            loaded.generate("-" * 100_000, raw=True)
     finally:
         service.close()
 

@@ -8,6 +8,7 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -88,6 +89,12 @@ class LiteralEncoder:
         by_length = sorted(self._special, key=len, reverse=True)
         # Of names that begin alike the longest counts, as in the tokenizer.
         self.names = re.compile("|".join(map(re.escape, by_length))) if by_length else None
+
+    def prepare(self) -> None:
+        """Make the second tokenizer now, if the tokenizer is of a kind that can have one."""
+        if self._special:
+            with suppress(ConfigError):
+                _ = self._hidden
 
     def holds_name(self, value: Any) -> bool:
         """Whether a control token's name is anywhere in messages, schemas or other plain data."""

@@ -130,6 +130,11 @@ class PromptFormat:
         self._check_text(text)
         return self._known(text_ids(self.tokenizer, text))
 
+    def prepare(self) -> None:
+        """Make now what the first long text, and the first name of a control token in a message, would wait for."""
+        _ = self._token_room
+        self._literals.prepare()
+
     def _check_text(self, text: str) -> None:
         _check_unicode(text)
         limit = self._max_positions

@@ -38,6 +38,8 @@ def _hash(page: str, tag: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
+# Looked up each time it would be read from a file each time.
+_VERSION = metadata.version("coreinfer")
 _PAGE = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 _PAGE_HEADERS = {"Content-Security-Policy": _policy(_PAGE), "Referrer-Policy": "no-referrer"}
 
@@ -52,7 +54,7 @@ async def page() -> HTMLResponse:
 async def health(service: ServiceOf) -> Health:
     """Say that the server lives."""
     return Health(
-        version=metadata.version("coreinfer"),
+        version=_VERSION,
         models=list(service.models),
         key_required=service.config.api_key is not None,
     )
