@@ -67,7 +67,7 @@ def builtin_documents(
         seed=config.seed,
         # Of the weights that are rounded.
         dtype=str(loaded.dtype),
-        # They share out the sums of attention, and so decide how these are rounded.
+        # The native engine divides the sums of attention among them, and so rounds otherwise with another number.
         threads=config.threads or usable_cores(),
         # The same file, read as another model than before, gives other results.
         config=loaded.record.config,

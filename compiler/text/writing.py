@@ -96,8 +96,8 @@ def write_continuations(
 ) -> list[list[int]]:
     """Continue prompts, given as token ids, until the model ends the text; the end is part of it.
 
-    A continuation depends on its prompt, its number, the seed and the number of threads, by which the native engine shares
-    out its sums; not on what else is written.
+    A continuation depends on its prompt, its number, the seed, and the number of threads, by which the native engine
+    divides its sums; not on what else is written.
 
     Args:
         advance: called with each continuation that is complete.

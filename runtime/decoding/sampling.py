@@ -320,13 +320,19 @@ def _softmax(scores: Doubles, temperature: float) -> Doubles:
 
 def _filtered(probabilities: Doubles, params: SamplingParams) -> Doubles:
     """Drop what top-p and min-p drop, and have the rest sum to 1; overwrites the probabilities."""
-    if params.top_p < 1 or params.min_p > 0:
-        # Top-p never drops the likeliest token and min-p only compares with it: it need not wait for the other's result.
-        kept = np.flatnonzero(_top_p(probabilities, params.top_p) & _min_p(probabilities, params.min_p))
-        weights = probabilities[kept]
-        probabilities.fill(0)
-        probabilities[kept] = weights
-    probabilities /= probabilities.sum()
+    if params.top_p == 1 and params.min_p == 0:
+        probabilities /= probabilities.sum()
+        return probabilities
+    keep = _top_p(probabilities, params.top_p)
+    if params.min_p > 0:
+        # Top-p never drops the likeliest token and min-p only compares with it: min-p need not wait for its result.
+        keep &= _min_p(probabilities, params.min_p)
+    kept = np.flatnonzero(keep)
+    weights = probabilities[kept]
+    probabilities.fill(0)
+    probabilities[kept] = weights
+    # Summed up with the zeros: in this order the sum has the bits that it always had.
+    probabilities[kept] = weights / probabilities.sum()
     return probabilities
 
 
