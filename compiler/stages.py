@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,7 @@ from .quantize.moments import Moments, input_moments
 from .quantize.pack import Packer
 from .quantize.rounding import Rounding
 from .report.describe import PACKAGES, formats_of
+from .text.builtin import builtin_documents
 from .text.corpus import Corpus, build_corpus, split_point
 
 __all__ = [
@@ -109,7 +111,8 @@ def gather_material(
     config: CompileConfig, loaded: LoadedModel, model_sha256: str, cache: Cache, folder: Path, progress: Progress
 ) -> Material:
     """Read the text, and store the model's files in a folder."""
-    corpus = build_corpus(config, loaded, cache, model_sha256, progress)
+    write_builtin = partial(builtin_documents, config, loaded, cache, model_sha256, folder, progress)
+    corpus = build_corpus(config, loaded, write_builtin, progress)
     check_memory(config, loaded, corpus)
     key = stage_key(
         "text",

@@ -3,7 +3,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +15,7 @@ from coreinfer.bundles.families import family_of_config
 from coreinfer.compiler import CompileConfig, Progress
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
-from coreinfer.compiler.text.builtin import Seed, continue_seeds, load_seeds
+from coreinfer.compiler.text.builtin import Seed, builtin_documents, continue_seeds, load_seeds
 from coreinfer.compiler.text.corpus import Corpus, build_corpus, read_texts, split_into_documents
 
 from .model_factory import build_model, build_tokenizer, corpus_texts, save_corpus
@@ -28,7 +30,9 @@ def loaded() -> LoadedModel:
 
 
 def build(loaded: LoadedModel, config: CompileConfig, cache: Path | None = None) -> Corpus:
-    return build_corpus(config, loaded, Cache(cache), "model", Progress())
+    with TemporaryDirectory() as name:
+        write_builtin = partial(builtin_documents, config, loaded, Cache(cache), "model", Path(name), Progress())
+        return build_corpus(config, loaded, write_builtin, Progress())
 
 
 def write_json_lines(path: Path, records: list[Any]) -> str:
@@ -278,8 +282,7 @@ def few_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use_seeds(monkeypatch: pytest.MonkeyPatch, seeds: tuple[Seed, ...]) -> None:
-    for module in ("builtin", "corpus"):
-        monkeypatch.setattr(f"coreinfer.compiler.text.{module}.load_seeds", lambda: seeds)
+    monkeypatch.setattr("coreinfer.compiler.text.builtin.load_seeds", lambda: seeds)
 
 
 def builtin_config(**options: Any) -> CompileConfig:
@@ -287,8 +290,8 @@ def builtin_config(**options: Any) -> CompileConfig:
 
 
 @pytest.mark.usefixtures("few_seeds")
-def test_the_model_continues_every_seed(loaded: LoadedModel) -> None:
-    continued = [*continue_seeds(builtin_config(), loaded, Progress())]
+def test_the_model_continues_every_seed(loaded: LoadedModel, tmp_path: Path) -> None:
+    continued = [*continue_seeds(builtin_config(), loaded, tmp_path, Progress())]
     assert sorted(prompt for prompt, _, _ in continued) == sorted(seed.prompt for seed in FEW)
     kinds = {seed.prompt: seed.kind for seed in FEW}
     for prompt, text, ids in continued:
@@ -301,10 +304,12 @@ def test_the_model_continues_every_seed(loaded: LoadedModel) -> None:
 
 
 @pytest.mark.usefixtures("few_seeds")
-def test_continuations_follow_the_seed(loaded: LoadedModel) -> None:
-    first, again, other = ([*continue_seeds(builtin_config(seed=seed), loaded, Progress())] for seed in (1, 1, 2))
+def test_continuations_follow_the_seed(loaded: LoadedModel, tmp_path: Path) -> None:
+    configs = [builtin_config(seed=seed, threads=2) for seed in (1, 1, 2)]
+    first, again, other = ([*continue_seeds(config, loaded, tmp_path, Progress())] for config in configs)
     assert first == again
-    assert first != other
+    assert all(one != another for one, another in zip(first, other, strict=True))
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.usefixtures("few_seeds")
@@ -319,10 +324,11 @@ def test_builtin_documents_are_routed_by_their_prompts(loaded: LoadedModel) -> N
 def test_builtin_text_is_written_once(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = builtin_config(calibration_tokens=1000)
     first = build(loaded, config, tmp_path)
-    monkeypatch.setattr("coreinfer.compiler.text.corpus.continue_seeds", _must_not_run)
+    monkeypatch.setattr("coreinfer.compiler.text.builtin.continue_seeds", _must_not_run)
     assert build(loaded, replace(config, clusters=3), tmp_path) == first
-    with pytest.raises(AssertionError, match="written again"):
-        build(loaded, replace(config, seed=5), tmp_path)
+    for change in ({"seed": 5}, {"threads": 3}):
+        with pytest.raises(AssertionError, match="written again"):
+            build(loaded, replace(config, **change), tmp_path)  # type: ignore[arg-type]
     use_seeds(monkeypatch, FEW[:6])
     with pytest.raises(AssertionError, match="written again"):
         build(loaded, config, tmp_path)
@@ -334,9 +340,9 @@ def _must_not_run(*args: object) -> object:
 
 @pytest.mark.usefixtures("few_seeds")
 @pytest.mark.parametrize("document_tokens", [16, 40, 100])
-def test_continuations_keep_within_document_tokens(document_tokens: int, loaded: LoadedModel) -> None:
+def test_continuations_keep_within_document_tokens(document_tokens: int, loaded: LoadedModel, tmp_path: Path) -> None:
     config = builtin_config(document_tokens=document_tokens, calibration_tokens=5000)
-    lengths = [len(ids) for _, _, ids in continue_seeds(config, loaded, Progress())]
+    lengths = [len(ids) for _, _, ids in continue_seeds(config, loaded, tmp_path, Progress())]
     assert document_tokens // 2 < max(lengths) <= document_tokens
 
 

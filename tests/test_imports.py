@@ -34,7 +34,7 @@ FORBIDDEN = {
         "faiss",
         "tokenizers",
     },
-    "compiler": {"coreinfer.evaluation", "coreinfer.runtime", "coreinfer.server"},
+    "compiler": {"coreinfer.evaluation", "coreinfer.server"},
     "evaluation": {"coreinfer.server"},
     "runtime": {"coreinfer.compiler", "coreinfer.evaluation", "coreinfer.server"},
     "server": {"coreinfer.compiler", "coreinfer.evaluation"},
@@ -167,6 +167,15 @@ def test_dependencies_point_one_way(package: str) -> None:
         if name == forbidden or name.startswith(f"{forbidden}.")
     ]
     assert not wrong
+
+
+def test_the_compiler_uses_the_runtime_in_one_place_only() -> None:
+    users = {
+        path.name
+        for path in sources("compiler")
+        if any(name.startswith("coreinfer.runtime") for name in imported_names(path, "compiler"))
+    }
+    assert users == {"writing.py"}
 
 
 def test_the_scan_sees_every_form_of_import(tmp_path: Path) -> None:

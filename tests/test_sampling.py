@@ -177,6 +177,19 @@ def test_sampling_counts_drawn_tokens_as_seen() -> None:
     assert sorted(drawn) == list(range(50))
 
 
+@pytest.mark.parametrize(
+    ("options", "drawn"),
+    [
+        ({"temperature": 0.7, "top_p": 0.95}, [3754, 4912, 3908, 1966, 1252, 4759, 170, 4657]),
+        ({"temperature": 1.0, "top_k": 40, "min_p": 0.02}, [3333, 4912, 3908, 1966, 1252, 4759, 152, 4657]),
+        ({"temperature": 1.3}, [3252, 4912, 3908, 1242, 1475, 4523, 41, 4657]),
+    ],
+)
+def test_a_seed_draws_what_it_always_drew(options: dict[str, Any], drawn: list[int]) -> None:
+    sampler = Sampler(SamplingParams(seed=7, **options), [])
+    assert [sampler.sample(_logits(number, 5003)) for number in range(8)] == drawn
+
+
 def test_a_seed_repeats_the_draws_and_another_does_not() -> None:
     def draws(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), ())

@@ -27,7 +27,7 @@ from coreinfer.compiler.quality.sizes import Sizes
 from coreinfer.compiler.quantize.quantize import QuantizeOptions
 from coreinfer.compiler.text.corpus import Corpus
 
-__all__ = ["PACKAGES", "Compiled", "formats_of", "manifest_of"]
+__all__ = ["PACKAGES", "Compiled", "formats_of", "manifest_of", "quantization_records"]
 
 PACKAGES = ("torch", "transformers", "numpy", "faiss-cpu", "model2vec")
 """Packages whose versions shape what is compiled."""
@@ -54,7 +54,7 @@ def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
     config, routing = compiled.config, compiled.routing
     return Manifest(
         model=compiled.loaded.record,
-        quantization={group: _quantization(config, group) for group in GROUPS},
+        quantization=quantization_records(formats_of(config)),
         clusters=_cluster_records(compiled),
         router=RouterRecord(
             encoder="static",
@@ -89,10 +89,14 @@ def formats_of(config: CompileConfig) -> QuantizeOptions:
     return QuantizeOptions(body=config.quantize, head="int8-planes" if head == "int8" else head)
 
 
-def _quantization(config: CompileConfig, group: str) -> QuantizationRecord:
+def quantization_records(formats: QuantizeOptions) -> dict[str, QuantizationRecord]:
+    """Say of each group of tensors how it is stored."""
+    return {group: _quantization(formats, group) for group in GROUPS}
+
+
+def _quantization(formats: QuantizeOptions, group: str) -> QuantizationRecord:
     if group == "norm":
         return QuantizationRecord(format="f32")
-    formats = formats_of(config)
     kind = formats.head if group in ("embedding", "head") else formats.body
     return QuantizationRecord(format=kind, group_size=GROUP_SIZE if kind in PACKED_FORMATS else None)
 

@@ -4,24 +4,30 @@ Nothing needs to be downloaded, and the text is of the kind that the model will 
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
-import torch
 from coreinfer.bundles.shared.beginnings import text_ids
+from coreinfer.bundles.shared.machine import usable_cores
+from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.models.load import LoadedModel, quiet_transformers, stop_ids
+from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.models.tokenizer_files import chat_templates
 from coreinfer.compiler.progress import Progress
 
-__all__ = ["Seed", "continue_seeds", "load_seeds"]
+from .corpus import Document
+from .writing import Sampling, dense_engine, write_continuations
 
-_BATCH_SIZE = 64
+__all__ = ["Seed", "builtin_documents", "continue_seeds", "load_seeds"]
+
 _MIN_NEW_TOKENS = 32
 _TEMPERATURE = 0.7
 _TOP_P = 0.95
+_WRITER = "runtime, int8"
+"""What writes: texts of another writer, such as those that transformers wrote once, have other keys in the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,31 +50,61 @@ def load_seeds() -> tuple[Seed, ...]:
     return tuple(Seed(**json.loads(line)) for line in text.splitlines())
 
 
+def builtin_documents(
+    config: CompileConfig, loaded: LoadedModel, cache: Cache, model_key: str, folder: Path, progress: Progress
+) -> list[Document]:
+    """Let the model continue the seed prompts, unless the cache holds the texts; see `continue_seeds`.
+
+    Args:
+        folder: for files that are needed meanwhile.
+    """
+    key = stage_key(
+        "builtin",
+        writer=_WRITER,
+        model=model_key,
+        tokens=config.calibration_tokens,
+        longest=config.document_tokens,
+        seed=config.seed,
+        # Of the weights that are rounded.
+        dtype=str(loaded.dtype),
+        # The native engine divides the sums of attention among them, and so rounds otherwise with another number.
+        threads=config.threads or usable_cores(),
+        # The same file, read as another model than before, gives other results.
+        config=loaded.record.config,
+        prompts=[seed.prompt for seed in load_seeds()],
+    )
+
+    def compute() -> list[dict[str, Any]]:
+        return [
+            {"text": text, "routing_text": prompt, "token_ids": list(token_ids), "has_prompt": True}
+            for prompt, text, token_ids in continue_seeds(config, loaded, folder, progress)
+        ]
+
+    return [Document(**{**item, "token_ids": tuple(item["token_ids"])}) for item in cache.json(key, compute)]
+
+
 def continue_seeds(
-    config: CompileConfig, loaded: LoadedModel, progress: Progress
+    config: CompileConfig, loaded: LoadedModel, folder: Path, progress: Progress
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Let the model continue every seed prompt by sampling.
 
     The length of the continuations is chosen so that prompts and continuations together make the token budget.
 
     Yields:
-        Prompt, text (prompt and continuation), and its token ids.
+        Prompt, text (prompt and continuation), and its token ids, in the order of the seeds.
     """
-    prompts = [(seed, _prompt_ids(seed, loaded.tokenizer, config.document_tokens // 2)) for seed in load_seeds()]
-    num_prompt_tokens = sum(len(ids) for _, ids in prompts)
-    share = (config.calibration_tokens - num_prompt_tokens) // len(prompts)
+    seeds = load_seeds()
+    prompts = [_prompt_ids(seed, loaded.tokenizer, config.document_tokens // 2) for seed in seeds]
+    share = (config.calibration_tokens - sum(map(len, prompts))) // len(prompts)
     num_new = min(max(_MIN_NEW_TOKENS, share), config.document_tokens - config.document_tokens // 2)
-    # Prompts of like length share a batch, so that little of it is padding.
-    prompts.sort(key=lambda item: len(item[1]))
-    batches = [prompts[start : start + _BATCH_SIZE] for start in range(0, len(prompts), _BATCH_SIZE)]
-    torch.manual_seed(config.seed)
-    with progress.stage("corpus", len(prompts)) as advance:
-        for batch in batches:
-            continued = _continue(loaded, [ids for _, ids in batch], num_new)
-            for (seed, ids), new_ids in zip(batch, continued, strict=True):
-                answer = loaded.tokenizer.decode(new_ids, skip_special_tokens=True)
-                yield seed.prompt, f"{seed.prompt}\n{answer}".strip(), (*ids, *new_ids)
-            advance(len(batch))
+    sampling = Sampling(num_new=num_new, temperature=_TEMPERATURE, top_p=_TOP_P, seed=config.seed)
+    # One step more for storing the model.
+    with progress.stage("corpus", len(prompts) + 1) as advance, dense_engine(config, loaded, folder) as engine:
+        advance()
+        continued = write_continuations(engine, prompts, sampling, advance)
+    for seed, ids, new_ids in zip(seeds, prompts, continued, strict=True):
+        answer = loaded.tokenizer.decode(new_ids, skip_special_tokens=True)
+        yield seed.prompt, f"{seed.prompt}\n{answer}".strip(), (*ids, *new_ids)
 
 
 def _prompt_ids(seed: Seed, tokenizer: Any, longest: int) -> list[int]:
@@ -82,30 +118,3 @@ def _prompt_ids(seed: Seed, tokenizer: Any, longest: int) -> list[int]:
     else:
         ids = text_ids(tokenizer.backend_tokenizer, seed.prompt)
     return list(ids[-longest:])
-
-
-def _continue(loaded: LoadedModel, prompts: Sequence[Sequence[int]], num_new: int) -> list[list[int]]:
-    """Sample a continuation of every prompt; what follows an end of text is cut off."""
-    tokenizer, longest = loaded.tokenizer, max(map(len, prompts))
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    padded = [[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts]
-    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-    with quiet_transformers(), torch.inference_mode():
-        output = loaded.model.generate(  # type: ignore[operator]
-            torch.tensor(padded, device=loaded.device),
-            attention_mask=torch.tensor(mask, device=loaded.device),
-            max_new_tokens=num_new,
-            do_sample=True,
-            temperature=_TEMPERATURE,
-            top_p=_TOP_P,
-            pad_token_id=pad_id,
-        )
-    stops = stop_ids(loaded)
-    return [_cut(row, stops) for row in output[:, longest:].tolist()]
-
-
-def _cut(token_ids: list[int], stops: set[int]) -> list[int]:
-    for position, token_id in enumerate(token_ids):
-        if token_id in stops:
-            return token_ids[: position + 1]
-    return token_ids

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -13,12 +13,9 @@ from typing import Any
 from coreinfer.bundles.errors import CalibrationError, ConfigError
 from coreinfer.bundles.shared.beginnings import text_spans
 from coreinfer.bundles.shared.text_files import check_text, read_records, read_text
-from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.config import BUILTIN, CompileConfig
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
-
-from .builtin import continue_seeds, load_seeds
 
 __all__ = [
     "Corpus",
@@ -94,10 +91,12 @@ class Corpus:
 
 
 def build_corpus(
-    config: CompileConfig, loaded: LoadedModel, cache: Cache, model_key: str, progress: Progress
+    config: CompileConfig, loaded: LoadedModel, write_builtin: Callable[[], list[Document]], progress: Progress
 ) -> Corpus:
     """Gather the documents, at most `calibration_tokens` tokens of them, and split them.
 
+    Args:
+        write_builtin: returns the documents of the builtin corpus; see `builtin_documents`.
     Raises:
         CalibrationError: a source cannot be read, or there is too little text.
         ConfigError: documents are longer than the model reads.
@@ -116,7 +115,7 @@ def build_corpus(
                 documents += split_into_documents([text], loaded.tokenizer, config.document_tokens)
                 advance()
     if BUILTIN in config.calibration:
-        documents += _builtin(config, loaded, cache, model_key, progress)
+        documents += write_builtin()
     taken, left = _take(documents, config)
     corpus = _split(taken, config.seed)
     _check_size(corpus, config)
@@ -124,32 +123,6 @@ def build_corpus(
         return corpus
     used = {document.text for document in taken}
     return replace(corpus, spare=tuple(document for document in left if document.text not in used))
-
-
-def _builtin(
-    config: CompileConfig, loaded: LoadedModel, cache: Cache, model_key: str, progress: Progress
-) -> list[Document]:
-    """Let the model continue the seed prompts; the slowest part of a small compile, so it is cached."""
-    key = stage_key(
-        "builtin",
-        model=model_key,
-        tokens=config.calibration_tokens,
-        longest=config.document_tokens,
-        seed=config.seed,
-        dtype=str(loaded.dtype),
-        # The same file, read as another model than before, gives other results.
-        config=loaded.record.config,
-        device=str(loaded.device),
-        prompts=[seed.prompt for seed in load_seeds()],
-    )
-
-    def compute() -> list[dict[str, Any]]:
-        return [
-            {"text": text, "routing_text": prompt, "token_ids": list(token_ids), "has_prompt": True}
-            for prompt, text, token_ids in continue_seeds(config, loaded, progress)
-        ]
-
-    return [Document(**{**item, "token_ids": tuple(item["token_ids"])}) for item in cache.json(key, compute)]
 
 
 def _take(documents: Sequence[Document], config: CompileConfig) -> tuple[list[Document], list[Document]]:
