@@ -3,7 +3,6 @@
 transformers fills what it does not find with random numbers, drops what it does not know, and says so in its log alone.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +13,9 @@ import torch
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers import PreTrainedModel
+
+from .stated import safetensors_files
 
 __all__ = [
     "LOADING_ERRORS",
@@ -23,7 +23,6 @@ __all__ = [
     "check_files",
     "check_finite",
     "check_loaded",
-    "check_quantization",
     "check_tied_head",
 ]
 
@@ -47,47 +46,18 @@ _LEFTOVERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 """Ends of names of tensors that older checkpoints hold and no model reads."""
 
 
-def check_quantization(config: PreTrainedConfig, what: str) -> None:
-    """Refuse a checkpoint that is quantized already.
-
-    Args:
-        what: name of the model in an error, such as "--model tiny".
-    Raises:
-        UnsupportedModelError: its config says that it is.
-    """
-    for field in ("quantization_config", "quantization", "compression_config"):
-        if settings := getattr(config, field, None):
-            raise UnsupportedModelError(
-                f"{what}: its weights are quantized already ({_quantizer(settings)}; {field} in config.json), "
-                "expected float32, bfloat16 or float16; give the model that it was quantized from"
-            )
-
-
-def _quantizer(settings: Any) -> str:
-    values = settings if isinstance(settings, Mapping) else vars(settings)
-    method = values.get("quant_method") or values.get("format") or "an unknown method"
-    bits = values.get("bits")
-    return f"{getattr(method, 'value', method)}{f', {bits} bits' if bits else ''}"
-
-
-def check_files(folder: Path, what: str, *, mapped: bool) -> None:
+def check_files(folder: Path, what: str) -> None:
     """Look at the headers of a folder's safetensors files, as far as they can be read; others are told on loading.
 
     Args:
         what: name of the model in an error, such as "--model tiny".
-        mapped: whether weights are to stay in their file.
     Raises:
-        ConfigError: there are no safetensors files, and weights are to stay in them.
         UnsupportedModelError: some tensors are packed integers.
     """
-    files = [file for file in _files_of(folder, what) if file.is_file()]
-    if mapped and not files:
-        raise ConfigError(
-            f"{what}: --max-memory needs safetensors, whose weights can stay in their file, and found none; "
-            "save it with transformers first"
-        )
     packed = []
-    for file in files:
+    for file in safetensors_files(folder, what):
+        if not file.is_file():
+            continue
         with suppress(SafetensorError), safe_open(file, framework="pt") as tensors:
             dtypes = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
             packed += [f"{key} ({dtype})" for key, dtype in dtypes.items() if _is_packed(key, dtype)]
@@ -119,20 +89,6 @@ def check_encoder(encoder: nn.Module, what: str) -> None:
 
 def _is_packed(key: str, dtype: str) -> bool:
     return dtype not in _FLOATS and not key.endswith(_LEFTOVERS)
-
-
-def _files_of(folder: Path, what: str) -> list[Path]:
-    """The safetensors files that transformers reads: the single one if it is there, else those of the index."""
-    if (folder / SAFE_WEIGHTS_NAME).exists() or not (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
-        return [folder / SAFE_WEIGHTS_NAME]
-    try:
-        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
-        return [folder / shard for shard in sorted(set(index["weight_map"].values()))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{what}: {SAFE_WEIGHTS_INDEX_NAME} cannot be read ({error or type(error).__name__}); "
-            "expected a weight_map from tensors to files"
-        ) from error
 
 
 def check_loaded(info: Mapping[str, Any], what: str) -> None:

@@ -13,20 +13,21 @@ import transformers
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from coreinfer.bundles.families import FAMILIES, Family, cache_argument, family_of_config, resolve
 from coreinfer.bundles.manifest import ModelRecord
-from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
 from coreinfer.compiler.config import DType
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel
 
-from .checkpoint import LOADING_ERRORS, check_files, check_finite, check_loaded, check_quantization, check_tied_head
-from .gguf.config import model_config
+from .checkpoint import LOADING_ERRORS, check_files, check_finite, check_loaded, check_tied_head
+from .devices import pick_device, pick_dtype
+from .gguf.config import config_fields
 from .gguf.parts import read_parts
 from .gguf.tokenizer import build_tokenizer
 from .gguf.weights import load_weights
 from .mapped import convert_on_use
 from .settings import check_settings
 from .sources import ModelSource
+from .stated import check_mappable, check_quantization
 from .tokenizer_files import check_templates, with_own_file
 from .vocabulary import fit_tokenizer
 
@@ -34,8 +35,6 @@ __all__ = [
     "LoadedModel",
     "load_model",
     "load_tokenizer",
-    "pick_device",
-    "pick_dtype",
     "quiet_transformers",
     "read_config",
     "special_tokens",
@@ -120,8 +119,7 @@ def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
         UnsupportedModelError: its family, its quantization or another of its settings is not supported.
     """
     if source.gguf_file:
-        with quiet_transformers():
-            config = model_config(read_parts(source.gguf_path), source.name)
+        config = _build_config(config_fields(read_parts(source.gguf_path), source.name), source.name)
         return family_of_config(config.to_dict(), source.name), config
     try:
         with quiet_transformers():
@@ -136,9 +134,20 @@ def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
             "give a Hub id, a folder with config.json, a .gguf file or package:NAME/PATH"
         ) from error
     family = family_of_config(config.to_dict(), source.name)
-    check_quantization(config, f"--model {source.name}")
+    check_quantization(config.to_dict(), f"--model {source.name}")
     check_settings(family, config, source.name)
     return family, config
+
+
+def _build_config(fields: Mapping[str, Any], name: str) -> PreTrainedConfig:
+    """Build the config that the header of a GGUF file describes."""
+    try:
+        with quiet_transformers():
+            config: PreTrainedConfig = AutoConfig.for_model(**fields)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--model {name}: its header describes no model that can be ({reason})") from error
+    return config
 
 
 def load_model(
@@ -152,13 +161,10 @@ def load_model(
         ConfigError: the model, the device or the dtype is not available.
     """
     target, what = pick_device(device), f"--model {source.name}"
-    if mapped and source.gguf_file:
-        raise ConfigError(
-            f"--max-memory: expected a model in safetensors, whose weights can stay in their file, got {source.name}; "
-            "save it with transformers first"
-        )
+    if mapped:
+        check_mappable(source)
     if not source.gguf_file and source.path:
-        check_files(source.path, what, mapped=mapped)
+        check_files(source.path, what)
     computes_in = pick_dtype(dtype, target)
     try:
         with quiet_transformers():
@@ -264,32 +270,6 @@ def load_tokenizer(source: ModelSource) -> Any:
         raise ConfigError(f"--model {source.name}: its tokenizer has no fast form (tokenizer.json); convert it first")
     check_templates(tokenizer, source.name)
     return tokenizer if source.gguf_file else with_own_file(tokenizer, source)
-
-
-def pick_device(name: str) -> torch.device:
-    """Find a torch device by name and prove that it works.
-
-    Raises:
-        ConfigError: there is no such device on this machine.
-    """
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = _first_line(error)
-        raise ConfigError(f"--device {name}: torch cannot use it here ({reason}); try cpu") from error
-    return device
-
-
-def pick_dtype(dtype: DType, device: torch.device) -> torch.dtype:
-    """Resolve "auto": bfloat16 on accelerators and on CPUs with bfloat16 arithmetic, else float32."""
-    if dtype != "auto":
-        resolved = getattr(torch, dtype)
-        assert isinstance(resolved, torch.dtype)
-        return resolved
-    if device.type != "cpu":
-        return torch.bfloat16
-    return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
 
 
 @contextmanager
