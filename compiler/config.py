@@ -277,7 +277,8 @@ class CompileConfig:
         default=None,
         compare=False,
         metadata=option(
-            "Folder of stage results, from which an interrupted compile continues.",
+            "Folder of stage results, from which an interrupted compile continues, and of bundles, which the same "
+            "compile copies.",
             group=MACHINE,
             unset="COREINFER_CACHE, else coreinfer in the cache folder",
             switches=("--cache",),
