@@ -69,7 +69,8 @@ class Identity:
 
     Attributes:
         model_sha256: of `ModelSource.sha256`.
-        key: of all that shapes the bundle; None where there is no cache, or text comes from the Hub, which may change.
+        key: of all that shapes the bundle; None where there is no cache, or where something comes from the Hub that may
+            change there.
     """
 
     model_sha256: str
@@ -80,11 +81,13 @@ def identify(config: CompileConfig, inputs: Inputs, model_config: Mapping[str, A
     """Hash what is compiled.
 
     Args:
-        model_config: of a model on the Hub, whose files are not hashed.
+        model_config: of a model on the Hub, whose files are not hashed, with its `revision`.
     """
-    model_sha256 = inputs.model.sha256(model_config or {})
+    stated = model_config or {}
+    model_sha256 = inputs.model.sha256(stated)
     files = [source for source in inputs.texts if is_local(source)]
-    if config.cache_dir is None or {*inputs.texts} - {*files, BUILTIN}:
+    is_fixed = inputs.encoder.path and (inputs.model.path or stated.get("revision"))
+    if config.cache_dir is None or not is_fixed or {*inputs.texts} - {*files, BUILTIN}:
         return Identity(model_sha256=model_sha256, key=None)
     key = stage_key(
         "bundle",

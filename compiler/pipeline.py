@@ -18,7 +18,7 @@ from .cache import Cache
 from .checks import Inputs
 from .config import CompileConfig
 from .finished import Identity, identify, keep_finished, take_finished
-from .models.load import LoadedModel, load_model, read_config
+from .models.load import LoadedModel, hub_revision, load_model, read_config
 from .progress import Progress
 from .prune.narrow import CLUSTERS
 from .quality.search import fit_clusters, fit_quality
@@ -53,7 +53,7 @@ def compile_inputs(config: CompileConfig, inputs: Inputs, identity: Identity | N
     source = inputs.model
     family, model_config = read_config(source)
     if identity is None:
-        identity = identify(config, inputs, model_config.to_dict())
+        identity = identify(config, inputs, {**model_config.to_dict(), "revision": hub_revision(source)})
         if (manifest := take_finished(config, identity, progress)) is not None:
             return manifest
     torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))

@@ -11,10 +11,12 @@ from typing import Any, NoReturn
 
 import pytest
 from coreinfer.bundles import BundleError, open_bundle
+from coreinfer.bundles.checksums import file_sha256
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.compiler import CompileConfig, Progress, compile_model, finished
 from coreinfer.compiler.checks import Inputs, find_inputs
 from coreinfer.compiler.finished import identify
+from coreinfer.compiler.models import load
 from coreinfer.compiler.models.primitives import PRIMITIVES_VARIABLE
 from coreinfer.compiler.models.sources import ModelSource
 
@@ -66,7 +68,7 @@ def test_the_same_command_again_is_a_copy(compiled: CompileConfig, tmp_path: Pat
     again = replace(compiled, output=tmp_path / "again")
     assert stages(again) == ["hash", "copy"]
     assert contents(tmp_path / "again") == contents(tmp_path / "bundle")
-    assert not any("." in path.name and path.name.startswith(".") for path in (tmp_path / "cache").iterdir())
+    assert not [*(tmp_path / "cache").glob(".*")]
     open_bundle(tmp_path / "again")
     # The place of the old one is taken only on demand.
     with pytest.raises(BundleError, match="again exists; give another -o or add --force"):
@@ -77,8 +79,26 @@ def test_the_same_command_again_is_a_copy(compiled: CompileConfig, tmp_path: Pat
 
 
 def test_the_same_command_again_imports_nothing_heavy(compiled: CompileConfig, tmp_path: Path) -> None:
-    options = ["--clusters", "4", "--keep", "0.67", "--dtype", "float32", "--budgets", "uniform", "--quantize", "bf16"]
-    given = ["--model", compiled.model, "--encoder", compiled.encoder, "--calibration", compiled.calibration[0]]
+    options: list[object] = [
+        "--clusters",
+        "4",
+        "--keep",
+        "0.67",
+        "--dtype",
+        "float32",
+        "--budgets",
+        "uniform",
+        "--quantize",
+        "bf16",
+    ]
+    given: list[object] = [
+        "--model",
+        compiled.model,
+        "--encoder",
+        compiled.encoder,
+        "--calibration",
+        compiled.calibration[0],
+    ]
     given += ["--no-evaluate", "--no-controls", "--threads", 1, "--cache", tmp_path / "cache", *options]
     found = outcome("compile", *given, "-o", tmp_path / "again")
     assert (found["code"], contents(tmp_path / "again")) == (0, contents(tmp_path / "bundle"))
@@ -97,14 +117,14 @@ def test_bundles_share_nothing(compiled: CompileConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [LAYOUT.base, LAYOUT.report, LAYOUT.manifest, LAYOUT.cluster(2)])
-@pytest.mark.parametrize("damage", [b"", None])
+@pytest.mark.parametrize("missing", [False, True])
 def test_what_was_damaged_is_compiled_again(
-    name: str, damage: bytes | None, compiled: CompileConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, missing: bool, compiled: CompileConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = contents(tmp_path / "bundle")
     # The cache has the same file, not a copy: as if the user had written into it.
     (entry,) = (tmp_path / "cache").glob("bundle-*")
-    if damage is None:
+    if missing:
         (entry / name).unlink()
     else:
         with (entry / name).open("r+b") as file:
@@ -165,8 +185,7 @@ def _change_package(config: CompileConfig, monkeypatch: pytest.MonkeyPatch) -> N
 
 def _change_program(config: CompileConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(finished.__file__).parent / "report" / "page" / "page.css"
-    hashed = finished.file_sha256
-    monkeypatch.setattr(finished, "file_sha256", lambda path: "other" if path == page else hashed(path))
+    monkeypatch.setattr(finished, "file_sha256", lambda path: "other" if path == page else file_sha256(path))
 
 
 def _change_arithmetic(config: CompileConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,12 +238,24 @@ def test_threads_are_those_that_torch_will_have(inputs: CompileConfig, monkeypat
     assert key_of(config) != with_torch
 
 
-def test_text_of_the_hub_is_always_read_again(inputs: CompileConfig, tmp_path: Path) -> None:
-    source = ModelSource(name="m", location=inputs.model)
-    found = Inputs(model=source, encoder=source, texts=("builtin", "hf:some/thing"))
-    assert identify(inputs, found).key is None
-    assert identify(inputs, replace(found, texts=("builtin",))).key is not None
-    assert identify(replace(inputs, cache_dir=None), replace(found, texts=("builtin",))).key is None
+def test_what_may_change_on_the_hub_is_read_again(inputs: CompileConfig) -> None:
+    local, hub = ModelSource(name="m", location=inputs.model), ModelSource(name="a/b", location="a/b")
+    found = Inputs(model=local, encoder=local, texts=("builtin",))
+    assert identify(inputs, found).key is not None
+    for other in ({"texts": ("builtin", "hf:some/thing")}, {"encoder": hub}, {"model": hub}):
+        assert identify(inputs, replace(found, **other)).key is None
+    of_hub = replace(found, model=hub)
+    keys = {identify(inputs, of_hub, {"model_type": "llama", "revision": revision}).key for revision in "ab"}
+    assert len(keys - {None}) == 2
+
+
+def test_the_revision_of_a_model_on_the_hub(monkeypatch: pytest.MonkeyPatch, inputs: CompileConfig) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setattr(load, "cached_file", lambda *_, **__: f"/hub/models--a--b/snapshots/{commit}/config.json")
+    assert load.hub_revision(ModelSource(name="a/b", location="a/b")) == commit
+    assert load.hub_revision(ModelSource(name="m", location=inputs.model)) is None
+    monkeypatch.setattr(load, "cached_file", lambda *_, **__: None)
+    assert load.hub_revision(ModelSource(name="a/b", location="a/b")) is None
 
 
 def test_without_a_cache_nothing_is_kept(inputs: CompileConfig, tmp_path: Path) -> None:
@@ -242,7 +273,7 @@ def test_a_cache_that_cannot_keep_a_bundle_costs_nothing_else(
 
     config = replace(inputs, evaluate=False)
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr(finished.shutil, "copytree", full)
+        patch.setattr(shutil, "copytree", full)
         compile_model(config)
     assert "cannot keep the bundle" in caplog.text
     open_bundle(tmp_path / "bundle")
@@ -254,7 +285,7 @@ def test_another_disk_gets_copies(inputs: CompileConfig, tmp_path: Path, monkeyp
     def elsewhere(*_: object) -> NoReturn:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
-    monkeypatch.setattr(finished.os, "link", elsewhere)
+    monkeypatch.setattr(os, "link", elsewhere)
     config = replace(inputs, evaluate=False)
     compile_model(config)
     shutil.rmtree(tmp_path / "bundle")

@@ -17,6 +17,8 @@ from coreinfer.compiler.config import DType
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel
+from transformers.utils import extract_commit_hash
+from transformers.utils.hub import cached_file
 
 from .checkpoint import LOADING_ERRORS, check_files, check_finite, check_loaded, check_tied_head
 from .devices import pick_device, pick_dtype
@@ -27,12 +29,13 @@ from .gguf.weights import load_weights
 from .mapped import convert_on_use
 from .settings import check_settings
 from .sources import ModelSource
-from .stated import check_mappable, check_quantization
+from .stated import CONFIG, check_mappable, check_quantization
 from .tokenizer_files import check_templates, with_own_file
 from .vocabulary import fit_tokenizer
 
 __all__ = [
     "LoadedModel",
+    "hub_revision",
     "load_model",
     "load_tokenizer",
     "quiet_transformers",
@@ -137,6 +140,20 @@ def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
     check_quantization(config.to_dict(), f"--model {source.name}")
     check_settings(family, config, source.name)
     return family, config
+
+
+def hub_revision(source: ModelSource) -> str | None:
+    """Find the commit of a model on the Hub that is read; None of a local one, or where it cannot be told."""
+    if source.path is not None:
+        return None
+    found = cached_file(
+        source.location,
+        CONFIG,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return extract_commit_hash(found, None)
 
 
 def _build_config(fields: Mapping[str, Any], name: str) -> PreTrainedConfig:

@@ -12,7 +12,7 @@ from .gguf.config import config_fields
 from .gguf.parts import read_parts
 from .sources import ModelSource
 
-__all__ = ["check_mappable", "check_quantization", "safetensors_files", "stated_config"]
+__all__ = ["CONFIG", "check_mappable", "check_quantization", "safetensors_files", "stated_config"]
 
 CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
