@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +37,7 @@ from .text.reading import is_local
 __all__ = ["Identity", "identify", "keep_finished", "take_finished"]
 
 _log = logging.getLogger(__name__)
+_STAGE = "bundle"
 _ELSEWHERE = frozenset({"output", "force", "cache_dir", "model", "encoder"})
 """Options that shape nothing, or are in the key by what they name."""
 _PACKAGES = (
@@ -61,6 +63,8 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _ARITHMETIC_PREFIXES = ("ATEN_", "DNNL_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "TORCH_")
 """Of environment variables that may change how many threads add, and in which order."""
 _DIGEST_CHARACTERS = 24
+_MOST_BUNDLES = 4
+"""That the cache keeps: the ones that were made or taken last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,7 @@ def identify(config: CompileConfig, inputs: Inputs, model_config: Mapping[str, A
     if config.cache_dir is None or not is_fixed or {*inputs.texts} - {*files, BUILTIN}:
         return Identity(model_sha256=model_sha256, key=None)
     key = stage_key(
-        "bundle",
+        _STAGE,
         options={name: value for name, value in asdict(config).items() if name not in _ELSEWHERE},
         model=[inputs.model.name, model_sha256],
         encoder=[inputs.encoder.name, inputs.encoder.sha256({})],
@@ -158,6 +162,8 @@ def take_finished(config: CompileConfig, identity: Identity, progress: Progress)
                 # Copied, not linked: what is done to one bundle must not happen to another.
                 shutil.copytree(entry, stage, dirs_exist_ok=True, copy_function=shutil.copyfile)
                 advance()
+            with suppress(OSError):
+                os.utime(entry)
             _log.info("%s: nothing to compile, taken whole from %s", config.output, entry)
             return manifest
     return None
@@ -191,13 +197,20 @@ def keep_finished(config: CompileConfig, identity: Identity, bundle: Path) -> No
             shutil.copytree(bundle, temporary, dirs_exist_ok=True, copy_function=_link)
             for damaged in config.cache_dir.glob(f"{identity.key}.*"):
                 shutil.rmtree(damaged)
+            os.utime(temporary)
             temporary.rename(_place(temporary, config.cache_dir / identity.key))
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        for old in sorted(config.cache_dir.glob(f"{_STAGE}-*"), key=_time_of, reverse=True)[_MOST_BUNDLES:]:
+            shutil.rmtree(old)
     except OSError as error:
         _log.warning(
             "cache folder %s cannot keep the bundle (%s), which next time is compiled again", config.cache_dir, error
         )
+
+
+def _time_of(entry: Path) -> int:
+    return entry.stat().st_mtime_ns
 
 
 def _place(bundle: Path, stem: Path | None = None) -> Path:

@@ -290,3 +290,17 @@ def test_another_disk_gets_copies(inputs: CompileConfig, tmp_path: Path, monkeyp
     compile_model(config)
     shutil.rmtree(tmp_path / "bundle")
     assert stages(config) == ["hash", "copy"]
+
+
+def test_the_cache_keeps_the_bundles_that_were_used_last(compiled: CompileConfig, tmp_path: Path) -> None:
+    (first,) = (tmp_path / "cache").glob("bundle-*")
+    for number in range(4):
+        shutil.copytree(first, tmp_path / "cache" / f"bundle-{number}.older")
+        os.utime(tmp_path / "cache" / f"bundle-{number}.older", (number + 1, number + 1))
+    os.utime(first, (0, 0))
+    # Taken again, it is no longer the oldest; the next one drives out the two oldest.
+    assert stages(replace(compiled, output=tmp_path / "again")) == ["hash", "copy"]
+    compile_model(replace(compiled, output=tmp_path / "other", dense=False))
+    left = {path.name for path in (tmp_path / "cache").glob("bundle-*")}
+    assert len(left) == 4
+    assert {first.name, "bundle-2.older", "bundle-3.older"} < left

@@ -17,8 +17,7 @@ from coreinfer.compiler.config import DType
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel
-from transformers.utils import extract_commit_hash
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .checkpoint import LOADING_ERRORS, check_files, check_finite, check_loaded, check_tied_head
 from .devices import pick_device, pick_dtype
