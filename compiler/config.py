@@ -277,7 +277,8 @@ class CompileConfig:
         default=None,
         compare=False,
         metadata=option(
-            "Folder of stage results, from which an interrupted compile continues.",
+            "Folder of stage results, from which an interrupted compile continues, and of bundles, which the same "
+            "compile copies.",
             group=MACHINE,
             unset="COREINFER_CACHE, else coreinfer in the cache folder",
             switches=("--cache",),
@@ -290,7 +291,8 @@ class CompileConfig:
         Raises:
             ConfigError: naming all options that are wrong.
         """
-        raise_problems([*field_problems(self), *_conflicts(self)])
+        raise_problems([*field_problems(self)])
+        raise_problems(_conflicts(self))
 
     @property
     def effective_cluster_weight(self) -> float:
@@ -334,6 +336,8 @@ def _conflicts(config: CompileConfig) -> Iterator[str]:
     has_quality = config.max_kl is not None or config.min_top1 is not None
     if config.budget_mb is not None and has_quality:
         yield "--budget-mb and --max-kl or --min-top1: expected bytes or a quality to aim at, got both"
+    if config.budget_mb is None and config.budgets != "uniform" and config.min_layer_keep > config.keep:
+        yield f"--min-layer-keep {config.min_layer_keep:g}: expected at most --keep {config.keep:g}; lower one of them"
     if config.keep == 1 and has_quality:
         yield "--max-kl, --min-top1: expected a keep ratio below 1 to begin with, got 1"
     if config.cluster_weight == "auto" and not config.reconstruct:

@@ -12,12 +12,13 @@ import torch
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import Manifest, Quality, Score
 from coreinfer.bundles.shared.machine import usable_cores
-from coreinfer.bundles.writer import check_target, disk_errors, existing_parent, finish_manifest, stage_bundle
+from coreinfer.bundles.writer import disk_errors, existing_parent, finish_manifest, stage_bundle
 
 from .cache import Cache
+from .checks import Inputs
 from .config import CompileConfig
-from .models.load import LoadedModel, load_model, read_config
-from .models.sources import find_source
+from .finished import Identity, identify, keep_finished, take_finished
+from .models.load import LoadedModel, hub_revision, load_model, read_config
 from .progress import Progress
 from .prune.narrow import CLUSTERS
 from .quality.search import fit_clusters, fit_quality
@@ -38,43 +39,38 @@ from .stages import (
     narrow_packs,
     score_packs,
 )
-from .text.corpus import text_sources
 
-__all__ = ["compile_loaded", "compile_model"]
+__all__ = ["compile_inputs", "compile_loaded"]
 
 
-def compile_model(config: CompileConfig, progress: Progress | None = None) -> Manifest:
-    """Compile a model into the bundle `config.output`.
+def compile_inputs(config: CompileConfig, inputs: Inputs, identity: Identity | None, progress: Progress) -> Manifest:
+    """Compile a model into the bundle `config.output`; see `coreinfer.compiler.compile_model`.
 
     Args:
-        progress: reports stages as they run; None for no reports.
-    Returns:
-        The manifest that was written.
-    Raises:
-        CoreInferError: the options, the model, the text or the target are wrong; no files are left.
+        inputs: what `find_inputs` returned for the same options.
+        identity: of what is compiled, where the cache was found to lack it; None for a model that is on the Hub.
     """
-    progress = progress or Progress()
-    check_target(config.output, force=config.force)
-    # Loading takes long enough for a wrong path to be told before it.
-    text_sources(config.calibration)
-    source = find_source(config.model)
+    source = inputs.model
     family, model_config = read_config(source)
+    if identity is None:
+        identity = identify(config, inputs, {**model_config.to_dict(), "revision": hub_revision(source)})
+        if (manifest := take_finished(config, identity, progress)) is not None:
+            return manifest
     torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))
     faiss.omp_set_num_threads(config.threads or min(faiss.omp_get_max_threads(), usable_cores()))
     with progress.stage("load", 1) as advance:
         mapped = config.max_memory is not None
         loaded = load_model(source, family, model_config, device=config.device, dtype=config.dtype, mapped=mapped)
-        model_sha256 = source.sha256(model_config.to_dict())
         advance()
-    return compile_loaded(config, loaded, model_sha256, progress)
+    return compile_loaded(config, loaded, identity, progress)
 
 
-def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str, progress: Progress) -> Manifest:
-    """Compile a model that is in memory; `model_sha256` stands for it in the cache and in the manifest."""
+def compile_loaded(config: CompileConfig, loaded: LoadedModel, identity: Identity, progress: Progress) -> Manifest:
+    """Compile a model that is in memory; `identity` stands for it in the cache and in the manifest."""
     asked_keep = fit_budget(config, loaded)
     with _scratch_folder(config) as scratch:
         cache = Cache(_cache_folder(config, scratch))
-        material = gather_material(config, loaded, model_sha256, cache, scratch, progress)
+        material = gather_material(config, loaded, identity.model_sha256, cache, scratch, progress)
         clusters = fit_clusters(
             config,
             partial(_measure_clusters, config, material, asked_keep, progress),
@@ -91,10 +87,12 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, model_sha256: str
         )
         layer_budgets = tuple(ground.layer_budgets(config, keep))
         sizes = Sizes(clusters=clusters, keep=keep, keeps=keeps, layer_budgets=layer_budgets)
-        return _compile_at(config, sizes, ground, model_sha256, progress)
+        return _compile_at(config, sizes, ground, identity, progress)
 
 
-def _compile_at(config: CompileConfig, sizes: Sizes, ground: Ground, model_sha256: str, progress: Progress) -> Manifest:
+def _compile_at(
+    config: CompileConfig, sizes: Sizes, ground: Ground, identity: Identity, progress: Progress
+) -> Manifest:
     """Narrow, heal, score and write, once it is known how much is kept."""
     material = ground.material
     budgets = budgets_at(config, ground, sizes.keep, sizes.keeps, ground.assignments)
@@ -111,9 +109,9 @@ def _compile_at(config: CompileConfig, sizes: Sizes, ground: Ground, model_sha25
             routing=ground.routing,
             narrow=narrow[CLUSTERS],
             quality=_final_quality(config, ground, packs, progress, healed=narrow[CLUSTERS].inner is not None),
-            model_sha256=model_sha256,
+            model_sha256=identity.model_sha256,
         )
-        return write_bundle(compiled, material.stored, packs[CLUSTERS], progress)
+        return write_bundle(compiled, identity, material.stored, packs[CLUSTERS], progress)
 
 
 @contextmanager
@@ -168,8 +166,10 @@ def _final_quality(
     return score_packs(ground.material, ground.material.held_out_ids, models, progress)
 
 
-def write_bundle(compiled: Compiled, stored: StoredModel, packs: StoredPacks, progress: Progress) -> Manifest:
-    """Write the bundle next to its target and move it there when it is complete."""
+def write_bundle(
+    compiled: Compiled, identity: Identity, stored: StoredModel, packs: StoredPacks, progress: Progress
+) -> Manifest:
+    """Write the bundle next to its target, keep it in the cache, and move it to its place when it is complete."""
     config, loaded = compiled.config, compiled.loaded
     with progress.stage("write", 2) as advance, stage_bundle(config.output, force=config.force) as stage:
         (stored.folder / LAYOUT.base).rename(stage / LAYOUT.base)
@@ -183,5 +183,6 @@ def write_bundle(compiled: Compiled, stored: StoredModel, packs: StoredPacks, pr
         points = map_points(config, compiled.routing, compiled.corpus.calibration)
         write_report(stage / LAYOUT.report, manifest, points, file_sizes(stage))
         manifest = finish_manifest(stage, manifest)
+        keep_finished(config, identity, stage)
         advance()
     return manifest

@@ -18,7 +18,7 @@ from coreinfer.runtime.load_options import EngineName
 from .corpus_scores import translation_scores
 from .logits import greedy_ids
 from .records import Dataset, Item, read_datasets
-from .reference import LLAMACPP_FORMATS, LlamaCppSubject, TransformersSubject, gguf_path, has_llamacpp
+from .reference import LLAMACPP_FORMATS, LlamaCppSubject, TransformersSubject, check_original, gguf_path, has_llamacpp
 from .scores import Evaluation, MetricScore, Variant, ratio_score
 from .subjects import MODES, BundleSubject, Subject
 from .tasks import Observation, Text, Tools, compare_text, is_task, predict_text, score_task
@@ -112,6 +112,8 @@ def evaluate(
     """
     progress = progress or Progress()
     datasets = read_datasets(config.data, limit=config.limit, as_text=config.as_text)
+    if config.against:
+        check_original(config.against)
     with ExitStack() as stack:
         run = _load(config, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coreinfer-eval-"))))
         result = Evaluation(reference=_reference_name(run), rows=_rows(run))

@@ -14,12 +14,33 @@ from coreinfer.bundles import ConfigError
 from coreinfer.bundles.shared.extras import require_package
 from coreinfer.bundles.shared.machine import usable_cores
 
-__all__ = ["LLAMACPP_FORMATS", "LlamaCppSubject", "TransformersSubject", "gguf_path", "has_llamacpp"]
+__all__ = [
+    "LLAMACPP_FORMATS",
+    "LlamaCppSubject",
+    "TransformersSubject",
+    "check_original",
+    "gguf_path",
+    "has_llamacpp",
+]
 
 _log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 
 LLAMACPP_FORMATS = ("Q8_0", "Q4_K_M", "Q4_0", "Q3_K_M")
+
+
+def check_original(model: str) -> None:
+    """Refuse what cannot be the original, in the forms of coreinfer-compile, before anything is loaded.
+
+    Raises:
+        CoreInferError: it is missing or not supported, or the packages that load it are not installed.
+    """
+    require_package("torch", "--against", "'coreinfer[compile]'")
+    # Here, not above: evaluating bundles needs no compiler.
+    from coreinfer.compiler.models.sources import find_source
+    from coreinfer.compiler.models.stated import stated_config
+
+    stated_config(find_source(model, option="--against"))
 
 
 class TransformersSubject:
@@ -31,9 +52,8 @@ class TransformersSubject:
         """Load a model, in the forms of coreinfer-compile.
 
         Raises:
-            ConfigError: it is not available, or torch and transformers are not installed.
+            ConfigError: it is not available.
         """
-        require_package("torch", "--against", "'coreinfer[compile]'")
         # Here, not above: evaluating bundles needs neither torch nor the compiler.
         import torch
         from coreinfer.compiler.models.load import load_model, read_config

@@ -79,8 +79,8 @@ def test_a_wrong_option_is_named_with_what_it_got(field: str, value: Any, option
         {"clusters": "auto", "ridge": "auto"},
         {"clusters": 1, "keep": 1.0, "alpha": 1.0, "beta": 1.0},
         {"cluster_weight": 0.0, "min_layer_keep": 0.0, "seed": 0},
-        {"cluster_weight": 1.0, "min_layer_keep": 1.0, "seed": 2**31 - 2, "document_tokens": 16},
-        {"keep": 1e-9, "ridge": 1e-12, "calibration_tokens": 1, "threads": 1},
+        {"cluster_weight": 1.0, "min_layer_keep": 1.0, "budgets": "uniform", "seed": 2**31 - 2, "document_tokens": 16},
+        {"keep": 1e-9, "min_layer_keep": 0.0, "ridge": 1e-12, "calibration_tokens": 1, "threads": 1},
     ],
 )
 def test_the_ends_of_the_ranges_are_allowed(options: dict[str, Any]) -> None:

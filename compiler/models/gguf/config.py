@@ -6,13 +6,12 @@ from typing import Any
 
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from coreinfer.bundles.families import FAMILIES
-from transformers import AutoConfig, PreTrainedConfig
 
 from .header import Header
 from .keys import HeaderKeys
 from .rope import scaled_rope
 
-__all__ = ["ARCHITECTURES", "architecture_of", "model_config"]
+__all__ = ["ARCHITECTURES", "architecture_of", "config_fields"]
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 # Of a file that states no base of the frequencies, llama.cpp's.
@@ -39,8 +38,8 @@ _TOKEN_ID_KEYS = {"bos_token_id": "bos_token_id", "pad_token_id": "padding_token
 _END_KEYS = ("eos_token_id", "eos_token_ids", "eot_token_id", "eot_token_ids", "eom_token_id", "eom_token_ids")
 
 
-def model_config(header: Header, name: str) -> PreTrainedConfig:
-    """Build the config that transformers would have of the model that a file was made from.
+def config_fields(header: Header, name: str) -> dict[str, Any]:
+    """Read the fields of the config that transformers would have of the model that a file was made from.
 
     Args:
         name: name of the model in an error.
@@ -53,12 +52,7 @@ def model_config(header: Header, name: str) -> PreTrainedConfig:
     fields = _shared_fields(keys, header, name)
     fields |= ARCHITECTURES[architecture](keys, header, fields)
     keys.check_all_read(_NEUTRAL)
-    try:
-        config: PreTrainedConfig = AutoConfig.for_model(**fields)
-    except (ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--model {name}: its header describes no model that can be ({reason})") from error
-    return config
+    return fields
 
 
 def architecture_of(header: Header, name: str) -> str:

@@ -93,7 +93,7 @@ def load_weights(header: Header, config: PreTrainedConfig, *, dtype: torch.dtype
     """Build the model and assign each parameter its tensor of the file; each is unpacked and converted by itself.
 
     Args:
-        config: what `model_config` made of the header.
+        config: made of what `config_fields` read from the header.
         dtype: of the parameters.
         name: name of the model in an error.
     Raises:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .packing import FLOATS, Method, Packing, Part, Settings, matrix_shape
+from .asked import Settings
+from .packing import FLOATS, Method, Packing, Part, matrix_shape
 
 __all__ = ["BITSANDBYTES"]
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .packing import Method, Packing, Part, Settings, groups_of, matrix_shape
+from .asked import Settings
+from .packing import Method, Packing, Part, groups_of, matrix_shape
 
 __all__ = ["COMPRESSED_TENSORS"]
 
@@ -186,5 +187,4 @@ COMPRESSED_TENSORS = Method(
     parts=(*_OF_WEIGHTS, *_OF_ACTIVATIONS),
     problem=_problem,
     packings=_packings,
-    package="compressed-tensors",
 )

@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from .packing import Method, Packing, Part, Settings, matrix_shape, unlike
+from .asked import Settings
+from .packing import Method, Packing, Part, matrix_shape, unlike
 
 __all__ = ["FP8"]
 

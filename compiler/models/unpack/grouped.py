@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .packing import Method, Packing, Part, Settings, groups_of, matrix_shape, unlike
+from .asked import Settings
+from .packing import Method, Packing, Part, groups_of, matrix_shape, unlike
 
 __all__ = ["AWQ", "GPTQ"]
 

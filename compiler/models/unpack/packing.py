@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["FLOATS", "Method", "Packing", "Part", "Settings", "groups_of", "matrix_shape", "unlike"]
+from .asked import Settings
+
+__all__ = ["FLOATS", "Method", "Packing", "Part", "groups_of", "matrix_shape", "unlike"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of safetensors whose numbers are weights as they are."""
-Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +53,11 @@ class Method:
         parts: names, after the module's, of all tensors that packed weights consist of.
         problem: settings -> what of them cannot be read, None where all can.
         packings: settings and model -> how each of its modules would be packed; None for modules that must not be.
-        package: that must be installed, if any.
     """
 
     parts: Collection[str]
     problem: Callable[[Settings], str | None]
     packings: Callable[[Settings, nn.Module], Callable[[str], Packing | None]]
-    package: str | None = None
 
 
 def unlike(settings: Settings, known: Mapping[str, Collection[Any]]) -> str | None:

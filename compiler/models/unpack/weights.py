@@ -13,13 +13,15 @@ from typing import Any, cast
 
 import torch
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
-from coreinfer.compiler.models.checkpoint import check_loaded, files_of, some
+from coreinfer.compiler.models.checkpoint import check_loaded, some
 from coreinfer.compiler.models.empty import empty_model
+from coreinfer.compiler.models.stated import safetensors_files
 from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from .methods import METHODS, describe, settings_of
+from .asked import describe, settings_of
+from .methods import METHODS
 from .packing import FLOATS, Method, Packing, Part
 
 __all__ = ["load_unpacked"]
@@ -69,7 +71,7 @@ def load_unpacked(folder: Path, config: PreTrainedConfig, what: str, *, dtype: t
         ConfigError: tensors are missing, left over, of another shape, or contradict each other; they are named.
         UnsupportedModelError: tensors are of a type that is not expected of them.
     """
-    settings = settings_of(config)
+    settings = settings_of(config.to_dict())
     assert settings is not None
     method = METHODS[settings["quant_method"]]
     plain = copy.deepcopy(config)
@@ -103,7 +105,7 @@ def load_unpacked(folder: Path, config: PreTrainedConfig, what: str, *, dtype: t
 
 
 def _headers(folder: Path, what: str) -> Iterator[_Stored]:
-    files = files_of(folder, what)
+    files = safetensors_files(folder, what)
     if not files[0].exists() and len(files) == 1:
         raise ConfigError(f"{what}: quantized weights are read from safetensors, and found none; save it as such first")
     for file in files:

@@ -1,0 +1,69 @@
+"""What a compile reads, found and looked at before torch is imported: most refusals come within a second."""
+
+from dataclasses import dataclass
+
+from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.writer import check_target
+
+from .config import CompileConfig
+from .models.sources import ModelSource, find_encoder, find_source
+from .models.stated import check_mappable, stated_config
+from .text.reading import is_local, read_texts, text_sources
+
+__all__ = ["Inputs", "check_document_tokens", "find_inputs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a compile reads, not yet loaded.
+
+    Attributes:
+        model: to be compiled.
+        encoder: of sentences.
+        texts: sources of calibration text, with the files of a folder in its place.
+    """
+
+    model: ModelSource
+    encoder: ModelSource
+    texts: tuple[str, ...]
+
+
+def find_inputs(config: CompileConfig) -> Inputs:
+    """Find what a compile reads, and refuse what can be refused without loading any of it.
+
+    What is on the Hub is not looked at.
+
+    Raises:
+        CoreInferError: the target exists, an input is missing or is none, the model's family is not supported, or an
+            option does not fit the model.
+    """
+    check_target(config.output, force=config.force)
+    texts = text_sources(config.calibration)
+    model, encoder = find_source(config.model), find_encoder(config.encoder)
+    _check_model(config, model)
+    if config.max_memory is not None:
+        check_mappable(model)
+    # Read again when the tokenizer is there: a model may take minutes to load, text never does.
+    read_texts([source for source in texts if is_local(source)], config.text_field)
+    return Inputs(model=model, encoder=encoder, texts=tuple(texts))
+
+
+def _check_model(config: CompileConfig, model: ModelSource) -> None:
+    stated = stated_config(model)
+    max_positions = None if stated is None else stated.get("max_position_embeddings")
+    if isinstance(max_positions, int):
+        check_document_tokens(config, max_positions)
+
+
+def check_document_tokens(config: CompileConfig, max_positions: int) -> None:
+    """Check that the model can read a document.
+
+    Args:
+        max_positions: that the model reads.
+    Raises:
+        ConfigError: documents are longer.
+    """
+    if config.document_tokens > max_positions:
+        raise ConfigError(
+            f"--document-tokens {config.document_tokens}: the model reads {max_positions} at most; give fewer"
+        )

@@ -1,0 +1,42 @@
+"""A compile, as far as it goes without torch: checks, a look into the cache; then the pipeline."""
+
+from coreinfer.bundles import Manifest
+from coreinfer.bundles.shared.extras import needs_extra
+
+from .checks import find_inputs
+from .config import CompileConfig
+from .finished import identify, take_finished
+from .progress import Progress
+
+__all__ = ["compile_model"]
+
+
+def compile_model(config: CompileConfig, progress: Progress | None = None) -> Manifest:
+    """Compile a model into the bundle `config.output`.
+
+    The same model, text and options again, with a cache, are not compiled again: the bundle is copied.
+
+    Args:
+        progress: reports stages as they run; None for no reports.
+    Returns:
+        The manifest that was written.
+    Raises:
+        ConfigError: the packages of the extra `compile` are not installed.
+        CoreInferError: the options, the model, the text or the target are wrong; no files are left.
+    """
+    progress, identity = progress or Progress(), None
+    with needs_extra("compiling", "compile"):
+        inputs = find_inputs(config)
+        # Here, not above: torch and transformers take seconds, for which neither `--help` nor a refusal should wait.
+        if config.device != "cpu":
+            from .models.devices import pick_device
+
+            pick_device(config.device)
+        if inputs.model.path is not None:
+            with progress.stage("hash", 1) as advance:
+                identity = identify(config, inputs)
+                advance()
+            if (manifest := take_finished(config, identity, progress)) is not None:
+                return manifest
+        from . import pipeline
+    return pipeline.compile_inputs(config, inputs, identity, progress)

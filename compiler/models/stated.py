@@ -1,0 +1,99 @@
+"""What a local model states of itself, read without torch and transformers: most wrong ones are refused at once."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.families import family_of_config
+
+from .gguf.config import config_fields
+from .gguf.parts import read_parts
+from .sources import ModelSource
+from .unpack.asked import check_method
+
+__all__ = ["CONFIG", "check_mappable", "safetensors_files", "stated_config"]
+
+CONFIG = "config.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What transformers reads too, where there are no safetensors."""
+
+
+def stated_config(source: ModelSource) -> Mapping[str, Any] | None:
+    """Read the config of a model, as far as its own files state it; None of a model on the Hub, which is not here yet.
+
+    Raises:
+        ConfigError: there is no model in the folder, or what it states cannot be read.
+        UnsupportedModelError: its family or its quantization is not supported.
+    """
+    if source.gguf_file:
+        return config_fields(read_parts(source.gguf_path), source.name)
+    if source.path is None:
+        return None
+    config, what = _read_config(source.path, source.name), f"--model {source.name}"
+    family_of_config(config, source.name)
+    check_method(config, what)
+    if not any((source.path / name).exists() for name in (_WEIGHTS, _INDEX, *_PICKLED)):
+        raise ConfigError(
+            f"{what}: its weights cannot be loaded (there is no {_WEIGHTS} in the folder); give the whole checkpoint"
+        )
+    return config
+
+
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        problem = None if isinstance(config, dict) and "model_type" in config else f"{CONFIG} has no model_type"
+    except FileNotFoundError:
+        problem = f"it has no {CONFIG}"
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"{CONFIG}: {error}"
+    if problem:
+        raise ConfigError(
+            f"--model {name}: no model can be read there ({problem}); "
+            f"give a Hub id, a folder with {CONFIG}, a .gguf file or package:NAME/PATH"
+        )
+    return dict(config)
+
+
+def check_mappable(source: ModelSource) -> None:
+    """Refuse a model whose weights cannot stay in their file; on the Hub none is refused.
+
+    Raises:
+        ConfigError: it has no safetensors files.
+    """
+    if source.gguf_file:
+        raise ConfigError(
+            f"--max-memory: expected a model in safetensors, whose weights can stay in their file, got {source.name}; "
+            "save it with transformers first"
+        )
+    what = f"--model {source.name}"
+    if source.path and not any(file.is_file() for file in safetensors_files(source.path, what)):
+        raise ConfigError(
+            f"{what}: --max-memory needs safetensors, whose weights can stay in their file, and found none; "
+            "save it with transformers first"
+        )
+
+
+def safetensors_files(folder: Path, what: str) -> list[Path]:
+    """List the safetensors files that transformers reads: the single one if it is there, else those of the index.
+
+    Args:
+        what: name of the model in an error, such as "--model tiny".
+    Returns:
+        Paths, of which some may be missing.
+    Raises:
+        ConfigError: the index cannot be read.
+    """
+    if (folder / _WEIGHTS).exists() or not (folder / _INDEX).exists():
+        return [folder / _WEIGHTS]
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        return [folder / shard for shard in sorted(set(index["weight_map"].values()))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{what}: {_INDEX} cannot be read ({error or type(error).__name__}); "
+            "expected a weight_map from tensors to files"
+        ) from error
