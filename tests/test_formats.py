@@ -9,9 +9,6 @@ from coreinfer.bundles.formats import (
     FORMATS,
     float_matrix,
     matrix_bytes,
-    pack_int4,
-    pack_int8,
-    pack_planes,
     stored_parts,
     stored_shapes,
     unpack_codes,
@@ -19,6 +16,8 @@ from coreinfer.bundles.formats import (
 from coreinfer.bundles.tensors import StoredTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from .packing import pack_int4, pack_int8, pack_planes
 
 SHAPES = [(rows, cols) for rows in (5, 16, 17, 33) for cols in (1, 31, 32, 33, 70)]
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 100))
