@@ -1,6 +1,7 @@
 """Storage formats of matrices, and the layout in which the kernels read them (docs/format.md)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +29,9 @@ BLOCK_ROWS = 16
 GROUP_SIZE = 32
 """Inputs that share a scale."""
 
-# Typed, so that shifted bytes stay bytes.
-_NIBBLE = np.uint8(4)
+# Four bytes are unpacked at a time.
+_NIBBLE, _LOW_HALVES = np.uint32(4), np.uint32(0x0F0F0F0F)
+_CACHED_WEIGHTS = 1 << 17
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1}
 _PLAIN = {"bf16": "BF16", "f32": "F32"}
 _CODES = {"int4": (".q4", 256), "int8": (".q8", 512), "int8-planes": (".high", 256)}
@@ -98,16 +100,28 @@ def float_matrix(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, 
     if kind == "f32":
         return np.asarray(parts[0].array, dtype=np.float32)
     _check_parts(file, name, kind, shape)
-    codes = unpack_codes(kind, parts[0].array)
-    if kind == "int8-planes":
-        codes = codes << _NIBBLE | unpack_codes(kind, parts[2].array)
-    scales = _deinterleave(parts[1].array.astype(np.float32))
-    sixteenths = parts[2].array if kind == "int4" else np.full_like(parts[1].array, 128 * 16, dtype=np.float32)
-    zeros = _deinterleave(sixteenths.astype(np.float32) / np.float32(16))
-    grouped = codes.reshape(codes.shape[0], -1, GROUP_SIZE).astype(np.float32)
-    grouped -= zeros[..., None]
-    grouped *= scales[..., None]
-    return np.ascontiguousarray(grouped.reshape(codes.shape)[: shape[0], : shape[1]])
+    arrays = [part.array for part in parts]
+    blocks, groups = arrays[0].shape[:2]
+    scales = _deinterleave(arrays[1].astype(np.float32))[..., None]
+    zeros: Floats = np.full((BLOCK_ROWS * blocks, 1, 1), 128, dtype=np.float32)
+    if kind == "int4":
+        zeros = _deinterleave(arrays[2].astype(np.float32) / np.float32(16))[..., None]
+    values = np.empty((BLOCK_ROWS * blocks, groups, GROUP_SIZE), dtype=np.float32)
+    # Some rows at a time, whose floats stay in the core's cache from one operation to the next.
+    step = max(1, _CACHED_WEIGHTS // (BLOCK_ROWS * GROUP_SIZE * groups))
+    for start in range(0, blocks, step):
+        rows = slice(BLOCK_ROWS * start, BLOCK_ROWS * (start + step))
+        some = values[rows]
+        some[...] = _codes_of(kind, arrays, slice(start, start + step)).reshape(some.shape)
+        some -= zeros[rows]
+        some *= scales[rows]
+    return np.ascontiguousarray(values.reshape(-1, GROUP_SIZE * groups)[: shape[0], : shape[1]])
+
+
+def _codes_of(kind: str, arrays: Sequence[npt.NDArray[Any]], blocks: slice) -> Bytes:
+    """Codes of some row blocks; int8 ones plus 128."""
+    codes = arrays[0][blocks]
+    return _join_planes(codes, arrays[2][blocks]) if kind == "int8-planes" else unpack_codes(kind, codes)
 
 
 def int4_grid(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, int]) -> tuple[Bytes, Floats, Floats]:
@@ -133,17 +147,35 @@ def _check_parts(file: Mapping[str, StoredTensor], name: str, kind: str, shape: 
 
 
 def unpack_codes(kind: str, packed: Bytes) -> Bytes:
-    """Undo the interleaving: (blocks, groups, 256 or 512) -> (16 blocks, 32 groups) codes, int8 ones plus 128.
-
-    Of int8-planes one half at a time.
-    """
-    blocks, groups = packed.shape[:2]
+    """Undo the interleaving of int4 or int8: (blocks, groups, 256 or 512) -> (16 blocks, 32 groups), int8 plus 128."""
+    words = _row_words(packed)
     if kind == "int8":
-        rows = packed.reshape(blocks, groups, 8, BLOCK_ROWS, 4).transpose(0, 3, 1, 2, 4)
-        return np.ascontiguousarray(rows).reshape(blocks * BLOCK_ROWS, groups * GROUP_SIZE)
-    bytes_of_rows = packed.reshape(blocks, groups, 4, BLOCK_ROWS, 4).transpose(0, 3, 1, 2, 4)
-    halves = np.stack([bytes_of_rows & 15, bytes_of_rows >> 4], axis=4)
-    return np.ascontiguousarray(halves).reshape(blocks * BLOCK_ROWS, groups * GROUP_SIZE)
+        return _bytes_of(np.ascontiguousarray(words))
+    halves = np.empty((*words.shape, 2), dtype=np.uint32)
+    np.bitwise_and(words, _LOW_HALVES, out=halves[..., 0])
+    np.bitwise_and(words >> _NIBBLE, _LOW_HALVES, out=halves[..., 1])
+    return _bytes_of(halves)
+
+
+def _join_planes(high: Bytes, low: Bytes) -> Bytes:
+    """Put the halves of int8-planes together: (blocks, groups, 256) each -> (16 blocks, 32 groups) codes plus 128."""
+    highs, lows = _row_words(high), _row_words(low)
+    codes = np.empty((*highs.shape, 2), dtype=np.uint32)
+    np.bitwise_or((highs & _LOW_HALVES) << _NIBBLE, lows & _LOW_HALVES, out=codes[..., 0])
+    np.bitwise_or(highs & ~_LOW_HALVES, lows >> _NIBBLE & _LOW_HALVES, out=codes[..., 1])
+    return _bytes_of(codes)
+
+
+def _row_words(packed: Bytes) -> npt.NDArray[np.uint32]:
+    """View interleaved bytes row by row, four at a time: (blocks, 16, groups, 4 or 8)."""
+    blocks, groups, num_bytes = packed.shape
+    words = np.ascontiguousarray(packed).view(np.uint32)
+    return words.reshape(blocks, groups, num_bytes // (4 * BLOCK_ROWS), BLOCK_ROWS).transpose(0, 3, 1, 2)
+
+
+def _bytes_of(words: npt.NDArray[np.uint32]) -> Bytes:
+    """View (blocks, 16, groups, ...) words as (16 blocks, 32 groups) bytes."""
+    return words.view(np.uint8).reshape(words.shape[0] * BLOCK_ROWS, words.shape[2] * GROUP_SIZE)
 
 
 def _deinterleave(values: Floats) -> Floats:

@@ -9,6 +9,7 @@
 
 typedef float F __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
 
 // Shrunken ranges that are tried: shares of the lowest and of the highest weight of a group.
 constexpr float kRanges[][2] = {{1.0f, 1.0f}, {0.95f, 0.95f}, {0.9f, 0.9f}, {0.85f, 0.85f}, {0.78f, 0.78f},
@@ -16,6 +17,8 @@ constexpr float kRanges[][2] = {{1.0f, 1.0f}, {0.95f, 0.95f}, {0.9f, 0.9f}, {0.8
 constexpr int kNumRanges = sizeof kRanges / sizeof kRanges[0];
 constexpr float kInt8Ranges[] = {float(1.0 / 127), float(0.97 / 127), float(0.93 / 127)};
 constexpr int kNumInt8Ranges = sizeof kInt8Ranges / sizeof kInt8Ranges[0];
+
+constexpr float kLeastNormal = 6.103515625e-05f;  // of fp16
 
 // One group of the rows of a block, transposed.
 typedef float Tile[kGroup][kBlockRows];
@@ -50,13 +53,13 @@ inline F to_half(F x) {
   x = clamp(x, 6.0e-8f, 65504.0f);
   const I bits = as_int(x);
   const F normal = as_float((bits + (0xfff + (bits >> 13 & 1))) & ~0x1fff);
-  return x < all(6.103515625e-05f) ? (x + 0.5f) - 0.5f : normal;
+  return x < all(kLeastNormal) ? (x + 0.5f) - 0.5f : normal;
 }
 
 // The bits of what is a half already.
 inline I half_bits(F x) {
-  const I subnormal = __builtin_convertvector(x * 16777216.0f, I);
-  return x < all(6.103515625e-05f) ? subnormal : (as_int(x) >> 13) - 0x1c000;
+  const I subnormal = __builtin_convertvector(at_most(x, all(kLeastNormal)) * 16777216.0f, I);
+  return x < all(kLeastNormal) ? subnormal : (as_int(x) >> 13) - 0x1c000;
 }
 
 // w = scale * (code - zero); zeros are whole sixteenths.
@@ -144,16 +147,16 @@ inline void store_scales(const Task& task, int block, size_t tile, int first, F 
 // Store (32) codes of 4 bits: a byte holds inputs i and i + 4 of eight, a word of a row four such bytes.
 inline void store_nibbles(const I* codes, uint8_t* out) {
   for (int quad = 0; quad < kGroup / 8; ++quad) {
-    I word = I{};
-    for (int i = 0; i < 4; ++i) word |= (codes[quad * 8 + i] | codes[quad * 8 + 4 + i] << 4) << 8 * i;
+    U word = U{};
+    for (int i = 0; i < 4; ++i) word |= (U)(codes[quad * 8 + i] | codes[quad * 8 + 4 + i] << 4) << 8 * i;
     std::memcpy(out + quad * 64, &word, sizeof word);
   }
 }
 
 inline void store_bytes(const I* codes, uint8_t* out) {
   for (int quad = 0; quad < kGroup / 4; ++quad) {
-    I word = I{};
-    for (int i = 0; i < 4; ++i) word |= codes[quad * 4 + i] << 8 * i;
+    U word = U{};
+    for (int i = 0; i < 4; ++i) word |= (U)codes[quad * 4 + i] << 8 * i;
     std::memcpy(out + quad * 64, &word, sizeof word);
   }
 }
