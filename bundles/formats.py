@@ -13,6 +13,7 @@ __all__ = [
     "FORMATS",
     "GROUP_SIZE",
     "PACKED_FORMATS",
+    "cut_rows",
     "float_matrix",
     "int4_grid",
     "matrix_bytes",
@@ -35,6 +36,8 @@ _CACHED_WEIGHTS = 1 << 17
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1}
 _PLAIN = {"bf16": "BF16", "f32": "F32"}
 _CODES = {"int4": (".q4", 256), "int8": (".q8", 512), "int8-planes": (".high", 256)}
+_PADDING = {"int4": (0, 0, 0), "int8": (0x80808080, 0), "int8-planes": (0x88888888, 0, 0)}
+"""What the parts of a matrix hold where it has no rows; of codes, four bytes."""
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -122,6 +125,37 @@ def _codes_of(kind: str, arrays: Sequence[npt.NDArray[Any]], blocks: slice) -> B
     """Codes of some row blocks; int8 ones plus 128."""
     codes = arrays[0][blocks]
     return _join_planes(codes, arrays[2][blocks]) if kind == "int8-planes" else unpack_codes(kind, codes)
+
+
+def cut_rows(file: Mapping[str, StoredTensor], name: str, row_ids: npt.NDArray[np.integer]) -> dict[str, StoredTensor]:
+    """Take some rows of a matrix as they are stored: every row has codes, scales and zero points of its own.
+
+    Args:
+        row_ids: (kept,) in any order.
+    Returns:
+        Name -> tensor, as of the matrix of these rows alone.
+    Raises:
+        KeyError: the file does not hold it.
+    """
+    kind, parts = stored_parts(file, name)
+    if kind in _PLAIN:
+        return {name: StoredTensor(parts[0].dtype, parts[0].array[row_ids])}
+    names = stored_shapes(name, kind, (len(row_ids), GROUP_SIZE * parts[0].array.shape[1]))
+    return {
+        part: StoredTensor(stored.dtype, _cut_tiles(stored.array, row_ids, filler))
+        for part, stored, filler in zip(names, parts, _PADDING[kind], strict=True)
+    }
+
+
+def _cut_tiles(tiles: npt.NDArray[Any], row_ids: npt.NDArray[np.integer], filler: int) -> npt.NDArray[Any]:
+    """Take rows of one part, (blocks, groups, 16 or codes): each has an item of a tile, or words of codes."""
+    items = tiles if tiles.shape[2] == BLOCK_ROWS else np.ascontiguousarray(tiles).view(np.uint32)
+    lanes = items.reshape(*items.shape[:2], -1, BLOCK_ROWS).transpose(0, 3, 1, 2)
+    blocks = -(-len(row_ids) // BLOCK_ROWS)
+    rows = np.full((BLOCK_ROWS * blocks, *lanes.shape[2:]), filler, dtype=items.dtype)
+    rows[: len(row_ids)] = lanes[row_ids // BLOCK_ROWS, row_ids % BLOCK_ROWS]
+    cut = rows.reshape(blocks, BLOCK_ROWS, *rows.shape[1:]).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(cut).view(tiles.dtype).reshape(blocks, *tiles.shape[1:])
 
 
 def int4_grid(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, int]) -> tuple[Bytes, Floats, Floats]:
