@@ -31,7 +31,7 @@ def random_weights(seed: int, rows: int, cols: int) -> Floats:
     # Some rows lie on a grid, where errors of different ranges tie.
     on_grid = generator.random(rows) < 0.3
     weights[on_grid] = np.round(weights[on_grid] / size * 3) * size / 3
-    return weights.astype(np.float32)
+    return np.asarray(weights, dtype=np.float32)
 
 
 def random_moments(seed: int, cols: int) -> Floats | None:

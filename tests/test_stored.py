@@ -138,7 +138,7 @@ def test_the_models_own_weights_come_back(error: type[BaseException], loaded: Lo
 def test_packs_hold_what_rounding_the_narrow_matrices_gives(
     kind: str, how: str, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is stored already is not rounded again: rows of gate and up that were not healed, a whole down projection."""
+    """What is stored already is not rounded again: gate and up that were not healed, a whole down projection."""
     generator = torch.Generator().manual_seed(1)
     moments = {
         f"{loaded.family.layers}.{layer}.{path}": torch.rand(
