@@ -16,7 +16,7 @@ from coreinfer.bundles.shared.machine import usable_cores
 from coreinfer.bundles.tensors import StoredTensor
 from coreinfer.compiler.quantize import _kernels
 
-ROWS, COLS = 1536, 4096
+ROWS, COLS = 512, 4096
 
 
 @click.command()

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from coreinfer.bundles.errors import ModelOutputError
 from coreinfer.bundles.formats import PACKED_FORMATS, float_matrix, stored_shapes
 from coreinfer.bundles.tensors import StoredTensor
 from coreinfer.compiler.quantize import _kernels
@@ -134,8 +135,11 @@ def test_weights_that_are_not_finite_are_refused(kind: str, value: float, place:
     for isa in ISAS:
         with pytest.raises(ValueError, match="weights: expected finite numbers"):
             _kernels.round_matrix(weights, kind, None, num_threads=2, isa=isa)
-    with pytest.raises(ValueError, match=r"^layers\.0\.up: weights: expected finite numbers"):
+    with pytest.raises(ModelOutputError, match=r"^layers\.0\.up: weights: expected finite numbers, .*; compile with"):
         store_matrix("layers.0.up", torch.from_numpy(weights).bfloat16(), kind, None)
+    moments = torch.full((70,), value)
+    with pytest.raises(ModelOutputError, match=r"^layers\.0\.up: moments: expected finite numbers of at least 0"):
+        store_matrix("layers.0.up", torch.ones(2, 70), kind, moments)
 
 
 def round_some(**changes: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy.typing as npt
 import torch
+from coreinfer.bundles.errors import ModelOutputError
 from coreinfer.bundles.formats import PACKED_FORMATS, stored_shapes
 from coreinfer.bundles.tensors import StoredTensor
 from coreinfer.compiler.prune.narrow import bf16_bits
@@ -48,7 +49,7 @@ def store_matrix(
         kind: "bf16", "int8", "int8-planes" or "int4".
         moments: (cols,) second moments of the inputs; None for all alike.
     Raises:
-        ValueError: packed weights or moments are not finite.
+        ModelOutputError: weights that are rounded, or moments, are not finite.
     """
     if kind not in PACKED_FORMATS:
         return {name: StoredTensor("BF16", bf16_bits(weight.detach()))}
@@ -56,7 +57,7 @@ def store_matrix(
     try:
         arrays = _kernels.round_matrix(_values(weight), kind, importance, num_threads=torch.get_num_threads())
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ModelOutputError(f"{name}: {error}; compile with --dtype float32") from error
     shapes = stored_shapes(name, kind, (weight.shape[0], weight.shape[1]))
     return {part: StoredTensor(dtype, array) for (part, (dtype, _)), array in zip(shapes.items(), arrays, strict=True)}
 

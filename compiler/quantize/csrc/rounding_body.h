@@ -129,7 +129,7 @@ inline Grid refitted(const float* weights, const float* importance, const Grid& 
     covariance += importance[i] * centred * load(weights + i * kBlockRows);
   }
   const F slope = covariance / at_least(variance, all(1e-30f));
-  const F scales = (slope > F{}) & (variance > F{}) ? slope : grid.scales;
+  const F scales = ((slope > F{}) & (variance > F{})) ? slope : grid.scales;
   return grid_of(weights, importance, scales, scales * mean_code - mean_weight);
 }
 
