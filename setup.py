@@ -1,4 +1,4 @@
-"""Build of the native engine; everything else is in pyproject.toml."""
+"""Build of the C++ modules; everything else is in pyproject.toml."""
 
 import os
 from glob import glob
@@ -11,15 +11,23 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"
 # COREINFER_CXXFLAGS adds options, such as those of the sanitizers (tools/sanitize.sh).
 EXTRA = os.environ.get("COREINFER_CXXFLAGS", "").split()
 
+
+def extension(module: str, folder: str, options: list[str]) -> Pybind11Extension:
+    """Build a module from the C++ files of a folder."""
+    return Pybind11Extension(
+        module,
+        sorted(glob(f"{folder}/*.cpp")),
+        depends=sorted(glob(f"{folder}/*.h")),
+        cxx_std=17,
+        extra_compile_args=["-O3", "-g0", "-pthread", *options, *WARNINGS, *EXTRA],
+        extra_link_args=["-pthread", *EXTRA],
+    )
+
+
 setup(
     ext_modules=[
-        Pybind11Extension(
-            "coreinfer.runtime.engines.native._native",
-            sorted(glob("runtime/engines/native/csrc/*.cpp")),
-            depends=sorted(glob("runtime/engines/native/csrc/*.h")),
-            cxx_std=17,
-            extra_compile_args=["-O3", "-g0", "-pthread", *WARNINGS, *EXTRA],
-            extra_link_args=["-pthread", *EXTRA],
-        )
+        extension("coreinfer.runtime.engines.native._native", "runtime/engines/native/csrc", []),
+        # Weights are rounded to the same bits on every CPU: no product may be fused with a sum.
+        extension("coreinfer.compiler.quantize._kernels", "compiler/quantize/csrc", ["-ffp-contract=off"]),
     ]
 )

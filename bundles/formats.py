@@ -1,6 +1,7 @@
 """Storage formats of matrices, and the layout in which the kernels read them (docs/format.md)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +13,10 @@ __all__ = [
     "FORMATS",
     "GROUP_SIZE",
     "PACKED_FORMATS",
+    "cut_rows",
     "float_matrix",
     "int4_grid",
     "matrix_bytes",
-    "pack_int4",
-    "pack_int8",
-    "pack_planes",
     "stored_parts",
     "stored_shapes",
     "unpack_codes",
@@ -31,11 +30,14 @@ BLOCK_ROWS = 16
 GROUP_SIZE = 32
 """Inputs that share a scale."""
 
-# Typed, so that shifted bytes stay bytes.
-_NIBBLE, _LOW = np.uint8(4), np.uint8(15)
+# Four bytes are unpacked at a time.
+_NIBBLE, _LOW_HALVES = np.uint32(4), np.uint32(0x0F0F0F0F)
+_CACHED_WEIGHTS = 1 << 17
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1}
 _PLAIN = {"bf16": "BF16", "f32": "F32"}
 _CODES = {"int4": (".q4", 256), "int8": (".q8", 512), "int8-planes": (".high", 256)}
+_PADDING = {"int4": (0, 0, 0), "int8": (0x80808080, 0), "int8-planes": (0x88888888, 0, 0)}
+"""What the parts of a matrix hold where it has no rows; of codes, four bytes."""
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -70,77 +72,6 @@ def _num_tiles(shape: tuple[int, int]) -> tuple[int, int]:
     return -(-shape[0] // BLOCK_ROWS), -(-shape[1] // GROUP_SIZE)
 
 
-def pack_int4(codes: Bytes, scales: npt.NDArray[np.float16], zeros: Bytes) -> dict[str, StoredTensor]:
-    """Pack w = scale * (code - zero / 16).
-
-    Args:
-        codes: (rows, cols) uint8, 0 to 15.
-        scales: (rows, groups) float16.
-        zeros: (rows, groups) uint8, zero points in sixteenths.
-    Returns:
-        Suffix of the tensor's name -> tensor.
-    """
-    blocks, groups = _num_tiles((codes.shape[0], codes.shape[1]))
-    return {
-        ".q4": StoredTensor("U8", _interleave_nibbles(_padded(codes, 0), (blocks, groups))),
-        ".scale": StoredTensor("F16", _interleave_groups(scales)),
-        ".zero": StoredTensor("U8", _interleave_groups(zeros)),
-    }
-
-
-def pack_int8(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> dict[str, StoredTensor]:
-    """Pack w = scale * code.
-
-    Args:
-        codes: (rows, cols) int8, -127 to 127.
-        scales: (rows, groups) float16.
-    Returns:
-        Suffix of the tensor's name -> tensor.
-    """
-    blocks, groups = _num_tiles((codes.shape[0], codes.shape[1]))
-    padded = _padded((codes.astype(np.int16) + 128).astype(np.uint8), 128)
-    tiles = padded.reshape(blocks, BLOCK_ROWS, groups, 8, 4)
-    interleaved = tiles.transpose(0, 2, 3, 1, 4).reshape(blocks, groups, 512)
-    return {
-        ".q8": StoredTensor("U8", np.ascontiguousarray(interleaved)),
-        ".scale": StoredTensor("F16", _interleave_groups(scales)),
-    }
-
-
-def pack_planes(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> dict[str, StoredTensor]:
-    """Pack w = scale * code with the high and the low halves of the bytes apart; arguments as of `pack_int8`."""
-    padded = _padded((codes.astype(np.int16) + 128).astype(np.uint8), 128)
-    tiles = _num_tiles((codes.shape[0], codes.shape[1]))
-    return {
-        ".high": StoredTensor("U8", _interleave_nibbles(padded >> _NIBBLE, tiles)),
-        ".scale": StoredTensor("F16", _interleave_groups(scales)),
-        ".low": StoredTensor("U8", _interleave_nibbles(padded & _LOW, tiles)),
-    }
-
-
-def _interleave_nibbles(padded: Bytes, num_tiles: tuple[int, int]) -> Bytes:
-    blocks, groups = num_tiles
-    # A byte holds inputs i and i + 4 of eight: (blocks, 16, groups, 4, 2, 4).
-    tiles = padded.reshape(blocks, BLOCK_ROWS, groups, 4, 2, 4)
-    joined = tiles[..., 0, :] | (tiles[..., 1, :] << 4)
-    return np.ascontiguousarray(joined.transpose(0, 2, 3, 1, 4).reshape(blocks, groups, 256))
-
-
-def _padded(codes: Bytes, filler: int) -> Bytes:
-    blocks, groups = _num_tiles((codes.shape[0], codes.shape[1]))
-    padded = np.full((blocks * BLOCK_ROWS, groups * GROUP_SIZE), filler, dtype=np.uint8)
-    padded[: codes.shape[0], : codes.shape[1]] = codes
-    return padded
-
-
-def _interleave_groups(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    """(rows, groups) -> (blocks, groups, 16), padded with zeros."""
-    blocks = -(-values.shape[0] // BLOCK_ROWS)
-    padded = np.zeros((blocks * BLOCK_ROWS, values.shape[1]), dtype=values.dtype)
-    padded[: values.shape[0]] = values
-    return np.ascontiguousarray(padded.reshape(blocks, BLOCK_ROWS, -1).transpose(0, 2, 1))
-
-
 def stored_parts(file: Mapping[str, StoredTensor], name: str) -> tuple[str, tuple[StoredTensor, ...]]:
     """Find a matrix in a file.
 
@@ -172,16 +103,59 @@ def float_matrix(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, 
     if kind == "f32":
         return np.asarray(parts[0].array, dtype=np.float32)
     _check_parts(file, name, kind, shape)
-    codes = unpack_codes(kind, parts[0].array)
-    if kind == "int8-planes":
-        codes = codes << _NIBBLE | unpack_codes(kind, parts[2].array)
-    scales = _deinterleave(parts[1].array.astype(np.float32))
-    sixteenths = parts[2].array if kind == "int4" else np.full_like(parts[1].array, 128 * 16, dtype=np.float32)
-    zeros = _deinterleave(sixteenths.astype(np.float32) / np.float32(16))
-    grouped = codes.reshape(codes.shape[0], -1, GROUP_SIZE).astype(np.float32)
-    grouped -= zeros[..., None]
-    grouped *= scales[..., None]
-    return np.ascontiguousarray(grouped.reshape(codes.shape)[: shape[0], : shape[1]])
+    arrays = [part.array for part in parts]
+    blocks, groups = arrays[0].shape[:2]
+    scales = _deinterleave(arrays[1].astype(np.float32))[..., None]
+    zeros: Floats = np.full((BLOCK_ROWS * blocks, 1, 1), 128, dtype=np.float32)
+    if kind == "int4":
+        zeros = _deinterleave(arrays[2].astype(np.float32) / np.float32(16))[..., None]
+    values = np.empty((BLOCK_ROWS * blocks, groups, GROUP_SIZE), dtype=np.float32)
+    # Some rows at a time, whose floats stay in the core's cache from one operation to the next.
+    step = max(1, _CACHED_WEIGHTS // (BLOCK_ROWS * GROUP_SIZE * groups))
+    for start in range(0, blocks, step):
+        rows = slice(BLOCK_ROWS * start, BLOCK_ROWS * (start + step))
+        some = values[rows]
+        some[...] = _codes_of(kind, arrays, slice(start, start + step)).reshape(some.shape)
+        some -= zeros[rows]
+        some *= scales[rows]
+    return np.ascontiguousarray(values.reshape(-1, GROUP_SIZE * groups)[: shape[0], : shape[1]])
+
+
+def _codes_of(kind: str, arrays: Sequence[npt.NDArray[Any]], blocks: slice) -> Bytes:
+    """Codes of some row blocks; int8 ones plus 128."""
+    codes = arrays[0][blocks]
+    return _join_planes(codes, arrays[2][blocks]) if kind == "int8-planes" else unpack_codes(kind, codes)
+
+
+def cut_rows(file: Mapping[str, StoredTensor], name: str, row_ids: npt.NDArray[np.integer]) -> dict[str, StoredTensor]:
+    """Take some rows of a matrix as they are stored: every row has codes, scales and zero points of its own.
+
+    Args:
+        row_ids: (kept,) in any order.
+    Returns:
+        Name -> tensor, as of the matrix of these rows alone.
+    Raises:
+        KeyError: the file does not hold it.
+    """
+    kind, parts = stored_parts(file, name)
+    if kind in _PLAIN:
+        return {name: StoredTensor(parts[0].dtype, parts[0].array[row_ids])}
+    names = stored_shapes(name, kind, (len(row_ids), GROUP_SIZE * parts[0].array.shape[1]))
+    return {
+        part: StoredTensor(stored.dtype, _cut_tiles(stored.array, row_ids, filler))
+        for part, stored, filler in zip(names, parts, _PADDING[kind], strict=True)
+    }
+
+
+def _cut_tiles(tiles: npt.NDArray[Any], row_ids: npt.NDArray[np.integer], filler: int) -> npt.NDArray[Any]:
+    """Take rows of one part, (blocks, groups, 16 or codes): each has an item of a tile, or words of codes."""
+    items = tiles if tiles.shape[2] == BLOCK_ROWS else np.ascontiguousarray(tiles).view(np.uint32)
+    lanes = items.reshape(*items.shape[:2], -1, BLOCK_ROWS).transpose(0, 3, 1, 2)
+    blocks = -(-len(row_ids) // BLOCK_ROWS)
+    rows = np.full((BLOCK_ROWS * blocks, *lanes.shape[2:]), filler, dtype=items.dtype)
+    rows[: len(row_ids)] = lanes[row_ids // BLOCK_ROWS, row_ids % BLOCK_ROWS]
+    cut = rows.reshape(blocks, BLOCK_ROWS, *rows.shape[1:]).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(cut).view(tiles.dtype).reshape(blocks, *tiles.shape[1:])
 
 
 def int4_grid(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, int]) -> tuple[Bytes, Floats, Floats]:
@@ -207,17 +181,35 @@ def _check_parts(file: Mapping[str, StoredTensor], name: str, kind: str, shape: 
 
 
 def unpack_codes(kind: str, packed: Bytes) -> Bytes:
-    """Undo the interleaving: (blocks, groups, 256 or 512) -> (16 blocks, 32 groups) codes, int8 ones plus 128.
-
-    Of int8-planes one half at a time.
-    """
-    blocks, groups = packed.shape[:2]
+    """Undo the interleaving of int4 or int8: (blocks, groups, 256 or 512) -> (16 blocks, 32 groups), int8 plus 128."""
+    words = _row_words(packed)
     if kind == "int8":
-        rows = packed.reshape(blocks, groups, 8, BLOCK_ROWS, 4).transpose(0, 3, 1, 2, 4)
-        return np.ascontiguousarray(rows).reshape(blocks * BLOCK_ROWS, groups * GROUP_SIZE)
-    bytes_of_rows = packed.reshape(blocks, groups, 4, BLOCK_ROWS, 4).transpose(0, 3, 1, 2, 4)
-    halves = np.stack([bytes_of_rows & 15, bytes_of_rows >> 4], axis=4)
-    return np.ascontiguousarray(halves).reshape(blocks * BLOCK_ROWS, groups * GROUP_SIZE)
+        return _bytes_of(np.ascontiguousarray(words))
+    halves = np.empty((*words.shape, 2), dtype=np.uint32)
+    np.bitwise_and(words, _LOW_HALVES, out=halves[..., 0])
+    np.bitwise_and(words >> _NIBBLE, _LOW_HALVES, out=halves[..., 1])
+    return _bytes_of(halves)
+
+
+def _join_planes(high: Bytes, low: Bytes) -> Bytes:
+    """Put the halves of int8-planes together: (blocks, groups, 256) each -> (16 blocks, 32 groups) codes plus 128."""
+    highs, lows = _row_words(high), _row_words(low)
+    codes = np.empty((*highs.shape, 2), dtype=np.uint32)
+    np.bitwise_or((highs & _LOW_HALVES) << _NIBBLE, lows & _LOW_HALVES, out=codes[..., 0])
+    np.bitwise_or(highs & ~_LOW_HALVES, lows >> _NIBBLE & _LOW_HALVES, out=codes[..., 1])
+    return _bytes_of(codes)
+
+
+def _row_words(packed: Bytes) -> npt.NDArray[np.uint32]:
+    """View interleaved bytes row by row, four at a time: (blocks, 16, groups, 4 or 8)."""
+    blocks, groups, num_bytes = packed.shape
+    words = np.ascontiguousarray(packed).view(np.uint32)
+    return words.reshape(blocks, groups, num_bytes // (4 * BLOCK_ROWS), BLOCK_ROWS).transpose(0, 3, 1, 2)
+
+
+def _bytes_of(words: npt.NDArray[np.uint32]) -> Bytes:
+    """View (blocks, 16, groups, ...) words as (16 blocks, 32 groups) bytes."""
+    return words.view(np.uint8).reshape(words.shape[0] * BLOCK_ROWS, words.shape[2] * GROUP_SIZE)
 
 
 def _deinterleave(values: Floats) -> Floats:

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 from coreinfer.bundles.formats import (
     FORMATS,
+    cut_rows,
     float_matrix,
     matrix_bytes,
-    pack_int4,
-    pack_int8,
-    pack_planes,
     stored_parts,
     stored_shapes,
     unpack_codes,
@@ -19,6 +17,8 @@ from coreinfer.bundles.formats import (
 from coreinfer.bundles.tensors import StoredTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from .packing import pack_int4, pack_int8, pack_planes
 
 SHAPES = [(rows, cols) for rows in (5, 16, 17, 33) for cols in (1, 31, 32, 33, 70)]
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 100))
@@ -134,6 +134,30 @@ def test_codes_come_back_with_their_padding() -> None:
     assert every.shape == (32, 64)
     assert (every[17:] == 128).all()
     assert (every[:, 33:] == 128).all()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@settings(deadline=None, max_examples=30)
+@given(shape=shapes, seed=st.integers(0, 1000), num_rows=st.integers(1, 50))
+def test_cut_rows_are_stored_as_if_packed_alone(kind: str, shape: tuple[int, int], seed: int, num_rows: int) -> None:
+    row_ids = np.random.default_rng(seed).integers(0, shape[0], num_rows).astype(np.int32)
+    parts = random_parts(shape, seed)
+    whole, alone = (packed(kind, *some) for some in (parts, [part[row_ids] for part in parts]))
+    got = cut_rows(whole, "w", row_ids)
+    assert list(got) == list(alone)
+    for name, part in alone.items():
+        assert got[name].dtype == part.dtype
+        np.testing.assert_array_equal(got[name].array, part.array)
+
+
+def packed(kind: str, nibbles: Any, codes: Any, scales: Any, zeros: Any) -> dict[str, StoredTensor]:
+    if kind == "int4":
+        return named(pack_int4(nibbles, scales, zeros))
+    if kind == "f32":
+        return {"w": StoredTensor("F32", codes.astype(np.float32))}
+    if kind == "bf16":
+        return {"w": StoredTensor("BF16", nibbles.astype(np.uint16))}
+    return named((pack_planes if kind == "int8-planes" else pack_int8)(codes, scales))
 
 
 @pytest.mark.parametrize("shape", [(17, 65), (33, 33), (16, 32)])

@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from coreinfer.bundles.formats import float_matrix, pack_int4, pack_int8, pack_planes, stored_parts, stored_shapes
+from coreinfer.bundles.formats import float_matrix, stored_parts, stored_shapes
 from coreinfer.bundles.tensors import StoredTensor, bf16_to_float32
 from coreinfer.runtime.engines.native import _native
 
 from .bundle_factory import float32_to_bf16
+from .packing import pack_int4, pack_int8, pack_planes
 
 SHAPES = [(5, 1), (17, 31), (16, 32), (33, 33), (64, 96), (100, 70)]
 FORMATS = ["bf16", "int8", "int8-planes", "int4"]

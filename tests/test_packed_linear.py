@@ -9,13 +9,14 @@ import pytest
 import torch
 from coreinfer import runtime
 from coreinfer.bundles import open_bundle
-from coreinfer.bundles.formats import float_matrix, pack_int4
+from coreinfer.bundles.formats import float_matrix
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.engines.torch import packed_linear
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from coreinfer.runtime.engines.torch.packed_linear import PackedLinear, pack_matrix, packed_problem, packed_shapes
 
 from .fake_device import FakeDevice
+from .packing import pack_int4
 
 CPU = torch.device("cpu")
 TOKEN_IDS = [1, 57, 200, 300, 21, 99, 140, 7, 250, 33, 180, 77]

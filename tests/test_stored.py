@@ -2,22 +2,28 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from coreinfer.bundles.contract import tensor_name
 from coreinfer.bundles.errors import BundleError
 from coreinfer.bundles.families import assign_ffn, cache_argument
 from coreinfer.bundles.formats import float_matrix
+from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import read_manifest
+from coreinfer.bundles.tensors import StoredTensor, TensorFile
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.prune.narrow import NarrowModel, narrow_layer
 from coreinfer.compiler.quality import stored as stored_module
 from coreinfer.compiler.quality.score import Tally, compare_logits, evaluate
 from coreinfer.compiler.quality.stored import StoredModel, base_in_use, store_model, stored_packs
+from coreinfer.compiler.quantize import pack as packing
+from coreinfer.compiler.quantize.moments import ffn_moments
 from coreinfer.compiler.quantize.pack import Packer
 from coreinfer.compiler.quantize.quantize import QuantizeOptions, store_matrix
 from transformers import DynamicCache
@@ -125,6 +131,52 @@ def test_the_models_own_weights_come_back(error: type[BaseException], loaded: Lo
     after = loaded.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert tied == (loaded.model.get_input_embeddings().weight is loaded.model.get_output_embeddings().weight)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("how", ["own", "repaired", "healed"])
+@pytest.mark.parametrize("kind", ["int4", "int8", "int8-planes", "bf16"])
+def test_packs_hold_what_rounding_the_narrow_matrices_gives(
+    kind: str, how: str, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is stored already is not rounded again: gate and up that were not healed, a whole down projection."""
+    generator = torch.Generator().manual_seed(1)
+    moments = {
+        f"{loaded.family.layers}.{layer}.{path}": torch.rand(
+            loaded.projection(layer, role).weight.shape[1], generator=generator
+        )
+        for layer in range(3)
+        for role, path in loaded.family.projections.items()
+    }
+    packer = Packer(formats=QuantizeOptions(body=kind, head="int8"), moments=moments)
+    stored = store_model(loaded, packer, tmp_path, tmp_path / "bundle", Progress())
+    narrow = narrow_model([range(1, 96, 2), range(96)], repaired=how != "own")
+    inner = [role for role in loaded.family.projections if role != "down"]
+    if how == "healed":
+        bits = [{role: np.full((size, 32), 0x3E20 + size, dtype=np.uint16) for role in inner} for size in (48, 96)]
+        narrow = replace(narrow, inner=[bits] * 3)
+    made: list[str] = []
+
+    def store_one(name: str, *args: Any) -> Any:
+        made.append(name)
+        return store_matrix(name, *args)
+
+    monkeypatch.setattr(packing, "store_matrix", store_one)
+    with stored_packs(stored, {"clusters": narrow}, Progress()) as packs:
+        rounded_roles = {"own": ["down"], "repaired": ["down"], "healed": loaded.family.projections}[how]
+        once = [tensor_name(layer, role) for layer in range(3) for role in rounded_roles]
+        assert made == (once if how == "own" else 2 * once)
+        for cluster, layer in np.ndindex(2, 3):
+            file = TensorFile(packs["clusters"].folder / LAYOUT.cluster(cluster))
+            neuron_ids = narrow.choice.neuron_ids[cluster][layer]
+            for role, weight in narrow_layer(loaded, narrow, layer, cluster).items():
+                name = tensor_name(layer, role)
+                expected = {name: StoredTensor("F32", weight.float().numpy())}
+                if weight.ndim == 2:
+                    moment = ffn_moments(moments, loaded.family, layer, role, neuron_ids)
+                    expected = dict(store_matrix(name, weight, kind, moment))
+                for part, tensor in expected.items():
+                    assert file[part].dtype == tensor.dtype
+                    np.testing.assert_array_equal(file[part].array, tensor.array, err_msg=part)
 
 
 def test_packs_are_gone_after_their_block(tmp_path: Path) -> None:

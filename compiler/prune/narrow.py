@@ -21,6 +21,7 @@ __all__ = [
     "bf16_bits",
     "choose_all",
     "from_bits",
+    "narrow_down",
     "narrow_layer",
 ]
 
@@ -110,11 +111,18 @@ def narrow_layer(loaded: LoadedModel, narrow: NarrowModel, layer: int, cluster: 
     if narrow.inner is not None:
         for role, bits in narrow.inner[layer][cluster].items():
             tensors[role] = from_bits(bits).to(dense[role])
+    return {**tensors, **narrow_down(loaded, narrow, layer, cluster)}
+
+
+def narrow_down(loaded: LoadedModel, narrow: NarrowModel, layer: int, cluster: int) -> dict[str, torch.Tensor]:
+    """Cut one layer's down projection alone, and its bias; see `narrow_layer`."""
+    dense = ffn_tensors(loaded.layers[layer], loaded.family)
+    ids = torch.from_numpy(narrow.choice.neuron_ids[cluster][layer]).long().to(loaded.device)
     repaired = narrow.downs[layer][cluster]
     if repaired is None:
-        tensors["down"] = dense["down"][:, ids]
+        tensors = {"down": dense["down"][:, ids]}
     else:
-        tensors["down"] = from_bits(repaired).T.to(dense["down"]).contiguous()
+        tensors = {"down": from_bits(repaired).T.to(dense["down"]).contiguous()}
     if "down_bias" in dense:
         own, bias = dense["down_bias"], narrow.biases[layer][cluster]
         tensors["down_bias"] = own if bias is None else torch.from_numpy(bias).to(own.device, loaded.dtype)

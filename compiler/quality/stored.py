@@ -88,13 +88,13 @@ def stored_packs(
 def _write_packs(
     stored: StoredModel, root: Path, models: Mapping[str, NarrowModel], progress: Progress
 ) -> dict[str, StoredPacks]:
-    packs = {}
+    packs, dense = {}, TensorFile(stored.folder / LAYOUT.dense)
     num_packs = sum(len(narrow.choice.neuron_ids) for narrow in models.values())
     with progress.stage("pack", num_packs) as advance:
         for number, (name, narrow) in enumerate(models.items()):
             num_clusters = len(narrow.choice.neuron_ids)
             for cluster in range(num_clusters):
-                write_cluster(root / str(number), stored.loaded, stored.packer, narrow, cluster)
+                write_cluster(root / str(number), stored.loaded, stored.packer, narrow, cluster, dense)
                 advance()
             packs[name] = _packs(stored.loaded, root / str(number), num_clusters)
     return packs

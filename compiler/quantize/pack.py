@@ -12,13 +12,14 @@ import numpy.typing as npt
 import torch
 from coreinfer.bundles.contract import tensor_name
 from coreinfer.bundles.families import ffn_tensors
+from coreinfer.bundles.formats import cut_rows
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import TensorRecord
 from coreinfer.bundles.tensors import StoredTensor, stream_tensors, write_tensors
 from coreinfer.compiler.clusters.embed import StaticEncoder
 from coreinfer.compiler.models.load import LoadedModel, special_tokens, stop_ids
 from coreinfer.compiler.models.tokenizer_files import chat_templates
-from coreinfer.compiler.prune.narrow import NarrowModel, narrow_layer
+from coreinfer.compiler.prune.narrow import NarrowModel, narrow_down, narrow_layer
 from torch import nn
 
 from .moments import Moments, ffn_moments
@@ -97,19 +98,52 @@ def _dense_tensors(loaded: LoadedModel, packer: Packer) -> _Tensors:
         yield tensor_name(index, "column_norms"), StoredTensor("F32", loaded.column_norms[index])
 
 
-def write_cluster(stage: Path, loaded: LoadedModel, packer: Packer, narrow: NarrowModel, cluster: int) -> None:
-    """Write one cluster pack: narrow weights, neuron ids and scores of every layer."""
+def write_cluster(
+    stage: Path,
+    loaded: LoadedModel,
+    packer: Packer,
+    narrow: NarrowModel,
+    cluster: int,
+    dense: Mapping[str, StoredTensor],
+) -> None:
+    """Write one cluster pack: narrow weights, neuron ids and scores of every layer.
+
+    Args:
+        dense: tensors that `write_dense` wrote. Each row is rounded by itself, so gate and up are cut from them unless
+            they were healed. Groups of the down projection run along its neurons: other neighbours need other scales,
+            so it is rounded, from the model's own weights or the repaired ones, unless it is whole.
+    """
     path = stage / LAYOUT.cluster(cluster)
     path.parent.mkdir(parents=True, exist_ok=True)
-    stream_tensors(path, _cluster_tensors(loaded, packer, narrow, cluster))
+    stream_tensors(path, _cluster_tensors(loaded, packer, narrow, cluster, dense))
 
 
-def _cluster_tensors(loaded: LoadedModel, packer: Packer, narrow: NarrowModel, cluster: int) -> _Tensors:
+def _cluster_tensors(
+    loaded: LoadedModel, packer: Packer, narrow: NarrowModel, cluster: int, dense: Mapping[str, StoredTensor]
+) -> _Tensors:
     for index in range(loaded.record.num_layers):
         neuron_ids = narrow.choice.neuron_ids[cluster][index]
-        yield from _ffn_layer(loaded, packer, index, narrow_layer(loaded, narrow, index, cluster), neuron_ids)
+        if narrow.inner is not None:
+            weights = narrow_layer(loaded, narrow, index, cluster)
+        else:
+            yield from _cut_inner(loaded, dense, index, neuron_ids)
+            weights = narrow_down(loaded, narrow, index, cluster)
+            if narrow.downs[index][cluster] is None and len(neuron_ids) == loaded.record.ffn_dim:
+                yield from cut_rows(dense, tensor_name(index, "down"), np.arange(len(weights.pop("down")))).items()
+        yield from _ffn_layer(loaded, packer, index, weights, neuron_ids)
         yield tensor_name(index, "neuron_ids"), StoredTensor("I32", neuron_ids)
         yield tensor_name(index, "scores"), StoredTensor("F32", narrow.choice.scores[cluster][index])
+
+
+def _cut_inner(
+    loaded: LoadedModel, dense: Mapping[str, StoredTensor], layer: int, neuron_ids: npt.NDArray[np.int32]
+) -> _Tensors:
+    """Cut gate and up, and their biases, from the stored dense FFN."""
+    for role in loaded.family.projections:
+        if role != "down":
+            yield from cut_rows(dense, tensor_name(layer, role), neuron_ids).items()
+            if loaded.projection(layer, role).bias is not None:
+                yield from cut_rows(dense, tensor_name(layer, f"{role}_bias"), neuron_ids).items()
 
 
 def _ffn_layer(

@@ -1,0 +1,30 @@
+#include <algorithm>
+#include <cstring>
+
+#include "rounding.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC target("avx2")
+#endif
+
+namespace coreinfer {
+namespace {
+
+constexpr int kLanes = 8;
+
+#include "rounding_body.h"
+
+constexpr Rounder kRounder = {"avx2", round_block};
+
+}  // namespace
+
+const Rounder& avx2_rounder() { return kRounder; }
+
+}  // namespace coreinfer
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
