@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import ClusterRecord, Manifest, Plan, Provenance, RouterRecord, TensorRecord
+from coreinfer.bundles.tensors import TensorFile
 from coreinfer.bundles.writer import finish_manifest
 from coreinfer.compiler.clusters.embed import StaticEncoder
 from coreinfer.compiler.models.load import LoadedModel
@@ -38,7 +39,7 @@ def write_dense_bundle(folder: Path, loaded: LoadedModel) -> None:
     packer = Packer(formats=_FORMATS, moments={})
     base_tensors = write_base(folder, loaded, packer)
     write_dense(folder, loaded, packer)
-    write_cluster(folder, loaded, packer, _one_neuron(loaded), 0)
+    write_cluster(folder, loaded, packer, _one_neuron(loaded), 0, TensorFile(folder / LAYOUT.dense))
     write_tokenizer(folder, loaded)
     encoder = StaticEncoder(table=np.zeros((1, 1), dtype=np.float16), tokenizer_json=Tokenizer(models.BPE()).to_str())
     write_router(folder, encoder, np.ones((1, 1), dtype=np.float32))
