@@ -61,7 +61,7 @@ class Bench:
 
     def ground(self, config: CompileConfig) -> Ground:
         """Measure what narrowing with some options goes by."""
-        return prepare(config, self.material, self.routing, self.assignments, config.keep, self.progress)
+        return prepare(config, self.material, self.routing, self.assignments, config.effective_keep, self.progress)
 
     def narrow(
         self, config: CompileConfig, ground: Ground, budgets: Sequence[int]
@@ -148,7 +148,7 @@ def _assignments(
     halves = [loaded.tokenizer.decode(list(ids[: split_point(len(ids))])) for ids in token_ids]
     routed = nearest(routing.encoder.embed(halves), routing.centroids)
     clusters = replace(routing.assignment, held_out=routed)
-    return [clusters, *(control_assignments(clusters, seed=config.seed) if config.controls else ())]
+    return [clusters, *(control_assignments(clusters, seed=config.seed) if config.effective_controls else ())]
 
 
 def choose_each(scores: Floats, budgets: Sequence[int]) -> Choice:

@@ -68,7 +68,7 @@ def main(
 def measure(bench: Bench, config: CompileConfig) -> Iterator[tuple[Quality, bool]]:
     """Narrow and score; heal and score again, where that is asked for."""
     ground = bench.ground(config)
-    key, narrow = bench.narrow(config, ground, ground.layer_budgets(config, config.keep))
+    key, narrow = bench.narrow(config, ground, ground.layer_budgets(config, config.effective_keep))
     yield bench.score(narrow), False
     if config.heals:
         healed = heal_packs(config, ground, narrow[CLUSTERS], key, bench.progress)

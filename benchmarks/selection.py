@@ -33,7 +33,7 @@ SELECTIONS: tuple[Selection, ...] = ("coreinfer", "griffin", "output-aware")
 def scores(bench: Bench, *, repaired_only: bool) -> Iterator[Score]:
     """Measure every row of the table, the dense model first."""
     ground = bench.ground(bench.config)
-    budgets = ground.layer_budgets(bench.config, bench.config.keep)
+    budgets = ground.layer_budgets(bench.config, bench.config.effective_keep)
     is_first = True
     for name, quality in qualities(bench, budgets, repaired_only=repaired_only):
         yield from [quality.dense] if is_first else []

@@ -51,11 +51,6 @@ def main(context: click.Context, /, **_options: object) -> None:
 def _config(options: Mapping[str, Any]) -> CompileConfig:
     """Take the options that are fields of `CompileConfig`; each has its field's name."""
     values = {field.name: options[field.name] for field in fields(CompileConfig)}
-    source = click.get_current_context().get_parameter_source("keep")
-    aims = [name for name in ("budget_mb", "max_kl", "min_top1") if values[name] is not None]
-    if aims and source is not click.core.ParameterSource.DEFAULT:
-        option = f"--{aims[0].replace('_', '-')}"
-        raise ConfigError(f"--keep and {option}: expected one of them, got both")
     if options["no_cache"] and values["cache_dir"]:
         raise ConfigError("--cache and --no-cache: expected one of them, got both")
     values["cache_dir"] = None if options["no_cache"] else values["cache_dir"] or default_cache_dir()

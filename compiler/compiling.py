@@ -1,5 +1,7 @@
 """A compile, as far as it goes without torch: checks, a look into the cache; then the pipeline."""
 
+import logging
+
 from coreinfer.bundles import Manifest
 from coreinfer.bundles.shared.extras import needs_extra
 
@@ -9,6 +11,8 @@ from .finished import identify, take_finished
 from .progress import Progress
 
 __all__ = ["compile_model"]
+
+_log = logging.getLogger(__name__)
 
 
 def compile_model(config: CompileConfig, progress: Progress | None = None) -> Manifest:
@@ -38,5 +42,11 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
                 advance()
             if (manifest := take_finished(config, identity, progress)) is not None:
                 return manifest
+        if config.max_kl is None and config.effective_max_kl is not None:
+            _log.warning(
+                "each pack may lose KL %g on held-out text (--max-kl); the keep ratio that this takes is found in "
+                "several tries, which --keep would save",
+                config.effective_max_kl,
+            )
         from . import pipeline
     return pipeline.compile_inputs(config, inputs, identity, progress)

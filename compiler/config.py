@@ -1,6 +1,5 @@
 """The options of a compile."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,10 +8,24 @@ from coreinfer.bundles.shared.checks import not_empty, number, raise_problems, s
 from coreinfer.bundles.shared.option_fields import field_problems, option
 from coreinfer.bundles.statistics import Selection
 
-__all__ = ["BUILTIN", "GROUPS", "MACHINE", "Budgets", "CompileConfig", "DType", "Format", "HealOptimizer", "Removal"]
+from .conflicts import conflicts
+from .efforts import METHODS, Budgets, Effort, Method, Removal, Ridge
 
-Budgets = Literal["uniform", "energy", "sensitivity"]
-Removal = Literal["second-order", "top-k"]
+__all__ = [
+    "BUILTIN",
+    "DEFAULT_MAX_KL",
+    "GROUPS",
+    "MACHINE",
+    "Budgets",
+    "CompileConfig",
+    "DType",
+    "Effort",
+    "Format",
+    "HealOptimizer",
+    "Removal",
+    "Ridge",
+]
+
 HealOptimizer = Literal["adamw", "muon"]
 DType = Literal["auto", "float32", "bfloat16"]
 Format = Literal["int4", "int8", "bf16"]
@@ -21,13 +34,13 @@ MAIN, TEXT, SIZE = "Most used", "Model and text", "Size and quality"
 METHOD, HEALING, MACHINE = "Method", "Healing", "Machine"
 GROUPS = (MAIN, TEXT, SIZE, METHOD, HEALING, MACHINE)
 """Headings of the command's help; the first has the ten options that most compiles need."""
+DEFAULT_MAX_KL = 0.1
+"""What packs may lose, in nats per token, where nothing is said of their size or quality."""
+_FIRST_KEEP = 0.7
+"""Where a search for a quality compares numbers of clusters."""
 # FAISS takes seed + 1 as a C int.
 _MAX_SEED = 2**31 - 2
-
-
-_MOMENT_BYTES = 4 << 30
-MOMENT_SHARE = 1 / 8
-"""Share of `max_memory` for the moments of all clusters."""
+_BY_EFFORT = "by --effort"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +48,7 @@ class CompileConfig:
     """Options of one compile, as the user gives them. `quality.sizes` and `quality.search` derive the rest.
 
     Each option is stated only here: `coreinfer-compile` and docs/cli.md are made from these fields. Their order is
-    that of the options in the manifest.
+    that of the options in the manifest. Where the default is None, `effective_...` says what it stands for.
     """
 
     model: str = field(
@@ -54,8 +67,11 @@ class CompileConfig:
             check=whole_number(1),
         ),
     )
-    keep: float = field(
-        default=0.7, metadata=option("Kept neurons / all neurons, in (0, 1].", group=MAIN, check=share())
+    keep: float | None = field(
+        default=None,
+        metadata=option(
+            "Kept neurons / all neurons, in (0, 1].", group=MAIN, check=share(), unset="what --max-kl 0.1 needs"
+        ),
     )
     budget_mb: float | None = field(
         default=None,
@@ -74,7 +90,16 @@ class CompileConfig:
             "stored, before healing; each cluster gets the lowest keep ratio that meets it.",
             group=MAIN,
             check=number(above=0),
-            unset="none",
+            unset="0.1, unless --keep, --budget-mb or --min-top1 is given",
+        ),
+    )
+    effort: Effort = field(
+        default="normal",
+        metadata=option(
+            "quick: scores, one ridge, no controls, a fraction of the time; normal: neurons go by what the others can "
+            "make up for, layer after layer, and two controls are measured; best: wider searches, and healing. Costs "
+            "and gains are in docs/method.md.",
+            group=MAIN,
         ),
     )
     min_top1: float | None = field(
@@ -137,15 +162,16 @@ class CompileConfig:
             "the repair in each layer on validation text, and keeps the default for the scores.",
             group=METHOD,
             check=share(zero=True),
-            unset="0.3 for output-aware, else 1",
+            unset="0.3 for output-aware (auto with --effort best), else 1",
         ),
     )
-    budgets: Budgets = field(
-        default="sensitivity",
+    budgets: Budgets | None = field(
+        default=None,
         metadata=option(
             "How layers share the neurons: one keep ratio for all (uniform), more for layers whose FFN contributes "
             "more (energy), or more for layers where errors cost more KL (sensitivity).",
             group=METHOD,
+            unset=_BY_EFFORT,
         ),
     )
     min_layer_keep: float = field(
@@ -160,15 +186,17 @@ class CompileConfig:
             "Which neurons are removed: those with the lowest scores (top-k), or those that cost least once the "
             "others are repaired (second-order).",
             group=METHOD,
-            unset="second-order for output-aware with a repair, else top-k",
+            unset="second-order for output-aware with a repair, unless --effort is quick; else top-k",
         ),
     )
     reconstruct: bool = field(
         default=True, metadata=option("Repair the down projections by ridge least squares.", group=METHOD)
     )
-    carry: bool = field(
-        default=True,
-        metadata=option("Repair each layer on the output of the narrowed layers before it.", group=METHOD),
+    carry: bool | None = field(
+        default=None,
+        metadata=option(
+            "Repair each layer on the output of the narrowed layers before it.", group=METHOD, unset=_BY_EFFORT
+        ),
     )
     repair_rounding: bool = field(
         default=False,
@@ -178,22 +206,24 @@ class CompileConfig:
             group=METHOD,
         ),
     )
-    ridge: float | Literal["auto"] = field(
-        default="auto",
+    ridge: Ridge | None = field(
+        default=None,
         metadata=option(
             "Ridge of the repair, relative to the mean diagonal of the Gram matrix; auto chooses it for each layer on "
             "validation text.",
             group=METHOD,
             check=number(above=0),
+            unset=_BY_EFFORT,
         ),
     )
-    heal_steps: int = field(
-        default=0,
+    heal_steps: int | None = field(
+        default=None,
         metadata=option(
             "Number of steps, of 2,048 tokens each, that distil the dense model into what all packs share; on text "
             "beyond the calibration tokens, if there is any.",
             group=HEALING,
             check=whole_number(0),
+            unset="60 with --effort best, else none",
         ),
     )
     heal_cluster_steps: int = field(
@@ -225,12 +255,13 @@ class CompileConfig:
     )
     dense: bool = field(default=True, metadata=option("Put the dense FFN into the bundle.", group=SIZE))
     evaluate: bool = field(default=True, metadata=option("Measure quality on held-out text.", group=SIZE))
-    controls: bool = field(
-        default=True,
+    controls: bool | None = field(
+        default=None,
         metadata=option(
             "Also compile and measure two controls of the same bytes, one static mask and random clusters; they are "
             "not put into the bundle, and double the time.",
             group=SIZE,
+            unset=_BY_EFFORT,
         ),
     )
     report_sentences: int | None = field(
@@ -248,7 +279,7 @@ class CompileConfig:
     )
     threads: int | None = field(
         default=None,
-        metadata=option("Number of CPU threads.", group=MAIN, check=whole_number(1), unset="all cores"),
+        metadata=option("Number of CPU threads.", group=MACHINE, check=whole_number(1), unset="all cores"),
     )
     device: str = field(default="cpu", metadata=option("torch device that runs the model.", group=MACHINE))
     dtype: DType = field(
@@ -292,7 +323,18 @@ class CompileConfig:
             ConfigError: naming all options that are wrong.
         """
         raise_problems([*field_problems(self)])
-        raise_problems(_conflicts(self))
+        raise_problems(conflicts(self))
+
+    @property
+    def effective_keep(self) -> float:
+        """The keep ratio, or where a search begins."""
+        return _FIRST_KEEP if self.keep is None else self.keep
+
+    @property
+    def effective_max_kl(self) -> float | None:
+        """What packs may lose: without any other word about size or quality, little."""
+        says_nothing = self.keep is None and self.budget_mb is None and self.min_top1 is None
+        return DEFAULT_MAX_KL if self.max_kl is None and says_nothing else self.max_kl
 
     @property
     def effective_cluster_weight(self) -> float:
@@ -302,49 +344,58 @@ class CompileConfig:
         return 0.3 if self.selection == "output-aware" else 1.0
 
     @property
+    def chooses_cluster_weight(self) -> bool:
+        """Whether the weight for the repair is chosen in each layer."""
+        asked = self._method.cluster_weight if self.cluster_weight is None else self.cluster_weight
+        return asked == "auto" and self.reconstruct
+
+    @property
     def effective_removal(self) -> Removal:
         """The removal with its default filled in: other selections remove neurons as their papers do."""
         if self.removal is not None:
             return self.removal
-        return "second-order" if self.selection == "output-aware" and self.reconstruct else "top-k"
+        return self._method.removal if self.selection == "output-aware" and self.reconstruct else "top-k"
 
     @property
-    def moment_bytes(self) -> int:
-        """Maximum bytes of moments of all clusters in memory; larger moments are summed in two passes."""
-        return (
-            _MOMENT_BYTES if self.max_memory is None else min(_MOMENT_BYTES, int(self.max_memory * 1e9 * MOMENT_SHARE))
-        )
+    def effective_budgets(self) -> Budgets:
+        """How layers share the neurons, with its default filled in."""
+        return self.budgets or self._method.budgets
+
+    @property
+    def effective_carry(self) -> bool:
+        """Whether layers are repaired on the output of narrow ones, with its default filled in."""
+        return self._method.carry if self.carry is None else self.carry
+
+    @property
+    def effective_ridge(self) -> Ridge:
+        """The ridge, with its default filled in."""
+        return self._method.ridge if self.ridge is None else self.ridge
+
+    @property
+    def effective_heal_steps(self) -> int:
+        """Steps of healing, with its default filled in."""
+        return self._method.heal_steps if self.heal_steps is None else self.heal_steps
+
+    @property
+    def effective_controls(self) -> bool:
+        """Whether controls are measured, with its default filled in."""
+        return self._method.controls if self.controls is None else self.controls
+
+    @property
+    def _method(self) -> Method:
+        return METHODS[self.effort]
 
     @property
     def repairs_rounding(self) -> bool:
         """Whether the repair also compensates rounding."""
-        return self.repair_rounding and self.reconstruct and self.carry and self.quantize != "bf16"
+        return self.repair_rounding and self.reconstruct and self.effective_carry and self.quantize != "bf16"
 
     @property
     def heals(self) -> bool:
         """Whether packs are healed."""
-        return bool(self.heal_steps or self.heal_cluster_steps)
+        return bool(self.effective_heal_steps or self.heal_cluster_steps)
 
     @property
     def effective_head_quantize(self) -> Format:
         """The head's format with its default filled in: its errors change the logits directly, so int8 or bf16."""
         return self.head_quantize or ("bf16" if self.quantize == "bf16" else "int8")
-
-
-def _conflicts(config: CompileConfig) -> Iterator[str]:
-    """Options that are right one by one, and do not go together."""
-    has_quality = config.max_kl is not None or config.min_top1 is not None
-    if config.budget_mb is not None and has_quality:
-        yield "--budget-mb and --max-kl or --min-top1: expected bytes or a quality to aim at, got both"
-    if config.budget_mb is None and config.budgets != "uniform" and config.min_layer_keep > config.keep:
-        yield f"--min-layer-keep {config.min_layer_keep:g}: expected at most --keep {config.keep:g}; lower one of them"
-    if config.keep == 1 and has_quality:
-        yield "--max-kl, --min-top1: expected a keep ratio below 1 to begin with, got 1"
-    if config.cluster_weight == "auto" and not config.reconstruct:
-        yield "--cluster-weight auto: expected --reconstruct, whose weight it chooses, got --no-reconstruct"
-    if config.removal == "second-order" and not config.reconstruct:
-        yield "--removal second-order: expected --reconstruct, which it counts on, got --no-reconstruct"
-    if config.max_memory is not None and config.heals:
-        yield "--max-memory: healing trains all layers at once; leave out --heal-steps and --heal-cluster-steps"
-    elif config.max_memory is not None and config.device != "cpu":
-        yield f"--max-memory: expected --device cpu, where weights can stay in their file, got {config.device}"

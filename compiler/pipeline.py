@@ -76,7 +76,7 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, identity: Identit
             partial(_measure_clusters, config, material, asked_keep, progress),
             num_documents=len(material.corpus.calibration) if material.corpus.held_out else 0,
         )
-        with_controls = config.evaluate and config.controls and bool(material.corpus.held_out)
+        with_controls = config.evaluate and config.effective_controls and bool(material.corpus.held_out)
         ground = build_ground(config, material, clusters, asked_keep, progress, with_controls=with_controls)
         keep, keeps = fit_quality(
             config,

@@ -172,7 +172,7 @@ def prepare(
     profile = profile_model(config, loaded, calibration, labels, cache, key, progress)
     metrics = output_metrics(config, keep, loaded, calibration, cache, material.key, progress)
     curves = None
-    if config.budgets == "sensitivity" and keep < 1:
+    if config.effective_budgets == "sensitivity" and keep < 1:
         curves_key = stage_key("curves", upstream=material.key)
         curves = removal_curves(loaded, calibration, metrics, cache, curves_key, progress)
     return Ground(
@@ -219,9 +219,9 @@ def narrow_packs(
         "packs",
         upstream=ground.key,
         budgets=budgets,
-        ridge=config.ridge,
+        ridge=config.effective_ridge,
         removal=config.effective_removal,
-        carry=config.carry,
+        carry=config.effective_carry,
         rounding=config.quantize if config.repairs_rounding else None,
         assignments=[item.name for item in assignments],
     )
@@ -247,7 +247,7 @@ def heal_packs(
     key = stage_key(
         "heal",
         upstream=upstream,
-        steps=config.heal_steps,
+        steps=config.effective_heal_steps,
         relative_rate=config.heal_rate,
         optimizer=config.heal_optimizer,
         text=[document.token_ids for document in documents],

@@ -88,6 +88,7 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "head_quantize": (["--head-quantize", "bf16"], "bf16"),
     "clusters": (["--clusters", "auto"], "auto"),
     "keep": (["--keep", "0.5"], 0.5),
+    "effort": (["--effort", "quick"], "quick"),
     "encoder": (["--encoder", "e"], "e"),
     "calibration": (["--calibration", "a.txt", "--calibration", "builtin"], ("a.txt", "builtin")),
     "text_field": (["--text-field", "body"], "body"),

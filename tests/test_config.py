@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.compiler import CompileConfig
+from coreinfer.compiler.config import DEFAULT_MAX_KL
 
 
 def make_config(**options: Any) -> CompileConfig:
@@ -133,3 +134,34 @@ def test_second_order_removal_needs_the_repair_that_it_counts_on() -> None:
     assert make_config(reconstruct=False).effective_removal == "top-k"
     assert make_config(selection="griffin").effective_removal == "top-k"
     assert make_config().effective_removal == "second-order"
+
+
+def test_little_is_lost_where_nothing_is_said() -> None:
+    config = make_config()
+    assert (config.effective_max_kl, config.effective_keep) == (DEFAULT_MAX_KL, 0.7)
+    for options in ({"keep": 0.9}, {"budget_mb": 80.0}, {"min_top1": 0.9}):
+        assert make_config(**options).effective_max_kl is None
+    assert make_config(max_kl=0.2).effective_max_kl == 0.2
+    assert make_config(keep=0.9).effective_keep == 0.9
+
+
+def test_an_effort_is_the_default_of_its_options() -> None:
+    quick, normal, best = (make_config(effort=effort) for effort in ("quick", "normal", "best"))
+    assert (quick.effective_removal, normal.effective_removal) == ("top-k", "second-order")
+    assert (quick.effective_carry, normal.effective_carry, best.effective_carry) == (False, True, True)
+    assert (quick.effective_controls, normal.effective_controls) == (False, True)
+    assert (quick.effective_ridge, normal.effective_ridge) == (1e-2, "auto")
+    assert (quick.effective_budgets, normal.effective_budgets) == ("energy", "sensitivity")
+    assert (quick.heals, normal.heals, best.heals) == (False, False, True)
+    assert (normal.chooses_cluster_weight, best.chooses_cluster_weight) == (False, True)
+    asked: dict[str, Any] = {
+        "carry": True,
+        "controls": True,
+        "ridge": 0.1,
+        "budgets": "uniform",
+        "removal": "second-order",
+    }
+    config = make_config(effort="quick", **asked)
+    found = {name: getattr(config, f"effective_{name}") for name in asked}
+    assert found == asked
+    assert make_config(effort="best", heal_steps=0).heals is False

@@ -170,7 +170,9 @@ def test_a_search_gives_each_cluster_its_ratio(
     quality = open_bundle(tiny_bundle("llama", keep=0.34, **options)).manifest.quality
     assert quality is not None
     limit = quality.clusters.kl * 0.7
-    found = replace(tiny_inputs("llama"), output=tmp_path / "b", cache_dir=tmp_path / "c", max_kl=limit, **options)
+    found = replace(
+        tiny_inputs("llama"), output=tmp_path / "b", cache_dir=tmp_path / "c", keep=None, max_kl=limit, **options
+    )
     manifest = compile_model(found)
     assert manifest.quality is not None
     assert {entry.score.kl <= limit + 1e-6 for entry in manifest.quality.per_cluster} == {True}

@@ -171,7 +171,7 @@ def test_what_rounding_costs_is_in_what_may_be_lost() -> None:
         ({"max_kl": 0.0}, "--max-kl: expected a number above 0"),
         ({"min_top1": 1.5}, "--min-top1: expected a number in"),
         ({"max_kl": 0.1, "budget_mb": 5.0}, "got both"),
-        ({"max_kl": 0.1, "keep": 1.0}, "expected a keep ratio below 1"),
+        ({"max_kl": 0.1, "keep": 0.9}, "--keep and --max-kl: expected one of them, got both"),
     ],
 )
 def test_aims_are_checked(options: dict[str, Any], message: str) -> None:
@@ -192,7 +192,9 @@ def test_a_compiled_bundle_holds_its_quality(
     assert narrow is not None
     limit = narrow.clusters.kl * 0.7
     progress = Progress()
-    config = replace(tiny_inputs("llama"), output=tmp_path / "b", cache_dir=tmp_path / "c", max_kl=limit, **options)
+    config = replace(
+        tiny_inputs("llama"), output=tmp_path / "b", cache_dir=tmp_path / "c", keep=None, max_kl=limit, **options
+    )
     manifest = compile_model(config, progress)
     assert manifest.quality is not None
     assert manifest.quality.clusters.kl <= limit + 1e-6

@@ -43,7 +43,7 @@ def test_what_a_compiled_pack_reads_is_within_the_budget(
     loaded, options = load(name), {"quantize": quantize, "min_layer_keep": 0.0}
     fixed, one = (part(make_config(**options), loaded) for part in (base_bytes, block_bytes))
     budget = (fixed + 6 * one) / 1e6
-    folder = tiny_bundle(name, budget_mb=budget, quantize=quantize, min_layer_keep=0.0, evaluate=False)
+    folder = tiny_bundle(name, keep=None, budget_mb=budget, quantize=quantize, min_layer_keep=0.0, evaluate=False)
     assert sum(open_bundle(folder).manifest.plan.layer_budgets) == 6 * 32
     decoder = NativeDecoder(open_bundle(folder), threads=1)
     decoder.use(FfnChoice(cluster=0))

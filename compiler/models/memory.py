@@ -3,14 +3,17 @@
 import math
 
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.compiler.config import MOMENT_SHARE, CompileConfig
+from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.quality.score import GROUP_TEXTS
 from coreinfer.compiler.text.corpus import Corpus
 
 from .load import LoadedModel
 
-__all__ = ["check_memory"]
+__all__ = ["check_memory", "moment_bytes"]
 
+_MOMENT_BYTES = 4 << 30
+_MOMENT_SHARE = 1 / 8
+"""Share of `max_memory` for the moments of all clusters."""
 _PROGRAM_BYTES = 900_000_000
 """Python, torch, FAISS and the sentence encoder."""
 _MOMENT_MATRICES = 6
@@ -27,7 +30,7 @@ def check_memory(config: CompileConfig, loaded: LoadedModel, corpus: Corpus) -> 
         return
     num_tokens = sum(len(document.token_ids) for document in (*corpus.calibration, *corpus.validation))
     # Moments take their share of the bound, whatever it is: the rest must do.
-    usable = config.max_memory * 1e9 - config.moment_bytes
+    usable = config.max_memory * 1e9 - moment_bytes(config)
     fixed, per_token = _fixed_bytes(config, loaded), _token_bytes(config, loaded)
     needed = fixed + per_token * num_tokens
     if needed <= usable:
@@ -41,9 +44,16 @@ def check_memory(config: CompileConfig, loaded: LoadedModel, corpus: Corpus) -> 
     )
 
 
+def moment_bytes(config: CompileConfig) -> int:
+    """Maximum bytes of moments of all clusters in memory; larger moments are summed in two passes."""
+    return (
+        _MOMENT_BYTES if config.max_memory is None else min(_MOMENT_BYTES, int(config.max_memory * 1e9 * _MOMENT_SHARE))
+    )
+
+
 def _bound_gb(num_bytes: int) -> float:
     """The lowest limit that leaves this much next to the moments' share, in tenths of a gigabyte."""
-    return math.ceil(num_bytes / (1 - MOMENT_SHARE) / 1e8) / 10
+    return math.ceil(num_bytes / (1 - _MOMENT_SHARE) / 1e8) / 10
 
 
 def _fixed_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
@@ -64,6 +74,6 @@ def _fixed_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
 
 def _token_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
     """Activations and targets, hidden states before and after a layer; for each stream those of the second halves."""
-    num_streams = 3 if config.evaluate and config.controls else 1
+    num_streams = 3 if config.evaluate and config.effective_controls else 1
     num_hidden = 1 + 2 + (num_streams + 2) / 2
     return int((loaded.record.ffn_dim + num_hidden * loaded.record.hidden_size) * loaded.dtype.itemsize)

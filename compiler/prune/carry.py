@@ -19,6 +19,7 @@ from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.layerwise import Batch, document_starts, prepare_batches, run_layer, run_partly
 from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.models.memory import moment_bytes
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.quantize.rounding import Rounding
 from coreinfer.compiler.text.corpus import Document, split_point
@@ -194,14 +195,14 @@ def _narrow_one_layer(
     with inputs.rounding.layer(inputs.loaded, layer) if inputs.rounding else nullcontext():
         for stream in streams:
             runs = []
-            if inputs.config.carry:
+            if inputs.config.effective_carry:
                 runs = [
                     _read_narrow(inputs, layer, part, hidden, own, tokens)
                     for part, hidden, own in zip(parts, entering, stream.hidden, strict=True)
                 ]
             if stored is None:
                 results[stream.item.name] = _repair(inputs, layer, stream, tokens, results.get(CLUSTERS))
-            if inputs.config.carry:
+            if inputs.config.effective_carry:
                 outputs = _narrow_outputs(inputs, layer, stream, tokens, results[stream.item.name])
                 stream.hidden = [
                     _move(inputs, layer, part, hidden, own, run, outputs)
@@ -257,7 +258,7 @@ def _repair(
     if min(keeps) == inputs.loaded.record.ffn_dim:
         return _own(inputs, name, layer)
     module = inputs.loaded.projection(layer, "down")
-    chosen = RIDGES if config.ridge == "auto" else (float(config.ridge),)
+    chosen = RIDGES if (ridge := config.effective_ridge) == "auto" else (float(ridge),)
     # A repair that other text rejects is not shipped.
     ridges: tuple[float | None, ...] = (*chosen, None)
     cluster_weights = _repair_weights(config)
@@ -275,16 +276,17 @@ def _repair(
         neuron_ids=None if config.effective_removal == "second-order" else by_scores,
         cluster_weights=cluster_weights,
         ridges=ridges,
-        moment_bytes=config.moment_bytes,
+        moment_bytes=moment_bytes(config),
     )
     return _result(repair_layer(tokens, task), has_bias=module.bias is not None)
 
 
 def _repair_weights(config: CompileConfig) -> tuple[float, ...]:
     """Candidates: moments of one cluster alone are too few for a repair, for every kind of score."""
-    if config.cluster_weight == "auto":
+    if config.chooses_cluster_weight:
         return CLUSTER_WEIGHTS
-    return CLUSTER_WEIGHTS[:1] if config.cluster_weight is None else (config.cluster_weight,)
+    given = config.cluster_weight
+    return CLUSTER_WEIGHTS[:1] if given is None or given == "auto" else (given,)
 
 
 def _result(repaired: Repaired, *, has_bias: bool) -> LayerResult:

@@ -115,7 +115,7 @@ def healing_text(config: CompileConfig, corpus: Corpus, routing: Routing) -> tup
     Returns:
         Documents, and (documents,) the cluster of each.
     """
-    num_steps = config.heal_steps + config.heal_cluster_steps * routing.clustering.num_clusters
+    num_steps = config.effective_heal_steps + config.heal_cluster_steps * routing.clustering.num_clusters
     num_tokens = num_steps * _STEP_TOKENS
     documents = first_documents(corpus.spare, num_tokens * _POOL_SIZE)
     labels = route(routing, documents)
@@ -128,8 +128,8 @@ def healing_text(config: CompileConfig, corpus: Corpus, routing: Routing) -> tup
 def heal(inputs: HealInputs, cache: Cache, key: str, progress: Progress) -> NarrowModel:
     """Train for the options' steps; an interrupted training continues from its last checkpoint."""
     config, narrow = inputs.config, inputs.narrow
-    if config.heal_steps:
-        shared = _Course(inputs=inputs, cluster=None, num_steps=config.heal_steps, key=key)
+    if config.effective_heal_steps:
+        shared = _Course(inputs=inputs, cluster=None, num_steps=config.effective_heal_steps, key=key)
         narrow = replace(narrow, **_as_fields(inputs, _run("heal", [shared], cache, progress)))
     if config.heal_cluster_steps:
         own = [

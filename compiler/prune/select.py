@@ -48,13 +48,13 @@ def layer_budgets(
     num_layers, ffn_dim = column_norms.shape
     if keep == 1 or ffn_dim <= NEURON_BLOCK:
         return [ffn_dim] * num_layers
-    if config.budgets == "uniform":
+    if config.effective_budgets == "uniform":
         return [_to_block(keep * ffn_dim, ffn_dim)] * num_layers
     if config.min_layer_keep > keep:
         raise ConfigError(
             f"--min-layer-keep {config.min_layer_keep:g}: expected at most --keep {keep:g}; lower one of them"
         )
-    if config.budgets == "sensitivity":
+    if config.effective_budgets == "sensitivity":
         assert curves is not None
         return cheapest_budgets(curves, keep, config.min_layer_keep, ffn_dim)
     energies = (profile.relative_energies * np.square(column_norms)).sum(axis=1)

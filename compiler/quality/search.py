@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 _NUM_TRIES = 6
 _CLOSE = 0.05
 _FINE = 0.015
+_FIRST_TRY = 0.9
 _LADDER = (1, 2, 4, 8, 16, 32, 64)
 _CLUSTER_MARGIN = 0.02
 _CLUSTER_DOCUMENTS = 8
@@ -51,10 +52,13 @@ def fit_quality(
     Raises:
         ConfigError: there is no held-out text to measure on, or rounding alone loses more than may be lost.
     """
-    if config.max_kl is None and config.min_top1 is None:
+    if config.effective_max_kl is None and config.min_top1 is None:
         return keep, (keep,) * len(num_tokens)
     if not sum(num_tokens):
-        raise ConfigError("--max-kl, --min-top1: expected calibration text enough to hold some out, got too little")
+        raise ConfigError(
+            "--max-kl, --min-top1: expected calibration text enough to hold some out, got too little; give more text, "
+            "or --keep"
+        )
 
     dense = measure_dense()
     if (dense_excess := _excess(config, dense)) > 0:
@@ -64,26 +68,30 @@ def fit_quality(
             f"{dense.top1:.4f} on held-out text, before anything is narrowed; {way_out}"
         )
 
+    judged_by_all = {cluster for cluster, count in enumerate(num_tokens) if count < _LEAST_TOKENS}
+
     def excesses(keeps: Sequence[float]) -> list[float]:
         quality = measure(keeps)
         scores = [quality.clusters] * len(keeps)
         for found in quality.per_cluster:
-            if num_tokens[found.cluster] >= _LEAST_TOKENS:
+            if found.cluster not in judged_by_all:
                 scores[found.cluster] = found.score
         for cluster, (keep, score) in enumerate(zip(keeps, scores, strict=True)):
             _log.info("cluster %d: keep %.3f, held-out KL %.4f, top-1 %.4f", cluster, keep, score.kl, score.top1)
         return [_excess(config, score) for score in scores]
 
     least = max(config.min_layer_keep, 0.05)
-    keeps = least_keeps(excesses, num_clusters=len(num_tokens), least=least, dense_excess=dense_excess)
+    keeps = least_keeps(
+        excesses, num_clusters=len(num_tokens), least=least, dense_excess=dense_excess, later=judged_by_all
+    )
     return round(float(np.average(keeps, weights=num_tokens)), 4), keeps
 
 
 def _excess(config: CompileConfig, score: Score) -> float:
     """What is lost against what may be lost: 0 where it is just that, -1 for the dense model."""
     limits = []
-    if config.max_kl is not None:
-        limits.append(score.kl / config.max_kl - 1)
+    if (max_kl := config.effective_max_kl) is not None:
+        limits.append(score.kl / max_kl - 1)
     if config.min_top1 is not None:
         # A model that must agree everywhere loses beyond measure where it does not.
         limits.append((1 - score.top1) / max(1 - config.min_top1, 1e-6) - 1)
@@ -96,6 +104,7 @@ def least_keeps(
     num_clusters: int,
     least: float,
     dense_excess: float = -1.0,
+    later: Collection[int] = (),
     num_tries: int = _NUM_TRIES,
 ) -> tuple[float, ...]:
     """Find each cluster's lowest keep ratio that holds, for all clusters at once.
@@ -105,16 +114,22 @@ def least_keeps(
             lost) on; at most 0 holds. Is asked `num_tries` times at most.
         least: the lowest ratio to try.
         dense_excess: that of ratio 1, the dense model, which holds.
+        later: clusters whose excess depends on the others' ratios: they take the mean of these until these are found.
     Returns:
         Ratios that meet the limit: each loses at least 95% of it, or is at most 0.015 above one that does not meet it,
         unless the tries ended before.
     """
     brackets = [_Bracket(low=least, high_excess=dense_excess) for _ in range(num_clusters)]
+    first = [cluster for cluster in range(num_clusters) if cluster not in later]
     for _ in range(num_tries):
         keeps = [bracket.high if bracket.done else bracket.middle for bracket in brackets]
-        for bracket, keep, found in zip(brackets, keeps, excesses(keeps), strict=True):
-            if not bracket.done:
-                bracket.narrow(keep, found)
+        waits = any(not brackets[cluster].done for cluster in first)
+        if waits:
+            mean = round(float(np.mean([keeps[cluster] for cluster in first])), 4)
+            keeps = [mean if cluster in later else keep for cluster, keep in enumerate(keeps)]
+        for cluster, (keep, found) in enumerate(zip(keeps, excesses(keeps), strict=True)):
+            if not brackets[cluster].done and not (waits and cluster in later):
+                brackets[cluster].narrow(keep, found)
         if all(bracket.done for bracket in brackets):
             break
     return tuple(bracket.high for bracket in brackets)
@@ -140,10 +155,18 @@ class _Bracket:
 
     @property
     def middle(self) -> float:
-        """Where a straight line would have no excess, but not next to an end; halfway where the line is unknown."""
-        known = math.isfinite(self.low_excess)
-        share = self.low_excess / (self.low_excess - self.high_excess) if known else 0.5
-        return round(self.low + (self.high - self.low) * min(max(share, 0.1), 0.9), 4)
+        """Where a straight line would have no excess, but not next to an end; what is likely before a line is known.
+
+        What is lost grows about as the power 3/2 of the share of neurons that go.
+        """
+        if math.isfinite(self.low_excess):
+            share = self.low_excess / (self.low_excess - self.high_excess)
+            return round(self.low + (self.high - self.low) * min(max(share, 0.1), 0.9), 4)
+        if self.held is None:
+            return max(_FIRST_TRY, (self.low + self.high) / 2)
+        lost = max(1 + self.high_excess, 1e-3)
+        wanted = 1 - (1 - self.high) / lost ** (2 / 3)
+        return round(min(max(wanted, self.low + 0.1 * (self.high - self.low)), self.high - _FINE), 4)
 
     def narrow(self, keep: float, excess: float) -> None:
         """Take in what a ratio in between loses too much."""

@@ -37,7 +37,7 @@ def fit_budget(config: CompileConfig, loaded: LoadedModel) -> float:
         ConfigError: not even the smallest narrow FFN fits.
     """
     if config.budget_mb is None:
-        return config.keep
+        return config.effective_keep
     record = loaded.record
     fixed, one = base_bytes(config, loaded), block_bytes(config, loaded)
     num_blocks = record.num_layers * record.ffn_dim / NEURON_BLOCK

@@ -69,7 +69,7 @@ def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
             alpha=config.alpha,
             beta=config.beta,
             cluster_weight=config.effective_cluster_weight,
-            budgets=config.budgets,
+            budgets=config.effective_budgets,
             layer_budgets=compiled.sizes.layer_budgets,
             reconstruct=config.reconstruct,
             ridges=compiled.narrow.ridges,
@@ -129,7 +129,11 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
 
 
 def _provenance(compiled: Compiled) -> Provenance:
-    decided = {"clusters": compiled.sizes.clusters, "keep": compiled.sizes.keep}
+    decided = {
+        "clusters": compiled.sizes.clusters,
+        "keep": compiled.sizes.keep,
+        "max_kl": compiled.config.effective_max_kl,
+    }
     options = {
         name: _plain(value)
         for name, value in {**asdict(compiled.config), **decided}.items()

@@ -1,0 +1,56 @@
+"""What an effort stands for: the parts of the method that take most of a compile's time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["METHODS", "Budgets", "Effort", "Method", "Removal", "Ridge"]
+
+Effort = Literal["quick", "normal", "best"]
+Budgets = Literal["uniform", "energy", "sensitivity"]
+Removal = Literal["second-order", "top-k"]
+Ridge = float | Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What an effort stands for, where the options do not say it; each is the default of the option of its name."""
+
+    removal: Removal
+    budgets: Budgets
+    carry: bool
+    ridge: Ridge
+    cluster_weight: float | Literal["auto"]
+    controls: bool
+    heal_steps: int
+
+
+METHODS: Mapping[Effort, Method] = {
+    "quick": Method(
+        removal="top-k",
+        budgets="energy",
+        carry=False,
+        ridge=1e-2,
+        cluster_weight=0.3,
+        controls=False,
+        heal_steps=0,
+    ),
+    "normal": Method(
+        removal="second-order",
+        budgets="sensitivity",
+        carry=True,
+        ridge="auto",
+        cluster_weight=0.3,
+        controls=True,
+        heal_steps=0,
+    ),
+    "best": Method(
+        removal="second-order",
+        budgets="sensitivity",
+        carry=True,
+        ridge="auto",
+        cluster_weight="auto",
+        controls=True,
+        heal_steps=60,
+    ),
+}
