@@ -21,6 +21,7 @@ from coreinfer.compiler.progress import Progress
 from .builtin import continue_seeds, load_seeds
 
 __all__ = [
+    "SAMPLING",
     "Corpus",
     "Document",
     "build_corpus",
@@ -32,6 +33,8 @@ __all__ = [
     "text_sources",
 ]
 
+SAMPLING = 2
+"""Part of the keys of stages that run a sample; one more as soon as `spread_sample` takes other documents."""
 _log = logging.getLogger(__name__)
 _MIN_DOCUMENT_TOKENS = 8
 _HELD_OUT_EVERY = 10
@@ -66,7 +69,10 @@ def split_point(num_tokens: int) -> int:
 def spread_sample(documents: Sequence[Document], num_tokens: int) -> list[Document]:
     """Take evenly spread documents of about this many tokens together; all documents if there are fewer."""
     total = sum(len(document.token_ids) for document in documents)
-    return list(documents[:: max(1, total // num_tokens)])
+    if total <= num_tokens:
+        return list(documents)
+    count = max(1, round(len(documents) * num_tokens / total))
+    return [documents[index * len(documents) // count] for index in range(count)]
 
 
 @dataclass(frozen=True, kw_only=True)
