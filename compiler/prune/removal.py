@@ -124,4 +124,5 @@ def _solve_one(kept: torch.Tensor, lam: torch.Tensor, right: torch.Tensor) -> to
         return torch.cholesky_solve(right.double(), torch.linalg.cholesky(matrix.double())).float()
     # The same as cholesky_solve in half the time: BLAS divides long rows faster than as many short columns.
     halfway = torch.linalg.solve_triangular(factor.T, right.T, upper=True, left=False)
-    return torch.linalg.solve_triangular(factor, halfway, upper=False, left=False).T
+    solution: torch.Tensor = torch.linalg.solve_triangular(factor, halfway, upper=False, left=False)
+    return solution.T
