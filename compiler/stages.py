@@ -19,7 +19,7 @@ from .config import CompileConfig
 from .models.load import LoadedModel
 from .models.memory import check_memory
 from .progress import Progress
-from .prune.carry import NarrowInputs, narrow_all
+from .prune.carry import REVISION, NarrowInputs, narrow_all
 from .prune.heal import HealInputs, heal, healing_text
 from .prune.narrow import CLUSTERS, Assignment, Cut, NarrowModel, choose_all
 from .prune.profile import Profile, profile_model
@@ -32,7 +32,7 @@ from .quantize.pack import Packer
 from .quantize.rounding import Rounding
 from .report.describe import PACKAGES, formats_of
 from .text.builtin import builtin_documents
-from .text.corpus import Corpus, build_corpus, split_point
+from .text.corpus import SAMPLING, Corpus, build_corpus, split_point
 
 __all__ = [
     "Ground",
@@ -129,7 +129,8 @@ def gather_material(
     )
     moments: Moments = {}
     if config.quantize != "bf16":
-        moments = input_moments(loaded, corpus.calibration, cache, stage_key("moments", upstream=key), progress)
+        moments_key = stage_key("moments", upstream=key, sampling=SAMPLING)
+        moments = input_moments(loaded, corpus.calibration, cache, moments_key, progress)
     packer = Packer(formats=formats_of(config), moments=moments)
     stored = store_model(loaded, packer, folder, config.output, progress)
     return Material(loaded=loaded, corpus=corpus, moments=moments, stored=stored, cache=cache, key=key)
@@ -173,7 +174,7 @@ def prepare(
     metrics = output_metrics(config, keep, loaded, calibration, cache, material.key, progress)
     curves = None
     if config.effective_budgets == "sensitivity" and keep < 1:
-        curves_key = stage_key("curves", upstream=material.key)
+        curves_key = stage_key("curves", upstream=material.key, sampling=SAMPLING)
         curves = removal_curves(loaded, calibration, metrics, cache, curves_key, progress)
     return Ground(
         material=material,
@@ -218,6 +219,7 @@ def narrow_packs(
     key = stage_key(
         "packs",
         upstream=ground.key,
+        revision=REVISION,
         budgets=budgets,
         ridge=config.effective_ridge,
         removal=config.effective_removal,

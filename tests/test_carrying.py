@@ -9,6 +9,7 @@ import torch
 from coreinfer.bundles.families import assign_ffn, cache_argument, family_of_config, ffn_tensors
 from coreinfer.bundles.formats import float_matrix
 from coreinfer.compiler.cache import Cache
+from coreinfer.compiler.models.layerwise import run_partly
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.prune.carry import NarrowInputs, narrow_all
@@ -228,6 +229,39 @@ def test_top_k_keeps_the_neurons_of_the_scores() -> None:
         assert [ids.tolist() for ids in found] == [ids.tolist() for ids in wanted]
     assert narrow.downs[0][0] is not None
     assert narrow.downs[1][0] is None
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_nothing_is_run_twice_before_the_first_layer_that_is_narrowed(
+    name: str, tmp_path: Path, seen: list[LayerTokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers_run = []
+
+    def spy(loaded: LoadedModel, index: int, *arguments: Any) -> Any:
+        layers_run.append(index)
+        return run_partly(loaded, index, *arguments)
+
+    monkeypatch.setattr("coreinfer.compiler.prune.carry.run_partly", spy)
+    loaded, budgets = load(name), [96, 96, 64]
+    inputs = inputs_of(loaded)
+    everything = [np.arange(96, dtype=np.int32)] * 3
+    inputs = replace(
+        inputs,
+        budgets={"clusters": [budgets] * 2, "one static mask": [budgets]},
+        choices={
+            item: replace(choice, neuron_ids=[everything] * len(choice.scores))
+            for item, choice in inputs.choices.items()
+        },
+    )
+    narrow = run(inputs, tmp_path)
+    assert set(layers_run) == {2}
+    for tokens in seen:
+        expected = [activations_behind(loaded, narrow["clusters"], 0, 2, document) for document in documents()]
+        np.testing.assert_allclose(tokens.activations, torch.cat(expected), atol=2e-4)
+    assert [len(ids) for ids in narrow["clusters"].choice.neuron_ids[0]] == budgets
+    layers_run.clear()
+    run(inputs, tmp_path)
+    assert not layers_run
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])

@@ -10,7 +10,6 @@ from coreinfer.bundles.families import family_of_config
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.progress import Progress
-from coreinfer.compiler.quantize import moments
 from coreinfer.compiler.quantize.moments import input_moments
 from coreinfer.compiler.text.corpus import Document, spread_sample
 
@@ -60,11 +59,17 @@ def test_moments_are_kept(tmp_path: Path) -> None:
     assert all(torch.equal(first[path], again[path]) for path in first)
 
 
-def test_enough_text_is_taken_from_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, "_NUM_TOKENS", 100)
-    documents = documents_of([20] * 30)
-    taken = spread_sample(documents, moments._NUM_TOKENS)
-    assert 100 <= sum(len(document.token_ids) for document in taken) <= 200
+@pytest.mark.parametrize("num_documents", [6, 9, 19, 30])
+def test_as_much_text_is_taken_as_was_asked_for_and_from_all_of_it(num_documents: int) -> None:
+    documents = documents_of([20] * num_documents)
+    taken = spread_sample(documents, 100)
+    assert sum(len(document.token_ids) for document in taken) == 100
     assert taken[0] is documents[0]
-    assert documents.index(taken[-1]) >= 20
-    assert spread_sample(documents[:3], moments._NUM_TOKENS) == documents[:3]
+    steps = np.diff([documents.index(document) for document in taken])
+    assert steps.min() >= 1
+    assert steps.max() - steps.min() <= 1
+
+
+def test_all_text_is_taken_where_there_is_less_than_asked_for() -> None:
+    documents = documents_of([20] * 3)
+    assert spread_sample(documents, 100) == documents

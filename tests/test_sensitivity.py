@@ -8,7 +8,7 @@ from coreinfer.bundles.families import family_of_config
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.progress import Progress
-from coreinfer.compiler.prune.sensitivity import fisher_matrices, removal_curves
+from coreinfer.compiler.prune.sensitivity import _draw, fisher_matrices, removal_curves
 from coreinfer.compiler.text.corpus import Document
 
 from .model_factory import FAMILIES, VOCABULARY, build_model, build_tokenizer
@@ -59,6 +59,16 @@ def test_half_the_fisher_form_predicts_the_divergence_of_small_errors(name: str)
             disturbed = logits_with_noise(loaded, layer, scale, document, number)
             total += float((exact.exp() * (exact - disturbed)).sum()) / 47
         assert total / len(documents) == pytest.approx(0.5 * scale**2 * trace, rel=0.25)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    shares = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    log_p = shares.log().expand(20_000, -1)
+    drawn = _draw(log_p, torch.Generator().manual_seed(1))
+    assert drawn.shape == (20_000, 1)
+    found = torch.bincount(drawn[:, 0], minlength=6) / 20_000
+    torch.testing.assert_close(found, shares, atol=0.015, rtol=0)
+    assert found[[0, 2, 5]].tolist() == [0, 0, 0]
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:

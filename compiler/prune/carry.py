@@ -29,7 +29,10 @@ from .narrow import CLUSTERS, Assignment, NarrowModel, bf16_bits, from_bits
 from .repair import CLUSTER_WEIGHTS, RIDGES, LayerTokens, Repaired, RepairTask, repair_layer
 from .select import Choice
 
-__all__ = ["NarrowInputs", "narrow_all"]
+__all__ = ["REVISION", "NarrowInputs", "narrow_all"]
+
+REVISION = 2
+"""Part of the packs' keys; one more as soon as the same inputs give other results, if only by rounding."""
 
 Results = dict[str, LayerResult]
 """Assignment name -> one layer's result."""
@@ -190,6 +193,10 @@ def _narrow_one_layer(
     entering = [part.batch.hidden for part in parts]
     for part in parts:
         _read_dense(inputs, layer, part, tokens)
+    if _still_dense(inputs, layer):
+        for stream in streams:
+            stream.hidden = [part.batch.hidden[part.places] for part in parts]
+        return _stored(cache, key, {item.name: _own(inputs, item.name, layer) for item in inputs.assignments})
     stored = _find_results(inputs, cache, key)
     results = dict(stored or {})
     with inputs.rounding.layer(inputs.loaded, layer) if inputs.rounding else nullcontext():
@@ -208,8 +215,21 @@ def _narrow_one_layer(
                     _move(inputs, layer, part, hidden, own, run, outputs)
                     for part, hidden, own, run in zip(parts, entering, stream.hidden, runs, strict=True)
                 ]
+    return _stored(cache, key, results)
+
+
+def _stored(cache: Cache, key: str, results: Results) -> Results:
+    """Keep a layer's results, which are then read from their file."""
     arrays = cache.arrays(key, partial(arrays_of, results))
     return results_of(arrays, list(results))
+
+
+def _still_dense(inputs: NarrowInputs, layer: int) -> bool:
+    """Whether every narrow model is still the dense one after this layer: no layer so far leaves anything out."""
+    by_layer = (budgets for clusters in inputs.budgets.values() for budgets in clusters)
+    return inputs.rounding is None and all(
+        min(budgets[: layer + 1]) == inputs.loaded.record.ffn_dim for budgets in by_layer
+    )
 
 
 def _read_dense(inputs: NarrowInputs, layer: int, part: _Part, tokens: LayerTokens) -> None:

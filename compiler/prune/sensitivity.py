@@ -25,7 +25,7 @@ from coreinfer.compiler.models.layerwise import (
 )
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
-from coreinfer.compiler.text.corpus import Document, spread_sample
+from coreinfer.compiler.text.corpus import SAMPLING, Document, spread_sample
 
 from .removal import BLOCK, System, remove_neurons
 from .repair import gram_matrix
@@ -75,7 +75,7 @@ def output_metrics(
 ) -> torch.Tensor:
     """What errors in the FFN outputs cost: Fisher matrices where anything asks for them, else identities."""
     if keep < 1 and _matters(config):
-        fisher_key = stage_key("fisher", upstream=key)
+        fisher_key = stage_key("fisher", upstream=key, sampling=SAMPLING, draw="sums")
         return fisher_matrices(loaded, documents, cache, fisher_key, progress, seed=config.seed)
     return torch.eye(loaded.record.hidden_size).expand(loaded.record.num_layers, -1, -1)
 
@@ -129,9 +129,20 @@ def _head_gradient(loaded: LoadedModel, batch: Batch, hidden: torch.Tensor, gene
         leaf = hidden[row : row + 1, :length].detach().requires_grad_()
         with torch.enable_grad():
             log_p = head_logits(loaded, batch.token_ids[row : row + 1, :length], leaf)[0].float().log_softmax(dim=-1)
-            drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            drawn = _draw(log_p.detach(), generator)
             (gradient[row : row + 1, :length],) = torch.autograd.grad(-log_p.gather(1, drawn).sum(), leaf)
     return gradient
+
+
+def _draw(log_p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw a token of each of (tokens, vocabulary) distributions: (tokens, 1).
+
+    By one random number a distribution; `torch.multinomial` takes one for each entry of the vocabulary.
+    """
+    sums = log_p.exp().cumsum(dim=-1)
+    chances = torch.rand((len(sums), 1), generator=generator, device=sums.device) * sums[:, -1:]
+    # Rounding could put a chance on the last sum itself.
+    return torch.searchsorted(sums, chances, right=True).clamp_max(sums.shape[1] - 1)
 
 
 def _layer_gradients(

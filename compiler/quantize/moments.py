@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from coreinfer.bundles.families import Family
 from coreinfer.compiler.cache import Cache
+from coreinfer.compiler.models.layerwise import Batch, document_starts, prepare_batches, run_layer
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.text.corpus import Document, spread_sample
@@ -22,6 +23,8 @@ Moments = dict[str, torch.Tensor]
 
 _NUM_TOKENS = 8192
 """Means of squares settle soon: more tokens change nothing that rounding could see."""
+_BATCH_TOKENS = 1024
+"""Few documents that are far apart in length would be padded much in larger batches."""
 
 
 def input_moments(
@@ -54,21 +57,23 @@ def ffn_moments(
 
 def _sums(loaded: LoadedModel, documents: Sequence[Document], progress: Progress) -> Moments:
     sums: Moments = {}
-    num_tokens = sum(len(document.token_ids) for document in documents)
-    with progress.stage("moments", len(documents)) as advance, _watch(loaded, sums), torch.inference_mode():
-        for document in documents:
-            ids = torch.tensor([list(document.token_ids)], device=loaded.device)
-            loaded.model(ids, use_cache=False, logits_to_keep=1)
+    starts = document_starts(documents)
+    with progress.stage("moments", loaded.record.num_layers) as advance, torch.inference_mode():
+        batches = prepare_batches(loaded, documents, starts, batch_tokens=_BATCH_TOKENS)
+        for layer in range(loaded.record.num_layers):
+            for batch in batches:
+                with _watch(loaded, layer, batch, sums):
+                    batch.hidden = run_layer(loaded, layer, batch, batch.hidden).output
             advance()
-    return {path: total.cpu() / num_tokens for path, total in sums.items()}
+    return {path: total.cpu() / int(starts[-1]) for path, total in sums.items()}
 
 
 @contextmanager
-def _watch(loaded: LoadedModel, sums: Moments) -> Iterator[None]:
+def _watch(loaded: LoadedModel, layer: int, batch: Batch, sums: Moments) -> Iterator[None]:
     handles = []
-    for path, module in loaded.model.named_modules():
-        if isinstance(module, nn.Linear) and path.startswith(f"{loaded.family.layers}."):
-            handles.append(module.register_forward_pre_hook(partial(_add, sums, path)))
+    for path, module in loaded.layers[layer].named_modules(prefix=f"{loaded.family.layers}.{layer}"):
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_pre_hook(partial(_add, sums, path, batch)))
     try:
         yield
     finally:
@@ -76,7 +81,6 @@ def _watch(loaded: LoadedModel, sums: Moments) -> Iterator[None]:
             handle.remove()
 
 
-def _add(sums: Moments, path: str, _module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-    flat = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-    squares = flat.square().sum(dim=0)
+def _add(sums: Moments, path: str, batch: Batch, _module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    squares = batch.real(inputs[0]).float().square().sum(dim=0)
     sums[path] = squares if path not in sums else sums[path] + squares

@@ -19,6 +19,7 @@ from coreinfer.compiler.progress import Progress
 from .reading import read_texts
 
 __all__ = [
+    "SAMPLING",
     "Corpus",
     "Document",
     "build_corpus",
@@ -28,6 +29,8 @@ __all__ = [
     "spread_sample",
 ]
 
+SAMPLING = 2
+"""Part of the keys of stages that run a sample; one more as soon as `spread_sample` takes other documents."""
 _log = logging.getLogger(__name__)
 _MIN_DOCUMENT_TOKENS = 8
 _HELD_OUT_EVERY = 10
@@ -59,7 +62,10 @@ def split_point(num_tokens: int) -> int:
 def spread_sample(documents: Sequence[Document], num_tokens: int) -> list[Document]:
     """Take evenly spread documents of about this many tokens together; all documents if there are fewer."""
     total = sum(len(document.token_ids) for document in documents)
-    return list(documents[:: max(1, total // num_tokens)])
+    if total <= num_tokens:
+        return list(documents)
+    count = max(1, round(len(documents) * num_tokens / total))
+    return [documents[index * len(documents) // count] for index in range(count)]
 
 
 @dataclass(frozen=True, kw_only=True)
