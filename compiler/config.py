@@ -19,11 +19,9 @@ __all__ = [
     "Budgets",
     "CompileConfig",
     "DType",
-    "Effort",
     "Format",
     "HealOptimizer",
     "Removal",
-    "Ridge",
 ]
 
 HealOptimizer = Literal["adamw", "muon"]

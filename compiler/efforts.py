@@ -14,7 +14,11 @@ Ridge = float | Literal["auto"]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What an effort stands for, where the options do not say it; each is the default of the option of its name."""
+    """What an effort stands for, where the options do not say it; each is the default of the option of its name.
+
+    Attributes:
+        tolerance: share of a quality that was asked for which a search may leave unused; it has no option.
+    """
 
     removal: Removal
     budgets: Budgets
@@ -23,6 +27,7 @@ class Method:
     cluster_weight: float | Literal["auto"]
     controls: bool
     heal_steps: int
+    tolerance: float
 
 
 METHODS: Mapping[Effort, Method] = {
@@ -34,6 +39,7 @@ METHODS: Mapping[Effort, Method] = {
         cluster_weight=0.3,
         controls=False,
         heal_steps=0,
+        tolerance=0.15,
     ),
     "normal": Method(
         removal="second-order",
@@ -43,6 +49,7 @@ METHODS: Mapping[Effort, Method] = {
         cluster_weight=0.3,
         controls=True,
         heal_steps=0,
+        tolerance=0.05,
     ),
     "best": Method(
         removal="second-order",
@@ -52,5 +59,6 @@ METHODS: Mapping[Effort, Method] = {
         cluster_weight="auto",
         controls=True,
         heal_steps=60,
+        tolerance=0.03,
     ),
 }

@@ -10,12 +10,12 @@ import numpy as np
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.manifest import Quality, Score
 from coreinfer.compiler.config import CompileConfig
+from coreinfer.compiler.efforts import METHODS
 
 __all__ = ["fewest_clusters", "fit_clusters", "fit_quality", "least_keeps"]
 
 _log = logging.getLogger(__name__)
 _NUM_TRIES = 6
-_CLOSE = 0.05
 _FINE = 0.015
 _FIRST_TRY = 0.9
 _LADDER = (1, 2, 4, 8, 16, 32, 64)
@@ -82,7 +82,12 @@ def fit_quality(
 
     least = max(config.min_layer_keep, 0.05)
     keeps = least_keeps(
-        excesses, num_clusters=len(num_tokens), least=least, dense_excess=dense_excess, later=judged_by_all
+        excesses,
+        num_clusters=len(num_tokens),
+        least=least,
+        dense_excess=dense_excess,
+        later=judged_by_all,
+        tolerance=METHODS[config.effort].tolerance,
     )
     return round(float(np.average(keeps, weights=num_tokens)), 4), keeps
 
@@ -105,6 +110,7 @@ def least_keeps(
     least: float,
     dense_excess: float = -1.0,
     later: Collection[int] = (),
+    tolerance: float = 0.05,
     num_tries: int = _NUM_TRIES,
 ) -> tuple[float, ...]:
     """Find each cluster's lowest keep ratio that holds, for all clusters at once.
@@ -115,11 +121,12 @@ def least_keeps(
         least: the lowest ratio to try.
         dense_excess: that of ratio 1, the dense model, which holds.
         later: clusters whose excess depends on the others' ratios: they take the mean of these until these are found.
+        tolerance: share of the limit that may be left.
     Returns:
-        Ratios that meet the limit: each loses at least 95% of it, or is at most 0.015 above one that does not meet it,
-        unless the tries ended before.
+        Ratios that meet the limit: each leaves no more of it than the tolerance, or is at most 0.015 above one that does
+        not meet it, unless the tries ended before.
     """
-    brackets = [_Bracket(low=least, high_excess=dense_excess) for _ in range(num_clusters)]
+    brackets = [_Bracket(low=least, high_excess=dense_excess, tolerance=tolerance) for _ in range(num_clusters)]
     first = [cluster for cluster in range(num_clusters) if cluster not in later]
     for _ in range(num_tries):
         keeps = [bracket.high if bracket.done else bracket.middle for bracket in brackets]
@@ -142,11 +149,13 @@ class _Bracket:
     Attributes:
         low, high: ratios of which the lower does not hold, or was not tried, and the higher holds.
         low_excess, high_excess: what they lose too much.
+        tolerance: how far below the limit is good enough.
         held: whether the last try held; None before the first.
         done: whether the higher is good enough.
     """
 
     low: float
+    tolerance: float
     low_excess: float = math.inf
     high: float = 1.0
     high_excess: float = -1.0
@@ -177,7 +186,7 @@ class _Bracket:
         else:
             self.low_excess *= 0.5 if self.held is True else 1
             self.high, self.high_excess, self.held = keep, excess, True
-        self.done = -_CLOSE <= excess <= 0 or self.high - self.low <= _FINE
+        self.done = -self.tolerance <= excess <= 0 or self.high - self.low <= _FINE
 
 
 def fit_clusters(config: CompileConfig, measure: MeasureClusters, *, num_documents: int) -> int | Literal["auto"]:
