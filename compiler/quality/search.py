@@ -123,8 +123,8 @@ def least_keeps(
         later: clusters whose excess depends on the others' ratios: they take the mean of these until these are found.
         tolerance: share of the limit that may be left.
     Returns:
-        Ratios that meet the limit: each leaves no more of it than the tolerance, or is at most 0.015 above one that does
-        not meet it, unless the tries ended before.
+        Ratios that meet the limit: each leaves no more of it than the tolerance, or is at most 0.015 above one that
+        does not meet it, unless the tries ended before.
     """
     brackets = [_Bracket(low=least, high_excess=dense_excess, tolerance=tolerance) for _ in range(num_clusters)]
     first = [cluster for cluster in range(num_clusters) if cluster not in later]
