@@ -1,6 +1,5 @@
 """How fast this machine is, measured in two seconds. Needs torch, whose products a compile consists of."""
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ class Machine:
 
 
 def measure_machine(num_threads: int | None, *, seconds: float = 2.0) -> Machine:
-    """Time products and reads; medians, so that what else runs here meanwhile counts as it will in the compile.
+    """Time products and reads, the best of many: what the machine does when nothing else runs on it.
 
     Torch's number of threads is left as it was.
 
@@ -53,7 +52,7 @@ def measure_machine(num_threads: int | None, *, seconds: float = 2.0) -> Machine
     try:
         rates = [_product_gflops(dtype, seconds / _NUM_MEASURED) for dtype in (torch.float32, torch.bfloat16)]
         values = torch.ones(_READ_VALUES)
-        read_seconds = _typical_seconds(values.sum, seconds / _NUM_MEASURED)
+        read_seconds = _least_seconds(values.sum, seconds / _NUM_MEASURED)
     finally:
         torch.set_num_threads(before)
     return Machine(
@@ -69,11 +68,11 @@ def _product_gflops(dtype: "torch.dtype", seconds: float) -> float:
 
     inputs, weights = torch.ones((_TOKENS, _INPUTS), dtype=dtype), torch.ones((_OUTPUTS, _INPUTS), dtype=dtype)
     with torch.inference_mode():
-        return _PRODUCT_FLOP / _typical_seconds(lambda: torch.nn.functional.linear(inputs, weights), seconds) / 1e9
+        return _PRODUCT_FLOP / _least_seconds(lambda: torch.nn.functional.linear(inputs, weights), seconds) / 1e9
 
 
-def _typical_seconds(measured: Callable[[], object], seconds: float) -> float:
-    """Median seconds of a call, the first left out, which also prepares."""
+def _least_seconds(measured: Callable[[], object], seconds: float) -> float:
+    """Least seconds of a call, the first left out, which also prepares."""
     measured()
     found: list[float] = []
     end = time.perf_counter() + seconds
@@ -81,4 +80,4 @@ def _typical_seconds(measured: Callable[[], object], seconds: float) -> float:
         start = time.perf_counter()
         measured()
         found.append(time.perf_counter() - start)
-    return statistics.median(found)
+    return min(found)

@@ -1,6 +1,6 @@
 """The plan of a compile: seconds and memory of each stage, disk, and the speed of what comes out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -12,10 +12,10 @@ from coreinfer.compiler.config import CompileConfig
 from . import work
 from .encoder import encoder_size
 from .machine import Machine
-from .shapes import Shapes, stated_shapes
+from .shapes import stated_shapes
 from .sizes import base_token_bytes, bundle_bytes, ffn_token_bytes, kept_neurons, scratch_bytes, stage_needs
 from .speeds import IMPORT_SECONDS, stage_seconds
-from .text import TextSize, size_text
+from .text import size_text
 from .work import Case, Work
 
 __all__ = ["Plan", "StagePlan", "make_plan", "unplanned"]
@@ -96,8 +96,11 @@ def unplanned(config: CompileConfig) -> Iterator[str]:
         yield "--max-memory"
 
 
-def make_plan(config: CompileConfig, inputs: Inputs, machine: Machine) -> Plan:
+def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machine]) -> Plan:
     """Plan a compile, from shapes, text and this machine's speeds.
+
+    Args:
+        measure: measures the machine, once nothing is left to refuse.
 
     Raises:
         ConfigError: options cannot be planned, or sizes are not stated.
@@ -109,6 +112,7 @@ def make_plan(config: CompileConfig, inputs: Inputs, machine: Machine) -> Plan:
             "--clusters N"
         )
     case = case_of(config, inputs)
+    machine = measure()
     model_dtype = _model_dtype(config)
     needs = _needs(config, case, 2 if model_dtype == "bfloat16" else 4)
     works = [*_works(config, inputs, case)]

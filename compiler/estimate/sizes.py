@@ -34,7 +34,7 @@ def _attention_bytes(shapes: Shapes, kind: str) -> int:
 
 
 def base_token_bytes(config: CompileConfig, shapes: Shapes) -> int:
-    """Bytes of attention and head that one token reads; of an int8 head the high halves alone, by which it is screened."""
+    """Bytes of attention and head that a token reads; of an int8 head the high halves alone, which screen it."""
     head = (shapes.vocab_size, shapes.hidden_size)
     read = matrix_bytes(_head_format(config), head)
     if _head_format(config) == "int8-planes":
@@ -48,7 +48,7 @@ def _head_format(config: CompileConfig) -> str:
 
 
 def kept_neurons(config: CompileConfig, shapes: Shapes) -> int:
-    """Mean neurons that a layer keeps, in whole blocks; with `budget_mb` as many as fit.
+    """Mean neurons that a layer keeps, in whole blocks where all are alike; with `budget_mb` as many as fit.
 
     Raises:
         ConfigError: not even the smallest narrow FFN fits.
@@ -65,13 +65,17 @@ def kept_neurons(config: CompileConfig, shapes: Shapes) -> int:
     )
     if keep == 1 or shapes.ffn_dim <= _NEURON_BLOCK:
         return shapes.ffn_dim
+    if config.budgets != "uniform":
+        return round(keep * shapes.ffn_dim)
     return max(_NEURON_BLOCK, round(keep * num_blocks) * _NEURON_BLOCK)
 
 
 def bundle_bytes(config: CompileConfig, case: Case) -> int:
     """Bytes of the bundle: base, packs, dense FFN, router and tokenizer."""
     shapes = case.shapes
-    tables = (1 if shapes.tied_head else 2) * matrix_bytes(_head_format(config), (shapes.vocab_size, shapes.hidden_size))
+    tables = (1 if shapes.tied_head else 2) * matrix_bytes(
+        _head_format(config), (shapes.vocab_size, shapes.hidden_size)
+    )
     dense = ffn_token_bytes(shapes, config.quantize, shapes.ffn_dim) if config.dense else 0
     router = case.encoder_vocabulary * (2 * _ROUTER_DIMENSION + _TOKENIZER_TOKEN_BYTES)
     tokenizer = shapes.vocab_size * _TOKENIZER_TOKEN_BYTES

@@ -11,7 +11,7 @@ __all__ = ["TextSize", "size_text"]
 
 _TOKEN_CHARACTERS = 4.2
 """Of English, in vocabularies of 30,000 to 150,000 tokens."""
-_TEMPLATE_TOKENS = 22
+_TEMPLATE_TOKENS = 30
 """That a chat template puts around a prompt, on average with and without a system message."""
 
 

@@ -1,7 +1,7 @@
 """What the stages of a compile compute and move, from shapes, tokens, clusters and streams: one function each.
 
-A product of (m, k) and (k, n) is 2 m k n operations. Products of the model's own layers, in its dtype, are counted apart
-from those in float32, by which neurons are removed and repaired.
+A product of (m, k) and (k, n) is 2 m k n operations. Products of the model's own layers, in its dtype, are counted
+apart from those in float32, by which neurons are removed and repaired.
 """
 
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ class Case:
 
     @property
     def token_flop(self) -> float:
-        """Operations of all layers for one token: 2 w for w weights, and 4 t a to look at t tokens, a wide attention."""
+        """Operations of all layers for a token: 2 w for w weights, 4 t a to look at t tokens with heads a wide."""
         shapes = self.shapes
         attention = 4 * self.document_tokens * shapes.num_heads * shapes.head_dim
         return 2 * shapes.body_weights + shapes.num_layers * attention

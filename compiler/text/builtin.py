@@ -3,7 +3,6 @@
 Nothing needs to be downloaded, and the text is of the kind that the model will decode: its own.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
