@@ -18,7 +18,7 @@ from coreinfer.bundles.shared.extras import needs_extra
 
 from . import compile_model
 from .checks import find_inputs
-from .config import GROUPS, MACHINE, MAIN, CompileConfig
+from .config import GROUPS, MACHINE, CompileConfig
 from .drawing import command_progress
 from .estimate.machine import measure_machine
 from .estimate.plan import make_plan
@@ -43,7 +43,7 @@ _FORECAST_SECONDS = 0.6
 @click.option(
     "--dry-run",
     cls=GroupedOption,
-    group=MAIN,
+    group=MACHINE,
     is_flag=True,
     help="Compile nothing: print seconds, memory, disk, bytes a token and tok/s to expect, within about ten seconds.",
 )

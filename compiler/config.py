@@ -9,18 +9,7 @@ from coreinfer.bundles.shared.checks import not_empty, number, raise_problems, s
 from coreinfer.bundles.shared.option_fields import field_problems, option
 from coreinfer.bundles.statistics import Selection
 
-__all__ = [
-    "BUILTIN",
-    "GROUPS",
-    "MACHINE",
-    "MAIN",
-    "Budgets",
-    "CompileConfig",
-    "DType",
-    "Format",
-    "HealOptimizer",
-    "Removal",
-]
+__all__ = ["BUILTIN", "GROUPS", "MACHINE", "Budgets", "CompileConfig", "DType", "Format", "HealOptimizer", "Removal"]
 
 Budgets = Literal["uniform", "energy", "sensitivity"]
 Removal = Literal["second-order", "top-k"]
