@@ -104,7 +104,7 @@ class BarProgress(Progress):
         share = None if self._left is None else self._left.share(elapsed, now)
         row = Table.grid(padding=(0, 1))
         bar = ProgressBar(total=1.0, completed=share or 0.0, width=_BAR_CHARACTERS, pulse=share is None)
-        cells = [f"{self._stage:12s}", bar]
+        cells: list[str | ProgressBar] = [f"{self._stage:12s}", bar]
         if share is not None and self._left is not None:
             cells += [f"{share:4.0%}", clock(elapsed), f"{clock(self._left.seconds(now))} left"]
         else:
