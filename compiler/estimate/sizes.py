@@ -20,6 +20,10 @@ _PROGRAM_BYTES = 650_000_000
 """Python, torch, transformers and FAISS."""
 _ENCODER_BYTES = 350_000_000
 """The sentence encoder, and what distils it."""
+_ARITHMETIC_BYTES = 900_000_000
+"""What torch's products keep once the model has run; of SmolLM2-135M, and taken for all models."""
+_ROUNDED_WEIGHT_BYTES = 24
+"""While the largest matrix is rounded, for each of its weights: in float32, as codes, and what becomes of both."""
 _GROUP_TEXTS = 16
 
 
@@ -112,15 +116,20 @@ def stage_needs(config: CompileConfig, case: Case, samples: Mapping[str, int], *
     square = 4 * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
     moments = min(config.moment_bytes, case.num_clusters * square) + 6 * square
     logits = shapes.vocab_size * case.document_tokens * (_GROUP_TEXTS / 2 * item_bytes + 3 * 4)
+    files = case.num_packs * _pack_bytes(config, case) + shapes.all_weights
     extra: dict[str, float] = {
         "load": 4 * shapes.head_weights,
         "corpus": shapes.all_weights + 64 * case.document_tokens * shapes.num_layers * 2,
+        "moments": _ARITHMETIC_BYTES,
+        "pack": _ROUNDED_WEIGHT_BYTES * shapes.head_weights,
         "embed": _ENCODER_BYTES,
         "distil": _ENCODER_BYTES,
-        "sensitivity": 1024 * (shapes.num_layers + 8) * shapes.hidden_size * item_bytes + logits / 2,
-        "curves": 4 * square,
-        "reconstruct": moments,
-        "evaluate": logits + shapes.all_weights * item_bytes,
+        "profile": _ARITHMETIC_BYTES,
+        "sensitivity": _ARITHMETIC_BYTES + 1024 * shapes.num_layers * shapes.hidden_size * item_bytes + logits,
+        "curves": _ARITHMETIC_BYTES + 4 * square,
+        "reconstruct": _ARITHMETIC_BYTES + moments,
+        # Files that are read are mapped, and the model's own weights wait meanwhile.
+        "evaluate": _ARITHMETIC_BYTES + logits + files + model,
     }
     for stage, tokens in samples.items():
         extra[stage] = extra.get(stage, 0) + tokens * (shapes.ffn_dim + 3 * shapes.hidden_size) * item_bytes
