@@ -131,7 +131,7 @@ def test_narrowing_counts_clusters_and_controls() -> None:
 
 def test_seconds_are_parts_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     reached = Reached(model=0.5, floats=0.25, memory=0.1, call_seconds=0.01, fixed_seconds=1.0)
-    monkeypatch.setitem(REACHED, "profile", reached)  # type: ignore[arg-type]
+    monkeypatch.setitem(REACHED, "profile", reached)
     done = Work(model_flop=1e11, float_flop=1e11, moved_bytes=1e9, num_calls=100)
     assert stage_seconds("profile", done, MACHINE, model_dtype="bfloat16") == pytest.approx(1 + 1 + 1 + 4 + 1)
     assert stage_seconds("profile", done, MACHINE, model_dtype="float32") == pytest.approx(1 + 1 + 2 + 4 + 1)
