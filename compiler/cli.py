@@ -1,24 +1,36 @@
 """`coreinfer-compile`: the compiler's command."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.errors import ConfigError, CoreInferError
 from coreinfer.bundles.manifest import Manifest
 from coreinfer.bundles.shared.command import command_errors, start_logging
 from coreinfer.bundles.shared.command_options import GroupedCommand, GroupedOption, click_options
+from coreinfer.bundles.shared.extras import needs_extra
 
 from . import compile_model
+from .checks import find_inputs
 from .config import GROUPS, MACHINE, CompileConfig
+from .drawing import command_progress
+from .estimate.machine import measure_machine
+from .estimate.plan import make_plan
+from .estimate.view import plan_fields, plan_lines
 from .models.primitives import keep_few_primitives
-from .progress import Progress, TqdmProgress
+from .progress import Progress
 
 __all__ = ["default_cache_dir", "main", "summary"]
+
+_log = logging.getLogger(__name__)
+_FORECAST_SECONDS = 0.6
+"""For measuring the machine at the beginning of a compile that draws a bar."""
 
 
 @click.command(
@@ -28,6 +40,13 @@ __all__ = ["default_cache_dir", "main", "summary"]
     context_settings={"show_default": True, "max_content_width": 120},
 )
 @click.option("--no-cache", cls=GroupedOption, group=MACHINE, is_flag=True, help="Do not keep stage results.")
+@click.option(
+    "--dry-run",
+    cls=GroupedOption,
+    group=MACHINE,
+    is_flag=True,
+    help="Compile nothing: print seconds, memory, disk, bytes a token and tok/s to expect, within about ten seconds.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Log progress on stderr.")
 @click.version_option(package_name="coreinfer")
@@ -39,13 +58,33 @@ def main(context: click.Context, /, **_options: object) -> None:
     start_logging(verbose=options["verbose"])
     keep_few_primitives()
     config = _config(options)
-    progress = TqdmProgress()
-    manifest = compile_model(config, progress)
+    if options["dry_run"]:
+        _dry_run(config, as_json=options["as_json"])
+        return
+    with command_progress(partial(_forecast, config)) as progress:
+        manifest = compile_model(config, progress)
     if options["as_json"]:
         stages = {"stage_seconds": progress.stage_seconds, "stage_peak_bytes": progress.stage_peak_bytes}
         click.echo(json.dumps({**asdict(manifest), **stages}, ensure_ascii=False))
     else:
         click.echo("\n".join(summary(config.output, manifest, progress)))
+
+
+def _dry_run(config: CompileConfig, *, as_json: bool) -> None:
+    with needs_extra("planning a compile", "compile"):
+        plan = make_plan(config, find_inputs(config), partial(measure_machine, config.threads))
+    click.echo(json.dumps(plan_fields(plan)) if as_json else "\n".join(plan_lines(plan)))
+
+
+def _forecast(config: CompileConfig) -> list[tuple[str, float]]:
+    """Foretell the stages' seconds; nothing for options that cannot be planned."""
+    try:
+        measure = partial(measure_machine, config.threads, seconds=_FORECAST_SECONDS)
+        plan = make_plan(config, find_inputs(config), measure)
+    except CoreInferError as error:
+        _log.info("no time left is shown: %s", error)
+        return []
+    return [(stage.name, stage.seconds) for stage in plan.stages]
 
 
 def _config(options: Mapping[str, Any]) -> CompileConfig:

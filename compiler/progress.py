@@ -1,4 +1,4 @@
-"""Progress of a compile: the library reports it, the command draws it."""
+"""Progress in stages: the library reports it, commands draw it."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-__all__ = ["Advance", "Progress", "TqdmProgress", "peak_memory_bytes"]
+__all__ = ["Advance", "Progress", "TqdmProgress", "ignore_steps", "peak_memory_bytes"]
 
 
 class Advance(Protocol):
@@ -19,7 +19,7 @@ class Advance(Protocol):
         """Advance."""
 
 
-def _ignore(steps: int = 1) -> None:
+def ignore_steps(steps: int = 1) -> None:
     """Draw nothing."""
 
 
@@ -49,7 +49,7 @@ class Progress:
     @contextmanager
     def bar(self, name: str, num_steps: int) -> Iterator[Advance]:
         """Draw a stage; this class draws nothing."""
-        yield _ignore
+        yield ignore_steps
 
 
 def peak_memory_bytes() -> int | None:

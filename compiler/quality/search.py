@@ -12,7 +12,7 @@ from coreinfer.bundles.manifest import Quality, Score
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import METHODS
 
-__all__ = ["fewest_clusters", "fit_clusters", "fit_quality", "least_keeps"]
+__all__ = ["fewest_clusters", "fit_clusters", "fit_quality", "least_keeps", "searches"]
 
 _log = logging.getLogger(__name__)
 _NUM_TRIES = 6
@@ -52,7 +52,7 @@ def fit_quality(
     Raises:
         ConfigError: there is no held-out text to measure on, or rounding alone loses more than may be lost.
     """
-    if config.effective_max_kl is None and config.min_top1 is None:
+    if not searches(config):
         return keep, (keep,) * len(num_tokens)
     if not sum(num_tokens):
         raise ConfigError(
@@ -90,6 +90,11 @@ def fit_quality(
         tolerance=METHODS[config.effort].tolerance,
     )
     return round(float(np.average(keeps, weights=num_tokens)), 4), keeps
+
+
+def searches(config: CompileConfig) -> bool:
+    """Whether keep ratios are found by a quality to aim at."""
+    return config.effective_max_kl is not None or config.min_top1 is not None
 
 
 def _excess(config: CompileConfig, score: Score) -> float:

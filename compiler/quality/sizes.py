@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.formats import matrix_bytes
+from coreinfer.compiler.budget import keep_of_budget
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.prune.select import NEURON_BLOCK
@@ -38,17 +38,13 @@ def fit_budget(config: CompileConfig, loaded: LoadedModel) -> float:
     """
     if config.budget_mb is None:
         return config.effective_keep
-    record = loaded.record
-    fixed, one = base_bytes(config, loaded), block_bytes(config, loaded)
-    num_blocks = record.num_layers * record.ffn_dim / NEURON_BLOCK
-    least = max(record.num_layers, config.min_layer_keep * num_blocks)
-    fitting = (config.budget_mb * 1e6 - fixed) // one
-    if fitting < least:
-        raise ConfigError(
-            f"--budget-mb: expected at least {(fixed + least * one) / 1e6:.1f}, {fixed / 1e6:.1f} of it no FFN, "
-            f"got {config.budget_mb:g}; use fewer bits (--quantize) or a lower --min-layer-keep"
-        )
-    return min(1.0, float(fitting / num_blocks))
+    return keep_of_budget(
+        config,
+        fixed_bytes=base_bytes(config, loaded),
+        block_bytes=block_bytes(config, loaded),
+        num_layers=loaded.record.num_layers,
+        blocks_per_layer=loaded.record.ffn_dim / NEURON_BLOCK,
+    )
 
 
 def base_bytes(config: CompileConfig, loaded: LoadedModel) -> int:

@@ -3,10 +3,7 @@
 Nothing needs to be downloaded, and the text is of the kind that the model will decode: its own.
 """
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +16,15 @@ from coreinfer.compiler.models.tokenizer_files import chat_templates
 from coreinfer.compiler.progress import Progress
 
 from .corpus import Document
+from .seeds import Seed, continuation_tokens, load_seeds
 from .writing import Sampling, dense_engine, write_continuations
 
 __all__ = ["Seed", "builtin_documents", "continue_seeds", "load_seeds"]
 
-_MIN_NEW_TOKENS = 32
 _TEMPERATURE = 0.7
 _TOP_P = 0.95
 _WRITER = "runtime, int8"
 """What writes: texts of another writer, such as those that transformers wrote once, have other keys in the cache."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seed:
-    """A seed prompt.
-
-    Attributes:
-        topic: what it is about.
-        kind: "chat" for something that a user asks, "text" for the opening of a document.
-    """
-
-    topic: str
-    kind: str
-    prompt: str
-
-
-def load_seeds() -> tuple[Seed, ...]:
-    """Read the seed prompts that ship with the package."""
-    text = resources.files(__package__).joinpath("seeds.jsonl").read_text(encoding="utf-8")
-    return tuple(Seed(**json.loads(line)) for line in text.splitlines())
 
 
 def builtin_documents(
@@ -95,8 +72,7 @@ def continue_seeds(
     """
     seeds = load_seeds()
     prompts = [_prompt_ids(seed, loaded.tokenizer, config.document_tokens // 2) for seed in seeds]
-    share = (config.calibration_tokens - sum(map(len, prompts))) // len(prompts)
-    num_new = min(max(_MIN_NEW_TOKENS, share), config.document_tokens - config.document_tokens // 2)
+    num_new = continuation_tokens(config, sum(map(len, prompts)), len(prompts))
     sampling = Sampling(num_new=num_new, temperature=_TEMPERATURE, top_p=_TOP_P, seed=config.seed)
     # One step more for storing the model.
     with progress.stage("corpus", len(prompts) + 1) as advance, dense_engine(config, loaded, folder) as engine:

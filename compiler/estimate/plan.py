@@ -1,0 +1,253 @@
+"""The plan of a compile: seconds and memory of each stage, disk, and the speed of what comes out."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
+from coreinfer.compiler.checks import Inputs
+from coreinfer.compiler.config import CompileConfig
+from coreinfer.compiler.efforts import Effort
+from coreinfer.compiler.quality.search import searches
+
+from . import work
+from .encoder import encoder_size
+from .machine import Machine
+from .shapes import stated_shapes
+from .sizes import base_token_bytes, bundle_bytes, ffn_token_bytes, kept_neurons, scratch_bytes, stage_needs
+from .speeds import IMPORT_SECONDS, stage_seconds
+from .text import size_text
+from .work import Case, Work
+
+__all__ = ["Plan", "StagePlan", "make_plan", "unplanned"]
+
+_PART_SHARE = 0.1
+"""Of the text, for validation, and as much to hold out."""
+_TRIES: Mapping[Effort, int] = {"quick": 2, "normal": 4, "best": 5}
+"""Of a search for a quality."""
+_DECODE_SHARE = 0.92
+"""Of a plain read that decoding reaches, the median of docs/benchmarks.md."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage, in the order in which they run; a stage that runs twice is listed twice.
+
+    Attributes:
+        name: that `Progress.stage` is given.
+        detail: what there is to do.
+        peak_bytes: most resident memory until the stage's end.
+    """
+
+    name: str
+    detail: str
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a compile will take, if nothing of it is in the cache.
+
+    Attributes:
+        start_seconds: of importing what a compile needs.
+        bundle_bytes: of the bundle on disk.
+        scratch_bytes: on the disk besides, until the end or in the cache.
+        token_bytes_pack, token_bytes_dense: weights that a decoded token reads.
+        tok_s_pack, tok_s_dense: to expect on this machine of one generation.
+        keep: kept neurons / all neurons.
+    """
+
+    machine: Machine
+    model_dtype: str
+    num_tokens: int
+    num_packs: int
+    keep: float
+    start_seconds: float
+    stages: tuple[StagePlan, ...]
+    bundle_bytes: int
+    scratch_bytes: int
+    token_bytes_pack: int
+    token_bytes_dense: int
+    tok_s_pack: float
+    tok_s_dense: float
+
+    @property
+    def seconds(self) -> float:
+        """From the command's start to its end."""
+        return self.start_seconds + sum(stage.seconds for stage in self.stages)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most resident memory."""
+        return max(stage.peak_bytes for stage in self.stages)
+
+
+def unplanned(config: CompileConfig) -> Iterator[str]:
+    """Options whose compile cannot be planned: how long it takes is known only by trying, or was never measured."""
+    if config.clusters == "auto":
+        yield "--clusters auto"
+    if config.heals:
+        yield "--heal-steps or --heal-cluster-steps"
+    if config.device != "cpu":
+        yield f"--device {config.device}"
+    if config.max_memory is not None:
+        yield "--max-memory"
+
+
+def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machine]) -> Plan:
+    """Plan a compile, from shapes, text and this machine's speeds.
+
+    Args:
+        measure: measures the machine, once nothing is left to refuse.
+
+    Raises:
+        ConfigError: options cannot be planned, or sizes are not stated.
+        CoreInferError: the model or the text cannot be read.
+    """
+    if wrong := [*unplanned(config)]:
+        raise ConfigError(
+            f"--dry-run: what {', '.join(wrong)} takes is not known beforehand; plan without, such as with --keep and "
+            "--clusters N"
+        )
+    case = case_of(config, inputs)
+    machine = measure()
+    model_dtype = _model_dtype(config)
+    needs = _needs(config, case, 2 if model_dtype == "bfloat16" else 4)
+    works = [*_works(config, inputs, case)]
+    peaks = accumulate((needs.get(name, 0) for name, _, _ in works), max)
+    stages = tuple(
+        StagePlan(
+            name=name,
+            detail=detail,
+            seconds=stage_seconds(name, found, machine, model_dtype=model_dtype),
+            peak_bytes=peak,
+        )
+        for (name, detail, found), peak in zip(works, peaks, strict=True)
+    )
+    base = base_token_bytes(config, case.shapes)
+    pack = base + ffn_token_bytes(case.shapes, config.quantize, case.kept)
+    dense = base + ffn_token_bytes(case.shapes, config.quantize, case.shapes.ffn_dim)
+    return Plan(
+        machine=machine,
+        model_dtype=model_dtype,
+        num_tokens=case.calibration_tokens + case.validation_tokens + case.held_out_tokens,
+        num_packs=case.num_packs,
+        keep=case.kept / case.shapes.ffn_dim,
+        start_seconds=IMPORT_SECONDS,
+        stages=stages,
+        bundle_bytes=bundle_bytes(config, case),
+        scratch_bytes=scratch_bytes(config, case),
+        token_bytes_pack=pack,
+        token_bytes_dense=dense,
+        tok_s_pack=machine.read_gbps * 1e9 * _DECODE_SHARE / pack,
+        tok_s_dense=machine.read_gbps * 1e9 * _DECODE_SHARE / dense,
+    )
+
+
+def _model_dtype(config: CompileConfig) -> str:
+    """What `pick_dtype` takes on a CPU."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if cpu_multiplies_bf16() else "float32"
+
+
+def case_of(config: CompileConfig, inputs: Inputs) -> Case:
+    """Size up a compile."""
+    shapes, text = stated_shapes(inputs.model), size_text(config, inputs.texts)
+    encoder = encoder_size(inputs.encoder)
+    part = round(text.num_tokens * _PART_SHARE)
+    assert isinstance(config.clusters, int)
+    return Case(
+        shapes=shapes,
+        calibration_tokens=text.num_tokens - 2 * part,
+        validation_tokens=part,
+        held_out_tokens=part,
+        document_tokens=text.num_tokens / text.num_documents,
+        num_prompts=text.num_prompts,
+        prompt_tokens=text.prompt_tokens,
+        new_tokens=text.new_tokens,
+        routing_tokens=text.routing_tokens,
+        kept=kept_neurons(config, shapes),
+        num_clusters=config.clusters,
+        num_assigned=_assigned(config, config.clusters),
+        encoder_weights=encoder.num_weights,
+        encoder_vocabulary=encoder.vocab_size,
+    )
+
+
+def _assigned(config: CompileConfig, num_clusters: int) -> tuple[int, ...]:
+    """Clusters of the packs, of the one static mask and of the random control."""
+    if not (config.evaluate and config.effective_controls):
+        return (num_clusters,)
+    return (num_clusters, 1) if num_clusters == 1 else (num_clusters, 1, num_clusters)
+
+
+def _samples(config: CompileConfig) -> bool:
+    return config.effective_removal == "second-order"
+
+
+def _needs(config: CompileConfig, case: Case, item_bytes: int) -> Mapping[str, int]:
+    tokens = case.calibration_tokens
+    samples = {
+        "profile": work.sampled(tokens, work.PROFILE_TOKENS) if _samples(config) else tokens,
+        "curves": work.sampled(tokens, work.CURVE_TOKENS),
+        "reconstruct": tokens + case.validation_tokens,
+    }
+    return stage_needs(config, case, samples, item_bytes=item_bytes)
+
+
+def _works(config: CompileConfig, inputs: Inputs, case: Case) -> Iterator[tuple[str, str, Work]]:
+    """Stages that run, in their order: name, what there is to do, and its work."""
+    rounds, narrows = config.quantize != "bf16", case.kept < case.shapes.ffn_dim
+    if inputs.model.path is not None:
+        yield "hash", "model and encoder", Work(moved_bytes=_file_bytes(inputs))
+    yield "load", f"{case.shapes.all_weights / 1e6:,.0f} M weights", work.load_work(case)
+    yield "corpus", _corpus_detail(case), work.corpus_work(case)
+    if rounds:
+        yield "moments", "", work.moments_work(case)
+    yield "pack", "base and dense FFN", work.pack_work(case, rounds=rounds)
+    yield "embed", f"{case.num_texts:,.0f} texts", work.embed_work(case)
+    yield "distil", f"{case.encoder_vocabulary:,} tokens", work.distil_work(case)
+    yield "profile", f"{case.num_clusters} clusters", work.profile_work(case, samples=_samples(config))
+    if narrows and (config.effective_budgets == "sensitivity" or config.reconstruct):
+        yield "sensitivity", "", work.sensitivity_work(case)
+    if narrows and config.effective_budgets == "sensitivity":
+        yield "curves", "", work.curves_work(case)
+    alone = replace(case, num_assigned=case.num_assigned[:1])
+    for _ in range(_num_tries(config)):
+        yield from _narrowing(config, alone, narrows=narrows)
+    if not _num_tries(config) or case.num_assigned != alone.num_assigned:
+        yield from _narrowing(config, case, narrows=narrows)
+    elif config.evaluate:
+        # The packs are those of the last try.
+        yield "evaluate", f"{case.held_out_tokens:,} tokens", work.evaluate_work(case)
+    yield "write", "", work.write_work(bundle_bytes(config, case))
+
+
+def _narrowing(config: CompileConfig, case: Case, *, narrows: bool) -> Iterator[tuple[str, str, Work]]:
+    """Narrow, store and score packs."""
+    if config.reconstruct:
+        removes = narrows and config.effective_removal == "second-order"
+        found = work.reconstruct_work(case, carries=config.effective_carry, removes=removes)
+        yield "reconstruct", f"{case.num_packs} packs, {len(case.num_assigned) - 1} controls", found
+    yield "pack", f"{case.num_packs} packs", work.packs_work(case, rounds=config.quantize != "bf16")
+    if config.evaluate or _num_tries(config):
+        yield "evaluate", f"{case.held_out_tokens:,} tokens", work.evaluate_work(case)
+
+
+def _num_tries(config: CompileConfig) -> int:
+    """Narrowings that a search for a quality usually takes before the last one."""
+    return _TRIES[config.effort] if searches(config) else 0
+
+
+def _corpus_detail(case: Case) -> str:
+    return f"{case.new_tokens:,} tokens written" if case.num_prompts else "read"
+
+
+def _file_bytes(inputs: Inputs) -> int:
+    """Of model and encoder, which are hashed."""
+    paths = [source.path for source in (inputs.model, inputs.encoder) if source.path is not None]
+    files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*"))]
+    return sum(file.stat().st_size for file in files if file.is_file())

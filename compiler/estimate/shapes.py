@@ -1,0 +1,151 @@
+"""A model's shapes, from what its own files state: no weights are read."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.families import Family, family_of_config
+from coreinfer.compiler.models.sources import ModelSource
+from coreinfer.compiler.models.stated import CONFIG, stated_config
+
+__all__ = ["Shapes", "read_object", "shapes_of", "stated_shapes"]
+
+_TIED = ("opt", "gemma3")
+"""Families whose models share embedding and head where config.json does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """What the costs of a compile depend on. Counts of weights leave out norms and biases."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    gated: bool
+    tied_head: bool
+
+    @property
+    def num_inner(self) -> int:
+        """Matrices into the FFN."""
+        return 2 if self.gated else 1
+
+    @property
+    def attention_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Shapes of one layer's attention matrices: q, k, v, o."""
+        wide, narrow = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        size = self.hidden_size
+        return (wide, size), (narrow, size), (narrow, size), (size, wide)
+
+    @property
+    def attention_weights(self) -> int:
+        """Of one layer."""
+        return sum(rows * columns for rows, columns in self.attention_shapes)
+
+    @property
+    def inner_weights(self) -> int:
+        """Of one layer's matrices into the FFN."""
+        return self.num_inner * self.down_weights
+
+    @property
+    def down_weights(self) -> int:
+        """Of one layer's down projection."""
+        return self.ffn_dim * self.hidden_size
+
+    @property
+    def ffn_weights(self) -> int:
+        """Of one layer's FFN."""
+        return self.inner_weights + self.down_weights
+
+    @property
+    def body_weights(self) -> int:
+        """Of all layers."""
+        return self.num_layers * (self.attention_weights + self.ffn_weights)
+
+    @property
+    def head_weights(self) -> int:
+        """Of the head, which is as large as the embedding."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def all_weights(self) -> int:
+        """Of layers, embedding and head."""
+        return self.body_weights + self.head_weights * (1 if self.tied_head else 2)
+
+
+def stated_shapes(source: ModelSource) -> Shapes:
+    """Read the shapes of a model; of one on the Hub from the Hub's cache.
+
+    Raises:
+        ConfigError: the model is not on this machine, or its config lacks a size.
+        UnsupportedModelError: its family or its quantization is not supported.
+    """
+    config = stated_config(source)
+    return shapes_of(_cached_config(source.location) if config is None else config, source.name)
+
+
+def _cached_config(repository: str) -> Mapping[str, Any]:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(repository, CONFIG)
+    except HFValidationError:
+        found = None
+    config = read_object(Path(found)) if isinstance(found, str) else None
+    if config is None:
+        raise ConfigError(
+            f"--dry-run: --model {repository} is not on this machine, so that its shapes are not known; "
+            f"download it first (hf download {repository}), or give a folder or a .gguf file"
+        )
+    return config
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def shapes_of(config: Mapping[str, Any], name: str) -> Shapes:
+    """Take the shapes out of a config.
+
+    Args:
+        name: of the model in an error.
+    Raises:
+        ConfigError: a size is missing or is none.
+        UnsupportedModelError: the family is not supported.
+    """
+    family = family_of_config(config, name)
+
+    def size(field: str, default: int | None = None) -> int:
+        value = default if config.get(field) is None else config[field]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"--dry-run: --model {name}: {CONFIG}: {field}: expected a size, got {value!r}")
+        return value
+
+    hidden, num_heads = size("hidden_size"), size("num_attention_heads")
+    return Shapes(
+        num_layers=size("num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_dim=size(family.ffn_dim_field),
+        num_heads=num_heads,
+        num_kv_heads=size("num_key_value_heads", num_heads),
+        head_dim=size("head_dim", max(1, hidden // num_heads)),
+        vocab_size=size("vocab_size"),
+        gated=family.gated,
+        tied_head=_is_tied(config, family),
+    )
+
+
+def _is_tied(config: Mapping[str, Any], family: Family) -> bool:
+    return bool(config.get("tie_word_embeddings", family.name in _TIED))

@@ -1,0 +1,141 @@
+"""Bytes of a compile: what a token reads, what the disk holds, and the most memory that each stage needs."""
+
+import math
+from collections.abc import Mapping
+
+from coreinfer.bundles.formats import matrix_bytes, stored_shapes
+from coreinfer.compiler.budget import keep_of_budget
+from coreinfer.compiler.config import CompileConfig
+from coreinfer.compiler.quality.search import searches
+
+from .shapes import Shapes
+from .work import Case
+
+__all__ = ["base_token_bytes", "bundle_bytes", "ffn_token_bytes", "kept_neurons", "scratch_bytes", "stage_needs"]
+
+_FOUND_KEEP = 0.93
+"""What a search for KL 0.1 usually ends with; other qualities are taken for it."""
+_NEURON_BLOCK = 32
+_ROUTER_DIMENSION = 256
+_TOKENIZER_TOKEN_BYTES = 45
+"""Of tokenizer.json, for each token of the vocabulary: its name and its merge."""
+_PROGRAM_BYTES = 650_000_000
+"""Python, torch, transformers and FAISS."""
+_ENCODER_BYTES = 350_000_000
+"""The sentence encoder, and what distils it."""
+_ARITHMETIC_BYTES = 900_000_000
+"""What torch's products keep once the model has run; of SmolLM2-135M, and taken for all models."""
+_ROUNDED_WEIGHT_BYTES = 24
+"""While the largest matrix is rounded, for each of its weights: in float32, as codes, and what becomes of both."""
+_GROUP_TEXTS = 16
+
+
+def ffn_token_bytes(shapes: Shapes, kind: str, kept: int) -> int:
+    """Bytes of FFN weights that one token reads where each layer keeps so many neurons."""
+    inner = shapes.num_inner * matrix_bytes(kind, (kept, shapes.hidden_size))
+    return shapes.num_layers * (inner + matrix_bytes(kind, (shapes.hidden_size, kept)))
+
+
+def _attention_bytes(shapes: Shapes, kind: str) -> int:
+    return shapes.num_layers * sum(matrix_bytes(kind, shape) for shape in shapes.attention_shapes)
+
+
+def base_token_bytes(config: CompileConfig, shapes: Shapes) -> int:
+    """Bytes of attention and head that a token reads; of an int8 head the high halves alone, which screen it."""
+    head = (shapes.vocab_size, shapes.hidden_size)
+    read = matrix_bytes(_head_format(config), head)
+    if _head_format(config) == "int8-planes":
+        read -= math.prod(stored_shapes("", "int8-planes", head)[".low"][1])
+    return _attention_bytes(shapes, config.quantize) + read
+
+
+def _head_format(config: CompileConfig) -> str:
+    kind = config.effective_head_quantize
+    return "int8-planes" if kind == "int8" else kind
+
+
+def kept_neurons(config: CompileConfig, shapes: Shapes) -> int:
+    """Mean neurons that a layer keeps, in whole blocks where all are alike; with `budget_mb` as many as fit.
+
+    Raises:
+        ConfigError: not even the smallest narrow FFN fits.
+    """
+    # A budget counts the whole head.
+    head = matrix_bytes(config.effective_head_quantize, (shapes.vocab_size, shapes.hidden_size))
+    num_blocks = shapes.ffn_dim / _NEURON_BLOCK
+    keep = keep_of_budget(
+        config,
+        fixed_bytes=_attention_bytes(shapes, config.quantize) + head,
+        block_bytes=ffn_token_bytes(shapes, config.quantize, _NEURON_BLOCK) // shapes.num_layers,
+        num_layers=shapes.num_layers,
+        blocks_per_layer=num_blocks,
+    )
+    if searches(config):
+        keep = _FOUND_KEEP
+    if keep == 1 or shapes.ffn_dim <= _NEURON_BLOCK:
+        return shapes.ffn_dim
+    if config.effective_budgets != "uniform":
+        return round(keep * shapes.ffn_dim)
+    return max(_NEURON_BLOCK, round(keep * num_blocks) * _NEURON_BLOCK)
+
+
+def bundle_bytes(config: CompileConfig, case: Case) -> int:
+    """Bytes of the bundle: base, packs, dense FFN, router and tokenizer."""
+    shapes = case.shapes
+    tables = (1 if shapes.tied_head else 2) * matrix_bytes(
+        _head_format(config), (shapes.vocab_size, shapes.hidden_size)
+    )
+    dense = ffn_token_bytes(shapes, config.quantize, shapes.ffn_dim) if config.dense else 0
+    router = case.encoder_vocabulary * (2 * _ROUTER_DIMENSION + _TOKENIZER_TOKEN_BYTES)
+    tokenizer = shapes.vocab_size * _TOKENIZER_TOKEN_BYTES
+    packs = case.num_clusters * _pack_bytes(config, case)
+    return _attention_bytes(shapes, config.quantize) + tables + dense + packs + router + tokenizer
+
+
+def _pack_bytes(config: CompileConfig, case: Case) -> int:
+    """A pack's matrices, its neuron ids and the scores of all neurons."""
+    values = case.shapes.num_layers * (case.kept + case.shapes.ffn_dim)
+    return ffn_token_bytes(case.shapes, config.quantize, case.kept) + 4 * values
+
+
+def scratch_bytes(config: CompileConfig, case: Case) -> int:
+    """Bytes that are on the disk besides the bundle at the compile's end: packs of the controls, and stage results."""
+    shapes = case.shapes
+    controls = (case.num_packs - case.num_clusters) * _pack_bytes(config, case)
+    if config.cache_dir is None and config.max_memory is None:
+        return controls
+    repaired = 2 * case.num_packs * shapes.num_layers * case.kept * shapes.hidden_size if config.reconstruct else 0
+    fisher = 4 * shapes.num_layers * shapes.hidden_size**2
+    return controls + repaired + fisher
+
+
+def stage_needs(config: CompileConfig, case: Case, samples: Mapping[str, int], *, item_bytes: int) -> dict[str, int]:
+    """Most bytes of memory that each stage needs, with the model and the program.
+
+    Args:
+        samples: stage -> tokens whose activations it holds.
+        item_bytes: of a weight and an activation.
+    """
+    shapes = case.shapes
+    model = case.shapes.all_weights * item_bytes
+    square = 4 * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
+    moments = min(config.moment_bytes, case.num_clusters * square) + 6 * square
+    logits = shapes.vocab_size * case.document_tokens * (_GROUP_TEXTS / 2 * item_bytes + 3 * 4)
+    files = case.num_packs * _pack_bytes(config, case) + shapes.all_weights
+    extra: dict[str, float] = {
+        "load": 4 * shapes.head_weights,
+        "corpus": shapes.all_weights + 64 * case.document_tokens * shapes.num_layers * 2,
+        "moments": _ARITHMETIC_BYTES,
+        "pack": _ROUNDED_WEIGHT_BYTES * shapes.head_weights,
+        "embed": _ENCODER_BYTES,
+        "distil": _ENCODER_BYTES,
+        "profile": _ARITHMETIC_BYTES,
+        "sensitivity": _ARITHMETIC_BYTES + 1024 * shapes.num_layers * shapes.hidden_size * item_bytes + logits,
+        "curves": _ARITHMETIC_BYTES + 4 * square,
+        "reconstruct": _ARITHMETIC_BYTES + moments,
+        # Files that are read are mapped, and the model's own weights wait meanwhile.
+        "evaluate": _ARITHMETIC_BYTES + logits + files + model,
+    }
+    for stage, tokens in samples.items():
+        extra[stage] = extra.get(stage, 0) + tokens * (shapes.ffn_dim + 3 * shapes.hidden_size) * item_bytes
+    return {stage: int(_PROGRAM_BYTES + model + need) for stage, need in extra.items()}

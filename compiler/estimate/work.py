@@ -1,0 +1,276 @@
+"""What the stages of a compile compute and move, from shapes, tokens, clusters and streams: one function each.
+
+A product of (m, k) and (k, n) is 2 m k n operations. Products of the model's own layers, in its dtype, are counted
+apart from those in float32, by which neurons are removed and repaired.
+"""
+
+from dataclasses import dataclass
+
+from .shapes import Shapes
+
+__all__ = [
+    "CURVE_TOKENS",
+    "PROFILE_TOKENS",
+    "Case",
+    "Work",
+    "corpus_work",
+    "curves_work",
+    "distil_work",
+    "embed_work",
+    "evaluate_work",
+    "load_work",
+    "moments_work",
+    "pack_work",
+    "packs_work",
+    "profile_work",
+    "reconstruct_work",
+    "sampled",
+    "sensitivity_work",
+    "write_work",
+]
+
+_MOMENT_TOKENS, _FISHER_TOKENS, CURVE_TOKENS, PROFILE_TOKENS = 8192, 8192, 16384, 65_536
+"""Sizes of the samples that the stages ask `spread_sample` and `spread_over_clusters` for."""
+_GRAM_SHARE = 7 / 12
+"""Of a square matrix, what is multiplied of a symmetric one: six blocks a side, those on the diagonal and above."""
+_NUM_RIDGES = 3
+_REMOVAL_STEP, _CURVE_STEP = 16, 32
+_FLOAT_BYTES = 4
+_ROUNDING_OPERATIONS = 100
+"""For each weight: some ranges and a refit."""
+_LOGIT_PASSES = 10
+"""Over the logits of both models, in float32."""
+_GROUP_TEXTS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Of one stage.
+
+    Attributes:
+        model_flop: operations of products in the model's dtype.
+        float_flop: operations of products in float32.
+        moved_bytes: that are read and written by other steps, which memory bounds.
+        num_calls: runs of one layer over some tokens, each of which takes its time however small it is.
+    """
+
+    model_flop: float = 0.0
+    float_flop: float = 0.0
+    moved_bytes: float = 0.0
+    num_calls: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a compile's work depends on.
+
+    Attributes:
+        document_tokens: mean length of a document.
+        num_prompts: of the builtin corpus, 0 without it.
+        prompt_tokens, new_tokens: of the builtin corpus, all prompts and all that is written together.
+        routing_tokens: of the texts that are embedded, as far as the encoder reads them.
+        kept: mean number of neurons that a layer keeps.
+        num_clusters: of the packs.
+        num_assigned: of the packs and of the controls, each one's clusters.
+        encoder_weights, encoder_vocabulary: of the sentence encoder's layers, and its tokens.
+    """
+
+    shapes: Shapes
+    calibration_tokens: int
+    validation_tokens: int
+    held_out_tokens: int
+    document_tokens: float
+    num_prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    routing_tokens: int
+    kept: int
+    num_clusters: int
+    num_assigned: tuple[int, ...]
+    encoder_weights: int
+    encoder_vocabulary: int
+
+    @property
+    def token_flop(self) -> float:
+        """Operations of all layers for a token: 2 w for w weights, 4 t a to look at t tokens with heads a wide."""
+        shapes = self.shapes
+        attention = 4 * self.document_tokens * shapes.num_heads * shapes.head_dim
+        return 2 * shapes.body_weights + shapes.num_layers * attention
+
+    @property
+    def num_packs(self) -> int:
+        """Of the clusters and of the controls."""
+        return sum(self.num_assigned)
+
+    @property
+    def num_texts(self) -> float:
+        """That are calibrated on or held out."""
+        return self.num_documents(self.calibration_tokens + self.validation_tokens + self.held_out_tokens)
+
+    def num_documents(self, tokens: float) -> float:
+        """That hold some tokens."""
+        return tokens / self.document_tokens
+
+
+def sampled(num_tokens: int, wanted: int) -> int:
+    """Tokens of every n-th document, where n is num_tokens // wanted: between `wanted` and twice as many."""
+    return num_tokens // max(1, num_tokens // wanted)
+
+
+def load_work(case: Case) -> Work:
+    """Each weight is read, turned into float32 and into the model's dtype: 4 bytes of each."""
+    return Work(moved_bytes=_FLOAT_BYTES * case.shapes.all_weights)
+
+
+def corpus_work(case: Case) -> Work:
+    """Round all weights; read the prompts, 2 w_body each token; write, 2 (w_body + w_head) each token."""
+    if not case.num_prompts:
+        return Work()
+    shapes = case.shapes
+    read = 2 * shapes.body_weights * case.prompt_tokens
+    return Work(
+        model_flop=read + 2 * (shapes.body_weights + shapes.head_weights) * case.new_tokens,
+        moved_bytes=_FLOAT_BYTES * shapes.vocab_size * case.new_tokens,
+    )
+
+
+def moments_work(case: Case) -> Work:
+    """Run about 8,192 tokens through the model, one document at a time."""
+    tokens = sampled(case.calibration_tokens, _MOMENT_TOKENS)
+    calls = case.num_documents(tokens) * case.shapes.num_layers
+    return Work(model_flop=case.token_flop * tokens, num_calls=calls)
+
+
+def pack_work(case: Case, *, rounds: bool) -> Work:
+    """Round all weights and write them: 100 operations and 8 bytes each."""
+    weights = case.shapes.all_weights
+    return Work(float_flop=_ROUNDING_OPERATIONS * weights * rounds, moved_bytes=2 * _FLOAT_BYTES * weights)
+
+
+def packs_work(case: Case, *, rounds: bool) -> Work:
+    """Cut the inner matrices of each pack, and round its down projections."""
+    shapes, share = case.shapes, case.kept / case.shapes.ffn_dim
+    down = case.num_packs * shapes.num_layers * shapes.down_weights * share
+    inner = case.num_packs * shapes.num_layers * shapes.inner_weights * share
+    moved = 2 * _FLOAT_BYTES * down + inner
+    return Work(float_flop=_ROUNDING_OPERATIONS * down * rounds, moved_bytes=moved)
+
+
+def embed_work(case: Case) -> Work:
+    """Run the texts through the encoder's layers: 2 w each token."""
+    return Work(float_flop=2 * case.encoder_weights * case.routing_tokens)
+
+
+def distil_work(case: Case) -> Work:
+    """Run every token of the encoder's vocabulary through it, alone between its first and last token: 3 x 2 w."""
+    return Work(float_flop=3 * 2 * case.encoder_weights * case.encoder_vocabulary)
+
+
+def profile_work(case: Case, *, samples: bool) -> Work:
+    """Run the calibration text, 65,536 tokens of it at most where it is sampled; read all activations four times."""
+    tokens = sampled(case.calibration_tokens, PROFILE_TOKENS) if samples else case.calibration_tokens
+    shapes = case.shapes
+    return Work(
+        model_flop=case.token_flop * tokens,
+        moved_bytes=4 * _FLOAT_BYTES * shapes.num_layers * tokens * shapes.ffn_dim,
+        num_calls=case.num_documents(tokens) * shapes.num_layers,
+    )
+
+
+def sensitivity_work(case: Case) -> Work:
+    """Run about 8,192 tokens forward twice and back once, with the head forward and back; g g^T in each layer."""
+    tokens, shapes = sampled(case.calibration_tokens, _FISHER_TOKENS), case.shapes
+    return Work(
+        model_flop=tokens * (3 * case.token_flop + 2 * 2 * shapes.head_weights),
+        float_flop=tokens * shapes.num_layers * 2 * shapes.hidden_size**2,
+        moved_bytes=_LOGIT_PASSES * _FLOAT_BYTES * tokens * shapes.vocab_size,
+    )
+
+
+def curves_work(case: Case) -> Work:
+    """Run about 16,384 tokens; in each layer their Gram matrix, and the removal of all neurons."""
+    tokens, shapes = sampled(case.calibration_tokens, CURVE_TOKENS), case.shapes
+    grams = 2 * _GRAM_SHARE * tokens * shapes.ffn_dim**2
+    removal = _removal(shapes, 0, _CURVE_STEP)
+    return Work(
+        model_flop=case.token_flop * tokens,
+        float_flop=shapes.num_layers * (grams + removal.float_flop),
+        moved_bytes=shapes.num_layers * removal.moved_bytes,
+    )
+
+
+def _removal(shapes: Shapes, kept: int, step: int) -> Work:
+    """Invert f x f, multiply by f x h, and update both for each lot removed: n^3 + 2 n^2 h, then sums of 2 s m (m + h).
+
+    The updates of s rows and columns, until k of f are left, are 2/3 (f^3 - k^3) + (f^2 - k^2) h; each reads and
+    writes what is left, 8 m^2 bytes.
+    """
+    f, h, k = shapes.ffn_dim, shapes.hidden_size, kept
+    updates = 2 / 3 * (f**3 - k**3) + (f**2 - k**2) * h
+    return Work(
+        float_flop=f**3 + 2 * f**2 * h + updates,
+        moved_bytes=2 * _FLOAT_BYTES * (f**3 - k**3) / (3 * step),
+    )
+
+
+def reconstruct_work(case: Case, *, carries: bool, removes: bool) -> Work:
+    """Run the text through the dense layers, and again for the clusters and each control as far as it is narrow.
+
+    A narrow run is attention for all tokens, the inner matrices for half of them, and the narrow down projection.
+    Each one also sums moments h h^T and h y^T of the calibration text; for each of its clusters neurons are removed
+    and three repairs solved, of controls one.
+    """
+    shapes, tokens = case.shapes, case.calibration_tokens + case.validation_tokens
+    half = tokens / 2
+    narrow = 2 * (tokens * shapes.attention_weights + half * (shapes.inner_weights + case.kept * shapes.hidden_size))
+    sums = 2 * case.calibration_tokens * shapes.ffn_dim * (_GRAM_SHARE * shapes.ffn_dim + shapes.hidden_size)
+    removal = _removal(shapes, case.kept, _REMOVAL_STEP) if removes else Work()
+    flop, moved = 0.0, 0.0
+    for number, num_clusters in enumerate(case.num_assigned):
+        repair = _repair_flop(case, _NUM_RIDGES if number == 0 else 1)
+        flop += sums + num_clusters * (removal.float_flop + repair)
+        moved += num_clusters * (removal.moved_bytes + _mixture_bytes(shapes))
+    model_flop = case.token_flop * tokens + shapes.num_layers * len(case.num_assigned) * narrow * carries
+    return Work(
+        model_flop=model_flop,
+        float_flop=shapes.num_layers * flop,
+        moved_bytes=shapes.num_layers * moved,
+    )
+
+
+def _repair_flop(case: Case, num_ridges: int) -> float:
+    """Cholesky of k x k and two triangular solves of k x h for each ridge: k^3 / 3 + 2 k^2 h."""
+    return num_ridges * (case.kept**3 / 3 + 2 * case.kept**2 * case.shapes.hidden_size)
+
+
+def _mixture_bytes(shapes: Shapes) -> float:
+    """Moments of a cluster are zeroed, divided and mixed: about eight passes over f (f + h) values."""
+    return 8 * _FLOAT_BYTES * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
+
+
+def evaluate_work(case: Case) -> Work:
+    """Run the held-out text twice whole, with the head, and its second halves for the clusters and each control.
+
+    Logits are compared in float32. Stored weights are unpacked for each 16 texts: all of them, and the packs that the
+    texts need.
+    """
+    shapes, tokens = case.shapes, case.held_out_tokens
+    num_models = len(case.num_assigned)
+    with_head = case.token_flop + 2 * shapes.head_weights
+    texts = case.num_documents(tokens)
+    groups = max(1.0, texts / _GROUP_TEXTS)
+    # Texts lie by their clusters; those of the random control are anybody's.
+    packs = sum(min(count, _GROUP_TEXTS, 1 + count / groups) for count in case.num_assigned[:2])
+    packs += sum(min(count, _GROUP_TEXTS) for count in case.num_assigned[2:])
+    unpacked = shapes.all_weights + packs * shapes.num_layers * shapes.ffn_weights * case.kept / shapes.ffn_dim
+    compared = (1 + num_models) * tokens / 2 * shapes.vocab_size
+    return Work(
+        model_flop=with_head * tokens * (2 + num_models / 2),
+        moved_bytes=_FLOAT_BYTES * (groups * unpacked * 2 + _LOGIT_PASSES * compared),
+        num_calls=texts * (2 + num_models) * shapes.num_layers,
+    )
+
+
+def write_work(bundle_bytes: int) -> Work:
+    """Write the bundle, read it to hash it, and write its report."""
+    return Work(moved_bytes=2 * bundle_bytes)
