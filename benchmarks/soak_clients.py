@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from coreinfer import runtime
 from coreinfer.bundles.errors import ConfigError, GenerationCancelled
 from coreinfer.server.api_errors import RequestTimedOut
-from coreinfer.server.worker import Job, Worker
+from coreinfer.server.jobs import Job
+from coreinfer.server.worker import Worker
 
 __all__ = ["DIRECT_WAYS", "SERVED_WAYS", "Question", "Tally", "be_direct", "be_served", "make_questions", "settle"]
 

@@ -1,10 +1,14 @@
-"""The keep ratio of a budget of bytes, from sizes alone."""
+"""Budgets of bytes: the keep ratio of what a token may read, and what moments may take."""
 
 from coreinfer.bundles.errors import ConfigError
 
 from .config import CompileConfig
 
-__all__ = ["keep_of_budget"]
+__all__ = ["MOMENT_SHARE", "keep_of_budget", "moment_bytes"]
+
+_MOMENT_BYTES = 4 << 30
+MOMENT_SHARE = 1 / 8
+"""Share of `max_memory` for the moments of all clusters."""
 
 
 def keep_of_budget(
@@ -29,3 +33,10 @@ def keep_of_budget(
             f"of it no FFN, got {config.budget_mb:g}; use fewer bits (--quantize) or a lower --min-layer-keep"
         )
     return min(1.0, float(fitting / num_blocks))
+
+
+def moment_bytes(config: CompileConfig) -> int:
+    """Maximum bytes of moments of all clusters in memory; larger moments are summed in two passes."""
+    return (
+        _MOMENT_BYTES if config.max_memory is None else min(_MOMENT_BYTES, int(config.max_memory * 1e9 * MOMENT_SHARE))
+    )

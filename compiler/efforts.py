@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-__all__ = ["METHODS", "Budgets", "Effort", "Method", "Removal", "Ridge"]
+if TYPE_CHECKING:
+    from .config import CompileConfig
+
+__all__ = ["METHODS", "Budgets", "Effort", "Method", "Removal", "Ridge", "weighs_errors"]
 
 Effort = Literal["quick", "normal", "best"]
 Budgets = Literal["uniform", "energy", "sensitivity"]
@@ -62,3 +65,10 @@ METHODS: Mapping[Effort, Method] = {
         tolerance=0.03,
     ),
 }
+
+
+def weighs_errors(config: "CompileConfig") -> bool:
+    """Whether neurons, ridges, cluster weights or layers compete by what their errors cost."""
+    compete = config.effective_removal == "second-order" or config.effective_ridge == "auto"
+    repairs = config.reconstruct and (compete or config.chooses_cluster_weight)
+    return config.effective_budgets == "sensitivity" or repairs

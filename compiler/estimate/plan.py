@@ -8,7 +8,7 @@ from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
 from coreinfer.compiler.checks import Inputs
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.efforts import Effort
+from coreinfer.compiler.efforts import Effort, weighs_errors
 from coreinfer.compiler.quality.search import searches
 
 from . import work
@@ -211,7 +211,7 @@ def _works(config: CompileConfig, inputs: Inputs, case: Case) -> Iterator[tuple[
     yield "embed", f"{case.num_texts:,.0f} texts", work.embed_work(case)
     yield "distil", f"{case.encoder_vocabulary:,} tokens", work.distil_work(case)
     yield "profile", f"{case.num_clusters} clusters", work.profile_work(case, samples=_samples(config))
-    if narrows and (config.effective_budgets == "sensitivity" or config.reconstruct):
+    if narrows and weighs_errors(config):
         yield "sensitivity", "", work.sensitivity_work(case)
     if narrows and config.effective_budgets == "sensitivity":
         yield "curves", "", work.curves_work(case)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from coreinfer.bundles.formats import matrix_bytes, stored_shapes
-from coreinfer.compiler.budget import keep_of_budget
+from coreinfer.compiler.budget import keep_of_budget, moment_bytes
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.quality.search import searches
 
@@ -119,7 +119,7 @@ def stage_needs(config: CompileConfig, case: Case, samples: Mapping[str, int], *
     shapes = case.shapes
     model = case.shapes.all_weights * item_bytes
     square = 4 * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
-    moments = min(config.moment_bytes, case.num_clusters * square) + 6 * square
+    moments = min(moment_bytes(config), case.num_clusters * square) + 6 * square
     logits = shapes.vocab_size * case.document_tokens * (_GROUP_TEXTS / 2 * item_bytes + 3 * 4)
     files = case.num_packs * _pack_bytes(config, case) + shapes.all_weights
     extra: dict[str, float] = {

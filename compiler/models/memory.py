@@ -3,17 +3,15 @@
 import math
 
 from coreinfer.bundles.errors import ConfigError
+from coreinfer.compiler.budget import MOMENT_SHARE, moment_bytes
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.quality.score import GROUP_TEXTS
 from coreinfer.compiler.text.corpus import Corpus
 
 from .load import LoadedModel
 
-__all__ = ["check_memory", "moment_bytes"]
+__all__ = ["check_memory"]
 
-_MOMENT_BYTES = 4 << 30
-_MOMENT_SHARE = 1 / 8
-"""Share of `max_memory` for the moments of all clusters."""
 _PROGRAM_BYTES = 900_000_000
 """Python, torch, FAISS and the sentence encoder."""
 _MOMENT_MATRICES = 6
@@ -44,16 +42,9 @@ def check_memory(config: CompileConfig, loaded: LoadedModel, corpus: Corpus) -> 
     )
 
 
-def moment_bytes(config: CompileConfig) -> int:
-    """Maximum bytes of moments of all clusters in memory; larger moments are summed in two passes."""
-    return (
-        _MOMENT_BYTES if config.max_memory is None else min(_MOMENT_BYTES, int(config.max_memory * 1e9 * _MOMENT_SHARE))
-    )
-
-
 def _bound_gb(num_bytes: int) -> float:
     """The lowest limit that leaves this much next to the moments' share, in tenths of a gigabyte."""
-    return math.ceil(num_bytes / (1 - _MOMENT_SHARE) / 1e8) / 10
+    return math.ceil(num_bytes / (1 - MOMENT_SHARE) / 1e8) / 10
 
 
 def _fixed_bytes(config: CompileConfig, loaded: LoadedModel) -> int:

@@ -15,11 +15,11 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import torch
+from coreinfer.compiler.budget import moment_bytes
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.layerwise import Batch, document_starts, prepare_batches, run_layer, run_partly
 from coreinfer.compiler.models.load import LoadedModel
-from coreinfer.compiler.models.memory import moment_bytes
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.quantize.rounding import Rounding
 from coreinfer.compiler.text.corpus import Document, split_point

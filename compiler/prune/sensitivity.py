@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.config import CompileConfig
+from coreinfer.compiler.efforts import weighs_errors
 from coreinfer.compiler.models.layerwise import (
     Batch,
     document_starts,
@@ -74,17 +75,10 @@ def output_metrics(
     progress: Progress,
 ) -> torch.Tensor:
     """What errors in the FFN outputs cost: Fisher matrices where anything asks for them, else identities."""
-    if keep < 1 and _matters(config):
+    if keep < 1 and weighs_errors(config):
         fisher_key = stage_key("fisher", upstream=key, sampling=SAMPLING, draw="sums")
         return fisher_matrices(loaded, documents, cache, fisher_key, progress, seed=config.seed)
     return torch.eye(loaded.record.hidden_size).expand(loaded.record.num_layers, -1, -1)
-
-
-def _matters(config: CompileConfig) -> bool:
-    """Whether neurons, ridges, cluster weights or layers compete by what their errors cost."""
-    compete = config.effective_removal == "second-order" or config.effective_ridge == "auto"
-    repairs = config.reconstruct and (compete or config.chooses_cluster_weight)
-    return config.effective_budgets == "sensitivity" or repairs
 
 
 def _fisher_sums(loaded: LoadedModel, documents: Sequence[Document], progress: Progress, *, seed: int) -> torch.Tensor:
