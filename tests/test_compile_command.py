@@ -51,7 +51,7 @@ def arguments_of(config: CompileConfig, output: Path) -> list[str | Path]:
     return [
         *("--model", config.model, "-o", output, "--clusters", str(config.clusters), "--keep", str(config.keep)),
         *("--encoder", str(config.encoder), "--calibration", config.calibration[0]),
-        *("--dtype", config.dtype, "--budgets", config.budgets, "--quantize", config.quantize),
+        *("--dtype", config.dtype, "--budgets", config.effective_budgets, "--quantize", config.quantize),
     ]
 
 

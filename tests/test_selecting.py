@@ -27,7 +27,9 @@ def random_energies(seed: int, *, num_layers: int = LAYERS, ffn_dim: int = FFN_D
 
 def budgets_of(energies: Floats, norms: Floats | None = None, **options: Any) -> list[int]:
     config = make_config(**{"budgets": "energy", **options})
-    return layer_budgets(config, config.keep, profile_of(energies), np.ones_like(energies) if norms is None else norms)
+    return layer_budgets(
+        config, config.effective_keep, profile_of(energies), np.ones_like(energies) if norms is None else norms
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -179,7 +179,7 @@ class _Bracket:
         if self.held is None:
             return max(_FIRST_TRY, (self.low + self.high) / 2)
         lost = max(1 + self.high_excess, 1e-3)
-        wanted = 1 - (1 - self.high) / lost ** (2 / 3)
+        wanted = 1 - (1 - self.high) * float(lost ** (-2 / 3))
         return round(min(max(wanted, self.low + 0.1 * (self.high - self.low)), self.high - _FINE), 4)
 
     def narrow(self, keep: float, excess: float) -> None:
