@@ -21,6 +21,7 @@ class Method:
 
     Attributes:
         tolerance: share of a quality that was asked for which a search may leave unused; it has no option.
+        num_tries: of a search at most; it has no option.
     """
 
     removal: Removal
@@ -31,6 +32,7 @@ class Method:
     controls: bool
     heal_steps: int
     tolerance: float
+    num_tries: int
 
 
 METHODS: Mapping[Effort, Method] = {
@@ -43,6 +45,7 @@ METHODS: Mapping[Effort, Method] = {
         controls=False,
         heal_steps=0,
         tolerance=0.15,
+        num_tries=3,
     ),
     "normal": Method(
         removal="second-order",
@@ -53,6 +56,7 @@ METHODS: Mapping[Effort, Method] = {
         controls=True,
         heal_steps=0,
         tolerance=0.05,
+        num_tries=6,
     ),
     "best": Method(
         removal="second-order",
@@ -63,6 +67,7 @@ METHODS: Mapping[Effort, Method] = {
         controls=True,
         heal_steps=60,
         tolerance=0.03,
+        num_tries=8,
     ),
 }
 

@@ -80,14 +80,15 @@ def fit_quality(
             _log.info("cluster %d: keep %.3f, held-out KL %.4f, top-1 %.4f", cluster, keep, score.kl, score.top1)
         return [_excess(config, score) for score in scores]
 
-    least = max(config.min_layer_keep, 0.05)
+    least, method = max(config.min_layer_keep, 0.05), METHODS[config.effort]
     keeps = least_keeps(
         excesses,
         num_clusters=len(num_tokens),
         least=least,
         dense_excess=dense_excess,
         later=judged_by_all,
-        tolerance=METHODS[config.effort].tolerance,
+        tolerance=method.tolerance,
+        num_tries=method.num_tries,
     )
     return round(float(np.average(keeps, weights=num_tokens)), 4), keeps
 
