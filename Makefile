@@ -22,7 +22,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 .PHONY: demo test lint docs site clean
 
 demo: $(VENV)/.demo
-	$(BIN)/coreinfer-compile --model $(MODEL) --clusters 8 --effort quick --calibration builtin --calibration-tokens 20000 \
+	$(BIN)/coreinfer-compile --model $(MODEL) --clusters 4 --effort quick --calibration builtin --calibration-tokens 20000 \
 	  --cache build/cache -o $(BUNDLE) --force
 	$(BIN)/coreinfer-run $(BUNDLE) -n 64 "Write a Python function that counts the vowels in a string."
 	$(BIN)/coreinfer-run $(BUNDLE) -n 64 "How do I make a simple tomato soup with basil?"
