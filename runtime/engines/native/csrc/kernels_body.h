@@ -158,7 +158,8 @@ inline void multiply_codes(const Matrix& w, const Activations& x, float* y, size
       if constexpr (kFormat == Format::int4) zero = V::load_u8(zeros + g * kBlockRows + v * V::kLanes);
       for (int t = 0; t < kTokens; ++t) {
         V::F value = joined<kNibbles, kChains>(sums[t], v);
-        if constexpr (T::kPlanes && !kJoins) value = V::fma(value, V::set1(16.0f), joined<true, kChains>(low_sums[t], v));
+        if constexpr (T::kPlanes && !kJoins)
+          value = V::fma(value, V::set1(16.0f), joined<true, kChains>(low_sums[t], v));
         if constexpr (kFormat == Format::int4 || kZero != 0)
           value = V::fnma(zero, V::set1(x.sums[t * x_groups + g]), value);
         total[t][v] = V::fma(value, scale * V::set1(x.scales[t * x_groups + g]), total[t][v]);
