@@ -42,11 +42,11 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
                 advance()
             if (manifest := take_finished(config, identity, progress)) is not None:
                 return manifest
-        if config.max_kl is None and config.effective_max_kl is not None:
-            _log.warning(
-                "each pack may lose KL %g on held-out text (--max-kl); the keep ratio that this takes is found in "
-                "several tries, which --keep would save",
-                config.effective_max_kl,
-            )
         from . import pipeline
+    if config.max_kl is None and config.effective_max_kl is not None:
+        _log.warning(
+            "each pack may lose KL %g on held-out text (--max-kl); the keep ratio that this takes is found in "
+            "several tries, which --keep would save",
+            config.effective_max_kl,
+        )
     return pipeline.compile_inputs(config, inputs, identity, progress)

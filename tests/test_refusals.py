@@ -154,7 +154,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "a file without text": (_no_text, "text.txt: holds no text"),
     "a target that exists": (_target_exists, "bundle exists; give another -o or add --force"),
     "a ratio of nothing": (_options("--keep", 0), "--keep: expected a number in (0, 1], got 0.0"),
-    "a floor above all": (_options("--min-layer-keep", 0.9), "--min-layer-keep 0.9: expected at most --keep 0.7"),
+    "a floor above all": (
+        _options("--keep", 0.7, "--min-layer-keep", 0.9),
+        "--min-layer-keep 0.9: expected at most --keep 0.7",
+    ),
     "texts too long": (_options("--document-tokens", 257), "--document-tokens 257: the model reads 256 at most"),
     "both of two": (_options("--budget-mb", 1, "--max-kl", 1), "expected bytes or a quality to aim at, got both"),
 }
