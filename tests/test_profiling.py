@@ -161,7 +161,7 @@ def test_a_small_corpus_is_profiled_whole() -> None:
 def test_a_cluster_without_sampled_documents_has_scores_of_nothing(
     loaded: LoadedModel, documents: list[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coreinfer.compiler.prune.profile._SAMPLE_TOKENS", 1)
+    monkeypatch.setattr("coreinfer.compiler.prune.profile.PROFILE_TOKENS", 1)
     monkeypatch.setattr("coreinfer.compiler.prune.profile._LEAST_DOCUMENTS", 1)
     found = profile(loaded, documents, "output-aware")
     for name, labels in ASSIGNMENTS.items():

@@ -10,6 +10,7 @@ from coreinfer.compiler.checks import Inputs
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import Effort, weighs_errors
 from coreinfer.compiler.quality.search import searches
+from coreinfer.compiler.samples import CURVE_TOKENS, PROFILE_TOKENS
 
 from . import work
 from .encoder import encoder_size
@@ -191,8 +192,8 @@ def _samples(config: CompileConfig) -> bool:
 def _needs(config: CompileConfig, case: Case, item_bytes: int) -> Mapping[str, int]:
     tokens = case.calibration_tokens
     samples = {
-        "profile": work.sampled(tokens, work.PROFILE_TOKENS) if _samples(config) else tokens,
-        "curves": work.sampled(tokens, work.CURVE_TOKENS),
+        "profile": work.sampled(tokens, PROFILE_TOKENS) if _samples(config) else tokens,
+        "curves": work.sampled(tokens, CURVE_TOKENS),
         "reconstruct": tokens + case.validation_tokens,
     }
     return stage_needs(config, case, samples, item_bytes=item_bytes)

@@ -7,6 +7,7 @@ from coreinfer.bundles.formats import matrix_bytes, stored_shapes
 from coreinfer.compiler.budget import keep_of_budget, moment_bytes
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.quality.search import searches
+from coreinfer.compiler.samples import GROUP_TEXTS, NEURON_BLOCK
 
 from .shapes import Shapes
 from .work import Case
@@ -15,7 +16,6 @@ __all__ = ["base_token_bytes", "bundle_bytes", "ffn_token_bytes", "kept_neurons"
 
 _FOUND_KEEP = 0.93
 """What a search for KL 0.1 usually ends with; other qualities are taken for it."""
-_NEURON_BLOCK = 32
 _ROUTER_DIMENSION = 256
 _TOKENIZER_TOKEN_BYTES = 45
 """Of tokenizer.json, for each token of the vocabulary: its name and its merge."""
@@ -27,7 +27,6 @@ _ARITHMETIC_BYTES = 900_000_000
 """What torch's products keep once the model has run; of SmolLM2-135M, and taken for all models."""
 _ROUNDED_WEIGHT_BYTES = 24
 """While the largest matrix is rounded, for each of its weights: in float32, as codes, and what becomes of both."""
-_GROUP_TEXTS = 16
 
 
 def ffn_token_bytes(shapes: Shapes, kind: str, kept: int) -> int:
@@ -62,21 +61,21 @@ def kept_neurons(config: CompileConfig, shapes: Shapes) -> int:
     """
     # A budget counts the whole head.
     head = matrix_bytes(config.effective_head_quantize, (shapes.vocab_size, shapes.hidden_size))
-    num_blocks = shapes.ffn_dim / _NEURON_BLOCK
+    num_blocks = shapes.ffn_dim / NEURON_BLOCK
     keep = keep_of_budget(
         config,
         fixed_bytes=_attention_bytes(shapes, config.quantize) + head,
-        block_bytes=ffn_token_bytes(shapes, config.quantize, _NEURON_BLOCK) // shapes.num_layers,
+        block_bytes=ffn_token_bytes(shapes, config.quantize, NEURON_BLOCK) // shapes.num_layers,
         num_layers=shapes.num_layers,
         blocks_per_layer=num_blocks,
     )
     if searches(config):
         keep = _FOUND_KEEP
-    if keep == 1 or shapes.ffn_dim <= _NEURON_BLOCK:
+    if keep == 1 or shapes.ffn_dim <= NEURON_BLOCK:
         return shapes.ffn_dim
     if config.effective_budgets != "uniform":
         return round(keep * shapes.ffn_dim)
-    return max(_NEURON_BLOCK, round(keep * num_blocks) * _NEURON_BLOCK)
+    return max(NEURON_BLOCK, round(keep * num_blocks) * NEURON_BLOCK)
 
 
 def bundle_bytes(config: CompileConfig, case: Case) -> int:
@@ -120,7 +119,7 @@ def stage_needs(config: CompileConfig, case: Case, samples: Mapping[str, int], *
     model = case.shapes.all_weights * item_bytes
     square = 4 * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
     moments = min(moment_bytes(config), case.num_clusters * square) + 6 * square
-    logits = shapes.vocab_size * case.document_tokens * (_GROUP_TEXTS / 2 * item_bytes + 3 * 4)
+    logits = shapes.vocab_size * case.document_tokens * (GROUP_TEXTS / 2 * item_bytes + 3 * 4)
     files = case.num_packs * _pack_bytes(config, case) + shapes.all_weights
     extra: dict[str, float] = {
         "load": 4 * shapes.head_weights,

@@ -6,11 +6,11 @@ apart from those in float32, by which neurons are removed and repaired.
 
 from dataclasses import dataclass
 
+from coreinfer.compiler.samples import CURVE_TOKENS, FISHER_TOKENS, GROUP_TEXTS, MOMENT_TOKENS, PROFILE_TOKENS
+
 from .shapes import Shapes
 
 __all__ = [
-    "CURVE_TOKENS",
-    "PROFILE_TOKENS",
     "Case",
     "Work",
     "corpus_work",
@@ -29,8 +29,6 @@ __all__ = [
     "write_work",
 ]
 
-_MOMENT_TOKENS, _FISHER_TOKENS, CURVE_TOKENS, PROFILE_TOKENS = 8192, 8192, 16384, 65_536
-"""Sizes of the samples that the stages ask `spread_sample` and `spread_over_clusters` for."""
 _GRAM_SHARE = 7 / 12
 """Of a square matrix, what is multiplied of a symmetric one: six blocks a side, those on the diagonal and above."""
 _NUM_RIDGES = 3
@@ -40,7 +38,6 @@ _ROUNDING_OPERATIONS = 100
 """For each weight: some ranges and a refit."""
 _LOGIT_PASSES = 10
 """Over the logits of both models, in float32."""
-_GROUP_TEXTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +133,7 @@ def corpus_work(case: Case) -> Work:
 
 def moments_work(case: Case) -> Work:
     """Run about 8,192 tokens through the model, one document at a time."""
-    tokens = sampled(case.calibration_tokens, _MOMENT_TOKENS)
+    tokens = sampled(case.calibration_tokens, MOMENT_TOKENS)
     calls = case.num_documents(tokens) * case.shapes.num_layers
     return Work(model_flop=case.token_flop * tokens, num_calls=calls)
 
@@ -179,7 +176,7 @@ def profile_work(case: Case, *, samples: bool) -> Work:
 
 def sensitivity_work(case: Case) -> Work:
     """Run about 8,192 tokens forward twice and back once, with the head forward and back; g g^T in each layer."""
-    tokens, shapes = sampled(case.calibration_tokens, _FISHER_TOKENS), case.shapes
+    tokens, shapes = sampled(case.calibration_tokens, FISHER_TOKENS), case.shapes
     return Work(
         model_flop=tokens * (3 * case.token_flop + 2 * 2 * shapes.head_weights),
         float_flop=tokens * shapes.num_layers * 2 * shapes.hidden_size**2,
@@ -258,10 +255,10 @@ def evaluate_work(case: Case) -> Work:
     num_models = len(case.num_assigned)
     with_head = case.token_flop + 2 * shapes.head_weights
     texts = case.num_documents(tokens)
-    groups = max(1.0, texts / _GROUP_TEXTS)
+    groups = max(1.0, texts / GROUP_TEXTS)
     # Texts lie by their clusters; those of the random control are anybody's.
-    packs = sum(min(count, _GROUP_TEXTS, 1 + count / groups) for count in case.num_assigned[:2])
-    packs += sum(min(count, _GROUP_TEXTS) for count in case.num_assigned[2:])
+    packs = sum(min(count, GROUP_TEXTS, 1 + count / groups) for count in case.num_assigned[:2])
+    packs += sum(min(count, GROUP_TEXTS) for count in case.num_assigned[2:])
     unpacked = shapes.all_weights + packs * shapes.num_layers * shapes.ffn_weights * case.kept / shapes.ffn_dim
     compared = (1 + num_models) * tokens / 2 * shapes.vocab_size
     return Work(

@@ -5,7 +5,7 @@ import math
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.compiler.budget import MOMENT_SHARE, moment_bytes
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.quality.score import GROUP_TEXTS
+from coreinfer.compiler.samples import GROUP_TEXTS
 from coreinfer.compiler.text.corpus import Corpus
 
 from .load import LoadedModel

@@ -12,6 +12,7 @@ from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.layerwise import walk_layers
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.samples import PROFILE_TOKENS
 from coreinfer.compiler.text.corpus import Document
 
 __all__ = ["Profile", "profile_model", "spread_over_clusters"]
@@ -19,8 +20,6 @@ __all__ = ["Profile", "profile_model", "spread_over_clusters"]
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
-_SAMPLE_TOKENS = 65_536
-"""Enough for scores that no neuron is removed by; it is what modes stability and fused go by at run time."""
 _LEAST_DOCUMENTS = 8
 
 
@@ -65,7 +64,7 @@ def profile_model(
     num_clusters = {name: int(labels.max()) + 1 for name, labels in assignments.items()}
     if config.effective_removal == "second-order":
         picked = spread_over_clusters(
-            documents, next(iter(assignments.values())), _SAMPLE_TOKENS, least=_LEAST_DOCUMENTS
+            documents, next(iter(assignments.values())), PROFILE_TOKENS, least=_LEAST_DOCUMENTS
         )
         documents = [documents[index] for index in picked]
         assignments = {name: labels[picked] for name, labels in assignments.items()}

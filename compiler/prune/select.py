@@ -10,13 +10,11 @@ import numpy.typing as npt
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.statistics import scores_from_statistic, select_neurons
 from coreinfer.compiler.config import CompileConfig
+from coreinfer.compiler.samples import NEURON_BLOCK
 
 from .profile import Profile
 
-__all__ = ["NEURON_BLOCK", "Choice", "choose_neurons", "cheapest_budgets", "cluster_scores", "layer_budgets"]
-
-NEURON_BLOCK = 32
-"""Kept neurons a layer are a multiple of this, the kernels' group size."""
+__all__ = ["Choice", "choose_neurons", "cheapest_budgets", "cluster_scores", "layer_budgets"]
 
 Floats = npt.NDArray[np.float32]
 

@@ -26,6 +26,7 @@ from coreinfer.compiler.models.layerwise import (
 )
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.samples import CURVE_TOKENS, FISHER_TOKENS
 from coreinfer.compiler.text.corpus import SAMPLING, Document, spread_sample
 
 from .removal import BLOCK, System, remove_neurons
@@ -35,10 +36,8 @@ __all__ = ["fisher_matrices", "output_metrics", "removal_curves"]
 
 Floats = npt.NDArray[np.float32]
 
-_FISHER_TOKENS = 8192
 _BATCH_TOKENS = 1024
 """Of which the hidden states between all layers are in memory."""
-_CURVE_TOKENS = 16384
 _CURVE_RIDGE = 1e-2
 # A share of the mean diagonal, so that no direction of the output counts for nothing.
 _DAMPING = 0.05
@@ -55,7 +54,7 @@ def fisher_matrices(
     Returns:
         (layers, hidden size, hidden size) float32 on the CPU.
     """
-    sample = spread_sample(documents, _FISHER_TOKENS)
+    sample = spread_sample(documents, FISHER_TOKENS)
 
     def compute() -> dict[str, Any]:
         return {"fisher": _fisher_sums(loaded, sample, progress, seed=seed).cpu().numpy()}
@@ -181,7 +180,7 @@ def removal_curves(
     Returns:
         (layers, removed blocks of 32 neurons + 1) nats per token, from no block removed to all but one.
     """
-    sample = spread_sample(documents, _CURVE_TOKENS)
+    sample = spread_sample(documents, CURVE_TOKENS)
 
     def compute() -> dict[str, Any]:
         curves = []

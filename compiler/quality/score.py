@@ -18,15 +18,13 @@ from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.models.swapping import ffn_in_use
 from coreinfer.compiler.progress import Advance, Progress
 from coreinfer.compiler.prune.narrow import CLUSTERS, Cut
+from coreinfer.compiler.samples import GROUP_TEXTS
 from coreinfer.compiler.text.corpus import split_point
 from transformers import DynamicCache
 
 from .stored import StoredModel, base_in_use, dense_cut
 
-GROUP_TEXTS = 16
-"""Texts whose dense logits are held in memory at a time."""
-
-__all__ = ["GROUP_TEXTS", "Tally", "compare_logits", "evaluate"]
+__all__ = ["Tally", "compare_logits", "evaluate"]
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ from coreinfer.bundles.formats import matrix_bytes
 from coreinfer.compiler.budget import keep_of_budget
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.load import LoadedModel
-from coreinfer.compiler.prune.select import NEURON_BLOCK
+from coreinfer.compiler.samples import NEURON_BLOCK
 from torch import nn
 
 __all__ = ["Sizes", "base_bytes", "block_bytes", "fit_budget"]

@@ -13,6 +13,7 @@ from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.models.layerwise import Batch, document_starts, prepare_batches, run_layer
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.samples import MOMENT_TOKENS
 from coreinfer.compiler.text.corpus import Document, spread_sample
 from torch import nn
 
@@ -21,8 +22,6 @@ __all__ = ["Moments", "ffn_moments", "input_moments"]
 Moments = dict[str, torch.Tensor]
 """Path of a linear module -> (inputs,) float32 E[x^2]."""
 
-_NUM_TOKENS = 8192
-"""Means of squares settle soon: more tokens change nothing that rounding could see."""
 _BATCH_TOKENS = 1024
 """Few documents that are far apart in length would be padded much in larger batches."""
 
@@ -35,7 +34,7 @@ def input_moments(
     def compute() -> dict[str, Any]:
         return {
             path: moment.numpy()
-            for path, moment in _sums(loaded, spread_sample(documents, _NUM_TOKENS), progress).items()
+            for path, moment in _sums(loaded, spread_sample(documents, MOMENT_TOKENS), progress).items()
         }
 
     return {path: torch.from_numpy(values) for path, values in cache.arrays(key, compute).items()}
