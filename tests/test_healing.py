@@ -54,10 +54,10 @@ def bits(narrow: NarrowModel) -> list[np.ndarray[Any, Any]]:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_healing_lowers_the_divergence_on_its_own_text(name: str, optimizer: str) -> None:
-    inputs = heal_inputs(load(name), heal_optimizer=optimizer)
+    inputs = heal_inputs(load(name), heal_optimizer=optimizer, heal_steps=80)
     before = kl(inputs.loaded, inputs.narrow)
     healed = heal(inputs, Cache(None), "key", Progress())
-    assert kl(inputs.loaded, healed) < 0.85 * before
+    assert kl(inputs.loaded, healed) < 0.8 * before
     assert healed.choice is inputs.narrow.choice
     shapes = {role: tuple(t.shape) for role, t in narrow_layer(inputs.loaded, healed, 0, 1).items()}
     assert shapes == {role: tuple(t.shape) for role, t in narrow_layer(inputs.loaded, inputs.narrow, 0, 1).items()}
