@@ -3,6 +3,7 @@
 A client that is not installed fails its tests: they are in the extra `dev`.
 """
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -197,7 +198,17 @@ def test_llama_index_calls(llama_index: Any) -> None:
 
 
 @pytest.fixture
-def litellm_options(server: RunningServer, name: str) -> dict[str, Any]:
+def loop_of_thread() -> Iterator[None]:
+    """The event loop that litellm's blocking calls would otherwise make for this thread, and leave open."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    asyncio.set_event_loop(None)
+    loop.close()
+
+
+@pytest.fixture
+def litellm_options(server: RunningServer, name: str, loop_of_thread: None) -> dict[str, Any]:
     return {
         "model": f"openai/{name}",
         "api_base": f"{server.url}/v1",
