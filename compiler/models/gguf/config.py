@@ -10,6 +10,7 @@ from coreinfer.bundles.families import FAMILIES
 from .header import Header
 from .keys import HeaderKeys
 from .rope import scaled_rope
+from .tying import table_of
 
 __all__ = ["ARCHITECTURES", "architecture_of", "config_fields"]
 
@@ -89,8 +90,7 @@ def _shared_fields(keys: HeaderKeys, header: Header, name: str) -> dict[str, Any
         "head_dim": _head_dim(keys, hidden, num_heads),
         "rms_norm_eps": keys.needed_number("attention.layer_norm_rms_epsilon"),
         "vocab_size": vocabulary,
-        # The format has no other sign of a head of its own.
-        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "tie_word_embeddings": table_of(header) is not None,
         **_token_ids(header, name, vocabulary),
     }
 

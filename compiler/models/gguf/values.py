@@ -8,7 +8,7 @@ from coreinfer.bundles.errors import UnsupportedModelError
 
 from .header import TensorEntry
 
-__all__ = ["check_readable", "read_tensor"]
+__all__ = ["check_readable", "read_rows", "read_tensor"]
 
 
 def read_tensor(entry: TensorEntry) -> npt.NDArray[Any]:
@@ -17,16 +17,24 @@ def read_tensor(entry: TensorEntry) -> npt.NDArray[Any]:
     Returns:
         float32 of `entry.shape`; tensors stored as float32 or float16 come in that.
     """
+    return read_rows(entry, slice(0, entry.shape[0]))
+
+
+def read_rows(entry: TensorEntry, rows: slice) -> npt.NDArray[Any]:
+    """Read some of a tensor's rows, the first of its sizes; types and errors as `read_tensor`."""
     from gguf import GGMLQuantizationType, quants
 
     kind = GGMLQuantizationType(entry.type_id)
-    raw = np.fromfile(entry.file, dtype=np.uint8, count=entry.num_bytes, offset=entry.offset)
+    start, stop, _ = rows.indices(entry.shape[0])
+    shape, row_bytes = (stop - start, *entry.shape[1:]), entry.num_bytes // entry.shape[0]
+    offset = entry.offset + start * row_bytes
+    raw = np.fromfile(entry.file, dtype=np.uint8, count=row_bytes * shape[0], offset=offset)
     if kind == GGMLQuantizationType.F32:
-        return raw.view("<f4").reshape(entry.shape)
+        return raw.view("<f4").reshape(shape)
     if kind == GGMLQuantizationType.F16:
-        return raw.view("<f2").reshape(entry.shape)
-    rows: npt.NDArray[Any] = raw.reshape(*entry.shape[:-1], -1)
-    return np.asarray(quants.dequantize(rows, kind)).reshape(entry.shape)
+        return raw.view("<f2").reshape(shape)
+    blocks: npt.NDArray[Any] = raw.reshape(*shape[:-1], -1)
+    return np.asarray(quants.dequantize(blocks, kind)).reshape(shape)
 
 
 def check_readable(name: str, entry: TensorEntry) -> None:

@@ -1,5 +1,6 @@
 """A model's weights from its GGUF file: all of them, and nothing else."""
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,10 +16,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .config import architecture_of
 from .header import Header, TensorEntry
 from .rope import ROPE_FACTORS
+from .tying import EMBEDDING, HEAD, table_of
 from .values import check_readable, read_tensor
 
 __all__ = ["load_weights"]
 
+_log = logging.getLogger(__name__)
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 _MOST_NAMED = 5
 _Values = npt.NDArray[Any]
@@ -122,6 +125,11 @@ def _sources(header: Header, layout: _Layout) -> dict[str, str]:
         stem, _, kind = tensor.rpartition(".")
         if stem in _SHARED:
             sources[f"{_SHARED[stem]}.{kind}"] = tensor
+    if HEAD in header.tensors and (table := table_of(header)):
+        # The better one serves as both.
+        _log.info("%s and %s are one table in other bits; %s serves as both", EMBEDDING, HEAD, table)
+        sources[f"{_SHARED['token_embd']}.weight"] = table
+        del sources[f"{_SHARED['output']}.weight"]
     return sources
 
 
@@ -142,6 +150,8 @@ def _check_complete(header: Header, sources: Mapping[str, str], empty: PreTraine
     shapes = {parameter: tuple(value.shape) for parameter, value in empty.named_parameters()}
     missing = [_file_name(parameter, layout) for parameter in shapes if parameter not in sources]
     taken = {sources[parameter] for parameter in shapes if parameter in sources}
+    if taken & {EMBEDDING, HEAD} and table_of(header):
+        taken |= {EMBEDDING, HEAD}
     left_over = [tensor for tensor in header.tensors if tensor not in taken and tensor != ROPE_FACTORS]
     other = [
         f"{tensor} is {list(header.tensors[tensor].shape)}, expected {list(shape)}"
