@@ -3,9 +3,9 @@
 import hashlib
 from pathlib import Path
 
-from .pages import map_file, populate
+from .pages import forget_pages, map_file, populate
 
-__all__ = ["file_sha256", "mapped_sha256"]
+__all__ = ["file_sha256", "mapped_sha256", "passing_sha256"]
 
 _CHUNK_BYTES = 1 << 22
 
@@ -20,6 +20,22 @@ def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def passing_sha256(path: Path) -> str:
+    """Hash a file of which no page is to stay in memory.
+
+    Raises:
+        OSError: it is missing or cannot be read.
+    """
+    digest, start = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            forget_pages(file.fileno(), start=start, num_bytes=len(chunk))
+            start += len(chunk)
+        forget_pages(file.fileno())
     return digest.hexdigest()
 
 

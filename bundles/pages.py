@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["forget_pages", "map_file", "populate", "touch"]
+__all__ = ["forget_mapped", "forget_pages", "map_file", "populate", "touch"]
 
 # Linux 5.14; Python has no name for it.
 _MADV_POPULATE_READ = 22
@@ -44,10 +44,21 @@ def touch(mapped: mmap.mmap) -> None:
         mapped[position]
 
 
-def forget_pages(descriptor: int) -> None:
-    """Drop the cached pages of a file that was just written: when read again, they can be huge pages."""
+def forget_pages(descriptor: int, *, start: int = 0, num_bytes: int = 0) -> None:
+    """Drop the cached pages of a file, from `start` on `num_bytes` or all: when read again, they can be huge pages."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, start, num_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def forget_mapped(mapped: mmap.mmap, path: Path) -> None:
+    """Take a mapping's pages out of memory; of those that another process has mapped, out of this one's."""
+    _advise(mapped, "MADV_DONTNEED")
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            forget_pages(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _advise(mapped: mmap.mmap, name: str) -> None:

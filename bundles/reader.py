@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from .checksums import mapped_sha256
+from .checksums import mapped_sha256, passing_sha256
 from .contract import check_neuron_ids, check_tensors, cluster_tensors, dense_tensors
 from .errors import BundleCorrupt, BundleError, join_problems
 from .layout import LAYOUT
@@ -14,6 +14,8 @@ from .manifest import Manifest, TensorRecord, read_manifest
 from .tensors import TensorFile
 
 __all__ = ["Bundle", "find_problems", "open_bundle"]
+
+Hash = Callable[[Path], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class Bundle:
         dense: the dense FFN, None where the bundle was compiled without.
         packs: one pack per cluster; use `pack` to get those of a lazily opened bundle.
         unchecked: clusters whose packs were not hashed yet.
+        spares_memory: leave no pages behind when files are hashed.
     """
 
     path: Path
@@ -34,6 +37,7 @@ class Bundle:
     dense: TensorFile | None
     packs: tuple[TensorFile, ...]
     unchecked: set[int] = field(default_factory=set)
+    spares_memory: bool = False
 
     def pack(self, cluster: int) -> TensorFile:
         """Return a cluster pack; a lazily opened one is checked first.
@@ -43,12 +47,16 @@ class Bundle:
         """
         if cluster in self.unchecked:
             name = self.manifest.clusters[cluster].file
-            problem = _file_problem(self.path / name, name, self.manifest, checksums=True)
+            problem = _file_problem(self.path / name, name, self.manifest, self._hash)
             problems = [problem] if problem else check_neuron_ids(self.packs[cluster], self.manifest)
             if problems:
                 raise BundleCorrupt(f"bundle {self.path}: {join_problems(problems)}; copy or compile it again")
             self.unchecked.discard(cluster)
         return self.packs[cluster]
+
+    @property
+    def _hash(self) -> Hash:
+        return _hash(spare_memory=self.spares_memory)
 
     def read_bytes(self, name: str) -> bytes:
         """Read one of the small files by its name in the layout."""
@@ -59,7 +67,9 @@ class Bundle:
         return name in self.manifest.files
 
 
-def open_bundle(bundle_dir: str | Path, *, checksums: bool = True, lazy_packs: bool = False) -> Bundle:
+def open_bundle(
+    bundle_dir: str | Path, *, checksums: bool = True, lazy_packs: bool = False, spare_memory: bool = False
+) -> Bundle:
     """Open a bundle after checking every file of it.
 
     Args:
@@ -67,6 +77,7 @@ def open_bundle(bundle_dir: str | Path, *, checksums: bool = True, lazy_packs: b
         checksums: hash every file; without, only presence, sizes, shapes and dtypes are checked.
         lazy_packs: leave it to `Bundle.pack` to hash each cluster pack when it is first used: hashing gigabytes of
             packs of which one is used would take longer than the answer. Only with `checksums`.
+        spare_memory: hash files so that none of their pages stays in memory; else those that are mapped do.
     Raises:
         BundleNotFound: there is no bundle.
         BundleVersionError: another schema version wrote it.
@@ -75,7 +86,8 @@ def open_bundle(bundle_dir: str | Path, *, checksums: bool = True, lazy_packs: b
     path = Path(bundle_dir)
     manifest = read_manifest(path)
     lazy_packs = lazy_packs and checksums
-    problems, files = _examine(path, manifest, checksums=checksums, lazy_packs=lazy_packs)
+    hash_with = _hash(spare_memory=spare_memory) if checksums else None
+    problems, files = _examine(path, manifest, hash_with, lazy_packs=lazy_packs)
     if problems:
         raise BundleCorrupt(f"bundle {path}: {join_problems(problems)}; copy or compile it again")
     return Bundle(
@@ -85,6 +97,7 @@ def open_bundle(bundle_dir: str | Path, *, checksums: bool = True, lazy_packs: b
         dense=files[LAYOUT.dense] if manifest.has_dense else None,
         packs=tuple(files[cluster.file] for cluster in manifest.clusters),
         unchecked=set(range(len(manifest.clusters))) if lazy_packs else set(),
+        spares_memory=spare_memory,
     )
 
 
@@ -95,19 +108,24 @@ def find_problems(
 
     With `lazy_packs`, hashes and neuron ids of cluster packs are not checked.
     """
-    return _examine(bundle_dir, manifest, checksums=checksums, lazy_packs=lazy_packs)[0]
+    hash_with = _hash(spare_memory=False) if checksums else None
+    return _examine(bundle_dir, manifest, hash_with, lazy_packs=lazy_packs)[0]
+
+
+def _hash(*, spare_memory: bool) -> Hash:
+    return passing_sha256 if spare_memory else mapped_sha256
 
 
 def _examine(
-    bundle_dir: Path, manifest: Manifest, *, checksums: bool, lazy_packs: bool
+    bundle_dir: Path, manifest: Manifest, hash_with: Hash | None, *, lazy_packs: bool
 ) -> tuple[list[str], dict[str, TensorFile]]:
     """List what is wrong, and map the tensor files by their names: all of them where nothing is wrong."""
     if problems := _outside_paths(manifest) or _unlisted_parts(manifest):
         return problems, {}
     packs = {cluster.file for cluster in manifest.clusters}
     unread = packs if lazy_packs else set()
-    hashed = set(manifest.files) - unread if checksums else set()
-    damaged = _damaged_files(bundle_dir, manifest, hashed)
+    hashes = {name: None if name in unread else hash_with for name in manifest.files}
+    damaged = _damaged_files(bundle_dir, manifest, hashes)
     problems = list(damaged.values())
     files: dict[str, TensorFile] = {}
     for name, expected in _tensor_files(manifest):
@@ -155,11 +173,11 @@ def _unlisted_parts(manifest: Manifest) -> list[str]:
     ]
 
 
-def _damaged_files(bundle_dir: Path, manifest: Manifest, hashed: set[str]) -> dict[str, str]:
+def _damaged_files(bundle_dir: Path, manifest: Manifest, hashes: Mapping[str, Hash | None]) -> dict[str, str]:
     """Map each file that is missing or not as listed to what is wrong with it."""
 
     def check(name: str) -> str | None:
-        return _file_problem(bundle_dir / name, name, manifest, checksums=name in hashed)
+        return _file_problem(bundle_dir / name, name, manifest, hashes[name])
 
     # Hashing releases the GIL, so that threads share the work.
     with ThreadPoolExecutor() as pool:
@@ -167,7 +185,7 @@ def _damaged_files(bundle_dir: Path, manifest: Manifest, hashed: set[str]) -> di
         return {name: problem for name, problem in found if problem}
 
 
-def _file_problem(path: Path, name: str, manifest: Manifest, *, checksums: bool) -> str | None:
+def _file_problem(path: Path, name: str, manifest: Manifest, hash_with: Hash | None) -> str | None:
     record = manifest.files[name]
     try:
         num_bytes = path.stat().st_size
@@ -175,7 +193,7 @@ def _file_problem(path: Path, name: str, manifest: Manifest, *, checksums: bool)
             return f"{name}: is no file"
         if num_bytes != record.bytes:
             return f"{name}: expected {record.bytes} bytes, got {num_bytes}"
-        if checksums and (digest := mapped_sha256(path)) != record.sha256:
+        if hash_with and (digest := hash_with(path)) != record.sha256:
             return f"{name}: expected sha256 {record.sha256[:12]}..., got {digest[:12]}..."
     except FileNotFoundError:
         return f"{name}: missing"

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import BundleCorrupt
-from .pages import map_file, touch
+from .pages import forget_mapped, map_file, touch
 
 __all__ = [
     "ALIGNMENT_BYTES",
@@ -191,6 +191,15 @@ class TensorFile(Mapping[str, StoredTensor]):
     def prefetch(self) -> None:
         """Have the file's pages read ahead; returns at once."""
         threading.Thread(target=touch, args=(self._map,), daemon=True).start()
+
+    @property
+    def mapped_bytes(self) -> npt.NDArray[np.uint8]:
+        """The whole mapped file, of which nothing is read by making this."""
+        return np.frombuffer(self._map, dtype=np.uint8)
+
+    def forget(self) -> None:
+        """Let go of the file's pages that are in memory; they are read again when they are needed."""
+        forget_mapped(self._map, self.path)
 
     @property
     def num_bytes(self) -> int:

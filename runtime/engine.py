@@ -44,14 +44,14 @@ def load(bundle_dir: str | Path, **options: Unpack[LoadKeywords]) -> "Engine":
 
 def load_engine(bundle_dir: str | Path, options: LoadOptions) -> "Engine":
     """Make a bundle ready to generate, with the options of `load` in one object."""
-    bundle, tokenizer = _open(bundle_dir)
+    bundle, tokenizer = _open(bundle_dir, spare_memory=options.memory_mb is not None)
     loaded = Engine(bundle, load_decoder(bundle, options), mode=options.mode, tokenizer=tokenizer)
     # Parsing tokenizers leaves 10 to 20 MB free; giving it back takes 1 to 5 ms.
     give_back_heap()
     return loaded
 
 
-def _open(bundle_dir: str | Path) -> tuple[Bundle, Future[Tokenizer]]:
+def _open(bundle_dir: str | Path, *, spare_memory: bool) -> tuple[Bundle, Future[Tokenizer]]:
     """Open a bundle and, at the same time, do what comes next: hashing releases Python's lock.
 
     Returns:
@@ -63,7 +63,7 @@ def _open(bundle_dir: str | Path) -> tuple[Bundle, Future[Tokenizer]]:
         # First, because parsing keeps the lock to its end: an import lets the threads that hash begin.
         pool.submit(import_module, "faiss")
         tokenizer = pool.submit(read_tokenizer, Path(bundle_dir))
-        return open_bundle(bundle_dir, lazy_packs=True), tokenizer
+        return open_bundle(bundle_dir, lazy_packs=True, spare_memory=spare_memory), tokenizer
 
 
 class Engine:

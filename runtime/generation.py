@@ -8,6 +8,7 @@ from .prompts.tools import CallReader, ToolCall
 
 __all__ = [
     "MODES",
+    "DiskReads",
     "Drafting",
     "Fallback",
     "FinishReason",
@@ -49,6 +50,32 @@ class TopLogprob:
     token_id: int
     text: str
     logprob: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskReads:
+    """What was read from disk while a generation ran, where memory is limited (`memory_mb`); for others that ran too.
+
+    Attributes:
+        num_bytes: of FFN layers, and of rows of the base's tables in whole pages.
+        num_hits: layers that were in memory when a pass came to them, kept there or read ahead.
+        num_misses: layers that a pass waited for.
+        waited_seconds: how long passes waited.
+    """
+
+    num_bytes: int
+    num_hits: int
+    num_misses: int
+    waited_seconds: float
+
+    def since(self, start: "DiskReads") -> "DiskReads":
+        """What was read after `start`."""
+        return DiskReads(
+            num_bytes=self.num_bytes - start.num_bytes,
+            num_hits=self.num_hits - start.num_hits,
+            num_misses=self.num_misses - start.num_misses,
+            waited_seconds=self.waited_seconds - start.waited_seconds,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +132,7 @@ class Token:
         logprob: natural log of the model's probability of the token, before sampling options; None if not asked for.
         top_logprobs: the likeliest tokens, likeliest first; empty if not asked for.
         drafting: measurements so far in mode lossless; else None.
+        disk_reads: what was read from disk since this generation began to be read; None where memory is not limited.
         finish_reason: on the last token "stop" (end of text or stop string), "length" or "cancelled", before it None.
     """
 
@@ -125,6 +153,7 @@ class Token:
     logprob: float | None
     top_logprobs: tuple[TopLogprob, ...]
     drafting: Drafting | None
+    disk_reads: DiskReads | None
     finish_reason: FinishReason | None
 
     @property
@@ -160,6 +189,7 @@ class Generation:
     logprobs: tuple[float, ...]
     top_logprobs: tuple[tuple[TopLogprob, ...], ...]
     drafting: Drafting | None
+    disk_reads: DiskReads | None
     finish_reason: FinishReason
     tool_calls: tuple[ToolCall, ...] = ()
 
@@ -195,5 +225,6 @@ def collect(tokens: Sequence[Token], calls: CallReader | None = None) -> Generat
         logprobs=tuple(token.logprob for token in tokens if token.logprob is not None),
         top_logprobs=tuple(token.top_logprobs for token in tokens if token.logprob is not None),
         drafting=last.drafting,
+        disk_reads=last.disk_reads,
         finish_reason=last.finish_reason,
     )

@@ -63,6 +63,16 @@ class LoadOptions:
         ),
     )
     """In megabytes, of 10^6 bytes. Memory is taken as it is used."""
+    memory_mb: float | None = field(
+        default=None,
+        metadata=option(
+            "Maximum megabytes of each bundle's weights in memory, KV cache included; the rest is read from disk as it "
+            "is needed.",
+            check=number(above=0),
+            unset="all weights stay mapped",
+        ),
+    )
+    """In megabytes, for the native engine (docs/memory.md). What the process itself takes is not part of it."""
     gpu_memory_mb: float | None = field(
         default=None,
         metadata=option(
@@ -106,6 +116,11 @@ class LoadOptions:
         """The bound of keys and values; None for none."""
         return None if self.kv_cache_mb is None else round(self.kv_cache_mb * 1e6)
 
+    @property
+    def memory_bytes(self) -> int | None:
+        """The bound of weights, reads and KV cache; None for none."""
+        return None if self.memory_mb is None else round(self.memory_mb * 1e6)
+
 
 def _conflicts(options: LoadOptions) -> Iterator[str]:
     """Options that are right one by one, and do not go together."""
@@ -115,6 +130,10 @@ def _conflicts(options: LoadOptions) -> Iterator[str]:
             f"{options.dtype!r}, gpu_memory_mb {options.gpu_memory_mb}, cuda_graphs {options.cuda_graphs!r} and "
             f"weights {options.weights!r}: leave them out, or use engine torch"
         )
+    if options.engine == "torch" and options.memory_mb is not None:
+        yield f"memory_mb: expected none with the torch engine, got {options.memory_mb}"
+    if options.memory_mb is not None and options.mode in ("stability", "fused"):
+        yield f"mode {options.mode!r}: with memory_mb the dense FFN that neurons are gathered from is not in memory"
     if options.engine == "torch" and options.isa != "auto":
         yield f"isa: expected auto with the torch engine, got {options.isa!r}"
 
@@ -129,6 +148,7 @@ class LoadKeywords(TypedDict, total=False):
     dtype: Arithmetic
     threads: int | None
     kv_cache_mb: float | None
+    memory_mb: float | None
     gpu_memory_mb: float | None
     cuda_graphs: CudaGraphs
     weights: Weights

@@ -26,6 +26,8 @@ class FakeDecoder:
     page_tokens = PAGE_TOKENS
     calls_alike = True
     cheap_swaps = True
+    gathers = True
+    disk_reads = None
 
     def __init__(self, bundle: Bundle, *, num_pages: int = 10_000) -> None:
         self.num_pages = num_pages

@@ -1,63 +1,71 @@
-"""What fits on a device, by numbers."""
+"""What a limit of memory is spent on."""
 
 from dataclasses import replace
 
 import pytest
 from coreinfer.bundles import ConfigError
-from coreinfer.runtime.engines.torch.memory_plan import MemoryNeeds, plan_memory
+from coreinfer.runtime.engines.native.memory_plan import FfnSizes, MemoryPlan, WeightSizes, ffn_sizes, plan_memory
 
-MB = 1_000_000
-# An OPT-6.7b-like model in bfloat16.
-NEEDS = MemoryNeeds(
-    base=4800 * MB, pack=1700 * MB, dense=8600 * MB, layer=269 * MB, kv_per_token=524_288, max_positions=2048
+from .bundle_factory import FFN_DIM, HIDDEN_SIZE, make_manifest
+
+MB = 10**6
+SIZES = WeightSizes(
+    base=171 * MB,
+    tables=68 * MB,
+    table_block=12_000,
+    page=MB,
+    packs=[FfnSizes(total=93 * MB, largest=4 * MB), FfnSizes(total=56 * MB, largest=3 * MB)],
+    dense=FfnSizes(total=186 * MB, largest=8 * MB),
 )
-KV_ALL, KV_LEAST = 2048 * 524_288, 256 * 524_288
+LEAST = 103 * MB + 16 * 12_000 + MB + 2 * 8 * MB
 
 
-@pytest.mark.parametrize(
-    ("limit_mb", "streams"),
-    [
-        (24_000.0, False),
-        ((4800 * MB + 1700 * MB + 8600 * MB + KV_ALL) / MB, False),
-        ((4800 * MB + 1700 * MB + 8600 * MB + KV_ALL - 1) / MB, True),
-        (12_000.0, True),
-        ((4800 * MB + 1700 * MB + 2 * 269 * MB + KV_LEAST) / MB, True),
-    ],
-)
-def test_the_dense_ffn_stays_where_all_fits(limit_mb: float, streams: bool) -> None:
-    plan = plan_memory(NEEDS, limit_mb=limit_mb, free_bytes=0)
-    assert (plan.stream_dense, plan.limit_bytes) == (streams, round(limit_mb * MB))
+def spent(plan: MemoryPlan) -> int:
+    return plan.base + plan.window + plan.kv_cache + plan.layers
 
 
-def test_too_little_is_refused_with_the_numbers() -> None:
+@pytest.mark.parametrize("limit", [LEAST, LEAST + 1, 150 * MB, 200 * MB, 250 * MB, 300 * MB, 400 * MB, 10_000 * MB])
+def test_the_parts_make_up_the_limit(limit: int) -> None:
+    plan = plan_memory(limit, SIZES, None)
+    assert spent(plan) == limit
+    assert plan.kv_cache >= SIZES.page
+    assert plan.layers >= 2 * SIZES.largest_layer
+    assert plan.base == (SIZES.base if plan.window == 0 else SIZES.base - SIZES.tables)
+    assert plan.window == 0 or 16 * SIZES.table_block <= plan.window < SIZES.tables
+
+
+def test_a_pack_comes_before_the_tables_and_they_before_the_dense_ffn() -> None:
+    assert plan_memory(260 * MB, SIZES, 10 * MB).window > 0
+    ample = plan_memory(280 * MB, SIZES, 10 * MB)
+    assert ample.window == 0
+    assert ample.layers >= SIZES.widest_pack
+
+
+def test_too_little_is_refused_with_the_figures() -> None:
     with pytest.raises(ConfigError) as caught:
-        plan_memory(NEEDS, limit_mb=7000.0, free_bytes=10**12)
+        plan_memory(LEAST - 1, SIZES, None)
     assert str(caught.value) == (
-        "gpu_memory_mb: expected at least 7172 MB (base 4800, pack 1700, two layer buffers 538, KV cache 134.2), got "
-        "7000; raise it, or compile with a lower --keep or --quantize int4"
+        "memory_mb: expected at least 120.2 MB (103.0 for the base, 0.2 for rows of its tables, 1.0 for the KV cache, "
+        "16.0 for two layers; 93.0 more hold a whole pack), got 120.2; raise it"
     )
 
 
-def test_without_a_dense_ffn_no_buffers_are_needed() -> None:
-    needs = replace(NEEDS, dense=0)
-    assert not plan_memory(needs, limit_mb=6700.0, free_bytes=0).stream_dense
-    with pytest.raises(ConfigError, match="two layer buffers 0"):
-        plan_memory(needs, limit_mb=6600.0, free_bytes=0)
+def test_the_kv_cache_that_was_asked_for_is_counted() -> None:
+    assert plan_memory(200 * MB, SIZES, 30 * MB).kv_cache == 30 * MB
+    with pytest.raises(ConfigError, match=r"149\.2 MB .*30\.0 for the KV cache.* got 140\.0"):
+        plan_memory(140 * MB, SIZES, 30 * MB)
 
 
-@pytest.mark.parametrize(
-    ("free_mb", "limit_mb", "streams"), [(24_000, 21_600, False), (12_000, 10_800, True), (2_000, 1_744, None)]
-)
-def test_free_memory_is_used_with_a_margin(free_mb: int, limit_mb: int, streams: bool | None) -> None:
-    if streams is None:
-        with pytest.raises(ConfigError, match=f"free device memory less a margin: expected .*, got {limit_mb}"):
-            plan_memory(NEEDS, limit_mb=None, free_bytes=free_mb * MB)
-        return
-    plan = plan_memory(NEEDS, limit_mb=None, free_bytes=free_mb * MB)
-    assert (plan.stream_dense, plan.limit_bytes) == (streams, limit_mb * MB)
+def test_a_bundle_without_the_dense_ffn_needs_less() -> None:
+    small = replace(SIZES, dense=None)
+    assert spent(plan_memory(LEAST - 8 * MB, small, None)) == LEAST - 8 * MB
 
 
-@pytest.mark.parametrize("limit_mb", [0.0, -5.0, float("nan")])
-def test_a_bound_is_more_than_nothing(limit_mb: float) -> None:
-    with pytest.raises(ConfigError, match="gpu_memory_mb: expected more than 0"):
-        plan_memory(NEEDS, limit_mb=limit_mb, free_bytes=0)
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_sizes_are_those_of_the_stored_layers_and_some_bytes_more(kind: str) -> None:
+    manifest = make_manifest(ffn_format=kind)
+    sizes = ffn_sizes(manifest, (FFN_DIM, 32))
+    bits = {"bf16": 16, "int8": 8.5, "int4": 4.75}[kind]
+    exact = 3 * HIDDEN_SIZE * (FFN_DIM + 32) * bits / 8
+    assert exact <= sizes.total <= exact + 4 * 4096
+    assert sizes.total / 2 < sizes.largest < sizes.total

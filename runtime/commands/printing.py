@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.runtime.generation import Drafting, Fallback, Token
+from coreinfer.runtime.generation import DiskReads, Drafting, Fallback, Token
 
 __all__ = ["figures", "from_stdin"]
 
@@ -21,7 +21,8 @@ def figures(last: Token) -> str:
     return (
         f"[cluster {path}, distance {distance}, mode {last.mode}{_drafted(last.drafting)}; "
         f"{last.num_prompt_tokens} prompt tokens{cached} in {last.prefill_seconds:.2f} s, "
-        f"{last.num_tokens} tokens at {last.decode_tokens_per_second:.1f} tok/s, {last.finish_reason}]"
+        f"{last.num_tokens} tokens at {last.decode_tokens_per_second:.1f} tok/s{_read(last.disk_reads)}, "
+        f"{last.finish_reason}]"
     )
 
 
@@ -30,6 +31,14 @@ def _drafted(drafting: Drafting | None) -> str:
         return ""
     off = ", off where it did not pay" if drafting.turned_off else ""
     return f" ({drafting.acceptance:.0%} of drafts accepted, {drafting.mean_length:.1f} a round{off})"
+
+
+def _read(reads: DiskReads | None) -> str:
+    if reads is None:
+        return ""
+    num_layers = reads.num_hits + reads.num_misses
+    there = f", {reads.num_hits / num_layers:.0%} of layers there in time" if num_layers else ""
+    return f", {reads.num_bytes / 1e6:.1f} MB read from disk{there}"
 
 
 def from_stdin(read: Callable[[], str]) -> str:

@@ -24,7 +24,11 @@ def load_decoder(bundle: Bundle, options: LoadOptions) -> Decoder:
         try:
             return _load_native(bundle, options)
         except UnsupportedModelError as error:
+            if options.memory_mb is not None:
+                raise
             _log.warning("%s; going on with the torch engine", error)
+    if options.memory_mb is not None:
+        raise ConfigError("memory_mb: only the native engine on the CPU has it; leave it out, or use engine native")
     if options.isa != "auto":
         raise ConfigError(f"isa: expected auto with the torch engine, got {options.isa!r}")
     TorchDecoder = _import_torch_decoder(options.threads)  # noqa: N806
@@ -59,7 +63,13 @@ def _has_gpu() -> bool:
 def _load_native(bundle: Bundle, options: LoadOptions) -> Decoder:
     from .native.decoder import NativeDecoder
 
-    return NativeDecoder(bundle, threads=options.threads, isa=options.isa, kv_cache_bytes=options.kv_cache_bytes)
+    return NativeDecoder(
+        bundle,
+        threads=options.threads,
+        isa=options.isa,
+        kv_cache_bytes=options.kv_cache_bytes,
+        memory_bytes=options.memory_bytes,
+    )
 
 
 def _import_torch_decoder(threads: int | None) -> Any:

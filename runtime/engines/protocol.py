@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import ConfigError
 from coreinfer.bundles.statistics import Selection
+from coreinfer.runtime.generation import DiskReads
 
 if TYPE_CHECKING:
     from .cached import CachedTokens
@@ -112,6 +113,14 @@ class Decoder(Protocol):
     @property
     def cheap_swaps(self) -> bool:
         """Whether changing from one pack to another takes so little time that it need not be avoided."""
+
+    @property
+    def gathers(self) -> bool:
+        """Whether it can run with a prompt's own neurons."""
+
+    @property
+    def disk_reads(self) -> DiskReads | None:
+        """What it has read from disk since it was loaded; None where its memory is not limited."""
 
     @property
     def cached(self) -> "CachedTokens":

@@ -118,7 +118,9 @@ def read_request(
         token_ids = loaded.prompts.read_messages(prompt, options, known_ids=known_ids)
     _check_length(len(token_ids), options, loaded)
     route = loaded.router.route(source)
-    plan = plan_mode(options.mode or loaded.mode, loaded.bundle.manifest, route, len(token_ids))
+    plan = plan_mode(
+        options.mode or loaded.mode, loaded.bundle.manifest, route, len(token_ids), gathers=loaded.decoder.gathers
+    )
     return Request(
         token_ids=tuple(token_ids),
         route=route,

@@ -31,6 +31,11 @@ class DriftWatch:
         self._stretch_tokens = stretch_tokens
         self._candidate: int | None = None
 
+    @property
+    def candidate(self) -> int | None:
+        """The cluster that the last stretch was nearest to, if it is another one: the next may swap to it."""
+        return self._candidate
+
     def stretch(self, token_ids: Sequence[int]) -> Sequence[int]:
         """Return the tokens to route now, given all decoded tokens; empty except at the end of a stretch."""
         if self._stretch_tokens == 0 or len(token_ids) % self._stretch_tokens:

@@ -42,7 +42,9 @@ class ModePlan:
         return self.mode in ("stability", "fused")
 
 
-def plan_mode(mode: Mode, manifest: Manifest, route: Route, num_prompt_tokens: int) -> ModePlan:
+def plan_mode(
+    mode: Mode, manifest: Manifest, route: Route, num_prompt_tokens: int, *, gathers: bool = True
+) -> ModePlan:
     """Decide the mode of one prompt.
 
     "auto" decodes dense where the prompt is unlike the calibration text, or where the router is unsure of it;
@@ -50,23 +52,29 @@ def plan_mode(mode: Mode, manifest: Manifest, route: Route, num_prompt_tokens: i
     prompt chooses its own neurons where packs are not repaired: a repaired pack is better than an unrepaired choice of
     any kind (docs/benchmarks.md), an unrepaired one is not.
 
+    Args:
+        gathers: whether the engine can run with a prompt's own neurons.
     Raises:
-        ConfigError: the mode needs the dense FFN, which the bundle lacks.
+        ConfigError: the mode needs the dense FFN, which the bundle lacks, or neurons that cannot be gathered.
     """
     if mode == "auto":
-        return _automatic(manifest, route, num_prompt_tokens)
+        return _automatic(manifest, route, num_prompt_tokens, gathers=gathers)
     if mode != "similarity" and not manifest.has_dense:
         raise ConfigError(f"mode {mode!r} needs the dense FFN, which this bundle lacks; compile it with --dense")
-    return ModePlan(mode=mode)
+    plan = ModePlan(mode=mode)
+    if plan.needs_statistic and not gathers:
+        raise ConfigError(f"mode {mode!r} gathers from the whole dense FFN, which memory_mb keeps out of memory")
+    return plan
 
 
-def _automatic(manifest: Manifest, route: Route, num_prompt_tokens: int) -> ModePlan:
+def _automatic(manifest: Manifest, route: Route, num_prompt_tokens: int, *, gathers: bool) -> ModePlan:
     fallback: Fallback | None = "unfamiliar" if not route.familiar else None if route.sure else "unsure"
     if fallback and manifest.has_dense:
         return ModePlan(mode="dense", fallback=fallback)
     if fallback:
         return ModePlan(mode="similarity", fallback=fallback, cluster=largest_cluster(manifest))
-    if manifest.has_dense and not manifest.plan.reconstruct and num_prompt_tokens >= manifest.plan.stability_min_tokens:
+    long = num_prompt_tokens >= manifest.plan.stability_min_tokens
+    if gathers and manifest.has_dense and not manifest.plan.reconstruct and long:
         return ModePlan(mode="stability")
     return ModePlan(mode="similarity")
 

@@ -5,7 +5,7 @@ import time
 
 from coreinfer.runtime.decoding.choosing import Chosen
 from coreinfer.runtime.engines.protocol import FfnChoice
-from coreinfer.runtime.generation import FinishReason, Token
+from coreinfer.runtime.generation import DiskReads, FinishReason, Token
 
 from .run import Row, Run, path_step
 
@@ -59,6 +59,14 @@ def _follow_drift(run: Run) -> None:
         step = path_step(run.loaded, cluster, first_token=len(run.token_ids) + 1, distance=float(distances[cluster]))
         run.path = (*run.path, step)
         run.choice = FfnChoice(cluster=cluster)
+    elif run.drift.candidate is not None:
+        # Its pack comes while the one in use decodes, in case that the next stretch swaps to it.
+        run.loaded.decoder.prepare(FfnChoice(cluster=run.drift.candidate))
+
+
+def _disk_reads(run: Run) -> DiskReads | None:
+    reads = run.loaded.decoder.disk_reads
+    return None if reads is None or run.reads_before is None else reads.since(run.reads_before)
 
 
 def _token(run: Run, chosen: Chosen, piece: str, reason: FinishReason | None) -> Token:
@@ -81,5 +89,6 @@ def _token(run: Run, chosen: Chosen, piece: str, reason: FinishReason | None) ->
         logprob=chosen.logprob,
         top_logprobs=chosen.top_logprobs,
         drafting=run.lengths.report() if run.lengths else None,
+        disk_reads=_disk_reads(run),
         finish_reason=reason,
     )

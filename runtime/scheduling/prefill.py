@@ -25,7 +25,7 @@ def begin(run: Run, decoder: Decoder, pool: KvPool) -> bool:
         return False
     run.sequence, run.num_read, run.statistic = number, kept, None
     if run.read_start is None:
-        run.read_start = time.perf_counter()
+        run.read_start, run.reads_before = time.perf_counter(), decoder.disk_reads
     if not run.token_ids:
         run.num_cached_tokens = kept
     return True

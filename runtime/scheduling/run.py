@@ -15,7 +15,7 @@ from coreinfer.runtime.decoding.sampling import Draft, check_ids
 from coreinfer.runtime.decoding.text import TextStream
 from coreinfer.runtime.decoding.tool_grammar import call_grammar
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
-from coreinfer.runtime.generation import PathStep, Token
+from coreinfer.runtime.generation import DiskReads, PathStep, Token
 from coreinfer.runtime.options import GenerationOptions
 from coreinfer.runtime.prompts.requests import Loaded, Request
 from coreinfer.runtime.routing.drift import DriftWatch
@@ -61,6 +61,7 @@ class Run:
         rows: verified rows that no token was chosen from yet, in mode lossless.
         num_to_draft: length of the next round, decided and not yet drafted, in mode lossless.
         read_start, decode_start: by `time.perf_counter`.
+        reads_before: what had been read from disk at `read_start`; None where memory is not limited.
         ended: it is no longer needed; the next step frees what it holds.
         failure: the error that ended it.
     """
@@ -87,6 +88,7 @@ class Run:
     num_to_draft: int | None = None
     tokens: deque[Token] = field(default_factory=deque)
     read_start: float | None = None
+    reads_before: DiskReads | None = None
     prefill_seconds: float = 0.0
     decode_start: float | None = None
     finished: bool = False

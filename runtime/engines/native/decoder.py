@@ -1,8 +1,9 @@
 """The native engine: decoding on the CPU with packed weights, without torch."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ from coreinfer.bundles.statistics import Selection, document_statistic
 from coreinfer.runtime.engines.cached import CachedTokens
 from coreinfer.runtime.engines.kv_limits import count_pages
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice, KvPoolFull
+from coreinfer.runtime.generation import DiskReads
 
 from . import _native
 from .model import ffn_layers, model_spec
+from .memory_plan import MemoryPlan, plan_memory
+from .residency import Residency, disk_reads, hold_base, weight_sizes
 
 __all__ = ["NativeDecoder"]
 
@@ -32,7 +36,13 @@ class NativeDecoder:
     cheap_swaps = True
 
     def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, isa: str = "auto", kv_cache_bytes: int | None = None
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        isa: str = "auto",
+        kv_cache_bytes: int | None = None,
+        memory_bytes: int | None = None,
     ) -> None:
         """Put the model together; nothing is copied but norms.
 
@@ -40,6 +50,7 @@ class NativeDecoder:
             threads: None for one a physical core that the process may use, see `usable_cores`.
             isa: kernels to use, one of `_native.available_isas()`; "auto" for COREINFER_ISA, else the best ones.
             kv_cache_bytes: bound of all sequences' keys and values, taken page by page; see `count_pages`.
+            memory_bytes: bound of weights in memory, reads and KV cache together; None for none. See memory_plan.py.
         Raises:
             ConfigError: the CPU has no such kernels, the number of threads is wrong, or the KV cache is too small.
             BundleCorrupt: the base does not hold what the model needs.
@@ -55,12 +66,20 @@ class NativeDecoder:
             known = ", ".join(_native.available_isas())
             raise ConfigError(f"isa (or COREINFER_ISA): expected auto, {known} on this CPU, got {isa!r}")
 
-        def num_pages(page_bytes: int) -> int:
-            return count_pages(kv_cache_bytes, page_bytes=page_bytes, max_positions=model.max_positions)
+        plans: list[MemoryPlan] = []
+
+        def num_pages(page_bytes: int, table_bytes: tuple[int, int]) -> int:
+            limit = kv_cache_bytes
+            if memory_bytes is not None:
+                plans.append(plan_memory(memory_bytes, weight_sizes(bundle, page_bytes, *table_bytes), kv_cache_bytes))
+                limit = plans[0].kv_cache
+            return count_pages(limit, page_bytes=page_bytes, max_positions=model.max_positions)
 
         with _corrupt(bundle, "base"):
             self._model = _native.Model(model_spec(bundle), isa, num_threads, model.ffn_dim, num_pages)
+        self._residency = hold_base(bundle, self._model, plans[0]) if plans else None
         self._ffns: dict[int | None, Any] = {}
+        self._loading = threading.Lock()
         self._choice: FfnChoice | None = None
         self._records = {0: CachedTokens()}
         self.sequence = 0
@@ -102,6 +121,16 @@ class NativeDecoder:
         return self._model.wide_layers
 
     @property
+    def gathers(self) -> bool:
+        """Whether a prompt's own neurons can be gathered: they come from a dense FFN that is in memory."""
+        return self._residency is None
+
+    @property
+    def disk_reads(self) -> DiskReads | None:
+        """What was read from disk since the bundle was loaded; None where memory is not limited."""
+        return disk_reads(self._model)
+
+    @property
     def num_cached(self) -> int:
         """Tokens in the KV cache."""
         return self._model.num_cached(self.sequence)
@@ -119,8 +148,11 @@ class NativeDecoder:
         return int(self._model.bytes_per_token(num_cached, greedy))
 
     def prepare(self, choice: FfnChoice) -> None:
-        """Have the system read a pack ahead."""
-        if choice.cluster is not None:
+        """Have a pack read ahead; under a limit, into the place of the pack that decodes no more."""
+        if self._residency is not None:
+            # A pack is hashed when it is first used, which takes as long as some tokens.
+            threading.Thread(target=self._announce, args=(choice.cluster,), daemon=True).start()
+        elif choice.cluster is not None:
             self._bundle.packs[choice.cluster].prefetch()
 
     def use(self, choice: FfnChoice) -> None:
@@ -132,14 +164,25 @@ class NativeDecoder:
         """
         if choice.neuron_ids is None and choice == self._choice:
             return
+        if choice.neuron_ids is not None and not self.gathers:
+            raise ConfigError("memory_mb: a prompt's own neurons need the whole dense FFN in memory; use packs")
         ffn = self._ffn(choice.cluster)
         if choice.neuron_ids is not None:
             ffn = self._model.gather(ffn, list(choice.neuron_ids))
         self._model.use(ffn)
         self._choice = choice
 
+    def _announce(self, cluster: int | None) -> None:
+        # What is wrong with a pack is said to whoever uses it.
+        with suppress(CoreInferError):
+            self._model.announce(self._ffn(cluster))
+
     def _ffn(self, cluster: int | None) -> Any:
         """The weights of a pack, or with None of the dense FFN, ready to be pointed at."""
+        with self._loading:
+            return self._loaded_ffn(cluster)
+
+    def _loaded_ffn(self, cluster: int | None) -> Any:
         if cluster not in self._ffns:
             manifest = self._bundle.manifest
             if cluster is not None:
@@ -151,7 +194,8 @@ class NativeDecoder:
                     f"bundle {self._bundle.path} has no dense FFN; compile it with --dense or use a cluster"
                 )
             with _corrupt(self._bundle, file.path.name):
-                self._ffns[cluster] = _native.Ffn(ffn_layers(file, manifest, num_neurons), manifest.model.hidden_size)
+                ffn = _native.Ffn(ffn_layers(file, manifest, num_neurons), manifest.model.hidden_size)
+                self._ffns[cluster] = ffn if self._residency is None else self._residency.in_layers(ffn, file)
         return self._ffns[cluster]
 
     def truncate(self, num_tokens: int) -> None:

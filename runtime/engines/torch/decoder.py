@@ -49,6 +49,8 @@ class TorchDecoder:
     block_tokens = 256
     page_tokens = PAGE_TOKENS
     calls_alike = False
+    gathers = True
+    disk_reads = None
     cheap_swaps = False  # on a GPU, which holds one pack
 
     def __init__(

@@ -13,22 +13,25 @@
 #include "decoder.h"
 #include "gather.h"
 #include "reading.h"
+#include "residency.h"
 
 namespace coreinfer {
 namespace {
 
 using Floats = py::array_t<float, py::array::c_style>;
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
 using Ids = py::array_t<int32_t, py::array::c_style>;
 
 class Model {
  public:
   Model(const py::dict& spec, const std::string& isa, int num_threads, int max_neurons,
-        const std::function<int(size_t)>& count_pages) {
+        const std::function<int(size_t, std::pair<size_t, size_t>)>& count_pages) {
     const Kernels& kernels = find_kernels(isa);
     if (max_neurons < 1) refuse("max_neurons", "at least 1", std::to_string(max_neurons));
     ModelWeights weights = read_model(spec, owners_);
     max_neurons_ = max_neurons;
-    const int num_pages = count_pages(layout_for(weights).num_bytes());
+    const TableBytes tables = table_bytes(weights);
+    const int num_pages = count_pages(layout_for(weights).num_bytes(), {tables.all, tables.block});
     if (num_pages < 1) refuse("KV cache pages", "at least 1", std::to_string(num_pages));
     decoder_ = std::make_unique<Decoder>(std::move(weights), kernels, num_threads, max_neurons, num_pages);
   }
@@ -43,9 +46,39 @@ class Model {
     for (const FfnWeights& layer : *ffn.ffn)
       if (layer.up.weight.cols != decoder_->weights.hidden)
         refuse("FFN inputs", std::to_string(decoder_->weights.hidden), std::to_string(layer.up.weight.cols));
+    if (decoder_->residency && !ffn.source) refuse("FFN", "one that is read in layers, as memory is limited", "another");
     decoder_->ffn = ffn.ffn;
+    decoder_->source = ffn.source;
     ffn_ = ffn;
   }
+
+  // Limit the memory of weights; `base` is the whole mapped file that the model's matrices lie in.
+  void limit(const std::string& path, const Bytes& base, size_t layer_bytes, size_t window_bytes) {
+    const std::unique_lock<std::mutex> lock = acquire();
+    limit_memory(*decoder_, {path, base.data(), size_t(base.size())}, {layer_bytes, window_bytes});
+  }
+
+  void announce(const FfnHandle& ffn) {
+    if (decoder_->residency && ffn.source) decoder_->residency->store.announce(ffn.source);
+  }
+
+  bool holds(const FfnHandle& ffn) const {
+    return !decoder_->residency || decoder_->residency->store.holds(*ffn.source);
+  }
+
+  // Bytes read of layers, layers that were there when they were needed, that were not, seconds waited for them, rows of
+  // tables that were read; nothing where memory is not limited.
+  py::object read_figures() const {
+    if (!decoder_->residency) return py::none();
+    const ReadFigures figures = decoder_->residency->store.figures();
+    uint64_t table_bytes = 0;
+    for (const PageWindow* window : {decoder_->residency->embedding.get(), decoder_->residency->head_lows.get()})
+      if (window) table_bytes += window->num_touched() * window->block_bytes();
+    return py::make_tuple(figures.num_bytes, figures.num_hits, figures.num_misses, figures.waited_seconds, table_bytes);
+  }
+
+  size_t layer_bytes_used() const { return decoder_->residency ? decoder_->residency->store.used_bytes() : 0; }
+
 
   FfnHandle gather(const FfnHandle& from, const std::vector<Ids>& neuron_ids) const {
     if (neuron_ids.size() != from.ffn->size())
@@ -272,6 +305,13 @@ py::array unpack(const py::object& matrix) {
   return out;
 }
 
+// The same weights, to be read layer by layer from the file that `mapping` is all of.
+FfnHandle read_in_layers(const FfnHandle& ffn, const std::string& path, const Bytes& mapping) {
+  FfnHandle out = ffn;
+  out.source = std::make_shared<LayerSource>(path, mapping.data(), size_t(mapping.size()), *ffn.ffn);
+  return out;
+}
+
 std::vector<std::string> isa_names() {
   std::vector<std::string> names;
   for (const Kernels* table : available_kernels()) names.push_back(table->name);
@@ -288,11 +328,17 @@ PYBIND11_MODULE(_native, module) {
   py::register_exception<NoAddressSpace>(module, "NoAddressSpace", PyExc_RuntimeError);
   py::class_<FfnHandle>(module, "Ffn")
       .def(py::init(&read_ffn), py::arg("layers"), py::arg("hidden"))
+      .def("in_layers", &read_in_layers, py::arg("path"), py::arg("mapping"))
       .def_property_readonly("max_neurons", &FfnHandle::max_neurons);
   py::class_<Model>(module, "Model")
-      .def(py::init<const py::dict&, const std::string&, int, int, const std::function<int(size_t)>&>(),
+      .def(py::init<const py::dict&, const std::string&, int, int,
+                    const std::function<int(size_t, std::pair<size_t, size_t>)>&>(),
            py::arg("spec"), py::arg("isa"), py::arg("num_threads"), py::arg("max_neurons"), py::arg("count_pages"))
       .def("use", &Model::use, py::arg("ffn"))
+      .def("limit", &Model::limit, py::arg("path"), py::arg("base"), py::arg("layer_bytes"), py::arg("window_bytes"))
+      .def("announce", &Model::announce, py::arg("ffn"))
+      .def("holds", &Model::holds, py::arg("ffn"))
+      .def("read_figures", &Model::read_figures)
       .def("gather", &Model::gather, py::arg("ffn"), py::arg("neuron_ids"))
       .def("forward", &Model::forward, py::arg("ids"), py::arg("all_logits") = false, py::arg("screened") = false,
            py::arg("watcher") = py::none(), py::arg("sequence") = 0)
@@ -303,6 +349,7 @@ PYBIND11_MODULE(_native, module) {
       .def("truncate", &Model::truncate, py::arg("num_tokens"), py::arg("sequence") = 0)
       .def("bytes_per_token", &Model::bytes_per_token, py::arg("num_tokens"), py::arg("screened") = false)
       .def("num_cached", &Model::num_cached, py::arg("sequence") = 0)
+      .def_property_readonly("layer_bytes_used", &Model::layer_bytes_used)
       .def_property_readonly("num_pages", &Model::num_pages)
       .def_property_readonly("num_free_pages", &Model::num_free_pages)
       .def_property_readonly("page_bytes", &Model::page_bytes)

@@ -5,6 +5,7 @@
 
 #include "decoder.h"
 #include "layer.h"
+#include "residency.h"
 
 namespace coreinfer {
 
@@ -68,7 +69,8 @@ class BlockPass {
     const int num_layers = static_cast<int>(weights_.layers.size());
     for (int layer = 0; layer < num_layers; ++layer) {
       attention(layer);
-      ffn(weights_.layers[layer], (*decoder_.ffn)[layer]);
+      const LentLayer neurons(decoder_, layer, thread_);
+      ffn(weights_.layers[layer], neurons.weights());
       if (watcher) {
         if (thread_ == 0) watcher(layer, shared_.neurons.view.values, num_tokens_, shared_.neurons.view.stride);
         decoder_.threads.barrier(thread_);
@@ -202,8 +204,7 @@ class BlockPass {
       if (!weights_.project_out.empty()) project_out(inputs);
     });
     if (!options_.all_logits) return compute_head(decoder_, all.token(first), thread_, options_.screened, logits);
-    multiply_share(kernels_, {{&weights_.head, logits}}, all, num_tokens_, round_up(weights_.vocab, kBlockRows),
-                   thread_, decoder_.threads);
+    multiply_head(decoder_, all, num_tokens_, logits, thread_);
   }
 
   void project_out(const Activations& inputs) {
@@ -230,7 +231,9 @@ class BlockPass {
 
 void read_block(Decoder& decoder, const std::vector<Row>& rows, const BlockOptions& options, float* logits,
                 const Watcher& watcher) {
+  LimitedPass limited(decoder, rows.data(), rows.size(), options.exact);
   decoder.threads.run([&](int thread) { BlockPass(decoder, thread, rows, options).run(logits, watcher); });
+  limited.finish();
 }
 
 }  // namespace coreinfer

@@ -22,6 +22,9 @@ struct PoolFull : std::runtime_error {
   PoolFull(int num_needed, int num_free);
 };
 
+class LayerSource;
+struct Residency;
+
 // Weights, the FFN in use, the sequences and the threads.
 struct Decoder {
   Decoder(ModelWeights weights, const Kernels& kernels, int num_threads, int max_neurons, int num_pages);
@@ -49,6 +52,9 @@ struct Decoder {
   const ModelWeights weights;
   const Kernels& kernels;
   std::shared_ptr<const Ffn> ffn;
+  // Where memory for weights is limited: what is in it, and where the layers of the FFN in use are read from.
+  std::shared_ptr<Residency> residency;
+  std::shared_ptr<LayerSource> source;
   PagePool pool;
   std::vector<std::unique_ptr<Sequence>> sequences;  // empty where one was dropped
   Threads threads;

@@ -5,6 +5,7 @@
 
 #include "decoder.h"
 #include "layer.h"
+#include "residency.h"
 
 namespace coreinfer {
 namespace {
@@ -19,8 +20,9 @@ void compute_head(Decoder& decoder, const Activations& x, int thread, bool scree
   const Matrix& head = decoder.weights.head;
   const Kernels& kernels = decoder.kernels;
   if (!screened || head.format != Format::int8_planes)
-    return multiply_share(kernels, {{&head, logits}}, x, 1, 0, thread, decoder.threads);
+    return multiply_head(decoder, x, 1, logits, thread);
 
+  PageWindow* window = decoder.residency ? decoder.residency->head_lows.get() : nullptr;
   float* deviations = decoder.deviations.get();
   decoder.threads.deal(thread, head.num_blocks(),
                        [&](int begin, int end) { kernels.screen(head, x, logits, deviations, begin, end); });
@@ -28,6 +30,7 @@ void compute_head(Decoder& decoder, const Activations& x, int thread, bool scree
   // Every thread looks for the best by screening and scores its block, into memory of its own.
   const int best = kernels.largest(logits, head.rows) / kBlockRows;
   float exact[kBlockRows];
+  if (window) window->touch(best);
   kernels.multiply(head, x, 1, exact - best * kBlockRows, 0, best, best + 1);
   const int num_rows = std::min(kBlockRows, head.rows - best * kBlockRows);
   const float least = exact[kernels.largest(exact, num_rows)];
@@ -37,6 +40,7 @@ void compute_head(Decoder& decoder, const Activations& x, int thread, bool scree
       const float *scores = logits + block * kBlockRows, *spread = deviations + block * kBlockRows;
       bool possible = false;
       for (int row = 0; row < kBlockRows; ++row) possible |= !(scores[row] + kDeviations * spread[row] < least);
+      if (possible && window) window->touch(block);
       if (possible) kernels.multiply(head, x, 1, logits, 0, block, block + 1);
     }
   });

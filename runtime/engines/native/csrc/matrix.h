@@ -37,6 +37,21 @@ struct Matrix {
     const size_t low_bytes = format == Format::int8_planes ? tile_bytes() : 0;
     return tiles * (tile_bytes() + low_bytes + kBlockRows * (format == Format::int4 ? 3 : 2));
   }
+  // Blocks of rows [begin, end) as a matrix of their own.
+  Matrix rows_from(int begin, int end) const {
+    Matrix part = *this;
+    part.rows = (end < num_blocks() ? end * kBlockRows : rows) - begin * kBlockRows;
+    if (!quantized()) {
+      part.bf16 += size_t(begin) * kBlockRows * cols;
+      return part;
+    }
+    const size_t tile = size_t(begin) * num_groups();
+    part.codes += tile * tile_bytes();
+    part.scales += tile * kBlockRows;
+    if (zeros) part.zeros += tile * kBlockRows;
+    if (lows) part.lows += tile * tile_bytes();
+    return part;
+  }
   // What reading the high halves and the scales alone takes.
   size_t screening_bytes() const { return size_t(num_blocks()) * num_groups() * (tile_bytes() + kBlockRows * 2); }
 };

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "layer_store.h"
 #include "scratch.h"
 #include "weights.h"
 
@@ -33,6 +34,7 @@ struct __attribute__((visibility("hidden"))) FfnHandle {
   std::shared_ptr<Ffn> ffn = std::make_shared<Ffn>();
   Owners owners;
   std::vector<std::shared_ptr<void>> memory;
+  std::shared_ptr<LayerSource> source;  // where memory is limited: what layers are read from
 
   int max_neurons() const {
     int most = 0;

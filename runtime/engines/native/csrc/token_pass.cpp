@@ -5,6 +5,7 @@
 
 #include "decoder.h"
 #include "layer.h"
+#include "residency.h"
 
 namespace coreinfer {
 
@@ -55,9 +56,9 @@ class TokenPass {
     embed(weights_, kernels_, row_.id, position_, inputs_, x_);
     fill_angles(weights_, position_, own_.angles.get());
     for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
-      const FfnWeights& neurons = (*decoder_.ffn)[layer];
-      attention(static_cast<int>(layer), {first_of(neurons)});
-      ffn(weights_.layers[layer], neurons, after_layer(layer));
+      attention(static_cast<int>(layer), {first_of((*decoder_.ffn)[layer])});
+      const LentLayer neurons(decoder_, static_cast<int>(layer), thread_);
+      ffn(weights_.layers[layer], neurons.weights(), after_layer(layer));
     }
     prepare_inputs(weights_, kernels_, weights_.final_norm, x_, inputs_);
     if (!weights_.project_out.empty()) project_out();
@@ -201,7 +202,9 @@ class TokenPass {
 }  // namespace
 
 void decode_token(Decoder& decoder, const Row& row, bool screened, float* logits) {
+  LimitedPass limited(decoder, &row, 1, true);
   decoder.threads.run([&](int thread) { TokenPass(decoder, row, thread).run(screened, logits); });
+  limited.finish();
 }
 
 }  // namespace coreinfer

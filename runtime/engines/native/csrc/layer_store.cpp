@@ -1,0 +1,310 @@
+#include "layer_store.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+
+#include "threads.h"
+
+namespace coreinfer {
+namespace {
+
+constexpr int kReaders = 2;     // so that the disk has the next read while one is done with
+constexpr int kLeastAhead = 2;  // layers of a streamed source in memory: one is computed with, one is read
+
+uint8_t* map_memory(size_t num_bytes) {
+  void* memory = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return nullptr;
+#ifdef MADV_HUGEPAGE
+  madvise(memory, num_bytes, MADV_HUGEPAGE);
+#endif
+  // Where it is not allowed, the memory is as resident as any other.
+  mlock(memory, num_bytes);
+  return static_cast<uint8_t*>(memory);
+}
+
+}  // namespace
+
+LayerStore::LayerStore(size_t limit_bytes) : limit_(limit_bytes), num_forks_(num_forks()) {
+  for (int i = 0; i < kReaders; ++i) threads_.emplace_back([this] { read_jobs(); });
+}
+
+LayerStore::~LayerStore() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+  }
+  readers_.notify_all();
+  for (std::thread& thread : threads_) {
+    // A forked process has none of them.
+    if (num_forks() == num_forks_)
+      thread.join();
+    else
+      thread.detach();
+  }
+  for (const auto& held : all_)
+    for (Slot& slot : held->slots) release(slot);
+  while (drop_spare()) {
+  }
+}
+
+void LayerStore::announce(std::shared_ptr<LayerSource> source) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  announced_ = find(source);
+  decoded_since_announced_ = false;
+  plan_all();
+  readers_.notify_all();
+}
+
+void LayerStore::begin_pass(const std::shared_ptr<LayerSource>& source, bool decodes) {
+  if (num_forks() != num_forks_)
+    throw std::runtime_error("this process was forked after a bundle was loaded with memory_mb; load it again in it");
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::shared_ptr<Held> held = find(source);
+  const std::shared_ptr<Held> before[] = {active_, keeper_};
+  if (decodes) {
+    note_decoding(held);
+  } else if (announced_ && !decoded_since_announced_) {
+    // Nobody has decoded since: the pack that did has had its day.
+    keeper_ = announced_;
+  }
+  if (active_ != held) {
+    if (active_) release_passing(*active_);
+    active_ = held;
+    all_.erase(std::find(all_.begin(), all_.end(), held));
+    all_.push_back(held);
+  }
+  if (before[0] != active_ || before[1] != keeper_) plan_all();
+  position_ = 0;
+  wraps_ = decodes;
+  // Threads that wake for nothing cost the token time.
+  if (!is_whole(*active_) || (keeper_ && !is_whole(*keeper_)) || (announced_ && !is_whole(*announced_)))
+    readers_.notify_all();
+}
+
+void LayerStore::end_pass() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!failed_) return;
+  failed_ = false;
+  for (const auto& held : all_)
+    for (Slot& slot : held->slots)
+      if (slot.state == State::present) release(slot);
+  throw std::runtime_error("memory_mb: a layer could not be read from the bundle's file; check the disk");
+}
+
+FfnWeights LayerStore::await(int layer, bool counts) {
+  Slot& slot = active_->slots[layer];
+  uint8_t* memory = slot.ready.load(std::memory_order_acquire);
+  const bool hit = memory != nullptr;
+  if (!hit) {
+    const auto begun = std::chrono::steady_clock::now();
+    std::unique_lock<std::mutex> lock(mutex_);
+    waiters_.wait(lock, [&] { return slot.ready.load(std::memory_order_acquire) != nullptr; });
+    memory = slot.ready;
+    if (counts)
+      figures_.waited_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
+  }
+  // By one thread only, and read between passes.
+  if (counts) ++(hit ? figures_.num_hits : figures_.num_misses);
+  return active_->source->weights(layer, memory);
+}
+
+void LayerStore::done(int layer) {
+  position_ = layer + 1;
+  Slot& slot = active_->slots[layer];
+  if (slot.kept) return;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  release(slot);
+  readers_.notify_all();
+}
+
+ReadFigures LayerStore::figures() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return figures_;
+}
+
+size_t LayerStore::used_bytes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return used_;
+}
+
+bool LayerStore::holds(const LayerSource& source) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& held : all_)
+    if (held->source.get() == &source) return is_whole(*held);
+  return false;
+}
+
+bool LayerStore::is_whole(const Held& held) {
+  return std::all_of(held.slots.begin(), held.slots.end(),
+                     [](const Slot& slot) { return slot.state == State::present; });
+}
+
+std::shared_ptr<LayerStore::Held> LayerStore::find(const std::shared_ptr<LayerSource>& source) {
+  for (const auto& held : all_)
+    if (held->source == source) return held;
+  all_.push_back(std::make_shared<Held>(source));
+  return all_.back();
+}
+
+// Who decodes twice in a row keeps its layers, and who was announced does at once. Sources that decode in turn, as those of
+// several generations do, leave the memory to one of them.
+void LayerStore::note_decoding(const std::shared_ptr<Held>& held) {
+  if (!keeper_ || held == announced_ || held == last_decoder_) keeper_ = held;
+  if (held == announced_) announced_ = nullptr;
+  last_decoder_ = held;
+  decoded_since_announced_ = true;
+}
+
+void LayerStore::plan(Held& held, size_t room, bool streams) {
+  const int num_layers = held.source->num_layers();
+  const size_t ahead = streams ? kLeastAhead * held.source->largest() : 0;
+  int count = num_layers;  // layers that stay, spread evenly: the disk then has work all the time
+  const auto stays = [&](int layer) {
+    return int64_t(layer + 1) * count / num_layers > int64_t(layer) * count / num_layers;
+  };
+  for (; count > 0; --count) {
+    size_t total = 0;
+    for (int layer = 0; layer < num_layers; ++layer) total += stays(layer) ? held.source->num_bytes(layer) : 0;
+    if (total + (count < num_layers ? ahead : 0) <= room) break;
+  }
+  for (int layer = 0; layer < num_layers; ++layer) held.slots[layer].kept = stays(layer);
+}
+
+void LayerStore::plan_all() {
+  const size_t kept = keeper_ ? std::min(keeper_->source->total(), limit_) : 0;
+  for (const auto& held : all_) plan(*held, 0, true);
+  if (keeper_) plan(*keeper_, limit_, true);
+  if (announced_ && announced_ != keeper_) plan(*announced_, limit_ - kept, false);
+  if (active_ && active_ != keeper_ && active_ != announced_) plan(*active_, limit_ - kept, true);
+}
+
+void LayerStore::release(Slot& slot) {
+  if (slot.state == State::reading) return;  // whoever reads it lets it go
+  slot.ready = nullptr;
+  slot.state = State::absent;
+  if (slot.block.memory) spare_.push_back(slot.block);
+  slot.block = {};
+}
+
+void LayerStore::release_passing(Held& held) {
+  for (Slot& slot : held.slots)
+    if (!slot.kept) release(slot);
+}
+
+bool LayerStore::drop_spare() {
+  if (spare_.empty()) return false;
+  munmap(spare_.back().memory, spare_.back().num_bytes);
+  used_ -= spare_.back().num_bytes;
+  spare_.pop_back();
+  return true;
+}
+
+bool LayerStore::evict_from(Held& held) {
+  for (auto slot = held.slots.rbegin(); slot != held.slots.rend(); ++slot)
+    if (slot->state == State::present) {
+      release(*slot);
+      return true;
+    }
+  return false;
+}
+
+// Let go of what is needed least until so many bytes are free. The source that decodes gives layers to a pass of another
+// one, but no more than that needs to run at all.
+bool LayerStore::make_room(size_t num_bytes, const Held& wanting) {
+  const auto num_there = std::count_if(wanting.slots.begin(), wanting.slots.end(),
+                                       [](const Slot& slot) { return slot.state != State::absent; });
+  while (used_ + num_bytes > limit_) {
+    if (drop_spare()) continue;
+    bool evicted = false;
+    for (const auto& held : all_)
+      if (held != active_ && held != keeper_ && held != announced_ && held.get() != &wanting)
+        if ((evicted = evict_from(*held))) break;
+    if (evicted) continue;
+    if (&wanting != active_.get()) return false;
+    if (announced_ && announced_ != keeper_ && announced_ != active_ && evict_from(*announced_)) continue;
+    if (!keeper_ || keeper_ == active_ || num_there >= kLeastAhead || !evict_from(*keeper_)) return false;
+  }
+  return true;
+}
+
+bool LayerStore::take_block(size_t num_bytes, const Held& wanting, Block& block) {
+  for (auto spare = spare_.begin(); spare != spare_.end(); ++spare)
+    if (spare->num_bytes >= num_bytes && spare->num_bytes <= num_bytes + num_bytes / 8) {
+      block = *spare;
+      spare_.erase(spare);
+      return true;
+    }
+  if (!make_room(num_bytes, wanting)) return false;
+  block = {map_memory(num_bytes), num_bytes};
+  if (!block.memory) return false;
+  used_ += num_bytes;
+  return true;
+}
+
+// The next layer to read: one that the pass comes to, else one that shall stay.
+LayerStore::Job LayerStore::pick() {
+  if (active_) {
+    const int num_layers = active_->source->num_layers(), position = position_;
+    const int end = wraps_ ? position + num_layers : num_layers;
+    for (int at = position; at < end; ++at) {
+      Slot& slot = active_->slots[at % num_layers];
+      if (slot.state != State::absent) continue;
+      if (!take_block(active_->source->num_bytes(at % num_layers), *active_, slot.block)) break;
+      slot.state = State::reading;
+      return {active_, at % num_layers};
+    }
+  }
+  for (const auto& held : {keeper_, announced_}) {
+    if (!held || held == active_) continue;
+    const Job job = pick_kept(held);
+    if (job.held) return job;
+  }
+  return {};
+}
+
+LayerStore::Job LayerStore::pick_kept(const std::shared_ptr<Held>& held) {
+  // What the pass needs to run stays free.
+  const size_t num_there =
+      active_ ? std::count_if(active_->slots.begin(), active_->slots.end(),
+                              [](const Slot& slot) { return slot.state != State::absent && !slot.kept; })
+              : 0;
+  const bool streams = active_ && std::any_of(active_->slots.begin(), active_->slots.end(),
+                                              [](const Slot& slot) { return !slot.kept; });
+  const size_t reserve = streams && num_there < kLeastAhead ? (kLeastAhead - num_there) * active_->source->largest() : 0;
+  for (int layer = 0; layer < held->source->num_layers(); ++layer) {
+    Slot& slot = held->slots[layer];
+    const size_t num_bytes = held->source->num_bytes(layer);
+    if (slot.state != State::absent || !slot.kept) continue;
+    if (!make_room(num_bytes + reserve, *held) || !take_block(num_bytes, *held, slot.block)) return {};
+    slot.state = State::reading;
+    return {held, layer};
+  }
+  return {};
+}
+
+void LayerStore::read_jobs() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!stop_) {
+    const Job job = pick();
+    if (!job.held) {
+      readers_.wait(lock);
+      continue;
+    }
+    Slot& slot = job.held->slots[job.layer];
+    uint8_t* memory = slot.block.memory;
+    lock.unlock();
+    const bool read = job.held->source->read(job.layer, memory);
+    lock.lock();
+    if (!read) failed_ = true;
+    figures_.num_bytes += job.held->source->num_bytes(job.layer);
+    slot.state = State::present;
+    slot.ready.store(memory, std::memory_order_release);
+    if (job.held != active_ && !slot.kept) release(slot);
+    waiters_.notify_all();
+  }
+}
+
+}  // namespace coreinfer
