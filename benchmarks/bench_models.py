@@ -206,14 +206,14 @@ def _without_quantization(config: Any) -> Any:
     return plain
 
 
-def bundle_of(model: BenchModel, kind: str, work: Path) -> Path:
-    """Compile a bundle with one cluster; weights in `kind`, the head in int8."""
-    target = work / f"{model.name}-{kind}"
+def bundle_of(model: BenchModel, kind: str, work: Path, *, keep: float | None = None) -> Path:
+    """Compile a bundle with one cluster; weights in `kind`, the head in int8; another keep ratio than the model's."""
+    target = work / (f"{model.name}-{kind}" if keep is None else f"{model.name}-{kind}-keep-{keep:g}")
     if not (target / "manifest.json").exists():
         text = work / "calibration.txt"
         text.write_text("\n\n".join(_CALIBRATION * 8), encoding="utf-8")
         command = [sys.executable, "-m", "coreinfer.compiler", "--model", source_of(model, work), "--clusters", "1"]
-        command += ["--keep", model.keep, "--budgets", "uniform", "--calibration", text, "--no-reconstruct"]
+        command += ["--keep", keep or model.keep, "--budgets", "uniform", "--calibration", text, "--no-reconstruct"]
         command += ["--no-evaluate", "--quantize", kind, "--cache", work / "cache", "-o", target]
         subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr)
     return target

@@ -17,9 +17,9 @@ from coreinfer.runtime.engines.protocol import DENSE, FfnChoice, KvPoolFull
 from coreinfer.runtime.generation import DiskReads
 
 from . import _native
-from .model import ffn_layers, model_spec
 from .memory_plan import MemoryPlan, plan_memory
-from .residency import Residency, disk_reads, hold_base, weight_sizes
+from .model import ffn_layers, model_spec
+from .residency import disk_reads, hold_base, weight_sizes
 
 __all__ = ["NativeDecoder"]
 

@@ -1,0 +1,251 @@
+"""Where the model does not fit: engines in a limited memory, beside each other.
+
+    python benchmarks/memory.py --models qwen2.5-coder-0.5b --limits 1.0,0.8,0.6,0.5,0.4 --work build/memory
+
+Each contender runs in a process and a memory cgroup of its own, page cache included; its files are dropped from the
+page cache first, so that their pages are charged to it. Limits are shares of the dense int4 size: base and dense FFN of
+the bundle. Needs root and a memory cgroup. A table, then one JSON line.
+"""
+
+import json
+import mmap
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from bench_models import MODELS, BenchModel, bundle_of, link_qwen, llamacpp_file, transformers_folder
+from coreinfer.bundles.layout import LAYOUT
+from memory_group import forget_files, memory_group
+
+_WORKER = Path(__file__).with_name("memory_worker.py")
+_READ_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A row of the table: what to run, as `memory_worker` takes it, and the path of its files."""
+
+    name: str
+    spec: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """Its files."""
+        return Path(self.spec["path"])
+
+
+@click.command()
+@click.option("--models", "names", default="qwen2.5-coder-0.5b", help="Names of bench_models.py, with commas.")
+@click.option("--limits", default="1.0,0.8,0.6,0.5,0.4", help="Shares of the dense int4 size; 0 for no limit.")
+@click.option("--contenders", "wanted", default="", help="Parts of names of contenders to run; all without.")
+@click.option("--packs", default="0.7,0.5,0.3", help="Keep ratios.")
+@click.option("--quants", default="Q4_0,Q2_K", help="Quantizations of llama.cpp.")
+@click.option("--bundle", "given", multiple=True, help="KEEP=DIR: a bundle that is there already.")
+@click.option("--qwen-gguf", type=click.Path(path_type=Path), default=None)
+@click.option("--work", type=click.Path(path_type=Path), default=Path("build/memory"))
+@click.option("--texts", type=click.Path(path_type=Path), default=None, help="Folder of JSON Lines files; measures KL.")
+@click.option("--num-texts", default=12)
+@click.option("--tokens", "num_tokens", default=64)
+@click.option("--prompt-tokens", default=64)
+@click.option("--seconds", default=20.0, help="Of decoding, at most.")
+@click.option("--threads", default=os.cpu_count() or 1)
+def main(
+    names: str,
+    limits: str,
+    wanted: str,
+    packs: str,
+    quants: str,
+    given: tuple[str, ...],
+    qwen_gguf: Path | None,
+    work: Path,
+    texts: Path | None,
+    num_texts: int,
+    num_tokens: int,
+    prompt_tokens: int,
+    seconds: float,
+    threads: int,
+) -> None:
+    """Run contenders under limits of memory."""
+    work.mkdir(parents=True, exist_ok=True)
+    if qwen_gguf:
+        link_qwen(qwen_gguf, work)
+    bundles = {float(keep): Path(folder) for keep, folder in (item.split("=", 1) for item in given)}
+    timing = {
+        "threads": threads,
+        "num_tokens": num_tokens,
+        "prompt_tokens": prompt_tokens,
+        "warm_tokens": 4,
+        "seconds": seconds,
+    }
+    shares = [float(share) for share in limits.split(",")]
+    results = []
+    for model in (model for model in MODELS if model.name in names.split(",")):
+        for keep in map(float, packs.split(",")):
+            bundles.setdefault(keep, bundle_of(model, "int4", work, keep=keep))
+        found = [
+            contender
+            for contender in find_contenders(model, bundles, [kind for kind in quants.split(",") if kind], work)
+            if not wanted or any(part in contender.name for part in wanted.split(","))
+        ]
+        dense_bytes = dense_size(next(iter(bundles.values())))
+        disk = disk_speed(next(iter(bundles.values())) / LAYOUT.base)
+        click.echo(
+            f"{model.name}: dense int4 {dense_bytes / 1e6:.1f} MB; disk {disk['sequential_mb_s']:.0f} MB/s in a row, "
+            f"{disk['random_mb_s']:.1f} MB/s in 4k reads"
+        )
+        divergences = kl_of(found, model, texts, num_texts, work, timing) if texts else {}
+        runs = list(run_all(found, shares, dense_bytes, timing, divergences))
+        results.append({"name": model.name, "dense_mb": dense_bytes / 1e6, "disk": disk, "runs": runs})
+    click.echo(json.dumps({"models": results}))
+
+
+def dense_size(bundle_dir: Path) -> int:
+    """Bytes of base and dense FFN."""
+    return sum((bundle_dir / name).stat().st_size for name in (LAYOUT.base, LAYOUT.dense))
+
+
+def find_contenders(
+    model: BenchModel, bundles: dict[float, Path], quants: list[str], work: Path
+) -> Iterator[Contender]:
+    """Name what can run here; what is not installed is left out with a remark."""
+    first = next(iter(bundles.values()))
+    yield Contender(name="coreinfer-dense", spec={"engine": "coreinfer", "path": str(first), "variant": "dense"})
+    for keep, folder in bundles.items():
+        yield Contender(
+            name=f"coreinfer-pack-{keep:g}", spec={"engine": "coreinfer", "path": str(folder), "variant": "pack"}
+        )
+    try:
+        files = {kind: llamacpp_file(model, kind, work) for kind in quants}
+    except ImportError:
+        click.echo("llama.cpp: left out, llama_cpp is not installed", err=True)
+        files = {}
+    for kind, path in files.items():
+        for mapped in (True, False):
+            for repack in (True, False):
+                name = f"llamacpp-{kind}{'' if mapped else '-no-mmap'}{'' if repack else '-no-repack'}"
+                spec = {"engine": "llamacpp", "path": str(path), "mmap": mapped, "repack": repack}
+                yield Contender(name=name, spec=spec)
+    folder = transformers_folder(model, work)
+    yield Contender(name="transformers-bf16", spec={"engine": "transformers", "path": str(folder)})
+
+
+def run_all(
+    contenders: list[Contender],
+    shares: list[float],
+    dense_bytes: int,
+    timing: dict[str, Any],
+    divergences: dict[str, float],
+) -> Iterator[dict[str, Any]]:
+    """Run every contender under every limit; print a line for each."""
+    click.echo(
+        f"{'limit':>6s} {'MB':>6s} {'contender':32s} {'tok/s':>8s} {'first s':>8s} {'MB read':>8s} {'peak':>7s}  KL"
+    )
+    for share in shares:
+        limit = round(share * dense_bytes) if share else None
+        for contender in contenders:
+            run = run_limited(contender, limit, timing)
+            run |= {"name": contender.name, "limit": share or None, "kl": divergences.get(contender.name)}
+            cells = [
+                f"{run[key]:8.2f}" if run.get(key) is not None else f"{'none':>8s}"
+                for key in ("decode_tok_s", "first_token_seconds", "disk_mb_a_token")
+            ]
+            kl = "" if run["kl"] is None else f"{run['kl']:.3f}"
+            peak = f"{run['peak_mb']:7.1f}" if run["peak_mb"] is not None else f"{'':7s}"
+            size = f"{limit / 1e6:6.1f}" if limit else f"{'':6s}"
+            why = f" ({run['failure']})" if run["failure"] else ""
+            click.echo(f"{share or 'none':>6} {size} {contender.name:32s} {' '.join(cells)} {peak}  {kl}{why}")
+            yield run
+
+
+def run_limited(contender: Contender, limit_bytes: int | None, timing: dict[str, Any]) -> dict[str, Any]:
+    """Run one contender in a group; nothing is measured of one that is killed or too slow."""
+    limit_mb = None if limit_bytes is None else limit_bytes / 1e6
+    spec = {**contender.spec, **timing, "limit_mb": limit_mb}
+    forget_files(contender.path)
+    with memory_group(f"coreinfer-memory-{os.getpid()}", limit_bytes) as group:
+        process = subprocess.Popen(
+            group.command([sys.executable, str(_WORKER), json.dumps(spec)]),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            # A run that comes no further than its first token in this time is none.
+            output, errors = process.communicate(timeout=10 + 2 * timing["seconds"])
+            failure = _failure(process.returncode, errors)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            output, failure = "", "too slow"
+        peak = group.peak_bytes
+    found = json.loads(output) if output and not failure else {"decode_tok_s": None, "first_token_seconds": None}
+    return {"disk_mb_a_token": None, **found, "peak_mb": None if peak is None else peak / 1e6, "failure": failure}
+
+
+def _failure(code: int, errors: str) -> str | None:
+    if code == 0:
+        return None
+    return "killed: out of memory" if code == -9 else (errors.strip().splitlines() or [f"exit code {code}"])[-1]
+
+
+def kl_of(
+    contenders: list[Contender], model: BenchModel, texts: Path, num_texts: int, work: Path, timing: dict[str, Any]
+) -> dict[str, float]:
+    """KL of each contender to the original in float32; how it is mapped or repacked changes nothing in it."""
+    import numpy as np
+    from bench_models import source_of
+    from kl import original_logits, read_texts
+
+    folder = work / f"{model.name}-reference-{num_texts}"
+    if not (folder / "ids.json").exists():
+        folder.mkdir(exist_ok=True)
+        ids = read_texts(
+            next(one.path for one in contenders if one.spec["engine"] == "coreinfer"), texts, num_texts, 96
+        )
+        for number, logits in enumerate(original_logits(str(source_of(model, work)), ids)):
+            np.save(folder / f"{number}.npy", logits)
+        (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
+    found: dict[str, float] = {}
+    known: dict[tuple[str, str], float] = {}
+    for contender in contenders:
+        key = (str(contender.path), contender.spec.get("variant", ""))
+        if key not in known:
+            spec = {**contender.spec, **timing, "limit_mb": None, "texts": str(folder)}
+            command = [sys.executable, str(_WORKER), json.dumps(spec)]
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise click.ClickException(f"{contender.name}: {done.stderr.strip().splitlines()[-1]}")
+            known[key] = json.loads(done.stdout)["kl"]
+        found[contender.name] = known[key]
+    return found
+
+
+def disk_speed(path: Path) -> dict[str, float]:
+    """Plain reads past the page cache: in a row by 1 MiB, and 4 KiB here and there."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    size = os.fstat(descriptor).st_size >> 20 << 20
+    try:
+        with mmap.mmap(-1, 1 << 20) as memory:
+            begin = time.perf_counter()
+            for offset in range(0, min(size, _READ_BYTES), 1 << 20):
+                os.preadv(descriptor, [memory], offset)
+            in_a_row = min(size, _READ_BYTES) / (time.perf_counter() - begin)
+        with mmap.mmap(-1, 4096) as memory:
+            begin, places = time.perf_counter(), random.Random(0)
+            for _ in range(2000):
+                os.preadv(descriptor, [memory], places.randrange(size >> 12) << 12)
+            here_and_there = 2000 * 4096 / (time.perf_counter() - begin)
+    finally:
+        os.close(descriptor)
+    return {"sequential_mb_s": in_a_row / 1e6, "random_mb_s": here_and_there / 1e6}
+
+
+if __name__ == "__main__":
+    main()
