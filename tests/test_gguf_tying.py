@@ -1,6 +1,7 @@
 """A table that a GGUF file holds twice, as embedding and as head in other bits."""
 
 from pathlib import Path
+from typing import TypeAlias
 
 import gguf
 import numpy as np
@@ -14,7 +15,7 @@ from coreinfer.compiler.models.sources import find_source
 
 from .gguf_factory import Contents, contents, tiny_config, tiny_model, write
 
-Q = gguf.GGMLQuantizationType
+Q: TypeAlias = gguf.GGMLQuantizationType
 
 
 def twice(embedding: Q, head: Q) -> Contents:

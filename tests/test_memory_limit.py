@@ -147,8 +147,10 @@ def test_two_hundred_turns_over_all_clusters(tiny_bundle: Callable[..., Path], m
 def test_a_conversation_with_a_limit_is_the_same(tiny_bundle: Callable[..., Path]) -> None:
     bundle_dir = tiny_bundle("llama", quantize="int4")
     texts = []
-    for options in ({}, {"memory_mb": 1.2 * least_mb(bundle_dir), "kv_cache_mb": 0.4}):
-        engine = runtime.load(bundle_dir, engine="native", threads=1, mode="similarity", **options)
+    for mb in (None, 1.2 * least_mb(bundle_dir)):
+        engine = runtime.load(
+            bundle_dir, engine="native", threads=1, mode="similarity", memory_mb=mb, kv_cache_mb=0.4
+        )
         conversation = engine.conversation("Speak of the sea.")
         texts.append([conversation.send(text, SHORT).text for text in (PROMPT, "and salt", "and lemon")])
     assert texts[0] == texts[1]
@@ -158,8 +160,8 @@ def test_several_at_once_of_different_clusters(tiny_bundle: Callable[..., Path])
     bundle_dir = tiny_bundle("llama", quantize="int4")
     prompts = [" ".join(text.split()[5:15]) for text in corpus_texts()[:12]]
     answers = []
-    for options in ({}, {"memory_mb": 1.1 * least_mb(bundle_dir), "kv_cache_mb": 0.4}):
-        engine = runtime.load(bundle_dir, engine="native", threads=1, **options)
+    for mb in (None, 1.1 * least_mb(bundle_dir)):
+        engine = runtime.load(bundle_dir, engine="native", threads=1, memory_mb=mb, kv_cache_mb=0.4)
         answers.append([answer.token_ids for answer in engine.generate(prompts, max_new_tokens=8)])
     assert answers[0] == answers[1]
 

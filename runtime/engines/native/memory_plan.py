@@ -10,6 +10,7 @@ __all__ = ["FfnSizes", "MemoryPlan", "WeightSizes", "ffn_sizes", "plan_memory"]
 
 _SECTOR_BYTES = 4096
 _ALIGNMENT_BYTES = 64
+_HUGE_BYTES = 2 << 20
 # Two of an FFN that is streamed: one is computed with while one is read.
 _LAYERS_AHEAD = 2
 _KV_SHARE = 8
@@ -87,7 +88,14 @@ def _layer_bytes(manifest: Manifest, count: int) -> int:
     others = num_inner * 4 * count + 4 * hidden if model.ffn_bias else 0
     weights = num_inner * matrix_bytes(kind, (count, hidden)) + matrix_bytes(kind, (hidden, count))
     num_tensors = 4 * (num_inner + 1)
-    return -(-(weights + others + num_tensors * _ALIGNMENT_BYTES + _SECTOR_BYTES) // _SECTOR_BYTES) * _SECTOR_BYTES
+    size = _rounded(weights + others + num_tensors * _ALIGNMENT_BYTES + _SECTOR_BYTES, _SECTOR_BYTES)
+    # The native module takes whole huge pages where that wastes little.
+    whole = _rounded(size, _HUGE_BYTES)
+    return whole if whole - size <= size // 16 else size
+
+
+def _rounded(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def plan_memory(limit_bytes: int, sizes: WeightSizes, kv_cache_bytes: int | None) -> MemoryPlan:

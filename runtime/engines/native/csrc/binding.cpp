@@ -46,7 +46,8 @@ class Model {
     for (const FfnWeights& layer : *ffn.ffn)
       if (layer.up.weight.cols != decoder_->weights.hidden)
         refuse("FFN inputs", std::to_string(decoder_->weights.hidden), std::to_string(layer.up.weight.cols));
-    if (decoder_->residency && !ffn.source) refuse("FFN", "one that is read in layers, as memory is limited", "another");
+    if (decoder_->residency && !ffn.source)
+      refuse("FFN", "one that is read in layers, as memory is limited", "another");
     decoder_->ffn = ffn.ffn;
     decoder_->source = ffn.source;
     ffn_ = ffn;
@@ -78,7 +79,6 @@ class Model {
   }
 
   size_t layer_bytes_used() const { return decoder_->residency ? decoder_->residency->store.used_bytes() : 0; }
-
 
   FfnHandle gather(const FfnHandle& from, const std::vector<Ids>& neuron_ids) const {
     if (neuron_ids.size() != from.ffn->size())

@@ -69,7 +69,7 @@ class BlockPass {
     const int num_layers = static_cast<int>(weights_.layers.size());
     for (int layer = 0; layer < num_layers; ++layer) {
       attention(layer);
-      const LentLayer neurons(decoder_, layer, thread_);
+      LentLayer neurons(decoder_, layer, thread_);
       ffn(weights_.layers[layer], neurons.weights());
       if (watcher) {
         if (thread_ == 0) watcher(layer, shared_.neurons.view.values, num_tokens_, shared_.neurons.view.stride);

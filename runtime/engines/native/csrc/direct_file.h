@@ -7,6 +7,7 @@
 
 namespace coreinfer {
 
+constexpr size_t kHugePage = 2 << 20;
 constexpr size_t kSector = 4096;  // places, sizes and memory of such reads are multiples of it
 
 class DirectFile {

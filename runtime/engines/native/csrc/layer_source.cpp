@@ -47,15 +47,20 @@ LayerSource::LayerSource(const std::string& path, const uint8_t* mapping, size_t
   }
 }
 
+size_t LayerSource::memory_bytes(int layer) const {
+  const size_t num_bytes = ranges_[layer].num_bytes, whole = (num_bytes + kHugePage - 1) / kHugePage * kHugePage;
+  return whole - num_bytes <= num_bytes / 16 ? whole : num_bytes;
+}
+
 size_t LayerSource::largest() const {
   size_t most = 0;
-  for (const Range& range : ranges_) most = std::max(most, range.num_bytes);
+  for (int layer = 0; layer < num_layers(); ++layer) most = std::max(most, memory_bytes(layer));
   return most;
 }
 
 size_t LayerSource::total() const {
   size_t sum = 0;
-  for (const Range& range : ranges_) sum += range.num_bytes;
+  for (int layer = 0; layer < num_layers(); ++layer) sum += memory_bytes(layer);
   return sum;
 }
 

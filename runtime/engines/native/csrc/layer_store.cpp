@@ -14,15 +14,21 @@ namespace {
 constexpr int kReaders = 2;     // so that the disk has the next read while one is done with
 constexpr int kLeastAhead = 2;  // layers of a streamed source in memory: one is computed with, one is read
 
+// Memory that begins with a huge page: computing looks every address up once a token.
 uint8_t* map_memory(size_t num_bytes) {
-  void* memory = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) return nullptr;
+  void* mapped = mmap(nullptr, num_bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  auto* start = static_cast<uint8_t*>(mapped);
+  const size_t before = -reinterpret_cast<uintptr_t>(start) % kHugePage;
+  uint8_t* memory = start + before;
+  if (before) munmap(start, before);
+  munmap(memory + num_bytes, kHugePage - before);
 #ifdef MADV_HUGEPAGE
   madvise(memory, num_bytes, MADV_HUGEPAGE);
 #endif
   // Where it is not allowed, the memory is as resident as any other.
   mlock(memory, num_bytes);
-  return static_cast<uint8_t*>(memory);
+  return memory;
 }
 
 }  // namespace
@@ -167,7 +173,7 @@ void LayerStore::plan(Held& held, size_t room, bool streams) {
   };
   for (; count > 0; --count) {
     size_t total = 0;
-    for (int layer = 0; layer < num_layers; ++layer) total += stays(layer) ? held.source->num_bytes(layer) : 0;
+    for (int layer = 0; layer < num_layers; ++layer) total += stays(layer) ? held.source->memory_bytes(layer) : 0;
     if (total + (count < num_layers ? ahead : 0) <= room) break;
   }
   for (int layer = 0; layer < num_layers; ++layer) held.slots[layer].kept = stays(layer);
@@ -252,7 +258,7 @@ LayerStore::Job LayerStore::pick() {
     for (int at = position; at < end; ++at) {
       Slot& slot = active_->slots[at % num_layers];
       if (slot.state != State::absent) continue;
-      if (!take_block(active_->source->num_bytes(at % num_layers), *active_, slot.block)) break;
+      if (!take_block(active_->source->memory_bytes(at % num_layers), *active_, slot.block)) break;
       slot.state = State::reading;
       return {active_, at % num_layers};
     }
@@ -271,12 +277,13 @@ LayerStore::Job LayerStore::pick_kept(const std::shared_ptr<Held>& held) {
       active_ ? std::count_if(active_->slots.begin(), active_->slots.end(),
                               [](const Slot& slot) { return slot.state != State::absent && !slot.kept; })
               : 0;
-  const bool streams = active_ && std::any_of(active_->slots.begin(), active_->slots.end(),
-                                              [](const Slot& slot) { return !slot.kept; });
-  const size_t reserve = streams && num_there < kLeastAhead ? (kLeastAhead - num_there) * active_->source->largest() : 0;
+  const bool streams =
+      active_ && std::any_of(active_->slots.begin(), active_->slots.end(), [](const Slot& slot) { return !slot.kept; });
+  const size_t reserve =
+      streams && num_there < kLeastAhead ? (kLeastAhead - num_there) * active_->source->largest() : 0;
   for (int layer = 0; layer < held->source->num_layers(); ++layer) {
     Slot& slot = held->slots[layer];
-    const size_t num_bytes = held->source->num_bytes(layer);
+    const size_t num_bytes = held->source->memory_bytes(layer);
     if (slot.state != State::absent || !slot.kept) continue;
     if (!make_room(num_bytes + reserve, *held) || !take_block(num_bytes, *held, slot.block)) return {};
     slot.state = State::reading;

@@ -24,7 +24,9 @@ class LayerSource {
 
   int num_layers() const { return static_cast<int>(ranges_.size()); }
   size_t num_bytes(int layer) const { return ranges_[layer].num_bytes; }
-  size_t largest() const;
+  // What a layer takes in memory: whole huge pages where that wastes little.
+  size_t memory_bytes(int layer) const;
+  size_t largest() const;  // in memory
   size_t total() const;
   bool read(int layer, uint8_t* to) const;
   // The layer's weights where its range lies in memory.
@@ -67,6 +69,8 @@ class LayerStore {
   void begin_pass(const std::shared_ptr<LayerSource>& source, bool decodes);
   // Throws std::runtime_error: a layer could not be read, and the pass computed nonsense.
   void end_pass();
+  // In a pass, by any thread: whether a layer need not be waited for.
+  bool is_there(int layer) const { return active_->slots[layer].ready.load(std::memory_order_acquire) != nullptr; }
   // In a pass, by any thread: wait for a layer, which stays until done(layer).
   FfnWeights await(int layer, bool counts);
   void done(int layer);

@@ -17,11 +17,15 @@ constexpr int MADV_POPULATE_READ = 22;
 
 PageWindow::PageWindow(const std::string& path, const uint8_t* mapping, std::vector<Part> parts, int num_blocks,
                        size_t limit_bytes)
-    : file_(path), mapping_(mapping), parts_(std::move(parts)), num_blocks_(num_blocks), limit_(limit_bytes),
+    : file_(path),
+      mapping_(mapping),
+      parts_(std::move(parts)),
+      num_blocks_(num_blocks),
+      limit_(limit_bytes),
       touched_(new std::atomic<uint8_t>[num_blocks]()) {
   for (const Part& part : parts_) block_bytes_ += most_bytes(part);
   each_range(0, num_blocks_, [](uint8_t* begin, size_t num_bytes, uint64_t) {
-    // Else a page that is touched brings its neighbours along.
+  // Else a page that is touched brings its neighbours along.
 #ifdef MADV_NOHUGEPAGE
     madvise(begin, num_bytes, MADV_NOHUGEPAGE);
 #endif

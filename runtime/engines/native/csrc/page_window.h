@@ -49,7 +49,7 @@ class PageWindow {
   int num_blocks_;
   size_t block_bytes_ = 0, limit_;
   std::unique_ptr<std::atomic<uint8_t>[]> touched_;
-  std::atomic<int> num_in_ { 0 };
+  std::atomic<int> num_in_{0};
   std::atomic<uint64_t> num_touched_{0};
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 
 #include "decoder.h"
 #include "layer_store.h"
@@ -53,20 +54,28 @@ class LimitedPass {
 class LentLayer {
  public:
   LentLayer(const Decoder& decoder, int layer, int thread) : decoder_(decoder), layer_(layer), thread_(thread) {
-    if (decoder.residency) read_ = decoder.residency->store.await(layer, thread == 0);
+    if (decoder.residency && decoder.residency->store.is_there(layer)) read_.emplace(take());
   }
   // After a barrier that all threads have passed since they were done with the weights.
   ~LentLayer() {
-    if (decoder_.residency && thread_ == 0) decoder_.residency->store.done(layer_);
+    if (read_ && thread_ == 0) decoder_.residency->store.done(layer_);
   }
   LentLayer(const LentLayer&) = delete;
   LentLayer& operator=(const LentLayer&) = delete;
 
-  const FfnWeights& weights() const { return decoder_.residency ? read_ : (*decoder_.ffn)[layer_]; }
+  // To ask for their first bytes ahead: where they will be, if that is known.
+  const FfnWeights& ahead() const { return read_ ? *read_ : (*decoder_.ffn)[layer_]; }
+  // Waits for them if they are still being read.
+  const FfnWeights& weights() {
+    if (decoder_.residency && !read_) read_.emplace(take());
+    return ahead();
+  }
 
  private:
+  FfnWeights take() const { return decoder_.residency->store.await(layer_, thread_ == 0); }
+
   const Decoder& decoder_;
-  FfnWeights read_;
+  std::optional<FfnWeights> read_;
   int layer_, thread_;
 };
 

@@ -56,8 +56,8 @@ class TokenPass {
     embed(weights_, kernels_, row_.id, position_, inputs_, x_);
     fill_angles(weights_, position_, own_.angles.get());
     for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
-      attention(static_cast<int>(layer), {first_of((*decoder_.ffn)[layer])});
-      const LentLayer neurons(decoder_, static_cast<int>(layer), thread_);
+      LentLayer neurons(decoder_, static_cast<int>(layer), thread_);
+      attention(static_cast<int>(layer), {first_of(neurons.ahead())});
       ffn(weights_.layers[layer], neurons.weights(), after_layer(layer));
     }
     prepare_inputs(weights_, kernels_, weights_.final_norm, x_, inputs_);
