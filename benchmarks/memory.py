@@ -47,6 +47,7 @@ class Contender:
 @click.option("--contenders", "wanted", default="", help="Parts of names of contenders to run; all without.")
 @click.option("--packs", default="0.7,0.5,0.3", help="Keep ratios.")
 @click.option("--quants", default="Q4_0,Q2_K", help="Quantizations of llama.cpp.")
+@click.option("--transformers/--no-transformers", "with_transformers", default=True)
 @click.option("--bundle", "given", multiple=True, help="KEEP=DIR: a bundle that is there already.")
 @click.option("--qwen-gguf", type=click.Path(path_type=Path), default=None)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/memory"))
@@ -71,6 +72,8 @@ def main(
     prompt_tokens: int,
     seconds: float,
     threads: int,
+    *,
+    with_transformers: bool,
 ) -> None:
     """Run contenders under limits of memory."""
     work.mkdir(parents=True, exist_ok=True)
@@ -81,17 +84,20 @@ def main(
         "threads": threads,
         "num_tokens": num_tokens,
         "prompt_tokens": prompt_tokens,
-        "warm_tokens": 4,
+        "warm_tokens": 16,
         "seconds": seconds,
     }
     shares = [float(share) for share in limits.split(",")]
     results = []
     for model in (model for model in MODELS if model.name in names.split(",")):
         for keep in map(float, packs.split(",")):
-            bundles.setdefault(keep, bundle_of(model, "int4", work, keep=keep))
+            if keep not in bundles:
+                bundles[keep] = bundle_of(model, "int4", work, keep=keep)
         found = [
             contender
-            for contender in find_contenders(model, bundles, [kind for kind in quants.split(",") if kind], work)
+            for contender in find_contenders(
+                model, bundles, [kind for kind in quants.split(",") if kind], work, with_transformers=with_transformers
+            )
             if not wanted or any(part in contender.name for part in wanted.split(","))
         ]
         dense_bytes = dense_size(next(iter(bundles.values())))
@@ -112,7 +118,7 @@ def dense_size(bundle_dir: Path) -> int:
 
 
 def find_contenders(
-    model: BenchModel, bundles: dict[float, Path], quants: list[str], work: Path
+    model: BenchModel, bundles: dict[float, Path], quants: list[str], work: Path, *, with_transformers: bool
 ) -> Iterator[Contender]:
     """Name what can run here; what is not installed is left out with a remark."""
     first = next(iter(bundles.values()))
@@ -132,8 +138,9 @@ def find_contenders(
                 name = f"llamacpp-{kind}{'' if mapped else '-no-mmap'}{'' if repack else '-no-repack'}"
                 spec = {"engine": "llamacpp", "path": str(path), "mmap": mapped, "repack": repack}
                 yield Contender(name=name, spec=spec)
-    folder = transformers_folder(model, work)
-    yield Contender(name="transformers-bf16", spec={"engine": "transformers", "path": str(folder)})
+    if with_transformers:
+        folder = transformers_folder(model, work)
+        yield Contender(name="transformers-bf16", spec={"engine": "transformers", "path": str(folder)})
 
 
 def run_all(
