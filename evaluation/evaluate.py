@@ -13,7 +13,7 @@ from coreinfer.bundles.errors import join_problems
 from coreinfer.bundles.shared.extras import require_package
 from coreinfer.compiler.progress import Progress
 from coreinfer.runtime import Engine
-from coreinfer.runtime.load_options import EngineName
+from coreinfer.runtime.load_options import EngineName, memory_option
 
 from .corpus_scores import translation_scores
 from .logits import greedy_ids
@@ -60,6 +60,7 @@ class EvaluationConfig:
     max_tokens: int = 256
     engine: EngineName = "auto"
     threads: int | None = None
+    memory_mb: float | None = memory_option()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -130,11 +131,15 @@ def evaluate(
     return result
 
 
+def _bundle_subject(path: Path, modes: Sequence[str], config: EvaluationConfig) -> BundleSubject:
+    return BundleSubject(path, modes=modes, engine=config.engine, threads=config.threads, memory_mb=config.memory_mb)
+
+
 def _load(config: EvaluationConfig, folder: Path) -> _Run:
     bundles: list[BundleSubject] = []
     for path in config.bundles:
         modes = _modes(config, path, bundles)
-        bundles.append(BundleSubject(path, modes=modes, engine=config.engine, threads=config.threads))
+        bundles.append(_bundle_subject(path, modes, config))
     engine = bundles[0].engine
     room = min(_ROOM, engine.manifest.model.max_positions)
     tools = Tools(tokenizer=engine.tokenizer, eos_ids=engine.eos_token_ids, room=room)

@@ -62,7 +62,13 @@ class BundleSubject:
     """A bundle in the runtime's own engine, in several modes."""
 
     def __init__(
-        self, bundle_dir: Path, *, modes: Sequence[str], engine: EngineName = "auto", threads: int | None = None
+        self,
+        bundle_dir: Path,
+        *,
+        modes: Sequence[str],
+        engine: EngineName = "auto",
+        threads: int | None = None,
+        memory_mb: float | None = None,
     ) -> None:
         """Load a bundle.
 
@@ -72,7 +78,7 @@ class BundleSubject:
             BundleError: there is no bundle, or it is damaged.
             ConfigError: none of the modes is left.
         """
-        self.engine = load(bundle_dir, engine=engine, threads=threads)
+        self.engine = load(bundle_dir, engine=engine, threads=threads, memory_mb=memory_mb)
         self.name = bundle_dir.name
         self.vocab_size = self.engine.manifest.model.vocab_size
         self.modes = tuple(mode for mode in modes if self._has(mode))

@@ -9,7 +9,16 @@ from coreinfer.bundles.shared.option_fields import field_problems, name_of, opti
 
 from .generation import Mode
 
-__all__ = ["Arithmetic", "CudaGraphs", "EngineName", "LoadKeywords", "LoadOptions", "Weights"]
+__all__ = [
+    "Arithmetic",
+    "CudaGraphs",
+    "EngineName",
+    "LoadKeywords",
+    "LoadOptions",
+    "Weights",
+    "bytes_of",
+    "memory_option",
+]
 
 EngineName = Literal["auto", "native", "torch"]
 Arithmetic = Literal["auto", "bfloat16", "float32"]
@@ -22,6 +31,25 @@ def _thread_problems(name: str, threads: object) -> Iterator[str]:
         yield f"{name}: expected a whole number, got {threads!r}"
     elif threads < 1:
         yield f"{name}: expected at least 1, got {threads}"
+
+
+# Of programs that have some of the options as well.
+_MEMORY_MB = option(
+    "Maximum megabytes of each bundle's weights in memory, KV cache included; the rest is read from disk when needed.",
+    check=number(above=0),
+    unset="all weights stay mapped",
+)
+
+
+def memory_option() -> float | None:
+    """The field `memory_mb` of a dataclass of options."""
+    found: float | None = field(default=None, metadata=_MEMORY_MB)
+    return found
+
+
+def bytes_of(megabytes: float | None) -> int | None:
+    """Megabytes, of 10^6 bytes, in bytes; None stays None."""
+    return None if megabytes is None else round(megabytes * 1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +91,7 @@ class LoadOptions:
         ),
     )
     """In megabytes, of 10^6 bytes. Memory is taken as it is used."""
-    memory_mb: float | None = field(
-        default=None,
-        metadata=option(
-            "Maximum megabytes of each bundle's weights in memory, KV cache included; the rest is read from disk as it "
-            "is needed.",
-            check=number(above=0),
-            unset="all weights stay mapped",
-        ),
-    )
+    memory_mb: float | None = memory_option()
     """In megabytes, for the native engine (docs/memory.md). What the process itself takes is not part of it."""
     gpu_memory_mb: float | None = field(
         default=None,
@@ -114,12 +134,12 @@ class LoadOptions:
     @property
     def kv_cache_bytes(self) -> int | None:
         """The bound of keys and values; None for none."""
-        return None if self.kv_cache_mb is None else round(self.kv_cache_mb * 1e6)
+        return bytes_of(self.kv_cache_mb)
 
     @property
     def memory_bytes(self) -> int | None:
         """The bound of weights, reads and KV cache; None for none."""
-        return None if self.memory_mb is None else round(self.memory_mb * 1e6)
+        return bytes_of(self.memory_mb)
 
 
 def _conflicts(options: LoadOptions) -> Iterator[str]:

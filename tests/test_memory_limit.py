@@ -148,9 +148,7 @@ def test_a_conversation_with_a_limit_is_the_same(tiny_bundle: Callable[..., Path
     bundle_dir = tiny_bundle("llama", quantize="int4")
     texts = []
     for mb in (None, 1.2 * least_mb(bundle_dir)):
-        engine = runtime.load(
-            bundle_dir, engine="native", threads=1, mode="similarity", memory_mb=mb, kv_cache_mb=0.4
-        )
+        engine = runtime.load(bundle_dir, engine="native", threads=1, mode="similarity", memory_mb=mb, kv_cache_mb=0.4)
         conversation = engine.conversation("Speak of the sea.")
         texts.append([conversation.send(text, SHORT).text for text in (PROMPT, "and salt", "and lemon")])
     assert texts[0] == texts[1]

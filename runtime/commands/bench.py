@@ -17,6 +17,7 @@ from coreinfer.bundles.shared.option_fields import field_problems, option
 from coreinfer.runtime.engines.native import _native
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.load_options import bytes_of, memory_option
 
 from .starts import measure_starts
 
@@ -33,6 +34,7 @@ class BenchOptions:
 
     isa: str = field(default="auto", metadata=option("Kernels, such as avx2; all measures all that the CPU has."))
     threads: int | None = field(default=None, metadata=option("CPU threads.", unset="one a physical core"))
+    memory_mb: float | None = memory_option()
     num_tokens: int = field(
         default=128,
         metadata=option("Tokens to decode in a round.", check=whole_number(1), switches=("--tokens",)),
@@ -166,9 +168,12 @@ def bench(bundle_dir: Path, options: BenchOptions) -> BenchResult:
         ConfigError: an option is wrong, or the prompts do not fit the model.
         UnsupportedModelError: the native engine does not compute this model.
     """
-    bundle = open_bundle(bundle_dir)
+    bundle = open_bundle(bundle_dir, spare_memory=options.memory_mb is not None)
     _check_fit(options, bundle)
-    decoders = [NativeDecoder(bundle, threads=options.threads, isa=isa) for isa in options.isas]
+    decoders = [
+        NativeDecoder(bundle, threads=options.threads, isa=isa, memory_bytes=bytes_of(options.memory_mb))
+        for isa in options.isas
+    ]
     ffns = ("dense", "pack") if bundle.dense else ("pack",)
     vocab_size = bundle.manifest.model.vocab_size
     subjects = [_Subject(decoder, ffn, options, vocab_size) for decoder in decoders for ffn in ffns]
@@ -194,8 +199,9 @@ def _with_starts(run: BenchRun, bundle: Bundle, options: BenchOptions) -> BenchR
     if not options.num_starts:
         return run
     mode = "dense" if run.ffn == "dense" else "similarity"
-    threads = [] if options.threads is None else ["--threads", str(options.threads)]
-    arguments = [str(bundle.path), "--engine", "native", "--isa", run.isa, "--mode", mode, *threads]
+    arguments = [str(bundle.path), "--engine", "native", "--isa", run.isa, "--mode", mode]
+    for switch, value in (("--threads", options.threads), ("--memory-mb", options.memory_mb)):
+        arguments += [] if value is None else [switch, str(value)]
     starts = measure_starts(arguments, options.num_starts)
     peak = None if starts.peak_rss_bytes is None else starts.peak_rss_bytes / 2**20
     return replace(run, ttft_s=starts.first_token_seconds, peak_rss_mb=peak)
