@@ -107,6 +107,8 @@ FfnWeights LayerStore::await(int layer, bool counts) {
   if (!hit) {
     const auto begun = std::chrono::steady_clock::now();
     std::unique_lock<std::mutex> lock(mutex_);
+    // What had no room while the pass was elsewhere may have it now that the pass waits for it.
+    readers_.notify_all();
     waiters_.wait(lock, [&] { return slot.ready.load(std::memory_order_acquire) != nullptr; });
     memory = slot.ready;
     if (counts)
@@ -118,10 +120,11 @@ FfnWeights LayerStore::await(int layer, bool counts) {
 }
 
 void LayerStore::done(int layer) {
+  // Who is announced meanwhile changes what is kept.
+  const std::lock_guard<std::mutex> lock(mutex_);
   position_ = layer + 1;
   Slot& slot = active_->slots[layer];
   if (slot.kept) return;
-  const std::lock_guard<std::mutex> lock(mutex_);
   release(slot);
   readers_.notify_all();
 }
@@ -183,7 +186,7 @@ void LayerStore::plan_all() {
   const size_t kept = keeper_ ? std::min(keeper_->source->total(), limit_) : 0;
   for (const auto& held : all_) plan(*held, 0, true);
   if (keeper_) plan(*keeper_, limit_, true);
-  if (announced_ && announced_ != keeper_) plan(*announced_, limit_ - kept, false);
+  if (announced_ && announced_ != keeper_) plan(*announced_, limit_ - kept, announced_ == active_);
   if (active_ && active_ != keeper_ && active_ != announced_) plan(*active_, limit_ - kept, true);
 }
 
@@ -217,11 +220,27 @@ bool LayerStore::evict_from(Held& held) {
   return false;
 }
 
+int LayerStore::num_passing(const Held& held) {
+  return static_cast<int>(std::count_if(held.slots.begin(), held.slots.end(),
+                                        [](const Slot& slot) { return slot.state != State::absent && !slot.kept; }));
+}
+
+// The layer that the pass waits for comes before all but those that threads may have: the one at the position and the next.
+bool LayerStore::evict_for_position(Held& active, int layer) {
+  const int position = position_;
+  if (layer != position) return false;
+  if (keeper_ && keeper_.get() != &active && evict_from(*keeper_)) return true;
+  for (int other = static_cast<int>(active.slots.size()) - 1; other >= 0; --other)
+    if (active.slots[other].state == State::present && other != position && other != position + 1) {
+      release(active.slots[other]);
+      return true;
+    }
+  return false;
+}
+
 // Let go of what is needed least until so many bytes are free. The source that decodes gives layers to a pass of another
 // one, but no more than that needs to run at all.
-bool LayerStore::make_room(size_t num_bytes, const Held& wanting) {
-  const auto num_there = std::count_if(wanting.slots.begin(), wanting.slots.end(),
-                                       [](const Slot& slot) { return slot.state != State::absent; });
+bool LayerStore::make_room(size_t num_bytes, Held& wanting, int layer) {
   while (used_ + num_bytes > limit_) {
     if (drop_spare()) continue;
     bool evicted = false;
@@ -231,19 +250,22 @@ bool LayerStore::make_room(size_t num_bytes, const Held& wanting) {
     if (evicted) continue;
     if (&wanting != active_.get()) return false;
     if (announced_ && announced_ != keeper_ && announced_ != active_ && evict_from(*announced_)) continue;
-    if (!keeper_ || keeper_ == active_ || num_there >= kLeastAhead || !evict_from(*keeper_)) return false;
+    if (keeper_ && keeper_ != active_ && num_passing(wanting) < kLeastAhead && evict_from(*keeper_)) continue;
+    if (!evict_for_position(wanting, layer)) return false;
   }
   return true;
 }
 
-bool LayerStore::take_block(size_t num_bytes, const Held& wanting, Block& block) {
+bool LayerStore::take_block(Held& wanting, int layer) {
+  const size_t num_bytes = wanting.source->memory_bytes(layer);
+  Block& block = wanting.slots[layer].block;
   for (auto spare = spare_.begin(); spare != spare_.end(); ++spare)
     if (spare->num_bytes >= num_bytes && spare->num_bytes <= num_bytes + num_bytes / 8) {
       block = *spare;
       spare_.erase(spare);
       return true;
     }
-  if (!make_room(num_bytes, wanting)) return false;
+  if (!make_room(num_bytes, wanting, layer)) return false;
   block = {map_memory(num_bytes), num_bytes};
   if (!block.memory) return false;
   used_ += num_bytes;
@@ -258,7 +280,7 @@ LayerStore::Job LayerStore::pick() {
     for (int at = position; at < end; ++at) {
       Slot& slot = active_->slots[at % num_layers];
       if (slot.state != State::absent) continue;
-      if (!take_block(active_->source->memory_bytes(at % num_layers), *active_, slot.block)) break;
+      if (!take_block(*active_, at % num_layers)) break;
       slot.state = State::reading;
       return {active_, at % num_layers};
     }
@@ -273,10 +295,7 @@ LayerStore::Job LayerStore::pick() {
 
 LayerStore::Job LayerStore::pick_kept(const std::shared_ptr<Held>& held) {
   // What the pass needs to run stays free.
-  const size_t num_there =
-      active_ ? std::count_if(active_->slots.begin(), active_->slots.end(),
-                              [](const Slot& slot) { return slot.state != State::absent && !slot.kept; })
-              : 0;
+  const size_t num_there = active_ ? num_passing(*active_) : 0;
   const bool streams =
       active_ && std::any_of(active_->slots.begin(), active_->slots.end(), [](const Slot& slot) { return !slot.kept; });
   const size_t reserve =
@@ -285,7 +304,7 @@ LayerStore::Job LayerStore::pick_kept(const std::shared_ptr<Held>& held) {
     Slot& slot = held->slots[layer];
     const size_t num_bytes = held->source->memory_bytes(layer);
     if (slot.state != State::absent || !slot.kept) continue;
-    if (!make_room(num_bytes + reserve, *held) || !take_block(num_bytes, *held, slot.block)) return {};
+    if (!make_room(num_bytes + reserve, *held, layer) || !take_block(*held, layer)) return {};
     slot.state = State::reading;
     return {held, layer};
   }

@@ -111,10 +111,12 @@ class LayerStore {
   void plan_all();
   void release(Slot& slot);
   void release_passing(Held& held);
-  bool make_room(size_t num_bytes, const Held& wanting);
+  static int num_passing(const Held& held);
+  bool evict_for_position(Held& active, int layer);
+  bool make_room(size_t num_bytes, Held& wanting, int layer);
   bool evict_from(Held& held);
   bool drop_spare();
-  bool take_block(size_t num_bytes, const Held& wanting, Block& block);
+  bool take_block(Held& wanting, int layer);
   Job pick();
   Job pick_kept(const std::shared_ptr<Held>& held);
   void read_jobs();
