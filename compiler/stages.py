@@ -1,7 +1,8 @@
 """The stages of a compile, one function each, for the pipeline that calls them in order and for other callers."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -25,7 +26,9 @@ from .prune.narrow import CLUSTERS, Assignment, Cut, NarrowModel, choose_all
 from .prune.profile import Profile, profile_model
 from .prune.select import layer_budgets
 from .prune.sensitivity import output_metrics, removal_curves
+from .quality.reference import Reference, read_reference
 from .quality.score import evaluate
+from .quality.search import searches
 from .quality.stored import StoredModel, store_model, stored_packs
 from .quantize.moments import Moments, input_moments
 from .quantize.pack import Packer
@@ -42,6 +45,7 @@ __all__ = [
     "build_ground",
     "gather_material",
     "heal_packs",
+    "held_out_reference",
     "narrow_packs",
     "prepare",
     "score_packs",
@@ -230,14 +234,25 @@ def narrow_packs(
     return key, dict(narrow_all(inputs, material.cache, key, progress))
 
 
+@contextmanager
+def held_out_reference(config: CompileConfig, material: Material, progress: Progress) -> Iterator[Reference | None]:
+    """Read the held-out text for the time of the block; None where there is none, or nothing is measured on it."""
+    measures = config.evaluate or searches(config) or config.clusters == "auto"
+    if not (measures and material.corpus.held_out):
+        yield None
+        return
+    with read_reference(material.loaded, material.held_out_ids, progress, material.stored) as reference:
+        yield reference
+
+
 def score_packs(
     material: Material,
-    texts: Sequence[Sequence[int]],
+    reference: Reference,
     models: Mapping[str, tuple[Cut, npt.NDArray[np.int64]]],
     progress: Progress,
 ) -> Quality:
     """Score FFNs on texts, with all other weights as stored; see `evaluate`."""
-    return evaluate(material.loaded, texts, models, progress, material.stored)
+    return evaluate(material.loaded, reference, models, progress, material.stored)
 
 
 def heal_packs(
@@ -264,9 +279,12 @@ def better_packs(ground: Ground, narrow: NarrowModel, healed: NarrowModel, progr
         _log.warning("healing is not checked: there is no validation text; give more calibration text")
         return healed
     token_ids = [document.token_ids for document in material.corpus.validation]
-    with stored_packs(material.stored, {CLUSTERS: narrow, "healed": healed}, progress) as packs:
+    with (
+        read_reference(material.loaded, token_ids, progress, material.stored) as reference,
+        stored_packs(material.stored, {CLUSTERS: narrow, "healed": healed}, progress) as packs,
+    ):
         models = {name: (pack.cut, labels) for name, pack in packs.items()}
-        quality = score_packs(material, token_ids, models, progress)
+        quality = score_packs(material, reference, models, progress)
     before, after = quality.clusters.kl, quality.controls[0].kl
     _log.info("healing: KL on validation text %.4f before, %.4f after", before, after)
     if after < before:

@@ -209,6 +209,8 @@ def _works(config: CompileConfig, inputs: Inputs, case: Case) -> Iterator[tuple[
     if rounds:
         yield "moments", "", work.moments_work(case)
     yield "pack", "base and dense FFN", work.pack_work(case, rounds=rounds)
+    if config.evaluate or searches(config):
+        yield "reference", f"{case.held_out_tokens:,} tokens", work.reference_work(case)
     yield "embed", f"{case.num_texts:,.0f} texts", work.embed_work(case)
     yield "distil", f"{case.encoder_vocabulary:,} tokens", work.distil_work(case)
     yield "profile", f"{case.num_clusters} clusters", work.profile_work(case, samples=_samples(config))

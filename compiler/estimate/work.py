@@ -6,7 +6,7 @@ apart from those in float32, by which neurons are removed and repaired.
 
 from dataclasses import dataclass
 
-from coreinfer.compiler.samples import CURVE_TOKENS, FISHER_TOKENS, GROUP_TEXTS, MOMENT_TOKENS, PROFILE_TOKENS
+from coreinfer.compiler.samples import CURVE_TOKENS, FISHER_TOKENS, MOMENT_TOKENS, PROFILE_TOKENS
 
 from .shapes import Shapes
 
@@ -24,6 +24,7 @@ __all__ = [
     "packs_work",
     "profile_work",
     "reconstruct_work",
+    "reference_work",
     "sampled",
     "sensitivity_work",
     "write_work",
@@ -245,26 +246,29 @@ def _mixture_bytes(shapes: Shapes) -> float:
     return 8 * _FLOAT_BYTES * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
 
 
-def evaluate_work(case: Case) -> Work:
-    """Run the held-out text twice whole, with the head, and its second halves for the clusters and each control.
+def reference_work(case: Case) -> Work:
+    """Run the held-out text twice whole, and the head for its second halves; unpack all weights, and compare once."""
+    shapes, tokens = case.shapes, case.held_out_tokens
+    return Work(
+        model_flop=2 * tokens * (case.token_flop + shapes.head_weights),
+        moved_bytes=_FLOAT_BYTES * (2 * shapes.all_weights + _LOGIT_PASSES * tokens / 2 * shapes.vocab_size),
+        num_calls=2 * case.num_documents(tokens) * shapes.num_layers,
+    )
 
-    Logits are compared in float32. Stored weights are unpacked for each 16 texts: all of them, and the packs that the
-    texts need.
+
+def evaluate_work(case: Case) -> Work:
+    """Run the second halves of the held-out text for the clusters and each control, and compare logits in float32.
+
+    Stored weights are unpacked once: the base, and the packs.
     """
     shapes, tokens = case.shapes, case.held_out_tokens
     num_models = len(case.num_assigned)
-    with_head = case.token_flop + 2 * shapes.head_weights
-    texts = case.num_documents(tokens)
-    groups = max(1.0, texts / GROUP_TEXTS)
-    # Texts lie by their clusters; those of the random control are anybody's.
-    packs = sum(min(count, GROUP_TEXTS, 1 + count / groups) for count in case.num_assigned[:2])
-    packs += sum(min(count, GROUP_TEXTS) for count in case.num_assigned[2:])
-    unpacked = shapes.all_weights + packs * shapes.num_layers * shapes.ffn_weights * case.kept / shapes.ffn_dim
-    compared = (1 + num_models) * tokens / 2 * shapes.vocab_size
+    unpacked = shapes.all_weights + case.num_packs * shapes.num_layers * shapes.ffn_weights * case.kept / shapes.ffn_dim
+    compared = num_models * tokens / 2 * shapes.vocab_size
     return Work(
-        model_flop=with_head * tokens * (2 + num_models / 2),
-        moved_bytes=_FLOAT_BYTES * (groups * unpacked * 2 + _LOGIT_PASSES * compared),
-        num_calls=texts * (2 + num_models) * shapes.num_layers,
+        model_flop=(case.token_flop + 2 * shapes.head_weights) * tokens * num_models / 2,
+        moved_bytes=_FLOAT_BYTES * (unpacked * 2 + _LOGIT_PASSES * compared),
+        num_calls=case.num_documents(tokens) * num_models * shapes.num_layers,
     )
 
 
