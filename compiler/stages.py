@@ -20,10 +20,11 @@ from .config import CompileConfig
 from .models.load import LoadedModel
 from .models.memory import check_memory
 from .progress import Progress
-from .prune.carry import REVISION, NarrowInputs, narrow_all
 from .prune.heal import HealInputs, heal, healing_text
+from .prune.layer_repair import NarrowInputs, Sums
 from .prune.narrow import CLUSTERS, Assignment, Cut, NarrowModel, choose_all
 from .prune.profile import Profile, profile_model
+from .prune.reconstruct import REVISION, narrow_all
 from .prune.select import layer_budgets
 from .prune.sensitivity import output_metrics, removal_curves
 from .quality.reference import Reference, read_reference
@@ -218,6 +219,7 @@ def narrow_packs(
         choices=choose_all(config, ground.profile, material.loaded, assignments, budgets),
         budgets=budgets,
         metrics=ground.metrics,
+        sums=Sums(cache=Cache(material.stored.folder / "sums"), key=ground.key),
         rounding=Rounding(kind=config.quantize, moments=material.moments) if config.repairs_rounding else None,
     )
     key = stage_key(

@@ -15,7 +15,19 @@ import torch
 
 from .removal import System, remove_neurons, solve
 
-__all__ = ["CLUSTER_WEIGHTS", "RIDGES", "LayerTokens", "Repaired", "RepairTask", "gram_matrix", "repair_layer"]
+__all__ = [
+    "CLUSTER_WEIGHTS",
+    "RIDGES",
+    "LayerTokens",
+    "MixedMoments",
+    "Moments",
+    "RepairTask",
+    "Repaired",
+    "gram_matrix",
+    "mean_moments",
+    "overall_moments",
+    "repair_layer",
+]
 
 RIDGES = (1e-3, 1e-2, 1e-1)
 """Candidates for "auto", relative to the mean diagonal of the Gram matrix; no repair is the last candidate."""
@@ -28,6 +40,8 @@ _COLUMN_BLOCKS = 6
 Ids = npt.NDArray[np.int32]
 Solutions = list[tuple[torch.Tensor, torch.Tensor]]
 """A (kept, hidden size) down projection, transposed, and its (hidden size,) bias for each cluster."""
+MixedMoments = tuple["Moments", "Moments | None"]
+"""A cluster's moments, and those of all text; None for the latter where there is one cluster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +103,7 @@ class Repaired:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Moments:
+class Moments:
     """Means over tokens of h h^T, h y^T, h and y."""
 
     gram: torch.Tensor
@@ -98,6 +112,7 @@ class _Moments:
     mean_target: torch.Tensor
 
     def parts(self) -> tuple[torch.Tensor, ...]:
+        """All of them."""
         return self.gram, self.cross, self.mean_activation, self.mean_target
 
 
@@ -142,8 +157,11 @@ class _Attempt:
     candidates: list[Solutions]
 
 
-def repair_layer(tokens: LayerTokens, task: RepairTask) -> Repaired:
+def repair_layer(tokens: LayerTokens, task: RepairTask, moments: Iterable[MixedMoments] | None = None) -> Repaired:
     """Choose and refit one layer's neurons for every cluster, with one cluster weight and one ridge for all of them.
+
+    Args:
+        moments: each cluster's, and those of all text, where they are known; None to sum them over the tokens.
 
     Both are the candidates with the lowest cost on the validation tokens; no repair at all is a candidate of "auto", so
     that a repair which other text rejects is never shipped. Without validation tokens they are the first.
@@ -152,7 +170,7 @@ def repair_layer(tokens: LayerTokens, task: RepairTask) -> Repaired:
         _Attempt(cluster_weight=weight, neuron_ids=[], candidates=[[] for _ in task.ridges])
         for weight in task.cluster_weights
     ]
-    for cluster, (own, overall) in enumerate(_moments(tokens, task)):
+    for cluster, (own, overall) in enumerate(_moments(tokens, task) if moments is None else moments):
         for attempt in attempts:
             weight = attempt.cluster_weight
             mixed = own if overall is None else _weighted_sum([own, overall], [weight, 1 - weight])
@@ -160,7 +178,7 @@ def repair_layer(tokens: LayerTokens, task: RepairTask) -> Repaired:
     return _best(tokens, task, attempts)
 
 
-def _solve_cluster(attempt: _Attempt, mixed: _Moments, task: RepairTask, cluster: int) -> None:
+def _solve_cluster(attempt: _Attempt, mixed: Moments, task: RepairTask, cluster: int) -> None:
     """Add the next cluster's neurons and solutions to an attempt."""
     system = _system(mixed, task)
     if task.neuron_ids is None:
@@ -187,7 +205,7 @@ def _best(tokens: LayerTokens, task: RepairTask, attempts: Sequence[_Attempt]) -
     )
 
 
-def _system(moments: _Moments, task: RepairTask) -> System:
+def _system(moments: Moments, task: RepairTask) -> System:
     gram, cross = moments.gram, moments.cross
     if task.bias is not None:
         gram = gram - torch.outer(moments.mean_activation, moments.mean_activation)
@@ -195,7 +213,7 @@ def _system(moments: _Moments, task: RepairTask) -> System:
     return System(gram=gram, cross=cross, own=task.weights, ridge=_REMOVAL_RIDGE)
 
 
-def _solutions(system: System, moments: _Moments, task: RepairTask, neuron_ids: Ids) -> Solutions:
+def _solutions(system: System, moments: Moments, task: RepairTask, neuron_ids: Ids) -> Solutions:
     """One cluster's solution for each candidate ridge."""
     index = torch.from_numpy(neuron_ids).long().to(task.weights.device)
     none = torch.zeros(task.weights.shape[1], device=task.weights.device)
@@ -214,24 +232,34 @@ def _solutions(system: System, moments: _Moments, task: RepairTask, neuron_ids: 
     return solutions
 
 
-def _moments(tokens: LayerTokens, task: RepairTask) -> Iterator[tuple[_Moments, _Moments | None]]:
+def _moments(tokens: LayerTokens, task: RepairTask) -> Iterator[MixedMoments]:
     """Each cluster's moments, one at a time, and those of all text; None for the latter where there is one cluster."""
     if len(task.calibration) == 1:
-        yield _mean_moments(tokens, task.calibration[0]), None
+        yield mean_moments(tokens, task.calibration[0]), None
         return
     num_values = task.weights.shape[0] * (task.weights.shape[0] + task.weights.shape[1])
-    own: Iterable[_Moments]
+    own: Iterable[Moments]
     if len(task.calibration) * num_values * 4 > task.moment_bytes:
-        overall = _mean_moments(tokens, torch.cat([*task.calibration]))
-        own = (_mean_moments(tokens, rows) for rows in task.calibration)
+        overall = mean_moments(tokens, torch.cat([*task.calibration]))
+        own = (mean_moments(tokens, rows) for rows in task.calibration)
     else:
-        own = [_mean_moments(tokens, rows) for rows in task.calibration]
-        overall = _weighted_sum(own, [len(rows) / sum(map(len, task.calibration)) for rows in task.calibration])
+        own = [mean_moments(tokens, rows) for rows in task.calibration]
+        counts = [len(rows) for rows in task.calibration]
+        overall = _weighted_sum(own, [count / sum(counts) for count in counts])
     for moments in own:
         yield moments, overall
 
 
-def _weighted_sum(moments: Sequence[_Moments], weights: Sequence[float]) -> _Moments:
+def overall_moments(own: Sequence[Moments], counts: Sequence[int]) -> Moments | None:
+    """Moments of all text from those of its clusters; None where there is one cluster.
+
+    Args:
+        counts: tokens of each cluster.
+    """
+    return None if len(own) == 1 else _weighted_sum(own, [count / sum(counts) for count in counts])
+
+
+def _weighted_sum(moments: Sequence[Moments], weights: Sequence[float]) -> Moments:
     columns = zip(*(item.parts() for item in moments), strict=True)
     sums = [
         torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum(dim=0)
@@ -239,7 +267,7 @@ def _weighted_sum(moments: Sequence[_Moments], weights: Sequence[float]) -> _Mom
         else _accumulate(parts, weights)
         for parts in columns
     ]
-    return _Moments(gram=sums[0], cross=sums[1], mean_activation=sums[2], mean_target=sums[3])
+    return Moments(gram=sums[0], cross=sums[1], mean_activation=sums[2], mean_target=sums[3])
 
 
 def _accumulate(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
@@ -249,10 +277,11 @@ def _accumulate(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> torc
     return total
 
 
-def _mean_moments(tokens: LayerTokens, rows: torch.Tensor) -> _Moments:
+def mean_moments(tokens: LayerTokens, rows: torch.Tensor) -> Moments:
+    """Average over some of a layer's tokens."""
     ffn_dim, hidden_size = tokens.activations.shape[1], tokens.targets.shape[1]
     device, count = tokens.activations.device, max(1, len(rows))
-    sums = _Moments(
+    sums = Moments(
         gram=torch.zeros((ffn_dim, ffn_dim), device=device),
         cross=torch.zeros((ffn_dim, hidden_size), device=device),
         mean_activation=torch.zeros(ffn_dim, device=device),
