@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from coreinfer.bundles.families import resolve
+from coreinfer.bundles.families import cache_argument, resolve
 from coreinfer.compiler.progress import Advance
 from coreinfer.compiler.text.corpus import Document
 from torch import nn
 
+from .later import Beginning, GoOn, KeepBeginning, later_arguments
 from .load import LoadedModel
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "LayerRun",
     "PartialRun",
     "document_starts",
+    "goes_on",
     "head_logits",
     "prepare_batches",
     "run_layer",
@@ -198,8 +200,8 @@ def _record_batch(
         token_ids[row, :length] = torch.tensor(documents[i].token_ids)
         mask[row, :length] = True
     rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in members])
-    padding = None if bool(mask.all()) else mask.long().to(loaded.device)
-    calls = _record_calls(loaded, token_ids.to(loaded.device), padding)
+    # Padding stands after a document, where causal attention does not look, so that no mask is needed for it.
+    calls = _record_calls(loaded, token_ids.to(loaded.device))
     hidden = calls[0]["hidden_states"]
     arguments = [{name: value for name, value in call.items() if name not in _STATE_ARGUMENTS} for call in calls]
     return Batch(
@@ -214,11 +216,11 @@ def _record_batch(
 _STATE_ARGUMENTS = frozenset({"hidden_states", "cache", "past_key_values", "use_cache"})
 
 
-def _record_calls(loaded: LoadedModel, token_ids: torch.Tensor, mask: torch.Tensor | None) -> list[dict[str, Any]]:
+def _record_calls(loaded: LoadedModel, token_ids: torch.Tensor) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     with _layers_replaced(loaded, lambda layer: _Recorder(layer, calls)):
         backbone = getattr(loaded.model, str(loaded.model.base_model_prefix))
-        backbone(input_ids=token_ids, attention_mask=mask, use_cache=False)
+        backbone(input_ids=token_ids, use_cache=False)
     return calls
 
 
@@ -241,21 +243,26 @@ def _layers_replaced(loaded: LoadedModel, replacement: Callable[[nn.Module], nn.
         setattr(parent, name, layers)
 
 
-def run_layer(loaded: LoadedModel, index: int, batch: Batch, hidden: torch.Tensor) -> LayerRun:
+def run_layer(
+    loaded: LoadedModel, index: int, batch: Batch, hidden: torch.Tensor, keep: KeepBeginning | None = None
+) -> LayerRun:
     """Run one batch through one layer.
 
     Args:
         hidden: (batch, length, hidden size) that enters.
+        keep: takes the first places' keys and values.
     """
     seen: dict[str, torch.Tensor] = {}
 
-    def keep(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def look(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         # Some models flatten batch and length for their FFN.
         seen["activations"], seen["ffn_output"] = inputs[0], output
 
-    handle = loaded.projection(index, "down").register_forward_hook(keep)
+    handle = loaded.projection(index, "down").register_forward_hook(look)
+    layer = loaded.layers[index]
+    cache = {} if keep is None else cache_argument(layer, keep)
     try:
-        output = loaded.layers[index](hidden, **batch.arguments[index])
+        output = layer(hidden, **batch.arguments[index], **cache)
     finally:
         handle.remove()
     return LayerRun(
@@ -266,14 +273,22 @@ def run_layer(loaded: LoadedModel, index: int, batch: Batch, hidden: torch.Tenso
 
 
 def run_partly(
-    loaded: LoadedModel, index: int, batch: Batch, hidden: torch.Tensor, places: torch.Tensor, ffn_output: torch.Tensor
+    loaded: LoadedModel,
+    index: int,
+    batch: Batch,
+    hidden: torch.Tensor,
+    places: torch.Tensor,
+    ffn_output: torch.Tensor,
+    beginning: Beginning | None = None,
 ) -> PartialRun:
     """Run one batch through one layer, but its FFN for some tokens only and without the down projection.
 
     Args:
-        hidden: (batch, length, hidden size) that enters.
+        hidden: (batch, length, hidden size) that enters; with a beginning, of the places after it only, as are `places`
+            and `ffn_output`.
         places: (batch, length) bool, the tokens whose activations are wanted.
         ffn_output: (batch, length, hidden size) to take as the down projection's output.
+        beginning: of `run_layer`, whose first places are the same; for layers that `goes_on` is true of.
     """
     seen: dict[str, torch.Tensor] = {}
     flat_places = places.reshape(-1)
@@ -291,11 +306,25 @@ def run_partly(
     handles = [loaded.projection(index, role).register_forward_pre_hook(pick) for role in entries]
     try:
         with _computed_by(loaded.projection(index, "down"), put):
-            output = loaded.layers[index](hidden, **batch.arguments[index])
+            output = loaded.layers[index](hidden, **_arguments_after(loaded, index, batch, beginning))
     finally:
         for handle in handles:
             handle.remove()
     return PartialRun(output=_hidden_states(output), activations=seen["activations"])
+
+
+def goes_on(batch: Batch, index: int) -> bool:
+    """Whether a layer can be run for later tokens alone: it takes nothing for each token that is not known."""
+    return later_arguments(batch.arguments[index], 0, batch.mask.shape[1]) is not None
+
+
+def _arguments_after(loaded: LoadedModel, index: int, batch: Batch, beginning: Beginning | None) -> dict[str, Any]:
+    arguments = batch.arguments[index]
+    if beginning is None:
+        return arguments
+    later = later_arguments(arguments, beginning.num_places, batch.mask.shape[1])
+    assert later is not None
+    return {**later, **cache_argument(loaded.layers[index], GoOn(beginning))}
 
 
 @contextmanager

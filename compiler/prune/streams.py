@@ -1,0 +1,219 @@
+"""The hidden states of the dense model and of the narrow ones, on their way through the layers.
+
+Each document's first half is read dense, its second half narrow, with the dense first half in its attention. A narrow
+stream has hidden states of second halves only, and computes nothing else: what attention looks at of the first halves
+are keys and values of the dense pass.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from coreinfer.compiler.models.later import Beginning, KeepBeginning
+from coreinfer.compiler.models.layerwise import Batch, document_starts, goes_on, prepare_batches, run_layer, run_partly
+from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.text.corpus import Document, split_point
+
+from .narrow import Assignment
+from .repair import LayerTokens
+
+__all__ = ["Part", "Reading", "Stream", "Text", "begin_stream", "begin_text", "move", "read_dense", "read_narrow"]
+
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A batch, and its tokens that are looked at.
+
+    Attributes:
+        places: (batch, length) bool, where they are.
+        rows: (tokens,) their places among all tokens that are looked at.
+    """
+
+    batch: Batch
+    places: torch.Tensor
+    rows: torch.Tensor
+
+    @property
+    def first_place(self) -> int:
+        """The first place of any row that is looked at."""
+        return int(self.places.any(dim=0).nonzero()[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Documents in batches.
+
+    Attributes:
+        starts: where each document's tokens begin.
+        looked_at: (tokens,) bool; neurons are removed and repaired by these. Those that are read narrow, or all tokens
+            where the layers are narrowed each for itself.
+        parts: the batches.
+    """
+
+    starts: npt.NDArray[np.int64]
+    looked_at: Bools
+    parts: list[Part]
+
+    def empty_tokens(self, loaded: LoadedModel) -> LayerTokens:
+        """Room for one layer's activations, by far the most that is in memory; layers and streams share it."""
+        num_tokens, dtype = int(self.looked_at.sum()), self.parts[0].batch.hidden.dtype
+        return LayerTokens(
+            activations=torch.empty((num_tokens, loaded.record.ffn_dim), dtype=dtype, device=loaded.device),
+            targets=torch.empty((num_tokens, loaded.record.hidden_size), dtype=dtype, device=loaded.device),
+        )
+
+
+@dataclass(kw_only=True)
+class Stream:
+    """One assignment's narrow model on its way through the layers.
+
+    Attributes:
+        calibration, validation, narrow: rows of each cluster's tokens, of those that are looked at; validation rows
+            are read narrow, and `narrow` are all of these.
+        hidden: of each part, (its tokens that are looked at, hidden size); all others are the dense model's.
+    """
+
+    item: Assignment
+    calibration: list[torch.Tensor]
+    validation: list[torch.Tensor]
+    narrow: list[torch.Tensor]
+    hidden: list[torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a dense pass through a layer leaves of a batch.
+
+    Attributes:
+        entering: (batch, length, hidden size) hidden states before the layer.
+        beginning: of the places before the first that is looked at; None where the layer has to be run as a whole.
+    """
+
+    entering: torch.Tensor
+    beginning: Beginning | None
+
+    @property
+    def start(self) -> int:
+        """Where narrow runs begin."""
+        return 0 if self.beginning is None else self.beginning.num_places
+
+
+def begin_text(loaded: LoadedModel, documents: Sequence[Document], *, carries: bool) -> Text:
+    """Batch documents, whose hidden states are then those that enter the first layer."""
+    starts = document_starts(documents)
+    looked_at = _narrow_tokens(starts) if carries else np.ones(int(starts[-1]), dtype=np.bool_)
+    order = torch.from_numpy(looked_at.cumsum() - 1).to(loaded.device)
+    flags = torch.from_numpy(looked_at).to(loaded.device)
+    parts = [_part(batch, flags, order) for batch in prepare_batches(loaded, documents, starts)]
+    return Text(starts=starts, looked_at=looked_at, parts=parts)
+
+
+def _narrow_tokens(starts: npt.NDArray[np.int64]) -> Bools:
+    """Which tokens are read narrow: (tokens,)."""
+    return np.concatenate([np.arange(length) >= split_point(int(length)) for length in np.diff(starts)])
+
+
+def _part(batch: Batch, looked_at: torch.Tensor, order: torch.Tensor) -> Part:
+    chosen = looked_at[batch.rows]
+    places = batch.mask.clone()
+    places[batch.mask] = chosen
+    return Part(batch=batch, places=places, rows=order[batch.rows[chosen]])
+
+
+def begin_stream(item: Assignment, text: Text) -> Stream:
+    """Let an assignment's stream begin with the dense hidden states."""
+    device = text.parts[0].batch.hidden.device
+    labels = np.repeat(np.concatenate([item.calibration, item.validation]), np.diff(text.starts))[text.looked_at]
+    is_narrow = _narrow_tokens(text.starts)[text.looked_at]
+    is_calibration = (np.arange(text.starts[-1]) < text.starts[len(item.calibration)])[text.looked_at]
+    clusters = [labels == cluster for cluster in range(int(item.calibration.max()) + 1)]
+
+    def rows(chosen: Bools) -> list[torch.Tensor]:
+        return [torch.from_numpy((cluster & chosen).nonzero()[0]).to(device) for cluster in clusters]
+
+    return Stream(
+        item=item,
+        calibration=rows(is_calibration),
+        validation=rows(is_narrow & ~is_calibration),
+        narrow=rows(is_narrow),
+        hidden=[part.batch.hidden[part.places] for part in text.parts],
+    )
+
+
+def read_dense(
+    loaded: LoadedModel, layer: int, part: Part, tokens: LayerTokens, *, carries: bool, begins: bool
+) -> Reading:
+    """Run a batch through the dense layer: its hidden states move on.
+
+    Its tokens are the layer's, except where narrow streams set their own (`carries`).
+
+    Args:
+        begins: whether narrow runs may go on from this one.
+    """
+    batch, entering = part.batch, part.batch.hidden
+    keep = KeepBeginning(part.first_place) if begins and goes_on(batch, layer) else None
+    run = run_layer(loaded, layer, batch, entering, keep)
+    if not carries:
+        tokens.activations[part.rows] = run.activations[part.places]
+    if not (carries and loaded.family.adds_ffn_output):
+        tokens.targets[part.rows] = run.ffn_output[part.places]
+    batch.hidden = run.output
+    return Reading(entering=entering, beginning=None if keep is None else keep.beginning)
+
+
+def read_narrow(
+    loaded: LoadedModel, layer: int, part: Part, reading: Reading, own: torch.Tensor, tokens: LayerTokens
+) -> torch.Tensor:
+    """Run a batch after a stream's narrowed layers: what is read narrow takes its place among the layer's tokens.
+
+    Args:
+        own: (tokens that are looked at, hidden size) the stream's hidden states.
+    Returns:
+        Their hidden states after the layer, without what its FFN adds where that is just added.
+    """
+    start = reading.start
+    places = part.places[:, start:]
+    hidden = _put(reading.entering[:, start:], places, own)
+    run = run_partly(loaded, layer, part.batch, hidden, places, torch.zeros_like(hidden), reading.beginning)
+    without_ffn = run.output[places]
+    tokens.activations[part.rows] = run.activations
+    if loaded.family.adds_ffn_output:
+        target = part.batch.hidden[part.places].float() - without_ffn.float()
+        tokens.targets[part.rows] = target.to(tokens.targets.dtype)
+    return without_ffn
+
+
+def move(
+    loaded: LoadedModel,
+    layer: int,
+    part: Part,
+    reading: Reading,
+    own: torch.Tensor,
+    without_ffn: torch.Tensor,
+    outputs: torch.Tensor,
+) -> torch.Tensor:
+    """A stream's hidden states after the narrow layer: (tokens that are looked at, hidden size).
+
+    Args:
+        without_ffn: of `read_narrow`.
+        outputs: (all tokens that are looked at, hidden size), what the narrow FFN puts out.
+    """
+    narrow = outputs[part.rows]
+    if loaded.family.adds_ffn_output:
+        return (without_ffn.float() + narrow.float()).to(without_ffn.dtype)
+    places = part.places[:, reading.start :]
+    hidden = _put(reading.entering[:, reading.start :], places, own)
+    ffn_output = _put(torch.zeros_like(hidden), places, narrow)
+    nowhere = torch.zeros_like(places)
+    return run_partly(loaded, layer, part.batch, hidden, nowhere, ffn_output, reading.beginning).output[places]
+
+
+def _put(values: torch.Tensor, places: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Copy (batch, length, n) values with others at some places."""
+    result = values.clone()
+    result[places] = own
+    return result
