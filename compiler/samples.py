@@ -10,7 +10,7 @@ __all__ = [
     "PROFILE_TOKENS",
 ]
 
-MOMENT_TOKENS = 8192
+MOMENT_TOKENS = 4096
 """Means of squares settle soon: more tokens change nothing that rounding could see."""
 FISHER_TOKENS = 8192
 CURVE_TOKENS = 16_384

@@ -21,12 +21,13 @@ from .models.load import LoadedModel
 from .models.memory import check_memory
 from .progress import Progress
 from .prune.heal import HealInputs, heal, healing_text
-from .prune.layer_repair import NarrowInputs, Sums
+from .prune.layer_repair import NarrowInputs
 from .prune.narrow import CLUSTERS, Assignment, Cut, NarrowModel, choose_all
 from .prune.profile import Profile, profile_model
 from .prune.reconstruct import REVISION, narrow_all
 from .prune.select import layer_budgets
 from .prune.sensitivity import output_metrics, removal_curves
+from .prune.sums import Sums, sums_fit, watch_sums
 from .quality.reference import Reference, read_reference
 from .quality.score import evaluate
 from .quality.search import searches
@@ -89,6 +90,7 @@ class Ground:
         metrics: of `output_metrics`.
         curves: of `removal_curves`, for budgets by sensitivity.
         key: key of the profile; later stages' keys extend it.
+        sums: where what repairs sum over the text is kept.
     """
 
     material: Material
@@ -98,6 +100,7 @@ class Ground:
     metrics: torch.Tensor
     curves: npt.NDArray[np.float32] | None
     key: str
+    sums: Sums
 
     @property
     def num_held_out_tokens(self) -> list[int]:
@@ -175,7 +178,12 @@ def prepare(
     loaded, calibration, cache = material.loaded, material.corpus.calibration, material.cache
     key = _profile_key(config, material, routing, [item.name for item in assignments])
     labels = {item.name: item.calibration for item in assignments}
-    profile = profile_model(config, loaded, calibration, labels, cache, key, progress)
+    sums = Sums(cache=Cache(material.stored.folder / "sums"), key=key)
+    # Where layers are narrowed each for itself, and on the same text, one run of it serves both.
+    shares = config.reconstruct and not config.effective_carry and config.effective_removal == "top-k" and keep < 1
+    watch = watch_sums(sums, assignments) if shares and sums_fit(loaded, assignments, sums) else None
+    further = material.corpus.validation if watch else ()
+    profile = profile_model(config, loaded, calibration, labels, cache, key, progress, further, watch)
     metrics = output_metrics(config, keep, loaded, calibration, cache, material.key, progress)
     curves = None
     if config.effective_budgets == "sensitivity" and keep < 1:
@@ -189,6 +197,7 @@ def prepare(
         metrics=metrics,
         curves=curves,
         key=key,
+        sums=sums,
     )
 
 
@@ -219,7 +228,7 @@ def narrow_packs(
         choices=choose_all(config, ground.profile, material.loaded, assignments, budgets),
         budgets=budgets,
         metrics=ground.metrics,
-        sums=Sums(cache=Cache(material.stored.folder / "sums"), key=ground.key),
+        sums=ground.sums,
         rounding=Rounding(kind=config.quantize, moments=material.moments) if config.repairs_rounding else None,
     )
     key = stage_key(

@@ -12,11 +12,12 @@ from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.models.layerwise import run_partly
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.progress import Progress
-from coreinfer.compiler.prune.layer_repair import NarrowInputs, Sums
+from coreinfer.compiler.prune.layer_repair import NarrowInputs
 from coreinfer.compiler.prune.narrow import Assignment, NarrowModel, narrow_layer
 from coreinfer.compiler.prune.reconstruct import narrow_all
 from coreinfer.compiler.prune.repair import CLUSTER_WEIGHTS, LayerTokens, RepairTask, repair_layer
 from coreinfer.compiler.prune.select import Choice
+from coreinfer.compiler.prune.sums import Sums
 from coreinfer.compiler.quantize.moments import input_moments
 from coreinfer.compiler.quantize.pack import Packer
 from coreinfer.compiler.quantize.quantize import QuantizeOptions
@@ -326,7 +327,7 @@ def test_sums_that_are_kept_narrow_as_the_text_does(name: str, options: dict[str
 
 
 def test_sums_that_have_no_room_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coreinfer.compiler.prune.apart._SUMS_BYTES", 1000)
+    monkeypatch.setattr("coreinfer.compiler.prune.sums._LIMIT_BYTES", 1000)
     progress = Progress()
     inputs = replace(inputs_of(load("llama"), carry=False), sums=Sums(cache=Cache(tmp_path), key="ground"))
     assert_same(narrow_all(inputs, Cache(None), "key", progress), run(replace(inputs, sums=None)))

@@ -1,5 +1,6 @@
 """Sentence embeddings, and the static encoder that replaces them on the device."""
 
+import copy
 import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -9,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from coreinfer.bundles.encoder import embed_token_ids, routing_excerpt
 from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.models.checkpoint import LOADING_ERRORS, check_encoder
 from coreinfer.compiler.models.load import quiet_transformers
@@ -111,7 +114,7 @@ def distill_encoder(
         dimension = min(_TABLE_DIMENSION, int(model.encode(["dimension"], show_progress_bar=False).shape[1]))
         with progress.stage("distil", 1) as advance, _quiet_bars():
             distilled.append(
-                distill_from_model(model[0].auto_model, model.tokenizer, device=str(model.device), pca_dims=dimension)
+                distill_from_model(_quick(model), model.tokenizer, device=str(model.device), pca_dims=dimension)
             )
             advance()
         return {"table": np.asarray(distilled[0].embedding, dtype=np.float16)}
@@ -125,9 +128,15 @@ def distill_encoder(
         tokenizer.no_padding()
         return str(tokenizer.to_str())
 
-    table = cache.arrays(stage_key("distil", encoder=key), compute_table)["table"]
+    table = cache.arrays(stage_key("distil", encoder=key, bf16=cpu_multiplies_bf16()), compute_table)["table"]
     tokenizer_json = cache.json(stage_key("distil-tokenizer", encoder=key), compute_tokenizer)
     return StaticEncoder(table=table, tokenizer_json=tokenizer_json)
+
+
+def _quick(model: SentenceTransformer) -> Any:
+    """Copy the encoder's body, in bfloat16 where the CPU multiplies it: the table is rounded to float16 anyway."""
+    body = copy.deepcopy(model[0].auto_model)
+    return body.to(torch.bfloat16) if model.device.type == "cpu" and cpu_multiplies_bf16() else body
 
 
 @contextmanager

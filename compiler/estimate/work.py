@@ -133,7 +133,7 @@ def corpus_work(case: Case) -> Work:
 
 
 def moments_work(case: Case) -> Work:
-    """Run about 8,192 tokens through the model, one document at a time."""
+    """Run about 4,096 tokens through the model, one document at a time."""
     tokens = sampled(case.calibration_tokens, MOMENT_TOKENS)
     calls = case.num_documents(tokens) * case.shapes.num_layers
     return Work(model_flop=case.token_flop * tokens, num_calls=calls)
@@ -161,7 +161,7 @@ def embed_work(case: Case) -> Work:
 
 def distil_work(case: Case) -> Work:
     """Run every token of the encoder's vocabulary through it, alone between its first and last token: 3 x 2 w."""
-    return Work(float_flop=3 * 2 * case.encoder_weights * case.encoder_vocabulary)
+    return Work(model_flop=3 * 2 * case.encoder_weights * case.encoder_vocabulary)
 
 
 def profile_work(case: Case, *, samples: bool) -> Work:

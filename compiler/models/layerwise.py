@@ -45,12 +45,14 @@ class LayerActivations:
     Attributes:
         layer: its number.
         activations: (tokens, ffn_dim), input of the down projection, documents one after another.
+        ffn_outputs: (tokens, hidden size), output of the down projection; None unless asked for.
         starts: (documents + 1,) where each document's tokens begin; the last entry is the number of tokens.
         stream_energies: (tokens,) float32, squared norm of the hidden state that leaves the layer.
     """
 
     layer: int
     activations: torch.Tensor
+    ffn_outputs: torch.Tensor | None
     starts: npt.NDArray[np.int64]
     stream_energies: torch.Tensor
 
@@ -143,25 +145,40 @@ class _Recorder(_Substitute):
         return hidden_states
 
 
-def walk_layers(loaded: LoadedModel, documents: Sequence[Document], advance: Advance) -> Iterator[LayerActivations]:
+def walk_layers(
+    loaded: LoadedModel, documents: Sequence[Document], advance: Advance, *, outputs: bool = False
+) -> Iterator[LayerActivations]:
     """Yield the FFN activations of each layer in turn; `advance` is called once a layer.
 
     Args:
         documents: token ids of each are run as one sequence.
+        outputs: whether the FFN's outputs are wanted too.
     """
     starts = document_starts(documents)
     with torch.inference_mode():
         batches = prepare_batches(loaded, documents, starts)
         shape = (int(starts[-1]), loaded.record.ffn_dim)
-        activations = torch.empty(shape, dtype=batches[0].hidden.dtype, device=loaded.device)
+        dtype = batches[0].hidden.dtype
+        activations = torch.empty(shape, dtype=dtype, device=loaded.device)
+        ffn_outputs = torch.empty(
+            (shape[0], loaded.record.hidden_size if outputs else 0), dtype=dtype, device=loaded.device
+        )
         stream_energies = torch.empty(shape[0], dtype=torch.float32, device=loaded.device)
         for index in range(loaded.record.num_layers):
             for batch in batches:
                 run = run_layer(loaded, index, batch, batch.hidden)
                 batch.hidden = run.output
                 activations[batch.rows] = batch.real(run.activations)
+                if outputs:
+                    ffn_outputs[batch.rows] = batch.real(run.ffn_output)
                 stream_energies[batch.rows] = batch.real(run.output).float().square().sum(dim=-1)
-            yield LayerActivations(layer=index, activations=activations, starts=starts, stream_energies=stream_energies)
+            yield LayerActivations(
+                layer=index,
+                activations=activations,
+                ffn_outputs=ffn_outputs if outputs else None,
+                starts=starts,
+                stream_energies=stream_energies,
+            )
             advance()
 
 

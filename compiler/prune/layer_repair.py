@@ -17,12 +17,12 @@ from .layer_results import LayerResult, arrays_of, results_of
 from .narrow import Assignment, bf16_bits
 from .repair import CLUSTER_WEIGHTS, RIDGES, LayerTokens, MixedMoments, Repaired, RepairTask, repair_layer
 from .select import Choice
+from .sums import Sums
 
 __all__ = [
     "NarrowInputs",
     "Results",
-    "Rows",
-    "Sums",
+    "RepairRows",
     "find_results",
     "own_result",
     "repair_assignment",
@@ -33,8 +33,8 @@ Results = dict[str, LayerResult]
 """Assignment name -> one layer's result."""
 
 
-class Rows(Protocol):
-    """Rows of each cluster's tokens."""
+class RepairRows(Protocol):
+    """Rows of each cluster's tokens, among those of a layer."""
 
     @property
     def calibration(self) -> Sequence[torch.Tensor]:
@@ -43,19 +43,6 @@ class Rows(Protocol):
     @property
     def validation(self) -> Sequence[torch.Tensor]:
         """Those that candidates are compared on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sums:
-    """Where what narrowing sums over the text is kept, for compiles that narrow more than once.
-
-    Attributes:
-        cache: on the scratch folder's disk.
-        key: of the text, the model and the clusters.
-    """
-
-    cache: Cache
-    key: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +88,7 @@ def repair_assignment(
     inputs: NarrowInputs,
     layer: int,
     name: str,
-    rows: Rows,
+    rows: RepairRows,
     tokens: LayerTokens,
     clusters: LayerResult | None,
     moments: Iterable[MixedMoments] | None = None,
