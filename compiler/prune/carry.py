@@ -84,7 +84,7 @@ def _narrow_layers(inputs: NarrowInputs, cache: Cache, key: str, progress: Progr
     documents = [*inputs.calibration, *inputs.validation]
     results = []
     with progress.stage("reconstruct", num_layers) as advance, torch.inference_mode():
-        text = begin_text(loaded, documents, carries=inputs.config.effective_carry)
+        text = begin_text(loaded, documents)
         tokens = text.empty_tokens(loaded)
         streams = [begin_stream(item, text) for item in inputs.assignments]
         for layer in range(num_layers):
