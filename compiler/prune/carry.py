@@ -27,7 +27,7 @@ def narrow_carried(inputs: NarrowInputs, cache: Cache, keys: Sequence[str], prog
     """Narrow all layers; each one's result is kept in the cache under its key as soon as it is computed."""
     loaded, results = inputs.loaded, []
     with progress.stage("reconstruct", len(keys)) as advance, torch.inference_mode():
-        text = begin_text(loaded, [*inputs.calibration, *inputs.validation], carries=True)
+        text = begin_text(loaded, [*inputs.calibration, *inputs.validation])
         tokens = text.empty_tokens(loaded)
         streams = [begin_stream(item, text) for item in inputs.assignments]
         for layer, key in enumerate(keys):

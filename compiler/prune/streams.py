@@ -26,20 +26,24 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A batch, and its tokens that are looked at.
+    """A batch, and its tokens that are read narrow.
 
     Attributes:
-        places: (batch, length) bool, where they are.
-        rows: (tokens,) their places among all tokens that are looked at.
+        places: (batch, length) bool, where these are.
+        rows: (tokens that are read narrow,) their places in the order of all documents.
+        first_halves: (batch, length) bool, where the other tokens are.
+        first_rows: (other tokens,) their places in the order of all documents.
     """
 
     batch: Batch
     places: torch.Tensor
     rows: torch.Tensor
+    first_halves: torch.Tensor
+    first_rows: torch.Tensor
 
     @property
     def first_place(self) -> int:
-        """The first place of any row that is looked at."""
+        """The first place of any row that is read narrow."""
         return int(self.places.any(dim=0).nonzero()[0])
 
 
@@ -49,18 +53,17 @@ class Text:
 
     Attributes:
         starts: where each document's tokens begin.
-        looked_at: (tokens,) bool; neurons are removed and repaired by these. Those that are read narrow, or all tokens
-            where the layers are narrowed each for itself.
+        is_narrow: (tokens,) bool, which are read narrow.
         parts: the batches.
     """
 
     starts: npt.NDArray[np.int64]
-    looked_at: Bools
+    is_narrow: Bools
     parts: list[Part]
 
     def empty_tokens(self, loaded: LoadedModel) -> LayerTokens:
         """Room for one layer's activations, by far the most that is in memory; layers and streams share it."""
-        num_tokens, dtype = int(self.looked_at.sum()), self.parts[0].batch.hidden.dtype
+        num_tokens, dtype = len(self.is_narrow), self.parts[0].batch.hidden.dtype
         return LayerTokens(
             activations=torch.empty((num_tokens, loaded.record.ffn_dim), dtype=dtype, device=loaded.device),
             targets=torch.empty((num_tokens, loaded.record.hidden_size), dtype=dtype, device=loaded.device),
@@ -72,9 +75,9 @@ class Stream:
     """One assignment's narrow model on its way through the layers.
 
     Attributes:
-        calibration, validation, narrow: rows of each cluster's tokens, of those that are looked at; validation rows
-            are read narrow, and `narrow` are all of these.
-        hidden: of each part, (its tokens that are looked at, hidden size); all others are the dense model's.
+        calibration, validation: rows of each cluster's tokens; validation rows are those that are read narrow.
+        narrow: rows of each cluster's tokens that are read narrow.
+        hidden: of each part, (its tokens that are read narrow, hidden size); all others are the dense model's.
     """
 
     item: Assignment
@@ -90,7 +93,7 @@ class Reading:
 
     Attributes:
         entering: (batch, length, hidden size) hidden states before the layer.
-        beginning: of the places before the first that is looked at; None where the layer has to be run as a whole.
+        beginning: of the places before the first that is read narrow; None where the layer has to be run as a whole.
     """
 
     entering: torch.Tensor
@@ -102,34 +105,33 @@ class Reading:
         return 0 if self.beginning is None else self.beginning.num_places
 
 
-def begin_text(loaded: LoadedModel, documents: Sequence[Document], *, carries: bool) -> Text:
+def begin_text(loaded: LoadedModel, documents: Sequence[Document]) -> Text:
     """Batch documents, whose hidden states are then those that enter the first layer."""
     starts = document_starts(documents)
-    looked_at = _narrow_tokens(starts) if carries else np.ones(int(starts[-1]), dtype=np.bool_)
-    order = torch.from_numpy(looked_at.cumsum() - 1).to(loaded.device)
-    flags = torch.from_numpy(looked_at).to(loaded.device)
-    parts = [_part(batch, flags, order) for batch in prepare_batches(loaded, documents, starts)]
-    return Text(starts=starts, looked_at=looked_at, parts=parts)
+    is_narrow = np.concatenate([np.arange(length) >= split_point(int(length)) for length in np.diff(starts)])
+    flags = torch.from_numpy(is_narrow).to(loaded.device)
+    parts = [_part(batch, flags) for batch in prepare_batches(loaded, documents, starts)]
+    return Text(starts=starts, is_narrow=is_narrow, parts=parts)
 
 
-def _narrow_tokens(starts: npt.NDArray[np.int64]) -> Bools:
-    """Which tokens are read narrow: (tokens,)."""
-    return np.concatenate([np.arange(length) >= split_point(int(length)) for length in np.diff(starts)])
-
-
-def _part(batch: Batch, looked_at: torch.Tensor, order: torch.Tensor) -> Part:
-    chosen = looked_at[batch.rows]
+def _part(batch: Batch, is_narrow: torch.Tensor) -> Part:
+    chosen = is_narrow[batch.rows]
     places = batch.mask.clone()
     places[batch.mask] = chosen
-    return Part(batch=batch, places=places, rows=order[batch.rows[chosen]])
+    return Part(
+        batch=batch,
+        places=places,
+        rows=batch.rows[chosen],
+        first_halves=batch.mask & ~places,
+        first_rows=batch.rows[~chosen],
+    )
 
 
 def begin_stream(item: Assignment, text: Text) -> Stream:
     """Let an assignment's stream begin with the dense hidden states."""
     device = text.parts[0].batch.hidden.device
-    labels = np.repeat(np.concatenate([item.calibration, item.validation]), np.diff(text.starts))[text.looked_at]
-    is_narrow = _narrow_tokens(text.starts)[text.looked_at]
-    is_calibration = (np.arange(text.starts[-1]) < text.starts[len(item.calibration)])[text.looked_at]
+    labels = np.repeat(np.concatenate([item.calibration, item.validation]), np.diff(text.starts))
+    is_calibration = np.arange(text.starts[-1]) < text.starts[len(item.calibration)]
     clusters = [labels == cluster for cluster in range(int(item.calibration.max()) + 1)]
 
     def rows(chosen: Bools) -> list[torch.Tensor]:
@@ -138,8 +140,8 @@ def begin_stream(item: Assignment, text: Text) -> Stream:
     return Stream(
         item=item,
         calibration=rows(is_calibration),
-        validation=rows(is_narrow & ~is_calibration),
-        narrow=rows(is_narrow),
+        validation=rows(text.is_narrow & ~is_calibration),
+        narrow=rows(text.is_narrow),
         hidden=[part.batch.hidden[part.places] for part in text.parts],
     )
 
@@ -149,14 +151,17 @@ def read_dense(
 ) -> Reading:
     """Run a batch through the dense layer: its hidden states move on.
 
-    Its tokens are the layer's, except where narrow streams set their own (`carries`).
+    Its tokens are the layer's, but for those that are read narrow where narrow streams set their own.
 
     Args:
+        carries: whether they do.
         begins: whether narrow runs may go on from this one.
     """
     batch, entering = part.batch, part.batch.hidden
     keep = KeepBeginning(part.first_place) if begins and goes_on(batch, layer) else None
     run = run_layer(loaded, layer, batch, entering, keep)
+    tokens.activations[part.first_rows] = run.activations[part.first_halves]
+    tokens.targets[part.first_rows] = run.ffn_output[part.first_halves]
     if not carries:
         tokens.activations[part.rows] = run.activations[part.places]
     if not (carries and loaded.family.adds_ffn_output):
@@ -171,7 +176,7 @@ def read_narrow(
     """Run a batch after a stream's narrowed layers: what is read narrow takes its place among the layer's tokens.
 
     Args:
-        own: (tokens that are looked at, hidden size) the stream's hidden states.
+        own: (tokens that are read narrow, hidden size) the stream's hidden states.
     Returns:
         Their hidden states after the layer, without what its FFN adds where that is just added.
     """
@@ -196,11 +201,11 @@ def move(
     without_ffn: torch.Tensor,
     outputs: torch.Tensor,
 ) -> torch.Tensor:
-    """A stream's hidden states after the narrow layer: (tokens that are looked at, hidden size).
+    """A stream's hidden states after the narrow layer: (tokens that are read narrow, hidden size).
 
     Args:
         without_ffn: of `read_narrow`.
-        outputs: (all tokens that are looked at, hidden size), what the narrow FFN puts out.
+        outputs: (all tokens, hidden size), what the narrow FFN puts out; only what is read narrow is looked at.
     """
     narrow = outputs[part.rows]
     if loaded.family.adds_ffn_output:
