@@ -17,6 +17,7 @@ from coreinfer.bundles.manifest import Quality
 from .cache import Cache, stage_key
 from .clusters.route import Routing, build_routing, control_assignments
 from .config import CompileConfig
+from .efforts import shares_profile
 from .models.load import LoadedModel
 from .models.memory import check_memory
 from .progress import Progress
@@ -179,9 +180,8 @@ def prepare(
     key = _profile_key(config, material, routing, [item.name for item in assignments])
     labels = {item.name: item.calibration for item in assignments}
     sums = Sums(cache=Cache(material.stored.folder / "sums"), key=key)
-    # Where layers are narrowed each for itself, and on the same text, one run of it serves both.
-    shares = config.reconstruct and not config.effective_carry and config.effective_removal == "top-k" and keep < 1
-    watch = watch_sums(sums, assignments) if shares and sums_fit(loaded, assignments, sums) else None
+    shares = keep < 1 and shares_profile(config) and sums_fit(loaded, assignments, sums)
+    watch = watch_sums(sums, assignments) if shares else None
     further = material.corpus.validation if watch else ()
     profile = profile_model(config, loaded, calibration, labels, cache, key, progress, further, watch)
     metrics = output_metrics(config, keep, loaded, calibration, cache, material.key, progress)

@@ -8,7 +8,7 @@ from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
 from coreinfer.compiler.checks import Inputs
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.efforts import Effort, weighs_errors
+from coreinfer.compiler.efforts import Effort, shares_profile, weighs_errors
 from coreinfer.compiler.quality.search import searches
 from coreinfer.compiler.samples import CURVE_TOKENS, PROFILE_TOKENS
 
@@ -213,7 +213,10 @@ def _works(config: CompileConfig, inputs: Inputs, case: Case) -> Iterator[tuple[
         yield "reference", f"{case.held_out_tokens:,} tokens", work.reference_work(case)
     yield "embed", f"{case.num_texts:,.0f} texts", work.embed_work(case)
     yield "distil", f"{case.encoder_vocabulary:,} tokens", work.distil_work(case)
-    yield "profile", f"{case.num_clusters} clusters", work.profile_work(case, samples=_samples(config))
+    profile = work.profile_work(case, samples=_samples(config))
+    if narrows and shares_profile(config):
+        profile += work.sums_work(case)
+    yield "profile", f"{case.num_clusters} clusters", profile
     if narrows and weighs_errors(config):
         yield "sensitivity", "", work.sensitivity_work(case)
     if narrows and config.effective_budgets == "sensitivity":
@@ -233,7 +236,10 @@ def _narrowing(config: CompileConfig, case: Case, *, narrows: bool) -> Iterator[
     """Narrow, store and score packs."""
     if config.reconstruct:
         removes = narrows and config.effective_removal == "second-order"
-        found = work.reconstruct_work(case, carries=config.effective_carry, removes=removes)
+        if shares_profile(config):
+            found = work.repair_work(case)
+        else:
+            found = work.reconstruct_work(case, carries=config.effective_carry, removes=removes)
         yield "reconstruct", f"{case.num_packs} packs, {len(case.num_assigned) - 1} controls", found
     yield "pack", f"{case.num_packs} packs", work.packs_work(case, rounds=config.quantize != "bf16")
     if config.evaluate or _num_tries(config):

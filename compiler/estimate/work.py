@@ -4,7 +4,7 @@ A product of (m, k) and (k, n) is 2 m k n operations. Products of the model's ow
 apart from those in float32, by which neurons are removed and repaired.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from coreinfer.compiler.samples import CURVE_TOKENS, FISHER_TOKENS, MOMENT_TOKENS, PROFILE_TOKENS
 
@@ -25,8 +25,10 @@ __all__ = [
     "profile_work",
     "reconstruct_work",
     "reference_work",
+    "repair_work",
     "sampled",
     "sensitivity_work",
+    "sums_work",
     "write_work",
 ]
 
@@ -56,6 +58,10 @@ class Work:
     float_flop: float = 0.0
     moved_bytes: float = 0.0
     num_calls: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        """Both, one after the other."""
+        return Work(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +217,33 @@ def _removal(shapes: Shapes, kept: int, step: int) -> Work:
     )
 
 
+def sums_work(case: Case) -> Work:
+    """What narrowing each layer for itself adds to the profile: the validation text, and moments, which are written."""
+    shapes, num_packs = case.shapes, case.num_packs
+    kept = shapes.num_layers * num_packs * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
+    return Work(
+        model_flop=case.token_flop * case.validation_tokens,
+        float_flop=shapes.num_layers * len(case.num_assigned) * _sums_flop(case),
+        moved_bytes=3 * _FLOAT_BYTES * kept,
+    )
+
+
+def _sums_flop(case: Case) -> float:
+    """Moments h h^T and h y^T of the calibration text in one layer, for one assignment."""
+    shapes = case.shapes
+    return 2 * case.calibration_tokens * shapes.ffn_dim * (_GRAM_SHARE * shapes.ffn_dim + shapes.hidden_size)
+
+
+def repair_work(case: Case) -> Work:
+    """Solve for one ridge by sums that are known, and compare it on the validation text with no repair."""
+    shapes = case.shapes
+    checked = 2 * 2 * case.validation_tokens / 2 * case.kept * shapes.hidden_size * len(case.num_assigned)
+    return Work(
+        float_flop=shapes.num_layers * (case.num_packs * _repair_flop(case, 1) + checked),
+        moved_bytes=shapes.num_layers * case.num_packs * _mixture_bytes(shapes),
+    )
+
+
 def reconstruct_work(case: Case, *, carries: bool, removes: bool) -> Work:
     """Run the text through the dense layers, and again for the clusters and each control as far as it is narrow.
 
@@ -221,7 +254,7 @@ def reconstruct_work(case: Case, *, carries: bool, removes: bool) -> Work:
     shapes, tokens = case.shapes, case.calibration_tokens + case.validation_tokens
     half = tokens / 2
     narrow = 2 * (tokens * shapes.attention_weights + half * (shapes.inner_weights + case.kept * shapes.hidden_size))
-    sums = 2 * case.calibration_tokens * shapes.ffn_dim * (_GRAM_SHARE * shapes.ffn_dim + shapes.hidden_size)
+    sums = _sums_flop(case)
     removal = _removal(shapes, case.kept, _REMOVAL_STEP) if removes else Work()
     flop, moved = 0.0, 0.0
     for number, num_clusters in enumerate(case.num_assigned):
