@@ -156,6 +156,14 @@ def test_what_rounding_alone_breaks_is_one_line(kind: Any, way_out: str) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_the_default_names_the_option_that_ends_the_search() -> None:
+    message = (
+        r"^--max-kl 0\.1, the default: rounding to int4 alone costs KL 0\.2000 .*; give --keep, or --quantize more"
+    )
+    with pytest.raises(ConfigError, match=message):
+        fit_quality(make_config(keep=None), 0.7, lambda _keeps: pytest.fail("measured"), score(0.8, "dense"), [300])
+
+
 def test_what_rounding_costs_is_in_what_may_be_lost() -> None:
     def measure(keeps: Sequence[float]) -> Quality:
         found = measured([300], [1.0])(keeps)

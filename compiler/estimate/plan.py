@@ -21,7 +21,7 @@ from .speeds import IMPORT_SECONDS, stage_seconds
 from .text import size_text
 from .work import Case, Work
 
-__all__ = ["Plan", "StagePlan", "make_plan", "unplanned"]
+__all__ = ["Plan", "StagePlan", "make_plan", "memory_needs", "stage_works", "unplanned"]
 
 _PART_SHARE = 0.1
 """Of the text, for validation, and as much to hold out."""
@@ -115,8 +115,8 @@ def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machi
     case = case_of(config, inputs)
     machine = measure()
     model_dtype = _model_dtype(config)
-    needs = _needs(config, case, 2 if model_dtype == "bfloat16" else 4)
-    works = [*_works(config, inputs, case)]
+    needs = memory_needs(config, case, 2 if model_dtype == "bfloat16" else 4)
+    works = [*stage_works(config, case, None if inputs.model.path is None else _file_bytes(inputs))]
     peaks = accumulate((needs.get(name, 0) for name, _, _ in works), max)
     stages = tuple(
         StagePlan(
@@ -189,7 +189,8 @@ def _samples(config: CompileConfig) -> bool:
     return config.effective_removal == "second-order"
 
 
-def _needs(config: CompileConfig, case: Case, item_bytes: int) -> Mapping[str, int]:
+def memory_needs(config: CompileConfig, case: Case, item_bytes: int) -> Mapping[str, int]:
+    """Most bytes of memory that each stage needs; `item_bytes` of a weight and an activation."""
     tokens = case.calibration_tokens
     samples = {
         "profile": work.sampled(tokens, PROFILE_TOKENS) if _samples(config) else tokens,
@@ -199,11 +200,15 @@ def _needs(config: CompileConfig, case: Case, item_bytes: int) -> Mapping[str, i
     return stage_needs(config, case, samples, item_bytes=item_bytes)
 
 
-def _works(config: CompileConfig, inputs: Inputs, case: Case) -> Iterator[tuple[str, str, Work]]:
-    """Stages that run, in their order: name, what there is to do, and its work."""
+def stage_works(config: CompileConfig, case: Case, file_bytes: int | None) -> Iterator[tuple[str, str, Work]]:
+    """Stages that run, in their order: name, what there is to do, and its work.
+
+    Args:
+        file_bytes: of model and encoder, which are hashed; None for a model on the Hub.
+    """
     rounds, narrows = config.quantize != "bf16", case.kept < case.shapes.ffn_dim
-    if inputs.model.path is not None:
-        yield "hash", "model and encoder", Work(moved_bytes=_file_bytes(inputs))
+    if file_bytes is not None:
+        yield "hash", "model and encoder", Work(moved_bytes=file_bytes)
     yield "load", f"{case.shapes.all_weights / 1e6:,.0f} M weights", work.load_work(case)
     yield "corpus", _corpus_detail(case), work.corpus_work(case)
     if rounds:

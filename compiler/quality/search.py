@@ -61,11 +61,7 @@ def fit_quality(
         )
 
     if (dense_excess := _excess(config, dense)) > 0:
-        way_out = "ask for less" if config.quantize == "bf16" else "ask for less, or --quantize more bits"
-        raise ConfigError(
-            f"--max-kl, --min-top1: rounding to {config.quantize} alone costs KL {dense.kl:.4f} and leaves top-1 "
-            f"{dense.top1:.4f} on held-out text, before anything is narrowed; {way_out}"
-        )
+        raise ConfigError(_rounding_problem(config, dense))
 
     judged_by_all = {cluster for cluster, count in enumerate(num_tokens) if count < _LEAST_TOKENS}
 
@@ -90,6 +86,18 @@ def fit_quality(
         num_tries=method.num_tries,
     )
     return round(float(np.average(keeps, weights=num_tokens)), 4), keeps
+
+
+def _rounding_problem(config: CompileConfig, dense: Score) -> str:
+    by_default = config.max_kl is None and config.min_top1 is None
+    asked = f"--max-kl {config.effective_max_kl:g}, the default" if by_default else "--max-kl, --min-top1"
+    way_out = "give --keep" if by_default else "ask for less"
+    if config.quantize != "bf16":
+        way_out += ", or --quantize more bits"
+    return (
+        f"{asked}: rounding to {config.quantize} alone costs KL {dense.kl:.4f} and leaves top-1 "
+        f"{dense.top1:.4f} on held-out text, before anything is narrowed; {way_out}"
+    )
 
 
 def searches(config: CompileConfig) -> bool:
