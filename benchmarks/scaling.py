@@ -15,7 +15,7 @@ import click
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import Effort
 from coreinfer.compiler.estimate.machine import Machine
-from coreinfer.compiler.estimate.plan import stage_works
+from coreinfer.compiler.estimate.plan import memory_needs, stage_works
 from coreinfer.compiler.estimate.shapes import Shapes
 from coreinfer.compiler.estimate.sizes import kept_neurons
 from coreinfer.compiler.estimate.speeds import stage_seconds
@@ -57,7 +57,8 @@ MACHINES: Mapping[str, Cluster] = {
     "one GPU": Cluster(machine=machine(1, 50_000, 600_000, 2500)),
     "8 machines of 16 cores": Cluster(machine=machine(16, 1400, 3200, 150), num_machines=8),
 }
-"""2 cores: as measured (AVX-512 bf16). 16 cores: 8 times the products. GPU: as an H100, at two thirds of its peaks, float32 on its ordinary units. Nothing was run on the last two."""
+"""2 cores: as measured (AVX-512 bf16). 16 cores: 8 times the products. GPU: as an H100, at two thirds
+of its peaks, float32 on its ordinary units. Nothing was run on the last two."""
 
 
 def shapes(sizes: tuple[int, ...], *, tied_head: bool) -> Shapes:
