@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .products import add_products, mirror
 from .removal import System, remove_neurons, solve
 
-__all__ = ["CLUSTER_WEIGHTS", "RIDGES", "LayerTokens", "Repaired", "RepairTask", "gram_matrix", "repair_layer"]
+__all__ = ["CLUSTER_WEIGHTS", "RIDGES", "LayerTokens", "Repaired", "RepairTask", "repair_layer"]
 
 RIDGES = (1e-3, 1e-2, 1e-1)
 """Candidates for "auto", relative to the mean diagonal of the Gram matrix; no repair is the last candidate."""
@@ -23,7 +24,6 @@ CLUSTER_WEIGHTS = (0.3, 0.6)
 """Candidates for "auto"; the first is best for little text, the second for 40,000 tokens per cluster."""
 _REMOVAL_RIDGE = 1e-2
 _TOKEN_CHUNK = 8192
-_COLUMN_BLOCKS = 6
 
 Ids = npt.NDArray[np.int32]
 Solutions = list[tuple[torch.Tensor, torch.Tensor]]
@@ -90,7 +90,7 @@ class Repaired:
 
 @dataclass(frozen=True, kw_only=True)
 class _Moments:
-    """Means over tokens of h h^T, h y^T, h and y."""
+    """Means over tokens of h h^T, h y^T, h and y; the last two only where the down projection has a bias."""
 
     gram: torch.Tensor
     cross: torch.Tensor
@@ -99,38 +99,6 @@ class _Moments:
 
     def parts(self) -> tuple[torch.Tensor, ...]:
         return self.gram, self.cross, self.mean_activation, self.mean_target
-
-
-def gram_matrix(activations: torch.Tensor) -> torch.Tensor:
-    """Sum h h^T over tokens in float32.
-
-    Only blocks on and above the diagonal are multiplied: the result is symmetric.
-
-    Args:
-        activations: (tokens, n) of any float dtype.
-    Returns:
-        (n, n) float32.
-    """
-    num_columns = activations.shape[1]
-    gram = torch.zeros((num_columns, num_columns), dtype=torch.float32, device=activations.device)
-    for chunk in activations.split(_TOKEN_CHUNK):
-        _add_upper(gram, chunk.float())
-    _mirror(gram)
-    return gram
-
-
-def _add_upper(gram: torch.Tensor, values: torch.Tensor) -> None:
-    """Add (tokens, n) float32 values' products to the blocks on and above the diagonal."""
-    num_columns = values.shape[1]
-    step = max(64, -(-num_columns // _COLUMN_BLOCKS))
-    for start in range(0, num_columns, step):
-        gram[start : start + step, start:].addmm_(values[:, start : start + step].T, values[:, start:])
-
-
-def _mirror(gram: torch.Tensor) -> None:
-    """Put what is above the diagonal below it as well."""
-    gram.triu_()
-    gram += gram.triu(1).T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,15 +185,15 @@ def _solutions(system: System, moments: _Moments, task: RepairTask, neuron_ids: 
 def _moments(tokens: LayerTokens, task: RepairTask) -> Iterator[tuple[_Moments, _Moments | None]]:
     """Each cluster's moments, one at a time, and those of all text; None for the latter where there is one cluster."""
     if len(task.calibration) == 1:
-        yield _mean_moments(tokens, task.calibration[0]), None
+        yield _mean_moments(tokens, task, task.calibration[0]), None
         return
     num_values = task.weights.shape[0] * (task.weights.shape[0] + task.weights.shape[1])
     own: Iterable[_Moments]
     if len(task.calibration) * num_values * 4 > task.moment_bytes:
-        overall = _mean_moments(tokens, torch.cat([*task.calibration]))
-        own = (_mean_moments(tokens, rows) for rows in task.calibration)
+        overall = _mean_moments(tokens, task, torch.cat([*task.calibration]))
+        own = (_mean_moments(tokens, task, rows) for rows in task.calibration)
     else:
-        own = [_mean_moments(tokens, rows) for rows in task.calibration]
+        own = [_mean_moments(tokens, task, rows) for rows in task.calibration]
         overall = _weighted_sum(own, [len(rows) / sum(map(len, task.calibration)) for rows in task.calibration])
     for moments in own:
         yield moments, overall
@@ -249,7 +217,8 @@ def _accumulate(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> torc
     return total
 
 
-def _mean_moments(tokens: LayerTokens, rows: torch.Tensor) -> _Moments:
+def _mean_moments(tokens: LayerTokens, task: RepairTask, rows: torch.Tensor) -> _Moments:
+    """Moments of some tokens; means are left at 0 where nothing is centred."""
     ffn_dim, hidden_size = tokens.activations.shape[1], tokens.targets.shape[1]
     device, count = tokens.activations.device, max(1, len(rows))
     sums = _Moments(
@@ -258,14 +227,12 @@ def _mean_moments(tokens: LayerTokens, rows: torch.Tensor) -> _Moments:
         mean_activation=torch.zeros(ffn_dim, device=device),
         mean_target=torch.zeros(hidden_size, device=device),
     )
-    # Some at a time: a copy of all rows would be as large as the activations themselves.
-    for part in rows.split(_TOKEN_CHUNK):
-        values, wanted = tokens.activations[part].float(), tokens.targets[part].float()
-        _add_upper(sums.gram, values)
-        sums.cross.addmm_(values.T, wanted)
-        sums.mean_activation.add_(values.sum(dim=0))
-        sums.mean_target.add_(wanted.sum(dim=0))
-    _mirror(sums.gram)
+    add_products(sums.gram, sums.cross, tokens.activations, tokens.targets, rows)
+    mirror(sums.gram)
+    if task.bias is not None:
+        for part in rows.split(_TOKEN_CHUNK):
+            sums.mean_activation.add_(tokens.activations[part].float().sum(dim=0))
+            sums.mean_target.add_(tokens.targets[part].float().sum(dim=0))
     for total in sums.parts():
         total.div_(count)
     return sums
