@@ -16,6 +16,7 @@ from coreinfer.bundles.manifest import Quality
 from .cache import Cache, stage_key
 from .clusters.route import Routing, build_routing, control_assignments
 from .config import CompileConfig
+from .models.layerwise import READING
 from .models.load import LoadedModel
 from .models.memory import check_memory
 from .progress import Progress
@@ -121,6 +122,7 @@ def gather_material(
         seed=config.seed,
         device=str(loaded.device),
         dtype=str(loaded.dtype),
+        reading=READING,
         # The same file, read as another model than before, gives other results.
         config=loaded.record.config,
         threads=torch.get_num_threads(),

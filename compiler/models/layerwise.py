@@ -26,6 +26,7 @@ __all__ = [
     "LayerActivations",
     "LayerRun",
     "PartialRun",
+    "READING",
     "document_starts",
     "goes_on",
     "head_logits",
@@ -35,6 +36,8 @@ __all__ = [
     "walk_layers",
 ]
 
+READING = 2
+"""Part of the keys of all stages that run text; one more as soon as layers give other results, if only by rounding."""
 _BATCH_TOKENS = 4096
 
 
