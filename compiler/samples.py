@@ -9,6 +9,7 @@ __all__ = [
     "MOMENT_TOKENS",
     "NEURON_BLOCK",
     "PROFILE_TOKENS",
+    "VALIDATION_TOKENS",
 ]
 
 MOMENT_TOKENS = 8192
@@ -17,6 +18,8 @@ FISHER_TOKENS = 8192
 CURVE_TOKENS = 16_384
 PROFILE_TOKENS = 65_536
 """Enough for scores that no neuron is removed by; it is what modes stability and fused go by at run time."""
+VALIDATION_TOKENS = 8192
+"""Ridges differ enough in their costs; of these tokens half are read narrow."""
 GROUP_TEXTS = 16
 """Held-out texts whose dense logits are held in memory at a time."""
 NEURON_BLOCK = GROUP_SIZE

@@ -9,16 +9,18 @@ for rounding.
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from coreinfer.compiler.budget import moment_bytes
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.config import CompileConfig
+from coreinfer.compiler.models.layerwise import pick
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.quantize.rounding import Rounding
+from coreinfer.compiler.samples import VALIDATION_TOKENS
 from coreinfer.compiler.text.corpus import Document
 
 from .layer_results import LayerResult, arrays_of, results_of
@@ -81,6 +83,7 @@ def _narrow_layers(inputs: NarrowInputs, cache: Cache, key: str, progress: Progr
     stored = [_find_results(inputs, cache, layer_key) for layer_key in keys]
     if all(stored):
         return [results for results in stored if results is not None]
+    inputs = _with_few_validated(inputs)
     documents = [*inputs.calibration, *inputs.validation]
     results = []
     with progress.stage("reconstruct", num_layers) as advance, torch.inference_mode():
@@ -91,6 +94,17 @@ def _narrow_layers(inputs: NarrowInputs, cache: Cache, key: str, progress: Progr
             results.append(_narrow_one_layer(inputs, cache, keys[layer], layer, text, streams, tokens))
             advance()
     return results
+
+
+def _with_few_validated(inputs: NarrowInputs) -> NarrowInputs:
+    """Leave evenly spread documents of the validation text, of about as many tokens as a choice of ridges needs."""
+    num_tokens = sum(len(document.token_ids) for document in inputs.validation)
+    step = max(1, num_tokens // VALIDATION_TOKENS)
+    return replace(
+        inputs,
+        validation=inputs.validation[::step],
+        assignments=[replace(item, validation=item.validation[::step]) for item in inputs.assignments],
+    )
 
 
 def _find_results(inputs: NarrowInputs, cache: Cache, key: str) -> Results | None:
@@ -114,7 +128,7 @@ def _narrow_one_layer(
     readings = [read_dense(loaded, layer, part, tokens, carries=carries, begins=begins) for part in text.parts]
     if still_dense:
         for stream in streams:
-            stream.hidden = [part.batch.hidden[part.places] for part in text.parts]
+            stream.hidden = [pick(part.batch.hidden, part.places) for part in text.parts]
         return _stored(cache, key, {item.name: _own(inputs, item.name, layer) for item in inputs.assignments})
     stored = _find_results(inputs, cache, key)
     results = dict(stored or {})
@@ -228,8 +242,8 @@ def _narrow_outputs(
             bias = torch.from_numpy(repaired).to(outputs)
         if inputs.rounding:
             down = inputs.rounding.down(inputs.loaded, layer, down, result.neuron_ids[cluster])
-        product = tokens.activations[rows][:, ids] @ down
-        outputs[rows] = product if bias is None else product + bias
+        product = tokens.activations.index_select(0, rows).index_select(1, ids) @ down
+        outputs.index_copy_(0, rows, product if bias is None else product + bias)
     return outputs
 
 

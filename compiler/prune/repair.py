@@ -246,7 +246,10 @@ def _validation_costs(
     for cluster, (rows, ids) in enumerate(zip(task.validation, neuron_ids, strict=True)):
         index = torch.from_numpy(ids).long().to(task.weights.device)
         for part in rows.split(_TOKEN_CHUNK):
-            kept, target = tokens.activations[part][:, index].float(), tokens.targets[part].float()
+            kept, target = (
+                tokens.activations.index_select(0, part).index_select(1, index).float(),
+                tokens.targets[part].float(),
+            )
             for number, solutions in enumerate(candidates):
                 down, bias = solutions[cluster]
                 errors = target - bias - kept @ down
