@@ -6,7 +6,14 @@ apart from those in float32, by which neurons are removed and repaired.
 
 from dataclasses import dataclass
 
-from coreinfer.compiler.samples import CURVE_TOKENS, FISHER_TOKENS, GROUP_TEXTS, MOMENT_TOKENS, PROFILE_TOKENS
+from coreinfer.compiler.samples import (
+    CURVE_TOKENS,
+    FISHER_TOKENS,
+    GROUP_TEXTS,
+    MOMENT_TOKENS,
+    PROFILE_TOKENS,
+    VALIDATION_TOKENS,
+)
 
 from .shapes import Shapes
 
@@ -217,7 +224,7 @@ def reconstruct_work(case: Case, *, carries: bool, removes: bool) -> Work:
     sums moments h h^T and h y^T of the calibration text, in the model's dtype; for each of its clusters neurons are
     removed and three repairs solved, of controls one.
     """
-    shapes, tokens = case.shapes, case.calibration_tokens + case.validation_tokens
+    shapes, tokens = case.shapes, case.calibration_tokens + sampled(case.validation_tokens, VALIDATION_TOKENS)
     half = tokens / 2
     narrow = 2 * half * (shapes.attention_weights + shapes.inner_weights + case.kept * shapes.hidden_size)
     sums = 2 * case.calibration_tokens * shapes.ffn_dim * (_GRAM_SHARE * shapes.ffn_dim + shapes.hidden_size)
