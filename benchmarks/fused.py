@@ -28,7 +28,7 @@ from coreinfer.compiler.models.layerwise import document_starts, walk_layers
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress, peak_memory_bytes
 from coreinfer.compiler.prune.narrow import CLUSTERS, Cut, NarrowModel, bf16_bits, choose_all
-from coreinfer.compiler.prune.repair import gram_matrix
+from coreinfer.compiler.prune.products import gram_matrix
 from coreinfer.compiler.prune.select import Choice, choose_neurons
 from coreinfer.compiler.quality.reference import read_reference
 from coreinfer.compiler.quality.stored import StoredPacks, stored_packs

@@ -7,6 +7,7 @@ Prints a Markdown table; GFLOP/s count the products of the half that is computed
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import click
 import numpy as np
@@ -27,14 +28,11 @@ def main(tokens: int, ffn_dim: int, hidden_size: int, rounds: int, num_threads: 
     targets = torch.randn(tokens, hidden_size).bfloat16()
     flop = 2 * tokens * ffn_dim * (ffn_dim / 2 + hidden_size)
     print("| products | ms | GFLOP/s |\n|---|---|---|")
+    rows = np.arange(tokens)
+    bits = [values.view(torch.int16).numpy().view(np.uint16) for values in (activations, targets)]
     for isa in _products.available_isas():
         gram, cross = np.zeros((ffn_dim, ffn_dim), np.float32), np.zeros((ffn_dim, hidden_size), np.float32)
-        bits = [values.view(torch.int16).numpy().view(np.uint16) for values in (activations, targets)]
-        rows = np.arange(tokens)
-
-        def add(isa: str = isa, gram: np.ndarray = gram, cross: np.ndarray = cross) -> None:  # type: ignore[type-arg]
-            _products.add_products(gram, cross, *bits, rows, num_threads=num_threads, isa=isa)
-
+        add = partial(_products.add_products, gram, cross, *bits, rows, num_threads=num_threads, isa=isa)
         _print(isa, _best_seconds(add, rounds), flop)
 
     def plain() -> None:

@@ -8,6 +8,7 @@ __all__ = [
     "MOMENT_TOKENS",
     "NEURON_BLOCK",
     "PROFILE_TOKENS",
+    "VALIDATION_TOKENS",
 ]
 
 MOMENT_TOKENS = 4096
@@ -16,5 +17,7 @@ FISHER_TOKENS = 8192
 CURVE_TOKENS = 16_384
 PROFILE_TOKENS = 65_536
 """Enough for scores that no neuron is removed by; it is what modes stability and fused go by at run time."""
+VALIDATION_TOKENS = 8192
+"""Ridges differ enough in their costs; of these tokens half are read narrow."""
 NEURON_BLOCK = GROUP_SIZE
 """Kept neurons a layer are a multiple of this, the kernels' group size."""

@@ -18,6 +18,7 @@ from .cache import Cache, stage_key
 from .clusters.route import Routing, build_routing, control_assignments
 from .config import CompileConfig
 from .efforts import shares_profile
+from .models.layerwise import READING
 from .models.load import LoadedModel
 from .models.memory import check_memory
 from .progress import Progress
@@ -29,6 +30,7 @@ from .prune.reconstruct import REVISION, narrow_all
 from .prune.select import layer_budgets
 from .prune.sensitivity import output_metrics, removal_curves
 from .prune.sums import Sums, sums_fit, watch_sums
+from .prune.validation import few_validated
 from .quality.reference import Reference, read_reference
 from .quality.score import evaluate
 from .quality.search import searches
@@ -130,6 +132,7 @@ def gather_material(
         seed=config.seed,
         device=str(loaded.device),
         dtype=str(loaded.dtype),
+        reading=READING,
         # The same file, read as another model than before, gives other results.
         config=loaded.record.config,
         threads=torch.get_num_threads(),
@@ -181,9 +184,9 @@ def prepare(
     labels = {item.name: item.calibration for item in assignments}
     sums = Sums(cache=Cache(material.stored.folder / "sums"), key=key)
     shares = keep < 1 and shares_profile(config) and sums_fit(loaded, assignments, sums)
-    watch = watch_sums(sums, assignments) if shares else None
-    further = material.corpus.validation if watch else ()
-    profile = profile_model(config, loaded, calibration, labels, cache, key, progress, further, watch)
+    further, validated = few_validated(material.corpus.validation, assignments)
+    watch = watch_sums(sums, loaded, validated) if shares else None
+    profile = profile_model(config, loaded, calibration, labels, cache, key, progress, further if watch else (), watch)
     metrics = output_metrics(config, keep, loaded, calibration, cache, material.key, progress)
     curves = None
     if config.effective_budgets == "sensitivity" and keep < 1:

@@ -1,4 +1,4 @@
-"""Sums of products in C++ equal the plain product: every instruction set, and the same bits for any number of threads."""
+"""Sums of products in C++ equal the plain product: every instruction set, the same bits for any number of threads."""
 
 import numpy as np
 import numpy.typing as npt

@@ -80,9 +80,11 @@ def embed_sentences(
 ) -> Floats:
     """Embed texts with the sentence encoder: (texts, dimension) float32, rows of L2 norm 1.
 
-    The encoder comes as a function, so that it is loaded only when the cache lacks the result.
+    The encoder comes as a function, so that it is loaded only when the cache lacks the result. CPUs that multiply
+    bfloat16 do so: directions change by less than 0.01 in length, and clusters do not.
     """
-    text_key = stage_key("embed", encoder=key, texts=list(texts))
+    halves = cpu_multiplies_bf16()
+    text_key = stage_key("embed", encoder=key, texts=list(texts), products="bfloat16" if halves else "float32")
 
     def compute() -> dict[str, Floats]:
         model = encoder()
@@ -92,9 +94,13 @@ def embed_sentences(
         with progress.stage("embed", len(texts)) as advance:
             for start in range(0, len(texts), _BATCH_SIZE):
                 ids = order[start : start + _BATCH_SIZE]
-                batch = model.encode(
-                    [texts[i] for i in ids], normalize_embeddings=True, show_progress_bar=False, batch_size=_BATCH_SIZE
-                )
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=halves and model.device.type == "cpu"):
+                    batch = model.encode(
+                        [texts[i] for i in ids],
+                        normalize_embeddings=True,
+                        show_progress_bar=False,
+                        batch_size=_BATCH_SIZE,
+                    )
                 for i, vector in zip(ids, batch, strict=True):
                     vectors[i] = vector
                 advance(len(ids))

@@ -59,4 +59,47 @@ void for_each_block(int num_blocks, int num_threads, Work work) {
   for (std::thread& helper : helpers) helper.join();
 }
 
+// Where some threads wait for each other, again and again.
+class Barrier {
+ public:
+  // How many threads there are; those that wait go on from then on.
+  void open(int num_threads) { num_threads_ = num_threads; }
+
+  void wait() {
+    int expected;
+    while ((expected = num_threads_) == 0) std::this_thread::yield();
+    const int round = round_;
+    if (++num_waiting_ == expected) {
+      num_waiting_ = 0;
+      ++round_;
+      return;
+    }
+    while (round_ == round) std::this_thread::yield();
+  }
+
+ private:
+  std::atomic<int> num_threads_{0}, num_waiting_{0}, round_{0};
+};
+
+// Call work(barrier) on several threads at once, fewer where the system starts no more. It must not throw.
+template <class Work>
+void run_together(int num_threads, Work work) {
+  Barrier barrier;
+  std::vector<std::thread> helpers;
+  helpers.reserve(num_threads);
+  try {
+    while (static_cast<int>(helpers.size()) + 1 < num_threads)
+      helpers.emplace_back([&] {
+        barrier.wait();
+        work(barrier);
+      });
+  } catch (const std::system_error&) {
+    // Those that there are do the work.
+  }
+  barrier.open(static_cast<int>(helpers.size()) + 1);
+  barrier.wait();
+  work(barrier);
+  for (std::thread& helper : helpers) helper.join();
+}
+
 }  // namespace coreinfer

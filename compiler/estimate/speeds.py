@@ -45,7 +45,7 @@ REACHED: Mapping[str, Reached] = {
     "profile": Reached(model=0.7),
     "sensitivity": Reached(model=0.78),
     "curves": Reached(model=0.7, floats=0.85),
-    "reconstruct": Reached(model=0.53, floats=0.8),
+    "reconstruct": Reached(model=0.48, floats=0.8),
     "reference": Reached(memory=0.05),
     "evaluate": Reached(memory=0.05),
     "write": Reached(memory=0.03),

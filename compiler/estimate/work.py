@@ -6,7 +6,7 @@ apart from those in float32, by which neurons are removed and repaired.
 
 from dataclasses import dataclass, fields
 
-from coreinfer.compiler.samples import CURVE_TOKENS, FISHER_TOKENS, MOMENT_TOKENS, PROFILE_TOKENS
+from coreinfer.compiler.samples import CURVE_TOKENS, FISHER_TOKENS, MOMENT_TOKENS, PROFILE_TOKENS, VALIDATION_TOKENS
 
 from .shapes import Shapes
 
@@ -32,8 +32,8 @@ __all__ = [
     "write_work",
 ]
 
-_GRAM_SHARE = 7 / 12
-"""Of a square matrix, what is multiplied of a symmetric one: six blocks a side, those on the diagonal and above."""
+_GRAM_SHARE = 1 / 2
+"""Of a square matrix, what is multiplied of a symmetric one."""
 _NUM_RIDGES = 3
 _REMOVAL_STEP, _CURVE_STEP = 16, 32
 _FLOAT_BYTES = 4
@@ -197,8 +197,8 @@ def curves_work(case: Case) -> Work:
     grams = 2 * _GRAM_SHARE * tokens * shapes.ffn_dim**2
     removal = _removal(shapes, 0, _CURVE_STEP)
     return Work(
-        model_flop=case.token_flop * tokens,
-        float_flop=shapes.num_layers * (grams + removal.float_flop),
+        model_flop=case.token_flop * tokens + shapes.num_layers * grams,
+        float_flop=shapes.num_layers * removal.float_flop,
         moved_bytes=shapes.num_layers * removal.moved_bytes,
     )
 
@@ -247,21 +247,23 @@ def repair_work(case: Case) -> Work:
 def reconstruct_work(case: Case, *, carries: bool, removes: bool) -> Work:
     """Run the text through the dense layers, and again for the clusters and each control as far as it is narrow.
 
-    A narrow run is attention for all tokens, the inner matrices for half of them, and the narrow down projection.
-    Each one also sums moments h h^T and h y^T of the calibration text; for each of its clusters neurons are removed
-    and three repairs solved, of controls one.
+    A narrow run is attention, the inner matrices and the narrow down projection for half of the tokens. Each one also
+    sums moments h h^T and h y^T of the calibration text, in the model's dtype; for each of its clusters neurons are
+    removed and three repairs solved, of controls one.
     """
-    shapes, tokens = case.shapes, case.calibration_tokens + case.validation_tokens
+    shapes, tokens = case.shapes, case.calibration_tokens + sampled(case.validation_tokens, VALIDATION_TOKENS)
     half = tokens / 2
-    narrow = 2 * (tokens * shapes.attention_weights + half * (shapes.inner_weights + case.kept * shapes.hidden_size))
+    narrow = 2 * half * (shapes.attention_weights + shapes.inner_weights + case.kept * shapes.hidden_size)
     sums = _sums_flop(case)
     removal = _removal(shapes, case.kept, _REMOVAL_STEP) if removes else Work()
-    flop, moved = 0.0, 0.0
+    flop, moved, summed = 0.0, 0.0, 0.0
     for number, num_clusters in enumerate(case.num_assigned):
         repair = _repair_flop(case, _NUM_RIDGES if number == 0 else 1)
-        flop += sums + num_clusters * (removal.float_flop + repair)
+        summed += sums
+        flop += num_clusters * (removal.float_flop + repair)
         moved += num_clusters * (removal.moved_bytes + _mixture_bytes(shapes))
-    model_flop = case.token_flop * tokens + shapes.num_layers * len(case.num_assigned) * narrow * carries
+    per_layer = summed + len(case.num_assigned) * narrow * carries
+    model_flop = case.token_flop * tokens + shapes.num_layers * per_layer
     return Work(
         model_flop=model_flop,
         float_flop=shapes.num_layers * flop,

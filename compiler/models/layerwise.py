@@ -26,15 +26,19 @@ __all__ = [
     "LayerActivations",
     "LayerRun",
     "PartialRun",
+    "READING",
     "document_starts",
     "goes_on",
     "head_logits",
+    "pick",
     "prepare_batches",
     "run_layer",
     "run_partly",
     "walk_layers",
 ]
 
+READING = 2
+"""Part of the keys of all stages that run text; one more as soon as layers give other results, if only by rounding."""
 _BATCH_TOKENS = 4096
 
 
@@ -81,7 +85,18 @@ class Batch:
 
     def real(self, values: torch.Tensor) -> torch.Tensor:
         """Drop the padding: (batch, length, n) -> (tokens, n), in the order of `rows`."""
-        return values.reshape(-1, values.shape[-1])[self.mask.reshape(-1)]
+        return pick(values, self.mask)
+
+
+def pick(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Take some places of (batch, length, n) or (batch x length, n) values: (places, n).
+
+    Whole rows are copied, where indexing by a mask would go number by number.
+
+    Args:
+        places: (batch, length) bool.
+    """
+    return values.reshape(-1, values.shape[-1]).index_select(0, places.reshape(-1).nonzero()[:, 0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +183,9 @@ def walk_layers(
             for batch in batches:
                 run = run_layer(loaded, index, batch, batch.hidden)
                 batch.hidden = run.output
-                activations[batch.rows] = batch.real(run.activations)
+                activations.index_copy_(0, batch.rows, batch.real(run.activations))
                 if outputs:
-                    ffn_outputs[batch.rows] = batch.real(run.ffn_output)
+                    ffn_outputs.index_copy_(0, batch.rows, batch.real(run.ffn_output))
                 stream_energies[batch.rows] = batch.real(run.output).float().square().sum(dim=-1)
             yield LayerActivations(
                 layer=index,
@@ -308,19 +323,18 @@ def run_partly(
         beginning: of `run_layer`, whose first places are the same; for layers that `goes_on` is true of.
     """
     seen: dict[str, torch.Tensor] = {}
-    flat_places = places.reshape(-1)
 
-    def pick(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def enter(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         # Some models flatten batch and length for their FFN, and want its output back in that shape.
         seen["entering"] = inputs[0]
-        return inputs[0].reshape(-1, inputs[0].shape[-1])[flat_places]
+        return pick(inputs[0], places)
 
     def put(activations: torch.Tensor) -> torch.Tensor:
         seen["activations"] = activations
         return ffn_output.reshape(seen["entering"].shape)
 
     entries = [role for role in loaded.family.projections if role != "down"]
-    handles = [loaded.projection(index, role).register_forward_pre_hook(pick) for role in entries]
+    handles = [loaded.projection(index, role).register_forward_pre_hook(enter) for role in entries]
     try:
         with _computed_by(loaded.projection(index, "down"), put):
             output = loaded.layers[index](hidden, **_arguments_after(loaded, index, batch, beginning))

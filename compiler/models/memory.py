@@ -64,7 +64,10 @@ def _fixed_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
 
 
 def _token_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
-    """Activations and targets, hidden states before and after a layer; for each stream those of the second halves."""
+    """Activations and targets, hidden states before and after a layer; for each stream those of the second halves.
+
+    Keys and values of first halves are taken to be as wide as hidden states: they are, or narrower.
+    """
     num_streams = 3 if config.evaluate and config.effective_controls else 1
-    num_hidden = 1 + 2 + (num_streams + 2) / 2
+    num_hidden = 1 + 2 + 1 + (num_streams + 2) / 2
     return int((loaded.record.ffn_dim + num_hidden * loaded.record.hidden_size) * loaded.dtype.itemsize)

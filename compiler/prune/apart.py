@@ -57,7 +57,7 @@ def _has_sums(inputs: NarrowInputs, sums: Sums, layer: int) -> bool:
 
 
 def _sum(inputs: NarrowInputs, sums: Sums, progress: Progress) -> None:
-    watch = watch_sums(sums, inputs.assignments)
+    watch = watch_sums(sums, inputs.loaded, inputs.assignments)
     with progress.stage("sums", inputs.loaded.record.num_layers) as advance:
         for layer in _walk(inputs, advance):
             watch(layer)

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import torch
 from coreinfer.compiler.cache import Cache
+from coreinfer.compiler.models.layerwise import pick
 from coreinfer.compiler.progress import Progress
 
 from .layer_repair import NarrowInputs, Results, find_results, own_result, repair_assignment, store_results
@@ -52,7 +53,7 @@ def _narrow_one_layer(
     readings = [read_dense(loaded, layer, part, tokens, carries=True, begins=begins) for part in text.parts]
     if still_dense:
         for stream in streams:
-            stream.hidden = [part.batch.hidden[part.places] for part in text.parts]
+            stream.hidden = [pick(part.batch.hidden, part.places) for part in text.parts]
         own = {item.name: own_result(inputs, item.name, layer) for item in inputs.assignments}
         return store_results(cache, key, own)
     stored = find_results(inputs, cache, key)
@@ -99,6 +100,6 @@ def _narrow_outputs(
             bias = torch.from_numpy(repaired).to(outputs)
         if inputs.rounding:
             down = inputs.rounding.down(inputs.loaded, layer, down, result.neuron_ids[cluster])
-        product = tokens.activations[rows][:, ids] @ down
-        outputs[rows] = product if bias is None else product + bias
+        product = tokens.activations.index_select(0, rows).index_select(1, ids) @ down
+        outputs.index_copy_(0, rows, product if bias is None else product + bias)
     return outputs

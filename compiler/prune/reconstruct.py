@@ -1,6 +1,7 @@
 """Stages `select` and `reconstruct`: narrow a model's layers for every assignment."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.progress import Progress
@@ -11,6 +12,7 @@ from .layer_repair import NarrowInputs, Results, find_results, own_result
 from .layer_results import LayerResult
 from .narrow import NarrowModel
 from .select import Choice
+from .validation import few_validated
 
 __all__ = ["REVISION", "narrow_all"]
 
@@ -34,8 +36,9 @@ def _narrow_layers(inputs: NarrowInputs, cache: Cache, key: str, progress: Progr
     stored = [find_results(inputs, cache, layer_key) for layer_key in keys]
     if all(stored):
         return [results for results in stored if results is not None]
+    validation, assignments = few_validated(inputs.validation, inputs.assignments)
     narrow = narrow_carried if inputs.config.effective_carry else narrow_apart
-    return narrow(inputs, cache, keys, progress)
+    return narrow(replace(inputs, validation=validation, assignments=assignments), cache, keys, progress)
 
 
 def _collect(inputs: NarrowInputs, name: str, layers: Sequence[LayerResult]) -> NarrowModel:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .products import add_products, mirror
 from .removal import System, remove_neurons, solve
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "Moments",
     "RepairTask",
     "Repaired",
-    "gram_matrix",
     "mean_moments",
     "overall_moments",
     "repair_layer",
@@ -35,7 +35,6 @@ CLUSTER_WEIGHTS = (0.3, 0.6)
 """Candidates for "auto"; the first is best for little text, the second for 40,000 tokens per cluster."""
 _REMOVAL_RIDGE = 1e-2
 _TOKEN_CHUNK = 8192
-_COLUMN_BLOCKS = 6
 
 Ids = npt.NDArray[np.int32]
 Solutions = list[tuple[torch.Tensor, torch.Tensor]]
@@ -104,7 +103,7 @@ class Repaired:
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Means over tokens of h h^T, h y^T, h and y."""
+    """Means over tokens of h h^T, h y^T, h and y; the last two only where the down projection has a bias."""
 
     gram: torch.Tensor
     cross: torch.Tensor
@@ -114,38 +113,6 @@ class Moments:
     def parts(self) -> tuple[torch.Tensor, ...]:
         """All of them."""
         return self.gram, self.cross, self.mean_activation, self.mean_target
-
-
-def gram_matrix(activations: torch.Tensor) -> torch.Tensor:
-    """Sum h h^T over tokens in float32.
-
-    Only blocks on and above the diagonal are multiplied: the result is symmetric.
-
-    Args:
-        activations: (tokens, n) of any float dtype.
-    Returns:
-        (n, n) float32.
-    """
-    num_columns = activations.shape[1]
-    gram = torch.zeros((num_columns, num_columns), dtype=torch.float32, device=activations.device)
-    for chunk in activations.split(_TOKEN_CHUNK):
-        _add_upper(gram, chunk.float())
-    _mirror(gram)
-    return gram
-
-
-def _add_upper(gram: torch.Tensor, values: torch.Tensor) -> None:
-    """Add (tokens, n) float32 values' products to the blocks on and above the diagonal."""
-    num_columns = values.shape[1]
-    step = max(64, -(-num_columns // _COLUMN_BLOCKS))
-    for start in range(0, num_columns, step):
-        gram[start : start + step, start:].addmm_(values[:, start : start + step].T, values[:, start:])
-
-
-def _mirror(gram: torch.Tensor) -> None:
-    """Put what is above the diagonal below it as well."""
-    gram.triu_()
-    gram += gram.triu(1).T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,16 +201,17 @@ def _solutions(system: System, moments: Moments, task: RepairTask, neuron_ids: I
 
 def _moments(tokens: LayerTokens, task: RepairTask) -> Iterator[MixedMoments]:
     """Each cluster's moments, one at a time, and those of all text; None for the latter where there is one cluster."""
+    centred = task.bias is not None
     if len(task.calibration) == 1:
-        yield mean_moments(tokens, task.calibration[0]), None
+        yield mean_moments(tokens, task.calibration[0], centred=centred), None
         return
     num_values = task.weights.shape[0] * (task.weights.shape[0] + task.weights.shape[1])
     own: Iterable[Moments]
     if len(task.calibration) * num_values * 4 > task.moment_bytes:
-        overall = mean_moments(tokens, torch.cat([*task.calibration]))
-        own = (mean_moments(tokens, rows) for rows in task.calibration)
+        overall = mean_moments(tokens, torch.cat([*task.calibration]), centred=centred)
+        own = (mean_moments(tokens, rows, centred=centred) for rows in task.calibration)
     else:
-        own = [mean_moments(tokens, rows) for rows in task.calibration]
+        own = [mean_moments(tokens, rows, centred=centred) for rows in task.calibration]
         counts = [len(rows) for rows in task.calibration]
         overall = _weighted_sum(own, [count / sum(counts) for count in counts])
     for moments in own:
@@ -277,8 +245,8 @@ def _accumulate(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> torc
     return total
 
 
-def mean_moments(tokens: LayerTokens, rows: torch.Tensor) -> Moments:
-    """Average over some of a layer's tokens."""
+def mean_moments(tokens: LayerTokens, rows: torch.Tensor, *, centred: bool) -> Moments:
+    """Moments of some tokens; means are left at 0 where nothing is centred."""
     ffn_dim, hidden_size = tokens.activations.shape[1], tokens.targets.shape[1]
     device, count = tokens.activations.device, max(1, len(rows))
     sums = Moments(
@@ -287,14 +255,12 @@ def mean_moments(tokens: LayerTokens, rows: torch.Tensor) -> Moments:
         mean_activation=torch.zeros(ffn_dim, device=device),
         mean_target=torch.zeros(hidden_size, device=device),
     )
-    # Some at a time: a copy of all rows would be as large as the activations themselves.
-    for part in rows.split(_TOKEN_CHUNK):
-        values, wanted = tokens.activations[part].float(), tokens.targets[part].float()
-        _add_upper(sums.gram, values)
-        sums.cross.addmm_(values.T, wanted)
-        sums.mean_activation.add_(values.sum(dim=0))
-        sums.mean_target.add_(wanted.sum(dim=0))
-    _mirror(sums.gram)
+    add_products(sums.gram, sums.cross, tokens.activations, tokens.targets, rows)
+    mirror(sums.gram)
+    if centred:
+        for part in rows.split(_TOKEN_CHUNK):
+            sums.mean_activation.add_(tokens.activations[part].float().sum(dim=0))
+            sums.mean_target.add_(tokens.targets[part].float().sum(dim=0))
     for total in sums.parts():
         total.div_(count)
     return sums
@@ -308,7 +274,10 @@ def _validation_costs(
     for cluster, (rows, ids) in enumerate(zip(task.validation, neuron_ids, strict=True)):
         index = torch.from_numpy(ids).long().to(task.weights.device)
         for part in rows.split(_TOKEN_CHUNK):
-            kept, target = tokens.activations[part][:, index].float(), tokens.targets[part].float()
+            kept, target = (
+                tokens.activations.index_select(0, part).index_select(1, index).float(),
+                tokens.targets[part].float(),
+            )
             for number, solutions in enumerate(candidates):
                 down, bias = solutions[cluster]
                 errors = target - bias - kept @ down

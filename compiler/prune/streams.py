@@ -12,7 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from coreinfer.compiler.models.later import Beginning, KeepBeginning
-from coreinfer.compiler.models.layerwise import Batch, document_starts, goes_on, prepare_batches, run_layer, run_partly
+from coreinfer.compiler.models.layerwise import (
+    Batch,
+    document_starts,
+    goes_on,
+    pick,
+    prepare_batches,
+    run_layer,
+    run_partly,
+)
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.text.corpus import Document, split_point
 
@@ -142,7 +150,7 @@ def begin_stream(item: Assignment, text: Text) -> Stream:
         calibration=rows(is_calibration),
         validation=rows(text.is_narrow & ~is_calibration),
         narrow=rows(text.is_narrow),
-        hidden=[part.batch.hidden[part.places] for part in text.parts],
+        hidden=[pick(part.batch.hidden, part.places) for part in text.parts],
     )
 
 
@@ -160,12 +168,12 @@ def read_dense(
     batch, entering = part.batch, part.batch.hidden
     keep = KeepBeginning(part.first_place) if begins and goes_on(batch, layer) else None
     run = run_layer(loaded, layer, batch, entering, keep)
-    tokens.activations[part.first_rows] = run.activations[part.first_halves]
-    tokens.targets[part.first_rows] = run.ffn_output[part.first_halves]
+    _set_rows(tokens.activations, part.first_rows, pick(run.activations, part.first_halves))
+    _set_rows(tokens.targets, part.first_rows, pick(run.ffn_output, part.first_halves))
     if not carries:
-        tokens.activations[part.rows] = run.activations[part.places]
+        _set_rows(tokens.activations, part.rows, pick(run.activations, part.places))
     if not (carries and loaded.family.adds_ffn_output):
-        tokens.targets[part.rows] = run.ffn_output[part.places]
+        _set_rows(tokens.targets, part.rows, pick(run.ffn_output, part.places))
     batch.hidden = run.output
     return Reading(entering=entering, beginning=None if keep is None else keep.beginning)
 
@@ -184,11 +192,11 @@ def read_narrow(
     places = part.places[:, start:]
     hidden = _put(reading.entering[:, start:], places, own)
     run = run_partly(loaded, layer, part.batch, hidden, places, torch.zeros_like(hidden), reading.beginning)
-    without_ffn = run.output[places]
-    tokens.activations[part.rows] = run.activations
+    without_ffn = pick(run.output, places)
+    _set_rows(tokens.activations, part.rows, run.activations)
     if loaded.family.adds_ffn_output:
-        target = part.batch.hidden[part.places].float() - without_ffn.float()
-        tokens.targets[part.rows] = target.to(tokens.targets.dtype)
+        target = pick(part.batch.hidden, part.places).float() - without_ffn.float()
+        _set_rows(tokens.targets, part.rows, target.to(tokens.targets.dtype))
     return without_ffn
 
 
@@ -207,18 +215,24 @@ def move(
         without_ffn: of `read_narrow`.
         outputs: (all tokens, hidden size), what the narrow FFN puts out; only what is read narrow is looked at.
     """
-    narrow = outputs[part.rows]
+    narrow = outputs.index_select(0, part.rows)
     if loaded.family.adds_ffn_output:
         return (without_ffn.float() + narrow.float()).to(without_ffn.dtype)
     places = part.places[:, reading.start :]
     hidden = _put(reading.entering[:, reading.start :], places, own)
     ffn_output = _put(torch.zeros_like(hidden), places, narrow)
     nowhere = torch.zeros_like(places)
-    return run_partly(loaded, layer, part.batch, hidden, nowhere, ffn_output, reading.beginning).output[places]
+    run = run_partly(loaded, layer, part.batch, hidden, nowhere, ffn_output, reading.beginning)
+    return pick(run.output, places)
+
+
+def _set_rows(values: torch.Tensor, rows: torch.Tensor, own: torch.Tensor) -> None:
+    """Set some rows of (tokens, n) values: whole rows are copied, where indexing would go number by number."""
+    values.index_copy_(0, rows, own)
 
 
 def _put(values: torch.Tensor, places: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """Copy (batch, length, n) values with others at some places."""
-    result = values.clone()
-    result[places] = own
-    return result
+    result = values.contiguous().reshape(-1, values.shape[-1]).clone()
+    result.index_copy_(0, places.reshape(-1).nonzero()[:, 0], own)
+    return result.reshape(values.shape)

@@ -100,30 +100,31 @@ def sums_fit(loaded: LoadedModel, assignments: Sequence[Assignment], sums: Sums)
     return needed <= min(_LIMIT_BYTES, _FREE_SHARE * shutil.disk_usage(existing_parent(folder)).free)
 
 
-def watch_sums(sums: Sums, assignments: Sequence[Assignment]) -> Watch:
+def watch_sums(sums: Sums, loaded: LoadedModel, assignments: Sequence[Assignment]) -> Watch:
     """Sum and keep each layer that the text runs through, calibration text first, then validation text."""
-    return partial(_keep_layer, sums, assignments)
+    return partial(_keep_layer, sums, loaded, assignments)
 
 
-def _keep_layer(sums: Sums, assignments: Sequence[Assignment], layer: LayerActivations) -> None:
+def _keep_layer(sums: Sums, loaded: LoadedModel, assignments: Sequence[Assignment], layer: LayerActivations) -> None:
     assert layer.ffn_outputs is not None
     tokens = LayerTokens(activations=layer.activations, targets=layer.ffn_outputs)
     rows = {item.name: rows_of(item, layer.starts) for item in assignments}
     chosen = torch.cat([*rows[assignments[0].name].validation]).sort().values
     validation = {"activations": _array(tokens.activations[chosen]), "targets": _array(tokens.targets[chosen])}
     sums.cache.store(_key(sums, "validation", layer.layer), validation)
+    centred = loaded.projection(layer.layer, "down").bias is not None
     for name, own in rows.items():
-        sums.cache.store(_key(sums, name, layer.layer), _arrays(tokens, own, chosen))
+        sums.cache.store(_key(sums, name, layer.layer), _arrays(tokens, own, chosen, centred=centred))
 
 
 def _key(sums: Sums, name: str, layer: int) -> str:
     return stage_key("sums", upstream=sums.key, of=name, layer=layer)
 
 
-def _arrays(tokens: LayerTokens, rows: Rows, chosen: torch.Tensor) -> _Arrays:
+def _arrays(tokens: LayerTokens, rows: Rows, chosen: torch.Tensor, *, centred: bool) -> _Arrays:
     arrays: dict[str, np.ndarray[Any, Any]] = {"counts": np.array([len(own) for own in rows.calibration])}
     for cluster, own in enumerate(rows.calibration):
-        moments = mean_moments(tokens, own.to(tokens.activations.device))
+        moments = mean_moments(tokens, own.to(tokens.activations.device), centred=centred)
         arrays |= {f"{part}.{cluster}": _array(getattr(moments, part)) for part in _PARTS}
         arrays[f"validation.{cluster}"] = torch.searchsorted(chosen, rows.validation[cluster]).numpy()
     return arrays

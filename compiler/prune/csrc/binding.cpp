@@ -48,6 +48,25 @@ struct Free {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
 };
 
+// Pack some rows, then multiply them, again and again; `task` has all rows.
+void add_chunks(const Multiplier& multiplier, const Task& task, int64_t num_rows, int num_threads) {
+  const int64_t num_chunks = (num_rows + kChunkTokens - 1) / kChunkTokens;
+  // A pair for each chunk, so that no thread has to set them back.
+  std::vector<std::atomic<int>> next(2 * num_chunks);
+  run_together(num_threads, [&](Barrier& barrier) {
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      Task part = task;
+      part.rows += chunk * kChunkTokens;
+      part.num_rows = static_cast<int>(std::min<int64_t>(kChunkTokens, num_rows - chunk * kChunkTokens));
+      const int num_packs = multiplier.num_packs(part), num_blocks = multiplier.num_blocks(part);
+      for (int block; (block = next[2 * chunk]++) < num_packs;) multiplier.pack(part, block);
+      barrier.wait();
+      for (int block; (block = next[2 * chunk + 1]++) < num_blocks;) multiplier.multiply(part, block);
+      barrier.wait();
+    }
+  });
+}
+
 // gram += sum of h h^T, on and above the diagonal; cross += sum of h y^T; over some rows of both matrices.
 void add_products(const py::object& gram_object, const py::object& cross_object, const py::object& activations_object,
                   const py::object& targets_object, const Rows& rows, int num_threads, const std::string& isa) {
@@ -62,6 +81,7 @@ void add_products(const py::object& gram_object, const py::object& cross_object,
     if (rows.data()[i] < 0 || rows.data()[i] >= activations.shape(0))
       refuse("rows", "0 to " + std::to_string(activations.shape(0) - 1), std::to_string(rows.data()[i]));
   Task task{};
+  task.rows = rows.data();
   task.activations = activations.data();
   task.targets = targets.data();
   task.num_inputs = static_cast<int>(num_inputs);
@@ -71,12 +91,7 @@ void add_products(const py::object& gram_object, const py::object& cross_object,
   const std::unique_ptr<void, Free> packed(::operator new(multiplier.packed_bytes(task), std::align_val_t(64)));
   task.packed = packed.get();
   const py::gil_scoped_release release;
-  for (py::ssize_t start = 0; start < rows.size(); start += kChunkTokens) {
-    task.rows = rows.data() + start;
-    task.num_rows = static_cast<int>(std::min<py::ssize_t>(kChunkTokens, rows.size() - start));
-    for_each_block(multiplier.num_packs(task), num_threads, [&](int block) { multiplier.pack(task, block); });
-    for_each_block(multiplier.num_blocks(task), num_threads, [&](int block) { multiplier.multiply(task, block); });
-  }
+  add_chunks(multiplier, task, rows.size(), num_threads);
 }
 
 }  // namespace

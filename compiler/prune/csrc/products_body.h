@@ -10,7 +10,7 @@
 
 constexpr int kVectors = 3;
 constexpr int kColumns = kVectors * kLanes;
-constexpr int kBlockSteps = 128;
+constexpr int kBlockSteps = 64;
 constexpr int kPackSteps = 32;
 constexpr int kChunkSteps = kChunkTokens / kStepTokens;
 
@@ -27,15 +27,21 @@ inline uint32_t* panel_of(const Task& task, int panel) {
   return static_cast<uint32_t*>(task.packed) + size_t(panel) * kChunkSteps * kLanes;
 }
 
-// One step's columns of one matrix. Of one token a float, of two tokens both halves of 32 bits.
+// Some columns of one step. Of one token a float, of two tokens both halves of 32 bits.
+inline void pack_lanes(const uint16_t* first, const uint16_t* second, int count, uint32_t* out) {
+  for (int lane = 0; lane < count; ++lane)
+    out[lane] = kStepTokens == 2 ? uint32_t(second[lane]) << 16 | first[lane] : uint32_t(first[lane]) << 16;
+}
+
+// All columns of one step of one matrix.
 inline void pack_step(const uint16_t* first, const uint16_t* second, int columns, uint32_t* out) {
   for (int start = 0; start < blocks_of(columns) * kColumns; start += kLanes, out += size_t(kChunkSteps) * kLanes) {
-    const int count = std::max(0, std::min(kLanes, columns - start));
-    for (int lane = 0; lane < count; ++lane) {
-      const uint32_t high = uint32_t(kStepTokens == 2 ? second[start + lane] : first[start + lane]) << 16;
-      out[lane] = kStepTokens == 2 ? high | first[start + lane] : high;
+    if (start + kLanes <= columns) {
+      pack_lanes(first + start, second + start, kLanes, out);
+      continue;
     }
-    for (int lane = count; lane < kLanes; ++lane) out[lane] = 0;
+    std::fill_n(out, kLanes, 0u);
+    pack_lanes(first + start, second + start, std::max(0, columns - start), out);
   }
 }
 
