@@ -116,17 +116,17 @@ def test_works_have_the_values_of_their_formulas() -> None:
 def test_narrowing_counts_clusters_and_controls() -> None:
     f, h, k, tokens, layers = 96, 64, 64, 9216, 2
     dense = CASE.token_flop * tokens
-    stream = 2 * (tokens * 12_288 + tokens / 2 * (2 * f * h + k * h))
+    stream = 2 * tokens / 2 * (12_288 + 2 * f * h + k * h)
     removal = f**3 + 2 * f**2 * h + 2 / 3 * (f**3 - k**3) + (f**2 - k**2) * h
     repair = k**3 / 3 + 2 * k**2 * h
-    sums = 2 * 8192 * f * (7 / 12 * f + h)
+    sums = 2 * 8192 * f * (f / 2 + h)
     found = work.reconstruct_work(CASE, carries=True, removes=True)
-    assert found.model_flop == pytest.approx(dense + layers * 3 * stream)
-    floats = 3 * sums + 3 * (removal + 3 * repair) + 4 * (removal + repair)
+    assert found.model_flop == pytest.approx(dense + layers * 3 * (stream + sums))
+    floats = 3 * (removal + 3 * repair) + 4 * (removal + repair)
     assert found.float_flop == pytest.approx(layers * floats)
     without = work.reconstruct_work(replace(CASE, num_assigned=(3,)), carries=False, removes=False)
-    assert without.model_flop == pytest.approx(dense)
-    assert without.float_flop == pytest.approx(layers * (sums + 3 * 3 * repair))
+    assert without.model_flop == pytest.approx(dense + layers * sums)
+    assert without.float_flop == pytest.approx(layers * 3 * 3 * repair)
 
 
 def test_seconds_are_parts_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
