@@ -223,12 +223,12 @@ def _removal(shapes: Shapes, kept: int, step: int) -> Work:
 
 
 def sums_work(case: Case) -> Work:
-    """What narrowing each layer for itself adds to the profile: the validation text, and moments, which are written."""
+    """What narrowing each layer for itself adds to the profile: the validation text, and moments in the model's dtype, which are written."""
     shapes, num_packs = case.shapes, case.num_packs
     kept = shapes.num_layers * num_packs * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
     return Work(
-        model_flop=case.token_flop * case.validation_tokens,
-        float_flop=shapes.num_layers * len(case.num_assigned) * _sums_flop(case),
+        model_flop=case.token_flop * case.validation_tokens
+        + shapes.num_layers * len(case.num_assigned) * _sums_flop(case),
         moved_bytes=3 * _FLOAT_BYTES * kept,
     )
 
