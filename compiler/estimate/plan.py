@@ -25,7 +25,7 @@ __all__ = ["Plan", "StagePlan", "make_plan", "memory_needs", "stage_works", "unp
 
 _PART_SHARE = 0.1
 """Of the text, for validation, and as much to hold out."""
-_TRIES: Mapping[Effort, int] = {"quick": 2, "normal": 4, "best": 5}
+_TRIES: Mapping[Effort, int] = {"quick": 3, "normal": 4, "best": 5}
 """Of a search for a quality."""
 _DECODE_SHARE = 0.92
 """Of a plain read that decoding reaches, the median of docs/benchmarks.md."""

@@ -141,7 +141,7 @@ def corpus_work(case: Case) -> Work:
 
 def moments_work(case: Case) -> Work:
     """Run about 4,096 tokens through the model, one document at a time."""
-    tokens = sampled(case.calibration_tokens, MOMENT_TOKENS)
+    tokens = min(case.calibration_tokens, MOMENT_TOKENS)
     calls = case.num_documents(tokens) * case.shapes.num_layers
     return Work(model_flop=case.token_flop * tokens, num_calls=calls)
 
@@ -188,7 +188,7 @@ def profile_work(case: Case, *, samples: bool) -> Work:
 
 def sensitivity_work(case: Case) -> Work:
     """Run about 8,192 tokens forward twice and back once, with the head forward and back; g g^T in each layer."""
-    tokens, shapes = sampled(case.calibration_tokens, FISHER_TOKENS), case.shapes
+    tokens, shapes = min(case.calibration_tokens, FISHER_TOKENS), case.shapes
     return Work(
         model_flop=tokens * (3 * case.token_flop + 2 * 2 * shapes.head_weights),
         float_flop=tokens * shapes.num_layers * 2 * shapes.hidden_size**2,
@@ -198,7 +198,7 @@ def sensitivity_work(case: Case) -> Work:
 
 def curves_work(case: Case) -> Work:
     """Run about 16,384 tokens; in each layer their Gram matrix, and the removal of all neurons."""
-    tokens, shapes = sampled(case.calibration_tokens, CURVE_TOKENS), case.shapes
+    tokens, shapes = min(case.calibration_tokens, CURVE_TOKENS), case.shapes
     grams = 2 * _GRAM_SHARE * tokens * shapes.ffn_dim**2
     removal = _removal(shapes, 0, _CURVE_STEP)
     return Work(
