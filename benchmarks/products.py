@@ -29,10 +29,10 @@ def main(tokens: int, ffn_dim: int, hidden_size: int, rounds: int, num_threads: 
     flop = 2 * tokens * ffn_dim * (ffn_dim / 2 + hidden_size)
     print("| products | ms | GFLOP/s |\n|---|---|---|")
     rows = np.arange(tokens)
-    bits = [values.view(torch.int16).numpy().view(np.uint16) for values in (activations, targets)]
+    h, y = (values.view(torch.int16).numpy().view(np.uint16) for values in (activations, targets))
     for isa in _products.available_isas():
         gram, cross = np.zeros((ffn_dim, ffn_dim), np.float32), np.zeros((ffn_dim, hidden_size), np.float32)
-        add = partial(_products.add_products, gram, cross, *bits, rows, num_threads=num_threads, isa=isa)
+        add = partial(_products.add_products, gram, cross, h, y, rows, num_threads=num_threads, isa=isa)
         _print(isa, _best_seconds(add, rounds), flop)
 
     def plain() -> None:

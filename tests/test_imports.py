@@ -44,7 +44,7 @@ MODULES = sorted(
     module.name
     for name, package in PACKAGES.items()
     for module in pkgutil.walk_packages(package.__path__, f"coreinfer.{name}.")
-    if module.name.rpartition(".")[2] not in ("__main__", "_native", "_kernels")
+    if module.name.rpartition(".")[2] not in ("__main__", "_native", "_kernels", "_products")
 )
 
 

@@ -1,5 +1,7 @@
 """Sums of products in C++ equal the plain product: every instruction set, the same bits for any number of threads."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -60,14 +62,15 @@ def test_more_tokens_than_are_packed_at_a_time(num_rows: int) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     activations, targets = np.zeros((4, 3), np.uint16), np.zeros((4, 2), np.uint16)
     gram, cross, rows = np.zeros((3, 3), np.float32), np.zeros((3, 2), np.float32), np.arange(4)
-    for arguments, message in [
+    cases: list[tuple[tuple[Any, ...], str]] = [
         ((gram, cross, activations, targets, np.array([4])), "rows: expected 0 to 3, got 4"),
         ((gram, cross, activations, targets, np.array([-1])), "rows: expected 0 to 3, got -1"),
         ((gram, cross, activations, targets[:3], rows), "targets: expected 4 rows"),
         ((gram[:2], cross, activations, targets, rows), "gram: expected 3 rows"),
         ((gram, cross.T, activations, targets, rows), "cross: expected"),
         ((gram.astype(np.float64), cross, activations, targets, rows), "gram: expected a C-contiguous array"),
-    ]:
+    ]
+    for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             _products.add_products(*arguments, num_threads=1)
     with pytest.raises(ValueError, match="isa: expected auto"):

@@ -10,7 +10,7 @@ tools/test-kernels.sh $flags
 
 # The instrumented modules take the installed ones' places while the tests run.
 suffix=$("$python" -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
-modules="runtime/engines/native/_native$suffix compiler/quantize/_kernels$suffix"
+modules="runtime/engines/native/_native$suffix compiler/quantize/_kernels$suffix compiler/prune/_products$suffix"
 trap 'for module in $modules; do [ ! -e "$module.saved" ] || mv "$module.saved" "$module"; done' EXIT
 for module in $modules; do
   cp "$module" "$module.saved"
@@ -22,4 +22,4 @@ done
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
   "$python" -m pytest -q -p no:cacheprovider tests/test_native_kernels.py tests/test_native_decoder.py tests/test_native_rows.py \
-  tests/test_kv_pool.py tests/test_wide_cache.py tests/test_rounding_kernels.py
+  tests/test_kv_pool.py tests/test_wide_cache.py tests/test_rounding_kernels.py tests/test_products.py

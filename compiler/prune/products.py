@@ -5,6 +5,7 @@ have to turn everything into float32 first.
 """
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from . import _products
@@ -13,6 +14,7 @@ __all__ = ["add_products", "gram_matrix", "mirror"]
 
 _TOKEN_CHUNK = 8192
 _COLUMN_BLOCKS = 6
+_MAX_THREADS = 256
 
 
 def gram_matrix(activations: torch.Tensor) -> torch.Tensor:
@@ -45,9 +47,9 @@ def add_products(
         rows: (chosen tokens,) int64.
     """
     if activations.dtype == torch.bfloat16 and activations.device.type == "cpu":
-        bits = [values.contiguous().view(torch.int16).numpy().view(np.uint16) for values in (activations, targets)]
+        num_threads = min(_MAX_THREADS, torch.get_num_threads())
         _products.add_products(
-            gram.numpy(), cross.numpy(), *bits, rows.numpy(), num_threads=min(256, torch.get_num_threads())
+            gram.numpy(), cross.numpy(), _bits(activations), _bits(targets), rows.numpy(), num_threads=num_threads
         )
         return
     # Some at a time: a copy of all rows would be as large as the activations themselves.
@@ -55,6 +57,12 @@ def add_products(
         values = activations[part].float()
         _add_upper(gram, values)
         cross.addmm_(values.T, targets[part].float())
+
+
+def _bits(values: torch.Tensor) -> npt.NDArray[np.uint16]:
+    """Bits of a bfloat16 tensor on the CPU, in place where it is contiguous."""
+    bits: npt.NDArray[np.uint16] = values.contiguous().view(torch.int16).numpy().view(np.uint16)
+    return bits
 
 
 def _add_upper(gram: torch.Tensor, values: torch.Tensor) -> None:
