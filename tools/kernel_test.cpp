@@ -40,6 +40,12 @@ void compare(const char* what, const float* got, const float* expected, size_t c
   }
 }
 
+void expect(const char* what, bool holds) {
+  if (holds) return;
+  std::printf("%s\n", what);
+  ++num_failures;
+}
+
 struct Weights {
   Weights(Format format, int rows, int cols) {
     view.format = format;
@@ -84,7 +90,7 @@ void test_multiply(const Kernels& kernels) {
           const Weights w(format, rows, cols);
           ActivationBuffer x;
           fill(x, num_tokens, cols);
-          for (int t = 0; t < num_tokens; ++t) portable.quantize(x.view.token(t), x.view.stride);
+          portable.quantize(x.view, x.view.stride, num_tokens);
           const size_t stride = round_up(rows, kBlockRows);
           Buffer<float> got, expected;
           got.resize(num_tokens * stride);
@@ -128,10 +134,9 @@ void test_many(const Kernels& kernels) {
           const Weights w(format, rows, cols);
           ActivationBuffer x;
           x.resize(num_tokens, cols, true);
-          for (int t = 0; t < num_tokens; ++t) {
+          for (int t = 0; t < num_tokens; ++t)
             for (int i = 0; i < cols; ++i) x.view.token(t).values[i] = draw();
-            kernels.quantize(x.view.token(t), x.view.stride);
-          }
+          kernels.quantize(x.view, x.view.stride, num_tokens);
           const int begin = w.view.num_blocks() > 2 ? 1 : 0, first = begin * kBlockRows;
           const size_t stride = round_up(rows, kBlockRows) + 16, count = size_t(num_tokens) * stride;
           Buffer<float> got, expected;
@@ -154,7 +159,8 @@ void test_screen(const Kernels& kernels) {
       const Weights w(Format::int8_planes, rows, cols);
       ActivationBuffer x;
       fill(x, 1, cols);
-      portable_kernels().quantize(x.view, x.view.stride);
+      portable_kernels().quantize(x.view, x.view.stride, 1);
+      portable_kernels().measure(x.view, x.view.stride);
       const int size = round_up(rows, kBlockRows);
       Buffer<float> got[2], expected[2];
       for (auto* pair : {got, expected}) pair[0].resize(size), pair[1].resize(size);
@@ -166,22 +172,34 @@ void test_screen(const Kernels& kernels) {
 }
 
 void test_quantize(const Kernels& kernels) {
+  constexpr int kTokens = 3;
   for (int size : {32, 96, 320}) {
     ActivationBuffer got, expected;
-    fill(got, 1, size);
-    expected.resize(1, size);
-    std::memcpy(expected.view.values, got.view.values, sizeof(float) * size);
+    fill(got, kTokens, size + kGroup);
     std::fill(got.view.values, got.view.values + 32, 0.0f);  // a group of zeros
-    std::fill(expected.view.values, expected.view.values + 32, 0.0f);
-    kernels.quantize(got.view, size);
-    portable_kernels().quantize(expected.view, size);
-    if (std::memcmp(got.view.codes, expected.view.codes, size) != 0) {
-      std::printf("quantize: codes differ\n");
-      ++num_failures;
-    }
-    compare("scales", got.view.scales, expected.view.scales, size / kGroup);
-    compare("sums", got.view.sums, expected.view.sums, size / kGroup);
+    expected.resize(kTokens, size + kGroup);
+    std::memcpy(expected.view.values, got.view.values, sizeof(float) * kTokens * got.view.stride);
+    // The last group of each token is left alone.
+    kernels.quantize(got.view, size, kTokens);
+    portable_kernels().quantize(expected.view, size, kTokens);
+    const int num_values = kTokens * got.view.stride, num_groups = num_values / kGroup;
+    expect("quantize: the same codes", std::memcmp(got.view.codes, expected.view.codes, num_values) == 0);
+    expect("quantize: no more than was asked for", got.view.scales[size / kGroup] == 0.0f);
+    compare("scales", got.view.scales, expected.view.scales, num_groups);
+    compare("sums", got.view.sums, expected.view.sums, num_groups);
+    kernels.measure(got.view.token(1), size);
+    portable_kernels().measure(expected.view.token(1), size);
+    compare("energies", got.view.energies, expected.view.energies, num_groups);
   }
+}
+
+// (2, size rounded up to 16).
+Buffer<float> twice(const Buffer<float>& x, int size) {
+  Buffer<float> both;
+  const int padded = round_up(size, 16);
+  both.resize(2 * padded);
+  for (int i = 0; i < 2 * padded; ++i) both.get()[i] = x.get()[i % padded];
+  return both;
 }
 
 void test_vectors(const Kernels& kernels) {
@@ -196,9 +214,13 @@ void test_vectors(const Kernels& kernels) {
     kernels.layer_norm(x.get(), y.get(), y.get(), 1e-5f, size, got.get());
     portable.layer_norm(x.get(), y.get(), y.get(), 1e-5f, size, expected.get());
     compare("layer_norm", got.get(), expected.get(), size);
+    const size_t stride = round_up(size, 16) + 16;
+    Buffer<float> pair;
+    pair.resize(2 * stride);
     for (Nonlinearity kind :
          {Nonlinearity::silu, Nonlinearity::gelu_tanh, Nonlinearity::gelu_erf, Nonlinearity::relu}) {
-      kernels.activate(kind, x.get(), y.get(), round_up(size, 16), got.get());
+      // Two tokens, the second of which is the first one's numbers again.
+      kernels.activate(kind, twice(x, size).get(), twice(y, size).get(), round_up(size, 16), 2, pair.get(), stride);
       for (int i = 0; i < size; ++i) {
         const double v = x.get()[i];
         double a = v > 0 ? v : 0;
@@ -208,7 +230,7 @@ void test_vectors(const Kernels& kernels) {
         if (kind == Nonlinearity::gelu_erf) a = 0.5 * v * (1 + std::erf(v / std::sqrt(2.0)));
         expected.get()[i] = static_cast<float>(a * y.get()[i]);
       }
-      compare("activate", got.get(), expected.get(), size, 1.0f);
+      for (int t = 0; t < 2; ++t) compare("activate", pair.get() + t * stride, expected.get(), size, 1.0f);
     }
     uint16_t halves[112];
     kernels.to_half(x.get(), size, halves);
@@ -306,12 +328,6 @@ void test_combine(const Kernels& kernels) {
       portable_kernels().combine(parts + 2, 1, num_heads, head_dim, expected.get());
       compare("combine", out.get(), expected.get(), num_heads * head_dim);
     }
-}
-
-void expect(const char* what, bool holds) {
-  if (holds) return;
-  std::printf("%s\n", what);
-  ++num_failures;
 }
 
 bool follow_one_another(const Sequence& sequence) {

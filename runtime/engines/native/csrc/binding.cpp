@@ -254,10 +254,8 @@ py::array multiply(const py::object& matrix, const Floats& inputs, const std::st
   const int num_tokens = static_cast<int>(inputs.shape(0)), padded = round_up(w.rows, kBlockRows);
   ActivationBuffer x;
   x.resize(num_tokens, w.cols);
-  for (int t = 0; t < num_tokens; ++t) {
-    std::copy_n(inputs.data() + size_t(t) * w.cols, w.cols, x.view.token(t).values);
-    kernels.quantize(x.view.token(t), x.view.stride);
-  }
+  for (int t = 0; t < num_tokens; ++t) std::copy_n(inputs.data() + size_t(t) * w.cols, w.cols, x.view.token(t).values);
+  kernels.quantize(x.view, x.view.stride, num_tokens);
   py::array_t<float> out({num_tokens, padded});
   kernels.multiply(w, x.view, num_tokens, out.mutable_data(), padded, 0, w.num_blocks());
   return out[py::make_tuple(py::ellipsis(), py::slice(0, w.rows, 1))];

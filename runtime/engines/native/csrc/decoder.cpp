@@ -61,7 +61,7 @@ void Decoder::forward(int number, const int32_t* ids, int num_tokens, bool all_l
     float* out = all_logits ? logits + first * stride : last ? logits : nullptr;
     rows.clear();
     for (int t = 0; t < count; ++t) rows.push_back({ids[first + t], sequence.num_cached + t, sequence.pages.data()});
-    read_block(*this, rows, {false, all_logits, screened}, out, watcher);
+    read_block(*this, rows, {false, true, all_logits, screened}, out, watcher);
     sequence.num_cached += count;
   }
 }
@@ -82,7 +82,8 @@ void Decoder::forward_rows(const int32_t* numbers, const int32_t* ids, int num_r
       Sequence& sequence = *sequences[numbers[row]];
       rows.push_back({ids[row], sequence.num_cached++, sequence.pages.data()});
     }
-    read_block(*this, rows, {true, true, false}, logits + first * stride, nullptr);
+    const bool related = counts.size() < static_cast<size_t>(num_rows);
+    read_block(*this, rows, {true, related, true, false}, logits + first * stride, nullptr);
   }
 }
 

@@ -76,6 +76,7 @@ void decode_token(Decoder& decoder, const Row& row, bool screened, float* logits
 // How a block is read.
 struct BlockOptions {
   bool exact = false;       // attention to the bit as decode_token computes it; else in the fastest way
+  bool related = true;      // whether a sequence may have several rows
   bool all_logits = false;  // else the last row's, if `logits` is not null
   bool screened = false;
 };

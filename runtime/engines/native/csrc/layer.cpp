@@ -56,7 +56,7 @@ void embed(const ModelWeights& weights, const Kernels& kernels, int32_t id, int 
   } else {
     std::fill(scratch.values, scratch.values + scratch.stride, 0.0f);
     unpack_row(weights.embedding, id, scratch.values);
-    kernels.quantize(scratch, scratch.stride);
+    kernels.quantize(scratch, scratch.stride, 1);
     kernels.multiply(weights.project_in, scratch, 1, x, 0, 0, weights.project_in.num_blocks());
   }
   if (weights.embedding_scale != 1.0f)
@@ -83,7 +83,7 @@ void prepare_inputs(const ModelWeights& weights, const Kernels& kernels, const N
     std::memcpy(out.values, x, sizeof(float) * weights.hidden);
   const int padded = round_up(weights.hidden, kGroup);
   std::fill(out.values + weights.hidden, out.values + padded, 0.0f);
-  kernels.quantize(out, padded);
+  kernels.quantize(out, padded, 1);
 }
 
 void finish_sublayer(const ModelWeights& weights, const Kernels& kernels, const SublayerNorms& norms, const float* bias,
@@ -132,14 +132,17 @@ const float* angles_of(const ModelWeights& weights, const AttentionWeights& atte
 }
 
 void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const FfnWeights& ffn, int begin, int end,
-                    float* gate, float* up, const Activations& out) {
-  const int first = begin * kUnit, last = std::min(end * kUnit, ffn.num_neurons());
-  if (ffn.up.bias) kernels.add(up, ffn.up.bias + first, last - first);
-  if (ffn.gate.bias) kernels.add(gate, ffn.gate.bias + first, last - first);
-  float* values = out.values + first;
-  kernels.activate(weights.nonlinearity, ffn.gate.weight.empty() ? nullptr : gate, up, (end - begin) * kUnit, values);
-  std::fill(out.values + last, out.values + end * kUnit, 0.0f);
-  kernels.quantize(out.from(first), (end - begin) * kUnit);
+                    float* gate, float* up, int num_tokens, const Activations& out) {
+  const int first = begin * kUnit, last = std::min(end * kUnit, ffn.num_neurons()), size = (end - begin) * kUnit;
+  for (int t = 0; t < num_tokens; ++t) {
+    if (ffn.up.bias) kernels.add(up + size_t(t) * size, ffn.up.bias + first, last - first);
+    if (ffn.gate.bias) kernels.add(gate + size_t(t) * size, ffn.gate.bias + first, last - first);
+  }
+  kernels.activate(weights.nonlinearity, ffn.gate.weight.empty() ? nullptr : gate, up, size, num_tokens,
+                   out.values + first, out.stride);
+  if (last < end * kUnit)
+    for (int t = 0; t < num_tokens; ++t) std::fill(out.token(t).values + last, out.token(t).values + end * kUnit, 0.0f);
+  kernels.quantize(out.from(first), size, num_tokens);
 }
 
 void ActivationBuffer::resize(int num_tokens, int size, bool bf16) {

@@ -44,9 +44,10 @@ void prepare_heads(const ModelWeights& weights, const Kernels& kernels, const Li
 // head_dim / 2 cosines, then as many sines, for each rotary table.
 void fill_angles(const ModelWeights& weights, int position, float* angles);
 const float* angles_of(const ModelWeights& weights, const AttentionWeights& attention, const float* angles);
-// act(gate) * up for units [begin, end) of one token; what lies beyond the last neuron becomes 0.
+// act(gate) * up for units [begin, end), rounded; `gate` and `up` are (num_tokens, neurons of these units). What lies
+// beyond the last neuron becomes 0.
 void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const FfnWeights& ffn, int begin, int end,
-                    float* gate, float* up, const Activations& out);
+                    float* gate, float* up, int num_tokens, const Activations& out);
 inline int first_position(const AttentionWeights& attention, int position) {
   return attention.window > 0 && position >= attention.window ? position - attention.window + 1 : 0;
 }

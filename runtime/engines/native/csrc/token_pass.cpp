@@ -61,6 +61,7 @@ class TokenPass {
     }
     prepare_inputs(weights_, kernels_, weights_.final_norm, x_, inputs_);
     if (!weights_.project_out.empty()) project_out();
+    if (screened) kernels_.measure(inputs_, inputs_.stride);
     compute_head(decoder_, inputs_, thread_, screened, logits);
   }
 
@@ -149,7 +150,7 @@ class TokenPass {
     const int size = weights_.query_size(), padded = round_up(size, kGroup);
     kernels_.combine(shared_.parts.data(), num_threads_, weights_.num_heads, weights_.head_dim, inputs_.values);
     std::fill(inputs_.values + size, inputs_.values + padded, 0.0f);
-    kernels_.quantize(inputs_, padded);
+    kernels_.quantize(inputs_, padded, 1);
   }
 
   void ffn(const Layer& weights, const FfnWeights& ffn, const Matrices& next) {
@@ -160,7 +161,7 @@ class TokenPass {
       const int begin = first * 2, end = std::min(last * 2, num_blocks);
       if (!ffn.gate.weight.empty()) kernels_.multiply(ffn.gate.weight, inputs_, 1, gate, 0, begin, end);
       kernels_.multiply(ffn.up.weight, inputs_, 1, up, 0, begin, end);
-      finish_neurons(weights_, kernels_, ffn, first, last, gate + first * kUnit, up + first * kUnit,
+      finish_neurons(weights_, kernels_, ffn, first, last, gate + first * kUnit, up + first * kUnit, 1,
                      shared_.neurons.view);
     };
     decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, work,
@@ -183,7 +184,7 @@ class TokenPass {
     const int size = weights_.project_out.rows, padded = round_up(size, kGroup);
     std::memcpy(inputs_.values, out, sizeof(float) * size);
     std::fill(inputs_.values + size, inputs_.values + padded, 0.0f);
-    kernels_.quantize(inputs_, padded);
+    kernels_.quantize(inputs_, padded, 1);
   }
 
   Decoder& decoder_;
