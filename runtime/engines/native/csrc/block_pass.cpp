@@ -36,12 +36,6 @@ void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neuron
 
 namespace {
 
-// Inputs that are rounded to codes, as those of a single token are.
-Activations in_codes(Activations x) {
-  x.bf16 = nullptr;
-  return x;
-}
-
 class BlockPass {
  public:
   BlockPass(Decoder& decoder, int thread, const std::vector<Row>& rows, const BlockOptions& options)
@@ -52,11 +46,12 @@ class BlockPass {
         kernels_(decoder.kernels),
         shared_(decoder.block),
         own_(decoder.block.threads[thread]),
-        inputs_(options.exact ? in_codes(shared_.inputs.view) : shared_.inputs.view),
-        neurons_(options.exact ? in_codes(shared_.neurons.view) : shared_.neurons.view),
         thread_(thread),
         num_threads_(decoder.threads.size()),
         num_tokens_(static_cast<int>(rows.size())),
+        num_fast_(num_tokens_ - options.num_exact),
+        inputs_{shared_.inputs.view, num_tokens_, options.num_exact},
+        neurons_{shared_.neurons.view, num_tokens_, options.num_exact},
         hidden_(round_up(weights_.hidden, kGroup)),
         key_(round_up(weights_.query_size(), kGroup)),
         value_(key_ + round_up(weights_.kv_size(), kGroup)),
@@ -76,7 +71,7 @@ class BlockPass {
         barrier();
       }
     }
-    if (logits) head(logits);
+    head(logits);
   }
 
  private:
@@ -88,8 +83,8 @@ class BlockPass {
   }
   void barrier() { decoder_.threads.barrier(thread_); }
 
-  void multiply(std::initializer_list<Job> jobs, const Activations& x, size_t y_stride) {
-    multiply_share(kernels_, jobs, x, num_tokens_, y_stride, thread_, decoder_.threads);
+  void multiply_all(std::initializer_list<Job> jobs, const Batch& batch, size_t y_stride) {
+    multiply_share(kernels_, jobs, batch, y_stride, thread_, decoder_.threads);
     barrier();
   }
 
@@ -111,7 +106,7 @@ class BlockPass {
     const Layer& weights = weights_.layers[layer];
     const AttentionWeights& attention = weights.attention;
     normalize(weights.attention_norms.before);
-    multiply({{&attention.query.weight, qkv(0)},
+    multiply_all({{&attention.query.weight, qkv(0)},
               {&attention.key.weight, qkv(0) + key_},
               {&attention.value.weight, qkv(0) + value_}},
              inputs_, qkv_stride_);
@@ -119,7 +114,7 @@ class BlockPass {
     if (options_.related) barrier();
     own_tokens([&](int t) { attend(layer, attention, t); });
     barrier();
-    multiply({{&attention.output.weight, out(0)}}, inputs_, hidden_);
+    multiply_all({{&attention.output.weight, out(0)}}, inputs_, hidden_);
     finish(weights.attention_norms, attention.output);
   }
 
@@ -142,7 +137,7 @@ class BlockPass {
     const int padded = round_up(weights_.query_size(), kGroup);
     std::fill(out + weights_.query_size(), out + padded, 0.0f);
     for (int head = 0; head < weights_.num_kv_heads; ++head, out += group * size) {
-      if (options_.exact)
+      if (t >= num_fast_)
         attend_in_parts(layer, attention, t, head, out);
       else
         attend_at_once(layer, attention, t, head, out);
@@ -180,7 +175,7 @@ class BlockPass {
       for (int unit = begin; unit < end; ++unit) compute_unit(ffn, unit);
     });
     barrier();
-    multiply({{&ffn.down.weight, out(0)}}, neurons_, hidden_);
+    multiply_all({{&ffn.down.weight, out(0)}}, neurons_, hidden_);
     finish(weights.ffn_norms, ffn.down);
   }
 
@@ -190,28 +185,31 @@ class BlockPass {
     // The kernel writes at the rows' own numbers; these buffers begin with the unit's first row.
     const int offset = begin * kBlockRows;
     float *gate = own_.gate.get(), *up = own_.up.get();
-    if (!ffn.gate.weight.empty())
-      kernels_.multiply(ffn.gate.weight, inputs_, num_tokens_, gate - offset, kUnit, begin, end);
-    kernels_.multiply(ffn.up.weight, inputs_, num_tokens_, up - offset, kUnit, begin, end);
-    finish_neurons(weights_, kernels_, ffn, unit, unit + 1, gate, up, num_tokens_, neurons_);
+    if (!ffn.gate.weight.empty()) multiply(kernels_, ffn.gate.weight, inputs_, gate - offset, kUnit, begin, end);
+    multiply(kernels_, ffn.up.weight, inputs_, up - offset, kUnit, begin, end);
+    finish_neurons(weights_, kernels_, ffn, unit, unit + 1, gate, up, neurons_);
   }
 
   void head(float* logits) {
-    const int first = options_.all_logits ? 0 : num_tokens_ - 1;
+    const int first = options_.all_logits ? 0 : options_.last_logits ? num_fast_ - 1 : num_fast_;
+    if (first == num_tokens_) return;
+    const bool alone = !options_.all_logits && options_.num_exact == 0;
     // Single tokens, and what is projected first, are multiplied in codes.
-    const bool many = options_.all_logits && weights_.project_out.empty();
-    const Activations all = many ? inputs_ : in_codes(inputs_);
+    const int num_fast = options_.all_logits && weights_.project_out.empty() ? num_fast_ : 0;
+    const Batch all{inputs_.x, num_tokens_, num_tokens_ - num_fast};
     own_tokens([&](int t) {
       if (t < first) return;
       const Activations inputs = all.token(t);
       prepare_inputs(weights_, kernels_, weights_.final_norm, residual(t), inputs);
       if (!weights_.project_out.empty()) project_out(inputs);
-      if (options_.screened) kernels_.measure(inputs, inputs.stride);
+      if (alone && options_.screened) kernels_.measure(inputs, inputs.stride);
     });
     barrier();
-    if (!options_.all_logits) return compute_head(decoder_, all.token(first), thread_, options_.screened, logits);
-    multiply_share(kernels_, {{&weights_.head, logits}}, all, num_tokens_, round_up(weights_.vocab, kBlockRows),
-                   thread_, decoder_.threads);
+    if (alone) return compute_head(decoder_, all.token(first), thread_, options_.screened, logits);
+    const int count = num_tokens_ - first;
+    const Batch wanted{num_fast ? all.x : all.token(first), count, count - num_fast};
+    multiply_share(kernels_, {{&weights_.head, logits}}, wanted, round_up(weights_.vocab, kBlockRows), thread_,
+                   decoder_.threads);
   }
 
   void project_out(const Activations& inputs) {
@@ -230,8 +228,9 @@ class BlockPass {
   const Kernels& kernels_;
   BlockScratch& shared_;
   BlockScratch::PerThread& own_;
-  const Activations inputs_, neurons_;
-  int thread_, num_threads_, num_tokens_, hidden_, key_, value_, qkv_stride_;
+  int thread_, num_threads_, num_tokens_, num_fast_;
+  const Batch inputs_, neurons_;
+  int hidden_, key_, value_, qkv_stride_;
 };
 
 }  // namespace

@@ -68,7 +68,7 @@ class TokenPass {
  private:
   // One phase; `next` is what the phase after it reads first.
   void multiply(std::initializer_list<Job> jobs, const Activations& x, const Matrices& next) {
-    multiply_share(kernels_, jobs, x, 1, 0, thread_, decoder_.threads);
+    multiply_share(kernels_, jobs, {x, 1, 0}, 0, thread_, decoder_.threads);
     prefetch_share(next, thread_, num_threads_);
     decoder_.threads.barrier(thread_);
   }
@@ -89,7 +89,7 @@ class TokenPass {
     prepare_inputs(weights_, kernels_, weights.attention_norms.before, x_, inputs_);
     multiply_share(
         kernels_, {{&attention.query.weight, query_}, {&attention.key.weight, key_}, {&attention.value.weight, value_}},
-        inputs_, 1, 0, thread_, decoder_.threads);
+        {inputs_, 1, 0}, 0, thread_, decoder_.threads);
     const Range positions = attention_share(attention, position_, thread_, num_threads_);
     prefetch_cache(layer, positions);
     decoder_.threads.barrier(thread_);
@@ -161,8 +161,8 @@ class TokenPass {
       const int begin = first * 2, end = std::min(last * 2, num_blocks);
       if (!ffn.gate.weight.empty()) kernels_.multiply(ffn.gate.weight, inputs_, 1, gate, 0, begin, end);
       kernels_.multiply(ffn.up.weight, inputs_, 1, up, 0, begin, end);
-      finish_neurons(weights_, kernels_, ffn, first, last, gate + first * kUnit, up + first * kUnit, 1,
-                     shared_.neurons.view);
+      finish_neurons(weights_, kernels_, ffn, first, last, gate + first * kUnit, up + first * kUnit,
+                     {shared_.neurons.view, 1, 0});
     };
     decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, work,
                           [&](int first) { prefetch_block(*first_of(ffn), first * 2, kPartPrefetchBytes); });
