@@ -32,6 +32,7 @@ class Scheduler:
     Attributes:
         max_parallel: maximum number of runs that are read and decoded at once; others wait.
         on_pass: called with the number of runs that a pass decodes.
+        on_posted: called after the tokens of a prompt's end, and those of a step, were posted.
         clock: returns seconds; used to make blocks take about as long as a step.
     """
 
@@ -39,6 +40,7 @@ class Scheduler:
         """Begin without runs."""
         self.max_parallel = MAX_PARALLEL
         self.on_pass: Callable[[int], object] | None = None
+        self.on_posted: Callable[[], object] | None = None
         self.clock = time.perf_counter
         self.decoder, self.pool = decoder, KvPool(decoder)
         self._switch = FfnSwitch(decoder)
@@ -75,14 +77,17 @@ class Scheduler:
 
     def step(self) -> None:
         """Admit runs, read one block of one prompt, decode a token of each run that may have one, and post them."""
-        for run in (*self._waiting, *self._active):
-            run.check_cancelled()
-        self.sweep()
-        self._admit()
-        reading = self._next_reading()
-        has_read = isinstance(reading, Run) and self._read(reading)
-        self._decode(reading if isinstance(reading, Block) else None, has_read=has_read)
-        self.sweep()
+        try:
+            for run in (*self._waiting, *self._active):
+                run.check_cancelled()
+            self.sweep()
+            self._admit()
+            reading = self._next_reading()
+            has_read = isinstance(reading, Run) and self._read(reading)
+            self._decode(reading if isinstance(reading, Block) else None, has_read=has_read)
+            self.sweep()
+        finally:
+            self._note_posted()
 
     def sweep(self) -> None:
         """Free what finished runs hold."""
@@ -158,6 +163,7 @@ class Scheduler:
             self._pace.note_block(num_read, self.clock() - begun, others_decode=others_decode)
         if logits is not None:
             self._post([run], [logits])
+            self._note_posted()
         # Where there was no room, others go on decoding until there is.
         return num_read > 0
 
@@ -276,6 +282,10 @@ class Scheduler:
     def _post(self, runs: Sequence[Run], rows: Sequence[Logits] | Logits) -> None:
         for run, logits in zip(runs, rows, strict=True):
             self._call([run], partial(post_token, run, Row(logits=logits)))
+
+    def _note_posted(self) -> None:
+        if self.on_posted is not None:
+            self.on_posted()
 
     # Calls that fail
 
