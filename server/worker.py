@@ -45,7 +45,7 @@ class Worker:
         scheduler.max_parallel = parallel
         scheduler.pool.num_to_keep = parallel + _KEPT_SEQUENCES
         metrics.watch(scheduler)
-        # Not with each token: woken by the first token, the event loop would take Python's lock before the last is posted.
+        # Not with each token: woken by the first one, the event loop would hold up the others by Python's lock.
         scheduler.on_posted = self._send_mail
         self._mail: Mail | None = None
         self._jobs: list[Job] = []  # not over, in the order in which they came
