@@ -21,6 +21,9 @@ def group_by_weights(runs: Iterable[Run]) -> list[Group]:
     groups: list[Group] = []
     for run in runs:
         choice = run.choice if run.lengths is None else DENSE
+        if not groups:
+            groups.append((choice, [run]))
+            continue
         found = next((group for known, group in groups if same_weights(known, choice)), None)
         if found is None:
             groups.append((choice, [run]))

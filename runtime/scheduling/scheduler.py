@@ -136,7 +136,10 @@ class Scheduler:
 
     def _next_reading(self) -> Run | Block | None:
         """Choose what is read in this step: a block in the pass that decodes others, or a run's by itself."""
-        unread, others_decode = self._unread, self._others_decode
+        unread = self._unread
+        if not unread:
+            return None
+        others_decode = self._others_decode
         if others_decode and not self._pace.may_read:
             return None
         run = self._next_to_read(unread)
@@ -207,7 +210,7 @@ class Scheduler:
             # Where nobody follows the tokens, more share a pass when all prompts are read that can be.
             return
         begun, num_read = self.clock(), 0
-        together = [run for run in running if not self._draft(run)]
+        together = [run for run in running if run.lengths is None or not self._draft(run)]
         for choice, runs in self._turns.pick(group_by_weights(together)):
             if block is not None and not num_read and same_weights(choice, reader(block.run)):
                 num_read = self._decode_beside(choice, runs, block)
@@ -256,8 +259,9 @@ class Scheduler:
 
     def _draft(self, run: Run) -> bool:
         """Decode a run by drafts, if it is in mode lossless and drafting is faster now."""
-        if run.lengths is None or not run.is_read:
-            return not run.is_read
+        if not run.is_read:
+            return True
+        assert run.lengths is not None
         if not run.rows:
             if run.num_to_draft is None:
                 # A round gives one token more than are accepted.
