@@ -1,5 +1,6 @@
 """Which runs a step decodes, and how much of a prompt it reads, so that no run waits long."""
 
+import math
 from collections.abc import Sequence
 
 from .ffn_switch import same_weights
@@ -16,6 +17,8 @@ _READING_SHARE = 0.8
 _NEWEST = 0.2
 # A step of as many runs is timed by itself again after so many that read a block beside it.
 _TIMED_EVERY = 16
+# A machine that stood still for a while must not keep prompts from being read for as long.
+_MOST_DEBT_STEPS = 8
 
 
 class Turns:
@@ -95,7 +98,7 @@ class Pace:
     def note_block(self, num_tokens: int, seconds: float, *, others_decode: bool) -> None:
         """Record the reading time of a block."""
         self._token_seconds = _moved(self._token_seconds, seconds / num_tokens)
-        self._debt_seconds = seconds if others_decode else 0.0
+        self._debt_seconds = min(seconds, self._most_debt_seconds) if others_decode else 0.0
 
     def note_beside(self, num_runs: int, num_tokens: int, seconds: float) -> None:
         """Record the time of a step that read a block as well: what it takes more is the block's."""
@@ -103,8 +106,13 @@ class Pace:
         block_seconds = max(seconds - step_seconds, 0.1 * seconds)
         self._token_seconds = _moved(self._token_seconds, block_seconds / num_tokens)
         self._num_beside[num_runs] = self._num_beside.get(num_runs, 0) + 1
-        self._debt_seconds = max(0.0, block_seconds - step_seconds)
+        self._debt_seconds = min(max(0.0, block_seconds - step_seconds), self._most_debt_seconds)
+
+    @property
+    def _most_debt_seconds(self) -> float:
+        return _MOST_DEBT_STEPS * max(self._step_seconds.values(), default=math.inf)
 
 
 def _moved(mean: float | None, value: float) -> float:
-    return value if mean is None else mean + _NEWEST * (value - mean)
+    # The same machine's pauses are no measure of what a pass takes.
+    return value if mean is None else mean + _NEWEST * (min(value, 2 * mean) - mean)
