@@ -41,7 +41,7 @@ test: $(VENV)/.test lint
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard $(CSRC:=/*.cpp) $(CSRC:=/*.h)) tools/kernel_test.cpp
+	$(BIN)/clang-format --dry-run -Werror $(wildcard $(CSRC:=/*.cpp) $(CSRC:=/*.h) tools/kernel_tests/*)
 	# Copies of the tree that know no symbolic links leave files in their place.
 	for package in bundles compiler evaluation runtime server; do ln -sfn ../../../$$package tools/typing/coreinfer/$$package; done
 	$(BIN)/mypy

@@ -222,6 +222,25 @@ class NativeDecoder:
             self._records[sequence].append([token_id], self._choice)
         return logits
 
+    def forward_beside(
+        self, block_ids: Sequence[int], sequences: Sequence[int], token_ids: Sequence[int], *, last_logits: bool
+    ) -> Floats:
+        """Read a block of a prompt and a token of each of several sequences; see `Decoder.forward_beside`.
+
+        Raises:
+            ConfigError: a block of one token, and what `forward_rows` refuses.
+            KvPoolFull: too few pages are free.
+        """
+        try:
+            block, rows, ids = (np.asarray(numbers, dtype=np.int32) for numbers in (block_ids, sequences, token_ids))
+            logits = self._model.forward_beside(self.sequence, block, last_logits, rows, ids)
+        except _REFUSALS as error:
+            raise _refusal(error) from error
+        self.cached.append(block_ids, self._choice)
+        for sequence, token_id in zip(sequences, token_ids, strict=True):
+            self._records[sequence].append([token_id], self._choice)
+        return logits
+
     def prompt_statistics(
         self, token_ids: Sequence[int], selections: Sequence[Selection]
     ) -> tuple[Floats, dict[Selection, Floats]]:

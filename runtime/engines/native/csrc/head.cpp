@@ -19,7 +19,7 @@ void compute_head(Decoder& decoder, const Activations& x, int thread, bool scree
   const Matrix& head = decoder.weights.head;
   const Kernels& kernels = decoder.kernels;
   if (!screened || head.format != Format::int8_planes)
-    return multiply_share(kernels, {{&head, logits}}, x, 1, 0, thread, decoder.threads);
+    return multiply_share(kernels, {{&head, logits}}, {x, 1, 0}, 0, thread, decoder.threads);
 
   float* deviations = decoder.deviations.get();
   decoder.threads.deal(thread, head.num_blocks(),
