@@ -223,7 +223,10 @@ def _removal(shapes: Shapes, kept: int, step: int) -> Work:
 
 
 def sums_work(case: Case) -> Work:
-    """What narrowing each layer for itself adds to the profile: the validation text, and moments in the model's dtype, which are written."""
+    """What narrowing each layer for itself adds to the profile.
+
+    Validation text, and moments in the model's dtype, which are written.
+    """
     shapes, num_packs = case.shapes, case.num_packs
     kept = shapes.num_layers * num_packs * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
     return Work(
