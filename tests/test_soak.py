@@ -83,8 +83,8 @@ def test_a_prompt_of_thousands_of_tokens_stops_nobody(tiny_bundle: Callable[...,
     assert num_steps > len(long_ids) // engine.decoder.block_tokens
     gaps = [after - before for before, after in pairwise(times)][10:]
     assert max(gaps) < 2 * PASS_SECONDS
-    # It is read in the passes that decode, all but the few that are timed by themselves.
-    assert sum(gap > PASS_SECONDS for gap in gaps) > 0.8 * len(gaps)
+    # Most passes that decode read as well.
+    assert sum(gap > PASS_SECONDS for gap in gaps) > 0.5 * len(gaps)
     while scheduler.has_work:
         scheduler.step()
     assert [[token.token_id for token in long], short] == expected

@@ -115,4 +115,4 @@ class Pace:
 
 def _moved(mean: float | None, value: float) -> float:
     # The same machine's pauses are no measure of what a pass takes.
-    return value if mean is None else mean + _NEWEST * (min(value, 2 * mean) - mean)
+    return mean + _NEWEST * (min(value, 2 * mean) - mean) if mean else value
