@@ -107,9 +107,9 @@ class BlockPass {
     const AttentionWeights& attention = weights.attention;
     normalize(weights.attention_norms.before);
     multiply_all({{&attention.query.weight, qkv(0)},
-              {&attention.key.weight, qkv(0) + key_},
-              {&attention.value.weight, qkv(0) + value_}},
-             inputs_, qkv_stride_);
+                  {&attention.key.weight, qkv(0) + key_},
+                  {&attention.value.weight, qkv(0) + value_}},
+                 inputs_, qkv_stride_);
     own_tokens([&](int t) { prepare(layer, attention, t); });
     if (options_.related) barrier();
     own_tokens([&](int t) { attend(layer, attention, t); });

@@ -83,9 +83,9 @@ void compute_head(Decoder& decoder, const Activations& x, int thread, bool scree
 void decode_token(Decoder& decoder, const Row& row, bool screened, float* logits);
 // How a block is read.
 struct BlockOptions {
-  int num_exact = 0;         // rows at the end that are to the bit as decode_token computes them; others the fastest way
-  bool related = true;       // whether a sequence may have several rows
-  bool all_logits = false;   // of the rows before these
+  int num_exact = 0;        // rows at the end that are to the bit as decode_token computes them; others the fastest way
+  bool related = true;      // whether a sequence may have several rows
+  bool all_logits = false;  // of the rows before these
   bool last_logits = false;  // of the last row before these
   bool screened = false;     // the last row's
 };

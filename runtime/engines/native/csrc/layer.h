@@ -30,7 +30,8 @@ struct Batch {  // tokens that are multiplied together
   }
 };
 // The blocks [begin, end) of rows of a product.
-void multiply(const Kernels& kernels, const Matrix& w, const Batch& batch, float* y, size_t y_stride, int begin, int end);
+void multiply(const Kernels& kernels, const Matrix& w, const Batch& batch, float* y, size_t y_stride, int begin,
+              int end);
 void multiply_share(const Kernels& kernels, std::initializer_list<Job> jobs, const Batch& batch, size_t y_stride,
                     int thread, Threads& threads);
 inline void prefetch_bytes(const void* start, size_t size) {
