@@ -53,7 +53,7 @@ def started(
 
 
 def test_all_commands_start_alike() -> None:
-    assert len(SCRIPTS) == 7
+    assert len(SCRIPTS) == 10
     for target in SCRIPTS.values():
         module, _, attribute = target.partition(":")
         entry = getattr(importlib.import_module(module), attribute)
