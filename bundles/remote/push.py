@@ -66,7 +66,8 @@ def push_bundle(bundle_dir: Path, place: HubPlace, *, private: bool, message: st
             commit_message=message or f"Bundle of {manifest.model.name}",
             revision=place.revision,
         )
-    except (HfHubHTTPError, LocalTokenNotFoundError, TransportError, OSError) as error:
+    except (HfHubHTTPError, LocalTokenNotFoundError, TransportError, OSError, RuntimeError) as error:
+        # A RuntimeError is what a failed upload of one file becomes.
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise BundleError(
             f"{place}: cannot be pushed ({reason}); check name, token (HF_TOKEN) and connection"
