@@ -1,16 +1,15 @@
 """How near an export is to the bundle that it was made from.
 
-    python benchmarks/exported.py --bundle DIR (--cluster N | --dense) --texts FOLDER [--num-texts 50]
+    python benchmarks/exported.py --bundle DIR (--cluster N | --dense) --texts FOLDER [--num-texts 50] [--dequantized]
 
-Exports the model to GGUF and for transformers, and compares the logits of llama.cpp (where llama-cpp-python is
-installed) and of transformers in float32 with those of the native engine and of the dequantized weights in float32, on
-every token of each text. A table, then one JSON line.
+Exports the model to GGUF and for transformers, and compares the logits of llama.cpp (where one of its packages is
+installed) and of transformers in float32 with those of the native engine, on every token of each text; with
+--dequantized also with those of the bundle's weights in float32. A line for each, then one JSON line.
 """
 
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, Decoder, FfnChoice
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from kl import divergence, read_texts
+from llama_logits import has_llama_cpp, open_llama
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -37,29 +37,39 @@ Logits = npt.NDArray[np.float32]
 @click.option("--texts", required=True, type=click.Path(path_type=Path), help="Folder of JSON Lines files.")
 @click.option("--num-texts", type=int, default=50)
 @click.option("--max-tokens", type=int, default=128, help="Read at most so many tokens of a text.")
+@click.option("--forms", default="gguf,hf", help="What to export.")
+@click.option("--dequantized", is_flag=True, help="Compare with the weights in float32, too.")
 @click.option("--dtype", default="bfloat16", help="Of the weights for transformers.")
 def main(
-    bundle_dir: Path, cluster: int | None, dense: bool, texts: Path, num_texts: int, max_tokens: int, dtype: str
+    bundle_dir: Path,
+    cluster: int | None,
+    dense: bool,
+    texts: Path,
+    num_texts: int,
+    max_tokens: int,
+    forms: str,
+    dequantized: bool,
+    dtype: str,
 ) -> None:
     """Compare exports with their bundle."""
     token_ids = read_texts(bundle_dir, texts, num_texts, max_tokens)
     choice = DENSE if cluster is None else FfnChoice(cluster=cluster)
-    references = {
-        "native": list(engine_logits(NativeDecoder(open_bundle(bundle_dir)), choice, token_ids)),
-        "dequantized": list(
-            engine_logits(TorchDecoder(open_bundle(bundle_dir), device="cpu", dtype="float32"), choice, token_ids)
-        ),
-    }
+    bundle = open_bundle(bundle_dir)
+    references = {"native": list(engine_logits(NativeDecoder(bundle), choice, token_ids))}
+    if dequantized:
+        decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
+        references["dequantized"] = list(engine_logits(decoder, choice, token_ids))
     found = {"native": references["native"]}
     sizes: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for form in ("gguf", "hf"):
+        for form in forms.split(","):
             output = Path(folder) / form
             done = export_model(bundle_dir, output, form=form, cluster=cluster, dense=dense, dtype=dtype)
             sizes[form] = {"num_bytes": done.num_bytes, "padding_bytes": done.padding_bytes, **done.facts}
-        if find_spec("llama_cpp"):
+        if "gguf" in sizes and has_llama_cpp():
             found["llama.cpp"] = list(llama_logits(Path(folder) / "gguf/model.gguf", token_ids))
-        found["transformers"] = list(transformers_logits(Path(folder) / "hf", token_ids))
+        if "hf" in sizes:
+            found["transformers"] = list(transformers_logits(Path(folder) / "hf", token_ids))
     num_tokens = sum(map(len, token_ids))
     rows = {
         name: {
@@ -67,9 +77,8 @@ def main(
         }
         for name, logits in found.items()
     }
-    click.echo(f"{'':14s} {'KL to native':>14s} {'to dequantized':>15s}")
     for name, row in rows.items():
-        click.echo(f"{name:14s} {row['native']:14.6f} {row['dequantized']:15.6f}")
+        click.echo(f"{name:14s} " + ", ".join(f"KL {kl:.6f} from {against}" for against, kl in row.items()))
     click.echo(json.dumps({"num_texts": len(token_ids), "num_tokens": num_tokens, "kl": rows, "sizes": sizes}))
 
 
@@ -83,13 +92,9 @@ def engine_logits(decoder: Decoder, choice: FfnChoice, token_ids: Sequence[list[
 
 def llama_logits(path: Path, token_ids: Sequence[list[int]]) -> Iterator[Logits]:
     """The same of llama.cpp."""
-    from llama_cpp import Llama
-
-    model = Llama(str(path), n_ctx=max(map(len, token_ids)), logits_all=True, verbose=False)
+    read, _ = open_llama(path, num_positions=max(map(len, token_ids)))
     for ids in tqdm(token_ids, desc="llama.cpp"):
-        model.reset()
-        model.eval(ids)
-        yield np.array(model.scores[: len(ids)]).astype(np.float16)
+        yield read(ids).astype(np.float16)
 
 
 def transformers_logits(folder: Path, token_ids: Sequence[list[int]]) -> Iterator[Logits]:

@@ -1,5 +1,6 @@
 """Exports, read by gguf, transformers and, where it is installed, llama.cpp; their logits against the bundle's own."""
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +32,7 @@ from .bundle_factory import edit_manifest
 from .gguf_factory import tiny_config, tiny_model
 from .model_factory import build_tokenizer, corpus_texts
 
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 Logits = npt.NDArray[np.float32]
 IN_GGUF = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 UNEVEN = {"budgets": "sensitivity", "quantize": "int4", "keep": 0.6}
@@ -140,18 +142,22 @@ def test_families_without_widths_by_layer_are_filled_up(tiny_bundle: Callable[..
 @pytest.mark.parametrize("cluster", [None, 1])
 @pytest.mark.parametrize("family", IN_GGUF)
 def test_llama_cpp_computes_the_same(
-    family: str, cluster: int | None, bundle_of: Callable[..., Path], tmp_path: Path
+    family: str,
+    cluster: int | None,
+    bundle_of: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp")
+    monkeypatch.syspath_prepend(SCRIPTS)
+    llama = importlib.import_module("llama_logits")
+    if not llama.has_llama_cpp():
+        pytest.skip("needs llama-cpp-python or llama-cpp-py-sync")
     bundle_dir = bundle_of(family, **UNEVEN | {"quantize": "bf16"})
     done = exported(bundle_dir, tmp_path, "gguf", cluster=cluster, dense=cluster is None)
     ids = token_ids(bundle_dir)[:LLAMA_CPP_READS]
-    model = llama_cpp.Llama(str(done.folder / "model.gguf"), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
-    text = " ".join(corpus_texts()[:3])
-    assert model.tokenize(text.encode(), add_bos=True, special=False)[: len(ids)] == ids
-    model.eval(ids)
-    got = np.array(model.scores[: len(ids)], dtype=np.float32)
-    assert divergence(own_logits(bundle_dir, cluster)[: len(ids)], got) < 2e-3
+    read, tokenize = llama.open_llama(done.folder / "model.gguf", num_positions=64, threads=1)
+    assert tokenize(" ".join(corpus_texts()[:3]))[: len(ids)] == ids
+    assert divergence(own_logits(bundle_dir, cluster)[: len(ids)], read(ids)) < 2e-3
 
 
 # transformers
