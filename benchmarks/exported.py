@@ -18,12 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from coreinfer.bundles import open_bundle
+from coreinfer.bundles.shared.machine import usable_cores
 from coreinfer.compiler.export.exporting import export_model
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, Decoder, FfnChoice
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from kl import divergence, read_texts
-from llama_logits import has_llama_cpp, open_llama
+from llama_logits import LlamaModel, find_llama_cpp
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -66,7 +67,7 @@ def main(
             output = Path(folder) / form
             done = export_model(bundle_dir, output, form=form, cluster=cluster, dense=dense, dtype=dtype)
             sizes[form] = {"num_bytes": done.num_bytes, "padding_bytes": done.padding_bytes, **done.facts}
-        if "gguf" in sizes and has_llama_cpp():
+        if "gguf" in sizes and find_llama_cpp():
             found["llama.cpp"] = list(llama_logits(Path(folder) / "gguf/model.gguf", token_ids))
         if "hf" in sizes:
             found["transformers"] = list(transformers_logits(Path(folder) / "hf", token_ids))
@@ -92,9 +93,9 @@ def engine_logits(decoder: Decoder, choice: FfnChoice, token_ids: Sequence[list[
 
 def llama_logits(path: Path, token_ids: Sequence[list[int]]) -> Iterator[Logits]:
     """The same of llama.cpp."""
-    read, _ = open_llama(path, num_positions=max(map(len, token_ids)))
+    model = LlamaModel(path, num_positions=max(map(len, token_ids)), threads=usable_cores())
     for ids in tqdm(token_ids, desc="llama.cpp"):
-        yield read(ids).astype(np.float16)
+        yield model.logits(ids).astype(np.float16)
 
 
 def transformers_logits(folder: Path, token_ids: Sequence[list[int]]) -> Iterator[Logits]:

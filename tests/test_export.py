@@ -150,14 +150,14 @@ def test_llama_cpp_computes_the_same(
 ) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
     llama = importlib.import_module("llama_logits")
-    if not llama.has_llama_cpp():
-        pytest.skip("needs llama-cpp-python or llama-cpp-py-sync")
+    if llama.find_llama_cpp() is None:
+        pytest.skip("needs xllamacpp or llama-cpp-python")
     bundle_dir = bundle_of(family, **UNEVEN | {"quantize": "bf16"})
     done = exported(bundle_dir, tmp_path, "gguf", cluster=cluster, dense=cluster is None)
     ids = token_ids(bundle_dir)[:LLAMA_CPP_READS]
-    read, tokenize = llama.open_llama(done.folder / "model.gguf", num_positions=64, threads=1)
-    assert tokenize(" ".join(corpus_texts()[:3]))[: len(ids)] == ids
-    assert divergence(own_logits(bundle_dir, cluster)[: len(ids)], read(ids)) < 2e-3
+    model = llama.LlamaModel(done.folder / "model.gguf", num_positions=64, threads=1)
+    assert model.tokenize(" ".join(corpus_texts()[:3]))[: len(ids)] == ids
+    assert divergence(own_logits(bundle_dir, cluster)[: len(ids)], model.logits(ids)) < 2e-3
 
 
 # transformers
