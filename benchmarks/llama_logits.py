@@ -41,9 +41,13 @@ class _Batch(ctypes.Structure):
     )
 
 
+_Log = ctypes.CFUNCTYPE(None, _INT, ctypes.c_char_p, _POINTER)
+# Kept, because the library calls it later.
+_SILENCE = _Log(lambda level, text, data: None)
 # Function of llama.h -> what it returns, and what it takes.
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_backend_init": (None, ()),
+    "llama_log_set": (None, (_Log, _POINTER)),
     "llama_model_default_params": (_Parameters, ()),
     "llama_context_default_params": (_Parameters, ()),
     "llama_model_load_from_file": (_POINTER, (ctypes.c_char_p, _Parameters)),
@@ -90,6 +94,7 @@ class LlamaModel:
         if library_path is None:
             raise RuntimeError("llama.cpp is not installed: pip install xllamacpp")
         self._library = _bound(library_path)
+        self._library.llama_log_set(_SILENCE, None)
         self._library.llama_backend_init()
         model = self._library.llama_model_load_from_file(str(path).encode(), self._library.llama_model_default_params())
         parameters = self._library.llama_context_default_params()
