@@ -64,7 +64,7 @@ class PlainIndex:
         return int(self.centroids.shape[1])
 
     def search(self, x: Floats, k: int, /) -> tuple[Floats, npt.NDArray[np.int64]]:
-        """Find the k centroids of the largest inner product; of equals the first."""
+        """Find the k centroids of the largest inner product; of equals the first, where FAISS names any."""
         products = np.asarray(x, dtype=np.float32) @ self.centroids.T
         ids = np.argsort(-products, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(products, ids, axis=1), ids.astype(np.int64)
