@@ -65,8 +65,9 @@ def header_fields(chosen: ChosenModel, architecture: str, widths: Sequence[int])
 def _context(chosen: ChosenModel) -> int:
     """Positions; of a window that llama.cpp's llama does not have, only as many as it spans: up to there all agree."""
     positions, window = chosen.bundle.manifest.model.max_positions, chosen.config.get("sliding_window")
-    is_windowed = chosen.config.get("model_type") == "mistral" and window
-    return min(positions, int(window)) if is_windowed else positions
+    if window and chosen.config.get("model_type") == "mistral":
+        return min(positions, int(window))
+    return positions
 
 
 def _plain_attention(chosen: ChosenModel) -> dict[str, Any]:
