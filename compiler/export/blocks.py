@@ -38,7 +38,7 @@ def block_type(parameter: Parameter) -> GGMLQuantizationType:
 def block_bytes(parameter: Parameter) -> int:
     """Bytes of a parameter in the file."""
     per_block, num_bytes = GGML_QUANT_SIZES[block_type(parameter)]
-    return int(np.prod(parameter.padded, dtype=np.int64)) // per_block * num_bytes
+    return int(np.prod(parameter.padded, dtype=np.int64)) // int(per_block) * int(num_bytes)
 
 
 def encode(parameter: Parameter, rows: Rows | None = None, offset: float = 0.0) -> npt.NDArray[Any]:

@@ -71,7 +71,7 @@ def list_parameters(chosen: ChosenModel, widths: Sequence[int]) -> list[Paramete
 
 def _ffn_names(chosen: ChosenModel) -> dict[str, tuple[int, str]]:
     """Transformers' name -> layer and role, as in the bundle's files."""
-    names = {}
+    names: dict[str, tuple[int, str]] = {}
     for layer in range(len(chosen.widths)):
         for role, path in chosen.family.projections.items():
             stem = f"{chosen.family.layers}.{layer}.{path}"
