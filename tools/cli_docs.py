@@ -92,10 +92,10 @@ def _command(name: str, command: click.Command) -> Iterator[str]:
         if isinstance(command, SubcommandGroup):
             yield from (
                 "| command | |\n|---|---|",
-                *(f"| `{name} {sub}` | {_cell(SUBCOMMANDS[sub][1])} |" for sub in SUBCOMMANDS),
+                *(f"| `{name} {sub}` | {_cell(text)} |" for sub, (_, text) in SUBCOMMANDS.items()),
                 "",
             )
-        elif isinstance(command, GroupedCommand):
+        if isinstance(command, GroupedCommand):
             for heading, records in command.sections(context):
                 yield from (f"### {heading}\n", *_table(records), "")
         else:
