@@ -16,7 +16,7 @@ for module in $modules; do
   cp "$module" "$module.saved"
   # shellcheck disable=SC2046,SC2086
   g++ -std=c++17 -O1 -g1 -fPIC -shared -fvisibility=hidden -ffp-contract=off -pthread -w $flags \
-    $("$python" -m pybind11 --includes) "$(dirname "$module")"/csrc/*.cpp -o "$module"
+    $("$python" -m pybind11 --includes) -Ibundles/shared/csrc "$(dirname "$module")"/csrc/*.cpp -o "$module"
 done
 # Python itself leaks by design, and numpy and torch are not instrumented.
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1

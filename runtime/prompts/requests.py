@@ -11,7 +11,7 @@ from coreinfer.runtime.decoding.grammar import JsonGrammars
 from coreinfer.runtime.engines.protocol import Decoder
 from coreinfer.runtime.generation import Mode
 from coreinfer.runtime.options import GenerationOptions
-from coreinfer.runtime.routing.modes import ModePlan, plan_mode
+from coreinfer.runtime.routing.modes import ModePlan, plan_mode, serving_cluster
 from coreinfer.runtime.routing.router import Route, Router
 
 from .chat_template import check_messages, routing_text
@@ -119,6 +119,9 @@ def read_request(
     _check_length(len(token_ids), options, loaded)
     route = loaded.router.route(source)
     plan = plan_mode(options.mode or loaded.mode, loaded.bundle.manifest, route, len(token_ids))
+    if plan.uses_pack or plan.mode == "fused":
+        # Here, because the thread that steps must not wait for a download.
+        loaded.bundle.bring(serving_cluster(plan, route))
     return Request(
         token_ids=tuple(token_ids),
         route=route,

@@ -8,6 +8,7 @@
 
 #include "../../csrc/shared.h"
 #include "products.h"
+#include "x86_features.h"
 
 namespace coreinfer {
 namespace {
@@ -22,13 +23,10 @@ using Rows = py::array_t<int64_t, py::array::c_style>;
 std::vector<const Multiplier*> available_multipliers() {
   std::vector<const Multiplier*> multipliers;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) multipliers.push_back(&bf16_multiplier());
-  if (avx512) multipliers.push_back(&avx512_multiplier());
-  if (avx2) multipliers.push_back(&avx2_multiplier());
+  const X86Features cpu;
+  if (cpu.avx512bf16) multipliers.push_back(&bf16_multiplier());
+  if (cpu.avx512) multipliers.push_back(&avx512_multiplier());
+  if (cpu.avx2) multipliers.push_back(&avx2_multiplier());
 #endif
   multipliers.push_back(&portable_multiplier());
   return multipliers;

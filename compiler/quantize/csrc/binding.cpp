@@ -9,6 +9,7 @@
 
 #include "../../csrc/shared.h"
 #include "rounding.h"
+#include "x86_features.h"
 
 namespace coreinfer {
 namespace {
@@ -20,12 +21,9 @@ using Moments = py::array_t<float, py::array::c_style>;
 std::vector<const Rounder*> available_rounders() {
   std::vector<const Rounder*> rounders;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx2 && avx512) rounders.push_back(&avx512_rounder());
-  if (avx2) rounders.push_back(&avx2_rounder());
+  const coreinfer::X86Features cpu;
+  if (cpu.avx512) rounders.push_back(&avx512_rounder());
+  if (cpu.avx2) rounders.push_back(&avx2_rounder());
 #endif
   rounders.push_back(&portable_rounder());
   return rounders;

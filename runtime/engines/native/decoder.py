@@ -64,7 +64,9 @@ class NativeDecoder:
         self._choice: FfnChoice | None = None
         self._records = {0: CachedTokens()}
         self.sequence = 0
-        self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
+        # Packs of a bundle that is elsewhere come when a prompt needs them.
+        if bundle.dense or 0 in bundle.mapped:
+            self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
 
     @property
     def device(self) -> str:
@@ -121,7 +123,7 @@ class NativeDecoder:
     def prepare(self, choice: FfnChoice) -> None:
         """Have the system read a pack ahead."""
         if choice.cluster is not None:
-            self._bundle.packs[choice.cluster].prefetch()
+            self._bundle.prefetch(choice.cluster)
 
     def use(self, choice: FfnChoice) -> None:
         """Run with other FFN weights from the next token on.
