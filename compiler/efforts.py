@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from .config import CompileConfig
 
-__all__ = ["METHODS", "Budgets", "Effort", "Method", "Removal", "Ridge", "weighs_errors"]
+__all__ = ["METHODS", "Budgets", "Effort", "Method", "Removal", "Ridge", "shares_profile", "weighs_errors"]
 
 Effort = Literal["quick", "normal", "best"]
 Budgets = Literal["uniform", "energy", "sensitivity"]
@@ -77,3 +77,8 @@ def weighs_errors(config: "CompileConfig") -> bool:
     compete = config.effective_removal == "second-order" or config.effective_ridge == "auto"
     repairs = config.reconstruct and (compete or config.chooses_cluster_weight)
     return config.effective_budgets == "sensitivity" or repairs
+
+
+def shares_profile(config: "CompileConfig") -> bool:
+    """Whether the run of the text that profiles neurons also serves the repair: layers are narrowed each for itself."""
+    return config.reconstruct and not config.effective_carry and config.effective_removal == "top-k"

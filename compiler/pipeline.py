@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import faiss
-import numpy as np
 import torch
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import Manifest, Quality, Score
@@ -21,9 +20,10 @@ from .finished import Identity, identify, keep_finished, take_finished
 from .models.load import LoadedModel, hub_revision, load_model, read_config
 from .progress import Progress
 from .prune.narrow import CLUSTERS
+from .quality.reference import Reference
 from .quality.search import fit_clusters, fit_quality
 from .quality.sizes import Sizes, fit_budget
-from .quality.stored import StoredModel, StoredPacks, dense_cut, stored_packs
+from .quality.stored import StoredModel, StoredPacks, stored_packs
 from .quantize.pack import write_router, write_tokenizer
 from .report.describe import Compiled, manifest_of
 from .report.map_points import map_points
@@ -36,6 +36,7 @@ from .stages import (
     build_ground,
     gather_material,
     heal_packs,
+    held_out_reference,
     narrow_packs,
     score_packs,
 )
@@ -71,27 +72,45 @@ def compile_loaded(config: CompileConfig, loaded: LoadedModel, identity: Identit
     with _scratch_folder(config) as scratch:
         cache = Cache(_cache_folder(config, scratch))
         material = gather_material(config, loaded, identity.model_sha256, cache, scratch, progress)
-        clusters = fit_clusters(
-            config,
-            partial(_measure_clusters, config, material, asked_keep, progress),
-            num_documents=len(material.corpus.calibration) if material.corpus.held_out else 0,
-        )
-        with_controls = config.evaluate and config.effective_controls and bool(material.corpus.held_out)
-        ground = build_ground(config, material, clusters, asked_keep, progress, with_controls=with_controls)
-        keep, keeps = fit_quality(
-            config,
-            asked_keep,
-            partial(_measure, config, ground, asked_keep, progress),
-            partial(_measure_dense, material, progress),
-            ground.num_held_out_tokens,
-        )
-        layer_budgets = tuple(ground.layer_budgets(config, keep))
-        sizes = Sizes(clusters=clusters, keep=keep, keeps=keeps, layer_budgets=layer_budgets)
-        return _compile_at(config, sizes, ground, identity, progress)
+        with held_out_reference(config, material, progress) as reference:
+            return _compile_measured(config, material, reference, asked_keep, identity, progress)
+
+
+def _compile_measured(
+    config: CompileConfig,
+    material: Material,
+    reference: Reference | None,
+    asked_keep: float,
+    identity: Identity,
+    progress: Progress,
+) -> Manifest:
+    """Decide how much is kept, by measuring on the reference where that was asked for, and compile."""
+    clusters = fit_clusters(
+        config,
+        partial(_measure_clusters, config, material, reference, asked_keep, progress),
+        num_documents=len(material.corpus.calibration) if reference else 0,
+    )
+    with_controls = config.evaluate and config.effective_controls and reference is not None
+    ground = build_ground(config, material, clusters, asked_keep, progress, with_controls=with_controls)
+    keep, keeps = fit_quality(
+        config,
+        asked_keep,
+        partial(_measure, config, ground, reference, asked_keep, progress),
+        reference.dense if reference else None,
+        ground.num_held_out_tokens,
+    )
+    layer_budgets = tuple(ground.layer_budgets(config, keep))
+    sizes = Sizes(clusters=clusters, keep=keep, keeps=keeps, layer_budgets=layer_budgets)
+    return _compile_at(config, sizes, ground, reference, identity, progress)
 
 
 def _compile_at(
-    config: CompileConfig, sizes: Sizes, ground: Ground, identity: Identity, progress: Progress
+    config: CompileConfig,
+    sizes: Sizes,
+    ground: Ground,
+    reference: Reference | None,
+    identity: Identity,
+    progress: Progress,
 ) -> Manifest:
     """Narrow, heal, score and write, once it is known how much is kept."""
     material = ground.material
@@ -108,7 +127,9 @@ def _compile_at(
             corpus=material.corpus,
             routing=ground.routing,
             narrow=narrow[CLUSTERS],
-            quality=_final_quality(config, ground, packs, progress, healed=narrow[CLUSTERS].inner is not None),
+            quality=_final_quality(ground, reference, packs, progress, healed=narrow[CLUSTERS].inner is not None)
+            if config.evaluate and reference
+            else None,
             model_sha256=identity.model_sha256,
         )
         return write_bundle(compiled, identity, material.stored, packs[CLUSTERS], progress)
@@ -128,42 +149,46 @@ def _cache_folder(config: CompileConfig, scratch: Path) -> Path | None:
     return scratch / "cache" if config.max_memory is not None and config.cache_dir is None else config.cache_dir
 
 
-def _measure(config: CompileConfig, ground: Ground, keep: float, progress: Progress, keeps: Sequence[float]) -> Quality:
-    """Narrow the clusters alone, each at its keep ratio, and score them on held-out text."""
-    material, clusters = ground.material, ground.assignments[:1]
+def _measure(
+    config: CompileConfig,
+    ground: Ground,
+    reference: Reference | None,
+    keep: float,
+    progress: Progress,
+    keeps: Sequence[float],
+) -> Quality:
+    """Narrow the clusters alone, each at its keep ratio, and score them on held-out text, of which there is some."""
+    assert reference is not None
+    clusters = ground.assignments[:1]
     _, narrow = narrow_packs(config, ground, budgets_at(config, ground, keep, keeps, clusters), clusters, progress)
-    with stored_packs(material.stored, narrow, progress) as packs:
+    with stored_packs(ground.material.stored, narrow, progress) as packs:
         models = {CLUSTERS: (packs[CLUSTERS].cut, clusters[0].held_out)}
-        return score_packs(material, material.held_out_ids, models, progress)
-
-
-def _measure_dense(material: Material, progress: Progress) -> Score:
-    """Score the dense FFN as it is stored."""
-    everywhere = np.zeros(len(material.held_out_ids), dtype=np.int64)
-    models = {CLUSTERS: (dense_cut(material.stored), everywhere)}
-    return score_packs(material, material.held_out_ids, models, progress).clusters
+        return score_packs(ground.material, reference, models, progress)
 
 
 def _measure_clusters(
-    config: CompileConfig, material: Material, keep: float, progress: Progress, num_clusters: int
+    config: CompileConfig,
+    material: Material,
+    reference: Reference | None,
+    keep: float,
+    progress: Progress,
+    num_clusters: int,
 ) -> Score:
     """Score the packs of a number of clusters, without controls."""
     ground = build_ground(config, material, num_clusters, keep, progress, with_controls=False)
     keeps = (keep,) * ground.routing.clustering.num_clusters
-    return _measure(config, ground, keep, progress, keeps).clusters
+    return _measure(config, ground, reference, keep, progress, keeps).clusters
 
 
 def _final_quality(
-    config: CompileConfig, ground: Ground, packs: Mapping[str, StoredPacks], progress: Progress, *, healed: bool
-) -> Quality | None:
+    ground: Ground, reference: Reference, packs: Mapping[str, StoredPacks], progress: Progress, *, healed: bool
+) -> Quality:
     """Score the packs and the controls, which are not healed and must not look as if they were."""
-    if not config.evaluate or not ground.material.corpus.held_out:
-        return None
     models = {}
     for item in ground.assignments:
         name = f"{item.name}, not healed" if healed and item.name != CLUSTERS else item.name
         models[name] = (packs[item.name].cut, item.held_out)
-    return score_packs(ground.material, ground.material.held_out_ids, models, progress)
+    return score_packs(ground.material, reference, models, progress)
 
 
 def write_bundle(

@@ -5,19 +5,19 @@ from coreinfer.bundles.formats import GROUP_SIZE
 __all__ = [
     "CURVE_TOKENS",
     "FISHER_TOKENS",
-    "GROUP_TEXTS",
     "MOMENT_TOKENS",
     "NEURON_BLOCK",
     "PROFILE_TOKENS",
+    "VALIDATION_TOKENS",
 ]
 
-MOMENT_TOKENS = 8192
+MOMENT_TOKENS = 4096
 """Means of squares settle soon: more tokens change nothing that rounding could see."""
 FISHER_TOKENS = 8192
 CURVE_TOKENS = 16_384
 PROFILE_TOKENS = 65_536
 """Enough for scores that no neuron is removed by; it is what modes stability and fused go by at run time."""
-GROUP_TEXTS = 16
-"""Held-out texts whose dense logits are held in memory at a time."""
+VALIDATION_TOKENS = 8192
+"""Ridges differ enough in their costs; of these tokens half are read narrow."""
 NEURON_BLOCK = GROUP_SIZE
 """Kept neurons a layer are a multiple of this, the kernels' group size."""

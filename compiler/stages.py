@@ -1,7 +1,8 @@
 """The stages of a compile, one function each, for the pipeline that calls them in order and for other callers."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -16,16 +17,23 @@ from coreinfer.bundles.manifest import Quality
 from .cache import Cache, stage_key
 from .clusters.route import Routing, build_routing, control_assignments
 from .config import CompileConfig
+from .efforts import shares_profile
+from .models.layerwise import READING
 from .models.load import LoadedModel
 from .models.memory import check_memory
 from .progress import Progress
-from .prune.carry import REVISION, NarrowInputs, narrow_all
 from .prune.heal import HealInputs, heal, healing_text
+from .prune.layer_repair import NarrowInputs
 from .prune.narrow import CLUSTERS, Assignment, Cut, NarrowModel, choose_all
 from .prune.profile import Profile, profile_model
+from .prune.reconstruct import REVISION, narrow_all
 from .prune.select import layer_budgets
 from .prune.sensitivity import output_metrics, removal_curves
+from .prune.sums import Sums, sums_fit, watch_sums
+from .prune.validation import few_validated
+from .quality.reference import Reference, read_reference
 from .quality.score import evaluate
+from .quality.search import searches
 from .quality.stored import StoredModel, store_model, stored_packs
 from .quantize.moments import Moments, input_moments
 from .quantize.pack import Packer
@@ -42,6 +50,7 @@ __all__ = [
     "build_ground",
     "gather_material",
     "heal_packs",
+    "held_out_reference",
     "narrow_packs",
     "prepare",
     "score_packs",
@@ -84,6 +93,7 @@ class Ground:
         metrics: of `output_metrics`.
         curves: of `removal_curves`, for budgets by sensitivity.
         key: key of the profile; later stages' keys extend it.
+        sums: where what repairs sum over the text is kept.
     """
 
     material: Material
@@ -93,6 +103,7 @@ class Ground:
     metrics: torch.Tensor
     curves: npt.NDArray[np.float32] | None
     key: str
+    sums: Sums
 
     @property
     def num_held_out_tokens(self) -> list[int]:
@@ -121,6 +132,7 @@ def gather_material(
         seed=config.seed,
         device=str(loaded.device),
         dtype=str(loaded.dtype),
+        reading=READING,
         # The same file, read as another model than before, gives other results.
         config=loaded.record.config,
         threads=torch.get_num_threads(),
@@ -170,7 +182,11 @@ def prepare(
     loaded, calibration, cache = material.loaded, material.corpus.calibration, material.cache
     key = _profile_key(config, material, routing, [item.name for item in assignments])
     labels = {item.name: item.calibration for item in assignments}
-    profile = profile_model(config, loaded, calibration, labels, cache, key, progress)
+    sums = Sums(cache=Cache(material.stored.folder / "sums"), key=key)
+    shares = keep < 1 and shares_profile(config) and sums_fit(loaded, assignments, sums)
+    further, validated = few_validated(material.corpus.validation, assignments)
+    watch = watch_sums(sums, loaded, validated) if shares else None
+    profile = profile_model(config, loaded, calibration, labels, cache, key, progress, further if watch else (), watch)
     metrics = output_metrics(config, keep, loaded, calibration, cache, material.key, progress)
     curves = None
     if config.effective_budgets == "sensitivity" and keep < 1:
@@ -184,6 +200,7 @@ def prepare(
         metrics=metrics,
         curves=curves,
         key=key,
+        sums=sums,
     )
 
 
@@ -214,6 +231,7 @@ def narrow_packs(
         choices=choose_all(config, ground.profile, material.loaded, assignments, budgets),
         budgets=budgets,
         metrics=ground.metrics,
+        sums=ground.sums,
         rounding=Rounding(kind=config.quantize, moments=material.moments) if config.repairs_rounding else None,
     )
     key = stage_key(
@@ -230,14 +248,25 @@ def narrow_packs(
     return key, dict(narrow_all(inputs, material.cache, key, progress))
 
 
+@contextmanager
+def held_out_reference(config: CompileConfig, material: Material, progress: Progress) -> Iterator[Reference | None]:
+    """Read the held-out text for the time of the block; None where there is none, or nothing is measured on it."""
+    measures = config.evaluate or searches(config) or config.clusters == "auto"
+    if not (measures and material.corpus.held_out):
+        yield None
+        return
+    with read_reference(material.loaded, material.held_out_ids, progress, material.stored) as reference:
+        yield reference
+
+
 def score_packs(
     material: Material,
-    texts: Sequence[Sequence[int]],
+    reference: Reference,
     models: Mapping[str, tuple[Cut, npt.NDArray[np.int64]]],
     progress: Progress,
 ) -> Quality:
     """Score FFNs on texts, with all other weights as stored; see `evaluate`."""
-    return evaluate(material.loaded, texts, models, progress, material.stored)
+    return evaluate(material.loaded, reference, models, progress, material.stored)
 
 
 def heal_packs(
@@ -264,9 +293,12 @@ def better_packs(ground: Ground, narrow: NarrowModel, healed: NarrowModel, progr
         _log.warning("healing is not checked: there is no validation text; give more calibration text")
         return healed
     token_ids = [document.token_ids for document in material.corpus.validation]
-    with stored_packs(material.stored, {CLUSTERS: narrow, "healed": healed}, progress) as packs:
+    with (
+        read_reference(material.loaded, token_ids, progress, material.stored) as reference,
+        stored_packs(material.stored, {CLUSTERS: narrow, "healed": healed}, progress) as packs,
+    ):
         models = {name: (pack.cut, labels) for name, pack in packs.items()}
-        quality = score_packs(material, token_ids, models, progress)
+        quality = score_packs(material, reference, models, progress)
     before, after = quality.clusters.kl, quality.controls[0].kl
     _log.info("healing: KL on validation text %.4f before, %.4f after", before, after)
     if after < before:

@@ -2,11 +2,11 @@
 
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Unpack, cast, overload
 
 from coreinfer.bundles import Bundle, Manifest, open_bundle
+from coreinfer.bundles.remote.opening import find_bundle
 from coreinfer.bundles.shared.machine import give_back_heap
 from tokenizers import Tokenizer
 
@@ -21,6 +21,7 @@ from .load_options import LoadKeywords, LoadOptions
 from .options import DEFAULTS, GenerationKeywords, GenerationOptions
 from .prompts.prompt_format import PromptFormat, read_tokenizer
 from .prompts.requests import Loaded, Prompt, Prompts, Request, is_batch, read_request, read_requests
+from .routing.centroids import import_faiss
 from .routing.router import Router
 from .scheduling import Driver, Post, Run, Scheduler, prepare
 
@@ -33,7 +34,8 @@ def load(bundle_dir: str | Path, **options: Unpack[LoadKeywords]) -> "Engine":
     Everything is checked now, except the contents of cluster packs: each is hashed when it is first used.
 
     Args:
-        bundle_dir: a folder that coreinfer-compile wrote.
+        bundle_dir: a folder that coreinfer-compile wrote; or hf:USER/NAME[@REVISION], https://... or s3://..., of which
+            packs are fetched when they are first used (docs/sharing.md).
     Raises:
         BundleError: there is no bundle, or it is damaged; the message names all damaged files.
         ConfigError: an argument is wrong, or the engine's packages are not installed.
@@ -61,9 +63,11 @@ def _open(bundle_dir: str | Path, *, spare_memory: bool) -> tuple[Bundle, Future
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="coreinfer-load") as pool:
         # First, because parsing keeps the lock to its end: an import lets the threads that hash begin.
-        pool.submit(import_module, "faiss")
-        tokenizer = pool.submit(read_tokenizer, Path(bundle_dir))
-        return open_bundle(bundle_dir, lazy_packs=True, spare_memory=spare_memory), tokenizer
+        pool.submit(import_faiss)
+        found = find_bundle(bundle_dir)
+        tokenizer = pool.submit(read_tokenizer, found.folder)
+        bundle = open_bundle(found.folder, lazy_packs=True, fetch=found.fetch, spare_memory=spare_memory)
+        return bundle, tokenizer
 
 
 class Engine:

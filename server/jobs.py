@@ -56,12 +56,8 @@ class Job:
         return self.arrived_seconds + self.timeout_seconds
 
     def post(self, event: Event) -> None:
-        """Hand a token or what went wrong to the event loop, from any thread."""
-        try:
-            self._mail.post(self, event)
-        except RuntimeError:
-            # The event loop ended, and with it whoever waited.
-            self.abandon()
+        """Hand a token or what went wrong to the event loop, from any thread; it comes when the mail is next sent."""
+        self._mail.put(self, event)
 
     def deliver(self, event: Event) -> None:
         """Take an event, on the event loop."""
@@ -101,7 +97,7 @@ class Job:
 
 
 class Mail:
-    """Carries events of jobs from any thread to their event loop, which all that come together wake once."""
+    """Carries events of jobs from any thread to their event loop, which all that are sent together wake once."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin without events."""
@@ -109,17 +105,23 @@ class Mail:
         self._letters: deque[tuple[Job, Event]] = deque()
         self._is_called = False
 
-    def post(self, job: Job, event: Event) -> None:
-        """Send an event on its way.
-
-        Raises:
-            RuntimeError: the event loop ended.
-        """
+    def put(self, job: Job, event: Event) -> None:
+        """Add an event to what `send` sends."""
         self._letters.append((job, event))
-        # Whoever finds it set has put the event where the call to come finds it; that two call is no harm.
-        if not self._is_called:
-            self._is_called = True
+
+    def send(self) -> None:
+        """Wake the event loop, if there is something for it."""
+        # Whoever finds it called has put events where the call to come finds them; that two call is no harm.
+        if not self._letters or self._is_called:
+            return
+        self._is_called = True
+        try:
             self.loop.call_soon_threadsafe(self._deliver)
+        except RuntimeError:
+            # The event loop ended, and with it whoever waited.
+            self._is_called = False
+            while self._letters:
+                self._letters.popleft()[0].abandon()
 
     def _deliver(self) -> None:
         self._is_called = False

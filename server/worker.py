@@ -45,6 +45,8 @@ class Worker:
         scheduler.max_parallel = parallel
         scheduler.pool.num_to_keep = parallel + _KEPT_SEQUENCES
         metrics.watch(scheduler)
+        # Not with each token: woken by the first one, the event loop would hold up the others by Python's lock.
+        scheduler.on_posted = self._send_mail
         self._mail: Mail | None = None
         self._jobs: list[Job] = []  # not over, in the order in which they came
         self._closed = False
@@ -92,6 +94,7 @@ class Worker:
         for job in jobs:
             job.post(ShuttingDown())
             self.abandon(job)
+        self._send_mail()
         self._engine.driver.wake()
 
     def close(self) -> None:
@@ -105,6 +108,10 @@ class Worker:
         if self._mail is None or self._mail.loop is not loop:
             self._mail = Mail(loop)
         return self._mail
+
+    def _send_mail(self) -> None:
+        if self._mail is not None:
+            self._mail.send()
 
     def _run(self) -> None:
         try:
@@ -122,6 +129,7 @@ class Worker:
             job.run = self._engine.submit(prompt, options, lambda event: self._take(job, event))
         except Exception as error:
             self._take(job, error)
+            self._send_mail()
         if job.is_over and job.run is not None:
             # It was given up meanwhile.
             self._engine.driver.end([job.run])

@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import json
 import os
 import shutil
 import signal
@@ -49,6 +50,18 @@ def make_bundle(bundle_template: Callable[..., Path], tmp_path: Path) -> Callabl
         return Path(shutil.copytree(bundle_template(**options), tmp_path / name))
 
     return make
+
+
+@pytest.fixture
+def write_lines(tmp_path: Path) -> Callable[..., Path]:
+    """A function (*lines, name) that writes a JSON Lines file of what texts say and other objects are."""
+
+    def write(*lines: object, name: str = "lines.jsonl") -> Path:
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        (tmp_path / name).write_text("\n".join(texts) + "\n", encoding="utf-8")
+        return tmp_path / name
+
+    return write
 
 
 @pytest.fixture

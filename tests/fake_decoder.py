@@ -100,6 +100,20 @@ class FakeDecoder:
             self._records[number].append([token_id], self._choice)
         return logits
 
+    def forward_beside(
+        self, block_ids: Sequence[int], sequences: Sequence[int], token_ids: Sequence[int], *, last_logits: bool
+    ) -> Any:
+        assert len(block_ids) > 1
+        self._need(
+            self._num_more(self.sequence, len(block_ids))
+            + sum(self._num_more(number, sequences.count(number)) for number in set(sequences))
+        )
+        block = self.forward(block_ids)
+        # One pass reads the weights for all.
+        self.seconds -= PASS_SECONDS
+        rows = self.forward_rows(sequences, token_ids)
+        return np.concatenate([block, rows]) if last_logits else rows
+
     def prompt_statistics(self, token_ids: Sequence[int], selections: Sequence[Any]) -> Any:
         statistic = np.random.default_rng(sum(token_ids)).random((self._model.num_layers, self._model.ffn_dim))
         return self.forward(token_ids), dict.fromkeys(selections, statistic.astype(np.float32))

@@ -12,10 +12,12 @@ from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.models.layerwise import run_partly
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.progress import Progress
-from coreinfer.compiler.prune.carry import NarrowInputs, narrow_all
+from coreinfer.compiler.prune.layer_repair import NarrowInputs
 from coreinfer.compiler.prune.narrow import Assignment, NarrowModel, narrow_layer
+from coreinfer.compiler.prune.reconstruct import narrow_all
 from coreinfer.compiler.prune.repair import CLUSTER_WEIGHTS, LayerTokens, RepairTask, repair_layer
 from coreinfer.compiler.prune.select import Choice
+from coreinfer.compiler.prune.sums import Sums
 from coreinfer.compiler.quantize.moments import input_moments
 from coreinfer.compiler.quantize.pack import Packer
 from coreinfer.compiler.quantize.quantize import QuantizeOptions
@@ -84,12 +86,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[LayerTokens]:
     """What each repair reads from now on, layer after layer and stream after stream."""
     read: list[LayerTokens] = []
 
-    def spy(tokens: LayerTokens, task: Any) -> Any:
+    def spy(tokens: LayerTokens, task: Any, moments: Any) -> Any:
         # Layers and streams share one buffer.
         read.append(LayerTokens(activations=tokens.activations.clone(), targets=tokens.targets.clone()))
-        return repair_layer(tokens, task)
+        return repair_layer(tokens, task, moments)
 
-    monkeypatch.setattr("coreinfer.compiler.prune.carry.repair_layer", spy)
+    monkeypatch.setattr("coreinfer.compiler.prune.layer_repair.repair_layer", spy)
     return read
 
 
@@ -207,14 +209,14 @@ def test_repaired_second_order_removal_beats_the_scores_alone() -> None:
 def test_controls_take_the_cluster_weight_that_the_clusters_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     tried, chosen = [], []
 
-    def spy(tokens: LayerTokens, task: RepairTask) -> Any:
-        repaired = repair_layer(tokens, task)
+    def spy(tokens: LayerTokens, task: RepairTask, moments: Any) -> Any:
+        repaired = repair_layer(tokens, task, moments)
         tried.append(tuple(task.cluster_weights))
         chosen.append(repaired.cluster_weight)
         # Say the second, so that a control that takes the first is seen.
         return replace(repaired, cluster_weight=CLUSTER_WEIGHTS[1])
 
-    monkeypatch.setattr("coreinfer.compiler.prune.carry.repair_layer", spy)
+    monkeypatch.setattr("coreinfer.compiler.prune.layer_repair.repair_layer", spy)
     run(inputs_of(load("llama"), cluster_weight="auto"))
     # Layer 1 keeps all neurons.
     assert tried == [CLUSTER_WEIGHTS, CLUSTER_WEIGHTS[1:]] * 2
@@ -241,7 +243,7 @@ def test_nothing_is_run_twice_before_the_first_layer_that_is_narrowed(
         layers_run.append(index)
         return run_partly(loaded, index, *arguments)
 
-    monkeypatch.setattr("coreinfer.compiler.prune.carry.run_partly", spy)
+    monkeypatch.setattr("coreinfer.compiler.prune.streams.run_partly", spy)
     loaded, budgets = load(name), [96, 96, 64]
     inputs = inputs_of(loaded)
     everything = [np.arange(96, dtype=np.int32)] * 3
@@ -270,13 +272,13 @@ def test_an_interrupted_pass_goes_on_and_ends_alike(name: str, tmp_path: Path, m
     whole = run(inputs_of(loaded), tmp_path / "whole")
     real, calls = repair_layer, list[int]()
 
-    def fail_at_third(tokens: LayerTokens, task: Any) -> Any:
+    def fail_at_third(tokens: LayerTokens, task: Any, moments: Any) -> Any:
         calls.append(0)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(tokens, task)
+        return real(tokens, task, moments)
 
-    monkeypatch.setattr("coreinfer.compiler.prune.carry.repair_layer", fail_at_third)
+    monkeypatch.setattr("coreinfer.compiler.prune.layer_repair.repair_layer", fail_at_third)
     with pytest.raises(KeyboardInterrupt):
         run(inputs_of(loaded), tmp_path / "half")
     resumed = run(inputs_of(loaded), tmp_path / "half")
@@ -290,3 +292,50 @@ def test_an_interrupted_pass_goes_on_and_ends_alike(name: str, tmp_path: Path, m
                 if first is not None and second is not None:
                     np.testing.assert_array_equal(first, second)
     assert replace(whole["clusters"]).ridges == resumed["clusters"].ridges
+
+
+@pytest.mark.parametrize("options", [{}, {"removal": "top-k"}, {"ridge": 1e-2, "cluster_weight": 0.3}])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_sums_that_are_kept_narrow_as_the_text_does(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    inputs = inputs_of(load(name), carry=False, **options)
+    at_once = run(inputs)
+    progress = Progress()
+    kept = replace(inputs, sums=Sums(cache=Cache(tmp_path), key="ground"))
+    assert_same(narrow_all(kept, Cache(None), "key", progress), at_once)
+    assert "sums" in progress.stage_seconds
+    # Fewer neurons, by the same sums.
+    fewer = [32, 64, 32]
+    ids = {
+        name: [[np.arange(budget, dtype=np.int32) for budget in fewer]] * len(budgets)
+        for name, budgets in inputs.budgets.items()
+    }
+    budgets = {name: [fewer] * len(budgets) for name, budgets in inputs.budgets.items()}
+    choices = {name: replace(choice, neuron_ids=ids[name]) for name, choice in inputs.choices.items()}
+    again = Progress()
+    assert_same(
+        narrow_all(replace(kept, budgets=budgets, choices=choices), Cache(None), "key", again),
+        run(replace(inputs, budgets=budgets, choices=choices)),
+    )
+    assert "sums" not in again.stage_seconds
+
+
+def test_sums_that_have_no_room_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coreinfer.compiler.prune.sums._LIMIT_BYTES", 1000)
+    progress = Progress()
+    inputs = replace(inputs_of(load("llama"), carry=False), sums=Sums(cache=Cache(tmp_path), key="ground"))
+    assert_same(narrow_all(inputs, Cache(None), "key", progress), run(replace(inputs, sums=None)))
+    assert "sums" not in progress.stage_seconds
+    assert not list(tmp_path.iterdir())
+
+
+def assert_same(found: dict[str, NarrowModel], expected: dict[str, NarrowModel]) -> None:
+    assert found.keys() == expected.keys()
+    for name, narrow in found.items():
+        other = expected[name]
+        assert narrow.ridges == other.ridges
+        for own, theirs in zip(narrow.choice.neuron_ids, other.choice.neuron_ids, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(own, theirs, strict=True))
+        for own_layer, their_layer in zip(narrow.downs, other.downs, strict=True):
+            for a, b in zip(own_layer, their_layer, strict=True):
+                assert (a is None) == (b is None)
+                assert a is None or b is None or np.array_equal(a, b)

@@ -188,6 +188,21 @@ def test_the_model_continues_every_seed(loaded: LoadedModel, tmp_path: Path) -> 
         assert 2 not in ids[:-1] or kinds[prompt] == "chat"
 
 
+def test_no_more_seeds_are_continued_than_the_budget_takes(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = tuple(Seed(topic="sea", kind="text", prompt=f"The storm was {number}") for number in range(100))
+    use_seeds(monkeypatch, seeds)
+    continued = [*continue_seeds(builtin_config(calibration_tokens=800), loaded, tmp_path, Progress())]
+    numbers = [int(prompt.rsplit(maxsplit=1)[1]) for prompt, _, _ in continued]
+    assert 10 < len(numbers) < 40
+    # From the first to the last, evenly.
+    assert numbers == sorted(numbers)
+    assert (min(numbers), max(numbers)) == (0, numbers[-1])
+    assert numbers[-1] > 90
+    assert 0.7 * 800 < sum(len(ids) for _, _, ids in continued) < 1.3 * 800
+
+
 @pytest.mark.usefixtures("few_seeds")
 def test_continuations_follow_the_seed(loaded: LoadedModel, tmp_path: Path) -> None:
     configs = [builtin_config(seed=seed, threads=2) for seed in (1, 1, 2)]

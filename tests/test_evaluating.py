@@ -14,7 +14,9 @@ from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.models.swapping import ffn_in_use
 from coreinfer.compiler.prune.narrow import NarrowModel, bf16_bits, narrow_layer
 from coreinfer.compiler.prune.select import Choice
-from coreinfer.compiler.quality.score import Tally, compare_logits, evaluate
+from coreinfer.compiler.quality.reference import read_reference
+from coreinfer.compiler.quality.score import evaluate
+from coreinfer.compiler.quality.tally import Tally, compare_logits
 from coreinfer.compiler.text.corpus import split_point
 from transformers import DynamicCache
 
@@ -64,7 +66,8 @@ def run(
         name: (partial(narrow_layer, loaded, model), clusters)
         for name, model in {"clusters": narrow, **controls}.items()
     }
-    return evaluate(loaded, texts, models, Progress())
+    with read_reference(loaded, texts, Progress()) as reference:
+        return evaluate(loaded, reference, models, Progress())
 
 
 def naive_narrow(loaded: LoadedModel, narrow: NarrowModel, cluster: int) -> torch.nn.Module:
@@ -160,13 +163,6 @@ def test_dense_perplexity_equals_a_direct_computation(loaded: LoadedModel, texts
     assert quality.dense.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
     assert quality.dense.num_tokens == len(losses)
     assert (quality.dense.kl, quality.dense.top1) == (0, 1)
-
-
-def test_groups_of_texts_do_not_matter(texts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded, narrow, labels = load("llama"), narrow_model([range(64), range(32, 96)]), [0, 1, 1, 0, 1]
-    whole = run(loaded, texts, narrow, labels)
-    monkeypatch.setattr("coreinfer.compiler.quality.score.GROUP_TEXTS", 2)
-    assert run(loaded, texts, narrow, labels) == whole
 
 
 def weights_of(loaded: LoadedModel) -> list[torch.Tensor]:

@@ -83,6 +83,80 @@ def test_rows_are_exact_in_every_format_by_all_kernels(kind: str, isa: str, tiny
         check_mixed(decoder)
 
 
+def check_beside(decoder: NativeDecoder, block_tokens: int) -> None:
+    """A block and rows in one pass leave and return what each does by itself."""
+    decoder.truncate(0)
+    decoder.forward(IDS[:30])
+    block = decoder.forward(IDS[30 : 30 + block_tokens])
+    after = decoder.forward([IDS[0]])
+    decoder.truncate(0)
+    expected = [one_by_one(decoder, start, 2) for start in MIXED]
+    decoder.truncate(0)
+    decoder.forward(IDS[:30])
+    sequences = started(decoder)
+    for last_logits, first in ((False, 30), (True, 30 + block_tokens // 2)):
+        ids = IDS[first : first + block_tokens // 2]
+        step = int(last_logits)
+        got = decoder.forward_beside(ids, sequences, [IDS[start + step] for start in MIXED], last_logits=last_logits)
+        np.testing.assert_array_equal(got[step:], np.stack([logits[step] for logits in expected]))
+    np.testing.assert_array_equal(got[:1], block)
+    np.testing.assert_array_equal(decoder.forward([IDS[0]]), after)
+    for sequence, start in zip(sequences, MIXED, strict=True):
+        decoder.select(sequence)
+        assert decoder.num_cached == start + 2
+        assert decoder.cached.token_ids == IDS[: start + 2]
+        decoder.select(0)
+        decoder.drop_sequence(sequence)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_and_rows_in_one_pass_know_nothing_of_each_other(family: str, tiny_bundle: Callable[..., Path]) -> None:
+    check_beside(NativeDecoder(open_bundle(tiny_bundle(family, quantize="int4")), threads=2), 40)
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("kind", ["int4", "int8", "bf16"])
+def test_a_block_beside_rows_is_exact_in_every_format_by_all_kernels(
+    kind: str, isa: str, tiny_bundle: Callable[..., Path]
+) -> None:
+    decoder = NativeDecoder(open_bundle(tiny_bundle("gemma3", quantize=kind)), threads=3, isa=isa)
+    for choice in (DENSE, FfnChoice(cluster=1)):
+        decoder.use(choice)
+        check_beside(decoder, 80)
+
+
+def test_a_block_too_large_for_one_pass_with_rows(tiny_bundle: Callable[..., Path]) -> None:
+    decoder = NativeDecoder(with_room(open_bundle(tiny_bundle("qwen3", quantize="int4"))), threads=2)
+    other = decoder.add_sequence()
+    ids = (IDS + IDS)[: _native.BLOCK_TOKENS]
+    block, row = decoder.forward(ids), one_by_one(decoder, 0, 1)
+    for last_logits in (True, False):
+        decoder.truncate(0)
+        got = decoder.forward_beside(ids, [other], IDS[:1], last_logits=last_logits)
+        np.testing.assert_array_equal(got, np.concatenate([block, row]) if last_logits else row)
+        decoder.select(other)
+        decoder.truncate(0)
+        decoder.select(0)
+
+
+def test_wrong_blocks_beside_rows_are_refused(tiny_bundle: Callable[..., Path]) -> None:
+    decoder = NativeDecoder(open_bundle(tiny_bundle("llama")), threads=1)
+    other = decoder.add_sequence()
+    decoder.forward(IDS[:220])
+    for block_ids, sequences, ids, reason in (
+        ([5], [other], [5], "at least two"),
+        ([5] * 37, [other], [5], "at most 36 more"),
+        ([5] * 36, [0], [5], "at most 36 more"),
+        ([5, VOCABULARY], [other], [5], "token id"),
+        ([5, 5], [other + 1], [5], "sequence"),
+        ([5, 5], [other], [], "one a token"),
+        ([5, 5], [], [], "at least one"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            decoder.forward_beside(block_ids, sequences, ids, last_logits=True)
+    assert decoder.num_cached == MAX_POSITIONS - 36
+
+
 @pytest.mark.parametrize("head", ["int8", "bf16", "int4"])
 def test_rows_are_exact_with_any_head(head: str, tiny_bundle: Callable[..., Path]) -> None:
     check_mixed(

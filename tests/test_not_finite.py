@@ -12,7 +12,7 @@ import torch
 from coreinfer import runtime
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.tensors import StoredTensor
-from coreinfer.compiler.quality.score import compare_logits
+from coreinfer.compiler.quality.tally import compare_logits
 from coreinfer.evaluation.logits import diverge, greedy_ids, log_likelihood, predictions
 from coreinfer.runtime.decoding.choosing import log_softmax
 from coreinfer.runtime.engines.native import _native

@@ -35,7 +35,7 @@ def compile_unequal(config: CompileConfig, target: Path, **options: Any) -> Mani
     """Compile as if a quality had asked for `KEEPS`."""
 
     def fit(
-        _config: CompileConfig, _keep: float, _measure: object, _measure_dense: object, num_tokens: Sequence[int]
+        _config: CompileConfig, _keep: float, _measure: object, _dense: object, num_tokens: Sequence[int]
     ) -> tuple[float, Any]:
         return 0.67, tuple(islice(cycle(KEEPS), len(num_tokens)))
 

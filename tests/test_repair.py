@@ -5,8 +5,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from coreinfer.compiler.prune.products import gram_matrix
 from coreinfer.compiler.prune.removal import System, remove_neurons, solve
-from coreinfer.compiler.prune.repair import RIDGES, LayerTokens, Repaired, RepairTask, gram_matrix, repair_layer
+from coreinfer.compiler.prune.repair import RIDGES, LayerTokens, Repaired, RepairTask, repair_layer
 
 HIDDEN, FFN_DIM, LENGTH = 5, 16, 50
 

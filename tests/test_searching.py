@@ -83,8 +83,7 @@ def score(keep: float, name: str = "clusters", num_tokens: int = 300) -> Score:
     return Score(name=name, perplexity=20.0, kl=1 - keep, top1=keep, num_texts=1, num_tokens=num_tokens)
 
 
-def dense() -> Score:
-    return score(1.0, "dense")
+DENSE = score(1.0, "dense")
 
 
 def measured(num_tokens: Sequence[int], hardness: Sequence[float]) -> Callable[[Sequence[float]], Quality]:
@@ -111,7 +110,7 @@ def measured(num_tokens: Sequence[int], hardness: Sequence[float]) -> Callable[[
     [({"max_kl": 0.4}, 0.6), ({"min_top1": 0.8}, 0.8), ({"max_kl": 0.4, "min_top1": 0.8}, 0.8)],
 )
 def test_both_qualities_hold(options: dict[str, Any], limit: float) -> None:
-    keep, keeps = fit_quality(make_config(**options), 0.7, measured([300], [1.0]), dense, [300])
+    keep, keeps = fit_quality(make_config(**options), 0.7, measured([300], [1.0]), DENSE, [300])
     # Within a twentieth of what may be lost.
     assert limit <= keeps[0] <= limit + 0.05 * (1 - limit)
     assert keep == pytest.approx(keeps[0], abs=1e-4)
@@ -119,7 +118,7 @@ def test_both_qualities_hold(options: dict[str, Any], limit: float) -> None:
 
 def test_each_cluster_keeps_what_it_needs() -> None:
     counts = [400, 200, 300]
-    mean, keeps = fit_quality(make_config(max_kl=0.3), 0.7, measured(counts, [0.5, 1.0, 2.0]), dense, counts)
+    mean, keeps = fit_quality(make_config(max_kl=0.3), 0.7, measured(counts, [0.5, 1.0, 2.0]), DENSE, counts)
     for hard, keep in zip([0.5, 1.0, 2.0], keeps, strict=True):
         assert 0.95 * 0.3 <= hard * (1 - keep) <= 0.3
     assert mean == pytest.approx(np.average(keeps, weights=counts), abs=1e-4)
@@ -127,7 +126,7 @@ def test_each_cluster_keeps_what_it_needs() -> None:
 
 def test_a_cluster_with_little_text_goes_by_all() -> None:
     counts = [400, 50, 0]
-    _, keeps = fit_quality(make_config(max_kl=0.3), 0.7, measured(counts, [1.0, 9.0, 9.0]), dense, counts)
+    _, keeps = fit_quality(make_config(max_kl=0.3), 0.7, measured(counts, [1.0, 9.0, 9.0]), DENSE, counts)
     assert 0.95 * 0.3 <= 1 - keeps[0] <= 0.3
     assert keeps[1] == keeps[2]
     overall = (400 * (1 - keeps[0]) + 50 * 9 * (1 - keeps[1])) / 450
@@ -135,13 +134,15 @@ def test_a_cluster_with_little_text_goes_by_all() -> None:
 
 
 def test_without_an_aim_nothing_is_measured() -> None:
-    found = fit_quality(make_config(keep=0.7), 0.4, lambda _keeps: pytest.fail("measured"), dense, [0, 0])
+    found = fit_quality(make_config(keep=0.7), 0.4, lambda _keeps: pytest.fail("measured"), DENSE, [0, 0])
     assert found == (0.4, (0.4, 0.4))
 
 
 def test_nothing_held_out_is_one_line() -> None:
     with pytest.raises(ConfigError, match="--max-kl, --min-top1: expected calibration text enough"):
-        fit_quality(make_config(max_kl=0.1), 0.7, measured([1], [1.0]), dense, [0])
+        fit_quality(make_config(max_kl=0.1), 0.7, measured([1], [1.0]), DENSE, [0])
+    with pytest.raises(ConfigError, match="--max-kl, --min-top1: expected calibration text enough"):
+        fit_quality(make_config(max_kl=0.1), 0.7, measured([1], [1.0]), None, [0])
 
 
 @pytest.mark.parametrize(
@@ -151,8 +152,16 @@ def test_what_rounding_alone_breaks_is_one_line(kind: Any, way_out: str) -> None
     config = make_config(max_kl=0.03, quantize=kind)
     message = rf"--max-kl, --min-top1: rounding to {kind} alone costs KL 0\.0400 .* top-1 0\.9600 .*; {way_out}"
     with pytest.raises(ConfigError, match=message) as caught:
-        fit_quality(config, 0.7, lambda _keeps: pytest.fail("measured"), lambda: score(0.96, "dense"), [300])
+        fit_quality(config, 0.7, lambda _keeps: pytest.fail("measured"), score(0.96, "dense"), [300])
     assert "\n" not in str(caught.value)
+
+
+def test_the_default_names_the_option_that_ends_the_search() -> None:
+    message = (
+        r"^--max-kl 0\.1, the default: rounding to int4 alone costs KL 0\.2000 .*; give --keep, or --quantize more"
+    )
+    with pytest.raises(ConfigError, match=message):
+        fit_quality(make_config(keep=None), 0.7, lambda _keeps: pytest.fail("measured"), score(0.8, "dense"), [300])
 
 
 def test_what_rounding_costs_is_in_what_may_be_lost() -> None:
@@ -161,7 +170,7 @@ def test_what_rounding_costs_is_in_what_may_be_lost() -> None:
         worse = replace(found.clusters, kl=found.clusters.kl + 0.05)
         return replace(found, clusters=worse, per_cluster=(ClusterQuality(cluster=0, score=worse),))
 
-    _, keeps = fit_quality(make_config(max_kl=0.1), 0.7, measure, lambda: score(0.95, "dense"), [300])
+    _, keeps = fit_quality(make_config(max_kl=0.1), 0.7, measure, score(0.95, "dense"), [300])
     assert 0.95 <= keeps[0] <= 0.956
 
 

@@ -38,7 +38,8 @@ def test_hundreds_of_requests_of_which_many_are_given_up(
 def test_a_prompt_of_thousands_of_tokens_stops_nobody(tiny_bundle: Callable[..., Path]) -> None:
     bundle = with_room(open_bundle(tiny_bundle("llama", quantize="int4")), factor=16)
     engine = runtime.Engine(bundle, NativeDecoder(bundle, threads=1))
-    scheduler, forward, seconds = engine.driver.scheduler, engine.decoder.forward, [0.0]
+    scheduler, seconds = engine.driver.scheduler, [0.0]
+    forward, forward_beside = engine.decoder.forward, engine.decoder.forward_beside
     long_ids = engine.tokenizer.encode(" ".join(corpus_texts())).ids[1:3500]
     long_prompt, short_prompt = str(engine.tokenizer.decode(long_ids)), corpus_texts()[0]
     long_options = runtime.GenerationOptions(mode="dense", max_new_tokens=4, raw=True)
@@ -55,7 +56,12 @@ def test_a_prompt_of_thousands_of_tokens_stops_nobody(tiny_bundle: Callable[...,
         seconds[0] += PASS_SECONDS + TOKEN_SECONDS * (len(token_ids) - 1)
         return forward(token_ids, **options)
 
+    def timed_beside(block_ids: Any, sequences: Any, token_ids: Any, **options: Any) -> Any:
+        seconds[0] += PASS_SECONDS + TOKEN_SECONDS * len(block_ids)
+        return forward_beside(block_ids, sequences, token_ids, **options)
+
     engine.decoder.forward = timed  # type: ignore[method-assign]
+    engine.decoder.forward_beside = timed_beside  # type: ignore[method-assign]
     scheduler.clock = lambda: seconds[0]
     short, long, times = list[int](), list[Any](), list[float]()
 
@@ -76,9 +82,9 @@ def test_a_prompt_of_thousands_of_tokens_stops_nobody(tiny_bundle: Callable[...,
         assert len(short) == before + 1
     assert num_steps > len(long_ids) // engine.decoder.block_tokens
     gaps = [after - before for before, after in pairwise(times)][10:]
-    # A block's time is guessed by what a token took in larger ones; what it takes more is made up for.
-    assert max(gaps) < 3.5 * PASS_SECONDS
-    assert sum(gaps) / len(gaps) < 2 * PASS_SECONDS
+    assert max(gaps) < 2 * PASS_SECONDS
+    # Most passes that decode read as well.
+    assert sum(gap > PASS_SECONDS for gap in gaps) > 0.5 * len(gaps)
     while scheduler.has_work:
         scheduler.step()
     assert [[token.token_id for token in long], short] == expected

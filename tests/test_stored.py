@@ -20,8 +20,10 @@ from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.prune.narrow import NarrowModel, narrow_layer
 from coreinfer.compiler.quality import stored as stored_module
-from coreinfer.compiler.quality.score import Tally, compare_logits, evaluate
+from coreinfer.compiler.quality.reference import read_reference
+from coreinfer.compiler.quality.score import evaluate
 from coreinfer.compiler.quality.stored import StoredModel, base_in_use, store_model, stored_packs
+from coreinfer.compiler.quality.tally import Tally, compare_logits
 from coreinfer.compiler.quantize import pack as packing
 from coreinfer.compiler.quantize.moments import ffn_moments
 from coreinfer.compiler.quantize.pack import Packer
@@ -100,9 +102,14 @@ def test_scores_are_those_of_rounded_models(
 ) -> None:
     narrow = narrow_model([range(0, 96, 2), range(10, 74)], repaired=True)
     stored = store(loaded, formats, tmp_path)
-    with stored_packs(stored, {"clusters": narrow}, Progress()) as packs:
+    with (
+        read_reference(loaded, texts, Progress(), stored) as reference,
+        stored_packs(stored, {"clusters": narrow}, Progress()) as packs,
+    ):
         models = {"clusters": (packs["clusters"].cut, LABELS)}
-        quality = evaluate(loaded, texts, models, Progress(), stored)
+        quality = evaluate(loaded, reference, models, Progress(), stored)
+        # What is read once serves every time.
+        assert evaluate(loaded, reference, models, Progress(), stored) == quality
     for score, expected in (
         (quality.dense, naive(loaded, texts, formats, None)),
         (quality.clusters, naive(loaded, texts, formats, narrow)),

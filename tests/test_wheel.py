@@ -29,7 +29,16 @@ SHIPPED = (
     "tests",
     "benchmarks",
 )
-COMMANDS = ("coreinfer-compile", "coreinfer-eval", "coreinfer-run", "coreinfer-serve", "coreinfer-inspect")
+COMMANDS = (
+    "coreinfer",
+    "coreinfer-compile",
+    "coreinfer-eval",
+    "coreinfer-export",
+    "coreinfer-inspect",
+    "coreinfer-push",
+    "coreinfer-run",
+    "coreinfer-serve",
+)
 
 
 def execute(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -80,7 +89,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     expected |= {f"coreinfer/{package}/py.typed" for package in packages}
     expected |= {"coreinfer/server/routes/page.html", "coreinfer/compiler/text/seeds.jsonl"}
     expected |= {f"coreinfer/{path.relative_to(ROOT)}" for path in (ROOT / "compiler/report/page").iterdir()}
-    for module in ("runtime/engines/native/_native", "compiler/quantize/_kernels"):
+    for module in ("runtime/engines/native/_native", "compiler/quantize/_kernels", "compiler/prune/_products"):
         expected |= {f"coreinfer/{module}{suffix}" for suffix in (".pyi", sysconfig.get_config_var("EXT_SUFFIX"))}
     assert set(names) == expected
     assert len(names) == len(expected)
@@ -91,9 +100,9 @@ def test_the_wheel_says_what_it_needs(wheel: Path) -> None:
     metadata = next(name for name in archive.namelist() if name.endswith("/METADATA"))
     required = re.findall(r"^Requires-Dist: ([A-Za-z0-9_.-]+)(.*)$", archive.read(metadata).decode(), re.MULTILINE)
     base = {name for name, rest in required if "extra ==" not in rest}
-    assert base == {"click", "faiss-cpu", "jinja2", "numpy", "safetensors", "tokenizers", "tqdm"}
+    assert base == {"click", "jinja2", "numpy", "safetensors", "tokenizers", "tqdm"}
     extras = {extra for _, rest in required for extra in re.findall(r"extra == ['\"]([\w-]+)", rest)}
-    assert extras == {"torch", "compile", "dev", "eval", "json", "lm-eval", "serve", "unpack"}
+    assert extras == {"torch", "compile", "dev", "eval", "faiss", "json", "lm-eval", "remote", "serve", "unpack"}
     assert any(name.endswith("/licenses/LICENSE") for name in archive.namelist())
 
 
@@ -135,6 +144,12 @@ def test_serving_names_the_extra(installed: Path, tmp_path: Path) -> None:
     done = execute(installed / "coreinfer-serve", tmp_path, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: serving needs the package \w+; pip install 'coreinfer\[serve\]'\n", done.stderr)
+
+
+def test_exporting_names_the_extra(installed: Path, tmp_path: Path) -> None:
+    done = execute(installed / "coreinfer", "export", tmp_path, "--to", "gguf", "-o", tmp_path / "out", check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: exporting needs the package \w+; pip install 'coreinfer\[compile\]'\n", done.stderr)
 
 
 def test_running_needs_no_extra(installed: Path, tiny_bundle: Callable[..., Path]) -> None:

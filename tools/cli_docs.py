@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 from coreinfer.bundles.shared.command_options import GroupedCommand
+from coreinfer.bundles.shared.subcommands import SUBCOMMANDS, SubcommandGroup
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "cli.md"
@@ -88,6 +89,12 @@ def _command(name: str, command: click.Command) -> Iterator[str]:
     with command.make_context(name, [], resilient_parsing=True) as context:
         yield f"```\n{name} {' '.join(command.collect_usage_pieces(context))}\n```\n"
         yield f"{inspect.cleandoc(command.help or '')}\n"
+        if isinstance(command, SubcommandGroup):
+            yield from (
+                "| command | |\n|---|---|",
+                *(f"| `{name} {sub}` | {_cell(text)} |" for sub, (_, text) in SUBCOMMANDS.items()),
+                "",
+            )
         if isinstance(command, GroupedCommand):
             for heading, records in command.sections(context):
                 yield from (f"### {heading}\n", *_table(records), "")

@@ -7,6 +7,6 @@ build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 sources=$(ls runtime/engines/native/csrc/*.cpp | grep -v -e binding.cpp -e reading.cpp)
 # shellcheck disable=SC2086
-${CXX:-g++} -std=c++17 -O2 -g1 -Wall -Wextra -Wno-uninitialized -Wno-unknown-warning-option -Wno-maybe-uninitialized -Wno-psabi "$@" \
-  tools/kernel_test.cpp $sources -pthread -o "$build/kernel_test"
+${CXX:-g++} -std=c++17 -O2 -g1 -Wall -Wextra -Wno-uninitialized -Wno-unknown-warning-option -Wno-maybe-uninitialized -Wno-psabi -Ibundles/shared/csrc "$@" \
+  tools/kernel_tests/*.cpp $sources -pthread -o "$build/kernel_test"
 ${RUN:-} "$build/kernel_test"

@@ -14,11 +14,14 @@ __all__ = [
     "EXIT_INTERRUPTED",
     "INTERRUPTED",
     "bench",
+    "coreinfer",
     "compile_",
     "evaluate",
+    "export",
     "inspect",
     "leave",
     "lm_eval",
+    "push",
     "run",
     "serve",
     "start",
@@ -50,9 +53,12 @@ def leave(signum: int, frame: Any) -> NoReturn:
 
 
 bench = partial(start, "coreinfer.runtime.commands.bench")
+coreinfer = partial(start, "coreinfer.bundles.shared.subcommands")
 compile_ = partial(start, "coreinfer.compiler.cli")
 evaluate = partial(start, "coreinfer.evaluation.cli")
+export = partial(start, "coreinfer.compiler.export.cli")
 inspect = partial(start, "coreinfer.bundles.inspect")
 lm_eval = partial(start, "coreinfer.evaluation.harness")
+push = partial(start, "coreinfer.bundles.remote.push_command")
 run = partial(start, "coreinfer.runtime.commands.run")
 serve = partial(start, "coreinfer.server.cli")

@@ -8,7 +8,7 @@ from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
 from coreinfer.compiler.checks import Inputs
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.efforts import Effort, weighs_errors
+from coreinfer.compiler.efforts import Effort, shares_profile, weighs_errors
 from coreinfer.compiler.quality.search import searches
 from coreinfer.compiler.samples import CURVE_TOKENS, PROFILE_TOKENS
 
@@ -21,11 +21,11 @@ from .speeds import IMPORT_SECONDS, stage_seconds
 from .text import size_text
 from .work import Case, Work
 
-__all__ = ["Plan", "StagePlan", "make_plan", "unplanned"]
+__all__ = ["Plan", "StagePlan", "make_plan", "memory_needs", "stage_works", "unplanned"]
 
 _PART_SHARE = 0.1
 """Of the text, for validation, and as much to hold out."""
-_TRIES: Mapping[Effort, int] = {"quick": 2, "normal": 4, "best": 5}
+_TRIES: Mapping[Effort, int] = {"quick": 3, "normal": 4, "best": 5}
 """Of a search for a quality."""
 _DECODE_SHARE = 0.92
 """Of a plain read that decoding reaches, the median of docs/benchmarks.md."""
@@ -115,8 +115,8 @@ def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machi
     case = case_of(config, inputs)
     machine = measure()
     model_dtype = _model_dtype(config)
-    needs = _needs(config, case, 2 if model_dtype == "bfloat16" else 4)
-    works = [*_works(config, inputs, case)]
+    needs = memory_needs(config, case, 2 if model_dtype == "bfloat16" else 4)
+    works = [*stage_works(config, case, None if inputs.model.path is None else _file_bytes(inputs))]
     peaks = accumulate((needs.get(name, 0) for name, _, _ in works), max)
     stages = tuple(
         StagePlan(
@@ -189,7 +189,8 @@ def _samples(config: CompileConfig) -> bool:
     return config.effective_removal == "second-order"
 
 
-def _needs(config: CompileConfig, case: Case, item_bytes: int) -> Mapping[str, int]:
+def memory_needs(config: CompileConfig, case: Case, item_bytes: int) -> Mapping[str, int]:
+    """Most bytes of memory that each stage needs; `item_bytes` of a weight and an activation."""
     tokens = case.calibration_tokens
     samples = {
         "profile": work.sampled(tokens, PROFILE_TOKENS) if _samples(config) else tokens,
@@ -199,19 +200,28 @@ def _needs(config: CompileConfig, case: Case, item_bytes: int) -> Mapping[str, i
     return stage_needs(config, case, samples, item_bytes=item_bytes)
 
 
-def _works(config: CompileConfig, inputs: Inputs, case: Case) -> Iterator[tuple[str, str, Work]]:
-    """Stages that run, in their order: name, what there is to do, and its work."""
+def stage_works(config: CompileConfig, case: Case, file_bytes: int | None) -> Iterator[tuple[str, str, Work]]:
+    """Stages that run, in their order: name, what there is to do, and its work.
+
+    Args:
+        file_bytes: of model and encoder, which are hashed; None for a model on the Hub.
+    """
     rounds, narrows = config.quantize != "bf16", case.kept < case.shapes.ffn_dim
-    if inputs.model.path is not None:
-        yield "hash", "model and encoder", Work(moved_bytes=_file_bytes(inputs))
+    if file_bytes is not None:
+        yield "hash", "model and encoder", Work(moved_bytes=file_bytes)
     yield "load", f"{case.shapes.all_weights / 1e6:,.0f} M weights", work.load_work(case)
     yield "corpus", _corpus_detail(case), work.corpus_work(case)
     if rounds:
         yield "moments", "", work.moments_work(case)
     yield "pack", "base and dense FFN", work.pack_work(case, rounds=rounds)
+    if config.evaluate or searches(config):
+        yield "reference", f"{case.held_out_tokens:,} tokens", work.reference_work(case)
     yield "embed", f"{case.num_texts:,.0f} texts", work.embed_work(case)
     yield "distil", f"{case.encoder_vocabulary:,} tokens", work.distil_work(case)
-    yield "profile", f"{case.num_clusters} clusters", work.profile_work(case, samples=_samples(config))
+    profile = work.profile_work(case, samples=_samples(config))
+    if narrows and shares_profile(config):
+        profile += work.sums_work(case)
+    yield "profile", f"{case.num_clusters} clusters", profile
     if narrows and weighs_errors(config):
         yield "sensitivity", "", work.sensitivity_work(case)
     if narrows and config.effective_budgets == "sensitivity":
@@ -231,7 +241,10 @@ def _narrowing(config: CompileConfig, case: Case, *, narrows: bool) -> Iterator[
     """Narrow, store and score packs."""
     if config.reconstruct:
         removes = narrows and config.effective_removal == "second-order"
-        found = work.reconstruct_work(case, carries=config.effective_carry, removes=removes)
+        if shares_profile(config):
+            found = work.repair_work(case)
+        else:
+            found = work.reconstruct_work(case, carries=config.effective_carry, removes=removes)
         yield "reconstruct", f"{case.num_packs} packs, {len(case.num_assigned) - 1} controls", found
     yield "pack", f"{case.num_packs} packs", work.packs_work(case, rounds=config.quantize != "bf16")
     if config.evaluate or _num_tries(config):

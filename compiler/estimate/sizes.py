@@ -7,7 +7,7 @@ from coreinfer.bundles.formats import matrix_bytes, stored_shapes
 from coreinfer.compiler.budget import keep_of_budget, moment_bytes
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.quality.search import searches
-from coreinfer.compiler.samples import GROUP_TEXTS, NEURON_BLOCK
+from coreinfer.compiler.samples import NEURON_BLOCK
 
 from .shapes import Shapes
 from .work import Case
@@ -119,7 +119,7 @@ def stage_needs(config: CompileConfig, case: Case, samples: Mapping[str, int], *
     model = case.shapes.all_weights * item_bytes
     square = 4 * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
     moments = min(moment_bytes(config), case.num_clusters * square) + 6 * square
-    logits = shapes.vocab_size * case.document_tokens * (GROUP_TEXTS / 2 * item_bytes + 3 * 4)
+    logits = shapes.vocab_size * case.document_tokens * (item_bytes + 3 * 4)
     files = case.num_packs * _pack_bytes(config, case) + shapes.all_weights
     extra: dict[str, float] = {
         "load": 4 * shapes.head_weights,
@@ -132,6 +132,7 @@ def stage_needs(config: CompileConfig, case: Case, samples: Mapping[str, int], *
         "sensitivity": _ARITHMETIC_BYTES + 1024 * shapes.num_layers * shapes.hidden_size * item_bytes + logits,
         "curves": _ARITHMETIC_BYTES + 4 * square,
         "reconstruct": _ARITHMETIC_BYTES + moments,
+        "reference": _ARITHMETIC_BYTES + logits + shapes.all_weights + model,
         # Files that are read are mapped, and the model's own weights wait meanwhile.
         "evaluate": _ARITHMETIC_BYTES + logits + files + model,
     }

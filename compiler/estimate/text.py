@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from coreinfer.compiler.config import BUILTIN, CompileConfig
 from coreinfer.compiler.text.reading import is_local, read_texts
-from coreinfer.compiler.text.seeds import continuation_tokens, load_seeds
+from coreinfer.compiler.text.seeds import load_seeds, plan_continuation
 
 __all__ = ["TextSize", "size_text"]
 
@@ -76,16 +76,17 @@ def _builtin(config: CompileConfig) -> TextSize:
     seeds = load_seeds()
     bare = [_num_tokens(seed.prompt) for seed in seeds]
     longest = config.document_tokens // 2
-    whole = sum(
+    lengths = [
         min(longest, length + (_TEMPLATE_TOKENS if seed.kind == "chat" else 0))
         for seed, length in zip(seeds, bare, strict=True)
-    )
-    new = len(seeds) * continuation_tokens(config, whole, len(seeds))
+    ]
+    plan = plan_continuation(config, lengths)
+    whole, new = sum(lengths[index] for index in plan.seed_ids), len(plan.seed_ids) * plan.num_new
     return TextSize(
         num_tokens=whole + new,
-        num_documents=len(seeds),
-        routing_tokens=sum(bare),
-        num_prompts=len(seeds),
+        num_documents=len(plan.seed_ids),
+        routing_tokens=sum(bare[index] for index in plan.seed_ids),
+        num_prompts=len(plan.seed_ids),
         prompt_tokens=whole,
         new_tokens=new,
     )

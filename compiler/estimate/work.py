@@ -4,9 +4,9 @@ A product of (m, k) and (k, n) is 2 m k n operations. Products of the model's ow
 apart from those in float32, by which neurons are removed and repaired.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from coreinfer.compiler.samples import CURVE_TOKENS, FISHER_TOKENS, GROUP_TEXTS, MOMENT_TOKENS, PROFILE_TOKENS
+from coreinfer.compiler.samples import CURVE_TOKENS, FISHER_TOKENS, MOMENT_TOKENS, PROFILE_TOKENS, VALIDATION_TOKENS
 
 from .shapes import Shapes
 
@@ -24,16 +24,20 @@ __all__ = [
     "packs_work",
     "profile_work",
     "reconstruct_work",
+    "reference_work",
+    "repair_work",
     "sampled",
     "sensitivity_work",
+    "sums_work",
     "write_work",
 ]
 
-_GRAM_SHARE = 7 / 12
-"""Of a square matrix, what is multiplied of a symmetric one: six blocks a side, those on the diagonal and above."""
+_GRAM_SHARE = 1 / 2
+"""Of a square matrix, what is multiplied of a symmetric one."""
 _NUM_RIDGES = 3
 _REMOVAL_STEP, _CURVE_STEP = 16, 32
 _FLOAT_BYTES = 4
+_ENCODER_BYTES_A_WEIGHT = 0.08
 _ROUNDING_OPERATIONS = 100
 """For each weight: some ranges and a refit."""
 _LOGIT_PASSES = 10
@@ -55,6 +59,10 @@ class Work:
     float_flop: float = 0.0
     moved_bytes: float = 0.0
     num_calls: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        """Both, one after the other."""
+        return Work(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +140,8 @@ def corpus_work(case: Case) -> Work:
 
 
 def moments_work(case: Case) -> Work:
-    """Run about 8,192 tokens through the model, one document at a time."""
-    tokens = sampled(case.calibration_tokens, MOMENT_TOKENS)
+    """Run about 4,096 tokens through the model, one document at a time."""
+    tokens = min(case.calibration_tokens, MOMENT_TOKENS)
     calls = case.num_documents(tokens) * case.shapes.num_layers
     return Work(model_flop=case.token_flop * tokens, num_calls=calls)
 
@@ -154,13 +162,17 @@ def packs_work(case: Case, *, rounds: bool) -> Work:
 
 
 def embed_work(case: Case) -> Work:
-    """Run the texts through the encoder's layers: 2 w each token."""
-    return Work(float_flop=2 * case.encoder_weights * case.routing_tokens)
+    """Run the texts through the encoder's layers, in the model's dtype: 2 w each token, and all that is no product.
+
+    Attention, norms and sums move about 0.8 MB a token in the default encoder; taken to grow with its weights.
+    """
+    passed = case.encoder_weights * case.routing_tokens
+    return Work(model_flop=2 * passed, moved_bytes=_ENCODER_BYTES_A_WEIGHT * passed)
 
 
 def distil_work(case: Case) -> Work:
     """Run every token of the encoder's vocabulary through it, alone between its first and last token: 3 x 2 w."""
-    return Work(float_flop=3 * 2 * case.encoder_weights * case.encoder_vocabulary)
+    return Work(model_flop=3 * 2 * case.encoder_weights * case.encoder_vocabulary)
 
 
 def profile_work(case: Case, *, samples: bool) -> Work:
@@ -176,7 +188,7 @@ def profile_work(case: Case, *, samples: bool) -> Work:
 
 def sensitivity_work(case: Case) -> Work:
     """Run about 8,192 tokens forward twice and back once, with the head forward and back; g g^T in each layer."""
-    tokens, shapes = sampled(case.calibration_tokens, FISHER_TOKENS), case.shapes
+    tokens, shapes = min(case.calibration_tokens, FISHER_TOKENS), case.shapes
     return Work(
         model_flop=tokens * (3 * case.token_flop + 2 * 2 * shapes.head_weights),
         float_flop=tokens * shapes.num_layers * 2 * shapes.hidden_size**2,
@@ -186,12 +198,12 @@ def sensitivity_work(case: Case) -> Work:
 
 def curves_work(case: Case) -> Work:
     """Run about 16,384 tokens; in each layer their Gram matrix, and the removal of all neurons."""
-    tokens, shapes = sampled(case.calibration_tokens, CURVE_TOKENS), case.shapes
+    tokens, shapes = min(case.calibration_tokens, CURVE_TOKENS), case.shapes
     grams = 2 * _GRAM_SHARE * tokens * shapes.ffn_dim**2
     removal = _removal(shapes, 0, _CURVE_STEP)
     return Work(
-        model_flop=case.token_flop * tokens,
-        float_flop=shapes.num_layers * (grams + removal.float_flop),
+        model_flop=case.token_flop * tokens + shapes.num_layers * grams,
+        float_flop=shapes.num_layers * removal.float_flop,
         moved_bytes=shapes.num_layers * removal.moved_bytes,
     )
 
@@ -210,24 +222,56 @@ def _removal(shapes: Shapes, kept: int, step: int) -> Work:
     )
 
 
+def sums_work(case: Case) -> Work:
+    """What narrowing each layer for itself adds to the profile.
+
+    Validation text, and moments in the model's dtype, which are written.
+    """
+    shapes, num_packs = case.shapes, case.num_packs
+    kept = shapes.num_layers * num_packs * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
+    return Work(
+        model_flop=case.token_flop * case.validation_tokens
+        + shapes.num_layers * len(case.num_assigned) * _sums_flop(case),
+        moved_bytes=3 * _FLOAT_BYTES * kept,
+    )
+
+
+def _sums_flop(case: Case) -> float:
+    """Moments h h^T and h y^T of the calibration text in one layer, for one assignment."""
+    shapes = case.shapes
+    return 2 * case.calibration_tokens * shapes.ffn_dim * (_GRAM_SHARE * shapes.ffn_dim + shapes.hidden_size)
+
+
+def repair_work(case: Case) -> Work:
+    """Solve for one ridge by sums that are known, and compare it on the validation text with no repair."""
+    shapes = case.shapes
+    checked = 2 * 2 * case.validation_tokens / 2 * case.kept * shapes.hidden_size * len(case.num_assigned)
+    return Work(
+        float_flop=shapes.num_layers * (case.num_packs * _repair_flop(case, 1) + checked),
+        moved_bytes=shapes.num_layers * case.num_packs * _mixture_bytes(shapes),
+    )
+
+
 def reconstruct_work(case: Case, *, carries: bool, removes: bool) -> Work:
     """Run the text through the dense layers, and again for the clusters and each control as far as it is narrow.
 
-    A narrow run is attention for all tokens, the inner matrices for half of them, and the narrow down projection.
-    Each one also sums moments h h^T and h y^T of the calibration text; for each of its clusters neurons are removed
-    and three repairs solved, of controls one.
+    A narrow run is attention, the inner matrices and the narrow down projection for half of the tokens. Each one also
+    sums moments h h^T and h y^T of the calibration text, in the model's dtype; for each of its clusters neurons are
+    removed and three repairs solved, of controls one.
     """
-    shapes, tokens = case.shapes, case.calibration_tokens + case.validation_tokens
+    shapes, tokens = case.shapes, case.calibration_tokens + sampled(case.validation_tokens, VALIDATION_TOKENS)
     half = tokens / 2
-    narrow = 2 * (tokens * shapes.attention_weights + half * (shapes.inner_weights + case.kept * shapes.hidden_size))
-    sums = 2 * case.calibration_tokens * shapes.ffn_dim * (_GRAM_SHARE * shapes.ffn_dim + shapes.hidden_size)
+    narrow = 2 * half * (shapes.attention_weights + shapes.inner_weights + case.kept * shapes.hidden_size)
+    sums = _sums_flop(case)
     removal = _removal(shapes, case.kept, _REMOVAL_STEP) if removes else Work()
-    flop, moved = 0.0, 0.0
+    flop, moved, summed = 0.0, 0.0, 0.0
     for number, num_clusters in enumerate(case.num_assigned):
         repair = _repair_flop(case, _NUM_RIDGES if number == 0 else 1)
-        flop += sums + num_clusters * (removal.float_flop + repair)
+        summed += sums
+        flop += num_clusters * (removal.float_flop + repair)
         moved += num_clusters * (removal.moved_bytes + _mixture_bytes(shapes))
-    model_flop = case.token_flop * tokens + shapes.num_layers * len(case.num_assigned) * narrow * carries
+    per_layer = summed + len(case.num_assigned) * narrow * carries
+    model_flop = case.token_flop * tokens + shapes.num_layers * per_layer
     return Work(
         model_flop=model_flop,
         float_flop=shapes.num_layers * flop,
@@ -245,26 +289,29 @@ def _mixture_bytes(shapes: Shapes) -> float:
     return 8 * _FLOAT_BYTES * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
 
 
-def evaluate_work(case: Case) -> Work:
-    """Run the held-out text twice whole, with the head, and its second halves for the clusters and each control.
+def reference_work(case: Case) -> Work:
+    """Run the held-out text twice whole, and the head for its second halves; unpack all weights, and compare once."""
+    shapes, tokens = case.shapes, case.held_out_tokens
+    return Work(
+        model_flop=2 * tokens * (case.token_flop + shapes.head_weights),
+        moved_bytes=_FLOAT_BYTES * (2 * shapes.all_weights + _LOGIT_PASSES * tokens / 2 * shapes.vocab_size),
+        num_calls=2 * case.num_documents(tokens) * shapes.num_layers,
+    )
 
-    Logits are compared in float32. Stored weights are unpacked for each 16 texts: all of them, and the packs that the
-    texts need.
+
+def evaluate_work(case: Case) -> Work:
+    """Run the second halves of the held-out text for the clusters and each control, and compare logits in float32.
+
+    Stored weights are unpacked once: the base, and the packs.
     """
     shapes, tokens = case.shapes, case.held_out_tokens
     num_models = len(case.num_assigned)
-    with_head = case.token_flop + 2 * shapes.head_weights
-    texts = case.num_documents(tokens)
-    groups = max(1.0, texts / GROUP_TEXTS)
-    # Texts lie by their clusters; those of the random control are anybody's.
-    packs = sum(min(count, GROUP_TEXTS, 1 + count / groups) for count in case.num_assigned[:2])
-    packs += sum(min(count, GROUP_TEXTS) for count in case.num_assigned[2:])
-    unpacked = shapes.all_weights + packs * shapes.num_layers * shapes.ffn_weights * case.kept / shapes.ffn_dim
-    compared = (1 + num_models) * tokens / 2 * shapes.vocab_size
+    unpacked = shapes.all_weights + case.num_packs * shapes.num_layers * shapes.ffn_weights * case.kept / shapes.ffn_dim
+    compared = num_models * tokens / 2 * shapes.vocab_size
     return Work(
-        model_flop=with_head * tokens * (2 + num_models / 2),
-        moved_bytes=_FLOAT_BYTES * (groups * unpacked * 2 + _LOGIT_PASSES * compared),
-        num_calls=texts * (2 + num_models) * shapes.num_layers,
+        model_flop=(case.token_flop + 2 * shapes.head_weights) * tokens * num_models / 2,
+        moved_bytes=_FLOAT_BYTES * (unpacked * 2 + _LOGIT_PASSES * compared),
+        num_calls=case.num_documents(tokens) * num_models * shapes.num_layers,
     )
 
 

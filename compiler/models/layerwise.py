@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from coreinfer.bundles.families import resolve
+from coreinfer.bundles.families import cache_argument, resolve
 from coreinfer.compiler.progress import Advance
 from coreinfer.compiler.text.corpus import Document
 from torch import nn
 
+from .later import Beginning, GoOn, KeepBeginning, later_arguments
 from .load import LoadedModel
 
 __all__ = [
@@ -25,14 +26,19 @@ __all__ = [
     "LayerActivations",
     "LayerRun",
     "PartialRun",
+    "READING",
     "document_starts",
+    "goes_on",
     "head_logits",
+    "pick",
     "prepare_batches",
     "run_layer",
     "run_partly",
     "walk_layers",
 ]
 
+READING = 2
+"""Part of the keys of all stages that run text; one more as soon as layers give other results, if only by rounding."""
 _BATCH_TOKENS = 4096
 
 
@@ -43,12 +49,14 @@ class LayerActivations:
     Attributes:
         layer: its number.
         activations: (tokens, ffn_dim), input of the down projection, documents one after another.
+        ffn_outputs: (tokens, hidden size), output of the down projection; None unless asked for.
         starts: (documents + 1,) where each document's tokens begin; the last entry is the number of tokens.
         stream_energies: (tokens,) float32, squared norm of the hidden state that leaves the layer.
     """
 
     layer: int
     activations: torch.Tensor
+    ffn_outputs: torch.Tensor | None
     starts: npt.NDArray[np.int64]
     stream_energies: torch.Tensor
 
@@ -77,7 +85,18 @@ class Batch:
 
     def real(self, values: torch.Tensor) -> torch.Tensor:
         """Drop the padding: (batch, length, n) -> (tokens, n), in the order of `rows`."""
-        return values.reshape(-1, values.shape[-1])[self.mask.reshape(-1)]
+        return pick(values, self.mask)
+
+
+def pick(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Take some places of (batch, length, n) or (batch x length, n) values: (places, n).
+
+    Whole rows are copied, where indexing by a mask would go number by number.
+
+    Args:
+        places: (batch, length) bool.
+    """
+    return values.reshape(-1, values.shape[-1]).index_select(0, places.reshape(-1).nonzero()[:, 0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,25 +160,40 @@ class _Recorder(_Substitute):
         return hidden_states
 
 
-def walk_layers(loaded: LoadedModel, documents: Sequence[Document], advance: Advance) -> Iterator[LayerActivations]:
+def walk_layers(
+    loaded: LoadedModel, documents: Sequence[Document], advance: Advance, *, outputs: bool = False
+) -> Iterator[LayerActivations]:
     """Yield the FFN activations of each layer in turn; `advance` is called once a layer.
 
     Args:
         documents: token ids of each are run as one sequence.
+        outputs: whether the FFN's outputs are wanted too.
     """
     starts = document_starts(documents)
     with torch.inference_mode():
         batches = prepare_batches(loaded, documents, starts)
         shape = (int(starts[-1]), loaded.record.ffn_dim)
-        activations = torch.empty(shape, dtype=batches[0].hidden.dtype, device=loaded.device)
+        dtype = batches[0].hidden.dtype
+        activations = torch.empty(shape, dtype=dtype, device=loaded.device)
+        ffn_outputs = torch.empty(
+            (shape[0], loaded.record.hidden_size if outputs else 0), dtype=dtype, device=loaded.device
+        )
         stream_energies = torch.empty(shape[0], dtype=torch.float32, device=loaded.device)
         for index in range(loaded.record.num_layers):
             for batch in batches:
                 run = run_layer(loaded, index, batch, batch.hidden)
                 batch.hidden = run.output
-                activations[batch.rows] = batch.real(run.activations)
+                activations.index_copy_(0, batch.rows, batch.real(run.activations))
+                if outputs:
+                    ffn_outputs.index_copy_(0, batch.rows, batch.real(run.ffn_output))
                 stream_energies[batch.rows] = batch.real(run.output).float().square().sum(dim=-1)
-            yield LayerActivations(layer=index, activations=activations, starts=starts, stream_energies=stream_energies)
+            yield LayerActivations(
+                layer=index,
+                activations=activations,
+                ffn_outputs=ffn_outputs if outputs else None,
+                starts=starts,
+                stream_energies=stream_energies,
+            )
             advance()
 
 
@@ -198,8 +232,8 @@ def _record_batch(
         token_ids[row, :length] = torch.tensor(documents[i].token_ids)
         mask[row, :length] = True
     rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in members])
-    padding = None if bool(mask.all()) else mask.long().to(loaded.device)
-    calls = _record_calls(loaded, token_ids.to(loaded.device), padding)
+    # Padding stands after a document, where causal attention does not look, so that no mask is needed for it.
+    calls = _record_calls(loaded, token_ids.to(loaded.device))
     hidden = calls[0]["hidden_states"]
     arguments = [{name: value for name, value in call.items() if name not in _STATE_ARGUMENTS} for call in calls]
     return Batch(
@@ -214,11 +248,11 @@ def _record_batch(
 _STATE_ARGUMENTS = frozenset({"hidden_states", "cache", "past_key_values", "use_cache"})
 
 
-def _record_calls(loaded: LoadedModel, token_ids: torch.Tensor, mask: torch.Tensor | None) -> list[dict[str, Any]]:
+def _record_calls(loaded: LoadedModel, token_ids: torch.Tensor) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     with _layers_replaced(loaded, lambda layer: _Recorder(layer, calls)):
         backbone = getattr(loaded.model, str(loaded.model.base_model_prefix))
-        backbone(input_ids=token_ids, attention_mask=mask, use_cache=False)
+        backbone(input_ids=token_ids, use_cache=False)
     return calls
 
 
@@ -241,21 +275,26 @@ def _layers_replaced(loaded: LoadedModel, replacement: Callable[[nn.Module], nn.
         setattr(parent, name, layers)
 
 
-def run_layer(loaded: LoadedModel, index: int, batch: Batch, hidden: torch.Tensor) -> LayerRun:
+def run_layer(
+    loaded: LoadedModel, index: int, batch: Batch, hidden: torch.Tensor, keep: KeepBeginning | None = None
+) -> LayerRun:
     """Run one batch through one layer.
 
     Args:
         hidden: (batch, length, hidden size) that enters.
+        keep: takes the first places' keys and values.
     """
     seen: dict[str, torch.Tensor] = {}
 
-    def keep(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def look(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         # Some models flatten batch and length for their FFN.
         seen["activations"], seen["ffn_output"] = inputs[0], output
 
-    handle = loaded.projection(index, "down").register_forward_hook(keep)
+    handle = loaded.projection(index, "down").register_forward_hook(look)
+    layer = loaded.layers[index]
+    cache = {} if keep is None else cache_argument(layer, keep)
     try:
-        output = loaded.layers[index](hidden, **batch.arguments[index])
+        output = layer(hidden, **batch.arguments[index], **cache)
     finally:
         handle.remove()
     return LayerRun(
@@ -266,36 +305,57 @@ def run_layer(loaded: LoadedModel, index: int, batch: Batch, hidden: torch.Tenso
 
 
 def run_partly(
-    loaded: LoadedModel, index: int, batch: Batch, hidden: torch.Tensor, places: torch.Tensor, ffn_output: torch.Tensor
+    loaded: LoadedModel,
+    index: int,
+    batch: Batch,
+    hidden: torch.Tensor,
+    places: torch.Tensor,
+    ffn_output: torch.Tensor,
+    beginning: Beginning | None = None,
 ) -> PartialRun:
     """Run one batch through one layer, but its FFN for some tokens only and without the down projection.
 
     Args:
-        hidden: (batch, length, hidden size) that enters.
+        hidden: (batch, length, hidden size) that enters; with a beginning, of the places after it only, as are `places`
+            and `ffn_output`.
         places: (batch, length) bool, the tokens whose activations are wanted.
         ffn_output: (batch, length, hidden size) to take as the down projection's output.
+        beginning: of `run_layer`, whose first places are the same; for layers that `goes_on` is true of.
     """
     seen: dict[str, torch.Tensor] = {}
-    flat_places = places.reshape(-1)
 
-    def pick(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def enter(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         # Some models flatten batch and length for their FFN, and want its output back in that shape.
         seen["entering"] = inputs[0]
-        return inputs[0].reshape(-1, inputs[0].shape[-1])[flat_places]
+        return pick(inputs[0], places)
 
     def put(activations: torch.Tensor) -> torch.Tensor:
         seen["activations"] = activations
         return ffn_output.reshape(seen["entering"].shape)
 
     entries = [role for role in loaded.family.projections if role != "down"]
-    handles = [loaded.projection(index, role).register_forward_pre_hook(pick) for role in entries]
+    handles = [loaded.projection(index, role).register_forward_pre_hook(enter) for role in entries]
     try:
         with _computed_by(loaded.projection(index, "down"), put):
-            output = loaded.layers[index](hidden, **batch.arguments[index])
+            output = loaded.layers[index](hidden, **_arguments_after(loaded, index, batch, beginning))
     finally:
         for handle in handles:
             handle.remove()
     return PartialRun(output=_hidden_states(output), activations=seen["activations"])
+
+
+def goes_on(batch: Batch, index: int) -> bool:
+    """Whether a layer can be run for later tokens alone: it takes nothing for each token that is not known."""
+    return later_arguments(batch.arguments[index], 0, batch.mask.shape[1]) is not None
+
+
+def _arguments_after(loaded: LoadedModel, index: int, batch: Batch, beginning: Beginning | None) -> dict[str, Any]:
+    arguments = batch.arguments[index]
+    if beginning is None:
+        return arguments
+    later = later_arguments(arguments, beginning.num_places, batch.mask.shape[1])
+    assert later is not None
+    return {**later, **cache_argument(loaded.layers[index], GoOn(beginning))}
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import math
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.compiler.budget import MOMENT_SHARE, moment_bytes
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.samples import GROUP_TEXTS
 from coreinfer.compiler.text.corpus import Corpus
 
 from .load import LoadedModel
@@ -59,12 +58,16 @@ def _fixed_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
         + 2 * layer_values * 4
         + _MOMENT_MATRICES * record.ffn_dim**2 * 4
         + record.num_layers * record.hidden_size**2 * 4
-        + text_values * (GROUP_TEXTS // 2 * loaded.dtype.itemsize + 3 * 4)
+        # One text's logits at a time: of two models, and in float32.
+        + text_values * (loaded.dtype.itemsize + 3 * 4)
     )
 
 
 def _token_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
-    """Activations and targets, hidden states before and after a layer; for each stream those of the second halves."""
+    """Activations and targets, hidden states before and after a layer; for each stream those of the second halves.
+
+    Keys and values of first halves are taken to be as wide as hidden states: they are, or narrower.
+    """
     num_streams = 3 if config.evaluate and config.effective_controls else 1
-    num_hidden = 1 + 2 + (num_streams + 2) / 2
+    num_hidden = 1 + 2 + 1 + (num_streams + 2) / 2
     return int((loaded.record.ffn_dim + num_hidden * loaded.record.hidden_size) * loaded.dtype.itemsize)

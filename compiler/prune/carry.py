@@ -1,4 +1,4 @@
-"""Stages `select` and `reconstruct`: narrow a model layer after layer, on the hidden states that it will really have.
+"""Stage `reconstruct` with carrying: narrow a model layer after layer, on the hidden states that it will really have.
 
 The calibration text runs through the dense model and, in parallel, each narrow model as far as it is made: as
 at run time, the first half of every document is read dense and the second half narrow. A layer is therefore fitted on
@@ -7,177 +7,34 @@ state of the dense model: it also makes up for what the layers before it got wro
 for rounding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from coreinfer.compiler.budget import moment_bytes
-from coreinfer.compiler.cache import Cache, stage_key
-from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.models.layerwise import Batch, document_starts, prepare_batches, run_layer, run_partly
-from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.cache import Cache
+from coreinfer.compiler.models.layerwise import pick
 from coreinfer.compiler.progress import Progress
-from coreinfer.compiler.quantize.rounding import Rounding
-from coreinfer.compiler.text.corpus import Document, split_point
 
-from .layer_results import LayerResult, arrays_of, results_of
-from .narrow import CLUSTERS, Assignment, NarrowModel, bf16_bits, from_bits
-from .repair import CLUSTER_WEIGHTS, RIDGES, LayerTokens, Repaired, RepairTask, repair_layer
-from .select import Choice
+from .layer_repair import NarrowInputs, Results, find_results, own_result, repair_assignment, store_results
+from .layer_results import LayerResult
+from .narrow import CLUSTERS, from_bits
+from .repair import LayerTokens
+from .streams import Stream, Text, begin_stream, begin_text, move, read_dense, read_narrow
 
-__all__ = ["REVISION", "NarrowInputs", "narrow_all"]
-
-REVISION = 2
-"""Part of the packs' keys; one more as soon as the same inputs give other results, if only by rounding."""
-
-Results = dict[str, LayerResult]
-"""Assignment name -> one layer's result."""
+__all__ = ["narrow_carried"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class NarrowInputs:
-    """What the narrow models are made from.
-
-    Attributes:
-        calibration, validation: documents; the assignments say which cluster each belongs to.
-        assignments: the clusters first, then the controls.
-        choices: assignment name -> scores, and the neurons that the scores alone would keep.
-        budgets: budgets[assignment name][cluster][layer], how many neurons are kept.
-        metrics: (layers, hidden size, hidden size) what errors in the FFN outputs cost.
-        rounding: how matrices will be stored, so that a layer makes up for the rounding of those before it too; None
-            to leave it out of account.
-    """
-
-    config: CompileConfig
-    loaded: LoadedModel
-    calibration: Sequence[Document]
-    validation: Sequence[Document]
-    assignments: Sequence[Assignment]
-    choices: dict[str, Choice]
-    budgets: Mapping[str, Sequence[Sequence[int]]]
-    metrics: torch.Tensor
-    rounding: Rounding | None = None
-
-
-@dataclass(kw_only=True)
-class _Stream:
-    """One assignment's narrow model on its way through the layers.
-
-    Attributes:
-        calibration, validation: rows of each cluster's tokens; validation rows are those that are read narrow.
-        narrow: rows of each cluster's tokens that are read narrow.
-        hidden: of each batch, (its tokens that are read narrow, hidden size); all other hidden states are the dense
-            model's.
-    """
-
-    item: Assignment
-    calibration: list[torch.Tensor]
-    validation: list[torch.Tensor]
-    narrow: list[torch.Tensor]
-    hidden: list[torch.Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """A batch, and its tokens that are read narrow.
-
-    Attributes:
-        places: (batch, length) bool, where they are.
-        rows: (tokens,) their places in the order of all documents.
-    """
-
-    batch: Batch
-    places: torch.Tensor
-    rows: torch.Tensor
-
-
-def narrow_all(inputs: NarrowInputs, cache: Cache, key: str, progress: Progress) -> dict[str, NarrowModel]:
-    """Narrow the model for every assignment; each layer's result is cached as soon as it is computed."""
-    num_layers = inputs.loaded.record.num_layers
-    if not inputs.config.reconstruct:
-        results = [
-            {item.name: _own(inputs, item.name, layer) for item in inputs.assignments} for layer in range(num_layers)
-        ]
-    else:
-        results = _narrow_layers(inputs, cache, key, progress)
-    return {
-        item.name: _collect(inputs, item.name, [layer[item.name] for layer in results]) for item in inputs.assignments
-    }
-
-
-def _narrow_layers(inputs: NarrowInputs, cache: Cache, key: str, progress: Progress) -> list[Results]:
-    loaded, num_layers = inputs.loaded, inputs.loaded.record.num_layers
-    keys = [stage_key("narrow-layer", upstream=key, layer=layer) for layer in range(num_layers)]
-    stored = [_find_results(inputs, cache, layer_key) for layer_key in keys]
-    if all(stored):
-        return [results for results in stored if results is not None]
-    documents = [*inputs.calibration, *inputs.validation]
-    starts = document_starts(documents)
-    narrow_rows = _narrow_rows(starts).to(loaded.device)
-    results = []
-    with progress.stage("reconstruct", num_layers) as advance, torch.inference_mode():
-        parts = [_part(batch, narrow_rows) for batch in prepare_batches(loaded, documents, starts)]
-        tokens = _empty_tokens(loaded, parts[0].batch.hidden.dtype, len(narrow_rows))
-        streams = [_stream(inputs, item, starts, narrow_rows, parts) for item in inputs.assignments]
-        for layer in range(num_layers):
-            results.append(_narrow_one_layer(inputs, cache, keys[layer], layer, parts, streams, tokens))
+def narrow_carried(inputs: NarrowInputs, cache: Cache, keys: Sequence[str], progress: Progress) -> list[Results]:
+    """Narrow all layers; each one's result is kept in the cache under its key as soon as it is computed."""
+    loaded, results = inputs.loaded, []
+    with progress.stage("reconstruct", len(keys)) as advance, torch.inference_mode():
+        text = begin_text(loaded, [*inputs.calibration, *inputs.validation])
+        tokens = text.empty_tokens(loaded)
+        streams = [begin_stream(item, text) for item in inputs.assignments]
+        for layer, key in enumerate(keys):
+            results.append(_narrow_one_layer(inputs, cache, key, layer, text, streams, tokens))
             advance()
     return results
-
-
-def _find_results(inputs: NarrowInputs, cache: Cache, key: str) -> Results | None:
-    arrays = cache.find_arrays(key)
-    return None if arrays is None else results_of(arrays, [item.name for item in inputs.assignments])
-
-
-def _part(batch: Batch, narrow_rows: torch.Tensor) -> _Part:
-    is_narrow = narrow_rows[batch.rows]
-    places = batch.mask.clone()
-    places[batch.mask] = is_narrow
-    return _Part(batch=batch, places=places, rows=batch.rows[is_narrow])
-
-
-def _empty_tokens(loaded: LoadedModel, dtype: torch.dtype, num_tokens: int) -> LayerTokens:
-    """Room for one layer's activations, which are by far the most that is in memory; layers and streams share it."""
-    return LayerTokens(
-        activations=torch.empty((num_tokens, loaded.record.ffn_dim), dtype=dtype, device=loaded.device),
-        targets=torch.empty((num_tokens, loaded.record.hidden_size), dtype=dtype, device=loaded.device),
-    )
-
-
-def _narrow_rows(starts: npt.NDArray[np.int64]) -> torch.Tensor:
-    """Which tokens are read narrow: (tokens,) bool."""
-    parts = [np.arange(length) >= split_point(int(length)) for length in np.diff(starts)]
-    return torch.from_numpy(np.concatenate(parts))
-
-
-def _stream(
-    inputs: NarrowInputs,
-    item: Assignment,
-    starts: npt.NDArray[np.int64],
-    narrow_rows: torch.Tensor,
-    parts: Sequence[_Part],
-) -> _Stream:
-    labels = np.concatenate([item.calibration, item.validation])
-    token_labels = torch.from_numpy(np.repeat(labels, np.diff(starts))).to(narrow_rows.device)
-    first_validation = int(starts[len(item.calibration)])
-    calibration, validation, narrow = [], [], []
-    for cluster in range(int(item.calibration.max()) + 1):
-        rows = (token_labels == cluster).nonzero()[:, 0]
-        narrow.append(rows[narrow_rows[rows]])
-        calibration.append(rows[rows < first_validation])
-        validation.append(narrow[-1][narrow[-1] >= first_validation])
-    return _Stream(
-        item=item,
-        calibration=calibration,
-        validation=validation,
-        narrow=narrow,
-        hidden=[part.batch.hidden[part.places] for part in parts],
-    )
 
 
 def _narrow_one_layer(
@@ -185,43 +42,37 @@ def _narrow_one_layer(
     cache: Cache,
     key: str,
     layer: int,
-    parts: Sequence[_Part],
-    streams: Sequence[_Stream],
+    text: Text,
+    streams: Sequence[Stream],
     tokens: LayerTokens,
 ) -> Results:
     """Narrow one layer for every assignment and move all hidden states past it."""
-    entering = [part.batch.hidden for part in parts]
-    for part in parts:
-        _read_dense(inputs, layer, part, tokens)
-    if _still_dense(inputs, layer):
+    loaded, still_dense = inputs.loaded, _still_dense(inputs, layer)
+    # Narrow runs through rounded weights have keys and values of their own.
+    begins = not still_dense and inputs.rounding is None
+    readings = [read_dense(loaded, layer, part, tokens, carries=True, begins=begins) for part in text.parts]
+    if still_dense:
         for stream in streams:
-            stream.hidden = [part.batch.hidden[part.places] for part in parts]
-        return _stored(cache, key, {item.name: _own(inputs, item.name, layer) for item in inputs.assignments})
-    stored = _find_results(inputs, cache, key)
+            stream.hidden = [pick(part.batch.hidden, part.places) for part in text.parts]
+        own = {item.name: own_result(inputs, item.name, layer) for item in inputs.assignments}
+        return store_results(cache, key, own)
+    stored = find_results(inputs, cache, key)
     results = dict(stored or {})
-    with inputs.rounding.layer(inputs.loaded, layer) if inputs.rounding else nullcontext():
+    with inputs.rounding.layer(loaded, layer) if inputs.rounding else nullcontext():
         for stream in streams:
-            runs = []
-            if inputs.config.effective_carry:
-                runs = [
-                    _read_narrow(inputs, layer, part, hidden, own, tokens)
-                    for part, hidden, own in zip(parts, entering, stream.hidden, strict=True)
-                ]
+            name = stream.item.name
+            runs = [
+                read_narrow(loaded, layer, part, reading, own, tokens)
+                for part, reading, own in zip(text.parts, readings, stream.hidden, strict=True)
+            ]
             if stored is None:
-                results[stream.item.name] = _repair(inputs, layer, stream, tokens, results.get(CLUSTERS))
-            if inputs.config.effective_carry:
-                outputs = _narrow_outputs(inputs, layer, stream, tokens, results[stream.item.name])
-                stream.hidden = [
-                    _move(inputs, layer, part, hidden, own, run, outputs)
-                    for part, hidden, own, run in zip(parts, entering, stream.hidden, runs, strict=True)
-                ]
-    return _stored(cache, key, results)
-
-
-def _stored(cache: Cache, key: str, results: Results) -> Results:
-    """Keep a layer's results, which are then read from their file."""
-    arrays = cache.arrays(key, partial(arrays_of, results))
-    return results_of(arrays, list(results))
+                results[name] = repair_assignment(inputs, layer, name, stream, tokens, results.get(CLUSTERS))
+            outputs = _narrow_outputs(inputs, layer, stream, tokens, results[name])
+            stream.hidden = [
+                move(loaded, layer, part, reading, own, run, outputs)
+                for part, reading, own, run in zip(text.parts, readings, stream.hidden, runs, strict=True)
+            ]
+    return store_results(cache, key, results)
 
 
 def _still_dense(inputs: NarrowInputs, layer: int) -> bool:
@@ -232,105 +83,8 @@ def _still_dense(inputs: NarrowInputs, layer: int) -> bool:
     )
 
 
-def _read_dense(inputs: NarrowInputs, layer: int, part: _Part, tokens: LayerTokens) -> None:
-    """Run a batch through the dense layer: its hidden states move on, and its tokens are the layer's to begin with."""
-    batch = part.batch
-    run = run_layer(inputs.loaded, layer, batch, batch.hidden)
-    tokens.activations[batch.rows] = batch.real(run.activations)
-    tokens.targets[batch.rows] = batch.real(run.ffn_output)
-    batch.hidden = run.output
-
-
-def _read_narrow(
-    inputs: NarrowInputs, layer: int, part: _Part, entering: torch.Tensor, own: torch.Tensor, tokens: LayerTokens
-) -> torch.Tensor:
-    """Run a batch after a stream's narrowed layers: what is read narrow takes its place among the layer's tokens.
-
-    Args:
-        entering: (batch, length, hidden size) the dense model's hidden states.
-        own: (tokens that are read narrow, hidden size) the stream's.
-    Returns:
-        Their hidden states after the layer, without what its FFN adds where that is just added.
-    """
-    hidden = _put(entering, part.places, own)
-    run = run_partly(inputs.loaded, layer, part.batch, hidden, part.places, torch.zeros_like(hidden))
-    without_ffn = run.output[part.places]
-    tokens.activations[part.rows] = run.activations
-    if inputs.loaded.family.adds_ffn_output:
-        target = part.batch.hidden[part.places].float() - without_ffn.float()
-        tokens.targets[part.rows] = target.to(tokens.targets.dtype)
-    return without_ffn
-
-
-def _put(values: torch.Tensor, places: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Copy (batch, length, n) values with others at some places."""
-    result = values.clone()
-    result[places] = own
-    return result
-
-
-def _repair(
-    inputs: NarrowInputs, layer: int, stream: _Stream, tokens: LayerTokens, clusters: LayerResult | None
-) -> LayerResult:
-    """Narrow one layer for one assignment; a control goes by what the clusters chose for themselves."""
-    name, config = stream.item.name, inputs.config
-    keeps = [budgets[layer] for budgets in inputs.budgets[name]]
-    if min(keeps) == inputs.loaded.record.ffn_dim:
-        return _own(inputs, name, layer)
-    module = inputs.loaded.projection(layer, "down")
-    chosen = RIDGES if (ridge := config.effective_ridge) == "auto" else (float(ridge),)
-    # A repair that other text rejects is not shipped.
-    ridges: tuple[float | None, ...] = (*chosen, None)
-    cluster_weights = _repair_weights(config)
-    if clusters is not None:
-        # Asked to choose for themselves, controls chose the same ridge in nearly every layer (docs/dev/log.md).
-        ridges, cluster_weights = (clusters.ridge,), (clusters.cluster_weight,)
-    by_scores = [layers[layer] for layers in inputs.choices[name].neuron_ids]
-    task = RepairTask(
-        calibration=stream.calibration,
-        validation=stream.validation,
-        weights=module.weight.detach().float().T.contiguous(),
-        bias=None if module.bias is None else module.bias.detach().float(),
-        metric=inputs.metrics[layer].to(inputs.loaded.device),
-        keeps=keeps,
-        neuron_ids=None if config.effective_removal == "second-order" else by_scores,
-        cluster_weights=cluster_weights,
-        ridges=ridges,
-        moment_bytes=moment_bytes(config),
-    )
-    return _result(repair_layer(tokens, task), has_bias=module.bias is not None)
-
-
-def _repair_weights(config: CompileConfig) -> tuple[float, ...]:
-    """Candidates: moments of one cluster alone are too few for a repair, for every kind of score."""
-    if config.chooses_cluster_weight:
-        return CLUSTER_WEIGHTS
-    given = config.cluster_weight
-    return CLUSTER_WEIGHTS[:1] if given is None or given == "auto" else (given,)
-
-
-def _result(repaired: Repaired, *, has_bias: bool) -> LayerResult:
-    solutions = repaired.solutions if repaired.ridge is not None else []
-    return LayerResult(
-        neuron_ids=tuple(repaired.neuron_ids),
-        ridge=repaired.ridge,
-        cluster_weight=repaired.cluster_weight,
-        downs=tuple(bf16_bits(down) for down, _ in solutions),
-        biases=tuple(bias.cpu().numpy() for _, bias in solutions) if has_bias else (),
-    )
-
-
-def _own(inputs: NarrowInputs, name: str, layer: int) -> LayerResult:
-    """A layer that keeps its own weights, and the neurons that the scores choose."""
-    return LayerResult(
-        neuron_ids=tuple(layers[layer] for layers in inputs.choices[name].neuron_ids),
-        ridge=None,
-        cluster_weight=_repair_weights(inputs.config)[0],
-    )
-
-
 def _narrow_outputs(
-    inputs: NarrowInputs, layer: int, stream: _Stream, tokens: LayerTokens, result: LayerResult
+    inputs: NarrowInputs, layer: int, stream: Stream, tokens: LayerTokens, result: LayerResult
 ) -> torch.Tensor:
     """What the narrow FFN puts out: (tokens, hidden size), of which only what is read narrow is filled in."""
     module = inputs.loaded.projection(layer, "down")
@@ -346,37 +100,6 @@ def _narrow_outputs(
             bias = torch.from_numpy(repaired).to(outputs)
         if inputs.rounding:
             down = inputs.rounding.down(inputs.loaded, layer, down, result.neuron_ids[cluster])
-        product = tokens.activations[rows][:, ids] @ down
-        outputs[rows] = product if bias is None else product + bias
+        product = tokens.activations.index_select(0, rows).index_select(1, ids) @ down
+        outputs.index_copy_(0, rows, product if bias is None else product + bias)
     return outputs
-
-
-def _move(
-    inputs: NarrowInputs,
-    layer: int,
-    part: _Part,
-    entering: torch.Tensor,
-    own: torch.Tensor,
-    without_ffn: torch.Tensor,
-    outputs: torch.Tensor,
-) -> torch.Tensor:
-    """A stream's hidden states after the narrow layer: (tokens that are read narrow, hidden size)."""
-    narrow = outputs[part.rows]
-    if inputs.loaded.family.adds_ffn_output:
-        return (without_ffn.float() + narrow.float()).to(without_ffn.dtype)
-    hidden = _put(entering, part.places, own)
-    ffn_output = _put(torch.zeros_like(hidden), part.places, narrow)
-    nowhere = torch.zeros_like(part.places)
-    return run_partly(inputs.loaded, layer, part.batch, hidden, nowhere, ffn_output).output[part.places]
-
-
-def _collect(inputs: NarrowInputs, name: str, layers: Sequence[LayerResult]) -> NarrowModel:
-    scores = inputs.choices[name].scores
-    clusters = range(len(scores))
-    neuron_ids = [[layer.neuron_ids[cluster] for layer in layers] for cluster in clusters]
-    return NarrowModel(
-        choice=Choice(scores=scores, neuron_ids=neuron_ids),
-        downs=[[layer.down(cluster) for cluster in clusters] for layer in layers],
-        biases=[[layer.bias(cluster) for cluster in clusters] for layer in layers],
-        ridges=tuple(layer.ridge for layer in layers),
-    )

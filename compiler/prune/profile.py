@@ -1,6 +1,6 @@
 """Stage `profile`: moments of the FFN activations, per cluster and layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +9,16 @@ import numpy.typing as npt
 from coreinfer.bundles.statistics import document_statistic
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.models.layerwise import walk_layers
+from coreinfer.compiler.models.layerwise import LayerActivations, walk_layers
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.samples import PROFILE_TOKENS
 from coreinfer.compiler.text.corpus import Document
 
-__all__ = ["Profile", "profile_model", "spread_over_clusters"]
+__all__ = ["Profile", "Watch", "profile_model", "spread_over_clusters"]
 
+Watch = Callable[[LayerActivations], None]
+"""Looks at each layer that a text runs through."""
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
@@ -52,6 +54,8 @@ def profile_model(
     cache: Cache,
     key: str,
     progress: Progress,
+    further: Sequence[Document] = (),
+    watch: Watch | None = None,
 ) -> Profile:
     """Sum up each document's statistic into the cluster that each assignment puts it in.
 
@@ -60,6 +64,8 @@ def profile_model(
     Args:
         documents: calibration text only.
         assignments: name -> (documents,) cluster ids, such as the clusters and a random control; the clusters first.
+        further: documents that are run for the sake of `watch`.
+        watch: also looks at the layers, outputs included, unless the cache has the profile.
     """
     num_clusters = {name: int(labels.max()) + 1 for name, labels in assignments.items()}
     if config.effective_removal == "second-order":
@@ -70,7 +76,7 @@ def profile_model(
         assignments = {name: labels[picked] for name, labels in assignments.items()}
 
     def compute() -> dict[str, Any]:
-        return _sums(config, loaded, documents, assignments, num_clusters, progress)
+        return _sums(config, loaded, documents, assignments, num_clusters, further, watch, progress)
 
     arrays = cache.arrays(key, compute)
     lengths = np.array([len(document.token_ids) for document in documents])
@@ -108,22 +114,37 @@ def _sums(
     documents: Sequence[Document],
     assignments: dict[str, Labels],
     num_clusters: dict[str, int],
+    further: Sequence[Document],
+    watch: Watch | None,
     progress: Progress,
 ) -> dict[str, Any]:
     num_layers, ffn_dim = loaded.record.num_layers, loaded.record.ffn_dim
     sums = {name: np.zeros((num_clusters[name], num_layers, ffn_dim), dtype=np.float32) for name in assignments}
     energies = np.zeros((num_layers, ffn_dim), dtype=np.float32)
     with progress.stage("profile", num_layers) as advance:
-        for layer in walk_layers(loaded, documents, advance):
-            shares = (1.0 / layer.stream_energies.clamp_min(1e-30)).cpu().numpy()
+        for layer in walk_layers(loaded, [*documents, *further], advance, outputs=watch is not None):
             for index in range(len(documents)):
-                activations = layer.document(index).float().cpu().numpy()
-                statistic = document_statistic(config.selection, activations, alpha=config.alpha, beta=config.beta)
+                statistic, energy = _statistics(config, layer, index)
                 for name, labels in assignments.items():
                     sums[name][labels[index], layer.layer] += statistic
-                energies[layer.layer] += shares[layer.starts[index] : layer.starts[index + 1]] @ np.square(activations)
+                energies[layer.layer] += energy
+            if watch is not None:
+                watch(layer)
     energies /= max(1, sum(len(document.token_ids) for document in documents))
     return {
         **{f"statistic.{name}": value for name, value in sums.items()},
         "relative_energies": energies,
     }
+
+
+def _statistics(config: CompileConfig, layer: LayerActivations, index: int) -> tuple[Floats, Floats]:
+    """The selection's statistic of a document, and its share of the relative energies: (ffn_dim,) both."""
+    values = layer.document(index).float()
+    squares = values.square()
+    shares = 1.0 / layer.stream_energies[layer.starts[index] : layer.starts[index + 1]].clamp_min(1e-30)
+    if config.selection == "output-aware":
+        # As `document_statistic` does, of squares that are there already.
+        statistic = squares.sum(dim=0).cpu().numpy()
+    else:
+        statistic = document_statistic(config.selection, values.cpu().numpy(), alpha=config.alpha, beta=config.beta)
+    return statistic, (shares @ squares).cpu().numpy()

@@ -72,7 +72,9 @@ def remove_neurons(system: System, metric: torch.Tensor, *, keep: int, step: int
     num_left, losses = len(inverse), [0.0]
     while num_left > keep:
         if num_left <= _DENSITY * len(left):
-            neuron_ids, weights, inverse = neuron_ids[left], weights[left], inverse[left][:, left]
+            rest = left.nonzero()[:, 0]
+            neuron_ids, weights = neuron_ids[rest], weights.index_select(0, rest)
+            inverse = inverse.index_select(0, rest).index_select(1, rest)
             left = torch.ones_like(neuron_ids, dtype=torch.bool)
         # What is removed has empty rows, but for rounding.
         costs = torch.where(left, weights.square().sum(dim=1) / inverse.diagonal(), torch.inf)

@@ -13,9 +13,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .products import add_products, mirror
 from .removal import System, remove_neurons, solve
 
-__all__ = ["CLUSTER_WEIGHTS", "RIDGES", "LayerTokens", "Repaired", "RepairTask", "gram_matrix", "repair_layer"]
+__all__ = [
+    "CLUSTER_WEIGHTS",
+    "RIDGES",
+    "LayerTokens",
+    "MixedMoments",
+    "Moments",
+    "RepairTask",
+    "Repaired",
+    "mean_moments",
+    "overall_moments",
+    "repair_layer",
+]
 
 RIDGES = (1e-3, 1e-2, 1e-1)
 """Candidates for "auto", relative to the mean diagonal of the Gram matrix; no repair is the last candidate."""
@@ -23,11 +35,12 @@ CLUSTER_WEIGHTS = (0.3, 0.6)
 """Candidates for "auto"; the first is best for little text, the second for 40,000 tokens per cluster."""
 _REMOVAL_RIDGE = 1e-2
 _TOKEN_CHUNK = 8192
-_COLUMN_BLOCKS = 6
 
 Ids = npt.NDArray[np.int32]
 Solutions = list[tuple[torch.Tensor, torch.Tensor]]
 """A (kept, hidden size) down projection, transposed, and its (hidden size,) bias for each cluster."""
+MixedMoments = tuple["Moments", "Moments | None"]
+"""A cluster's moments, and those of all text; None for the latter where there is one cluster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +102,8 @@ class Repaired:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Moments:
-    """Means over tokens of h h^T, h y^T, h and y."""
+class Moments:
+    """Means over tokens of h h^T, h y^T, h and y; the last two only where the down projection has a bias."""
 
     gram: torch.Tensor
     cross: torch.Tensor
@@ -98,39 +111,8 @@ class _Moments:
     mean_target: torch.Tensor
 
     def parts(self) -> tuple[torch.Tensor, ...]:
+        """All of them."""
         return self.gram, self.cross, self.mean_activation, self.mean_target
-
-
-def gram_matrix(activations: torch.Tensor) -> torch.Tensor:
-    """Sum h h^T over tokens in float32.
-
-    Only blocks on and above the diagonal are multiplied: the result is symmetric.
-
-    Args:
-        activations: (tokens, n) of any float dtype.
-    Returns:
-        (n, n) float32.
-    """
-    num_columns = activations.shape[1]
-    gram = torch.zeros((num_columns, num_columns), dtype=torch.float32, device=activations.device)
-    for chunk in activations.split(_TOKEN_CHUNK):
-        _add_upper(gram, chunk.float())
-    _mirror(gram)
-    return gram
-
-
-def _add_upper(gram: torch.Tensor, values: torch.Tensor) -> None:
-    """Add (tokens, n) float32 values' products to the blocks on and above the diagonal."""
-    num_columns = values.shape[1]
-    step = max(64, -(-num_columns // _COLUMN_BLOCKS))
-    for start in range(0, num_columns, step):
-        gram[start : start + step, start:].addmm_(values[:, start : start + step].T, values[:, start:])
-
-
-def _mirror(gram: torch.Tensor) -> None:
-    """Put what is above the diagonal below it as well."""
-    gram.triu_()
-    gram += gram.triu(1).T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +124,11 @@ class _Attempt:
     candidates: list[Solutions]
 
 
-def repair_layer(tokens: LayerTokens, task: RepairTask) -> Repaired:
+def repair_layer(tokens: LayerTokens, task: RepairTask, moments: Iterable[MixedMoments] | None = None) -> Repaired:
     """Choose and refit one layer's neurons for every cluster, with one cluster weight and one ridge for all of them.
+
+    Args:
+        moments: each cluster's, and those of all text, where they are known; None to sum them over the tokens.
 
     Both are the candidates with the lowest cost on the validation tokens; no repair at all is a candidate of "auto", so
     that a repair which other text rejects is never shipped. Without validation tokens they are the first.
@@ -152,7 +137,7 @@ def repair_layer(tokens: LayerTokens, task: RepairTask) -> Repaired:
         _Attempt(cluster_weight=weight, neuron_ids=[], candidates=[[] for _ in task.ridges])
         for weight in task.cluster_weights
     ]
-    for cluster, (own, overall) in enumerate(_moments(tokens, task)):
+    for cluster, (own, overall) in enumerate(_moments(tokens, task) if moments is None else moments):
         for attempt in attempts:
             weight = attempt.cluster_weight
             mixed = own if overall is None else _weighted_sum([own, overall], [weight, 1 - weight])
@@ -160,7 +145,7 @@ def repair_layer(tokens: LayerTokens, task: RepairTask) -> Repaired:
     return _best(tokens, task, attempts)
 
 
-def _solve_cluster(attempt: _Attempt, mixed: _Moments, task: RepairTask, cluster: int) -> None:
+def _solve_cluster(attempt: _Attempt, mixed: Moments, task: RepairTask, cluster: int) -> None:
     """Add the next cluster's neurons and solutions to an attempt."""
     system = _system(mixed, task)
     if task.neuron_ids is None:
@@ -187,7 +172,7 @@ def _best(tokens: LayerTokens, task: RepairTask, attempts: Sequence[_Attempt]) -
     )
 
 
-def _system(moments: _Moments, task: RepairTask) -> System:
+def _system(moments: Moments, task: RepairTask) -> System:
     gram, cross = moments.gram, moments.cross
     if task.bias is not None:
         gram = gram - torch.outer(moments.mean_activation, moments.mean_activation)
@@ -195,7 +180,7 @@ def _system(moments: _Moments, task: RepairTask) -> System:
     return System(gram=gram, cross=cross, own=task.weights, ridge=_REMOVAL_RIDGE)
 
 
-def _solutions(system: System, moments: _Moments, task: RepairTask, neuron_ids: Ids) -> Solutions:
+def _solutions(system: System, moments: Moments, task: RepairTask, neuron_ids: Ids) -> Solutions:
     """One cluster's solution for each candidate ridge."""
     index = torch.from_numpy(neuron_ids).long().to(task.weights.device)
     none = torch.zeros(task.weights.shape[1], device=task.weights.device)
@@ -214,24 +199,35 @@ def _solutions(system: System, moments: _Moments, task: RepairTask, neuron_ids: 
     return solutions
 
 
-def _moments(tokens: LayerTokens, task: RepairTask) -> Iterator[tuple[_Moments, _Moments | None]]:
+def _moments(tokens: LayerTokens, task: RepairTask) -> Iterator[MixedMoments]:
     """Each cluster's moments, one at a time, and those of all text; None for the latter where there is one cluster."""
+    centred = task.bias is not None
     if len(task.calibration) == 1:
-        yield _mean_moments(tokens, task.calibration[0]), None
+        yield mean_moments(tokens, task.calibration[0], centred=centred), None
         return
     num_values = task.weights.shape[0] * (task.weights.shape[0] + task.weights.shape[1])
-    own: Iterable[_Moments]
+    own: Iterable[Moments]
     if len(task.calibration) * num_values * 4 > task.moment_bytes:
-        overall = _mean_moments(tokens, torch.cat([*task.calibration]))
-        own = (_mean_moments(tokens, rows) for rows in task.calibration)
+        overall = mean_moments(tokens, torch.cat([*task.calibration]), centred=centred)
+        own = (mean_moments(tokens, rows, centred=centred) for rows in task.calibration)
     else:
-        own = [_mean_moments(tokens, rows) for rows in task.calibration]
-        overall = _weighted_sum(own, [len(rows) / sum(map(len, task.calibration)) for rows in task.calibration])
+        own = [mean_moments(tokens, rows, centred=centred) for rows in task.calibration]
+        counts = [len(rows) for rows in task.calibration]
+        overall = _weighted_sum(own, [count / sum(counts) for count in counts])
     for moments in own:
         yield moments, overall
 
 
-def _weighted_sum(moments: Sequence[_Moments], weights: Sequence[float]) -> _Moments:
+def overall_moments(own: Sequence[Moments], counts: Sequence[int]) -> Moments | None:
+    """Moments of all text from those of its clusters; None where there is one cluster.
+
+    Args:
+        counts: tokens of each cluster.
+    """
+    return None if len(own) == 1 else _weighted_sum(own, [count / sum(counts) for count in counts])
+
+
+def _weighted_sum(moments: Sequence[Moments], weights: Sequence[float]) -> Moments:
     columns = zip(*(item.parts() for item in moments), strict=True)
     sums = [
         torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum(dim=0)
@@ -239,7 +235,7 @@ def _weighted_sum(moments: Sequence[_Moments], weights: Sequence[float]) -> _Mom
         else _accumulate(parts, weights)
         for parts in columns
     ]
-    return _Moments(gram=sums[0], cross=sums[1], mean_activation=sums[2], mean_target=sums[3])
+    return Moments(gram=sums[0], cross=sums[1], mean_activation=sums[2], mean_target=sums[3])
 
 
 def _accumulate(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
@@ -249,23 +245,22 @@ def _accumulate(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> torc
     return total
 
 
-def _mean_moments(tokens: LayerTokens, rows: torch.Tensor) -> _Moments:
+def mean_moments(tokens: LayerTokens, rows: torch.Tensor, *, centred: bool) -> Moments:
+    """Moments of some tokens; means are left at 0 where nothing is centred."""
     ffn_dim, hidden_size = tokens.activations.shape[1], tokens.targets.shape[1]
     device, count = tokens.activations.device, max(1, len(rows))
-    sums = _Moments(
+    sums = Moments(
         gram=torch.zeros((ffn_dim, ffn_dim), device=device),
         cross=torch.zeros((ffn_dim, hidden_size), device=device),
         mean_activation=torch.zeros(ffn_dim, device=device),
         mean_target=torch.zeros(hidden_size, device=device),
     )
-    # Some at a time: a copy of all rows would be as large as the activations themselves.
-    for part in rows.split(_TOKEN_CHUNK):
-        values, wanted = tokens.activations[part].float(), tokens.targets[part].float()
-        _add_upper(sums.gram, values)
-        sums.cross.addmm_(values.T, wanted)
-        sums.mean_activation.add_(values.sum(dim=0))
-        sums.mean_target.add_(wanted.sum(dim=0))
-    _mirror(sums.gram)
+    add_products(sums.gram, sums.cross, tokens.activations, tokens.targets, rows)
+    mirror(sums.gram)
+    if centred:
+        for part in rows.split(_TOKEN_CHUNK):
+            sums.mean_activation.add_(tokens.activations[part].float().sum(dim=0))
+            sums.mean_target.add_(tokens.targets[part].float().sum(dim=0))
     for total in sums.parts():
         total.div_(count)
     return sums
@@ -279,7 +274,10 @@ def _validation_costs(
     for cluster, (rows, ids) in enumerate(zip(task.validation, neuron_ids, strict=True)):
         index = torch.from_numpy(ids).long().to(task.weights.device)
         for part in rows.split(_TOKEN_CHUNK):
-            kept, target = tokens.activations[part][:, index].float(), tokens.targets[part].float()
+            kept, target = (
+                tokens.activations.index_select(0, part).index_select(1, index).float(),
+                tokens.targets[part].float(),
+            )
             for number, solutions in enumerate(candidates):
                 down, bias = solutions[cluster]
                 errors = target - bias - kept @ down

@@ -29,8 +29,8 @@ from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.samples import CURVE_TOKENS, FISHER_TOKENS
 from coreinfer.compiler.text.corpus import SAMPLING, Document, spread_sample
 
+from .products import gram_matrix
 from .removal import BLOCK, System, remove_neurons
-from .repair import gram_matrix
 
 __all__ = ["fisher_matrices", "output_metrics", "removal_curves"]
 

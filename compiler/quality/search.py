@@ -36,7 +36,7 @@ def fit_quality(
     config: CompileConfig,
     keep: float,
     measure: Measure,
-    measure_dense: Callable[[], Score],
+    dense: Score | None,
     num_tokens: Sequence[int],
 ) -> tuple[float, tuple[float, ...]]:
     """Turn `max_kl` and `min_top1` into each cluster's lowest keep ratio that meets both; without them, into `keep`.
@@ -45,7 +45,7 @@ def fit_quality(
     all clusters' score.
 
     Args:
-        measure_dense: scores the dense FFN as it is stored, which loses what rounding costs.
+        dense: score of the dense FFN as it is stored, which loses what rounding costs; None without held-out text.
         num_tokens: (clusters,) held-out tokens that the router sends to each cluster and that are decoded narrow.
     Returns:
         The keep ratio that has as many bytes on held-out text, and one for each cluster.
@@ -54,19 +54,14 @@ def fit_quality(
     """
     if not searches(config):
         return keep, (keep,) * len(num_tokens)
-    if not sum(num_tokens):
+    if dense is None or not sum(num_tokens):
         raise ConfigError(
             "--max-kl, --min-top1: expected calibration text enough to hold some out, got too little; give more text, "
             "or --keep"
         )
 
-    dense = measure_dense()
     if (dense_excess := _excess(config, dense)) > 0:
-        way_out = "ask for less" if config.quantize == "bf16" else "ask for less, or --quantize more bits"
-        raise ConfigError(
-            f"--max-kl, --min-top1: rounding to {config.quantize} alone costs KL {dense.kl:.4f} and leaves top-1 "
-            f"{dense.top1:.4f} on held-out text, before anything is narrowed; {way_out}"
-        )
+        raise ConfigError(_rounding_problem(config, dense))
 
     judged_by_all = {cluster for cluster, count in enumerate(num_tokens) if count < _LEAST_TOKENS}
 
@@ -91,6 +86,18 @@ def fit_quality(
         num_tries=method.num_tries,
     )
     return round(float(np.average(keeps, weights=num_tokens)), 4), keeps
+
+
+def _rounding_problem(config: CompileConfig, dense: Score) -> str:
+    by_default = config.max_kl is None and config.min_top1 is None
+    asked = f"--max-kl {config.effective_max_kl:g}, the default" if by_default else "--max-kl, --min-top1"
+    way_out = "give --keep" if by_default else "ask for less"
+    if config.quantize != "bf16":
+        way_out += ", or --quantize more bits"
+    return (
+        f"{asked}: rounding to {config.quantize} alone costs KL {dense.kl:.4f} and leaves top-1 "
+        f"{dense.top1:.4f} on held-out text, before anything is narrowed; {way_out}"
+    )
 
 
 def searches(config: CompileConfig) -> bool:

@@ -16,14 +16,14 @@ from coreinfer.compiler.models.tokenizer_files import chat_templates
 from coreinfer.compiler.progress import Progress
 
 from .corpus import Document
-from .seeds import Seed, continuation_tokens, load_seeds
+from .seeds import Seed, load_seeds, plan_continuation
 from .writing import Sampling, dense_engine, write_continuations
 
 __all__ = ["Seed", "builtin_documents", "continue_seeds", "load_seeds"]
 
 _TEMPERATURE = 0.7
 _TOP_P = 0.95
-_WRITER = "runtime, int8"
+_WRITER = "runtime, int8, seeds by budget"
 """What writes: texts of another writer, such as those that transformers wrote once, have other keys in the cache."""
 
 
@@ -63,17 +63,18 @@ def builtin_documents(
 def continue_seeds(
     config: CompileConfig, loaded: LoadedModel, folder: Path, progress: Progress
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Let the model continue every seed prompt by sampling.
+    """Let the model continue seed prompts by sampling.
 
-    The length of the continuations is chosen so that prompts and continuations together make the token budget.
+    Seeds, and the length of the continuations, are chosen so that both together make the token budget.
 
     Yields:
         Prompt, text (prompt and continuation), and its token ids, in the order of the seeds.
     """
     seeds = load_seeds()
     prompts = [_prompt_ids(seed, loaded.tokenizer, config.document_tokens // 2) for seed in seeds]
-    num_new = continuation_tokens(config, sum(map(len, prompts)), len(prompts))
-    sampling = Sampling(num_new=num_new, temperature=_TEMPERATURE, top_p=_TOP_P, seed=config.seed)
+    plan = plan_continuation(config, [len(ids) for ids in prompts])
+    seeds, prompts = tuple(seeds[index] for index in plan.seed_ids), [prompts[index] for index in plan.seed_ids]
+    sampling = Sampling(num_new=plan.num_new, temperature=_TEMPERATURE, top_p=_TOP_P, seed=config.seed)
     # One step more for storing the model.
     with progress.stage("corpus", len(prompts) + 1) as advance, dense_engine(config, loaded, folder) as engine:
         advance()

@@ -55,6 +55,8 @@ def main(
 ) -> None:
     """Generate with the bundle in DIR: an answer to PROMPT, or to standard input without PROMPT.
 
+    DIR may also be hf:USER/NAME, https://... or s3://..., of which only what is needed is fetched (docs/sharing.md).
+
     The text goes to stdout, the figures to stderr. A prompt is put into the model's chat template, if it has one;
     --raw continues it as plain text. With --chat each line is a turn; exit code 2 means that a turn of piped input
     failed. With --batch FILE -o OUT each line of FILE gets a line of OUT; after an interruption the same command

@@ -170,6 +170,26 @@ class Decoder(Protocol):
             KvPoolFull: too few pages are free; the sequences are as they were.
         """
 
+    def forward_beside(
+        self, block_ids: Sequence[int], sequences: Sequence[int], token_ids: Sequence[int], *, last_logits: bool
+    ) -> npt.NDArray[np.float32]:
+        """Append a block of a prompt to the selected sequence and tokens to others, all with the FFN weights in use.
+
+        The native engine reads the weights once for all of them. Results are to the bit those of `forward` for the
+        block, with the exact head, and of `forward_rows` for the others.
+
+        Args:
+            block_ids: two tokens or more.
+            sequences, token_ids: as for `forward_rows`.
+            last_logits: whether the logits of the block's last token are wanted.
+
+        Returns:
+            (tokens, vocabulary) float32: with `last_logits` first those of the block's last token, then each row's.
+
+        Raises:
+            KvPoolFull: too few pages are free; the sequences are as they were.
+        """
+
     def prompt_statistics(
         self, token_ids: Sequence[int], selections: Sequence[Selection]
     ) -> tuple[npt.NDArray[np.float32], dict[Selection, npt.NDArray[np.float32]]]:

@@ -11,7 +11,7 @@ from coreinfer.runtime.decoding.grammar import JsonGrammars
 from coreinfer.runtime.engines.protocol import Decoder
 from coreinfer.runtime.generation import Mode
 from coreinfer.runtime.options import GenerationOptions
-from coreinfer.runtime.routing.modes import ModePlan, plan_mode
+from coreinfer.runtime.routing.modes import ModePlan, plan_mode, serving_cluster
 from coreinfer.runtime.routing.router import Route, Router
 
 from .chat_template import check_messages, routing_text
@@ -121,6 +121,9 @@ def read_request(
     plan = plan_mode(
         options.mode or loaded.mode, loaded.bundle.manifest, route, len(token_ids), gathers=loaded.decoder.gathers
     )
+    if plan.uses_pack or plan.mode == "fused":
+        # Here, because the thread that steps must not wait for a download.
+        loaded.bundle.bring(serving_cluster(plan, route))
     return Request(
         token_ids=tuple(token_ids),
         route=route,

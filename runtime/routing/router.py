@@ -11,6 +11,8 @@ from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.tensors import TensorFile
 from tokenizers import Tokenizer
 
+from .centroids import read_index
+
 __all__ = ["UNSURE_MARGIN", "Route", "Router", "lead"]
 
 # Below it the two nearest clusters are all but a coin toss; docs/dev/log.md has the measurement.
@@ -40,7 +42,7 @@ class Route:
 
 
 class Router:
-    """Static encoder and FAISS index of one bundle."""
+    """Static encoder and index of centroids of one bundle."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Load the router of a bundle whose checksums were verified.
@@ -48,15 +50,11 @@ class Router:
         Raises:
             BundleCorrupt: a file cannot be parsed, or the files do not fit each other.
         """
-        # Not at the top: `load` imports it while files are hashed.
-        import faiss
-
         self._distance_p99 = bundle.manifest.router.distance_p99
         self._table = _read_table(bundle)
         try:
             self._tokenizer = Tokenizer.from_str(bundle.read_bytes(LAYOUT.router_tokenizer).decode())
-            index_bytes = np.frombuffer(bundle.read_bytes(LAYOUT.router_index), dtype=np.uint8)
-            self._index = faiss.deserialize_index(index_bytes)
+            self._index = read_index(bundle.read_bytes(LAYOUT.router_index))
         except Exception as error:
             # tokenizers and FAISS raise bare Exceptions and RuntimeErrors of their own.
             raise BundleCorrupt(

@@ -160,7 +160,8 @@ class Driver:
         """Let another thread step: the first to wake of those that have nothing to take."""
         with self._lock:
             self._stepping = False
-            self._ring(lambda run: True)
+            if self._waiting:
+                self._ring(lambda run: True)
             self._work.notify()
 
     def _ring(self, deserves: Callable[[Run], bool]) -> None:

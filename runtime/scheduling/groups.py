@@ -7,10 +7,11 @@ from coreinfer.runtime.engines.protocol import DENSE, Decoder, FfnChoice
 
 from .ffn_switch import FfnSwitch, same_weights
 from .posting import post_token
+from .prefill import Block, read_beside
 from .run import Logits, Run
 from .speculative import draft_round
 
-__all__ = ["Group", "decode_group", "draft_alone", "group_by_weights", "post_rows"]
+__all__ = ["Group", "decode_beside", "decode_group", "draft_alone", "group_by_weights", "post_rows"]
 
 Group = tuple[FfnChoice, list[Run]]
 
@@ -20,6 +21,9 @@ def group_by_weights(runs: Iterable[Run]) -> list[Group]:
     groups: list[Group] = []
     for run in runs:
         choice = run.choice if run.lengths is None else DENSE
+        if not groups:
+            groups.append((choice, [run]))
+            continue
         found = next((group for known, group in groups if same_weights(known, choice)), None)
         if found is None:
             groups.append((choice, [run]))
@@ -42,16 +46,27 @@ def decode_group(decoder: Decoder, switch: FfnSwitch, group: Group) -> Logits:
         if decoder.sequence != (number := _number(runs[0])):
             decoder.select(number)
         logits = decoder.forward(token_ids, greedy=runs[0].chooser.greedy)
-    _note_plain(runs, time.perf_counter() - begin)
+    _note_plain(runs, time.perf_counter() - begin if len(runs) == 1 else None)
     return logits
 
 
-def _note_plain(runs: Sequence[Run], seconds: float) -> None:
+def decode_beside(decoder: Decoder, switch: FfnSwitch, group: Group, block: Block) -> tuple[Logits | None, Logits]:
+    """`decode_group` and `read_beside` in one pass: logits of the prompt's end, if it was read, and (runs, vocab)."""
+    choice, runs = group
+    switch.use(choice, anew=True)
+    _start_clocks(runs, time.perf_counter())
+    rows = [_number(run) for run in runs]
+    result = read_beside(block, decoder, rows, [run.token_ids[-1] for run in runs])
+    _note_plain(runs, None)
+    return result
+
+
+def _note_plain(runs: Sequence[Run], seconds: float | None) -> None:
     for run in runs:
         run.num_to_draft = None
         if run.lengths is not None:
             # What a token takes in company says nothing of what drafting saves alone.
-            run.lengths.note_plain(seconds if len(runs) == 1 else None)
+            run.lengths.note_plain(seconds)
 
 
 def draft_alone(decoder: Decoder, switch: FfnSwitch, run: Run, length: int) -> None:

@@ -1,6 +1,8 @@
 """Reading a prompt, block by block; after an interruption also what was decoded before it."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from coreinfer.runtime.engines.cached import CachedTokens, blocks
 from coreinfer.runtime.engines.protocol import DENSE, Decoder, FfnChoice
@@ -10,10 +12,18 @@ from .ffn_switch import FfnSwitch
 from .kv_pool import KvPool
 from .run import Logits, Run
 
-__all__ = ["begin", "read_block"]
+__all__ = ["Block", "begin", "block_beside", "read_beside", "read_block", "reader"]
 
 # Each row has logits of the whole vocabulary.
 _ROWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """The next tokens of a run's prompt, to be read in the pass that decodes others."""
+
+    run: Run
+    token_ids: Sequence[int]
 
 
 def begin(run: Run, decoder: Decoder, pool: KvPool) -> bool:
@@ -46,10 +56,8 @@ def read_block(run: Run, decoder: Decoder, switch: FfnSwitch, limit: int | None 
         # All but some of what was decoded is there: it had to wait for room.
         _read_decoded_again(run, decoder, switch)
         return None
-    switch.use(_reader(run), anew=True)
-    if run.num_read == run.num_cached_tokens and run.request.plan.uses_pack:
-        # The pack comes while the prompt is read; it may take the place of another generation's.
-        decoder.prepare(FfnChoice(cluster=run.drift.cluster))
+    switch.use(reader(run), anew=True)
+    _prepare_pack(run, decoder)
     logits = _read(run, decoder, limit)
     if run.num_left:
         return None
@@ -61,8 +69,51 @@ def read_block(run: Run, decoder: Decoder, switch: FfnSwitch, limit: int | None 
     return last
 
 
-def _reader(run: Run) -> FfnChoice:
+def block_beside(run: Run, decoder: Decoder, limit: int) -> Block | None:
+    """Return the next block of a prompt if decoding runs may share its pass, else None.
+
+    Engines that do not compute a token alike in all calls read blocks as they would be read alone, and so is what
+    needs statistics, a single token, and what is read again.
+    """
+    if not decoder.calls_alike or not run.num_left or run.token_ids or run.request.plan.needs_statistic:
+        return None
+    block_ids = run.request.token_ids[run.num_read : _cut(*_whole_block(run, decoder), limit)]
+    return Block(run=run, token_ids=block_ids) if len(block_ids) > 1 else None
+
+
+def read_beside(
+    block: Block, decoder: Decoder, sequences: Sequence[int], token_ids: Sequence[int]
+) -> tuple[Logits | None, Logits]:
+    """Read a block by `block_beside` in the pass that decodes a token of each of other runs.
+
+    The weights of `reader(block.run)` are in use.
+
+    Returns:
+        The logits for the prompt's first token, None as long as some of it is left; and (runs, vocab) those of others.
+    """
+    run = block.run
+    assert run.sequence is not None
+    decoder.select(run.sequence)
+    _prepare_pack(run, decoder)
+    is_last = len(block.token_ids) == run.num_left
+    logits = decoder.forward_beside(block.token_ids, sequences, token_ids, last_logits=is_last)
+    run.num_read += len(block.token_ids)
+    if not is_last:
+        return None, logits
+    _end(run)
+    first: Logits = logits[0]
+    return first, logits[1:]
+
+
+def reader(run: Run) -> FfnChoice:
+    """The weights that read a run's prompt."""
     return DENSE if run.loaded.bundle.dense else FfnChoice(cluster=run.path[0].cluster)
+
+
+def _prepare_pack(run: Run, decoder: Decoder) -> None:
+    if run.num_read == run.num_cached_tokens and run.request.plan.uses_pack:
+        # The pack comes while the prompt is read; it may take the place of another generation's.
+        decoder.prepare(FfnChoice(cluster=run.drift.cluster))
 
 
 def _num_kept(run: Run, cached: CachedTokens, decoder: Decoder) -> int:
@@ -72,12 +123,12 @@ def _num_kept(run: Run, cached: CachedTokens, decoder: Decoder) -> int:
     if request.plan.needs_statistic:
         # The prompt's own neurons are chosen by all of its tokens.
         return 0
-    return cached.num_exact(request.token_ids, _reader(run), decoder.block_tokens, alike=decoder.calls_alike)
+    return cached.num_exact(request.token_ids, reader(run), decoder.block_tokens, alike=decoder.calls_alike)
 
 
 def _read(run: Run, decoder: Decoder, limit: int | None) -> Logits:
     token_ids = run.request.token_ids
-    start, end = run.num_read, next(blocks(run.num_read, len(token_ids), decoder.block_tokens))[1]
+    start, end = _whole_block(run, decoder)
     if run.request.plan.needs_statistic:
         # Other engines sum over all tokens of one call.
         end = end if decoder.calls_alike else len(token_ids)
@@ -88,6 +139,10 @@ def _read(run: Run, decoder: Decoder, limit: int | None) -> Logits:
         logits = decoder.forward(token_ids[start:end], greedy=run.chooser.greedy or end < len(token_ids))
     run.num_read = end
     return logits
+
+
+def _whole_block(run: Run, decoder: Decoder) -> tuple[int, int]:
+    return next(blocks(run.num_read, len(run.request.token_ids), decoder.block_tokens))
 
 
 def _cut(start: int, end: int, limit: int) -> int:

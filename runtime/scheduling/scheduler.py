@@ -9,11 +9,11 @@ from typing import TypeVar
 from coreinfer.bundles.errors import CoreInferError, GenerationCancelled
 from coreinfer.runtime.engines.protocol import Decoder, FfnChoice, KvPoolFull
 
-from .ffn_switch import FfnSwitch
-from .groups import decode_group, draft_alone, group_by_weights, post_rows
+from .ffn_switch import FfnSwitch, same_weights
+from .groups import decode_beside, decode_group, draft_alone, group_by_weights, post_rows
 from .kv_pool import KvPool
 from .posting import post_token
-from .prefill import begin, read_block
+from .prefill import Block, begin, block_beside, read_block, reader
 from .run import Logits, Row, Run
 from .turns import Pace, Turns
 
@@ -32,6 +32,7 @@ class Scheduler:
     Attributes:
         max_parallel: maximum number of runs that are read and decoded at once; others wait.
         on_pass: called with the number of runs that a pass decodes.
+        on_posted: called after the tokens of a prompt's end, and those of a step, were posted.
         clock: returns seconds; used to make blocks take about as long as a step.
     """
 
@@ -39,6 +40,7 @@ class Scheduler:
         """Begin without runs."""
         self.max_parallel = MAX_PARALLEL
         self.on_pass: Callable[[int], object] | None = None
+        self.on_posted: Callable[[], object] | None = None
         self.clock = time.perf_counter
         self.decoder, self.pool = decoder, KvPool(decoder)
         self._switch = FfnSwitch(decoder)
@@ -75,14 +77,17 @@ class Scheduler:
 
     def step(self) -> None:
         """Admit runs, read one block of one prompt, decode a token of each run that may have one, and post them."""
-        for run in (*self._waiting, *self._active):
-            run.check_cancelled()
-        self.sweep()
-        self._admit()
-        unread = self._unread
-        has_read = bool(unread) and self._read(unread)
-        self._decode(has_read=has_read)
-        self.sweep()
+        try:
+            for run in (*self._waiting, *self._active):
+                run.check_cancelled()
+            self.sweep()
+            self._admit()
+            reading = self._next_reading()
+            has_read = isinstance(reading, Run) and self._read(reading)
+            self._decode(reading if isinstance(reading, Block) else None, has_read=has_read)
+            self.sweep()
+        finally:
+            self._note_posted()
 
     def sweep(self) -> None:
         """Free what finished runs hold."""
@@ -125,18 +130,43 @@ class Scheduler:
         # Who gave way while nobody asked for its tokens is read again when somebody does.
         return [run for run in self._active if run.wants and not run.is_read]
 
-    def _read(self, unread: list[Run]) -> bool:
-        """Read a block of a prompt, if that may be now and there is room; whether some of a prompt was read."""
-        others_decode = any(run.watched for run in self._running)
-        if (others_decode and not self._pace.may_read) or (run := self._next_to_read(unread)) is None:
-            return False
-        limit = self._pace.block_tokens if others_decode else None
+    @property
+    def _others_decode(self) -> bool:
+        return any(run.watched for run in self._running)
+
+    def _next_reading(self) -> Run | Block | None:
+        """Choose what is read in this step: a block in the pass that decodes others, or a run's by itself."""
+        unread = self._unread
+        if not unread:
+            return None
+        others_decode = self._others_decode
+        if others_decode and not self._pace.may_read:
+            return None
+        run = self._next_to_read(unread)
+        if run is None or not others_decode or not self._shares_pass(run):
+            return run
+        num_running = len(self._running)
+        if not self._pace.may_read_beside(num_running):
+            return None
+        limit = self._pace.block_tokens(num_running, beside=True, num_waiting=len(unread))
+        return block_beside(run, self.decoder, limit) or run
+
+    def _shares_pass(self, run: Run) -> bool:
+        choice = reader(run)
+        return any(other.lengths is None and same_weights(other.choice, choice) for other in self._running)
+
+    def _read(self, run: Run) -> bool:
+        """Read a block of a prompt; whether some of the prompt was read."""
+        others_decode, limit = self._others_decode, None
+        if others_decode:
+            limit = self._pace.block_tokens(len(self._running), beside=False, num_waiting=len(self._unread))
         num_left, begun = run.num_left, self.clock()
         logits = self._pass([run], lambda _: read_block(run, self.decoder, self._switch, limit))
         if (num_read := num_left - run.num_left) > 0:
             self._pace.note_block(num_read, self.clock() - begun, others_decode=others_decode)
         if logits is not None:
             self._post([run], [logits])
+            self._note_posted()
         # Where there was no room, others go on decoding until there is.
         return num_read > 0
 
@@ -174,30 +204,64 @@ class Scheduler:
     def _running(self) -> list[Run]:
         return [run for run in self._active if run.is_read and run.wants]
 
-    def _decode(self, *, has_read: bool) -> None:
+    def _decode(self, block: Block | None, *, has_read: bool) -> None:
         running = self._running
         if not running or (has_read and self._unread and not any(run.watched for run in running)):
             # Where nobody follows the tokens, more share a pass when all prompts are read that can be.
             return
-        begun = self.clock()
-        together = [run for run in running if not self._draft(run)]
+        begun, num_read = self.clock(), 0
+        together = [run for run in running if run.lengths is None or not self._draft(run)]
         for choice, runs in self._turns.pick(group_by_weights(together)):
-            self._decode_group(choice, runs)
-        self._pace.note_step(self.clock() - begun)
+            if block is not None and not num_read and same_weights(choice, reader(block.run)):
+                num_read = self._decode_beside(choice, runs, block)
+            else:
+                self._decode_group(choice, runs)
+        seconds = self.clock() - begun
+        if num_read:
+            self._pace.note_beside(len(running), num_read, seconds)
+        else:
+            self._pace.note_step(len(running), seconds)
 
     def _decode_group(self, choice: FfnChoice, runs: list[Run]) -> None:
         # Those that gave way to others are out of it.
         runs = [run for run in runs if run.is_read]
         rows = self._pass(runs, lambda left: decode_group(self.decoder, self._switch, (choice, left)))
         if rows is not None:
-            if self.on_pass is not None:
-                self.on_pass(len(runs))
-            self._post(runs, rows)
+            self._post_pass(runs, rows)
+
+    def _decode_beside(self, choice: FfnChoice, runs: list[Run], block: Block) -> int:
+        """Decode runs and read a block in one pass; returns the number of tokens read."""
+        reading, both = block.run, [run for run in (*runs, block.run) if run.sequence is not None]
+
+        def decode(left: list[Run]) -> tuple[Logits | None, Logits] | None:
+            # Without either, the other has a pass of its own.
+            if reading not in left or len(left) < 2:
+                return None
+            return decode_beside(
+                self.decoder, self._switch, (choice, [run for run in left if run is not reading]), block
+            )
+
+        result = self._pass(both, decode)
+        if result is None:
+            self._decode_group(choice, [run for run in both if run is not reading and not run.is_over])
+            return 0
+        both.remove(reading)
+        first, rows = result
+        self._post_pass(both, rows)
+        if first is not None:
+            self._post([reading], [first])
+        return len(block.token_ids)
+
+    def _post_pass(self, runs: list[Run], rows: Logits) -> None:
+        if self.on_pass is not None:
+            self.on_pass(len(runs))
+        self._post(runs, rows)
 
     def _draft(self, run: Run) -> bool:
         """Decode a run by drafts, if it is in mode lossless and drafting is faster now."""
-        if run.lengths is None or not run.is_read:
-            return not run.is_read
+        if not run.is_read:
+            return True
+        assert run.lengths is not None
         if not run.rows:
             if run.num_to_draft is None:
                 # A round gives one token more than are accepted.
@@ -222,6 +286,10 @@ class Scheduler:
     def _post(self, runs: Sequence[Run], rows: Sequence[Logits] | Logits) -> None:
         for run, logits in zip(runs, rows, strict=True):
             self._call([run], partial(post_token, run, Row(logits=logits)))
+
+    def _note_posted(self) -> None:
+        if self.on_posted is not None:
+            self.on_posted()
 
     # Calls that fail
 

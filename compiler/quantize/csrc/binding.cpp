@@ -6,11 +6,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <stdexcept>
-#include <system_error>
-#include <thread>
 
+#include "../../csrc/shared.h"
 #include "rounding.h"
+#include "x86_features.h"
 
 namespace coreinfer {
 namespace {
@@ -18,34 +17,16 @@ namespace {
 namespace py = pybind11;
 using Moments = py::array_t<float, py::array::c_style>;
 
-[[noreturn]] void refuse(const std::string& what, const std::string& expected, const std::string& got) {
-  throw std::invalid_argument(what + ": expected " + expected + ", got " + got);
-}
-
 // What this CPU can run, best first; "portable" is always the last.
 std::vector<const Rounder*> available_rounders() {
   std::vector<const Rounder*> rounders;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx2 && avx512) rounders.push_back(&avx512_rounder());
-  if (avx2) rounders.push_back(&avx2_rounder());
+  const coreinfer::X86Features cpu;
+  if (cpu.avx512) rounders.push_back(&avx512_rounder());
+  if (cpu.avx2) rounders.push_back(&avx2_rounder());
 #endif
   rounders.push_back(&portable_rounder());
   return rounders;
-}
-
-const Rounder& find_rounder(const std::string& isa) {
-  const auto rounders = available_rounders();
-  if (isa == "auto") return *rounders.front();
-  std::string names;
-  for (const Rounder* rounder : rounders) {
-    if (isa == rounder->name) return *rounder;
-    names += ", " + std::string(rounder->name);
-  }
-  refuse("isa", "auto" + names + " on this CPU", "'" + isa + "'");
 }
 
 Format read_format(const std::string& name) {
@@ -94,29 +75,11 @@ Task read_task(const py::array& weights, const std::string& format, const py::ob
   return task;
 }
 
-// Call work(block) for each of some blocks on several threads. It must not throw.
-template <class Work>
-void for_each_block(int num_blocks, int num_threads, Work work) {
-  std::atomic<int> next{0};
-  const auto serve = [&] {
-    for (int block; (block = next.fetch_add(1)) < num_blocks;) work(block);
-  };
-  std::vector<std::thread> helpers;
-  helpers.reserve(num_threads);
-  try {
-    while (static_cast<int>(helpers.size()) + 1 < std::min(num_threads, num_blocks)) helpers.emplace_back(serve);
-  } catch (const std::system_error&) {
-    // Where the system starts no more threads, those that there are do the work.
-  }
-  serve();
-  for (std::thread& helper : helpers) helper.join();
-}
-
 // The arrays that a bundle stores, in its order: codes and scales, then zero points of int4, low halves of int8-planes.
 py::tuple round_matrix(const py::array& weights, const std::string& format, const py::object& moments, int num_threads,
                        const std::string& isa) {
-  const Rounder& rounder = find_rounder(isa);
-  if (num_threads < 1 || num_threads > 256) refuse("threads", "1 to 256", std::to_string(num_threads));
+  const Rounder& rounder = find_kernel(available_rounders(), isa);
+  check_threads(num_threads);
   Task task = read_task(weights, format, moments);
   const py::ssize_t num_blocks = task.num_blocks(), num_groups = task.num_groups();
   const auto make = [&](const char* dtype, size_t size) {
@@ -144,17 +107,11 @@ py::tuple round_matrix(const py::array& weights, const std::string& format, cons
   return py::make_tuple(codes, scales, last);
 }
 
-std::vector<std::string> isa_names() {
-  std::vector<std::string> names;
-  for (const Rounder* rounder : available_rounders()) names.push_back(rounder->name);
-  return names;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_kernels, module) {
   module.doc() = "Rounding of weights to the formats that bundles store.";
-  module.def("available_isas", &isa_names);
+  module.def("available_isas", [] { return kernel_names(available_rounders()); });
   module.def("round_matrix", &round_matrix, py::arg("weights"), py::arg("kind"), py::arg("moments"), py::kw_only(),
              py::arg("num_threads"), py::arg("isa") = "auto");
 }

@@ -83,7 +83,9 @@ class NativeDecoder:
         self._choice: FfnChoice | None = None
         self._records = {0: CachedTokens()}
         self.sequence = 0
-        self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
+        # Packs of a bundle that is elsewhere come when a prompt needs them.
+        if bundle.dense or 0 in bundle.mapped:
+            self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
 
     @property
     def device(self) -> str:
@@ -153,7 +155,7 @@ class NativeDecoder:
             # A pack is hashed when it is first used, which takes as long as some tokens.
             threading.Thread(target=self._announce, args=(choice.cluster,), daemon=True).start()
         elif choice.cluster is not None:
-            self._bundle.packs[choice.cluster].prefetch()
+            self._bundle.prefetch(choice.cluster)
 
     def use(self, choice: FfnChoice) -> None:
         """Run with other FFN weights from the next token on.
@@ -262,6 +264,25 @@ class NativeDecoder:
             logits = self._model.forward_rows(rows, ids)
         except _REFUSALS as error:
             raise _refusal(error) from error
+        for sequence, token_id in zip(sequences, token_ids, strict=True):
+            self._records[sequence].append([token_id], self._choice)
+        return logits
+
+    def forward_beside(
+        self, block_ids: Sequence[int], sequences: Sequence[int], token_ids: Sequence[int], *, last_logits: bool
+    ) -> Floats:
+        """Read a block of a prompt and a token of each of several sequences; see `Decoder.forward_beside`.
+
+        Raises:
+            ConfigError: a block of one token, and what `forward_rows` refuses.
+            KvPoolFull: too few pages are free.
+        """
+        try:
+            block, rows, ids = (np.asarray(numbers, dtype=np.int32) for numbers in (block_ids, sequences, token_ids))
+            logits = self._model.forward_beside(self.sequence, block, last_logits, rows, ids)
+        except _REFUSALS as error:
+            raise _refusal(error) from error
+        self.cached.append(block_ids, self._choice)
         for sequence, token_id in zip(sequences, token_ids, strict=True):
             self._records[sequence].append([token_id], self._choice)
         return logits

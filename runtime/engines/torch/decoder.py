@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -250,6 +251,17 @@ class TorchDecoder:
         finally:
             self.select(selected)
         return logits
+
+    def forward_beside(
+        self, block_ids: Sequence[int], sequences: Sequence[int], token_ids: Sequence[int], *, last_logits: bool
+    ) -> npt.NDArray[np.float32]:
+        """Append a block of a prompt, then tokens to other sequences; see `Decoder.forward_beside`."""
+        counts = Counter(sequences)
+        counts[self.sequence] += len(block_ids)
+        self._need_pages_to_extend(counts)
+        block = self.forward(block_ids)
+        rows = self.forward_rows(sequences, token_ids)
+        return np.concatenate([block, rows]) if last_logits else rows
 
     def forward(
         self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False

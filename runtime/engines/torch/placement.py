@@ -70,7 +70,7 @@ class MappedPlacement:
     def prepare(self, choice: FfnChoice) -> None:
         """Have the system read the pack ahead."""
         if choice.cluster is not None:
-            self._reader.bundle.packs[choice.cluster].prefetch()
+            self._reader.bundle.prefetch(choice.cluster)
 
     def use(self, choice: FfnChoice) -> None:
         """See `Placement`."""

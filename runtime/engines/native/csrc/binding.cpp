@@ -112,23 +112,32 @@ class Model {
 
   py::array forward_rows(const Ids& numbers, const Ids& ids) {
     const std::unique_lock<std::mutex> lock = acquire();
-    if (numbers.ndim() != 1 || numbers.size() != ids.size())
-      refuse("sequences", std::to_string(ids.size()) + ", one a token", std::to_string(numbers.size()));
-    std::vector<int> counts(decoder_->sequences.size());
-    for (py::ssize_t i = 0; i < numbers.size(); ++i) {
-      check_sequence(numbers.data()[i]);
-      ++counts[numbers.data()[i]];
-    }
-    check_ids(ids);
-    for (size_t number = 0; number < counts.size(); ++number)
-      if (counts[number] > 0) check_room(static_cast<int>(number), counts[number]);
-    const int num_rows = static_cast<int>(ids.size()), vocab = decoder_->weights.vocab;
-    py::array_t<float> logits({num_rows, round_up(vocab, kBlockRows)});
+    check_rows(numbers, ids, std::vector<int>(decoder_->sequences.size()));
+    const int num_rows = static_cast<int>(ids.size());
+    py::array_t<float> logits({num_rows, round_up(decoder_->weights.vocab, kBlockRows)});
     {
       py::gil_scoped_release release;
       decoder_->forward_rows(numbers.data(), ids.data(), num_rows, logits.mutable_data());
     }
-    return logits[py::make_tuple(py::ellipsis(), py::slice(0, vocab, 1))];
+    return without_padding(logits);
+  }
+
+  py::array forward_beside(int sequence, const Ids& block_ids, bool last_logits, const Ids& numbers, const Ids& ids) {
+    const std::unique_lock<std::mutex> lock = acquire();
+    check_sequence(sequence);
+    check_ids(block_ids);
+    if (block_ids.size() < 2) refuse("block_ids", "at least two tokens", std::to_string(block_ids.size()));
+    const int num_tokens = static_cast<int>(block_ids.size()), num_rows = static_cast<int>(ids.size());
+    std::vector<int> counts(decoder_->sequences.size());
+    counts[sequence] = num_tokens;
+    check_rows(numbers, ids, std::move(counts));
+    py::array_t<float> logits({num_rows + last_logits, round_up(decoder_->weights.vocab, kBlockRows)});
+    {
+      py::gil_scoped_release release;
+      decoder_->forward_beside(sequence, block_ids.data(), num_tokens, last_logits, numbers.data(), ids.data(),
+                               num_rows, logits.mutable_data());
+    }
+    return without_padding(logits);
   }
 
   py::array forward(const Ids& ids, bool all_logits, bool screened, const py::object& watcher, int sequence) {
@@ -136,9 +145,8 @@ class Model {
     check_sequence(sequence);
     check_ids(ids);
     check_room(sequence, ids.size());
-    const int num_tokens = static_cast<int>(ids.size()), vocab = decoder_->weights.vocab;
-    const int padded = round_up(vocab, kBlockRows);
-    py::array_t<float> logits({all_logits ? num_tokens : 1, padded});
+    const int num_tokens = static_cast<int>(ids.size());
+    py::array_t<float> logits({all_logits ? num_tokens : 1, round_up(decoder_->weights.vocab, kBlockRows)});
     std::exception_ptr failure;
     Watcher watch;
     if (!watcher.is_none())
@@ -150,7 +158,7 @@ class Model {
       decoder_->forward(sequence, ids.data(), num_tokens, all_logits, screened, logits.mutable_data(), watch);
     }
     if (failure) std::rethrow_exception(failure);
-    return logits[py::make_tuple(py::ellipsis(), py::slice(0, vocab, 1))];
+    return without_padding(logits);
   }
 
   void truncate(int num_tokens, int sequence) {
@@ -210,6 +218,23 @@ class Model {
     const int room = decoder_->weights.max_positions - decoder_->sequences[sequence]->num_cached;
     if (num_tokens > room)
       refuse("token ids", "at most " + std::to_string(room) + " more in the KV cache", std::to_string(num_tokens));
+  }
+
+  // `counts`: tokens that come to each sequence besides the rows.
+  void check_rows(const Ids& numbers, const Ids& ids, std::vector<int> counts) const {
+    if (numbers.ndim() != 1 || numbers.size() != ids.size())
+      refuse("sequences", std::to_string(ids.size()) + ", one a token", std::to_string(numbers.size()));
+    for (py::ssize_t i = 0; i < numbers.size(); ++i) {
+      check_sequence(numbers.data()[i]);
+      ++counts[numbers.data()[i]];
+    }
+    check_ids(ids);
+    for (size_t number = 0; number < counts.size(); ++number)
+      if (counts[number] > 0) check_room(static_cast<int>(number), counts[number]);
+  }
+
+  py::array without_padding(const py::array_t<float>& logits) const {
+    return logits[py::make_tuple(py::ellipsis(), py::slice(0, decoder_->weights.vocab, 1))];
   }
 
   static void call_watcher(const py::object& watcher, int layer, const float* values, int count, int stride,
@@ -287,10 +312,8 @@ py::array multiply(const py::object& matrix, const Floats& inputs, const std::st
   const int num_tokens = static_cast<int>(inputs.shape(0)), padded = round_up(w.rows, kBlockRows);
   ActivationBuffer x;
   x.resize(num_tokens, w.cols);
-  for (int t = 0; t < num_tokens; ++t) {
-    std::copy_n(inputs.data() + size_t(t) * w.cols, w.cols, x.view.token(t).values);
-    kernels.quantize(x.view.token(t), x.view.stride);
-  }
+  for (int t = 0; t < num_tokens; ++t) std::copy_n(inputs.data() + size_t(t) * w.cols, w.cols, x.view.token(t).values);
+  kernels.quantize(x.view, x.view.stride, num_tokens);
   py::array_t<float> out({num_tokens, padded});
   kernels.multiply(w, x.view, num_tokens, out.mutable_data(), padded, 0, w.num_blocks());
   return out[py::make_tuple(py::ellipsis(), py::slice(0, w.rows, 1))];
@@ -343,6 +366,8 @@ PYBIND11_MODULE(_native, module) {
       .def("forward", &Model::forward, py::arg("ids"), py::arg("all_logits") = false, py::arg("screened") = false,
            py::arg("watcher") = py::none(), py::arg("sequence") = 0)
       .def("forward_rows", &Model::forward_rows, py::arg("sequences"), py::arg("ids"))
+      .def("forward_beside", &Model::forward_beside, py::arg("sequence"), py::arg("block_ids"), py::arg("last_logits"),
+           py::arg("sequences"), py::arg("ids"))
       .def("add_sequence", &Model::add_sequence)
       .def("fork_sequence", &Model::fork_sequence, py::arg("source"), py::arg("num_tokens"))
       .def("drop_sequence", &Model::drop_sequence, py::arg("sequence"))

@@ -17,7 +17,6 @@ void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neuron
   for (auto& own : scratch.threads) {
     own.gate.resize(size_t(kBlockTokens) * kUnit);
     own.up.resize(size_t(kBlockTokens) * kUnit);
-    own.angles.resize(weights.rotary.size() * weights.head_dim);
     const size_t group = weights.group_size();
     own.heads.resize(num_threads * group * value_stride);
     own.maxima.resize(num_threads * group);
@@ -27,6 +26,7 @@ void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neuron
                            own.sums.get() + part * group});
     own.inputs.resize(1, widest);
   }
+  scratch.angles.resize(kBlockTokens * weights.rotary.size() * weights.head_dim);
   scratch.residual.resize(size_t(kBlockTokens) * hidden);
   scratch.sublayer_out.resize(size_t(kBlockTokens) * hidden);
   const int qkv = round_up(weights.query_size(), kGroup) + 2 * round_up(weights.kv_size(), kGroup);
@@ -36,12 +36,6 @@ void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neuron
 }
 
 namespace {
-
-// Inputs that are rounded to codes, as those of a single token are.
-Activations in_codes(Activations x) {
-  x.bf16 = nullptr;
-  return x;
-}
 
 class BlockPass {
  public:
@@ -53,75 +47,84 @@ class BlockPass {
         kernels_(decoder.kernels),
         shared_(decoder.block),
         own_(decoder.block.threads[thread]),
-        inputs_(options.exact ? in_codes(shared_.inputs.view) : shared_.inputs.view),
-        neurons_(options.exact ? in_codes(shared_.neurons.view) : shared_.neurons.view),
         thread_(thread),
         num_threads_(decoder.threads.size()),
         num_tokens_(static_cast<int>(rows.size())),
+        num_fast_(num_tokens_ - options.num_exact),
+        inputs_{shared_.inputs.view, num_tokens_, options.num_exact},
+        neurons_{shared_.neurons.view, num_tokens_, options.num_exact},
         hidden_(round_up(weights_.hidden, kGroup)),
         key_(round_up(weights_.query_size(), kGroup)),
         value_(key_ + round_up(weights_.kv_size(), kGroup)),
         qkv_stride_(value_ + round_up(weights_.kv_size(), kGroup)) {}
 
   void run(float* logits, const Watcher& watcher) {
-    each_token(
-        [&](int t) { embed(weights_, kernels_, rows_[t].id, rows_[t].position, own_.inputs.view, residual(t)); });
     const int num_layers = static_cast<int>(weights_.layers.size());
+    own_tokens([&](int t) {
+      embed(weights_, kernels_, rows_[t].id, rows_[t].position, own_.inputs.view, residual(t));
+      fill_angles(weights_, rows_[t].position, angles(t));
+    });
     for (int layer = 0; layer < num_layers; ++layer) {
       attention(layer);
       LentLayer neurons(decoder_, layer, thread_);
       ffn(weights_.layers[layer], neurons.weights());
       if (watcher) {
         if (thread_ == 0) watcher(layer, shared_.neurons.view.values, num_tokens_, shared_.neurons.view.stride);
-        decoder_.threads.barrier(thread_);
+        barrier();
       }
     }
-    if (logits) head(logits);
+    head(logits);
   }
 
  private:
-  // Tokens are dealt out one by one: later ones attend to more.
+  // Tokens are dealt out one by one, because later ones attend to more, and always alike: what follows on a token's own
+  // numbers needs no barrier.
   template <class Work>
-  void each_token(Work work) {
+  void own_tokens(Work work) {
     for (int t = thread_; t < num_tokens_; t += num_threads_) work(t);
-    decoder_.threads.barrier(thread_);
   }
+  void barrier() { decoder_.threads.barrier(thread_); }
 
-  void multiply(std::initializer_list<Job> jobs, const Activations& x, size_t y_stride) {
-    multiply_share(kernels_, jobs, x, num_tokens_, y_stride, thread_, decoder_.threads);
-    decoder_.threads.barrier(thread_);
+  void multiply_all(std::initializer_list<Job> jobs, const Batch& batch, size_t y_stride) {
+    multiply_share(kernels_, jobs, batch, y_stride, thread_, decoder_.threads);
+    barrier();
   }
 
   float* residual(int t) const { return shared_.residual.get() + size_t(t) * hidden_; }
   float* out(int t) const { return shared_.sublayer_out.get() + size_t(t) * hidden_; }
+  float* angles(int t) const { return shared_.angles.get() + t * weights_.rotary.size() * weights_.head_dim; }
   float* qkv(int t) const { return shared_.qkv.get() + size_t(t) * qkv_stride_; }
 
   void normalize(const Norm& norm) {
-    each_token([&](int t) { prepare_inputs(weights_, kernels_, norm, residual(t), inputs_.token(t)); });
+    own_tokens([&](int t) { prepare_inputs(weights_, kernels_, norm, residual(t), inputs_.token(t)); });
+    barrier();
+  }
+
+  void finish(const SublayerNorms& norms, const Linear& last) {
+    own_tokens([&](int t) { finish_sublayer(weights_, kernels_, norms, last.bias, out(t), residual(t)); });
   }
 
   void attention(int layer) {
     const Layer& weights = weights_.layers[layer];
     const AttentionWeights& attention = weights.attention;
     normalize(weights.attention_norms.before);
-    multiply({{&attention.query.weight, qkv(0)},
-              {&attention.key.weight, qkv(0) + key_},
-              {&attention.value.weight, qkv(0) + value_}},
-             inputs_, qkv_stride_);
-    each_token([&](int t) { prepare(layer, attention, t); });
-    each_token([&](int t) { attend(layer, attention, t); });
-    multiply({{&attention.output.weight, out(0)}}, inputs_, hidden_);
-    each_token([&](int t) {
-      finish_sublayer(weights_, kernels_, weights.attention_norms, attention.output.bias, out(t), residual(t));
-    });
+    multiply_all({{&attention.query.weight, qkv(0)},
+                  {&attention.key.weight, qkv(0) + key_},
+                  {&attention.value.weight, qkv(0) + value_}},
+                 inputs_, qkv_stride_);
+    own_tokens([&](int t) { prepare(layer, attention, t); });
+    if (options_.related) barrier();
+    own_tokens([&](int t) { attend(layer, attention, t); });
+    barrier();
+    multiply_all({{&attention.output.weight, out(0)}}, inputs_, hidden_);
+    finish(weights.attention_norms, attention.output);
   }
 
   void prepare(int layer, const AttentionWeights& attention, int t) {
     float* heads = qkv(t);
-    fill_angles(weights_, rows_[t].position, own_.angles.get());
-    const float* angles = angles_of(weights_, attention, own_.angles.get());
-    prepare_heads(weights_, kernels_, attention.query, attention.query_norm, angles, weights_.num_heads, heads);
-    prepare_heads(weights_, kernels_, attention.key, attention.key_norm, angles, weights_.num_kv_heads, heads + key_);
+    const float* rotation = angles_of(weights_, attention, angles(t));
+    prepare_heads(weights_, kernels_, attention.query, attention.query_norm, rotation, weights_.num_heads, heads);
+    prepare_heads(weights_, kernels_, attention.key, attention.key_norm, rotation, weights_.num_kv_heads, heads + key_);
     for (int i = 0; i < weights_.query_size(); ++i) heads[i] *= weights_.attention_scale;
     if (attention.value.bias) kernels_.add(heads + value_, attention.value.bias, weights_.kv_size());
     for (int head = 0; head < weights_.num_kv_heads; ++head)
@@ -134,14 +137,14 @@ class BlockPass {
     const Activations inputs = inputs_.token(t);
     float* out = inputs.values;
     const int padded = round_up(weights_.query_size(), kGroup);
-    std::fill(out, out + padded, 0.0f);
+    std::fill(out + weights_.query_size(), out + padded, 0.0f);
     for (int head = 0; head < weights_.num_kv_heads; ++head, out += group * size) {
-      if (options_.exact)
+      if (t >= num_fast_)
         attend_in_parts(layer, attention, t, head, out);
       else
         attend_at_once(layer, attention, t, head, out);
     }
-    kernels_.quantize(inputs, padded);
+    kernels_.quantize(inputs, padded, 1);
   }
 
   // Part `part` of the scratch takes what the queries of one key-value head see of positions [begin, end).
@@ -173,10 +176,9 @@ class BlockPass {
     decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, [&](int begin, int end) {
       for (int unit = begin; unit < end; ++unit) compute_unit(ffn, unit);
     });
-    decoder_.threads.barrier(thread_);
-    multiply({{&ffn.down.weight, out(0)}}, neurons_, hidden_);
-    each_token(
-        [&](int t) { finish_sublayer(weights_, kernels_, weights.ffn_norms, ffn.down.bias, out(t), residual(t)); });
+    barrier();
+    multiply_all({{&ffn.down.weight, out(0)}}, neurons_, hidden_);
+    finish(weights.ffn_norms, ffn.down);
   }
 
   // 32 neurons of all tokens.
@@ -185,26 +187,29 @@ class BlockPass {
     // The kernel writes at the rows' own numbers; these buffers begin with the unit's first row.
     const int offset = begin * kBlockRows;
     float *gate = own_.gate.get(), *up = own_.up.get();
-    if (!ffn.gate.weight.empty())
-      kernels_.multiply(ffn.gate.weight, inputs_, num_tokens_, gate - offset, kUnit, begin, end);
-    kernels_.multiply(ffn.up.weight, inputs_, num_tokens_, up - offset, kUnit, begin, end);
-    for (int t = 0; t < num_tokens_; ++t)
-      finish_neurons(weights_, kernels_, ffn, unit, unit + 1, gate + t * kUnit, up + t * kUnit, neurons_.token(t));
+    if (!ffn.gate.weight.empty()) multiply(kernels_, ffn.gate.weight, inputs_, gate - offset, kUnit, begin, end);
+    multiply(kernels_, ffn.up.weight, inputs_, up - offset, kUnit, begin, end);
+    finish_neurons(weights_, kernels_, ffn, unit, unit + 1, gate, up, neurons_);
   }
 
   void head(float* logits) {
-    const int first = options_.all_logits ? 0 : num_tokens_ - 1;
+    const int first = options_.all_logits ? 0 : options_.last_logits ? num_fast_ - 1 : num_fast_;
+    if (first == num_tokens_) return;
+    const bool alone = !options_.all_logits && options_.num_exact == 0;
     // Single tokens, and what is projected first, are multiplied in codes.
-    const bool many = options_.all_logits && weights_.project_out.empty();
-    const Activations all = many ? inputs_ : in_codes(inputs_);
-    each_token([&](int t) {
+    const int num_fast = options_.all_logits && weights_.project_out.empty() ? num_fast_ : 0;
+    const Batch all{inputs_.x, num_tokens_, num_tokens_ - num_fast};
+    own_tokens([&](int t) {
       if (t < first) return;
       const Activations inputs = all.token(t);
       prepare_inputs(weights_, kernels_, weights_.final_norm, residual(t), inputs);
       if (!weights_.project_out.empty()) project_out(inputs);
+      if (alone && options_.screened) kernels_.measure(inputs, inputs.stride);
     });
-    if (!options_.all_logits) return compute_head(decoder_, all.token(first), thread_, options_.screened, logits);
-    multiply_head(decoder_, all, num_tokens_, logits, thread_);
+    barrier();
+    if (alone) return compute_head(decoder_, all.token(first), thread_, options_.screened, logits);
+    const int count = num_tokens_ - first;
+    multiply_head(decoder_, {num_fast ? all.x : all.token(first), count, count - num_fast}, logits, thread_);
   }
 
   void project_out(const Activations& inputs) {
@@ -213,7 +218,7 @@ class BlockPass {
     const int size = weights_.project_out.rows, padded = round_up(size, kGroup);
     std::memcpy(inputs.values, out, sizeof(float) * size);
     std::fill(inputs.values + size, inputs.values + padded, 0.0f);
-    kernels_.quantize(inputs, padded);
+    kernels_.quantize(inputs, padded, 1);
   }
 
   Decoder& decoder_;
@@ -223,15 +228,16 @@ class BlockPass {
   const Kernels& kernels_;
   BlockScratch& shared_;
   BlockScratch::PerThread& own_;
-  const Activations inputs_, neurons_;
-  int thread_, num_threads_, num_tokens_, hidden_, key_, value_, qkv_stride_;
+  int thread_, num_threads_, num_tokens_, num_fast_;
+  const Batch inputs_, neurons_;
+  int hidden_, key_, value_, qkv_stride_;
 };
 
 }  // namespace
 
 void read_block(Decoder& decoder, const std::vector<Row>& rows, const BlockOptions& options, float* logits,
                 const Watcher& watcher) {
-  LimitedPass limited(decoder, rows.data(), rows.size(), options.exact);
+  LimitedPass limited(decoder, rows.data(), rows.size(), options.num_exact > 0);
   decoder.threads.run([&](int thread) { BlockPass(decoder, thread, rows, options).run(logits, watcher); });
   limited.finish();
 }

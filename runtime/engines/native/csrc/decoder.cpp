@@ -1,7 +1,6 @@
 #include "decoder.h"
 
 #include <algorithm>
-#include <map>
 
 namespace coreinfer {
 
@@ -42,6 +41,18 @@ void Decoder::drop_sequence(int number) {
   sequences[number].reset();
 }
 
+void Decoder::extend_all(const std::map<int, int>& counts) {
+  int num_needed = 0;
+  for (const auto& [number, count] : counts) num_needed += pages_to_extend(pool, *sequences[number], count);
+  if (num_needed > pool.num_free()) throw PoolFull(num_needed, pool.num_free());
+  for (const auto& [number, count] : counts) extend(pool, *sequences[number], count);
+}
+
+Row Decoder::next_row(int number, int32_t id) {
+  Sequence& sequence = *sequences[number];
+  return {id, sequence.num_cached++, sequence.pages.data()};
+}
+
 void Decoder::forward(int number, const int32_t* ids, int num_tokens, bool all_logits, bool screened, float* logits,
                       const Watcher& watcher) {
   Sequence& sequence = *sequences[number];
@@ -57,33 +68,52 @@ void Decoder::forward(int number, const int32_t* ids, int num_tokens, bool all_l
   std::vector<Row> rows;
   for (int first = 0; first < num_tokens; first += kBlockTokens) {
     const int count = std::min(kBlockTokens, num_tokens - first);
-    const bool last = first + count == num_tokens;
-    float* out = all_logits ? logits + first * stride : last ? logits : nullptr;
     rows.clear();
-    for (int t = 0; t < count; ++t) rows.push_back({ids[first + t], sequence.num_cached + t, sequence.pages.data()});
-    read_block(*this, rows, {false, all_logits, screened}, out, watcher);
-    sequence.num_cached += count;
+    for (int t = 0; t < count; ++t) rows.push_back(next_row(number, ids[first + t]));
+    BlockOptions options;
+    options.all_logits = all_logits;
+    options.last_logits = first + count == num_tokens;
+    options.screened = screened;
+    read_block(*this, rows, options, all_logits ? logits + first * stride : logits, watcher);
   }
 }
 
 void Decoder::forward_rows(const int32_t* numbers, const int32_t* ids, int num_rows, float* logits) {
   std::map<int, int> counts;  // of each sequence's rows
   for (int row = 0; row < num_rows; ++row) ++counts[numbers[row]];
-  int num_needed = 0;
-  for (const auto& [number, count] : counts) num_needed += pages_to_extend(pool, *sequences[number], count);
-  if (num_needed > pool.num_free()) throw PoolFull(num_needed, pool.num_free());
-  for (const auto& [number, count] : counts) extend(pool, *sequences[number], count);
-
+  extend_all(counts);
   const size_t stride = round_up(weights.vocab, kBlockRows);
+  BlockOptions options;
+  options.related = counts.size() < static_cast<size_t>(num_rows);
   std::vector<Row> rows;
   for (int first = 0; first < num_rows; first += kBlockTokens) {
     rows.clear();
-    for (int row = first; row < std::min(first + kBlockTokens, num_rows); ++row) {
-      Sequence& sequence = *sequences[numbers[row]];
-      rows.push_back({ids[row], sequence.num_cached++, sequence.pages.data()});
-    }
-    read_block(*this, rows, {true, true, false}, logits + first * stride, nullptr);
+    for (int row = first; row < std::min(first + kBlockTokens, num_rows); ++row)
+      rows.push_back(next_row(numbers[row], ids[row]));
+    options.num_exact = static_cast<int>(rows.size());
+    read_block(*this, rows, options, logits + first * stride, nullptr);
   }
+}
+
+void Decoder::forward_beside(int number, const int32_t* block_ids, int num_tokens, bool last_logits,
+                             const int32_t* numbers, const int32_t* ids, int num_rows, float* logits) {
+  std::map<int, int> counts{{number, num_tokens}};
+  for (int row = 0; row < num_rows; ++row) ++counts[numbers[row]];
+  extend_all(counts);
+  if (num_tokens + num_rows > kBlockTokens) {
+    const size_t stride = round_up(weights.vocab, kBlockRows);
+    forward_rows(numbers, ids, num_rows, logits + last_logits * stride);
+    // Without a place of its own, what the block ends with goes to where nobody looks.
+    std::vector<float> unwanted(last_logits ? 0 : stride);
+    return forward(number, block_ids, num_tokens, false, false, last_logits ? logits : unwanted.data(), nullptr);
+  }
+  std::vector<Row> rows;
+  for (int t = 0; t < num_tokens; ++t) rows.push_back(next_row(number, block_ids[t]));
+  for (int row = 0; row < num_rows; ++row) rows.push_back(next_row(numbers[row], ids[row]));
+  BlockOptions options;
+  options.num_exact = num_rows;
+  options.last_logits = last_logits;
+  read_block(*this, rows, options, logits, nullptr);
 }
 
 size_t Decoder::bytes_per_token(int num_tokens, bool screened) const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -25,6 +26,13 @@ struct PoolFull : std::runtime_error {
 class LayerSource;
 struct Residency;
 
+// A token to be read at a position of a sequence, whose pages have room for it.
+struct Row {
+  int32_t id;
+  int position;
+  const int32_t* pages;
+};
+
 // Weights, the FFN in use, the sequences and the threads.
 struct Decoder {
   Decoder(ModelWeights weights, const Kernels& kernels, int num_threads, int max_neurons, int num_pages);
@@ -46,6 +54,10 @@ struct Decoder {
   // kBlockTokens of them. Each row's logits (padded vocabulary) are to the bit what `forward` gives for that token
   // alone, whatever else is read with it. Throws PoolFull, before anything is computed.
   void forward_rows(const int32_t* numbers, const int32_t* ids, int num_rows, float* logits);
+  // `forward` for two or more tokens of one sequence and `forward_rows` for others, with one read of the weights where
+  // kBlockTokens hold them all. `logits`: with `last_logits` first those of the block's last token, then each row's.
+  void forward_beside(int sequence, const int32_t* block_ids, int num_tokens, bool last_logits, const int32_t* numbers,
+                      const int32_t* ids, int num_rows, float* logits);
   // Bytes of weights and cache that one more token reads.
   size_t bytes_per_token(int num_tokens, bool screened) const;
 
@@ -64,27 +76,26 @@ struct Decoder {
 
  private:
   int add(Sequence sequence);
+  // Give sequences the pages for so many more tokens, or throw PoolFull and change nothing.
+  void extend_all(const std::map<int, int>& counts);
+  Row next_row(int sequence, int32_t id);
 };
 
 // How many bytes a page of a model's cache has.
 PageLayout layout_for(const ModelWeights& weights);
-
-// A token to be read at a position of a sequence, whose pages have room for it.
-struct Row {
-  int32_t id;
-  int position;
-  const int32_t* pages;
-};
 
 // Logits of one token's final hidden state by the head, all threads together.
 void compute_head(Decoder& decoder, const Activations& x, int thread, bool screened, float* logits);
 void decode_token(Decoder& decoder, const Row& row, bool screened, float* logits);
 // How a block is read.
 struct BlockOptions {
-  bool exact = false;       // attention to the bit as decode_token computes it; else in the fastest way
-  bool all_logits = false;  // else the last row's, if `logits` is not null
-  bool screened = false;
+  int num_exact = 0;        // rows at the end that are to the bit as decode_token computes them; others the fastest way
+  bool related = true;      // whether a sequence may have several rows
+  bool all_logits = false;  // of the rows before these
+  bool last_logits = false;  // of the last row before these
+  bool screened = false;     // the last row's
 };
+// `logits`: of the rows that have any, one after another; exact ones always do.
 void read_block(Decoder& decoder, const std::vector<Row>& rows, const BlockOptions& options, float* logits,
                 const Watcher& watcher);
 

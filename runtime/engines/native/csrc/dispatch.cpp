@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "kernels.h"
+#include "x86_features.h"
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -10,44 +11,14 @@
 
 namespace coreinfer {
 
-#if defined(__x86_64__)
-namespace {
-
-// Older compilers have no names for some of what leaf 7 of CPUID tells, in __builtin_cpu_supports.
-struct Leaf7 {
-  uint32_t eax = 0, edx = 0;
-  explicit Leaf7(uint32_t subleaf) {
-    uint32_t highest = 0, ebx = 0, ecx = 0;
-    __asm__("cpuid" : "=a"(highest), "=b"(ebx), "=c"(ecx), "=d"(edx) : "a"(0), "c"(0));
-    edx = 0;
-    if (highest < 7) return;
-    __asm__("cpuid" : "=a"(eax), "=b"(ebx), "=c"(ecx), "=d"(edx) : "a"(7), "c"(subleaf));
-  }
-};
-
-bool has_avxvnni() { return (Leaf7(1).eax >> 4) & 1; }
-
-bool has_amx() {
-  constexpr uint32_t kBf16 = 1u << 22, kTiles = 1u << 24;
-  return (Leaf7(0).edx & (kBf16 | kTiles)) == (kBf16 | kTiles) && (Leaf7(1).eax >> 5 & 1) && may_use_amx();
-}
-
-}  // namespace
-#endif
-
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> tables;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  // Clang cannot ask for F16C, which every CPU with AVX2 and FMA has.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vnni");
-  if (avx2 && avx512 && has_amx()) tables.push_back(&amx_kernels());
-  if (avx2 && avx512) tables.push_back(&avx512_kernels());
-  if (avx2 && has_avxvnni()) tables.push_back(&avxvnni_kernels());
-  if (avx2) tables.push_back(&avx2_kernels());
+  const X86Features cpu;
+  if (cpu.avx512vnni && cpu.avx512bf16 && cpu.amx_bf16 && may_use_amx()) tables.push_back(&amx_kernels());
+  if (cpu.avx512vnni) tables.push_back(&avx512_kernels());
+  if (cpu.avxvnni) tables.push_back(&avxvnni_kernels());
+  if (cpu.avx2) tables.push_back(&avx2_kernels());
 #elif defined(__aarch64__)
 #if defined(__linux__)
   const bool dot_product = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;

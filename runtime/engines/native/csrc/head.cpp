@@ -19,7 +19,7 @@ constexpr float kDeviations = 8.0f;
 void compute_head(Decoder& decoder, const Activations& x, int thread, bool screened, float* logits) {
   const Matrix& head = decoder.weights.head;
   const Kernels& kernels = decoder.kernels;
-  if (!screened || head.format != Format::int8_planes) return multiply_head(decoder, x, 1, logits, thread);
+  if (!screened || head.format != Format::int8_planes) return multiply_head(decoder, {x, 1, 0}, logits, thread);
 
   PageWindow* window = decoder.residency ? decoder.residency->head_lows.get() : nullptr;
   float* deviations = decoder.deviations.get();

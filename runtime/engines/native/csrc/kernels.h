@@ -46,19 +46,22 @@ struct Kernels {
   // Whether `quantize` and `multiply` also take inputs in bfloat16, which is faster for many tokens. These inputs must have
   // memory for a multiple of 32 tokens.
   bool rounds_to_bf16;
-  // Round groups of 32 values to int8 with a scale each, or to bfloat16 where there is room for it; `num_values` is a
-  // multiple of 32.
-  void (*quantize)(const Activations& x, int num_values);
+  // Round groups of 32 values to int8 with a scale each, or to bfloat16 where there is room for it: of each token the
+  // first `num_values`, a multiple of 32.
+  void (*quantize)(const Activations& x, int num_values, int num_tokens);
+  // Fill in the energies of one token's groups, which `screen` needs.
+  void (*measure)(const Activations& x, int num_values);
   // y[token * y_stride + row] for the rows of blocks [block_begin, block_end); y is padded to whole blocks.
   void (*multiply)(const Matrix& w, const Activations& x, int num_tokens, float* y, size_t y_stride, int block_begin,
                    int block_end);
-  // For one token and int8_planes: y from the high halves alone, and the standard deviation of what they leave out.
+  // For one token, measured, and int8_planes: y from the high halves alone, and the standard deviation of what they leave out.
   void (*screen)(const Matrix& w, const Activations& x, float* y, float* deviations, int block_begin, int block_end);
   // RMS norm (no bias) or layer norm.
   void (*rms_norm)(const float* x, const float* weight, float epsilon, int size, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int size, float* out);
-  // out = act(gate) * up, or act(up) where gate is null; all padded to 16.
-  void (*activate)(Nonlinearity kind, const float* gate, const float* up, int size, float* out);
+  // out = act(gate) * up, or act(up) where gate is null, both (num_tokens, size); `size` is a multiple of 16.
+  void (*activate)(Nonlinearity kind, const float* gate, const float* up, int size, int num_tokens, float* out,
+                   size_t out_stride);
   // Index of the first of the largest values.
   int (*largest)(const float* values, int size);
   void (*attend)(const AttentionTask& task);

@@ -192,8 +192,7 @@ void multiply(const Matrix& w, const Activations& x, int num_tokens, float* y, s
   _tile_release();
 }
 
-void quantize(const Activations& x, int num_values) {
-  if (!x.bf16) return avx512_kernels().quantize(x, num_values);
+void round_token(const Activations& x, int num_values) {
   for (int i = 0; i < num_values; i += kTile) {
     const __m512 values = _mm512_loadu_ps(x.values + i);
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(values);
@@ -201,6 +200,11 @@ void quantize(const Activations& x, int num_values) {
     _mm256_storeu_si256((__m256i*)(x.bf16 + i), rounded);
     _mm256_storeu_si256((__m256i*)(x.rests + i), (__m256i)_mm512_cvtneps_pbh(values - floats));
   }
+}
+
+void quantize(const Activations& all, int num_values, int num_tokens) {
+  if (!all.bf16) return avx512_kernels().quantize(all, num_values, num_tokens);
+  for (int t = 0; t < num_tokens; ++t) round_token(all.token(t), num_values);
 }
 
 }  // namespace

@@ -21,28 +21,44 @@ inline V::F exp_vector(V::F x) {
   return V::fma(p, r * r, r + V::set1(1.0f)) * V::power_of_two(n);
 }
 
-void quantize(const Activations& x, int num_values) {
+inline void quantize_group(const float* values, int8_t* codes, float& scale, float& sixteenth_sum) {
   constexpr int kParts = kGroup / V::kLanes;
+  V::F part[kParts];
+  V::F largest = V::set1(0.0f);
+  for (int i = 0; i < kParts; ++i) {
+    part[i] = V::load(values + i * V::kLanes);
+    largest = V::max(largest, V::max(part[i], V::set1(0.0f) - part[i]));
+  }
+  const float amax = V::reduce_max(largest);
+  const V::F inverse = V::set1(amax > 0 ? 127.0f / amax : 0.0f);
+  V::F sum = V::set1(0.0f);
+  for (int i = 0; i < kParts; ++i) {
+    const V::F rounded = V::round(part[i] * inverse);
+    V::store_int8(codes + i * V::kLanes, rounded);
+    sum = sum + rounded;
+  }
+  const float total = V::reduce_add(sum);
+  // A NaN among the values is in the sum, while the maximum and the codes may have lost it: it goes into the scale.
+  scale = amax / 127.0f + (total - total);
+  sixteenth_sum = total / 16.0f;
+}
+
+void quantize(const Activations& x, int num_values, int num_tokens) {
+  const int x_groups = x.stride / kGroup;
+  for (int t = 0; t < num_tokens; ++t)
+    for (int g = 0; g < num_values / kGroup; ++g) {
+      const size_t group = size_t(t) * x_groups + g, first = group * kGroup;
+      quantize_group(x.values + first, x.codes + first, x.scales[group], x.sums[group]);
+    }
+}
+
+void measure(const Activations& x, int num_values) {
   for (int g = 0; g < num_values / kGroup; ++g) {
-    V::F part[kParts];
-    V::F largest = V::set1(0.0f);
-    for (int i = 0; i < kParts; ++i) {
-      part[i] = V::load(x.values + g * kGroup + i * V::kLanes);
-      largest = V::max(largest, V::max(part[i], V::set1(0.0f) - part[i]));
+    V::F energy = V::set1(0.0f);
+    for (int i = 0; i < kGroup; i += V::kLanes) {
+      const V::F part = V::load(x.values + g * kGroup + i);
+      energy = V::fma(part, part, energy);
     }
-    const float amax = V::reduce_max(largest);
-    const V::F inverse = V::set1(amax > 0 ? 127.0f / amax : 0.0f);
-    V::F sum = V::set1(0.0f), energy = V::set1(0.0f);
-    for (int i = 0; i < kParts; ++i) {
-      energy = V::fma(part[i], part[i], energy);
-      const V::F rounded = V::round(part[i] * inverse);
-      V::store_int8(x.codes + g * kGroup + i * V::kLanes, rounded);
-      sum = sum + rounded;
-    }
-    const float total = V::reduce_add(sum);
-    // A NaN among the values is in the sum, while the maximum and the codes may have lost it: it goes into the scale.
-    x.scales[g] = amax / 127.0f + (total - total);
-    x.sums[g] = total / 16.0f;
     x.energies[g] = V::reduce_add(energy);
   }
 }
@@ -227,19 +243,30 @@ inline void multiply_bf16_rows(const Matrix& w, const Activations& x, float* y, 
 }
 
 template <int kTokens>
+inline void multiply_bf16_block(const Matrix& w, const Activations& x, float* y, size_t y_stride, int block) {
+  const int end = block * kBlockRows + kBlockRows < w.rows ? block * kBlockRows + kBlockRows : w.rows;
+  int row = block * kBlockRows;
+  for (; row + 4 <= end; row += 4) multiply_bf16_rows<4, kTokens>(w, x, y, y_stride, row);
+  for (; row < end; ++row) multiply_bf16_rows<1, kTokens>(w, x, y, y_stride, row);
+}
+
+template <int kTokens>
 inline void multiply_block(const Matrix& w, const Activations& x, float* y, size_t y_stride, int block) {
   if (w.format == Format::int4) return multiply_codes<Format::int4, kTokens>(w, x, y, y_stride, block);
   if (w.format == Format::int8) return multiply_codes<Format::int8, kTokens>(w, x, y, y_stride, block);
   if (w.format == Format::int8_planes) return multiply_codes<Format::int8_planes, kTokens>(w, x, y, y_stride, block);
   constexpr int kStep = kTokens < V::kTileTokensBf16 ? kTokens : V::kTileTokensBf16;
-  static_assert(kTokens % kStep == 0, "tokens would be left over");
-  const int end = block * kBlockRows + kBlockRows < w.rows ? block * kBlockRows + kBlockRows : w.rows;
-  for (int t = 0; t < kTokens; t += kStep) {
-    const Activations some = x.token(t);
-    int row = block * kBlockRows;
-    for (; row + 4 <= end; row += 4) multiply_bf16_rows<4, kStep>(w, some, y + t * y_stride, y_stride, row);
-    for (; row < end; ++row) multiply_bf16_rows<1, kStep>(w, some, y + t * y_stride, y_stride, row);
-  }
+  int t = 0;
+  for (; t + kStep <= kTokens; t += kStep) multiply_bf16_block<kStep>(w, x.token(t), y + t * y_stride, y_stride, block);
+  for (; t < kTokens; ++t) multiply_bf16_block<1>(w, x.token(t), y + t * y_stride, y_stride, block);
+}
+
+// As many tokens as decode together, in one pass over the block: at most kMost, at least one.
+template <int kMost>
+inline void multiply_few(int num_tokens, const Matrix& w, const Activations& x, float* y, size_t y_stride, int block) {
+  if constexpr (kMost > 1)
+    if (num_tokens < kMost) return multiply_few<kMost - 1>(num_tokens, w, x, y, y_stride, block);
+  multiply_block<kMost>(w, x, y, y_stride, block);
 }
 
 void multiply(const Matrix& w, const Activations& x, int num_tokens, float* y, size_t y_stride, int block_begin,
@@ -249,12 +276,8 @@ void multiply(const Matrix& w, const Activations& x, int num_tokens, float* y, s
     int t = 0;
     for (; t + V::kTileTokens <= num_tokens; t += V::kTileTokens)
       multiply_block<V::kTileTokens>(w, x.token(t), y + t * y_stride, y_stride, block);
-    // A few tokens that decode together.
-    if constexpr (V::kTileTokens > 4)
-      for (; t + 4 <= num_tokens; t += 4) multiply_block<4>(w, x.token(t), y + t * y_stride, y_stride, block);
-    if constexpr (V::kTileTokens > 2)
-      for (; t + 2 <= num_tokens; t += 2) multiply_block<2>(w, x.token(t), y + t * y_stride, y_stride, block);
-    for (; t < num_tokens; ++t) multiply_block<1>(w, x.token(t), y + t * y_stride, y_stride, block);
+    if (t < num_tokens)
+      multiply_few<V::kTileTokens - 1>(num_tokens - t, w, x.token(t), y + t * y_stride, y_stride, block);
   }
 }
 
@@ -302,11 +325,13 @@ inline V::F apply(Nonlinearity kind, V::F x) {
   return V::load(lanes);
 }
 
-void activate(Nonlinearity kind, const float* gate, const float* up, int size, float* out) {
-  for (int i = 0; i < size; i += V::kLanes) {
-    const V::F value = gate ? apply(kind, V::load(gate + i)) * V::load(up + i) : apply(kind, V::load(up + i));
-    V::store(out + i, value);
-  }
+void activate(Nonlinearity kind, const float* gate, const float* up, int size, int num_tokens, float* out,
+              size_t out_stride) {
+  for (int t = 0; t < num_tokens; ++t, up += size, out += out_stride)
+    for (int i = 0; i < size; i += V::kLanes) {
+      const float* gates = gate ? gate + size_t(t) * size + i : nullptr;
+      V::store(out + i, gates ? apply(kind, V::load(gates)) * V::load(up + i) : apply(kind, V::load(up + i)));
+    }
 }
 
 #include "kernels_attention.h"
@@ -360,5 +385,5 @@ uint64_t read_sum(const uint64_t* words, size_t num_words) {
   return total;
 }
 
-const Kernels kTable = {V::kName, false,  quantize, multiply, screen, rms_norm, layer_norm, activate,
-                        largest,  attend, combine,  rotate,   add,    to_half,  read_sum};
+const Kernels kTable = {V::kName, false,   quantize, measure, multiply, screen, rms_norm, layer_norm,
+                        activate, largest, attend,   combine, rotate,   add,    to_half,  read_sum};

@@ -8,8 +8,18 @@
 
 namespace coreinfer {
 
-void multiply_share(const Kernels& kernels, std::initializer_list<Job> jobs, const Activations& x, int num_tokens,
-                    size_t y_stride, int thread, Threads& threads) {
+void multiply(const Kernels& kernels, const Matrix& w, const Batch& batch, float* y, size_t y_stride, int begin,
+              int end) {
+  const int num_fast = batch.num_fast();
+  // Where all are rounded alike, they need not be told apart.
+  const int num_first = batch.x.bf16 ? num_fast : batch.num_tokens;
+  if (num_first > 0) kernels.multiply(w, batch.x, num_first, y, y_stride, begin, end);
+  if (num_first < batch.num_tokens)
+    kernels.multiply(w, batch.token(num_first), batch.num_exact, y + num_first * y_stride, y_stride, begin, end);
+}
+
+void multiply_share(const Kernels& kernels, std::initializer_list<Job> jobs, const Batch& batch, size_t y_stride,
+                    int thread, Threads& threads) {
   int num_blocks = 0;
   for (const Job& job : jobs) num_blocks += job.weight->num_blocks();
   const auto work = [&](int part_begin, int part_end) {
@@ -17,7 +27,7 @@ void multiply_share(const Kernels& kernels, std::initializer_list<Job> jobs, con
     for (const Job& job : jobs) {
       const int count = job.weight->num_blocks();
       const int begin = std::max(part_begin - first, 0), end = std::min(part_end - first, count);
-      if (begin < end) kernels.multiply(*job.weight, x, num_tokens, job.y, y_stride, begin, end);
+      if (begin < end) multiply(kernels, *job.weight, batch, job.y, y_stride, begin, end);
       first += count;
     }
   };
@@ -56,7 +66,7 @@ void embed(const ModelWeights& weights, const Kernels& kernels, int32_t id, int 
   } else {
     std::fill(scratch.values, scratch.values + scratch.stride, 0.0f);
     unpack_row(weights.embedding, id, scratch.values);
-    kernels.quantize(scratch, scratch.stride);
+    kernels.quantize(scratch, scratch.stride, 1);
     kernels.multiply(weights.project_in, scratch, 1, x, 0, 0, weights.project_in.num_blocks());
   }
   if (weights.embedding_scale != 1.0f)
@@ -83,7 +93,7 @@ void prepare_inputs(const ModelWeights& weights, const Kernels& kernels, const N
     std::memcpy(out.values, x, sizeof(float) * weights.hidden);
   const int padded = round_up(weights.hidden, kGroup);
   std::fill(out.values + weights.hidden, out.values + padded, 0.0f);
-  kernels.quantize(out, padded);
+  kernels.quantize(out, padded, 1);
 }
 
 void finish_sublayer(const ModelWeights& weights, const Kernels& kernels, const SublayerNorms& norms, const float* bias,
@@ -131,15 +141,29 @@ const float* angles_of(const ModelWeights& weights, const AttentionWeights& atte
   return attention.rope < 0 ? nullptr : angles + attention.rope * weights.head_dim;
 }
 
+namespace {
+
+void quantize(const Kernels& kernels, const Batch& batch, int first, int size) {
+  const int num_first = batch.x.bf16 ? batch.num_fast() : batch.num_tokens;
+  if (num_first > 0) kernels.quantize(batch.x.from(first), size, num_first);
+  if (num_first < batch.num_tokens) kernels.quantize(batch.token(num_first).from(first), size, batch.num_exact);
+}
+
+}  // namespace
+
 void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const FfnWeights& ffn, int begin, int end,
-                    float* gate, float* up, const Activations& out) {
-  const int first = begin * kUnit, last = std::min(end * kUnit, ffn.num_neurons());
-  if (ffn.up.bias) kernels.add(up, ffn.up.bias + first, last - first);
-  if (ffn.gate.bias) kernels.add(gate, ffn.gate.bias + first, last - first);
-  float* values = out.values + first;
-  kernels.activate(weights.nonlinearity, ffn.gate.weight.empty() ? nullptr : gate, up, (end - begin) * kUnit, values);
-  std::fill(out.values + last, out.values + end * kUnit, 0.0f);
-  kernels.quantize(out.from(first), (end - begin) * kUnit);
+                    float* gate, float* up, const Batch& out) {
+  const int num_tokens = out.num_tokens, first = begin * kUnit, size = (end - begin) * kUnit;
+  const int last = std::min(end * kUnit, ffn.num_neurons());
+  for (int t = 0; t < num_tokens; ++t) {
+    if (ffn.up.bias) kernels.add(up + size_t(t) * size, ffn.up.bias + first, last - first);
+    if (ffn.gate.bias) kernels.add(gate + size_t(t) * size, ffn.gate.bias + first, last - first);
+  }
+  kernels.activate(weights.nonlinearity, ffn.gate.weight.empty() ? nullptr : gate, up, size, num_tokens,
+                   out.x.values + first, out.x.stride);
+  if (last < end * kUnit)
+    for (int t = 0; t < num_tokens; ++t) std::fill(out.token(t).values + last, out.token(t).values + end * kUnit, 0.0f);
+  quantize(kernels, out, first, size);
 }
 
 void ActivationBuffer::resize(int num_tokens, int size, bool bf16) {

@@ -17,8 +17,23 @@ struct Job {  // rows of one matrix into y, as one of several matrices with the 
   const Matrix* weight;
   float* y;
 };
-void multiply_share(const Kernels& kernels, std::initializer_list<Job> jobs, const Activations& x, int num_tokens,
-                    size_t y_stride, int thread, Threads& threads);
+struct Batch {  // tokens that are multiplied together
+  Activations x;
+  int num_tokens;
+  int num_exact;  // at the end, rounded to codes as a single token is, whatever the others are rounded to
+  int num_fast() const { return num_tokens - num_exact; }
+  Activations token(int t) const { return t < num_fast() ? x.token(t) : in_codes(x.token(t)); }
+  // Inputs that are rounded to codes.
+  static Activations in_codes(Activations x) {
+    x.bf16 = nullptr;
+    return x;
+  }
+};
+// The blocks [begin, end) of rows of a product.
+void multiply(const Kernels& kernels, const Matrix& w, const Batch& batch, float* y, size_t y_stride, int begin,
+              int end);
+void multiply_share(const Kernels& kernels, std::initializer_list<Job> jobs, const Batch& batch, size_t y_stride,
+                    int thread, Threads& threads);
 inline void prefetch_bytes(const void* start, size_t size) {
   for (size_t offset = 0; offset < size; offset += 64) __builtin_prefetch(static_cast<const char*>(start) + offset);
 }
@@ -44,9 +59,10 @@ void prepare_heads(const ModelWeights& weights, const Kernels& kernels, const Li
 // head_dim / 2 cosines, then as many sines, for each rotary table.
 void fill_angles(const ModelWeights& weights, int position, float* angles);
 const float* angles_of(const ModelWeights& weights, const AttentionWeights& attention, const float* angles);
-// act(gate) * up for units [begin, end) of one token; what lies beyond the last neuron becomes 0.
+// act(gate) * up for units [begin, end), rounded; `gate` and `up` are (tokens, neurons of these units). What lies beyond
+// the last neuron becomes 0.
 void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const FfnWeights& ffn, int begin, int end,
-                    float* gate, float* up, const Activations& out);
+                    float* gate, float* up, const Batch& out);
 inline int first_position(const AttentionWeights& attention, int position) {
   return attention.window > 0 && position >= attention.window ? position - attention.window + 1 : 0;
 }

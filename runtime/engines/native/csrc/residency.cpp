@@ -94,12 +94,11 @@ void LimitedPass::finish() {
   residency.store.end_pass();
 }
 
-void multiply_head(Decoder& decoder, const Activations& x, int num_tokens, float* logits, int thread) {
+void multiply_head(Decoder& decoder, const Batch& batch, float* logits, int thread) {
   const Matrix& head = decoder.weights.head;
   const size_t stride = round_up(decoder.weights.vocab, kBlockRows);
   PageWindow* window = decoder.residency ? decoder.residency->head_lows.get() : nullptr;
-  if (!window)
-    return multiply_share(decoder.kernels, {{&head, logits}}, x, num_tokens, stride, thread, decoder.threads);
+  if (!window) return multiply_share(decoder.kernels, {{&head, logits}}, batch, stride, thread, decoder.threads);
   const int step = window->blocks_at_once(), num_blocks = head.num_blocks();
   for (int begin = 0; begin < num_blocks; begin += step) {
     const int end = std::min(begin + step, num_blocks);
@@ -109,8 +108,7 @@ void multiply_head(Decoder& decoder, const Activations& x, int num_tokens, float
     }
     decoder.threads.barrier(thread);
     const Matrix part = head.rows_from(begin, end);
-    multiply_share(decoder.kernels, {{&part, logits + begin * kBlockRows}}, x, num_tokens, stride, thread,
-                   decoder.threads);
+    multiply_share(decoder.kernels, {{&part, logits + begin * kBlockRows}}, batch, stride, thread, decoder.threads);
     decoder.threads.barrier(thread);
     if (thread == 0) window->let_go(begin, end);
   }

@@ -10,6 +10,8 @@
 
 namespace coreinfer {
 
+struct Batch;
+
 struct Residency {
   explicit Residency(size_t layer_bytes) : store(layer_bytes) {}
 
@@ -80,6 +82,6 @@ class LentLayer {
 };
 
 // Logits of some tokens by the whole head, piece by piece where its low halves are not all in memory.
-void multiply_head(Decoder& decoder, const Activations& x, int num_tokens, float* logits, int thread);
+void multiply_head(Decoder& decoder, const Batch& batch, float* logits, int thread);
 
 }  // namespace coreinfer

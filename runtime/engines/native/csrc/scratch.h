@@ -48,13 +48,13 @@ struct TokenScratch {
 
 struct BlockScratch {
   struct PerThread {
-    Buffer<float> gate, up, angles;
+    Buffer<float> gate, up;
     Buffer<float> heads, maxima, sums;  // of one key-value head's queries, for each part of the positions
     std::vector<AttentionPart> parts;
     ActivationBuffer inputs;
   };
   std::vector<PerThread> threads;
-  Buffer<float> residual, qkv, sublayer_out;
+  Buffer<float> angles, residual, qkv, sublayer_out;
   ActivationBuffer inputs, neurons;
 };
 

@@ -62,13 +62,14 @@ class TokenPass {
     }
     prepare_inputs(weights_, kernels_, weights_.final_norm, x_, inputs_);
     if (!weights_.project_out.empty()) project_out();
+    if (screened) kernels_.measure(inputs_, inputs_.stride);
     compute_head(decoder_, inputs_, thread_, screened, logits);
   }
 
  private:
   // One phase; `next` is what the phase after it reads first.
   void multiply(std::initializer_list<Job> jobs, const Activations& x, const Matrices& next) {
-    multiply_share(kernels_, jobs, x, 1, 0, thread_, decoder_.threads);
+    multiply_share(kernels_, jobs, {x, 1, 0}, 0, thread_, decoder_.threads);
     prefetch_share(next, thread_, num_threads_);
     decoder_.threads.barrier(thread_);
   }
@@ -89,7 +90,7 @@ class TokenPass {
     prepare_inputs(weights_, kernels_, weights.attention_norms.before, x_, inputs_);
     multiply_share(
         kernels_, {{&attention.query.weight, query_}, {&attention.key.weight, key_}, {&attention.value.weight, value_}},
-        inputs_, 1, 0, thread_, decoder_.threads);
+        {inputs_, 1, 0}, 0, thread_, decoder_.threads);
     const Range positions = attention_share(attention, position_, thread_, num_threads_);
     prefetch_cache(layer, positions);
     decoder_.threads.barrier(thread_);
@@ -150,7 +151,7 @@ class TokenPass {
     const int size = weights_.query_size(), padded = round_up(size, kGroup);
     kernels_.combine(shared_.parts.data(), num_threads_, weights_.num_heads, weights_.head_dim, inputs_.values);
     std::fill(inputs_.values + size, inputs_.values + padded, 0.0f);
-    kernels_.quantize(inputs_, padded);
+    kernels_.quantize(inputs_, padded, 1);
   }
 
   void ffn(const Layer& weights, const FfnWeights& ffn, const Matrices& next) {
@@ -162,7 +163,7 @@ class TokenPass {
       if (!ffn.gate.weight.empty()) kernels_.multiply(ffn.gate.weight, inputs_, 1, gate, 0, begin, end);
       kernels_.multiply(ffn.up.weight, inputs_, 1, up, 0, begin, end);
       finish_neurons(weights_, kernels_, ffn, first, last, gate + first * kUnit, up + first * kUnit,
-                     shared_.neurons.view);
+                     {shared_.neurons.view, 1, 0});
     };
     decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, work,
                           [&](int first) { prefetch_block(*first_of(ffn), first * 2, kPartPrefetchBytes); });
@@ -184,7 +185,7 @@ class TokenPass {
     const int size = weights_.project_out.rows, padded = round_up(size, kGroup);
     std::memcpy(inputs_.values, out, sizeof(float) * size);
     std::fill(inputs_.values + size, inputs_.values + padded, 0.0f);
-    kernels_.quantize(inputs_, padded);
+    kernels_.quantize(inputs_, padded, 1);
   }
 
   Decoder& decoder_;

@@ -1,0 +1,133 @@
+"""A chosen model as one GGUF file, written tensor by tensor."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles.formats import GROUP_SIZE
+from coreinfer.compiler.models.gguf.names import LAYOUTS, TensorLayout, file_name, paired_rows
+from coreinfer.compiler.models.gguf.rope import ROPE_FACTORS
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from .blocks import block_bytes, block_type, encode
+from .chosen import ChosenModel
+from .gguf_header import architecture_for, header_fields, rope_factors
+from .gguf_vocabulary import vocabulary_fields
+from .parameters import Parameter, list_parameters
+
+__all__ = ["GgufExport", "write_gguf"]
+
+_LAYER = re.compile(r"blk\.\d+\.")
+_FILE_TYPES = {"int4": 3, "int8": 7, "bf16": 32}
+"""general.file_type, by the format of the FFN: mostly Q4_1, Q8_0, BF16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufExport:
+    """What was written.
+
+    Attributes:
+        types: ggml's name of a type -> number of tensors.
+        padding_bytes: bytes of neurons that are all zeros, for an architecture or a block size.
+    """
+
+    architecture: str
+    types: dict[str, int]
+    num_bytes: int
+    padding_bytes: int
+
+
+def write_gguf(path: Path, chosen: ChosenModel) -> GgufExport:
+    """Write a model.
+
+    Raises:
+        UnsupportedModelError: llama.cpp cannot compute it, or its tokenizer.
+        OSError: the file cannot be written.
+    """
+    architecture = architecture_for(chosen)
+    widths = _widths(chosen, architecture)
+    fields = {**_general_fields(chosen), **header_fields(chosen, architecture, widths), **vocabulary_fields(chosen)}
+    parameters, factors = list_parameters(chosen, widths), rope_factors(chosen)
+    writer = GGUFWriter(path, architecture)
+    _add_fields(writer, fields)
+    layout = LAYOUTS[architecture]
+    if factors is not None:
+        writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    for parameter in parameters:
+        name, kind = file_name(parameter.name, layout), block_type(parameter)
+        dtype = np.dtype(np.float32)
+        writer.add_tensor_info(name, parameter.padded, dtype, block_bytes(parameter), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for values in _values(parameters, layout, chosen.config, factors):
+        writer.write_tensor_data(values)
+    writer.close()
+    return _summary(path, architecture, parameters)
+
+
+def _widths(chosen: ChosenModel, architecture: str) -> list[int]:
+    """Widths in the file: whole blocks, as the down projection's rows need them, and one for all where it must be."""
+    widths = [width if _is_plain(chosen) else -(-width // GROUP_SIZE) * GROUP_SIZE for width in chosen.widths]
+    return widths if architecture == "deci" else [max(widths)] * len(widths)
+
+
+def _is_plain(chosen: ChosenModel) -> bool:
+    return chosen.bundle.manifest.quantization["ffn"].format == "bf16"
+
+
+def _values(
+    parameters: Sequence[Parameter],
+    layout: TensorLayout,
+    config: Mapping[str, Any],
+    factors: npt.NDArray[np.float32] | None,
+) -> Iterator[npt.NDArray[Any]]:
+    if factors is not None:
+        yield factors
+    for parameter in parameters:
+        stem = _LAYER.sub("", file_name(parameter.name, layout)).rpartition(".")[0]
+        is_paired = stem in layout.paired
+        rows = paired_rows(parameter.shape[0], int(config[layout.paired[stem]])) if is_paired else None
+        offset = layout.norm_offset if stem in (*layout.norms, "output_norm") else 0.0
+        yield encode(parameter, rows, offset)
+
+
+def _general_fields(chosen: ChosenModel) -> dict[str, Any]:
+    manifest = chosen.bundle.manifest
+    return {
+        "general.type": "model",
+        "general.name": chosen.title,
+        "general.description": f"exported by coreinfer from a bundle of {manifest.model.name}",
+        "general.quantization_version": 2,
+        "general.file_type": _FILE_TYPES[manifest.quantization["ffn"].format],
+    }
+
+
+def _add_fields(writer: GGUFWriter, fields: Mapping[str, Any]) -> None:
+    """Add keys by the type of their values."""
+    for key, value in fields.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+
+
+def _summary(path: Path, architecture: str, parameters: Sequence[Parameter]) -> GgufExport:
+    types: dict[str, int] = {}
+    padding = 0
+    for parameter in parameters:
+        kind: GGMLQuantizationType = block_type(parameter)
+        types[kind.name] = types.get(kind.name, 0) + 1
+        num_bytes, whole = block_bytes(parameter), int(np.prod(parameter.padded, dtype=np.int64))
+        padding += num_bytes - num_bytes * int(np.prod(parameter.shape, dtype=np.int64)) // whole
+    return GgufExport(architecture=architecture, types=types, num_bytes=path.stat().st_size, padding_bytes=padding)

@@ -1,0 +1,175 @@
+"""What a GGUF file states of a model: the keys that llama.cpp reads, and refusals of what they cannot say."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles import UnsupportedModelError
+
+from .chosen import ChosenModel
+
+__all__ = ["architecture_for", "header_fields", "rope_factors"]
+
+_LAYERWISE = "deci"
+"""The one architecture of llama.cpp that is Llama, with biases where a file has them, and reads a width per layer."""
+_ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3"}
+_LAYERWISE_FAMILIES = ("llama", "qwen2")
+_ACTIVATIONS = {"gemma3": "gelu_pytorch_tanh"}
+_SWIGLU = "silu"
+_SLIDING_PATTERN = 6
+"""Of gemma3 where a file does not say."""
+
+
+def architecture_for(chosen: ChosenModel) -> str:
+    """Choose the architecture that a model is written as.
+
+    Raises:
+        UnsupportedModelError: llama.cpp has none that computes this model.
+    """
+    family, activation = chosen.family.name, chosen.bundle.manifest.model.activation
+    if family not in _ARCHITECTURES:
+        raise _refusal(f"llama.cpp has no architecture for the family {family}; use --to hf")
+    if activation != _ACTIVATIONS.get(family, _SWIGLU):
+        raise _refusal(f"llama.cpp's {family} has no activation {activation!r}; use --to hf")
+    if len(set(chosen.widths)) > 1 and family in _LAYERWISE_FAMILIES:
+        return _LAYERWISE
+    return _ARCHITECTURES[family]
+
+
+def header_fields(chosen: ChosenModel, architecture: str, widths: Sequence[int]) -> dict[str, Any]:
+    """Return the keys of the model's shape, with the architecture's prefix.
+
+    Raises:
+        UnsupportedModelError: the config asks for something that llama.cpp does not compute in this architecture.
+    """
+    model, config = chosen.bundle.manifest.model, chosen.config
+    fields: dict[str, Any] = {
+        "block_count": model.num_layers,
+        "context_length": _context(chosen),
+        "embedding_length": model.hidden_size,
+        "feed_forward_length": list(widths) if architecture == _LAYERWISE else widths[0],
+        "attention.head_count": model.num_heads,
+        "attention.head_count_kv": model.num_kv_heads,
+        "attention.key_length": model.head_dim,
+        "attention.value_length": model.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "rope.dimension_count": model.head_dim,
+        "vocab_size": model.vocab_size,
+    }
+    fields |= _gemma3(chosen) if chosen.family.name == "gemma3" else _plain_attention(chosen)
+    return {f"{architecture}.{key}": value for key, value in fields.items()}
+
+
+def _context(chosen: ChosenModel) -> int:
+    """Positions; of a window that llama.cpp's llama does not have, only as many as it spans: up to there all agree."""
+    positions, window = chosen.bundle.manifest.model.max_positions, chosen.config.get("sliding_window")
+    if window and chosen.config.get("model_type") == "mistral":
+        return min(positions, int(window))
+    return positions
+
+
+def _plain_attention(chosen: ChosenModel) -> dict[str, Any]:
+    config = chosen.config
+    if "sliding_attention" in (config.get("layer_types") or []):
+        raise _refusal(f"llama.cpp's {chosen.family.name} has no sliding window; use --to hf")
+    if chosen.family.name == "qwen3" and config.get("attention_bias"):
+        raise _refusal("llama.cpp's qwen3 has no attention biases; use --to hf")
+    return _rope(config["rope_parameters"], chosen)
+
+
+def _gemma3(chosen: ChosenModel) -> dict[str, Any]:
+    config, model = chosen.config, chosen.bundle.manifest.model
+    scale_is_known = config["query_pre_attn_scalar"] == (
+        model.hidden_size // model.num_heads if model.num_layers == 62 else model.head_dim
+    )
+    if not scale_is_known or config.get("attn_logit_softcapping") or config.get("attention_bias"):
+        raise _refusal(
+            "llama.cpp's gemma3 has its own scale of attention, no soft cap of it and no biases, and this model's "
+            "config differs; use --to hf"
+        )
+    fields = _rope(config["rope_parameters"]["full_attention"], chosen)
+    if config.get("final_logit_softcapping"):
+        fields["final_logit_softcapping"] = float(config["final_logit_softcapping"])
+    slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+    if any(slides):
+        sliding = config["rope_parameters"]["sliding_attention"]
+        if sliding.get("rope_type", "default") != "default":
+            raise _refusal("llama.cpp's gemma3 does not scale positions of sliding layers; use --to hf")
+        fields |= {
+            "attention.sliding_window": int(config["sliding_window"]),
+            "rope.freq_base_swa": float(sliding["rope_theta"]),
+        }
+        if slides != [(layer + 1) % _SLIDING_PATTERN != 0 for layer in range(len(slides))]:
+            fields["attention.sliding_window_pattern"] = slides
+    return fields
+
+
+def _rope(rope: Mapping[str, Any], chosen: ChosenModel) -> dict[str, Any]:
+    kind = rope.get("rope_type", "default")
+    fields: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"])}
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise _refusal("rotation of a part of each head is not exported; use --to hf")
+    if kind == "linear":
+        fields |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    elif kind == "yarn":
+        if not _is_plain_yarn(rope):
+            raise _refusal("YaRN with parameters other than factor and original length is not exported; use --to hf")
+        fields |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(rope["factor"]),
+            "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
+        }
+    elif kind not in _FACTORS and kind != "default":
+        raise _refusal(f"positions scaled by {kind!r} are not exported; use --to hf")
+    elif kind in _FACTORS and chosen.family.name != "llama":
+        raise _refusal(f"llama.cpp's {chosen.family.name} has no positions scaled by {kind!r}; use --to hf")
+    return fields
+
+
+def _is_plain_yarn(rope: Mapping[str, Any]) -> bool:
+    usual = 0.1 * math.log(float(rope["factor"])) + 1.0
+    stated = rope.get("attention_factor")
+    return (
+        (stated is None or math.isclose(float(stated), usual, rel_tol=1e-6))
+        and rope.get("beta_fast") in (None, 32)
+        and rope.get("beta_slow") in (None, 1)
+        and rope.get("mscale") == rope.get("mscale_all_dim") is None
+    )
+
+
+def rope_factors(chosen: ChosenModel) -> npt.NDArray[np.float32] | None:
+    """Return (head_dim / 2,) what llama.cpp divides the inverse frequencies by; None where a key says it all.
+
+    Raises:
+        UnsupportedModelError: long and short texts have factors of their own.
+    """
+    rope = chosen.config.get("rope_parameters") or {}
+    factors = _FACTORS.get(rope.get("rope_type", "default"))
+    return None if factors is None else factors(rope, chosen.bundle.manifest.model.head_dim)
+
+
+def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> npt.NDArray[np.float32]:
+    """Llama 3.1's: long waves by `factor`, short ones not, a blend in between (as transformers computes it)."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    turns = rope["original_max_position_embeddings"] / (2 * np.pi * np.float32(rope["rope_theta"]) ** exponents)
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return np.asarray(1 / (blend + (1 - blend) / float(rope["factor"])), dtype=np.float32)
+
+
+def _longrope_factors(rope: Mapping[str, Any], head_dim: int) -> npt.NDArray[np.float32]:
+    if rope["short_factor"] != rope["long_factor"] or rope.get("attention_factor") != 1.0:
+        raise _refusal("LongRoPE with factors of its own for long texts is not exported; use --to hf")
+    return np.asarray(rope["short_factor"], dtype=np.float32)
+
+
+_FACTORS: Mapping[str, Callable[[Mapping[str, Any], int], npt.NDArray[np.float32]]] = {
+    "llama3": _llama3_factors,
+    "longrope": _longrope_factors,
+}
+
+
+def _refusal(reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"--to gguf: {reason}")

@@ -1,0 +1,79 @@
+"""What llama.cpp's converters call the tensors of a model, and what they do to their values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["LAYOUTS", "LINEARS", "SHARED", "TensorLayout", "file_name", "paired_rows"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorLayout:
+    """How an architecture names and stores what transformers has.
+
+    Attributes:
+        norms: names of a layer's norms in the file -> in the model.
+        paired: name in the file, without layer, of matrices in which rotated pairs of rows lie side by side -> field of
+            the config that counts their heads.
+        norm_offset: what is added to every norm.
+    """
+
+    norms: Mapping[str, str]
+    paired: Mapping[str, str] = field(default_factory=dict)
+    norm_offset: float = 0.0
+
+
+SHARED = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+LINEARS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TWO_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_GEMMA_NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+    **_HEAD_NORMS,
+}
+_LLAMA = TensorLayout(norms=_TWO_NORMS, paired={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"})
+LAYOUTS = {
+    "llama": _LLAMA,
+    # Llama with widths of its own in each layer.
+    "deci": _LLAMA,
+    "qwen2": TensorLayout(norms=_TWO_NORMS),
+    "qwen3": TensorLayout(norms={**_TWO_NORMS, **_HEAD_NORMS}),
+    "gemma3": TensorLayout(norms=_GEMMA_NORMS, norm_offset=1.0),
+}
+
+
+def file_name(parameter: str, layout: TensorLayout) -> str:
+    """Name in the file of a parameter of the model."""
+    stem, _, kind = parameter.rpartition(".")
+    shared = {ours: theirs for theirs, ours in SHARED.items()}
+    if stem in shared:
+        return f"{shared[stem]}.{kind}"
+    per_layer = {ours: theirs for theirs, ours in {**LINEARS, **layout.norms}.items()}
+    layer, _, inner = stem.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{per_layer[inner]}.{kind}"
+
+
+def paired_rows(num_rows: int, num_heads: int) -> npt.NDArray[Any]:
+    """Return (rows,) which row of the model is at each row of the file, where rotated pairs lie side by side.
+
+    transformers has the halves of a head apart.
+    """
+    return np.arange(num_rows).reshape(num_heads, 2, num_rows // num_heads // 2).swapaxes(1, 2).reshape(-1)

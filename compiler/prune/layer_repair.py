@@ -1,0 +1,156 @@
+"""One layer of one assignment: what its repair is asked for, and its result in the cache."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from coreinfer.compiler.budget import moment_bytes
+from coreinfer.compiler.cache import Cache
+from coreinfer.compiler.config import CompileConfig
+from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.quantize.rounding import Rounding
+from coreinfer.compiler.text.corpus import Document
+
+from .layer_results import LayerResult, arrays_of, results_of
+from .narrow import Assignment, bf16_bits
+from .repair import CLUSTER_WEIGHTS, RIDGES, LayerTokens, MixedMoments, Repaired, RepairTask, repair_layer
+from .select import Choice
+from .sums import Sums
+
+__all__ = [
+    "NarrowInputs",
+    "Results",
+    "RepairRows",
+    "find_results",
+    "own_result",
+    "repair_assignment",
+    "store_results",
+]
+
+Results = dict[str, LayerResult]
+"""Assignment name -> one layer's result."""
+
+
+class RepairRows(Protocol):
+    """Rows of each cluster's tokens, among those of a layer."""
+
+    @property
+    def calibration(self) -> Sequence[torch.Tensor]:
+        """Those that moments are summed over."""
+
+    @property
+    def validation(self) -> Sequence[torch.Tensor]:
+        """Those that candidates are compared on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NarrowInputs:
+    """What the narrow models are made from.
+
+    Attributes:
+        calibration, validation: documents; the assignments say which cluster each belongs to.
+        assignments: the clusters first, then the controls.
+        choices: assignment name -> scores, and the neurons that the scores alone would keep.
+        budgets: budgets[assignment name][cluster][layer], how many neurons are kept.
+        metrics: (layers, hidden size, hidden size) what errors in the FFN outputs cost.
+        sums: where sums over the text are kept while the same text is narrowed again; None to sum each time.
+        rounding: how matrices will be stored, so that a layer makes up for the rounding of those before it too; None
+            to leave it out of account.
+    """
+
+    config: CompileConfig
+    loaded: LoadedModel
+    calibration: Sequence[Document]
+    validation: Sequence[Document]
+    assignments: Sequence[Assignment]
+    choices: dict[str, Choice]
+    budgets: Mapping[str, Sequence[Sequence[int]]]
+    metrics: torch.Tensor
+    sums: Sums | None = None
+    rounding: Rounding | None = None
+
+
+def find_results(inputs: NarrowInputs, cache: Cache, key: str) -> Results | None:
+    """Look up a layer's results."""
+    arrays = cache.find_arrays(key)
+    return None if arrays is None else results_of(arrays, [item.name for item in inputs.assignments])
+
+
+def store_results(cache: Cache, key: str, results: Results) -> Results:
+    """Keep a layer's results, which are then read from their file."""
+    arrays = cache.arrays(key, partial(arrays_of, results))
+    return results_of(arrays, list(results))
+
+
+def repair_assignment(
+    inputs: NarrowInputs,
+    layer: int,
+    name: str,
+    rows: RepairRows,
+    tokens: LayerTokens,
+    clusters: LayerResult | None,
+    moments: Iterable[MixedMoments] | None = None,
+) -> LayerResult:
+    """Narrow one layer for one assignment; a control goes by what the clusters chose for themselves.
+
+    Args:
+        rows: of the assignment's clusters, among the tokens.
+        clusters: the clusters' result, for a control.
+        moments: of `repair_layer`.
+    """
+    config = inputs.config
+    keeps = [budgets[layer] for budgets in inputs.budgets[name]]
+    if min(keeps) == inputs.loaded.record.ffn_dim:
+        return own_result(inputs, name, layer)
+    module = inputs.loaded.projection(layer, "down")
+    chosen = RIDGES if (ridge := config.effective_ridge) == "auto" else (float(ridge),)
+    # A repair that other text rejects is not shipped.
+    ridges: tuple[float | None, ...] = (*chosen, None)
+    cluster_weights = _repair_weights(config)
+    if clusters is not None:
+        # Asked to choose for themselves, controls chose the same ridge in nearly every layer (docs/dev/log.md).
+        ridges, cluster_weights = (clusters.ridge,), (clusters.cluster_weight,)
+    by_scores = [layers[layer] for layers in inputs.choices[name].neuron_ids]
+    task = RepairTask(
+        calibration=rows.calibration,
+        validation=rows.validation,
+        weights=module.weight.detach().float().T.contiguous(),
+        bias=None if module.bias is None else module.bias.detach().float(),
+        metric=inputs.metrics[layer].to(inputs.loaded.device),
+        keeps=keeps,
+        neuron_ids=None if config.effective_removal == "second-order" else by_scores,
+        cluster_weights=cluster_weights,
+        ridges=ridges,
+        moment_bytes=moment_bytes(config),
+    )
+    return _result(repair_layer(tokens, task, moments), has_bias=module.bias is not None)
+
+
+def _repair_weights(config: CompileConfig) -> tuple[float, ...]:
+    """Candidates: moments of one cluster alone are too few for a repair, for every kind of score."""
+    if config.chooses_cluster_weight:
+        return CLUSTER_WEIGHTS
+    given = config.cluster_weight
+    return CLUSTER_WEIGHTS[:1] if given is None or given == "auto" else (given,)
+
+
+def _result(repaired: Repaired, *, has_bias: bool) -> LayerResult:
+    solutions = repaired.solutions if repaired.ridge is not None else []
+    return LayerResult(
+        neuron_ids=tuple(repaired.neuron_ids),
+        ridge=repaired.ridge,
+        cluster_weight=repaired.cluster_weight,
+        downs=tuple(bf16_bits(down) for down, _ in solutions),
+        biases=tuple(bias.cpu().numpy() for _, bias in solutions) if has_bias else (),
+    )
+
+
+def own_result(inputs: NarrowInputs, name: str, layer: int) -> LayerResult:
+    """A layer that keeps its own weights, and the neurons that the scores choose."""
+    return LayerResult(
+        neuron_ids=tuple(layers[layer] for layers in inputs.choices[name].neuron_ids),
+        ridge=None,
+        cluster_weight=_repair_weights(inputs.config)[0],
+    )

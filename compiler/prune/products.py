@@ -1,0 +1,79 @@
+"""Sums of products over tokens, which removal and repair of neurons go by.
+
+Of bfloat16 on a CPU they come from this package's own kernels: torch multiplies bfloat16 to bfloat16 only, and would
+have to turn everything into float32 first.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from . import _products
+
+__all__ = ["add_products", "gram_matrix", "mirror"]
+
+_TOKEN_CHUNK = 8192
+_COLUMN_BLOCKS = 6
+_MAX_THREADS = 256
+
+
+def gram_matrix(activations: torch.Tensor) -> torch.Tensor:
+    """Sum h h^T over tokens in float32.
+
+    Args:
+        activations: (tokens, n) of any float dtype.
+    Returns:
+        (n, n) float32.
+    """
+    num_columns = activations.shape[1]
+    gram = torch.zeros((num_columns, num_columns), dtype=torch.float32, device=activations.device)
+    cross = gram.new_zeros((num_columns, 0))
+    rows = torch.arange(len(activations), device=activations.device)
+    add_products(gram, cross, activations, activations[:, :0].contiguous(), rows)
+    mirror(gram)
+    return gram
+
+
+def add_products(
+    gram: torch.Tensor, cross: torch.Tensor, activations: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor
+) -> None:
+    """Add sums of h h^T, on and above the diagonal only, and of h y^T over some tokens.
+
+    Args:
+        gram: (n, n) float32; what is below the diagonal is of no use until `mirror`.
+        cross: (n, m) float32.
+        activations: (tokens, n), h.
+        targets: (tokens, m), y, of the same dtype.
+        rows: (chosen tokens,) int64.
+    """
+    if activations.dtype == torch.bfloat16 and activations.device.type == "cpu":
+        num_threads = min(_MAX_THREADS, torch.get_num_threads())
+        _products.add_products(
+            gram.numpy(), cross.numpy(), _bits(activations), _bits(targets), rows.numpy(), num_threads=num_threads
+        )
+        return
+    # Some at a time: a copy of all rows would be as large as the activations themselves.
+    for part in rows.split(_TOKEN_CHUNK):
+        values = activations[part].float()
+        _add_upper(gram, values)
+        cross.addmm_(values.T, targets[part].float())
+
+
+def _bits(values: torch.Tensor) -> npt.NDArray[np.uint16]:
+    """Bits of a bfloat16 tensor on the CPU, in place where it is contiguous."""
+    bits: npt.NDArray[np.uint16] = values.contiguous().view(torch.int16).numpy().view(np.uint16)
+    return bits
+
+
+def _add_upper(gram: torch.Tensor, values: torch.Tensor) -> None:
+    """Add (tokens, n) float32 values' products to the blocks on and above the diagonal."""
+    num_columns = values.shape[1]
+    step = max(64, -(-num_columns // _COLUMN_BLOCKS))
+    for start in range(0, num_columns, step):
+        gram[start : start + step, start:].addmm_(values[:, start : start + step].T, values[:, start:])
+
+
+def mirror(gram: torch.Tensor) -> None:
+    """Put what is above the diagonal below it as well."""
+    gram.triu_()
+    gram += gram.triu(1).T

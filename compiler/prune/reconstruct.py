@@ -1,0 +1,53 @@
+"""Stages `select` and `reconstruct`: narrow a model's layers for every assignment."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from coreinfer.compiler.cache import Cache, stage_key
+from coreinfer.compiler.progress import Progress
+
+from .apart import narrow_apart
+from .carry import narrow_carried
+from .layer_repair import NarrowInputs, Results, find_results, own_result
+from .layer_results import LayerResult
+from .narrow import NarrowModel
+from .select import Choice
+from .validation import few_validated
+
+__all__ = ["REVISION", "narrow_all"]
+
+REVISION = 3
+"""Part of the packs' keys; one more as soon as the same inputs give other results, if only by rounding."""
+
+
+def narrow_all(inputs: NarrowInputs, cache: Cache, key: str, progress: Progress) -> dict[str, NarrowModel]:
+    """Narrow the model for every assignment; each layer's result is cached as soon as it is computed."""
+    results = _narrow_layers(inputs, cache, key, progress)
+    return {
+        item.name: _collect(inputs, item.name, [layer[item.name] for layer in results]) for item in inputs.assignments
+    }
+
+
+def _narrow_layers(inputs: NarrowInputs, cache: Cache, key: str, progress: Progress) -> list[Results]:
+    layers = range(inputs.loaded.record.num_layers)
+    if not inputs.config.reconstruct:
+        return [{item.name: own_result(inputs, item.name, layer) for item in inputs.assignments} for layer in layers]
+    keys = [stage_key("narrow-layer", upstream=key, layer=layer) for layer in layers]
+    stored = [find_results(inputs, cache, layer_key) for layer_key in keys]
+    if all(stored):
+        return [results for results in stored if results is not None]
+    validation, assignments = few_validated(inputs.validation, inputs.assignments)
+    narrow = narrow_carried if inputs.config.effective_carry else narrow_apart
+    return narrow(replace(inputs, validation=validation, assignments=assignments), cache, keys, progress)
+
+
+def _collect(inputs: NarrowInputs, name: str, layers: Sequence[LayerResult]) -> NarrowModel:
+    scores = inputs.choices[name].scores
+    clusters = range(len(scores))
+    neuron_ids = [[layer.neuron_ids[cluster] for layer in layers] for cluster in clusters]
+    return NarrowModel(
+        choice=Choice(scores=scores, neuron_ids=neuron_ids),
+        downs=[[layer.down(cluster) for cluster in clusters] for layer in layers],
+        biases=[[layer.bias(cluster) for cluster in clusters] for layer in layers],
+        ridges=tuple(layer.ridge for layer in layers),
+    )

@@ -1,0 +1,238 @@
+"""The hidden states of the dense model and of the narrow ones, on their way through the layers.
+
+Each document's first half is read dense, its second half narrow, with the dense first half in its attention. A narrow
+stream has hidden states of second halves only, and computes nothing else: what attention looks at of the first halves
+are keys and values of the dense pass.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from coreinfer.compiler.models.later import Beginning, KeepBeginning
+from coreinfer.compiler.models.layerwise import (
+    Batch,
+    document_starts,
+    goes_on,
+    pick,
+    prepare_batches,
+    run_layer,
+    run_partly,
+)
+from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.text.corpus import Document, split_point
+
+from .narrow import Assignment
+from .repair import LayerTokens
+
+__all__ = ["Part", "Reading", "Stream", "Text", "begin_stream", "begin_text", "move", "read_dense", "read_narrow"]
+
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A batch, and its tokens that are read narrow.
+
+    Attributes:
+        places: (batch, length) bool, where these are.
+        rows: (tokens that are read narrow,) their places in the order of all documents.
+        first_halves: (batch, length) bool, where the other tokens are.
+        first_rows: (other tokens,) their places in the order of all documents.
+    """
+
+    batch: Batch
+    places: torch.Tensor
+    rows: torch.Tensor
+    first_halves: torch.Tensor
+    first_rows: torch.Tensor
+
+    @property
+    def first_place(self) -> int:
+        """The first place of any row that is read narrow."""
+        return int(self.places.any(dim=0).nonzero()[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Documents in batches.
+
+    Attributes:
+        starts: where each document's tokens begin.
+        is_narrow: (tokens,) bool, which are read narrow.
+        parts: the batches.
+    """
+
+    starts: npt.NDArray[np.int64]
+    is_narrow: Bools
+    parts: list[Part]
+
+    def empty_tokens(self, loaded: LoadedModel) -> LayerTokens:
+        """Room for one layer's activations, by far the most that is in memory; layers and streams share it."""
+        num_tokens, dtype = len(self.is_narrow), self.parts[0].batch.hidden.dtype
+        return LayerTokens(
+            activations=torch.empty((num_tokens, loaded.record.ffn_dim), dtype=dtype, device=loaded.device),
+            targets=torch.empty((num_tokens, loaded.record.hidden_size), dtype=dtype, device=loaded.device),
+        )
+
+
+@dataclass(kw_only=True)
+class Stream:
+    """One assignment's narrow model on its way through the layers.
+
+    Attributes:
+        calibration, validation: rows of each cluster's tokens; validation rows are those that are read narrow.
+        narrow: rows of each cluster's tokens that are read narrow.
+        hidden: of each part, (its tokens that are read narrow, hidden size); all others are the dense model's.
+    """
+
+    item: Assignment
+    calibration: list[torch.Tensor]
+    validation: list[torch.Tensor]
+    narrow: list[torch.Tensor]
+    hidden: list[torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a dense pass through a layer leaves of a batch.
+
+    Attributes:
+        entering: (batch, length, hidden size) hidden states before the layer.
+        beginning: of the places before the first that is read narrow; None where the layer has to be run as a whole.
+    """
+
+    entering: torch.Tensor
+    beginning: Beginning | None
+
+    @property
+    def start(self) -> int:
+        """Where narrow runs begin."""
+        return 0 if self.beginning is None else self.beginning.num_places
+
+
+def begin_text(loaded: LoadedModel, documents: Sequence[Document]) -> Text:
+    """Batch documents, whose hidden states are then those that enter the first layer."""
+    starts = document_starts(documents)
+    is_narrow = np.concatenate([np.arange(length) >= split_point(int(length)) for length in np.diff(starts)])
+    flags = torch.from_numpy(is_narrow).to(loaded.device)
+    parts = [_part(batch, flags) for batch in prepare_batches(loaded, documents, starts)]
+    return Text(starts=starts, is_narrow=is_narrow, parts=parts)
+
+
+def _part(batch: Batch, is_narrow: torch.Tensor) -> Part:
+    chosen = is_narrow[batch.rows]
+    places = batch.mask.clone()
+    places[batch.mask] = chosen
+    return Part(
+        batch=batch,
+        places=places,
+        rows=batch.rows[chosen],
+        first_halves=batch.mask & ~places,
+        first_rows=batch.rows[~chosen],
+    )
+
+
+def begin_stream(item: Assignment, text: Text) -> Stream:
+    """Let an assignment's stream begin with the dense hidden states."""
+    device = text.parts[0].batch.hidden.device
+    labels = np.repeat(np.concatenate([item.calibration, item.validation]), np.diff(text.starts))
+    is_calibration = np.arange(text.starts[-1]) < text.starts[len(item.calibration)]
+    clusters = [labels == cluster for cluster in range(int(item.calibration.max()) + 1)]
+
+    def rows(chosen: Bools) -> list[torch.Tensor]:
+        return [torch.from_numpy((cluster & chosen).nonzero()[0]).to(device) for cluster in clusters]
+
+    return Stream(
+        item=item,
+        calibration=rows(is_calibration),
+        validation=rows(text.is_narrow & ~is_calibration),
+        narrow=rows(text.is_narrow),
+        hidden=[pick(part.batch.hidden, part.places) for part in text.parts],
+    )
+
+
+def read_dense(
+    loaded: LoadedModel, layer: int, part: Part, tokens: LayerTokens, *, carries: bool, begins: bool
+) -> Reading:
+    """Run a batch through the dense layer: its hidden states move on.
+
+    Its tokens are the layer's, but for those that are read narrow where narrow streams set their own.
+
+    Args:
+        carries: whether they do.
+        begins: whether narrow runs may go on from this one.
+    """
+    batch, entering = part.batch, part.batch.hidden
+    keep = KeepBeginning(part.first_place) if begins and goes_on(batch, layer) else None
+    run = run_layer(loaded, layer, batch, entering, keep)
+    _set_rows(tokens.activations, part.first_rows, pick(run.activations, part.first_halves))
+    _set_rows(tokens.targets, part.first_rows, pick(run.ffn_output, part.first_halves))
+    if not carries:
+        _set_rows(tokens.activations, part.rows, pick(run.activations, part.places))
+    if not (carries and loaded.family.adds_ffn_output):
+        _set_rows(tokens.targets, part.rows, pick(run.ffn_output, part.places))
+    batch.hidden = run.output
+    return Reading(entering=entering, beginning=None if keep is None else keep.beginning)
+
+
+def read_narrow(
+    loaded: LoadedModel, layer: int, part: Part, reading: Reading, own: torch.Tensor, tokens: LayerTokens
+) -> torch.Tensor:
+    """Run a batch after a stream's narrowed layers: what is read narrow takes its place among the layer's tokens.
+
+    Args:
+        own: (tokens that are read narrow, hidden size) the stream's hidden states.
+    Returns:
+        Their hidden states after the layer, without what its FFN adds where that is just added.
+    """
+    start = reading.start
+    places = part.places[:, start:]
+    hidden = _put(reading.entering[:, start:], places, own)
+    run = run_partly(loaded, layer, part.batch, hidden, places, torch.zeros_like(hidden), reading.beginning)
+    without_ffn = pick(run.output, places)
+    _set_rows(tokens.activations, part.rows, run.activations)
+    if loaded.family.adds_ffn_output:
+        target = pick(part.batch.hidden, part.places).float() - without_ffn.float()
+        _set_rows(tokens.targets, part.rows, target.to(tokens.targets.dtype))
+    return without_ffn
+
+
+def move(
+    loaded: LoadedModel,
+    layer: int,
+    part: Part,
+    reading: Reading,
+    own: torch.Tensor,
+    without_ffn: torch.Tensor,
+    outputs: torch.Tensor,
+) -> torch.Tensor:
+    """A stream's hidden states after the narrow layer: (tokens that are read narrow, hidden size).
+
+    Args:
+        without_ffn: of `read_narrow`.
+        outputs: (all tokens, hidden size), what the narrow FFN puts out; only what is read narrow is looked at.
+    """
+    narrow = outputs.index_select(0, part.rows)
+    if loaded.family.adds_ffn_output:
+        return (without_ffn.float() + narrow.float()).to(without_ffn.dtype)
+    places = part.places[:, reading.start :]
+    hidden = _put(reading.entering[:, reading.start :], places, own)
+    ffn_output = _put(torch.zeros_like(hidden), places, narrow)
+    nowhere = torch.zeros_like(places)
+    run = run_partly(loaded, layer, part.batch, hidden, nowhere, ffn_output, reading.beginning)
+    return pick(run.output, places)
+
+
+def _set_rows(values: torch.Tensor, rows: torch.Tensor, own: torch.Tensor) -> None:
+    """Set some rows of (tokens, n) values: whole rows are copied, where indexing would go number by number."""
+    values.index_copy_(0, rows, own)
+
+
+def _put(values: torch.Tensor, places: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Copy (batch, length, n) values with others at some places."""
+    result = values.contiguous().reshape(-1, values.shape[-1]).clone()
+    result.index_copy_(0, places.reshape(-1).nonzero()[:, 0], own)
+    return result.reshape(values.shape)

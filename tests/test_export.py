@@ -1,0 +1,321 @@
+"""Exports, read by gguf, transformers and, where it is installed, llama.cpp; their logits against the bundle's own."""
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from click.testing import CliRunner
+from coreinfer.bundles import ConfigError, UnsupportedModelError, open_bundle
+from coreinfer.bundles.formats import float_matrix
+from coreinfer.bundles.layout import LAYOUT
+from coreinfer.compiler.export.chosen import ChosenModel, choose_model
+from coreinfer.compiler.export.cli import main
+from coreinfer.compiler.export.exporting import ExportedFiles, export_model
+from coreinfer.compiler.export.gguf_header import architecture_for, header_fields, rope_factors
+from coreinfer.compiler.export.gguf_vocabulary import vocabulary_fields
+from coreinfer.compiler.models.load import load_model, read_config
+from coreinfer.compiler.models.sources import find_source
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .bundle_factory import edit_manifest
+from .gguf_factory import tiny_config, tiny_model
+from .model_factory import build_tokenizer, corpus_texts
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+Logits = npt.NDArray[np.float32]
+IN_GGUF = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+UNEVEN = {"budgets": "sensitivity", "quantize": "int4", "keep": 0.6}
+LLAMA_CPP_READS = 15
+"""Tokens, fewer than the tiny windows: llama.cpp knows none for mistral."""
+
+
+def exported(bundle_dir: Path, folder: Path, form: str, **options: Any) -> ExportedFiles:
+    given: dict[str, Any] = {"cluster": None, "dense": "cluster" not in options, "dtype": "float32", **options}
+    return export_model(bundle_dir, folder / "export", form=form, **given)
+
+
+def token_ids(bundle_dir: Path) -> list[int]:
+    tokenizer = Tokenizer.from_str((bundle_dir / LAYOUT.tokenizer).read_text(encoding="utf-8"))
+    return list(tokenizer.encode(" ".join(corpus_texts()[:3])).ids[:60])
+
+
+def own_logits(bundle_dir: Path, cluster: int | None) -> Logits:
+    decoder = TorchDecoder(open_bundle(bundle_dir), device="cpu", dtype="float32")
+    decoder.use(DENSE if cluster is None else FfnChoice(cluster=cluster))
+    return np.asarray(decoder.forward(token_ids(bundle_dir), all_logits=True), dtype=np.float32)
+
+
+def model_logits(model: Any, ids: list[int]) -> Logits:
+    with torch.inference_mode():
+        return np.asarray(model(torch.tensor([ids])).logits[0].float().numpy(), dtype=np.float32)
+
+
+def divergence(expected: Logits, got: Logits) -> float:
+    log_p, log_q = (torch.from_numpy(logits).double().log_softmax(dim=-1) for logits in (expected, got))
+    return float((log_p.exp() * (log_p - log_q)).sum(dim=-1).mean())
+
+
+@pytest.fixture
+def bundle_of(tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """As `tiny_bundle`, and of gemma3 a model whose attention is scaled as in all that were published."""
+
+    def make(family: str, **options: Any) -> Path:
+        if family == "gemma3":
+            folder = tmp_path_factory.getbasetemp() / "gemma3-scaled"
+            if not folder.exists():
+                tiny_model(tiny_config("gemma3", sliding_window=16, num_hidden_layers=3)).save_pretrained(folder)
+                build_tokenizer().save_pretrained(folder)
+            options["model"] = str(folder)
+        return tiny_bundle(family, **options)
+
+    return make
+
+
+# GGUF
+
+
+@pytest.mark.parametrize("quantize", ["int4", "int8", "bf16"])
+@pytest.mark.parametrize("family", IN_GGUF)
+def test_a_dense_gguf_is_the_bundles_dense_model(
+    family: str, quantize: str, bundle_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    bundle_dir = bundle_of(family, quantize=quantize)
+    done = exported(bundle_dir, tmp_path, "gguf")
+    source = find_source(str(done.folder / "model.gguf"))
+    row, config = read_config(source)
+    loaded = load_model(source, row, config, device="cpu", dtype="float32")
+    assert done.padding_bytes == 0
+    # int4's offsets are rounded to float16; all else is as it was.
+    bound = 1e-5 if quantize == "int4" else 1e-9
+    # The file says of mistral that its context ends where its window does.
+    ids = token_ids(bundle_dir)[: config.max_position_embeddings]
+    assert divergence(own_logits(bundle_dir, None)[: len(ids)], model_logits(loaded.model, ids)) < bound
+
+
+def test_a_pack_has_the_width_of_each_layer(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    bundle_dir = tiny_bundle("llama", **UNEVEN)
+    chosen = choose_model(bundle_dir, cluster=1, dense=False)
+    assert len(set(chosen.widths)) > 1
+    done = exported(bundle_dir, tmp_path, "gguf", cluster=1)
+    reader = gguf.GGUFReader(done.folder / "model.gguf")
+    assert reader.fields["general.architecture"].contents() == "deci"
+    widths = reader.fields["deci.feed_forward_length"].contents()
+    assert widths == [-(-width // 32) * 32 for width in chosen.widths]
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    for layer, (width, padded) in enumerate(zip(chosen.widths, widths, strict=True)):
+        for role, shape in (("gate", (width, 32)), ("up", (width, 32)), ("down", (32, width))):
+            tensor = tensors[f"blk.{layer}.ffn_{role}.weight"]
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            expected = float_matrix(chosen.ffn, f"layers.{layer}.{role}", shape)
+            assert values.shape == ((32, padded) if role == "down" else (padded, 32))
+            np.testing.assert_allclose(values[: shape[0], : shape[1]], expected, atol=2e-3)
+            if role != "down":
+                assert not values[width:].any()
+
+
+def test_families_without_widths_by_layer_are_filled_up(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    bundle_dir = tiny_bundle("qwen3", **UNEVEN)
+    chosen = choose_model(bundle_dir, cluster=0, dense=False)
+    done = exported(bundle_dir, tmp_path, "gguf", cluster=0)
+    source = find_source(str(done.folder / "model.gguf"))
+    row, config = read_config(source)
+    width = -(-max(chosen.widths) // 32) * 32
+    assert config.intermediate_size == width
+    # Three matrices of 32 x width in Q4_1, 20 bytes for 32 weights.
+    assert done.padding_bytes == sum(3 * 20 * (width - own) for own in chosen.widths)
+    assert f"{done.padding_bytes / 1e6:.1f} MB of them zeros" in (done.folder / "README.md").read_text()
+    loaded = load_model(source, row, config, device="cpu", dtype="float32")
+    assert divergence(own_logits(bundle_dir, 0), model_logits(loaded.model, token_ids(bundle_dir))) < 1e-5
+
+
+@pytest.mark.parametrize("cluster", [None, 1])
+@pytest.mark.parametrize("family", IN_GGUF)
+def test_llama_cpp_computes_the_same(
+    family: str,
+    cluster: int | None,
+    bundle_of: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    llama = importlib.import_module("llama_logits")
+    if llama.find_llama_cpp() is None:
+        pytest.skip("needs xllamacpp or llama-cpp-python")
+    bundle_dir = bundle_of(family, **UNEVEN | {"quantize": "bf16"})
+    done = exported(bundle_dir, tmp_path, "gguf", cluster=cluster, dense=cluster is None)
+    ids = token_ids(bundle_dir)[:LLAMA_CPP_READS]
+    model = llama.LlamaModel(done.folder / "model.gguf", num_positions=64, threads=1)
+    assert model.tokenize(" ".join(corpus_texts()[:3]))[: len(ids)] == ids
+    assert divergence(own_logits(bundle_dir, cluster)[: len(ids)], model.logits(ids)) < 2e-3
+
+
+# transformers
+
+
+@pytest.mark.parametrize("family", ["opt", "opt-post-norm", *IN_GGUF])
+def test_a_pack_as_a_folder_for_transformers(family: str, tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    bundle_dir = tiny_bundle(family, **UNEVEN)
+    done = exported(bundle_dir, tmp_path, "hf", cluster=0)
+    model = AutoModelForCausalLM.from_pretrained(done.folder, dtype=torch.float32)
+    assert divergence(own_logits(bundle_dir, 0), model_logits(model, token_ids(bundle_dir))) < 1e-9
+    chosen = choose_model(bundle_dir, cluster=0, dense=False)
+    config = json.loads((done.folder / "config.json").read_text())
+    assert config[chosen.family.ffn_dim_field] == max(chosen.widths)
+    assert config["architectures"] == [type(model).__name__]
+    assert model.generation_config.eos_token_id == 2
+    added = sum(max(chosen.widths) - width for width in chosen.widths)
+    per_neuron = (3 if chosen.family.gated else 2) * 32 + (1 if chosen.bundle.manifest.model.ffn_bias else 0)
+    assert done.padding_bytes == 4 * per_neuron * added
+
+
+def test_tokenizer_and_template_come_along(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    bundle_dir = tiny_bundle("llama")
+    done = exported(bundle_dir, tmp_path, "hf", cluster=2)
+    tokenizer = AutoTokenizer.from_pretrained(done.folder)
+    ours = Tokenizer.from_str((bundle_dir / LAYOUT.tokenizer).read_text(encoding="utf-8"))
+    for text in (*corpus_texts()[:5], "Größe 漢字 </s>"):
+        assert tokenizer(text).input_ids == ours.encode(text).ids
+    told = tokenizer.apply_chat_template([{"role": "user", "content": "soup"}], tokenize=False)
+    assert told == "<|user|>soup</s>"
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+
+
+# The card
+
+
+def test_the_card_says_what_it_is(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    bundle_dir = tiny_bundle("llama")
+    manifest = open_bundle(bundle_dir).manifest
+    done = exported(bundle_dir, tmp_path, "gguf", cluster=3)
+    card = (done.folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\ntags:\n- coreinfer\n- gguf\n---\n")
+    assert all(cluster.label in card for cluster in manifest.clusters)
+    assert "| 3 (here) |" in card
+    assert manifest.provenance.model_sha256 in card
+    assert manifest.quality is not None
+    assert f"{manifest.quality.clusters.kl:.3f}" in card
+
+
+# Refusals
+
+
+def test_what_llama_cpp_has_no_architecture_for(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="no architecture for the family opt; use --to hf"):
+        exported(tiny_bundle("opt"), tmp_path, "gguf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def changed(tiny_bundle: Callable[..., Path], make_bundle: Callable[..., Path]) -> Callable[..., ChosenModel]:
+    """A function (**config fields) that returns a model whose config says so."""
+
+    def change(**fields: Any) -> ChosenModel:
+        bundle_dir = make_bundle()
+        with edit_manifest(bundle_dir) as data:
+            known = {"rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+            data["model"]["config"] |= known | fields.pop("config", {})
+            data["model"] |= fields
+        return choose_model(bundle_dir, cluster=None, dense=True)
+
+    return change
+
+
+def test_gemma3_with_another_scale_of_attention(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="gemma3 has its own scale of attention"):
+        exported(tiny_bundle("gemma3"), tmp_path, "gguf")
+
+
+@pytest.mark.parametrize(
+    ("rope", "reason"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "positions scaled by 'dynamic'"),
+        ({"rope_type": "yarn", "factor": 4.0, "attention_factor": 3.0}, "YaRN with parameters other than"),
+        ({"partial_rotary_factor": 0.5}, "a part of each head"),
+    ],
+)
+def test_positions_that_are_not_exported(
+    rope: dict[str, Any], reason: str, changed: Callable[..., ChosenModel]
+) -> None:
+    chosen = changed(config={"rope_parameters": {"rope_theta": 10000.0, **rope}})
+    with pytest.raises(UnsupportedModelError, match=reason):
+        header_fields(chosen, architecture_for(chosen), chosen.widths)
+
+
+def test_an_activation_that_llama_cpp_does_not_have(changed: Callable[..., ChosenModel]) -> None:
+    with pytest.raises(UnsupportedModelError, match="no activation 'relu'"):
+        architecture_for(changed(activation="relu"))
+
+
+def test_factors_of_llama_3(changed: Callable[..., ChosenModel]) -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    chosen = changed(config={"rope_parameters": rope}, head_dim=128)
+    factors = rope_factors(chosen)
+    assert factors is not None
+    # Short waves as they are, long ones slowed down by the factor.
+    assert (factors[0], factors[-1]) == (1.0, 8.0)
+    assert np.all(np.diff(factors) >= 0)
+    assert "llama.rope.scaling.type" not in header_fields(chosen, "llama", chosen.widths)
+
+
+def test_mistrals_window_bounds_the_context(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    done = exported(tiny_bundle("mistral"), tmp_path, "gguf")
+    reader = gguf.GGUFReader(done.folder / "model.gguf")
+    assert reader.fields["llama.context_length"].contents() == 16
+    assert "16 tokens: llama.cpp does not slide" in done.facts["context"]
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_have(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    chosen = choose_model(tiny_bundle("llama"), cluster=None, dense=True)
+    # What no key of a file can say.
+    path = tmp_path / LAYOUT.tokenizer
+    path.parent.mkdir(parents=True)
+    data = json.loads((chosen.bundle.path / LAYOUT.tokenizer).read_text(encoding="utf-8"))
+    data["normalizer"] = {"type": "Lowercase"}
+    path.write_text(json.dumps(data), encoding="utf-8")
+    for name in (LAYOUT.generation, LAYOUT.chat_template):
+        (tmp_path / name).write_bytes(chosen.bundle.read_bytes(name))
+    with pytest.raises(UnsupportedModelError, match="no tokenizer that splits text as this one"):
+        vocabulary_fields(replace(chosen, bundle=replace(chosen.bundle, path=tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"cluster": 4}, "--cluster: expected 0 to 3, got 4"),
+        ({"cluster": None, "dense": False}, "got both or neither"),
+        ({"cluster": 1, "dense": True}, "got both or neither"),
+    ],
+)
+def test_which_model_must_be_said(
+    options: dict[str, Any], reason: str, tiny_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        exported(tiny_bundle("llama"), tmp_path, "gguf", **options)
+
+
+def test_the_command(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    arguments = [str(tiny_bundle("llama")), "--to", "gguf", "--cluster", "0", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["num_bytes"] == (tmp_path / "out/model.gguf").stat().st_size
+    again = CliRunner().invoke(main, arguments)
+    assert (again.exit_code, again.stdout) == (2, "")
+    assert again.stderr == f"error: -o {tmp_path / 'out'}: exists; give a folder that does not exist yet\n"

@@ -1,0 +1,167 @@
+// Products of matrices and inputs, and how inputs are rounded for them.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "../../runtime/engines/native/csrc/scratch.h"
+#include "checks.h"
+
+using namespace coreinfer;
+
+namespace {
+
+struct Weights {
+  Weights(Format format, int rows, int cols) {
+    view.format = format;
+    view.rows = rows;
+    view.cols = cols;
+    const size_t tiles = size_t(view.num_blocks()) * view.num_groups();
+    bytes.resize(tiles * view.tile_bytes());
+    halves.resize(std::max(tiles * kBlockRows, size_t(rows) * cols));
+    zeros.resize(tiles * kBlockRows);
+    for (size_t i = 0; i < tiles * view.tile_bytes(); ++i) bytes.get()[i] = 1 + generator() % 255;
+    for (size_t i = 0; i < tiles * kBlockRows; ++i) {
+      halves.get()[i] = float_to_half(0.01f * (1.0f + draw()));
+      zeros.get()[i] = generator() % 256;
+    }
+    lows.resize(tiles * view.tile_bytes());
+    for (size_t i = 0; i < tiles * view.tile_bytes(); ++i) lows.get()[i] = generator() % 256;
+    view.codes = bytes.get();
+    view.lows = lows.get();
+    view.scales = halves.get();
+    view.zeros = zeros.get();
+    if (format != Format::bf16) return;
+    for (int i = 0; i < rows * cols; ++i) halves.get()[i] = 0x3f00 + generator() % 256 + (generator() % 2 << 15);
+    view.bf16 = halves.get();
+  }
+  Matrix view;
+  Buffer<uint8_t> bytes, zeros, lows;
+  Buffer<uint16_t> halves;
+};
+
+void fill(ActivationBuffer& x, int num_tokens, int size) {
+  x.resize(num_tokens, size);
+  for (int t = 0; t < num_tokens; ++t)
+    for (int i = 0; i < size; ++i) x.view.token(t).values[i] = draw();
+}
+
+void test_multiply(const Kernels& kernels) {
+  const Kernels& portable = portable_kernels();
+  for (Format format : {Format::bf16, Format::int8, Format::int4, Format::int8_planes})
+    for (int rows : {1, 5, 16, 17, 50})
+      for (int cols : {1, 31, 32, 33, 70, 256})
+        for (int num_tokens : {1, 2, 3, 9}) {
+          const Weights w(format, rows, cols);
+          ActivationBuffer x;
+          fill(x, num_tokens, cols);
+          portable.quantize(x.view, x.view.stride, num_tokens);
+          const size_t stride = round_up(rows, kBlockRows);
+          Buffer<float> got, expected;
+          got.resize(num_tokens * stride);
+          expected.resize(num_tokens * stride);
+          kernels.multiply(w.view, x.view, num_tokens, got.get(), stride, 0, w.view.num_blocks());
+          portable.multiply(w.view, x.view, num_tokens, expected.get(), stride, 0, w.view.num_blocks());
+          compare("multiply", got.get(), expected.get(), num_tokens * stride);
+        }
+}
+
+float to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bf16_to_float(static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16));
+}
+
+// Products of inputs and weights that are both rounded to bfloat16, or of unrounded inputs with weights that are.
+void multiply_bf16(const Weights& w, const Activations& x, int num_tokens, float* y, size_t y_stride) {
+  Buffer<float> row;
+  row.resize(x.stride);
+  for (int r = 0; r < w.view.rows; ++r) {
+    unpack_row(w.view, r, row.get());
+    for (int t = 0; t < num_tokens; ++t) {
+      double sum = 0;
+      for (int i = 0; i < w.view.cols; ++i) {
+        const float input = x.token(t).values[i];
+        sum += double(to_bf16(row.get()[i])) * (w.view.quantized() ? to_bf16(input) : input);
+      }
+      y[t * y_stride + r] = static_cast<float>(sum);
+    }
+  }
+}
+
+// Some blocks of many tokens, into the columns of a wider matrix; what lies around must stay.
+void test_many(const Kernels& kernels) {
+  if (!kernels.rounds_to_bf16) return;
+  for (Format format : {Format::bf16, Format::int8, Format::int4, Format::int8_planes})
+    for (int rows : {1, 16, 17, 80})
+      for (int cols : {31, 32, 70, 256})
+        for (int num_tokens : {1, 16, 31, 32, 71}) {
+          const Weights w(format, rows, cols);
+          ActivationBuffer x;
+          x.resize(num_tokens, cols, true);
+          for (int t = 0; t < num_tokens; ++t)
+            for (int i = 0; i < cols; ++i) x.view.token(t).values[i] = draw();
+          kernels.quantize(x.view, x.view.stride, num_tokens);
+          const int begin = w.view.num_blocks() > 2 ? 1 : 0, first = begin * kBlockRows;
+          const size_t stride = round_up(rows, kBlockRows) + 16, count = size_t(num_tokens) * stride;
+          Buffer<float> got, expected;
+          got.resize(count);
+          expected.resize(count);
+          multiply_bf16(w, x.view, num_tokens, expected.get(), stride);
+          for (int t = 0; t < num_tokens; ++t) std::fill_n(expected.get() + t * stride, first, 0.0f);
+          kernels.multiply(w.view, x.view, num_tokens, got.get(), stride, begin, w.view.num_blocks());
+          // Rows that fill up the last block may hold anything.
+          for (int t = 0; t < num_tokens; ++t)
+            std::fill(got.get() + t * stride + rows, got.get() + t * stride + stride - 16, 0.0f);
+          // Two bfloat16 numbers have 16 bits, a product of inputs and weights is 8 at most.
+          compare("multiply many", got.get(), expected.get(), count, 8.0f);
+        }
+}
+
+void test_screen(const Kernels& kernels) {
+  for (int rows : {5, 16, 50})
+    for (int cols : {31, 256}) {
+      const Weights w(Format::int8_planes, rows, cols);
+      ActivationBuffer x;
+      fill(x, 1, cols);
+      portable_kernels().quantize(x.view, x.view.stride, 1);
+      portable_kernels().measure(x.view, x.view.stride);
+      const int size = round_up(rows, kBlockRows);
+      Buffer<float> got[2], expected[2];
+      for (auto* pair : {got, expected}) pair[0].resize(size), pair[1].resize(size);
+      kernels.screen(w.view, x.view, got[0].get(), got[1].get(), 0, w.view.num_blocks());
+      portable_kernels().screen(w.view, x.view, expected[0].get(), expected[1].get(), 0, w.view.num_blocks());
+      compare("screen", got[0].get(), expected[0].get(), size);
+      compare("deviations", got[1].get(), expected[1].get(), size);
+    }
+}
+
+void test_quantize(const Kernels& kernels) {
+  constexpr int kTokens = 3;
+  for (int size : {32, 96, 320}) {
+    ActivationBuffer got, expected;
+    fill(got, kTokens, size + kGroup);
+    std::fill(got.view.values, got.view.values + 32, 0.0f);  // a group of zeros
+    expected.resize(kTokens, size + kGroup);
+    std::memcpy(expected.view.values, got.view.values, sizeof(float) * kTokens * got.view.stride);
+    // The last group of each token is left alone.
+    kernels.quantize(got.view, size, kTokens);
+    portable_kernels().quantize(expected.view, size, kTokens);
+    const int num_values = kTokens * got.view.stride, num_groups = num_values / kGroup;
+    expect("quantize: the same codes", std::memcmp(got.view.codes, expected.view.codes, num_values) == 0);
+    expect("quantize: no more than was asked for", got.view.scales[size / kGroup] == 0.0f);
+    compare("scales", got.view.scales, expected.view.scales, num_groups);
+    compare("sums", got.view.sums, expected.view.sums, num_groups);
+    kernels.measure(got.view.token(1), size);
+    portable_kernels().measure(expected.view.token(1), size);
+    compare("energies", got.view.energies, expected.view.energies, num_groups);
+  }
+}
+
+}  // namespace
+
+void test_products(const Kernels& kernels) {
+  test_multiply(kernels);
+  test_many(kernels);
+  test_screen(kernels);
+  test_quantize(kernels);
+}

@@ -1,0 +1,82 @@
+// Norms, nonlinearities, halves and rotations.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+#include "../../runtime/engines/native/csrc/scratch.h"
+#include "checks.h"
+
+using namespace coreinfer;
+
+namespace {
+
+// (2, size rounded up to 16).
+Buffer<float> twice(const Buffer<float>& x, int size) {
+  Buffer<float> both;
+  const int padded = round_up(size, 16);
+  both.resize(2 * padded);
+  for (int i = 0; i < 2 * padded; ++i) both.get()[i] = x.get()[i % padded];
+  return both;
+}
+
+void test_norms_and_activations(const Kernels& kernels) {
+  const Kernels& portable = portable_kernels();
+  for (int size : {1, 7, 16, 33, 100}) {
+    Buffer<float> x, y, got, expected;
+    for (Buffer<float>* buffer : {&x, &y, &got, &expected}) buffer->resize(round_up(size, 16));
+    for (int i = 0; i < size; ++i) x.get()[i] = 4 * draw(), y.get()[i] = draw();
+    kernels.rms_norm(x.get(), y.get(), 1e-5f, size, got.get());
+    portable.rms_norm(x.get(), y.get(), 1e-5f, size, expected.get());
+    compare("rms_norm", got.get(), expected.get(), size);
+    kernels.layer_norm(x.get(), y.get(), y.get(), 1e-5f, size, got.get());
+    portable.layer_norm(x.get(), y.get(), y.get(), 1e-5f, size, expected.get());
+    compare("layer_norm", got.get(), expected.get(), size);
+    const size_t stride = round_up(size, 16) + 16;
+    Buffer<float> pair;
+    pair.resize(2 * stride);
+    for (Nonlinearity kind :
+         {Nonlinearity::silu, Nonlinearity::gelu_tanh, Nonlinearity::gelu_erf, Nonlinearity::relu}) {
+      // Two tokens, the second of which is the first one's numbers again.
+      kernels.activate(kind, twice(x, size).get(), twice(y, size).get(), round_up(size, 16), 2, pair.get(), stride);
+      for (int i = 0; i < size; ++i) {
+        const double v = x.get()[i];
+        double a = v > 0 ? v : 0;
+        if (kind == Nonlinearity::silu) a = v / (1 + std::exp(-v));
+        if (kind == Nonlinearity::gelu_tanh)
+          a = 0.5 * v * (1 + std::tanh(0.7978845608028654 * (v + 0.044715 * v * v * v)));
+        if (kind == Nonlinearity::gelu_erf) a = 0.5 * v * (1 + std::erf(v / std::sqrt(2.0)));
+        expected.get()[i] = static_cast<float>(a * y.get()[i]);
+      }
+      for (int t = 0; t < 2; ++t) compare("activate", pair.get() + t * stride, expected.get(), size, 1.0f);
+    }
+    uint16_t halves[112];
+    kernels.to_half(x.get(), size, halves);
+    for (int i = 0; i < size; ++i)
+      if (halves[i] != float_to_half(x.get()[i])) {
+        std::printf("to_half: expected %g, got %g\n", x.get()[i], half_to_float(halves[i]));
+        ++num_failures;
+      }
+  }
+}
+
+void test_rotate(const Kernels& kernels) {
+  for (int half : {1, 4, 12, 32, 40}) {
+    Buffer<float> got, angles, expected;
+    for (Buffer<float>* buffer : {&got, &angles, &expected}) buffer->resize(2 * half);
+    for (int i = 0; i < 2 * half; ++i) got.get()[i] = draw(), angles.get()[i] = draw();
+    for (int i = 0; i < half; ++i) {
+      const float low = got.get()[i], high = got.get()[half + i], c = angles.get()[i], s = angles.get()[half + i];
+      expected.get()[i] = low * c - high * s;
+      expected.get()[half + i] = high * c + low * s;
+    }
+    kernels.rotate(got.get(), angles.get(), half);
+    compare("rotate", got.get(), expected.get(), 2 * half);
+  }
+}
+
+}  // namespace
+
+void test_vectors(const Kernels& kernels) {
+  test_norms_and_activations(kernels);
+  test_rotate(kernels);
+}
