@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 from coreinfer.bundles.shared.command import command_errors, start_logging
-from coreinfer.bundles.shared.option_fields import help_of
+from coreinfer.bundles.shared.option_fields import command_help_of
 from coreinfer.compiler.progress import TqdmProgress
 from coreinfer.runtime.load_options import EngineName, LoadOptions
 
@@ -41,7 +41,7 @@ __all__ = ["main"]
 @click.option("--max-tokens", type=int, default=256, help="Cut texts to this many tokens.")
 @click.option("--engine", type=click.Choice(get_args(EngineName)), default="auto", help="Engine of the bundles.")
 @click.option("--threads", type=int, default=None, help="Number of CPU threads.  [default: all cores]")
-@click.option("--memory-mb", type=float, default=None, help=help_of(LoadOptions, "memory_mb"))
+@click.option("--memory-mb", type=float, default=None, help=command_help_of(LoadOptions, "memory_mb"))
 @click.option("--seed", type=int, default=0, help="Seed of the bootstrap.")
 @click.option(
     "--plot",

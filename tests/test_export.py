@@ -97,7 +97,7 @@ def test_a_dense_gguf_is_the_bundles_dense_model(
     loaded = load_model(source, row, config, device="cpu", dtype="float32")
     assert done.padding_bytes == 0
     # int4's offsets are rounded to float16; all else is as it was.
-    bound = 1e-5 if quantize == "int4" else 1e-9
+    bound = 3e-5 if quantize == "int4" else 1e-9
     # The file says of mistral that its context ends where its window does.
     ids = token_ids(bundle_dir)[: config.max_position_embeddings]
     assert divergence(own_logits(bundle_dir, None)[: len(ids)], model_logits(loaded.model, ids)) < bound

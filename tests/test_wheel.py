@@ -136,7 +136,7 @@ def test_the_compiler_is_a_module_too(installed: Path) -> None:
 def test_compiling_names_the_extra(installed: Path, tmp_path: Path) -> None:
     done = execute(installed / "coreinfer-compile", "--model", "any", "-o", tmp_path / "out", "--no-cache", check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: compiling needs the package torch; pip install 'coreinfer[compile]'\n"
+    assert re.fullmatch(r"error: compiling needs the package \w+; pip install 'coreinfer\[compile\]'\n", done.stderr)
     assert not list(tmp_path.iterdir())
 
 

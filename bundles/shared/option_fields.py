@@ -19,6 +19,7 @@ __all__ = [
     "FieldType",
     "Option",
     "field_problems",
+    "command_help_of",
     "help_of",
     "keyword",
     "name_of",
@@ -109,7 +110,17 @@ def option_of(item: "Field[Any]") -> Option:
 
 def help_of(options: type, name: str) -> str:
     """Return what a field's option is for."""
-    return next(option_of(item).help for item in fields(options) if item.name == name)
+    return _option_named(options, name).help
+
+
+def command_help_of(options: type, name: str) -> str:
+    """Return what a field's option is for, and what its absence means, for a command that shows no default of it."""
+    found = _option_named(options, name)
+    return found.help if found.unset is None else f"{found.help}  [default: {found.unset}]"
+
+
+def _option_named(options: type, name: str) -> Option:
+    return next(option_of(item) for item in fields(options) if item.name == name)
 
 
 def name_of(item: "Field[Any]") -> str:
