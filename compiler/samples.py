@@ -8,6 +8,7 @@ __all__ = [
     "MOMENT_TOKENS",
     "NEURON_BLOCK",
     "PROFILE_TOKENS",
+    "SUMS_BYTES",
     "VALIDATION_TOKENS",
 ]
 
@@ -21,3 +22,5 @@ VALIDATION_TOKENS = 8192
 """Ridges differ enough in their costs; of these tokens half are read narrow."""
 NEURON_BLOCK = GROUP_SIZE
 """Kept neurons a layer are a multiple of this, the kernels' group size."""
+SUMS_BYTES = 6 << 30
+"""What sums over the text may take on the disk, to be kept while layers are narrowed again."""

@@ -320,7 +320,7 @@ def test_sums_that_are_kept_narrow_as_the_text_does(name: str, options: dict[str
 
 
 def test_sums_that_have_no_room_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coreinfer.compiler.prune.sums._LIMIT_BYTES", 1000)
+    monkeypatch.setattr("coreinfer.compiler.prune.sums.SUMS_BYTES", 1000)
     progress = Progress()
     inputs = replace(inputs_of(load("llama"), carry=False), sums=Sums(cache=Cache(tmp_path), key="ground"))
     assert_same(narrow_all(inputs, Cache(None), "key", progress), run(replace(inputs, sums=None)))

@@ -20,7 +20,7 @@ from coreinfer.compiler.estimate import work
 from coreinfer.compiler.estimate.machine import Machine, measure_machine
 from coreinfer.compiler.estimate.plan import Plan, make_plan
 from coreinfer.compiler.estimate.shapes import Shapes, shapes_of
-from coreinfer.compiler.estimate.sizes import base_token_bytes, ffn_token_bytes, kept_neurons
+from coreinfer.compiler.estimate.sizes import base_token_bytes, ffn_token_bytes, kept_neurons, scratch_bytes
 from coreinfer.compiler.estimate.speeds import REACHED, Reached, stage_seconds
 from coreinfer.compiler.estimate.text import size_text
 from coreinfer.compiler.estimate.view import plan_lines
@@ -179,6 +179,16 @@ def test_stages_are_those_that_run(tiny_inputs: Callable[[str], CompileConfig]) 
     assert not {"sensitivity", "curves"} & {stage.name for stage in whole.stages}
 
 
+def test_the_disk_holds_what_tries_are_compared_with_and_sums() -> None:
+    config = replace(CONFIG, keep=0.5, controls=False, cache_dir=None)
+    case = replace(CASE, num_assigned=(3,), held_out_tokens=1000)
+    logits = 500 * (SHAPES.vocab_size + 2 * 2 * SHAPES.num_kv_heads * SHAPES.head_dim)
+    assert scratch_bytes(config, case, item_bytes=2) == 2 * logits
+    assert scratch_bytes(replace(config, evaluate=False), case, item_bytes=2) == 0
+    quick = scratch_bytes(replace(config, effort="quick"), case, item_bytes=2)
+    assert quick == 2 * logits + 4 * SHAPES.num_layers * 3 * SHAPES.ffn_dim * (SHAPES.ffn_dim + SHAPES.hidden_size)
+
+
 def test_controls_double_the_packs(tiny_inputs: Callable[[str], CompileConfig]) -> None:
     config = tiny_inputs("llama")
     assert plan_of(config).num_packs == 9
@@ -274,7 +284,7 @@ def dry_run(config: CompileConfig, folder: Path, *more: str) -> tuple[str, str, 
 
 def test_a_dry_run_loads_and_writes_nothing(tmp_path: Path, tiny_inputs: Callable[[str], CompileConfig]) -> None:
     config = tiny_inputs("llama")
-    stdout, stderr, code = dry_run(config, tmp_path, "--cache", str(tmp_path / "cache"), "--json")
+    stdout, stderr, code = dry_run(config, tmp_path, "--cache", str(tmp_path / "cache"), "--dtype", "float32", "--json")
     assert (stderr, code) == ("torch\n", 0)
     assert not [*tmp_path.iterdir()]
     found = json.loads(stdout)

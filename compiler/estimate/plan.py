@@ -115,7 +115,8 @@ def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machi
     case = case_of(config, inputs)
     machine = measure()
     model_dtype = _model_dtype(config)
-    needs = memory_needs(config, case, 2 if model_dtype == "bfloat16" else 4)
+    item_bytes = 2 if model_dtype == "bfloat16" else 4
+    needs = memory_needs(config, case, item_bytes)
     works = [*stage_works(config, case, None if inputs.model.path is None else _file_bytes(inputs))]
     peaks = accumulate((needs.get(name, 0) for name, _, _ in works), max)
     stages = tuple(
@@ -139,7 +140,7 @@ def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machi
         start_seconds=IMPORT_SECONDS,
         stages=stages,
         bundle_bytes=bundle_bytes(config, case),
-        scratch_bytes=scratch_bytes(config, case),
+        scratch_bytes=scratch_bytes(config, case, item_bytes=item_bytes),
         token_bytes_pack=pack,
         token_bytes_dense=dense,
         tok_s_pack=machine.read_gbps * 1e9 * _DECODE_SHARE / pack,

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from coreinfer.bundles.formats import matrix_bytes, stored_shapes
 from coreinfer.compiler.budget import keep_of_budget, moment_bytes
 from coreinfer.compiler.config import CompileConfig
+from coreinfer.compiler.efforts import shares_profile
 from coreinfer.compiler.quality.search import searches
-from coreinfer.compiler.samples import NEURON_BLOCK
+from coreinfer.compiler.samples import NEURON_BLOCK, SUMS_BYTES
 
 from .shapes import Shapes
 from .work import Case
@@ -97,15 +98,34 @@ def _pack_bytes(config: CompileConfig, case: Case) -> int:
     return ffn_token_bytes(case.shapes, config.quantize, case.kept) + 4 * values
 
 
-def scratch_bytes(config: CompileConfig, case: Case) -> int:
-    """Bytes that are on the disk besides the bundle at the compile's end: packs of the controls, and stage results."""
+def scratch_bytes(config: CompileConfig, case: Case, *, item_bytes: int) -> int:
+    """Bytes that are on the disk besides the bundle before the compile's end.
+
+    Packs of the controls, what the dense model made of the held-out text, sums that are kept, and stage results.
+
+    Args:
+        item_bytes: of an activation.
+    """
     shapes = case.shapes
-    controls = (case.num_packs - case.num_clusters) * _pack_bytes(config, case)
+    found = (case.num_packs - case.num_clusters) * _pack_bytes(config, case)
+    if config.evaluate or searches(config):
+        cached = 2 * shapes.num_layers * shapes.num_kv_heads * shapes.head_dim
+        # Logits of the second halves; keys and values of the first.
+        found += case.held_out_tokens // 2 * (shapes.vocab_size + cached) * item_bytes
+    found += _kept_sums_bytes(config, case)
     if config.cache_dir is None and config.max_memory is None:
-        return controls
+        return found
     repaired = 2 * case.num_packs * shapes.num_layers * case.kept * shapes.hidden_size if config.reconstruct else 0
     fisher = 4 * shapes.num_layers * shapes.hidden_size**2
-    return controls + repaired + fisher
+    return found + repaired + fisher
+
+
+def _kept_sums_bytes(config: CompileConfig, case: Case) -> int:
+    shapes = case.shapes
+    if not shares_profile(config) or case.kept == shapes.ffn_dim:
+        return 0
+    sums = 4 * shapes.num_layers * case.num_packs * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
+    return sums if sums <= SUMS_BYTES else 0
 
 
 def stage_needs(config: CompileConfig, case: Case, samples: Mapping[str, int], *, item_bytes: int) -> dict[str, int]:

@@ -16,6 +16,7 @@ from coreinfer.bundles.writer import existing_parent
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.models.layerwise import LayerActivations
 from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.samples import SUMS_BYTES
 from coreinfer.compiler.text.corpus import split_point
 
 from .narrow import Assignment
@@ -24,7 +25,6 @@ from .repair import LayerTokens, Moments, mean_moments
 
 __all__ = ["AssignmentSums", "Sums", "find_sums", "find_validation", "rows_of", "sums_fit", "watch_sums"]
 
-_LIMIT_BYTES = 6 << 30
 _FREE_SHARE = 0.5
 """Of the disk's free space, what sums may take."""
 _PARTS = ("gram", "cross", "mean_activation", "mean_target")
@@ -97,7 +97,7 @@ def sums_fit(loaded: LoadedModel, assignments: Sequence[Assignment], sums: Sums)
         return False
     num_clusters = sum(int(item.calibration.max()) + 1 for item in assignments)
     needed = 4 * record.num_layers * num_clusters * record.ffn_dim * (record.ffn_dim + record.hidden_size)
-    return needed <= min(_LIMIT_BYTES, _FREE_SHARE * shutil.disk_usage(existing_parent(folder)).free)
+    return needed <= min(SUMS_BYTES, _FREE_SHARE * shutil.disk_usage(existing_parent(folder)).free)
 
 
 def watch_sums(sums: Sums, loaded: LoadedModel, assignments: Sequence[Assignment]) -> Watch:
