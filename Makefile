@@ -64,7 +64,7 @@ $(VENV)/.demo: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.demo
-	$(PIP) -e '.[compile,eval,json,lm-eval,serve,unpack,dev]'
+	$(PIP) -e '.[compile,eval,json,lm-eval,remote,serve,unpack,dev]'
 	touch $@
 
 $(VENV)/.site: pyproject.toml | $(VENV)/bin/python
