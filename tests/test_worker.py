@@ -175,6 +175,22 @@ def test_one_of_three_choices_fails(engine: runtime.Engine, monkeypatch: pytest.
         run(choose())
 
 
+def test_what_is_ended_after_the_last_sweep_is_freed(engine: runtime.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, closing = engine.driver.scheduler, threading.Event()
+    runs = [engine.submit(prompt, OPTIONS, lambda _event: None) for prompt in PROMPTS[:2]]
+
+    step = scheduler.step
+
+    def step_and_end() -> None:
+        step()
+        engine.driver.end(runs)
+        closing.set()
+
+    monkeypatch.setattr(scheduler, "step", step_and_end)
+    engine.driver.serve(closing.is_set)
+    assert (scheduler.num_active, scheduler.num_waiting, scheduler.pool.num_taken) == (0, 0, 0)
+
+
 def test_conversations_in_other_threads(engine: runtime.Engine, expected: list[list[int]]) -> None:
     alone = runtime.Engine(engine.bundle, FakeDecoder(engine.bundle))
     texts: list[list[str]] = [[], []]

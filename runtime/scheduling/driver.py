@@ -117,9 +117,11 @@ class Driver:
             with self._lock:
                 self._work.wait_for(lambda: is_closed() or (not self._stepping and self.scheduler.has_work))
                 if is_closed():
-                    return
+                    break
                 self._stepping = True
             self._lead(lambda: True)
+        # What was ended after the last step had swept.
+        self.end([])
 
     def wake(self) -> None:
         """Make `serve` check whether it is closed."""
