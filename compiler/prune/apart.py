@@ -10,7 +10,8 @@ from coreinfer.compiler.progress import Advance, Progress
 from .layer_repair import NarrowInputs, Results, find_results, repair_assignment, store_results
 from .narrow import CLUSTERS
 from .repair import LayerTokens, MixedMoments, overall_moments
-from .sums import AssignmentSums, Rows, Sums, find_sums, find_validation, rows_of, sums_fit, watch_sums
+from .rows import Rows, rows_of
+from .sums import AssignmentSums, Sums, find_sums, find_validation, sums_fit, watch_sums
 
 __all__ = ["narrow_apart"]
 
@@ -18,9 +19,12 @@ __all__ = ["narrow_apart"]
 def narrow_apart(inputs: NarrowInputs, cache: Cache, keys: Sequence[str], progress: Progress) -> list[Results]:
     """Narrow all layers; each one's result is kept in the cache under its key as soon as it is computed."""
     sums = inputs.sums
-    if sums is None or not sums_fit(inputs.loaded, inputs.assignments, sums):
+    if sums is None:
         return _narrow_once(inputs, cache, keys, progress)
+    # Sums that are there have taken their room already.
     if not all(_has_sums(inputs, sums, layer) for layer in range(len(keys))):
+        if not sums_fit(inputs.loaded, inputs.assignments, sums):
+            return _narrow_once(inputs, cache, keys, progress)
         _sum(inputs, sums, progress)
     results = []
     with progress.stage("reconstruct", len(keys)) as advance, torch.inference_mode():
@@ -40,7 +44,7 @@ def _narrow_once(inputs: NarrowInputs, cache: Cache, keys: Sequence[str], progre
             tokens = LayerTokens(activations=layer.activations, targets=layer.ffn_outputs)
             found: Results = {}
             for item in inputs.assignments:
-                rows = rows_of(item, layer.starts)
+                rows = rows_of(item, layer.starts, inputs.loaded.device)
                 clusters = found.get(CLUSTERS)
                 found[item.name] = repair_assignment(inputs, layer.layer, item.name, rows, tokens, clusters)
             results.append(store_results(cache, keys[layer.layer], found))
@@ -71,7 +75,7 @@ def _narrow_by(inputs: NarrowInputs, sums: Sums, layer: int) -> Results:
         own = find_sums(sums, item.name, layer, device)
         assert tokens is not None
         assert own is not None
-        rows = Rows(calibration=(), validation=own.validation)
+        rows = Rows(validation=own.validation)
         clusters = results.get(CLUSTERS)
         results[item.name] = repair_assignment(inputs, layer, item.name, rows, tokens, clusters, _mixed(own))
     return results

@@ -50,7 +50,7 @@ def _narrow_one_layer(
     loaded, still_dense = inputs.loaded, _still_dense(inputs, layer)
     # Narrow runs through rounded weights have keys and values of their own.
     begins = not still_dense and inputs.rounding is None
-    readings = [read_dense(loaded, layer, part, tokens, carries=True, begins=begins) for part in text.parts]
+    readings = [read_dense(loaded, layer, part, tokens, begins=begins) for part in text.parts]
     if still_dense:
         for stream in streams:
             stream.hidden = [pick(part.batch.hidden, part.places) for part in text.parts]
@@ -66,7 +66,7 @@ def _narrow_one_layer(
                 for part, reading, own in zip(text.parts, readings, stream.hidden, strict=True)
             ]
             if stored is None:
-                results[name] = repair_assignment(inputs, layer, name, stream, tokens, results.get(CLUSTERS))
+                results[name] = repair_assignment(inputs, layer, name, stream.rows, tokens, results.get(CLUSTERS))
             outputs = _narrow_outputs(inputs, layer, stream, tokens, results[name])
             stream.hidden = [
                 move(loaded, layer, part, reading, own, run, outputs)
@@ -90,7 +90,7 @@ def _narrow_outputs(
     module = inputs.loaded.projection(layer, "down")
     # Each stream sets its own targets where they are what is missing from the sum: their memory is free by now.
     outputs = tokens.targets if inputs.loaded.family.adds_ffn_output else torch.empty_like(tokens.targets)
-    for cluster, rows in enumerate(stream.narrow):
+    for cluster, rows in enumerate(stream.rows.narrow):
         ids = torch.from_numpy(result.neuron_ids[cluster]).long().to(outputs.device)
         down: torch.Tensor = module.weight.T[ids].to(outputs)
         bias: torch.Tensor | None = None if module.bias is None else module.bias.to(outputs)

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from coreinfer.compiler.budget import moment_bytes
@@ -16,13 +15,13 @@ from coreinfer.compiler.text.corpus import Document
 from .layer_results import LayerResult, arrays_of, results_of
 from .narrow import Assignment, bf16_bits
 from .repair import CLUSTER_WEIGHTS, RIDGES, LayerTokens, MixedMoments, Repaired, RepairTask, repair_layer
+from .rows import Rows
 from .select import Choice
 from .sums import Sums
 
 __all__ = [
     "NarrowInputs",
     "Results",
-    "RepairRows",
     "find_results",
     "own_result",
     "repair_assignment",
@@ -31,18 +30,6 @@ __all__ = [
 
 Results = dict[str, LayerResult]
 """Assignment name -> one layer's result."""
-
-
-class RepairRows(Protocol):
-    """Rows of each cluster's tokens, among those of a layer."""
-
-    @property
-    def calibration(self) -> Sequence[torch.Tensor]:
-        """Those that moments are summed over."""
-
-    @property
-    def validation(self) -> Sequence[torch.Tensor]:
-        """Those that candidates are compared on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +75,7 @@ def repair_assignment(
     inputs: NarrowInputs,
     layer: int,
     name: str,
-    rows: RepairRows,
+    rows: Rows,
     tokens: LayerTokens,
     clusters: LayerResult | None,
     moments: Iterable[MixedMoments] | None = None,

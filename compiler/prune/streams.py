@@ -22,14 +22,13 @@ from coreinfer.compiler.models.layerwise import (
     run_partly,
 )
 from coreinfer.compiler.models.load import LoadedModel
-from coreinfer.compiler.text.corpus import Document, split_point
+from coreinfer.compiler.text.corpus import Document
 
 from .narrow import Assignment
 from .repair import LayerTokens
+from .rows import Rows, narrow_tokens, rows_of
 
 __all__ = ["Part", "Reading", "Stream", "Text", "begin_stream", "begin_text", "move", "read_dense", "read_narrow"]
-
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +60,15 @@ class Text:
 
     Attributes:
         starts: where each document's tokens begin.
-        is_narrow: (tokens,) bool, which are read narrow.
         parts: the batches.
     """
 
     starts: npt.NDArray[np.int64]
-    is_narrow: Bools
     parts: list[Part]
 
     def empty_tokens(self, loaded: LoadedModel) -> LayerTokens:
         """Room for one layer's activations, by far the most that is in memory; layers and streams share it."""
-        num_tokens, dtype = len(self.is_narrow), self.parts[0].batch.hidden.dtype
+        num_tokens, dtype = int(self.starts[-1]), self.parts[0].batch.hidden.dtype
         return LayerTokens(
             activations=torch.empty((num_tokens, loaded.record.ffn_dim), dtype=dtype, device=loaded.device),
             targets=torch.empty((num_tokens, loaded.record.hidden_size), dtype=dtype, device=loaded.device),
@@ -83,15 +80,12 @@ class Stream:
     """One assignment's narrow model on its way through the layers.
 
     Attributes:
-        calibration, validation: rows of each cluster's tokens; validation rows are those that are read narrow.
-        narrow: rows of each cluster's tokens that are read narrow.
+        rows: of each cluster's tokens.
         hidden: of each part, (its tokens that are read narrow, hidden size); all others are the dense model's.
     """
 
     item: Assignment
-    calibration: list[torch.Tensor]
-    validation: list[torch.Tensor]
-    narrow: list[torch.Tensor]
+    rows: Rows
     hidden: list[torch.Tensor]
 
 
@@ -116,10 +110,9 @@ class Reading:
 def begin_text(loaded: LoadedModel, documents: Sequence[Document]) -> Text:
     """Batch documents, whose hidden states are then those that enter the first layer."""
     starts = document_starts(documents)
-    is_narrow = np.concatenate([np.arange(length) >= split_point(int(length)) for length in np.diff(starts)])
-    flags = torch.from_numpy(is_narrow).to(loaded.device)
+    flags = torch.from_numpy(narrow_tokens(starts)).to(loaded.device)
     parts = [_part(batch, flags) for batch in prepare_batches(loaded, documents, starts)]
-    return Text(starts=starts, is_narrow=is_narrow, parts=parts)
+    return Text(starts=starts, parts=parts)
 
 
 def _part(batch: Batch, is_narrow: torch.Tensor) -> Part:
@@ -137,32 +130,19 @@ def _part(batch: Batch, is_narrow: torch.Tensor) -> Part:
 
 def begin_stream(item: Assignment, text: Text) -> Stream:
     """Let an assignment's stream begin with the dense hidden states."""
-    device = text.parts[0].batch.hidden.device
-    labels = np.repeat(np.concatenate([item.calibration, item.validation]), np.diff(text.starts))
-    is_calibration = np.arange(text.starts[-1]) < text.starts[len(item.calibration)]
-    clusters = [labels == cluster for cluster in range(int(item.calibration.max()) + 1)]
-
-    def rows(chosen: Bools) -> list[torch.Tensor]:
-        return [torch.from_numpy((cluster & chosen).nonzero()[0]).to(device) for cluster in clusters]
-
     return Stream(
         item=item,
-        calibration=rows(is_calibration),
-        validation=rows(text.is_narrow & ~is_calibration),
-        narrow=rows(text.is_narrow),
+        rows=rows_of(item, text.starts, text.parts[0].batch.hidden.device),
         hidden=[pick(part.batch.hidden, part.places) for part in text.parts],
     )
 
 
-def read_dense(
-    loaded: LoadedModel, layer: int, part: Part, tokens: LayerTokens, *, carries: bool, begins: bool
-) -> Reading:
+def read_dense(loaded: LoadedModel, layer: int, part: Part, tokens: LayerTokens, *, begins: bool) -> Reading:
     """Run a batch through the dense layer: its hidden states move on.
 
-    Its tokens are the layer's, but for those that are read narrow where narrow streams set their own.
+    Its tokens are the layer's, but for those that are read narrow: narrow streams set their own.
 
     Args:
-        carries: whether they do.
         begins: whether narrow runs may go on from this one.
     """
     batch, entering = part.batch, part.batch.hidden
@@ -170,9 +150,7 @@ def read_dense(
     run = run_layer(loaded, layer, batch, entering, keep)
     _set_rows(tokens.activations, part.first_rows, pick(run.activations, part.first_halves))
     _set_rows(tokens.targets, part.first_rows, pick(run.ffn_output, part.first_halves))
-    if not carries:
-        _set_rows(tokens.activations, part.rows, pick(run.activations, part.places))
-    if not (carries and loaded.family.adds_ffn_output):
+    if not loaded.family.adds_ffn_output:
         _set_rows(tokens.targets, part.rows, pick(run.ffn_output, part.places))
     batch.hidden = run.output
     return Reading(entering=entering, beginning=None if keep is None else keep.beginning)

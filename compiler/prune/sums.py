@@ -10,20 +10,19 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from coreinfer.bundles.writer import existing_parent
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.models.layerwise import LayerActivations
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.samples import SUMS_BYTES
-from coreinfer.compiler.text.corpus import split_point
 
 from .narrow import Assignment
 from .profile import Watch
 from .repair import LayerTokens, Moments, mean_moments
+from .rows import Rows, rows_of
 
-__all__ = ["AssignmentSums", "Sums", "find_sums", "find_validation", "rows_of", "sums_fit", "watch_sums"]
+__all__ = ["AssignmentSums", "Sums", "find_sums", "find_validation", "sums_fit", "watch_sums"]
 
 _FREE_SHARE = 0.5
 """Of the disk's free space, what sums may take."""
@@ -46,19 +45,6 @@ class Sums:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Rows of each cluster's tokens.
-
-    Attributes:
-        calibration: of all of its calibration text.
-        validation: of what is read narrow of its validation text.
-    """
-
-    calibration: Sequence[torch.Tensor]
-    validation: Sequence[torch.Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
 class AssignmentSums:
     """One layer's sums for one assignment.
 
@@ -71,23 +57,6 @@ class AssignmentSums:
     moments: Sequence[Moments]
     counts: Sequence[int]
     validation: Sequence[torch.Tensor]
-
-
-def rows_of(item: Assignment, starts: npt.NDArray[np.int64]) -> Rows:
-    """Find the rows of an assignment's clusters.
-
-    Args:
-        starts: where the tokens of each document begin, those of the validation text last.
-    """
-    lengths = np.diff(starts)
-    labels = np.repeat(np.concatenate([item.calibration, item.validation]), lengths)
-    is_calibration = np.arange(starts[-1]) < starts[len(item.calibration)]
-    is_narrow = np.concatenate([np.arange(length) >= split_point(int(length)) for length in lengths])
-    clusters = [labels == cluster for cluster in range(int(item.calibration.max()) + 1)]
-    return Rows(
-        calibration=[torch.from_numpy((own & is_calibration).nonzero()[0]) for own in clusters],
-        validation=[torch.from_numpy((own & is_narrow & ~is_calibration).nonzero()[0]) for own in clusters],
-    )
 
 
 def sums_fit(loaded: LoadedModel, assignments: Sequence[Assignment], sums: Sums) -> bool:
@@ -108,7 +77,7 @@ def watch_sums(sums: Sums, loaded: LoadedModel, assignments: Sequence[Assignment
 def _keep_layer(sums: Sums, loaded: LoadedModel, assignments: Sequence[Assignment], layer: LayerActivations) -> None:
     assert layer.ffn_outputs is not None
     tokens = LayerTokens(activations=layer.activations, targets=layer.ffn_outputs)
-    rows = {item.name: rows_of(item, layer.starts) for item in assignments}
+    rows = {item.name: rows_of(item, layer.starts, loaded.device) for item in assignments}
     chosen = torch.cat([*rows[assignments[0].name].validation]).sort().values
     validation = {"activations": _array(tokens.activations[chosen]), "targets": _array(tokens.targets[chosen])}
     sums.cache.store(_key(sums, "validation", layer.layer), validation)
@@ -124,9 +93,9 @@ def _key(sums: Sums, name: str, layer: int) -> str:
 def _arrays(tokens: LayerTokens, rows: Rows, chosen: torch.Tensor, *, centred: bool) -> _Arrays:
     arrays: dict[str, np.ndarray[Any, Any]] = {"counts": np.array([len(own) for own in rows.calibration])}
     for cluster, own in enumerate(rows.calibration):
-        moments = mean_moments(tokens, own.to(tokens.activations.device), centred=centred)
+        moments = mean_moments(tokens, own, centred=centred)
         arrays |= {f"{part}.{cluster}": _array(getattr(moments, part)) for part in _PARTS}
-        arrays[f"validation.{cluster}"] = torch.searchsorted(chosen, rows.validation[cluster]).numpy()
+        arrays[f"validation.{cluster}"] = torch.searchsorted(chosen, rows.validation[cluster]).cpu().numpy()
     return arrays
 
 
