@@ -17,8 +17,10 @@ from coreinfer.compiler import CompileConfig, compile_model
 from .browser import open_browser
 from .bundle_factory import with_more_positions, write_bundle, written_once
 from .model_factory import save_corpus, save_encoder, save_model
+from .server_process import RunningServer, serving
 
 if TYPE_CHECKING:
+    import openai
     from playwright.sync_api import Browser
 
 
@@ -124,6 +126,26 @@ def long_bundle(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(bundle: Path) -> runtime.Engine:
     """The native engine on `bundle`."""
     return runtime.load(bundle, engine="native", threads=1)
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Path) -> Iterator[RunningServer]:
+    """A server of `bundle`, whose answers have 64 tokens unless they are asked for otherwise."""
+    with serving(bundle, "--max-new-tokens", 64) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> Iterator["openai.OpenAI"]:
+    """OpenAI's own client of the server."""
+    with server.client() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Path) -> str:
+    """The name that the server has for its bundle."""
+    return bundle.name
 
 
 @pytest.fixture(scope="module")

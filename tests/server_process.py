@@ -14,7 +14,7 @@ from typing import Any
 import httpx2 as httpx
 import openai
 
-__all__ = ["JSON", "RunningServer", "serving"]
+__all__ = ["JSON", "RunningServer", "serving", "user"]
 
 JSON = {"Content-Type": "application/json"}
 START_SECONDS = 60
@@ -123,3 +123,8 @@ def _read(server: RunningServer, started: threading.Event) -> None:
             server.url = line.split()[-1]
             started.set()
     started.set()
+
+
+def user(text: str) -> list[Any]:
+    """A chat of one message."""
+    return [{"role": "user", "content": text}]

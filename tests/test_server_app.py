@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +12,10 @@ from coreinfer import runtime
 
 from .engine_inputs import DIALOGUE, PROMPT
 from .model_factory import corpus_texts
-from .server_process import RunningServer, serving
+from .server_process import RunningServer, serving, user
 
 OTHER = "The law text number 7 speaks of court and judge and verdict."
 SEEDED: dict[str, Any] = {"temperature": 0.9, "seed": 7, "max_tokens": 12}
-
-
-@pytest.fixture(scope="module")
-def server(bundle: Path) -> Iterator[RunningServer]:
-    with serving(bundle, "--max-new-tokens", 64) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with server.client() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def model(bundle: Path) -> str:
-    return bundle.name
-
-
-def user(text: str) -> list[Any]:
-    return [{"role": "user", "content": text}]
 
 
 # Answers

@@ -1,38 +1,15 @@
 """What the server refuses, and fields that it takes because they change nothing."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
 from .engine_inputs import PROMPT
-from .server_process import RunningServer, serving
+from .server_process import RunningServer, user
 
 SEEDED: dict[str, Any] = {"temperature": 0.9, "seed": 7, "max_tokens": 12}
-
-
-@pytest.fixture(scope="module")
-def server(bundle: Path) -> Iterator[RunningServer]:
-    with serving(bundle, "--max-new-tokens", 64) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with server.client() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def model(bundle: Path) -> str:
-    return bundle.name
-
-
-def user(text: str) -> list[Any]:
-    return [{"role": "user", "content": text}]
 
 
 def refusal(server: RunningServer, path: str, body: dict[str, Any]) -> tuple[int, str, str | None]:
