@@ -62,6 +62,8 @@ _PACKAGES = (
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _ARITHMETIC_PREFIXES = ("ATEN_", "DNNL_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "TORCH_")
 """Of environment variables that may change how many threads add, and in which order."""
+_WITHOUT_EFFECT = frozenset({PRIMITIVES_VARIABLE, "KMP_BLOCKTIME", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"})
+"""Of those: what this package, llama.cpp and scikit-learn set in a running process, and which changes no sum."""
 _DIGEST_CHARACTERS = 24
 _MOST_BUNDLES = 4
 """That the cache keeps: the ones that were made or taken last."""
@@ -121,8 +123,7 @@ def _arithmetic_variables() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        # How many products are kept changes none of them; the command sets it, the library does not.
-        if name.startswith(_ARITHMETIC_PREFIXES) and name != PRIMITIVES_VARIABLE
+        if name.startswith(_ARITHMETIC_PREFIXES) and name not in _WITHOUT_EFFECT
     }
 
 
