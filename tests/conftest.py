@@ -17,6 +17,7 @@ from coreinfer.compiler import CompileConfig, compile_model
 from .browser import open_browser
 from .bundle_factory import with_more_positions, write_bundle, written_once
 from .model_factory import save_corpus, save_encoder, save_model
+from .quantized_factory import CASES, Weights, save_quantized
 from .server_process import RunningServer, serving
 
 if TYPE_CHECKING:
@@ -166,3 +167,23 @@ def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_torch_thread() -> None:
     """Tiny models gain nothing from threads, and lose much where other processes keep the cores busy."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Weights]]:
+    """A function (case) that writes a model once and gives its folder and the weights that it stands for."""
+    root = tmp_path_factory.mktemp("quantized")
+    written: dict[str, tuple[Path, Weights]] = {}
+
+    def save(case: str) -> tuple[Path, Weights]:
+        if case not in written:
+            written[case] = root / case, save_quantized(root / case, CASES[case])
+        return written[case]
+
+    return save
+
+
+@pytest.fixture
+def quantized_copy(quantized: Callable[[str], tuple[Path, Weights]], tmp_path: Path) -> Callable[[str], Path]:
+    """A function (case) that gives a folder which a test may change."""
+    return lambda case: Path(shutil.copytree(quantized(case)[0], tmp_path / case))

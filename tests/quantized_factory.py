@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from .model_factory import save_model
 
-__all__ = ["CASES", "WEIGHTS", "Case", "save_quantized"]
+__all__ = ["CASES", "WEIGHTS", "Case", "Weights", "save_quantized"]
 
 WEIGHTS = "model.safetensors"
 GROUP = 32
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _BLOCK = (24, 20)
 Parts = dict[str, torch.Tensor]
+Weights = dict[str, torch.Tensor]
 Numbers = npt.NDArray[Any]
 
 
