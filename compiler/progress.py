@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from coreinfer.bundles.shared.machine import give_back_heap
 from tqdm import tqdm
 
 __all__ = ["Advance", "Progress", "TqdmProgress", "ignore_steps", "peak_memory_bytes"]
@@ -42,6 +43,8 @@ class Progress:
         start = time.perf_counter()
         with self.bar(name, num_steps) as advance:
             yield advance
+        # What it alone needed; what later stages need would come on top.
+        give_back_heap()
         self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + time.perf_counter() - start
         if (peak := peak_memory_bytes()) is not None:
             self.stage_peak_bytes[name] = peak
