@@ -110,6 +110,8 @@ def test_scores_are_those_of_rounded_models(
         quality = evaluate(loaded, reference, models, Progress(), stored)
         # What is read once serves every time.
         assert evaluate(loaded, reference, models, Progress(), stored) == quality
+        # Nor does it stay mapped, which would count as memory in use.
+        assert "reference-" not in Path("/proc/self/maps").read_text(encoding="utf-8")
     for score, expected in (
         (quality.dense, naive(loaded, texts, formats, None)),
         (quality.clusters, naive(loaded, texts, formats, narrow)),

@@ -28,8 +28,9 @@ __all__ = ["Reference", "ReferenceText", "as_stored", "read_reference"]
 
 _ALIGNMENT = 64
 
-_Keep = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
-"""Keeps tensors for a while, and returns them as they are kept."""
+Kept = Callable[[], list[torch.Tensor]]
+"""Returns tensors that are kept: mapped from their file, as long as they are in use."""
+_Keep = Callable[[Sequence[torch.Tensor]], Kept]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +40,21 @@ class ReferenceText:
     Attributes:
         token_ids: (1, tokens).
         start: where narrow decoding starts.
-        logits: (tokens - start - 1, vocabulary) of the dense model with its own weights, in its dtype.
-        keys_values: of each layer, (1, heads, start, head size) both; the model's that narrow decoding follows.
+        logits: (tokens - start - 1, vocabulary) of the dense model with its own weights, in its dtype; one tensor.
+        keys_values: of each layer keys and then values, (1, heads, start, head size) both; of the model that narrow
+            decoding follows.
     """
 
     token_ids: torch.Tensor
     start: int
-    logits: torch.Tensor
-    keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    logits: Kept
+    keys_values: Kept
 
     def cache(self) -> DynamicCache:
         """Keys and values of the first half, to which a run may add its own."""
         cache, device = DynamicCache(), self.token_ids.device
-        for layer, (keys, values) in enumerate(self.keys_values):
+        halves = iter(self.keys_values())
+        for layer, (keys, values) in enumerate(zip(halves, halves, strict=True)):
             cache.update(keys.to(device), values.to(device), layer)
         return cache
 
@@ -62,8 +65,8 @@ class ReferenceText:
             logits: (tokens - start - 1, vocabulary).
             number: of the text.
         """
-        targets = self.token_ids[0, self.start + 1 :]
-        return compare_logits(self.logits.to(logits.device), logits, targets, number)
+        targets, (dense,) = self.token_ids[0, self.start + 1 :], self.logits()
+        return compare_logits(dense.to(logits.device), logits, targets, number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +104,15 @@ def read_reference(
         with progress.stage("reference", (1 if stored is None else 2) * len(texts)) as advance, torch.inference_mode():
             read = []
             for token_ids in texts:
-                text = _dense_pass(loaded, token_ids)
+                logits, halves = _dense_pass(loaded, token_ids)
                 # Of a stored model, keys and values are read below.
-                halves = text.keys_values if stored is None else ()
-                read.append(replace(text, logits=keep([text.logits])[0], keys_values=halves))
+                read.append(_text(loaded, token_ids, keep([logits]), keep(halves if stored is None else [])))
                 advance()
             if stored is not None:
                 read = _read_stored(loaded, stored, read, keep, tally, advance)
             else:
                 for number, text in enumerate(read):
-                    tally.add(text.compare(text.logits, number))
+                    tally.add(text.compare(text.logits()[0], number))
         yield Reference(texts=read, dense=tally.score("dense"))
 
 
@@ -119,13 +121,19 @@ def as_stored(stored: StoredModel | None) -> AbstractContextManager[None]:
     return nullcontext() if stored is None else base_in_use(stored)
 
 
-def _dense_pass(loaded: LoadedModel, token_ids: Sequence[int]) -> ReferenceText:
+def _text(loaded: LoadedModel, token_ids: Sequence[int], logits: Kept, keys_values: Kept) -> ReferenceText:
+    ids = torch.tensor([list(token_ids)], device=loaded.device)
+    return ReferenceText(token_ids=ids, start=split_point(len(token_ids)), logits=logits, keys_values=keys_values)
+
+
+def _dense_pass(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits of the second half, and keys and values of the first, as `ReferenceText` has them."""
     ids = torch.tensor([list(token_ids)], device=loaded.device)
     start, cache = split_point(len(token_ids)), DynamicCache()
     logits = loaded.head(loaded.states(ids, cache)[0, start:-1])
     # Copies: a view of the first half would hold on to the whole.
-    halves = [(keys[:, :, :start].clone(), values[:, :, :start].clone()) for keys, values, *_ in cache]
-    return ReferenceText(token_ids=ids, start=start, logits=logits, keys_values=halves)
+    halves = [half[:, :, :start].clone() for keys, values, *_ in cache for half in (keys, values)]
+    return logits, halves
 
 
 def _read_stored(
@@ -140,10 +148,9 @@ def _read_stored(
     read = []
     with base_in_use(stored), ffn_in_use(loaded, dense_cut(stored), 0):
         for number, text in enumerate(texts):
-            own = _dense_pass(loaded, text.token_ids[0].tolist())
-            tally.add(text.compare(own.logits, number))
-            kept = iter(keep([half for halves in own.keys_values for half in halves]))
-            read.append(replace(text, keys_values=list(zip(kept, kept, strict=True))))
+            logits, halves = _dense_pass(loaded, text.token_ids[0].tolist())
+            tally.add(text.compare(logits, number))
+            read.append(replace(text, keys_values=keep(halves)))
             advance()
     return read
 
@@ -152,32 +159,36 @@ def _read_stored(
 def _storage(stored: StoredModel | None) -> Iterator[_Keep]:
     """Make a function that keeps tensors in a file beside the stored model, or in memory where there is none."""
     if stored is None:
-        yield list
+        yield lambda tensors: lambda: list(tensors)
         return
     with disk_errors(stored.target):
         folder = TemporaryDirectory(dir=stored.folder, prefix="reference-")
     with folder as root:
         numbers = count()
 
-        def keep(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        def keep(tensors: Sequence[torch.Tensor]) -> Kept:
             with disk_errors(stored.target):
-                return _mapped(tensors, Path(root) / str(next(numbers)))
+                return _in_file(tensors, Path(root) / str(next(numbers)))
 
         yield keep
 
 
-def _mapped(tensors: Sequence[torch.Tensor], path: Path) -> list[torch.Tensor]:
-    """Write tensors to a file and map it: the system may drop from memory what is not in use."""
-    starts = []
+def _in_file(tensors: Sequence[torch.Tensor], path: Path) -> Kept:
+    """Write tensors to a file, from which they are mapped each time: what stays mapped would count as in memory."""
+    kinds, starts = [(tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors], []
     with path.open("wb") as file:
         for tensor in tensors:
             file.write(bytes(-file.tell() % _ALIGNMENT))
             starts.append(file.tell())
             file.write(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     if not path.stat().st_size:
-        return [tensor.cpu() for tensor in tensors]
-    mapped = torch.frombuffer(map_file(path), dtype=torch.uint8)
-    return [
-        mapped[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for start, tensor in zip(starts, tensors, strict=True)
-    ]
+        return lambda: [torch.empty(shape, dtype=dtype) for dtype, shape, _ in kinds]
+
+    def mapped() -> list[torch.Tensor]:
+        whole = torch.frombuffer(map_file(path), dtype=torch.uint8)
+        return [
+            whole[start : start + num_bytes].view(dtype).view(shape)
+            for start, (dtype, shape, num_bytes) in zip(starts, kinds, strict=True)
+        ]
+
+    return mapped

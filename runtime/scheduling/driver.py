@@ -24,6 +24,7 @@ class Driver:
         """Drive a scheduler, which nothing else may step."""
         self.scheduler = scheduler
         self._stepping = False
+        self._serves = False
         self._begin_process()
 
     def _begin_process(self) -> None:
@@ -113,6 +114,7 @@ class Driver:
 
     def serve(self, is_closed: Callable[[], bool]) -> None:
         """Step for all until `is_closed`; a thread that changes that must call `wake`."""
+        self._serves = True
         while True:
             with self._lock:
                 self._work.wait_for(lambda: is_closed() or (not self._stepping and self.scheduler.has_work))
@@ -164,7 +166,8 @@ class Driver:
             self._stepping = False
             if self._waiting:
                 self._ring(lambda run: True)
-            self._work.notify()
+            if self._serves:
+                self._work.notify()
 
     def _ring(self, deserves: Callable[[Run], bool]) -> None:
         with self._lock:

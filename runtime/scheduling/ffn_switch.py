@@ -19,6 +19,8 @@ class FfnSwitch:
         Args:
             anew: set them even if they seem to be in use already: other code may have changed them since.
         """
+        if choice is self._in_use and not anew:
+            return
         if anew or self._in_use is None or not same_weights(self._in_use, choice):
             # Unknown while it changes, and if it fails.
             self._in_use = None

@@ -11,7 +11,7 @@ from .prefill import Block, read_beside
 from .run import Logits, Run
 from .speculative import draft_round
 
-__all__ = ["Group", "decode_beside", "decode_group", "draft_alone", "group_by_weights", "post_rows"]
+__all__ = ["Group", "decode_alone", "decode_beside", "decode_group", "draft_alone", "group_by_weights", "post_rows"]
 
 Group = tuple[FfnChoice, list[Run]]
 
@@ -38,16 +38,20 @@ def decode_group(decoder: Decoder, switch: FfnSwitch, group: Group) -> Logits:
     switch.use(choice)
     begin = time.perf_counter()
     _start_clocks(runs, begin)
-    token_ids = [run.token_ids[-1] for run in runs]
     if len(runs) > 1:
-        logits = decoder.forward_rows([_number(run) for run in runs], token_ids)
+        logits = decoder.forward_rows([_number(run) for run in runs], [run.token_ids[-1] for run in runs])
     else:
-        # Alone the head may be screened; the likeliest token is the same.
-        if decoder.sequence != (number := _number(runs[0])):
-            decoder.select(number)
-        logits = decoder.forward(token_ids, greedy=runs[0].chooser.greedy)
+        logits = decode_alone(decoder, runs[0])
     _note_plain(runs, time.perf_counter() - begin if len(runs) == 1 else None)
     return logits
+
+
+def decode_alone(decoder: Decoder, run: Run) -> Logits:
+    """Run a run's last token through the weights in use: (1, vocab)."""
+    if decoder.sequence != (number := _number(run)):
+        decoder.select(number)
+    # Alone the head may be screened; the likeliest token is the same.
+    return decoder.forward(run.token_ids[-1:], greedy=run.chooser.greedy)
 
 
 def decode_beside(decoder: Decoder, switch: FfnSwitch, group: Group, block: Block) -> tuple[Logits | None, Logits]:

@@ -65,8 +65,10 @@ def _follow_drift(run: Run) -> None:
 
 
 def _disk_reads(run: Run) -> DiskReads | None:
+    if run.reads_before is None:
+        return None
     reads = run.loaded.decoder.disk_reads
-    return None if reads is None or run.reads_before is None else reads.since(run.reads_before)
+    return None if reads is None else reads.since(run.reads_before)
 
 
 def _token(run: Run, chosen: Chosen, piece: str, reason: FinishReason | None) -> Token:

@@ -10,7 +10,7 @@ from coreinfer.bundles.errors import CoreInferError, GenerationCancelled
 from coreinfer.runtime.engines.protocol import Decoder, FfnChoice, KvPoolFull
 
 from .ffn_switch import FfnSwitch, same_weights
-from .groups import decode_beside, decode_group, draft_alone, group_by_weights, post_rows
+from .groups import decode_alone, decode_beside, decode_group, draft_alone, group_by_weights, post_rows
 from .kv_pool import KvPool
 from .posting import post_token
 from .prefill import Block, begin, block_beside, read_block, reader
@@ -91,17 +91,30 @@ class Scheduler:
         if len(self._active) != 1 or self._arrived or self._waiting:
             return None
         run = self._active[0]
-        return run if run.token_ids and run.lengths is None and run.is_read and run.wants else None
+        # The first step after a prompt starts the run's clock.
+        return run if len(run.token_ids) > 1 and run.lengths is None and run.is_read and run.wants else None
 
     def _step_alone(self, run: Run) -> None:
-        # What `_step_all` would do, without looking for others: a small model's token takes little longer than that.
-        begun = self.clock()
-        self._decode_group(run.choice, [run])
+        """Do what `_step_all` would, without looking for others.
+
+        After a token's weights have passed through the caches, each call of a function takes about a microsecond.
+        """
+        runs, begun = [run], self.clock()
+        logits = self._pass(runs, self._forward_alone)
+        if logits is not None:
+            if self.on_pass is not None:
+                self.on_pass(1)
+            self._call(runs, partial(post_token, run, Row(logits=logits[0])))
         self._pace.note_step(1, self.clock() - begun)
         if run.is_over:
             self.sweep()
         else:
             self._select_first()
+
+    def _forward_alone(self, runs: list[Run]) -> Logits:
+        (run,) = runs
+        self._switch.use(run.choice)
+        return decode_alone(self.decoder, run)
 
     def _step_all(self) -> None:
         for run in (*self._waiting, *self._active):

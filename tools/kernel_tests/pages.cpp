@@ -57,7 +57,9 @@ void test_given_back() {
         pool.store(portable_kernels(), sequence.pages.data(), head / 2, head % 2, position, ones.get(), ones.get());
     const auto count_ones = [&](int page) {
       const size_t size = size_t(kPageTokens) * head_dim;
-      const float* keys = static_cast<const float*>(pool.head(1, 1).keys) + page * size;
+      const CachedHead head = pool.head(1, 1);
+      const char* start = static_cast<const char*>(head.keys) + page * head.page_bytes;
+      const float* keys = reinterpret_cast<const float*>(start);
       return static_cast<size_t>(std::count(keys, keys + size, 1.0f));
     };
     const size_t size = size_t(kPageTokens) * head_dim;

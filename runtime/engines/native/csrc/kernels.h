@@ -15,8 +15,9 @@ constexpr int kPageTokens = 64;  // positions of one page of the cache
 
 // Where the cache keeps the keys and values of one key-value head.
 struct CachedHead {
-  const void* keys;    // (num_pages, kPageTokens / 16, head_dim, 16)
-  const void* values;  // (num_pages, kPageTokens, value_stride)
+  const void* keys;    // of page 0: (kPageTokens / 16, head_dim, 16)
+  const void* values;  // of page 0: (kPageTokens, value_stride)
+  size_t page_bytes;   // from a page's to those of the page after it
   bool wide;           // float, else fp16
 };
 

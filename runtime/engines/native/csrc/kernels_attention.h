@@ -10,15 +10,19 @@ inline V::F load_cached(const uint16_t* p) { return V::load_half(p); }
 inline V::F load_cached(const float* p) { return V::load(p); }
 
 template <class T>
+inline const T* in_page(const AttentionTask& task, const void* first, int page) {
+  const char* start = static_cast<const char*>(first) + size_t(task.pages[page]) * task.head.page_bytes;
+  return reinterpret_cast<const T*>(start);
+}
+
+template <class T>
 inline const T* keys_of(const AttentionTask& task, int block) {
-  const size_t place = size_t(task.pages[block / kPageBlocks]) * kPageBlocks + block % kPageBlocks;
-  return static_cast<const T*>(task.head.keys) + place * task.head_dim * kPositions;
+  return in_page<T>(task, task.head.keys, block / kPageBlocks) + block % kPageBlocks * task.head_dim * kPositions;
 }
 
 template <class T>
 inline const T* values_of(const AttentionTask& task, int position) {
-  const size_t place = size_t(task.pages[position / kPageTokens]) * kPageTokens + position % kPageTokens;
-  return static_cast<const T*>(task.head.values) + place * task.value_stride;
+  return in_page<T>(task, task.head.values, position / kPageTokens) + position % kPageTokens * task.value_stride;
 }
 
 template <class T, int kCount>

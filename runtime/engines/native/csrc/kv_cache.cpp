@@ -10,8 +10,9 @@ namespace coreinfer {
 
 namespace {
 constexpr size_t kGranule = 4096;  // what the system gives and takes back
+constexpr size_t kHugePage = 2 << 20;
 
-size_t aligned(size_t num_bytes) { return (num_bytes + kGranule - 1) / kGranule * kGranule; }
+size_t aligned(size_t num_bytes, size_t unit = kGranule) { return (num_bytes + unit - 1) / unit * unit; }
 
 }  // namespace
 
@@ -28,31 +29,42 @@ size_t PageLayout::num_bytes() const {
 }
 
 PagePool::PagePool(const PageLayout& page_layout, int num_pages, size_t kept_bytes)
-    : layout(page_layout), num_holders_(num_pages), kept_(num_pages), kept_bytes_(kept_bytes), num_free_(num_pages) {
-  size_t num_bytes = 0;
+    : layout(page_layout),
+      page_bytes_(layout.num_bytes()),
+      num_holders_(num_pages),
+      kept_(num_pages),
+      kept_bytes_(kept_bytes),
+      num_free_(num_pages) {
+  size_t start = 0;
   for (int layer = 0; layer < layout.num_layers(); ++layer)
-    for (int head = 0; head < layout.num_kv_heads(); ++head)
-      for (const size_t page_bytes : {layout.key_bytes(layer), layout.value_bytes(layer)}) {
-        regions_.push_back({num_bytes, page_bytes});
-        num_bytes += aligned(page_bytes * num_pages);
-      }
+    for (int head = 0; head < layout.num_kv_heads(); ++head) {
+      places_.push_back({start, start + layout.key_bytes(layer)});
+      start += layout.key_bytes(layer) + layout.value_bytes(layer);
+    }
+  const size_t num_bytes = aligned(page_bytes_ * num_pages, kHugePage) + kHugePage;
   void* memory = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED)
     throw NoAddressSpace("KV cache: the system does not reserve " + std::to_string(num_bytes / 1000000) + " MB");
-  base_.reset(static_cast<uint8_t*>(memory), [num_bytes](uint8_t* base) { munmap(base, num_bytes); });
+  const std::shared_ptr<uint8_t> whole(static_cast<uint8_t*>(memory),
+                                       [num_bytes](uint8_t* base) { munmap(base, num_bytes); });
+  base_ = {whole, reinterpret_cast<uint8_t*>(aligned(reinterpret_cast<size_t>(memory), kHugePage))};
+#ifdef MADV_HUGEPAGE
+  // A hint, which a system without huge pages refuses.
+  madvise(base_.get(), num_bytes - kHugePage, MADV_HUGEPAGE);
+#endif
 }
 
 CachedHead PagePool::head(int layer, int head) const {
-  const Region* regions = &regions_[(size_t(layer) * layout.num_kv_heads() + head) * 2];
-  return {at(regions[0], 0), at(regions[1], 0), layout.is_wide(layer)};
+  const Place& place = places_[size_t(layer) * layout.num_kv_heads() + head];
+  return {base_.get() + place.keys, base_.get() + place.values, page_bytes_, layout.is_wide(layer)};
 }
 
 void PagePool::store(const Kernels& kernels, const int32_t* pages, int layer, int head, int position, const float* key,
                      const float* value) const {
   const int head_dim = layout.head_dim(), row = position % kPageTokens;
-  const Region* regions = &regions_[(size_t(layer) * layout.num_kv_heads() + head) * 2];
-  uint8_t* keys = at(regions[0], pages[position / kPageTokens]);
-  uint8_t* values = at(regions[1], pages[position / kPageTokens]);
+  const Place& place = places_[size_t(layer) * layout.num_kv_heads() + head];
+  uint8_t* keys = page(pages[position / kPageTokens]) + place.keys;
+  uint8_t* values = page(pages[position / kPageTokens]) + place.values;
   const size_t lane = size_t(row / kPositions) * head_dim * kPositions + row % kPositions;
   if (layout.is_wide(layer)) {
     float* lanes = reinterpret_cast<float*>(keys) + lane;
@@ -99,27 +111,27 @@ void PagePool::release(int32_t page) {
     ++num_kept_;
     return;
   }
-  for (const Region& region : regions_) give_back(region, page);
+  give_back(page);
 }
 
 // Granules that other pages have parts of are given back with the last of these.
-void PagePool::give_back(const Region& region, int32_t page) const {
+void PagePool::give_back(int32_t number) const {
   const auto all_empty = [&](size_t begin, size_t end) {
-    const int32_t last = std::min<int32_t>((end - 1) / region.page_bytes, num_pages() - 1);
-    for (int32_t other = begin / region.page_bytes; other <= last; ++other)
+    const int32_t last = std::min<int32_t>((end - 1) / page_bytes_, num_pages() - 1);
+    for (int32_t other = begin / page_bytes_; other <= last; ++other)
       if (!is_empty(other)) return false;
     return true;
   };
-  size_t begin = page * region.page_bytes / kGranule * kGranule;
-  size_t end = aligned((page + 1) * region.page_bytes);
+  size_t begin = number * page_bytes_ / kGranule * kGranule;
+  size_t end = aligned((number + 1) * page_bytes_);
   if (!all_empty(begin, begin + kGranule)) begin += kGranule;
   if (begin < end && !all_empty(end - kGranule, end)) end -= kGranule;
-  if (begin < end) madvise(base_.get() + region.start + begin, end - begin, MADV_DONTNEED);
+  if (begin < end) madvise(base_.get() + begin, end - begin, MADV_DONTNEED);
 }
 
-int32_t PagePool::copy(int32_t page, int32_t before) {
+int32_t PagePool::copy(int32_t source, int32_t before) {
   const int32_t own = take(before);
-  for (const Region& region : regions_) std::memcpy(at(region, own), at(region, page), region.page_bytes);
+  std::memcpy(page(own), page(source), page_bytes_);
   return own;
 }
 

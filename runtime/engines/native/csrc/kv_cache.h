@@ -43,10 +43,10 @@ struct NoAddressSpace : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Pages that several sequences may hold at once. A head's keys (or values) of all pages lie side by side, in the pages'
-// order: those of a sequence whose pages follow one another are read in one go, and pages are taken so that they do.
-// Address space is reserved for all pages, memory is taken when a page is first written; some of it is kept for the next
-// who takes that page, the rest goes back to the system.
+// Pages that several sequences may hold at once. A page is one piece of memory: with heads' keys and values far apart, as
+// one array of all pages for each head, a token's attention touched thousands of places of 4 kB, each of which the
+// CPU has to look up. Address space is reserved for all pages, memory is taken when a page is first written; some of it
+// is kept for the next who takes that page, the rest goes back to the system.
 class PagePool {
  public:
   // `kept_bytes`: of free pages, whose memory is not given back.
@@ -67,23 +67,22 @@ class PagePool {
   // One holder less; the last one's page is free.
   void release(int32_t page);
   // `take`, and a page's content with it.
-  int32_t copy(int32_t page, int32_t before);
+  int32_t copy(int32_t source, int32_t before);
 
   const PageLayout layout;
 
  private:
-  // One head's keys or values: those of page p are at [p, p + 1) * page_bytes.
-  struct Region {
-    size_t start, page_bytes;
-  };
-  uint8_t* at(const Region& region, int32_t page) const {
-    return base_.get() + region.start + page * region.page_bytes;
-  }
+  uint8_t* page(int32_t number) const { return base_.get() + number * page_bytes_; }
   int32_t roomiest() const;
   bool is_empty(int32_t page) const { return num_holders_[page] == 0 && !kept_[page]; }
-  void give_back(const Region& region, int32_t page) const;
+  void give_back(int32_t page) const;
 
-  std::vector<Region> regions_;  // by layer and head: keys, values
+  // Where a head's keys and values begin in a page.
+  struct Place {
+    size_t keys, values;
+  };
+  std::vector<Place> places_;  // by layer and head
+  size_t page_bytes_;
   std::shared_ptr<uint8_t> base_;
   std::vector<int> num_holders_;  // of each page
   std::vector<bool> kept_;        // of each page, whether it is free and has memory

@@ -109,19 +109,19 @@ class TokenPass {
   void prefetch_cache(int layer, Range positions) const {
     if (positions.begin >= positions.end) return;
     const PagePool& pool = decoder_.pool;
-    const size_t page = row_.pages[positions.begin / kPageTokens];
-    const size_t first = positions.begin % kPageTokens / kPositions * kPositions;
-    // A sequence's next page most often lies right behind.
-    const size_t count = positions.end - positions.begin / kPositions * kPositions;
+    const int32_t page = row_.pages[positions.begin / kPageTokens];
+    const int first = positions.begin % kPageTokens / kPositions * kPositions;
+    const int begin = positions.begin / kPositions * kPositions;
+    const size_t count = std::min(kPageTokens - first, positions.end - begin);
     const size_t most = kPrefetchBytes / weights_.num_kv_heads;
     const size_t key_bytes = pool.layout.key_bytes(layer) / kPageTokens;
     const size_t value_bytes = pool.layout.value_bytes(layer) / kPageTokens;
     for (int number = 0; number < weights_.num_kv_heads; ++number) {
       const CachedHead head = pool.head(layer, number);
-      const size_t position = page * kPageTokens + first;
-      prefetch_bytes(static_cast<const char*>(head.keys) + position * key_bytes, std::min(most, count * key_bytes));
-      prefetch_bytes(static_cast<const char*>(head.values) + position * value_bytes,
-                     std::min(most, count * value_bytes));
+      const char* keys = static_cast<const char*>(head.keys) + page * head.page_bytes;
+      const char* values = static_cast<const char*>(head.values) + page * head.page_bytes;
+      prefetch_bytes(keys + first * key_bytes, std::min(most, count * key_bytes));
+      prefetch_bytes(values + first * value_bytes, std::min(most, count * value_bytes));
     }
   }
 
