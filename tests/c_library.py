@@ -69,7 +69,7 @@ def load_library(folder: Path) -> Any:
     library.coreinfer_is_end.argtypes = [ctypes.c_void_p, ctypes.c_int32]
     library.coreinfer_open.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
     library.coreinfer_use.argtypes = library.coreinfer_truncate.argtypes = [ctypes.c_void_p, ctypes.c_int]
-    feed = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    feed: list[Any] = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     library.coreinfer_feed.argtypes = library.coreinfer_feed_greedy.argtypes = feed
     library.coreinfer_close.argtypes = [ctypes.c_void_p]
     return library
