@@ -128,8 +128,8 @@ def test_llm_answers_and_goes_on(home: Path, long_bundle: Path, answers: list[st
 @needs_llm
 def test_llm_follows_a_schema(home: Path, long_bundle: Path) -> None:
     llm(home, "coreinfer", "add", "tiny", long_bundle)
-    schema = {"type": "object", "properties": {"days": {"enum": [1, 2, 3]}}, "required": ["days"]}
-    schema["additionalProperties"] = False
+    days = {"days": {"enum": [1, 2, 3]}}
+    schema = {"type": "object", "properties": days, "required": ["days"], "additionalProperties": False}
     done = llm(home, "-m", "tiny", PROMPT, "--schema", json.dumps(schema), "-o", "max_tokens", 60)
     assert done.status == 0, done.err
     assert json.loads(done.out)["days"] in (1, 2, 3)

@@ -12,31 +12,47 @@ namespace {
 
 const char kSliding[] = "sliding_attention", kFull[] = "full_attention";
 
-std::vector<Family> make_families() {
-  const NormNames attention{"input_layernorm"}, ffn{"post_attention_layernorm"};
-  const std::vector<const char*> rotary = {"model_type", "rms_norm_eps", "rope_parameters", "sliding_window"};
-  std::vector<const char*> qwen = rotary, gemma = rotary;
-  qwen.push_back("layer_types");
-  for (const char* name : {"attn_logit_softcapping", "final_logit_softcapping", "layer_types", "query_pre_attn_scalar"})
-    gemma.push_back(name);
-  const std::vector<const char*> opt = {"do_layer_norm_before", "layer_norm_elementwise_affine", "word_embed_proj_dim"};
-  std::vector<Family> families = {{"llama", rotary, attention, ffn},
-                                  {"qwen2", qwen, attention, ffn},
-                                  {"qwen3", qwen, attention, ffn},
-                                  {"gemma3",
-                                   gemma,
-                                   {"input_layernorm", "post_attention_layernorm"},
-                                   {"pre_feedforward_layernorm", "post_feedforward_layernorm"}},
-                                  {"opt", opt, {"self_attn_layer_norm"}, {"final_layer_norm"}}};
-  families[2].head_norms = families[3].head_norms = true;
-  families[3].norm_offset = 1.0f;
-  families[3].scales_embedding = true;
-  families[4].root = "model.decoder.";
-  families[4].output = "out_proj";
-  families[4].final_norm = "final_layer_norm";
-  families[4].position_offset = 2;
-  families[4].layer_norm = true;
-  return families;
+using Names = std::vector<const char*>;
+
+const Names kRotarySettings = {"model_type", "rms_norm_eps", "rope_parameters", "sliding_window"};
+
+Names with(Names names, const Names& more) {
+  names.insert(names.end(), more.begin(), more.end());
+  return names;
+}
+
+Family llama(const char* name, const Names& more_settings = {}) {
+  return {name, with(kRotarySettings, more_settings), {"input_layernorm"}, {"post_attention_layernorm"}};
+}
+
+Family qwen3() {
+  Family family = llama("qwen3", {"layer_types"});
+  family.head_norms = true;
+  return family;
+}
+
+Family gemma3() {
+  Family family =
+      llama("gemma3", {"attn_logit_softcapping", "final_logit_softcapping", "layer_types", "query_pre_attn_scalar"});
+  family.attention_norms.output = "post_attention_layernorm";
+  family.ffn_norms = {"pre_feedforward_layernorm", "post_feedforward_layernorm"};
+  family.norm_offset = 1.0f;
+  family.head_norms = true;
+  family.scales_embedding = true;
+  return family;
+}
+
+Family opt() {
+  Family family = {"opt",
+                   {"do_layer_norm_before", "layer_norm_elementwise_affine", "word_embed_proj_dim"},
+                   {"self_attn_layer_norm"},
+                   {"final_layer_norm"}};
+  family.root = "model.decoder.";
+  family.output = "out_proj";
+  family.final_norm = "final_layer_norm";
+  family.position_offset = 2;
+  family.layer_norm = true;
+  return family;
 }
 
 const Json* find_setting(const ModelRecord& record, const Family& family, const char* key) {
@@ -85,7 +101,8 @@ void read_rotary(const ModelRecord& record, const Family& family, Settings& sett
 }  // namespace
 
 const Family& family_of(const ModelRecord& record) {
-  static const std::vector<Family> families = make_families();
+  static const std::vector<Family> families = {llama("llama"), llama("qwen2", {"layer_types"}), qwen3(), gemma3(),
+                                               opt()};
   for (const Family& family : families)
     if (record.family == family.name) return family;
   throw Unsupported("model " + record.name + ": the native engine has no family '" + record.family + "'");
