@@ -20,7 +20,7 @@ COOKING := "How do I make a simple tomato soup with basil?"
 SCIENCE := "Why does the moon have phases, and how long does one cycle last?"
 BIN    := $(VENV)/bin
 # Folders of C++ modules.
-CSRC   := runtime/engines/native/csrc compiler/quantize/csrc compiler/prune/csrc compiler/csrc bundles/shared/csrc
+CSRC   := runtime/engines/native/csrc runtime/engines/native/assembly runtime/engines/native/capi compiler/quantize/csrc compiler/prune/csrc compiler/csrc bundles/shared/csrc
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test lint docs site clean
@@ -41,7 +41,7 @@ test: $(VENV)/.test lint
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard $(CSRC:=/*.cpp) $(CSRC:=/*.h) tools/kernel_tests/*)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard $(CSRC:=/*.cpp) $(CSRC:=/*.h) tools/kernel_tests/* examples/*.c)
 	# Copies of the tree that know no symbolic links leave files in their place.
 	for package in bundles compiler evaluation runtime server; do ln -sfn ../../../$$package tools/typing/coreinfer/$$package; done
 	$(BIN)/mypy

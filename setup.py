@@ -15,13 +15,14 @@ EXTRA = os.environ.get("COREINFER_CXXFLAGS", "").split()
 SHARED = "bundles/shared/csrc"
 
 
-def extension(module: str, folder: str, options: list[str]) -> Pybind11Extension:
-    """Build a module from the C++ files of a folder."""
+def extension(module: str, folders: list[str], options: list[str]) -> Pybind11Extension:
+    """Build a module from the C++ files of some folders."""
+    headers = [*folders, SHARED, "compiler/csrc"]
     return Pybind11Extension(
         module,
-        sorted(glob(f"{folder}/*.cpp")),
-        depends=sorted(glob(f"{folder}/*.h") + glob(f"{SHARED}/*.h") + glob("compiler/csrc/*.h")),
-        include_dirs=[SHARED],
+        sorted(path for folder in folders for path in glob(f"{folder}/*.cpp")),
+        depends=sorted(path for folder in headers for path in glob(f"{folder}/*.h")),
+        include_dirs=[*folders, SHARED],
         cxx_std=17,
         extra_compile_args=["-O3", "-g0", "-pthread", *options, *WARNINGS, *EXTRA],
         extra_link_args=["-pthread", *EXTRA],
@@ -30,9 +31,13 @@ def extension(module: str, folder: str, options: list[str]) -> Pybind11Extension
 
 setup(
     ext_modules=[
-        extension("coreinfer.runtime.engines.native._native", "runtime/engines/native/csrc", []),
+        extension(
+            "coreinfer.runtime.engines.native._native",
+            ["runtime/engines/native/csrc", "runtime/engines/native/assembly"],
+            [],
+        ),
         # Weights are rounded to the same bits on every CPU: no product may be fused with a sum.
-        extension("coreinfer.compiler.quantize._kernels", "compiler/quantize/csrc", ["-ffp-contract=off"]),
-        extension("coreinfer.compiler.prune._products", "compiler/prune/csrc", []),
+        extension("coreinfer.compiler.quantize._kernels", ["compiler/quantize/csrc"], ["-ffp-contract=off"]),
+        extension("coreinfer.compiler.prune._products", ["compiler/prune/csrc"], []),
     ]
 )

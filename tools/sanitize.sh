@@ -12,11 +12,13 @@ tools/test-kernels.sh $flags
 suffix=$("$python" -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
 modules="runtime/engines/native/_native$suffix compiler/quantize/_kernels$suffix compiler/prune/_products$suffix"
 trap 'for module in $modules; do [ ! -e "$module.saved" ] || mv "$module.saved" "$module"; done' EXIT
+sources() { ls -d "$(dirname "$1")"/csrc "$(dirname "$1")"/assembly 2>/dev/null || true; }
 for module in $modules; do
   cp "$module" "$module.saved"
   # shellcheck disable=SC2046,SC2086
   g++ -std=c++17 -O1 -g1 -fPIC -shared -fvisibility=hidden -ffp-contract=off -pthread -w $flags \
-    $("$python" -m pybind11 --includes) -Ibundles/shared/csrc "$(dirname "$module")"/csrc/*.cpp -o "$module"
+    $("$python" -m pybind11 --includes) $(printf -- '-I%s ' bundles/shared/csrc $(sources "$module")) \
+    $(for folder in $(sources "$module"); do ls "$folder"/*.cpp; done) -o "$module"
 done
 # Python itself leaks by design, and numpy and torch are not instrumented.
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1

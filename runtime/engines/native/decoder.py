@@ -1,14 +1,16 @@
 """The native engine: decoding on the CPU with packed weights, without torch."""
 
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, CoreInferError
+from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, CoreInferError, UnsupportedModelError
 from coreinfer.bundles.shared.machine import usable_cores
 from coreinfer.bundles.statistics import Selection, document_statistic
 from coreinfer.runtime.engines.cached import CachedTokens
@@ -18,7 +20,6 @@ from coreinfer.runtime.generation import DiskReads
 
 from . import _native
 from .memory_plan import MemoryPlan, plan_memory
-from .model import ffn_layers, model_spec
 from .residency import disk_reads, hold_base, weight_sizes
 
 __all__ = ["NativeDecoder"]
@@ -76,7 +77,11 @@ class NativeDecoder:
             return count_pages(limit, page_bytes=page_bytes, max_positions=model.max_positions)
 
         with _corrupt(bundle, "base"):
-            self._model = _native.Model(model_spec(bundle), isa, num_threads, model.ffn_dim, num_pages)
+            # The native module knows the families: see assembly/families.cpp.
+            self._record = json.dumps(asdict(model), allow_nan=False)
+            self._model = _native.Model(
+                self._record, str(bundle.base.path), bundle.base.mapped_bytes, isa, num_threads, num_pages
+            )
         self._residency = hold_base(bundle, self._model, plans[0]) if plans else None
         self._ffns: dict[int | None, Any] = {}
         self._loading = threading.Lock()
@@ -196,7 +201,7 @@ class NativeDecoder:
                     f"bundle {self._bundle.path} has no dense FFN; compile it with --dense or use a cluster"
                 )
             with _corrupt(self._bundle, file.path.name):
-                ffn = _native.Ffn(ffn_layers(file, manifest, num_neurons), manifest.model.hidden_size)
+                ffn = _native.Ffn(self._record, str(file.path), file.mapped_bytes, num_neurons)
                 self._ffns[cluster] = ffn if self._residency is None else self._residency.in_layers(ffn, file)
         return self._ffns[cluster]
 
@@ -342,5 +347,7 @@ def _corrupt(bundle: Bundle, part: str) -> Iterator[None]:
         yield
     except _native.NoAddressSpace as error:
         raise ConfigError(f"kv_cache_mb: {error}; give a smaller limit") from error
+    except _native.Unsupported as error:
+        raise UnsupportedModelError(f"{error}; use engine='torch'") from error
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise BundleCorrupt(f"bundle {bundle.path}: {part}: {error}; compile the bundle again") from error

@@ -4,48 +4,41 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <functional>
-#include <mutex>
 
+#include "calls.h"
 #include "decoder.h"
 #include "gather.h"
 #include "reading.h"
+#include "refusals.h"
 #include "residency.h"
 
 namespace coreinfer {
 namespace {
 
 using Floats = py::array_t<float, py::array::c_style>;
-using Bytes = py::array_t<uint8_t, py::array::c_style>;
 using Ids = py::array_t<int32_t, py::array::c_style>;
 
 class Model {
  public:
-  Model(const py::dict& spec, const std::string& isa, int num_threads, int max_neurons,
+  // `record`: the manifest's of the model, as JSON; `base`: the whole mapped file of that name.
+  Model(const std::string& record, const std::string& name, const Bytes& base, const std::string& isa, int num_threads,
         const std::function<int(size_t, std::pair<size_t, size_t>)>& count_pages) {
     const Kernels& kernels = find_kernels(isa);
-    if (max_neurons < 1) refuse("max_neurons", "at least 1", std::to_string(max_neurons));
-    ModelWeights weights = read_model(spec, owners_);
-    max_neurons_ = max_neurons;
+    const ModelRecord model = read_record(Json::parse(record));
+    ModelWeights weights = assemble_model(model, open_mapped(name, base, owners_), memory_);
+    max_neurons_ = model.ffn_dim;
     const TableBytes tables = table_bytes(weights);
     const int num_pages = count_pages(layout_for(weights).num_bytes(), {tables.all, tables.block});
     if (num_pages < 1) refuse("KV cache pages", "at least 1", std::to_string(num_pages));
-    decoder_ = std::make_unique<Decoder>(std::move(weights), kernels, num_threads, max_neurons, num_pages);
+    decoder_ = std::make_unique<Decoder>(std::move(weights), kernels, num_threads, max_neurons_, num_pages);
   }
 
   void use(const FfnHandle& ffn) {
-    const std::unique_lock<std::mutex> lock = acquire();
-    const size_t num_layers = decoder_->weights.layers.size();
-    if (ffn.ffn->size() != num_layers)
-      refuse("FFN layers", std::to_string(num_layers), std::to_string(ffn.ffn->size()));
-    if (ffn.max_neurons() > max_neurons_)
-      refuse("FFN neurons", "at most " + std::to_string(max_neurons_), std::to_string(ffn.max_neurons()));
-    for (const FfnWeights& layer : *ffn.ffn)
-      if (layer.up.weight.cols != decoder_->weights.hidden)
-        refuse("FFN inputs", std::to_string(decoder_->weights.hidden), std::to_string(layer.up.weight.cols));
+    const std::unique_lock<std::mutex> lock = turn_.take();
+    check_ffn(*decoder_, *ffn.ffn, max_neurons_);
     if (decoder_->residency && !ffn.source)
       refuse("FFN", "one that is read in layers, as memory is limited", "another");
     decoder_->ffn = ffn.ffn;
@@ -55,7 +48,7 @@ class Model {
 
   // Limit the memory of weights; `base` is the whole mapped file that the model's matrices lie in.
   void limit(const std::string& path, const Bytes& base, size_t layer_bytes, size_t window_bytes) {
-    const std::unique_lock<std::mutex> lock = acquire();
+    const std::unique_lock<std::mutex> lock = turn_.take();
     limit_memory(*decoder_, {path, base.data(), size_t(base.size())}, {layer_bytes, window_bytes});
   }
 
@@ -90,13 +83,13 @@ class Model {
   }
 
   int add_sequence() {
-    const std::unique_lock<std::mutex> lock = acquire();
+    const std::unique_lock<std::mutex> lock = turn_.take();
     return decoder_->add_sequence();
   }
 
   int fork_sequence(int source, int num_tokens) {
-    const std::unique_lock<std::mutex> lock = acquire();
-    check_sequence(source);
+    const std::unique_lock<std::mutex> lock = turn_.take();
+    check_sequence(*decoder_, source);
     const int most = decoder_->sequences[source]->num_cached;
     if (num_tokens < 0 || num_tokens > most)
       refuse("num_tokens", "0 to " + std::to_string(most) + " of the sequence", std::to_string(num_tokens));
@@ -104,14 +97,14 @@ class Model {
   }
 
   void drop_sequence(int number) {
-    const std::unique_lock<std::mutex> lock = acquire();
-    check_sequence(number);
+    const std::unique_lock<std::mutex> lock = turn_.take();
+    check_sequence(*decoder_, number);
     if (number == 0) refuse("sequence", "another than 0, which stays", "0");
     decoder_->drop_sequence(number);
   }
 
   py::array forward_rows(const Ids& numbers, const Ids& ids) {
-    const std::unique_lock<std::mutex> lock = acquire();
+    const std::unique_lock<std::mutex> lock = turn_.take();
     check_rows(numbers, ids, std::vector<int>(decoder_->sequences.size()));
     const int num_rows = static_cast<int>(ids.size());
     py::array_t<float> logits({num_rows, round_up(decoder_->weights.vocab, kBlockRows)});
@@ -123,9 +116,9 @@ class Model {
   }
 
   py::array forward_beside(int sequence, const Ids& block_ids, bool last_logits, const Ids& numbers, const Ids& ids) {
-    const std::unique_lock<std::mutex> lock = acquire();
-    check_sequence(sequence);
-    check_ids(block_ids);
+    const std::unique_lock<std::mutex> lock = turn_.take();
+    check_sequence(*decoder_, sequence);
+    check(block_ids);
     if (block_ids.size() < 2) refuse("block_ids", "at least two tokens", std::to_string(block_ids.size()));
     const int num_tokens = static_cast<int>(block_ids.size()), num_rows = static_cast<int>(ids.size());
     std::vector<int> counts(decoder_->sequences.size());
@@ -141,10 +134,10 @@ class Model {
   }
 
   py::array forward(const Ids& ids, bool all_logits, bool screened, const py::object& watcher, int sequence) {
-    const std::unique_lock<std::mutex> lock = acquire();
-    check_sequence(sequence);
-    check_ids(ids);
-    check_room(sequence, ids.size());
+    const std::unique_lock<std::mutex> lock = turn_.take();
+    check_sequence(*decoder_, sequence);
+    check(ids);
+    check_room(*decoder_, sequence, ids.size());
     const int num_tokens = static_cast<int>(ids.size());
     py::array_t<float> logits({all_logits ? num_tokens : 1, round_up(decoder_->weights.vocab, kBlockRows)});
     std::exception_ptr failure;
@@ -162,14 +155,14 @@ class Model {
   }
 
   void truncate(int num_tokens, int sequence) {
-    const std::unique_lock<std::mutex> lock = acquire();
-    check_sequence(sequence);
+    const std::unique_lock<std::mutex> lock = turn_.take();
+    check_sequence(*decoder_, sequence);
     if (num_tokens < 0) refuse("num_tokens", "at least 0", std::to_string(num_tokens));
     decoder_->truncate_sequence(sequence, num_tokens);
   }
 
   int num_cached(int sequence) const {
-    check_sequence(sequence);
+    check_sequence(*decoder_, sequence);
     return decoder_->sequences[sequence]->num_cached;
   }
   int num_pages() const { return decoder_->pool.num_pages(); }
@@ -190,34 +183,9 @@ class Model {
   }
 
  private:
-  std::unique_lock<std::mutex> acquire() {
-    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock.owns_lock())
-      throw std::runtime_error(
-          num_forks_ == num_forks()
-              ? "the native decoder is in use by another thread"
-              : "this process was forked while another thread decoded; load the bundle again in this process");
-    num_forks_ = num_forks();
-    return lock;
-  }
-
-  void check_ids(const Ids& ids) const {
-    const ModelWeights& weights = decoder_->weights;
-    if (!decoder_->ffn) refuse("FFN", "one in use", "none");
-    if (ids.ndim() != 1 || ids.size() == 0) refuse("token ids", "at least one", "none");
-    for (py::ssize_t i = 0; i < ids.size(); ++i)
-      if (ids.data()[i] < 0 || ids.data()[i] >= weights.vocab)
-        refuse("token id", "0 to " + std::to_string(weights.vocab - 1), std::to_string(ids.data()[i]));
-  }
-
-  void check_sequence(int number) const {
-    if (!decoder_->has(number)) refuse("sequence", "one that was added", std::to_string(number));
-  }
-
-  void check_room(int sequence, py::ssize_t num_tokens) const {
-    const int room = decoder_->weights.max_positions - decoder_->sequences[sequence]->num_cached;
-    if (num_tokens > room)
-      refuse("token ids", "at most " + std::to_string(room) + " more in the KV cache", std::to_string(num_tokens));
+  void check(const Ids& ids) const {
+    if (ids.ndim() != 1) refuse("token ids", "one dimension", std::to_string(ids.ndim()));
+    check_ids(*decoder_, ids.data(), size_t(ids.size()));
   }
 
   // `counts`: tokens that come to each sequence besides the rows.
@@ -225,12 +193,12 @@ class Model {
     if (numbers.ndim() != 1 || numbers.size() != ids.size())
       refuse("sequences", std::to_string(ids.size()) + ", one a token", std::to_string(numbers.size()));
     for (py::ssize_t i = 0; i < numbers.size(); ++i) {
-      check_sequence(numbers.data()[i]);
+      check_sequence(*decoder_, numbers.data()[i]);
       ++counts[numbers.data()[i]];
     }
-    check_ids(ids);
+    check(ids);
     for (size_t number = 0; number < counts.size(); ++number)
-      if (counts[number] > 0) check_room(static_cast<int>(number), counts[number]);
+      if (counts[number] > 0) check_room(*decoder_, static_cast<int>(number), counts[number]);
   }
 
   py::array without_padding(const py::array_t<float>& logits) const {
@@ -274,11 +242,11 @@ class Model {
   }
 
   Owners owners_;
+  Memory memory_;
   FfnHandle ffn_;
   std::unique_ptr<Decoder> decoder_;
   int max_neurons_ = 0;
-  std::mutex mutex_;
-  std::atomic<uint32_t> num_forks_{0};  // when the mutex was last taken
+  Turn turn_;
 };
 
 // GB/s of a plain read of `num_bytes` by several threads, best of three passes.
@@ -348,15 +316,17 @@ PYBIND11_MODULE(_native, module) {
   module.attr("BLOCK_TOKENS") = kBlockTokens;
   module.attr("PAGE_TOKENS") = kPageTokens;
   py::register_exception<PoolFull>(module, "PoolFull", PyExc_RuntimeError);
+  py::register_exception<Unsupported>(module, "Unsupported", PyExc_ValueError);
   py::register_exception<NoAddressSpace>(module, "NoAddressSpace", PyExc_RuntimeError);
   py::class_<FfnHandle>(module, "Ffn")
-      .def(py::init(&read_ffn), py::arg("layers"), py::arg("hidden"))
+      .def(py::init(&read_ffn), py::arg("record"), py::arg("name"), py::arg("mapping"), py::arg("num_neurons"))
       .def("in_layers", &read_in_layers, py::arg("path"), py::arg("mapping"))
-      .def_property_readonly("max_neurons", &FfnHandle::max_neurons);
+      .def_property_readonly("max_neurons", [](const FfnHandle& ffn) { return most_neurons(*ffn.ffn); });
   py::class_<Model>(module, "Model")
-      .def(py::init<const py::dict&, const std::string&, int, int,
+      .def(py::init<const std::string&, const std::string&, const Bytes&, const std::string&, int,
                     const std::function<int(size_t, std::pair<size_t, size_t>)>&>(),
-           py::arg("spec"), py::arg("isa"), py::arg("num_threads"), py::arg("max_neurons"), py::arg("count_pages"))
+           py::arg("record"), py::arg("name"), py::arg("base"), py::arg("isa"), py::arg("num_threads"),
+           py::arg("count_pages"))
       .def("use", &Model::use, py::arg("ffn"))
       .def("limit", &Model::limit, py::arg("path"), py::arg("base"), py::arg("layer_bytes"), py::arg("window_bytes"))
       .def("announce", &Model::announce, py::arg("ffn"))

@@ -1,4 +1,4 @@
-// How Python hands weights over: in place, as tuples of a format and arrays.
+// How Python hands weights over: as mapped files, and single matrices as tuples of a format and arrays.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "assembly.h"
 #include "layer_store.h"
 #include "scratch.h"
 #include "weights.h"
@@ -19,14 +20,9 @@ namespace py = pybind11;
 // Objects whose memory the model reads in place.
 using Owners = std::vector<py::object>;
 
-// Throws std::invalid_argument.
-[[noreturn]] void refuse(const std::string& what, const std::string& expected, const std::string& got);
-
 // ("bf16", rows, cols, bits) or ("int8", rows, cols, codes, scales) or ("int4", rows, cols, codes, scales, zeros)
 // or ("int8-planes", rows, cols, high halves, scales, low halves).
 Matrix read_matrix(const py::handle& object, const std::string& what, Owners& owners);
-
-ModelWeights read_model(const py::dict& spec, Owners& owners);
 
 // FFN weights of all layers, in place or gathered.
 // Hidden, as pybind11 has the objects that it holds.
@@ -35,14 +31,14 @@ struct __attribute__((visibility("hidden"))) FfnHandle {
   Owners owners;
   std::vector<std::shared_ptr<void>> memory;
   std::shared_ptr<LayerSource> source;  // where memory is limited: what layers are read from
-
-  int max_neurons() const {
-    int most = 0;
-    for (const auto& layer : *ffn) most = std::max(most, layer.num_neurons());
-    return most;
-  }
 };
 
-FfnHandle read_ffn(const py::list& layers, int hidden);
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+
+// A mapped file of a bundle, which must stay as long as what is taken from it.
+TensorFile open_mapped(const std::string& name, const Bytes& mapping, Owners& owners);
+// The dense FFN or a cluster's pack; `record` is the manifest's of the model, as JSON.
+FfnHandle read_ffn(const std::string& record, const std::string& name, const Bytes& mapping,
+                   const std::vector<int>& num_neurons);
 
 }  // namespace coreinfer

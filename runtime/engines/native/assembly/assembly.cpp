@@ -1,0 +1,135 @@
+#include "assembly.h"
+
+#include <cmath>
+
+#include "cache_width.h"
+#include "families.h"
+#include "refusals.h"
+#include "rotary.h"
+
+namespace coreinfer {
+namespace {
+
+// What the parts of a model are put together from.
+struct Parts {
+  const ModelRecord& record;
+  const Family& family;
+  const Settings& settings;
+  const TensorFile& base;
+  Memory& memory;
+
+  Linear linear(const std::string& path, int rows, int cols) const {
+    return {base.matrix(path + ".weight", rows, cols), base.vector(path + ".bias", rows)};
+  }
+
+  Norm norm(const std::string& path, int size) const {
+    const float* weight = base.vector(path + ".weight", size);
+    if (!weight) throw std::invalid_argument(base.name() + ": tensor '" + path + ".weight' is missing");
+    if (family.norm_offset != 0.0f) {
+      auto shifted = std::make_shared<std::vector<float>>(weight, weight + size);
+      for (float& value : *shifted) value += family.norm_offset;
+      memory.push_back(shifted);
+      weight = shifted->data();
+    }
+    return {weight, base.vector(path + ".bias", size)};
+  }
+};
+
+SublayerNorms sublayer_norms(const Parts& parts, const std::string& root, const NormNames& names) {
+  const int hidden = parts.record.hidden_size;
+  SublayerNorms norms;
+  (parts.settings.norms_after ? norms.after : norms.before) = parts.norm(root + names.first, hidden);
+  if (names.output) norms.output = parts.norm(root + names.output, hidden);
+  return norms;
+}
+
+Layer assemble_layer(const Parts& parts, const ModelWeights& model, int index) {
+  const std::string root = parts.family.root + ("layers." + std::to_string(index) + ".");
+  const std::string attention_root = root + "self_attn.";
+  Layer layer;
+  AttentionWeights& attention = layer.attention;
+  attention.query = parts.linear(attention_root + "q_proj", model.query_size(), model.hidden);
+  attention.key = parts.linear(attention_root + "k_proj", model.kv_size(), model.hidden);
+  attention.value = parts.linear(attention_root + "v_proj", model.kv_size(), model.hidden);
+  attention.output = parts.linear(attention_root + parts.family.output, model.hidden, model.query_size());
+  if (parts.family.head_norms) {
+    attention.query_norm = parts.norm(attention_root + "q_norm", model.head_dim);
+    attention.key_norm = parts.norm(attention_root + "k_norm", model.head_dim);
+  }
+  attention.rope = parts.settings.rotary_of(index);
+  attention.window = parts.settings.window_of(index);
+  layer.attention_norms = sublayer_norms(parts, root, parts.family.attention_norms);
+  layer.ffn_norms = sublayer_norms(parts, root, parts.family.ffn_norms);
+  return layer;
+}
+
+void set_scalars(ModelWeights& model, const ModelRecord& record, const Family& family, const Settings& settings) {
+  model.hidden = record.hidden_size;
+  model.num_heads = record.num_heads;
+  model.num_kv_heads = record.num_kv_heads;
+  model.head_dim = record.head_dim;
+  model.vocab = record.vocab_size;
+  model.max_positions = record.max_positions;
+  model.position_offset = family.position_offset;
+  model.epsilon = static_cast<float>(settings.epsilon);
+  model.attention_scale = static_cast<float>(std::pow(settings.query_scalar, -0.5));
+  model.embedding_scale = family.scales_embedding ? static_cast<float>(std::sqrt(double(record.hidden_size))) : 1.0f;
+  model.layer_norm = family.layer_norm;
+  model.nonlinearity = nonlinearity_of(record.activation);
+  model.rotary = settings.rotary;
+}
+
+void set_tables(ModelWeights& model, const Parts& parts) {
+  const std::string root = parts.family.root;
+  const int width = parts.settings.embedding_width;
+  model.embedding = parts.base.matrix(root + "embed_tokens.weight", model.vocab, width);
+  model.head = parts.record.tied_head ? model.embedding : parts.base.matrix("lm_head.weight", model.vocab, width);
+  if (width != model.hidden) {
+    model.project_in = parts.base.matrix(root + "project_in.weight", model.hidden, width);
+    model.project_out = parts.base.matrix(root + "project_out.weight", width, model.hidden);
+  }
+  if (model.position_offset > 0)
+    model.positions =
+        parts.base.matrix(root + "embed_positions.weight", model.max_positions + model.position_offset, model.hidden);
+}
+
+}  // namespace
+
+ModelWeights assemble_model(const ModelRecord& record, const TensorFile& base, Memory& memory) {
+  const Family& family = family_of(record);
+  const Settings settings = read_settings(record, family);
+  const Parts parts{record, family, settings, base, memory};
+  ModelWeights model;
+  set_scalars(model, record, family, settings);
+  set_tables(model, parts);
+  // OPT has models without one.
+  const std::string final_norm = std::string(family.root) + family.final_norm;
+  if (!family.layer_norm || base.has(final_norm + ".weight")) model.final_norm = parts.norm(final_norm, model.hidden);
+  for (int index = 0; index < record.num_layers; ++index) model.layers.push_back(assemble_layer(parts, model, index));
+  choose_cache_width(model);
+  return model;
+}
+
+Ffn assemble_ffn(const ModelRecord& record, const TensorFile& file, const std::vector<int>& num_neurons) {
+  if (num_neurons.size() != static_cast<size_t>(record.num_layers))
+    refuse("layers", std::to_string(record.num_layers), std::to_string(num_neurons.size()));
+  Ffn ffn;
+  for (const int count : num_neurons) {
+    if (count < 1 || count > record.ffn_dim)
+      refuse("neurons of a layer", "1 to " + std::to_string(record.ffn_dim), std::to_string(count));
+    const std::string root = "layers." + std::to_string(ffn.size()) + ".";
+    const auto linear = [&](const char* role, int rows, int cols) {
+      const std::string bias = root + role + "_bias";
+      if (file.has(bias) != record.ffn_bias) refuse(file.name(), record.ffn_bias ? bias : "no " + bias, "the opposite");
+      return Linear{file.matrix(root + role, rows, cols), file.vector(bias, rows)};
+    };
+    FfnWeights layer;
+    if (record.gated) layer.gate = linear("gate", count, record.hidden_size);
+    layer.up = linear("up", count, record.hidden_size);
+    layer.down = linear("down", record.hidden_size, count);
+    ffn.push_back(layer);
+  }
+  return ffn;
+}
+
+}  // namespace coreinfer

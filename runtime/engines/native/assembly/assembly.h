@@ -1,0 +1,23 @@
+// From a manifest's record and mapped files to weights in place, family by family.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "model_record.h"
+#include "tensor_file.h"
+#include "weights.h"
+
+namespace coreinfer {
+
+// What weights lie in besides the mapped files.
+using Memory = std::vector<std::shared_ptr<const std::vector<float>>>;
+
+// Everything but the FFN. Throws std::invalid_argument: the base does not hold what the model needs. Unsupported: the
+// config asks for something that the engine does not compute.
+ModelWeights assemble_model(const ModelRecord& record, const TensorFile& base, Memory& memory);
+
+// The dense FFN or a cluster's pack. Throws as above.
+Ffn assemble_ffn(const ModelRecord& record, const TensorFile& file, const std::vector<int>& num_neurons);
+
+}  // namespace coreinfer

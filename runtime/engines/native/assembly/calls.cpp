@@ -1,0 +1,54 @@
+#include "calls.h"
+
+#include <algorithm>
+#include <string>
+
+#include "refusals.h"
+
+namespace coreinfer {
+
+std::unique_lock<std::mutex> Turn::take() {
+  std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+  if (!lock.owns_lock())
+    throw Busy(num_forks_ == num_forks()
+                   ? "the native decoder is in use by another thread"
+                   : "this process was forked while another thread decoded; load the bundle again in this process");
+  num_forks_ = num_forks();
+  return lock;
+}
+
+void check_sequence(const Decoder& decoder, int number) {
+  if (!decoder.has(number)) refuse("sequence", "one that was added", std::to_string(number));
+}
+
+void check_ids(const Decoder& decoder, const int32_t* ids, size_t num_ids) {
+  const int vocab = decoder.weights.vocab;
+  if (!decoder.ffn) refuse("FFN", "one in use", "none");
+  if (num_ids == 0) refuse("token ids", "at least one", "none");
+  for (size_t i = 0; i < num_ids; ++i)
+    if (ids[i] < 0 || ids[i] >= vocab) refuse("token id", "0 to " + std::to_string(vocab - 1), std::to_string(ids[i]));
+}
+
+void check_room(const Decoder& decoder, int sequence, size_t num_tokens) {
+  const int room = decoder.weights.max_positions - decoder.sequences[sequence]->num_cached;
+  if (num_tokens > static_cast<size_t>(room))
+    refuse("token ids", "at most " + std::to_string(room) + " more in the KV cache", std::to_string(num_tokens));
+}
+
+void check_ffn(const Decoder& decoder, const Ffn& ffn, int max_neurons) {
+  const size_t num_layers = decoder.weights.layers.size();
+  if (ffn.size() != num_layers) refuse("FFN layers", std::to_string(num_layers), std::to_string(ffn.size()));
+  if (most_neurons(ffn) > max_neurons)
+    refuse("FFN neurons", "at most " + std::to_string(max_neurons), std::to_string(most_neurons(ffn)));
+  for (const FfnWeights& layer : ffn)
+    if (layer.up.weight.cols != decoder.weights.hidden)
+      refuse("FFN inputs", std::to_string(decoder.weights.hidden), std::to_string(layer.up.weight.cols));
+}
+
+int most_neurons(const Ffn& ffn) {
+  int most = 0;
+  for (const FfnWeights& layer : ffn) most = std::max(most, layer.num_neurons());
+  return most;
+}
+
+}  // namespace coreinfer

@@ -1,0 +1,13 @@
+// Frequencies of rotary embeddings, as transformers scales them.
+#pragma once
+
+#include "json.h"
+#include "weights.h"
+
+namespace coreinfer {
+
+// From a config's rope parameters (arXiv 2104.09864). Throws std::invalid_argument: a parameter is missing or wrong.
+// Unsupported: the scaling is none that the engine has.
+RotaryTable rotary_table(const Json& parameters, int head_dim);
+
+}  // namespace coreinfer
