@@ -124,9 +124,8 @@ def find_contenders(
     first = next(iter(bundles.values()))
     yield Contender(name="coreinfer-dense", spec={"engine": "coreinfer", "path": str(first), "variant": "dense"})
     for keep, folder in bundles.items():
-        yield Contender(
-            name=f"coreinfer-pack-{keep:g}", spec={"engine": "coreinfer", "path": str(folder), "variant": "pack"}
-        )
+        spec = {"engine": "coreinfer", "path": str(folder), "variant": "pack", "cluster": 0}
+        yield Contender(name=f"coreinfer-pack-{keep:g}", spec=spec)
     try:
         files = {kind: llamacpp_file(model, kind, work) for kind in quants}
     except ImportError:
