@@ -139,7 +139,7 @@ class Transformers:
 
 def kv_bytes(model: Any, num_positions: int) -> int:
     """Keys and values of so many tokens in float16, and a page of 64 tokens more."""
-    token_bytes = 2 * 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    token_bytes: int = 2 * 2 * model.num_layers * model.num_kv_heads * model.head_dim
     return max(KV_BYTES, token_bytes * (num_positions + 64))
 
 

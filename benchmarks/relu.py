@@ -97,27 +97,36 @@ def main(
     active = sorted(float(share) for share in shares.split(","))
     work.mkdir(parents=True, exist_ok=True)
     name = f"{shape.name}-{shape.num_layers}-layers-{'-'.join(f'{share:g}' for share in active)}"
-    bundle = open_bundle(relu_bundle(work / name, shape, active))
+    bundle_dir = relu_bundle(work / name, shape, active)
+    limited = None
+    if limits:
+        # Before this process maps the bundle: pages that it holds would be charged to nobody.
+        timing = {"threads": threads, "num_tokens": tokens, "prompt_tokens": prompt_tokens, "warm_tokens": 16}
+        limited = run_limits(bundle_dir, make_rows(active), limits, timing | {"seconds": seconds})
+    rows = make_rows(active)
+    gbps, isa = time_in_memory(open_bundle(bundle_dir), rows, rounds=rounds, tokens=tokens, threads=threads)
     cited = CITED.get(shape_name, ()) if layers is None else ()
-    rows, gbps, isa = time_in_memory(bundle, active, rounds=rounds, tokens=tokens, threads=threads)
     click.echo("\n".join(table(rows, gbps, isa, cited)))
     result = {"shape": name, "isa": isa, "read_gbps": gbps, "rows": [row.figures for row in rows]}
-    result["cited"] = {"read_gbps": CITED_READ_GBPS, "rows": [vars(row) for row in cited]}
-    if limits:
-        timing = {"threads": threads, "num_tokens": tokens, "prompt_tokens": prompt_tokens, "warm_tokens": 16}
-        result["limited"] = run_limits(bundle.path, rows, limits, timing | {"seconds": seconds})
+    result |= {"cited": {"read_gbps": CITED_READ_GBPS, "rows": [vars(row) for row in cited]}, "limited": limited}
     click.echo(json.dumps(result))
 
 
-def time_in_memory(
-    bundle: Bundle, shares: Sequence[float], *, rounds: int, tokens: int, threads: int
-) -> tuple[list[Row], float, str]:
-    """Decode with the dense FFN and each pack in turn; gives rows, the plain read in GB/s, and the kernels' name."""
+def make_rows(shares: Sequence[float]) -> list[Row]:
+    """The dense FFN, and the pack of each share."""
+    packs = [
+        Row(name=f"pack of {share:.0%} active", choice=FfnChoice(cluster=number), share=share)
+        for number, share in enumerate(shares)
+    ]
+    return [Row(name="dense", choice=DENSE, share=None), *packs]
+
+
+def time_in_memory(bundle: Bundle, rows: Sequence[Row], *, rounds: int, tokens: int, threads: int) -> tuple[float, str]:
+    """Decode with each row in turn; its figures are added. Gives the plain read in GB/s, and the kernels' name."""
     decoder = NativeDecoder(bundle, threads=threads)
-    rows = [Row(name="dense", choice=DENSE, share=None)]
-    for number, share in enumerate(shares):
-        rows.append(Row(name=f"pack of {share:.0%} active", choice=FfnChoice(cluster=number), share=share))
-        rows[-1].figures = check_pack(decoder, bundle, number)
+    for row in rows:
+        if row.choice.cluster is not None:
+            row.figures |= check_pack(decoder, bundle, row.choice.cluster)
     reads = []
     # The first round warms caches up.
     for number in range(rounds + 1):
@@ -133,7 +142,7 @@ def time_in_memory(
         speed = statistics.median(row.tok_s)
         row.figures |= {"name": row.name, "share": row.share, "decode_tok_s": speed, "bytes_per_token": num_bytes}
         row.figures["share_of_read"] = num_bytes * speed / 1e9 / statistics.median(reads)
-    return rows, statistics.median(reads), decoder.isa
+    return statistics.median(reads), decoder.isa
 
 
 def kind_ids(bundle: Bundle, kind: int, count: int) -> list[int]:

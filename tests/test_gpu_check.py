@@ -16,7 +16,7 @@ QUICK = ["--dtype", "float32", "--tokens", "3", "--prompt-tokens", "8", "--read-
 def check(folder: Path, *arguments: object) -> tuple[subprocess.CompletedProcess[str], Any]:
     """Run it; gives the process and what its file says."""
     environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(folder)}
-    command = [SCRIPT, *(str(one) for one in arguments)]
+    command = [str(SCRIPT), *(str(one) for one in arguments)]
     done = subprocess.run(command, cwd=folder, env=environment, check=False, capture_output=True, text=True)
     file = folder / "gpu-check.json"
     return done, json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
