@@ -220,7 +220,12 @@ def bundle_of(model: BenchModel, kind: str, work: Path, *, keep: float | None = 
 
 
 def llamacpp_file(model: BenchModel, kind: str, work: Path) -> Path:
-    """Requantize the model's own GGUF file with llama.cpp."""
+    """Requantize the model's own GGUF file with llama.cpp.
+
+    Args:
+        kind: name of the type, such as "Q4_0"; "Q4_0-pure" gives all matrices this type, embedding and head too, which
+            by itself llama.cpp keeps in more bits.
+    """
     # By name: type checkers need not have it.
     llama_cpp = importlib.import_module("llama_cpp")
     target = work / f"{model.name}-{kind}.gguf"
@@ -230,8 +235,8 @@ def llamacpp_file(model: BenchModel, kind: str, work: Path) -> Path:
         silent = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
         llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
         params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-        params.allow_requantize = True
+        params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.removesuffix('-pure')}")
+        params.allow_requantize, params.pure = True, kind.endswith("-pure")
         source = str(model.find(work)).encode()
         status = llama_cpp.llama_model_quantize(source, str(partial).encode(), ctypes.byref(params))
         # Back to its own: other callers would call into a function that is gone.

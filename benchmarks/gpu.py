@@ -4,11 +4,13 @@
 
 FOLDER holds the model that the bundle was compiled from. Contenders take turns: in each round each is loaded, warmed
 up, timed and dropped, so that all have the device for themselves; medians over the rounds. A table goes to stdout, then
-one JSON line. With --device cpu the same code runs without a GPU, to be tested; its figures tell nothing of one.
+one JSON line. --seconds ends it early, between two contenders. With --device cpu the same code runs without a GPU, to
+be tested; its figures tell nothing of one.
 """
 
 import gc
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -323,30 +325,59 @@ def _cell(value: float | None, width: int, digits: int) -> str:
 @click.option("--tokens", type=int, default=128)
 @click.option("--rounds", type=int, default=5)
 @click.option("--read-bytes", type=int, default=1 << 30, help="Size of the plain read.")
+@click.option("--seconds", type=float, default=None, help="No contender begins after this time; none: no limit.")
 @command_errors
 def main(
-    bundle_dir: Path, folder: Path | None, names: tuple[str, ...], prompt_tokens: int, rounds: int, **settings: Any
+    bundle_dir: Path,
+    folder: Path | None,
+    names: tuple[str, ...],
+    prompt_tokens: int,
+    rounds: int,
+    seconds: float | None,
+    **settings: Any,
 ) -> None:
     """Time all contenders on a device."""
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
     bundle = open_bundle(bundle_dir, lazy_packs=True)
     if settings["device"].startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; --device cpu runs the same code, to test it")
     options = Options(rounds=rounds, prompt_ids=_prompt(bundle, prompt_tokens), **settings)
     loaders = list(contenders(names or CONTENDERS, bundle, folder, options))
-    samples: dict[str, list[Sample]] = {name: [] for name, _ in loaders}
-    reads = []
-    for number in range(1, rounds + 1):
-        click.echo(f"round {number} of {rounds}", err=True)
-        reads.append(read_gbps(options))
-        for name, load in loaders:
-            if taken := try_sample(name, load, options):
-                samples[name].append(taken)
+    reads: list[float] = []
+    samples, cut = time_all(loaders, options, deadline, reads)
     gbps = statistics.median(reads)
     runs = [summarize(name, taken, gbps) for name, taken in samples.items() if taken]
     device = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else options.device
     click.echo("\n".join(table(runs, device, gbps)))
     described = {key: value for key, value in asdict(options).items() if key != "prompt_ids"}
-    click.echo(json.dumps({"device_name": device, "read_gbps": gbps, **described, "runs": runs}))
+    click.echo(json.dumps({"device_name": device, "read_gbps": gbps, **described, "cut": cut, "runs": runs}))
+
+
+def time_all(
+    loaders: list[tuple[str, Callable[[], Contender]]], options: Options, deadline: float, reads: list[float]
+) -> tuple[dict[str, list[Sample]], str | None]:
+    """Let contenders take turns until all rounds are done or no time is left.
+
+    Args:
+        deadline: by `time.monotonic`.
+        reads: the plain read of each round is added.
+    Returns:
+        Samples by contender, and where they were cut off, None where they were not.
+    """
+    samples: dict[str, list[Sample]] = {name: [] for name, _ in loaders}
+    for number in range(1, options.rounds + 1):
+        click.echo(f"round {number} of {options.rounds}", err=True)
+        reads.append(read_gbps(options))
+        for name, load in loaders:
+            if time.monotonic() > deadline:
+                cut = f"no time was left for {name} of round {number} of {options.rounds}"
+                click.echo(cut, err=True)
+                return samples, cut
+            if taken := try_sample(name, load, options):
+                # Whoever ends the program has what it knew.
+                click.echo(f"  {name}: {taken.decode_tok_s:.1f} tok/s", err=True)
+                samples[name].append(taken)
+    return samples, None
 
 
 def _prompt(bundle: Bundle, num_tokens: int) -> list[int]:

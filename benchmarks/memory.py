@@ -46,7 +46,7 @@ class Contender:
 @click.option("--limits", default="1.0,0.8,0.6,0.5,0.4", help="Shares of the dense int4 size; 0 for no limit.")
 @click.option("--contenders", "wanted", default="", help="Parts of names of contenders to run; all without.")
 @click.option("--packs", default="0.7,0.5,0.3", help="Keep ratios.")
-@click.option("--quants", default="Q4_0,Q2_K", help="Quantizations of llama.cpp.")
+@click.option("--quants", default="Q4_0,Q4_0-pure,Q2_K", help="Quantizations of llama.cpp.")
 @click.option("--transformers/--no-transformers", "with_transformers", default=True)
 @click.option("--bundle", "given", multiple=True, help="KEEP=DIR: a bundle that is there already.")
 @click.option("--qwen-gguf", type=click.Path(path_type=Path), default=None)
@@ -124,9 +124,8 @@ def find_contenders(
     first = next(iter(bundles.values()))
     yield Contender(name="coreinfer-dense", spec={"engine": "coreinfer", "path": str(first), "variant": "dense"})
     for keep, folder in bundles.items():
-        yield Contender(
-            name=f"coreinfer-pack-{keep:g}", spec={"engine": "coreinfer", "path": str(folder), "variant": "pack"}
-        )
+        spec = {"engine": "coreinfer", "path": str(folder), "variant": "pack", "cluster": 0}
+        yield Contender(name=f"coreinfer-pack-{keep:g}", spec=spec)
     try:
         files = {kind: llamacpp_file(model, kind, work) for kind in quants}
     except ImportError:
@@ -227,8 +226,8 @@ def kl_of(
             spec = {**contender.spec, **timing, "limit_mb": None, "texts": str(folder)}
             command = [sys.executable, str(_WORKER), json.dumps(spec)]
             done = subprocess.run(command, check=False, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise click.ClickException(f"{contender.name}: {done.stderr.strip().splitlines()[-1]}")
+            if failure := _failure(done.returncode, done.stderr):
+                raise click.ClickException(f"{contender.name}: {failure}")
             known[key] = json.loads(done.stdout)["kl"]
         found[contender.name] = known[key]
     return found

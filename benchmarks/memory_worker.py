@@ -15,6 +15,7 @@ from typing import Any, Protocol
 BEGIN = time.perf_counter()
 # Of what a process takes beside its weights, not yet there when it loads them: buffers of the engine, logits.
 HEADROOM_BYTES = 26_000_000
+# Of the KV cache at least; room for what is timed, in whole pages.
 KV_BYTES = 6_000_000
 
 
@@ -29,18 +30,26 @@ class Contender(Protocol):
 
 
 class CoreInfer:
-    """The native engine; `variant` is dense or pack, and reads prompts densely. A `limit_mb` is the whole process's."""
+    """The native engine, which reads prompts densely.
 
-    def __init__(self, path: str, variant: str, threads: int, limit_mb: float | None) -> None:
+    Args:
+        cluster: whose pack decodes; None for the dense FFN.
+        limit_mb: of the whole process.
+        num_positions: tokens that the KV cache has to hold under a limit.
+    """
+
+    def __init__(
+        self, path: str, cluster: int | None, threads: int, limit_mb: float | None, num_positions: int
+    ) -> None:
         from coreinfer.bundles import open_bundle
         from coreinfer.runtime.engines.native.decoder import NativeDecoder
         from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 
         bundle = open_bundle(path, lazy_packs=True, spare_memory=limit_mb is not None)
         memory_bytes = None if limit_mb is None else int(limit_mb * 1e6) - own_bytes() - HEADROOM_BYTES
-        kv_cache_bytes = None if limit_mb is None else KV_BYTES
+        kv_cache_bytes = None if limit_mb is None else kv_bytes(bundle.manifest.model, num_positions)
         self.decoder = NativeDecoder(bundle, threads=threads, memory_bytes=memory_bytes, kv_cache_bytes=kv_cache_bytes)
-        self.dense, self.choice = DENSE, DENSE if variant == "dense" else FfnChoice(cluster=0)
+        self.dense, self.choice = DENSE, DENSE if cluster is None else FfnChoice(cluster=cluster)
 
     def read(self, token_ids: Sequence[int]) -> Any:
         """See `Contender`."""
@@ -69,7 +78,12 @@ class LlamaCpp:
         lib.llama_log_set(self.silent, ctypes.c_void_p(0))
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
-        params.use_mmap, params.use_extra_bufts = mmap, repack
+        params.use_extra_bufts = repack
+        if hasattr(lib, "LLAMA_LOAD_MODE_MMAP"):
+            params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if mmap else lib.LLAMA_LOAD_MODE_NONE
+        else:
+            # Before that it was a field; where there is none, setting it would do nothing.
+            params.use_mmap = mmap
         self.model = lib.llama_model_load_from_file(path.encode(), params)
         context = lib.llama_context_default_params()
         context.n_ctx, context.n_batch, context.n_ubatch = 512, 256, 256
@@ -123,6 +137,12 @@ class Transformers:
         return out.logits[0, -1].float().numpy()
 
 
+def kv_bytes(model: Any, num_positions: int) -> int:
+    """Keys and values of so many tokens in float16, and a page of 64 tokens more."""
+    token_bytes: int = 2 * 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    return max(KV_BYTES, token_bytes * (num_positions + 64))
+
+
 def own_bytes() -> int:
     """Memory that this process has taken, libraries included."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -139,7 +159,9 @@ def make(spec: dict[str, Any]) -> Contender:
     """Load what a spec names."""
     path, threads = spec["path"], spec["threads"]
     if spec["engine"] == "coreinfer":
-        return CoreInfer(path, spec["variant"], threads, spec["limit_mb"])
+        cluster = None if spec["variant"] == "dense" else spec["cluster"]
+        num_positions = sum(spec[name] for name in ("prompt_tokens", "warm_tokens", "num_tokens"))
+        return CoreInfer(path, cluster, threads, spec["limit_mb"], num_positions)
     if spec["engine"] == "llamacpp":
         return LlamaCpp(path, threads, mmap=spec["mmap"], repack=spec["repack"])
     return Transformers(path, threads)

@@ -18,11 +18,12 @@ from .browser import open_browser
 from .bundle_factory import with_more_positions, write_bundle, written_once
 from .model_factory import save_corpus, save_encoder, save_model
 from .quantized_factory import CASES, Weights, save_quantized
-from .server_process import RunningServer, serving
 
 if TYPE_CHECKING:
     import openai
     from playwright.sync_api import Browser
+
+    from .server_process import RunningServer
 
 
 def pytest_configure() -> None:
@@ -130,14 +131,17 @@ def engine(bundle: Path) -> runtime.Engine:
 
 
 @pytest.fixture(scope="module")
-def server(bundle: Path) -> Iterator[RunningServer]:
+def server(bundle: Path) -> Iterator["RunningServer"]:
     """A server of `bundle`, whose answers have 64 tokens unless they are asked for otherwise."""
+    # Not at the top: it needs packages that most tests do without, also where a GPU is checked.
+    from .server_process import serving
+
     with serving(bundle, "--max-new-tokens", 64) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def client(server: RunningServer) -> Iterator["openai.OpenAI"]:
+def client(server: "RunningServer") -> Iterator["openai.OpenAI"]:
     """OpenAI's own client of the server."""
     with server.client() as made:
         yield made

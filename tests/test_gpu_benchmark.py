@@ -92,3 +92,11 @@ def test_a_gpu_that_is_not_there(gpu: ModuleType, tiny_bundle: Callable[..., Pat
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
     assert "torch sees no GPU here" in result.stderr
+
+
+def test_it_ends_when_its_time_is_over(gpu: ModuleType, tiny_bundle: Callable[..., Path]) -> None:
+    result = run(gpu, tiny_bundle("llama"), "--contenders", "pack", "--rounds", 3, "--seconds", 0)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures["cut"] == "no time was left for pack of round 1 of 2"
+    assert figures["runs"] == []

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from coreinfer import runtime
 from coreinfer.bundles import Bundle, ConfigError, CoreInferError, open_bundle
 from coreinfer.runtime.commands.run import main as run_main
+from coreinfer.runtime.engines.native import _native
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from hypothesis import strategies
 
 from .engine_inputs import PROMPT
 from .model_factory import FAMILIES, VOCABULARY, corpus_texts
@@ -254,3 +257,32 @@ def test_a_forked_process_is_told_to_load_again(tiny_bundle: Callable[..., Path]
         os._exit(4)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     decoder.forward([6])
+
+
+def test_what_stays_of_layers_of_unlike_sizes() -> None:
+    # The largest stays: what passes then needs 2 x 3, and not 2 x 8.
+    assert _native.kept_layers([8, 3, 2, 3, 2], 17, True) == [True, True, False, False, False]
+    assert _native.kept_layers([8, 3, 2, 3, 2], 18, True) == [True] * 5
+    assert _native.kept_layers([3, 3, 3, 3], 9, True) == [False, False, False, True]
+    assert _native.kept_layers([3, 3, 3, 3], 5, True) == [False] * 4
+    assert _native.kept_layers([3, 3, 3, 3], 6, False) == [False, True, False, True]
+
+
+@hypothesis.given(
+    layer_bytes=strategies.lists(strategies.integers(1, 50), min_size=1, max_size=12),
+    room=strategies.integers(0, 300),
+    streams=strategies.booleans(),
+)
+def test_what_stays_fits_beside_what_passes(layer_bytes: list[int], room: int, *, streams: bool) -> None:
+    kept = _native.kept_layers(layer_bytes, room, streams)
+    stays = sum(size for size, stay in zip(layer_bytes, kept, strict=True) if stay)
+    passing = [size for size, stay in zip(layer_bytes, kept, strict=True) if not stay]
+    assert all(kept) == (sum(layer_bytes) <= room)
+    assert stays + (2 * max(passing, default=0) if streams and stays else 0) <= room
+    # No less than of an even spread of as many as fit beside twice the largest of all.
+    count, spare = len(layer_bytes), room - (2 * max(layer_bytes) if streams else 0)
+    spreads = [
+        sum(size for i, size in enumerate(layer_bytes) if (i + 1) * stay // count > i * stay // count)
+        for stay in range(count - 1, -1, -1)
+    ]
+    assert stays >= next((total for total in spreads if total <= spare), 0)

@@ -11,6 +11,7 @@
 #include "calls.h"
 #include "decoder.h"
 #include "gather.h"
+#include "layer_plan.h"
 #include "reading.h"
 #include "refusals.h"
 #include "residency.h"
@@ -352,6 +353,7 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("num_threads", &Model::num_threads)
       .def_property_readonly("isa", &Model::isa);
   module.def("available_isas", &isa_names);
+  module.def("kept_layers", &kept_layers, py::arg("layer_bytes"), py::arg("room"), py::arg("streams"));
   module.def("read_bandwidth", &read_bandwidth, py::arg("num_threads"), py::arg("num_bytes"));
   module.def("multiply", &multiply, py::arg("matrix"), py::arg("inputs"), py::arg("isa"));
   module.def("unpack", &unpack, py::arg("matrix"));

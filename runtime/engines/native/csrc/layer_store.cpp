@@ -6,13 +6,13 @@
 #include <chrono>
 #include <stdexcept>
 
+#include "layer_plan.h"
 #include "threads.h"
 
 namespace coreinfer {
 namespace {
 
-constexpr int kReaders = 2;     // so that the disk has the next read while one is done with
-constexpr int kLeastAhead = 2;  // layers of a streamed source in memory: one is computed with, one is read
+constexpr int kReaders = 2;  // so that the disk has the next read while one is done with
 
 // Memory that begins with a huge page: computing looks every address up once a token.
 uint8_t* map_memory(size_t num_bytes) {
@@ -168,18 +168,11 @@ void LayerStore::note_decoding(const std::shared_ptr<Held>& held) {
 }
 
 void LayerStore::plan(Held& held, size_t room, bool streams) {
-  const int num_layers = held.source->num_layers();
-  const size_t ahead = streams ? kLeastAhead * held.source->largest() : 0;
-  int count = num_layers;  // layers that stay, spread evenly: the disk then has work all the time
-  const auto stays = [&](int layer) {
-    return int64_t(layer + 1) * count / num_layers > int64_t(layer) * count / num_layers;
-  };
-  for (; count > 0; --count) {
-    size_t total = 0;
-    for (int layer = 0; layer < num_layers; ++layer) total += stays(layer) ? held.source->memory_bytes(layer) : 0;
-    if (total + (count < num_layers ? ahead : 0) <= room) break;
-  }
-  for (int layer = 0; layer < num_layers; ++layer) held.slots[layer].kept = stays(layer);
+  std::vector<size_t> layer_bytes(held.slots.size());
+  for (size_t layer = 0; layer < layer_bytes.size(); ++layer)
+    layer_bytes[layer] = held.source->memory_bytes(static_cast<int>(layer));
+  const std::vector<bool> kept = kept_layers(layer_bytes, room, streams);
+  for (size_t layer = 0; layer < kept.size(); ++layer) held.slots[layer].kept = kept[layer];
 }
 
 void LayerStore::plan_all() {
