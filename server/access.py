@@ -54,7 +54,7 @@ class Gate:
             self._check(scope, headers)
             body = await self._body(headers, receive)
         except ApiError as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
             return
         if body is not None:
             await self._app(scope, _replay(body, receive), send)

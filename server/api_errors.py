@@ -1,4 +1,4 @@
-"""What a client is told when a request fails: OpenAI's shape, one JSON object with a status that fits.
+"""What a client is told when a request fails: OpenAI's shape, or Ollama's under /api/, with a status that fits.
 
 ApiError                 any status
 ├── QueueFull            429, with Retry-After
@@ -17,11 +17,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from .answers.response_bodies import ErrorBody
+from .answers.response_bodies import ErrorBody, PlainErrorBody
 from .requests.invalid import describe_invalid
 
 __all__ = [
     "ERRORS",
+    "OLLAMA_ERRORS",
+    "OLLAMA_PREFIX",
     "ApiError",
     "ClientGone",
     "QueueFull",
@@ -37,21 +39,27 @@ _log = logging.getLogger(__name__)
 _MAX_PROBLEMS = 8
 """Of a request, those that are named; the others are counted."""
 
+_STATUSES = {
+    400: "The request is wrong, or asks for what is not supported.",
+    401: "The key is wrong or missing.",
+    404: "There is no such model.",
+    413: "The body is too large.",
+    415: "The body is not said to be JSON.",
+    429: "The queue is full; the header Retry-After says when to come again.",
+    500: "A bug, or a bundle that is damaged or computes no finite numbers.",
+    503: "The server is shutting down.",
+    504: "The answer took too long.",
+}
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text}
-    for status, text in {
-        400: "The request is wrong, or asks for what is not supported.",
-        401: "The key is wrong or missing.",
-        404: "There is no such model.",
-        413: "The body is too large.",
-        415: "The body is not said to be JSON.",
-        429: "The queue is full; the header Retry-After says when to come again.",
-        500: "A bug, or a bundle that is damaged or computes no finite numbers.",
-        503: "The server is shutting down.",
-        504: "The answer took too long.",
-    }.items()
+    status: {"model": ErrorBody, "description": text} for status, text in _STATUSES.items()
 }
 """What routes can answer in addition to what they return, for FastAPI's schema."""
+OLLAMA_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": PlainErrorBody, "description": text} for status, text in _STATUSES.items()
+}
+"""The same for Ollama's interface."""
+OLLAMA_PREFIX = "/api"
+"""Of the paths of Ollama's interface."""
 
 
 class ApiError(Exception):
@@ -86,6 +94,11 @@ class ApiError(Exception):
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
         kind = "rate_limit_error" if self.status == 429 else kind
         return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+
+    @property
+    def plain_content(self) -> dict[str, Any]:
+        """The JSON object for clients of Ollama's interface."""
+        return {"error": _encodable(str(self))}
 
 
 class QueueFull(ApiError):
@@ -140,25 +153,26 @@ def api_error(error: Exception) -> ApiError:
     return ApiError(500, "internal error; the server's log has it", code="internal_error")
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """Put an error into a response."""
-    return JSONResponse(error.content, status_code=error.status, headers=error.headers)
+def error_response(error: ApiError, path: str) -> JSONResponse:
+    """Put an error into a response to a request for a path."""
+    content = error.plain_content if path.startswith(f"{OLLAMA_PREFIX}/") else error.content
+    return JSONResponse(content, status_code=error.status, headers=error.headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Bring every error of an application into OpenAI's form."""
+    """Bring every error of an application into the form of the interface that was asked."""
 
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return error_response(api_error(error))
+        return error_response(api_error(error), request.url.path)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         found = describe_invalid(error.errors(), error.body)
-        return error_response(ApiError(400, found.message, param=found.param, code=found.code))
+        return error_response(ApiError(400, found.message, param=found.param, code=found.code), request.url.path)
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return error_response(ApiError(error.status_code, str(error.detail), headers=error.headers))
+        return error_response(ApiError(error.status_code, str(error.detail), headers=error.headers), request.url.path)
 
     app.add_exception_handler(ApiError, failed)
     app.add_exception_handler(CoreInferError, failed)

@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from .access import Gate, HeadAsGet
 from .api_errors import add_error_handlers
 from .metrics import CountRequests
+from .routes import ollama as ollama_routes
 from .routes import openai as openai_routes
 from .routes import own as own_routes
 from .server_config import ServerConfig
@@ -39,7 +40,7 @@ def create_app(engines: Mapping[str, Engine], config: ServerConfig) -> FastAPI:
     app = FastAPI(
         title="CoreInfer",
         version=metadata.version("coreinfer"),
-        description="OpenAI's interface to bundles, and a page with a map of their clusters.",
+        description="OpenAI's and Ollama's interfaces to bundles, and a page with a map of their clusters.",
         lifespan=lifespan,
         # These pages load their scripts from elsewhere.
         docs_url=None,
@@ -53,6 +54,7 @@ def create_app(engines: Mapping[str, Engine], config: ServerConfig) -> FastAPI:
     )
     app.state.service = service
     app.include_router(openai_routes.router)
+    app.include_router(ollama_routes.router)
     app.include_router(own_routes.router)
     add_error_handlers(app)
     return app

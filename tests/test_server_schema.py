@@ -44,7 +44,10 @@ def description(server: RunningServer) -> Any:
 # schemathesis' own decorator for pytest does not get along with pytest 9: hypothesis is driven by hand.
 @pytest.mark.parametrize(
     ("method", "path", "mode"),
-    [("GET", path, GenerationMode.POSITIVE) for path in ("/", "/health", "/metrics", "/v1/models")]
+    [
+        ("GET", path, GenerationMode.POSITIVE)
+        for path in ("/", "/health", "/metrics", "/v1/models", "/api/tags", "/api/ps", "/api/version")
+    ]
     + [
         (method, path, mode)
         for method, path in (
@@ -53,6 +56,9 @@ def description(server: RunningServer) -> Any:
             ("POST", "/coreinfer/place"),
             ("POST", "/v1/completions"),
             ("POST", "/v1/chat/completions"),
+            ("POST", "/api/chat"),
+            ("POST", "/api/generate"),
+            ("POST", "/api/show"),
         )
         for mode in GenerationMode
         # Any text can be a name in a path.
@@ -93,6 +99,12 @@ def test_the_description_names_all_routes(server: RunningServer) -> None:
         "/v1/completions",
         "/coreinfer/map",
         "/coreinfer/place",
+        "/api/chat",
+        "/api/generate",
+        "/api/ps",
+        "/api/show",
+        "/api/tags",
+        "/api/version",
     }
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "ModelList",
     "ModelMap",
     "Place",
+    "PlainErrorBody",
     "PromptTokensDetails",
     "TokenLogprob",
     "Usage",
@@ -50,6 +51,12 @@ class ErrorBody(BaseModel):
     """An error, in OpenAI's form."""
 
     error: ErrorText
+
+
+class PlainErrorBody(BaseModel):
+    """An error, in Ollama's form."""
+
+    error: str
 
 
 class PromptTokensDetails(BaseModel):

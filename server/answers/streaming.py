@@ -1,4 +1,4 @@
-"""Server-sent events, and clients that go away."""
+"""Answers that come piece by piece, and clients that go away."""
 
 import asyncio
 import json
@@ -6,16 +6,17 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from coreinfer.runtime import Token
-from coreinfer.server.api_errors import ClientGone, api_error
+from coreinfer.server.api_errors import ApiError, ClientGone, api_error
 from coreinfer.server.jobs import ChoiceToken, Job
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-__all__ = ["EventStream", "unless_gone"]
+__all__ = ["LINES", "SERVER_SENT_EVENTS", "EventStream", "Framing", "unless_gone"]
 
 T = TypeVar("T")
 Events = Callable[[int, Token], list[BaseModel]]
@@ -26,11 +27,47 @@ _log = logging.getLogger(__name__)
 _READING_SECONDS = 30.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Framing:
+    """How JSON objects follow one another in a response.
+
+    Attributes:
+        frame: puts an object's text into the stream.
+        error: what is said where the status is sent already.
+        end: what comes last.
+    """
+
+    media_type: str
+    frame: Callable[[str], str]
+    error: Callable[[ApiError], dict[str, Any]]
+    end: str
+
+
+SERVER_SENT_EVENTS = Framing(
+    media_type="text/event-stream",
+    frame=lambda text: f"data: {text}\n\n",
+    # The clients of OpenAI raise what they find under "error".
+    error=lambda error: error.content,
+    end="data: [DONE]\n\n",
+)
+LINES = Framing(
+    media_type="application/x-ndjson",
+    frame=lambda text: f"{text}\n",
+    error=lambda error: error.plain_content,
+    end="",
+)
+
+
 class EventStream(StreamingResponse):
-    """The tokens of an answer as server-sent events; however it ends, its jobs are given up."""
+    """The tokens of an answer as they come; however it ends, its jobs are given up."""
 
     def __init__(
-        self, first: ChoiceToken, others: AsyncGenerator[ChoiceToken, None], jobs: Sequence[Job], events: Events
+        self,
+        first: ChoiceToken,
+        others: AsyncGenerator[ChoiceToken, None],
+        jobs: Sequence[Job],
+        events: Events,
+        framing: Framing = SERVER_SENT_EVENTS,
     ) -> None:
         """Begin with the first token, which is here already.
 
@@ -39,10 +76,11 @@ class EventStream(StreamingResponse):
             others: yields the others.
             jobs: that they come from.
             events: turns a choice's token into events.
+            framing: how they are sent.
         """
         super().__init__(
-            _event_texts(first, others, events),
-            media_type="text/event-stream",
+            _event_texts(first, others, events, framing),
+            media_type=framing.media_type,
             # Proxies must pass each event on at once.
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
@@ -84,20 +122,20 @@ async def _gone(request: Request) -> None:
 
 
 async def _event_texts(
-    first: ChoiceToken, others: AsyncGenerator[ChoiceToken, None], events: Events
+    first: ChoiceToken, others: AsyncGenerator[ChoiceToken, None], events: Events, framing: Framing
 ) -> AsyncGenerator[str, None]:
     try:
         for event in events(*first):
-            yield _event_text(event)
+            yield framing.frame(_text(event))
         async with aclosing(others):
             async for index, token in others:
                 for event in events(index, token):
-                    yield _event_text(event)
+                    yield framing.frame(_text(event))
     except Exception as error:
-        # The status is sent: the clients of OpenAI raise what they find under "error".
-        yield f"data: {json.dumps(api_error(error).content)}\n\n"
-    yield "data: [DONE]\n\n"
+        yield framing.frame(json.dumps(framing.error(api_error(error))))
+    if framing.end:
+        yield framing.end
 
 
-def _event_text(event: BaseModel) -> str:
-    return f"data: {event.model_dump_json()}\n\n"
+def _text(event: BaseModel) -> str:
+    return event.model_dump_json()
