@@ -106,7 +106,7 @@ def read_reference(
             for token_ids in texts:
                 logits, halves = _dense_pass(loaded, token_ids)
                 # Of a stored model, keys and values are read below.
-                read.append(_text(loaded, token_ids, keep([logits]), keep(halves if stored is None else [])))
+                read.append(_text(loaded, token_ids, keep([logits]), keep(halves) if stored is None else list))
                 advance()
             if stored is not None:
                 read = _read_stored(loaded, stored, read, keep, tally, advance)

@@ -97,7 +97,7 @@ class Scheduler:
     def _step_alone(self, run: Run) -> None:
         """Do what `_step_all` would, without looking for others.
 
-        After a token's weights have passed through the caches, each call of a function takes about a microsecond.
+        A token's weights have just passed through the caches, so that each function that is called comes from memory.
         """
         runs, begun = [run], self.clock()
         logits = self._pass(runs, self._forward_alone)
