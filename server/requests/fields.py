@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["Fields", "Name", "Nothing", "Plain", "Text"]
+__all__ = ["Fields", "Name", "NoItems", "NoText", "Nothing", "Plain", "Text"]
 
 
 def _check_unicode(text: str) -> str:
@@ -24,6 +24,8 @@ Plain = Annotated[str, AfterValidator(_check_unicode)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_check_unicode)]
 Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 Nothing = Annotated[dict[str, Any], Field(max_length=0, description="Only empty.")]
+NoItems = Annotated[list[Any], Field(max_length=0, description="Only empty.")]
+NoText = Annotated[Plain, Field(max_length=0, description="Only empty.")]
 
 
 class Fields(BaseModel):

@@ -4,11 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .fields import Fields, Name, Plain
+from .fields import Fields, Name, NoItems, Plain
 
 __all__ = ["MessageIn"]
-
-NoItems = Annotated[list[Any], Field(max_length=0, description="Only empty.")]
 
 
 class TextPart(Fields):

@@ -8,13 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .fields import Fields, Plain, Text
+from .fields import Fields, NoItems, NoText, Plain, Text
 from .tool_fields import ToolIn
 
 __all__ = ["OllamaChatRequest", "OllamaFields", "OllamaMessageIn", "OllamaOptions", "OllamaTextRequest", "ShowRequest"]
 
-NoItems = Annotated[list[Any], Field(max_length=0, description="Only empty.")]
-NoText = Annotated[Plain, Field(max_length=0, description="Only empty.")]
 _MACHINE = "The server's own business: taken, and without effect."
 
 
@@ -37,7 +35,7 @@ class OllamaOptions(MachineOptions):
     """How an answer is drawn. What is left out is as at Ollama, but for repeat_penalty, which is 1."""
 
     num_predict: int | None = Field(
-        default=None, ge=-2, description="Maximum number of tokens; -1 and -2 for as many as there may be."
+        default=None, ge=-2, description="Maximum number of tokens; 0 and below for as many as there may be."
     )
     seed: int | None = Field(default=None, lt=1 << 63, description="The same seed gives the same answer; below 0 none.")
     temperature: float | None = Field(default=None, ge=0, le=2, description="0.8 if left out; 0 decodes greedily.")

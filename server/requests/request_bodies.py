@@ -6,7 +6,7 @@ from coreinfer.bundles.shared.option_fields import help_of
 from coreinfer.runtime import GenerationOptions, Mode
 from pydantic import Field, model_validator
 
-from .fields import Fields, Nothing, Plain, Text
+from .fields import Fields, NoText, Nothing, Plain, Text
 from .messages import MessageIn
 from .tool_fields import NamedChoice, ToolIn
 
@@ -179,7 +179,7 @@ class CompletionRequest(SamplingFields):
     logprobs: int | None = Field(default=None, ge=0, le=_MAX_TOP_LOGPROBS)
     best_of: int | None = Field(default=None, ge=1, description="Only the same as n.")
     echo: bool | None = Field(default=None, description="Begin the answer with the prompt; not with logprobs.")
-    suffix: Annotated[Plain, Field(max_length=0, description="Only empty.")] | None = None
+    suffix: NoText | None = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "CompletionRequest":
