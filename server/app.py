@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from importlib import metadata
 
 from coreinfer.runtime import Engine
 from fastapi import FastAPI
@@ -16,7 +15,7 @@ from .routes import ollama as ollama_routes
 from .routes import openai as openai_routes
 from .routes import own as own_routes
 from .server_config import ServerConfig
-from .service import Service
+from .service import VERSION, Service
 
 __all__ = ["create_app"]
 
@@ -39,7 +38,7 @@ def create_app(engines: Mapping[str, Engine], config: ServerConfig) -> FastAPI:
 
     app = FastAPI(
         title="CoreInfer",
-        version=metadata.version("coreinfer"),
+        version=VERSION,
         description="OpenAI's and Ollama's interfaces to bundles, and a page with a map of their clusters.",
         lifespan=lifespan,
         # These pages load their scripts from elsewhere.

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.layout import LAYOUT
@@ -17,7 +18,10 @@ from .metrics import Metrics, ModelMetrics
 from .server_config import ServerConfig
 from .worker import Worker
 
-__all__ = ["Model", "Service", "service_of"]
+__all__ = ["VERSION", "Model", "Service", "service_of"]
+
+VERSION = metadata.version("coreinfer")
+"""Looked up each time it would be read from a file each time."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,74 +1,18 @@
-"""Answers in Ollama's form: whole, or one line of JSON after another."""
+"""From tokens to answers in Ollama's form: whole, or one line of JSON after another."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from coreinfer.runtime import Token
 from coreinfer.runtime.prompts.tools import CallReader
-from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 
-__all__ = ["OllamaChat", "OllamaChatForm", "OllamaForm", "OllamaText", "OllamaTextForm"]
+from .ollama_responses import OllamaCallOut, OllamaChat, OllamaFunctionOut, OllamaMessage, OllamaText
+
+__all__ = ["OllamaChatForm", "OllamaForm", "OllamaTextForm"]
 
 _NANOSECONDS = 1_000_000_000
-
-
-class OllamaFunctionOut(BaseModel):
-    """What is called."""
-
-    name: str
-    arguments: dict[str, Any]
-
-
-class OllamaCallOut(BaseModel):
-    """A call of a function."""
-
-    function: OllamaFunctionOut
-
-
-class WithoutNulls(BaseModel):
-    """An object that leaves out what it does not say."""
-
-    @model_serializer(mode="wrap")
-    def _leave_out_nulls(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in serialize(self).items() if value is not None}
-
-
-class OllamaMessage(WithoutNulls):
-    """The assistant's message, or what a line adds to it."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-    tool_calls: list[OllamaCallOut] | None = None
-
-
-class OllamaAnswer(WithoutNulls):
-    """What all lines have; the last says how the answer ended and what it took, in nanoseconds."""
-
-    model: str
-    created_at: str = Field(default_factory=lambda: datetime.now(UTC).isoformat().replace("+00:00", "Z"))
-    done: bool
-    done_reason: Literal["stop", "length"] | None = None
-    total_duration: int | None = None
-    load_duration: int | None = None
-    prompt_eval_count: int | None = None
-    prompt_eval_duration: int | None = None
-    eval_count: int | None = None
-    eval_duration: int | None = None
-
-
-class OllamaChat(OllamaAnswer):
-    """The answer of /api/chat, or a line of it."""
-
-    message: OllamaMessage
-
-
-class OllamaText(OllamaAnswer):
-    """The answer of /api/generate, or a line of it."""
-
-    response: str
 
 
 class OllamaForm(Protocol):

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 from coreinfer.runtime import Token
 from coreinfer.server.api_errors import ApiError, ClientGone, api_error
-from coreinfer.server.jobs import ChoiceToken, Job
+from coreinfer.server.jobs import ChoiceToken, Job, merged
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-__all__ = ["LINES", "SERVER_SENT_EVENTS", "EventStream", "Framing", "unless_gone"]
+__all__ = ["LINES", "SERVER_SENT_EVENTS", "EventStream", "Framing", "answer_streamed", "answer_whole"]
 
 T = TypeVar("T")
 Events = Callable[[int, Token], list[BaseModel]]
@@ -94,11 +94,54 @@ class EventStream(StreamingResponse):
         except TimeoutError:
             _log.warning("a client did not read its answer within %g s of its time", _READING_SECONDS)
         finally:
-            for job in self._jobs:
-                job.abandon()
+            _abandon(self._jobs)
 
 
-async def unless_gone(request: Request, wanted: Awaitable[T]) -> T:
+async def answer_whole(request: Request, jobs: Sequence[Job]) -> list[list[Token]]:
+    """Wait for all tokens of each job, as long as the client does; then the jobs are given up.
+
+    Raises:
+        ClientGone: the client closed the connection first.
+        Exception: what the first generation that failed raised.
+    """
+    try:
+        return await _unless_gone(request, _collect(jobs))
+    finally:
+        _abandon(jobs)
+
+
+async def answer_streamed(
+    request: Request, jobs: Sequence[Job], events: Events, framing: Framing = SERVER_SENT_EVENTS
+) -> EventStream:
+    """Stream an answer. Its first token is waited for: until then an error has a status of its own.
+
+    Raises:
+        ClientGone: the client closed the connection before.
+        Exception: what the first generation that failed raised.
+    """
+    tokens = merged(jobs)
+    try:
+        first = await _unless_gone(request, anext(tokens))
+    except BaseException:
+        _abandon(jobs)
+        raise
+    return EventStream(first, tokens, jobs, events, framing)
+
+
+async def _collect(jobs: Sequence[Job]) -> list[list[Token]]:
+    choices: list[list[Token]] = [[] for _ in jobs]
+    async with aclosing(merged(jobs)) as tokens:
+        async for index, token in tokens:
+            choices[index].append(token)
+    return choices
+
+
+def _abandon(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        job.abandon()
+
+
+async def _unless_gone(request: Request, wanted: Awaitable[T]) -> T:
     """Wait for something, but no longer than the client does.
 
     Raises:
@@ -126,16 +169,12 @@ async def _event_texts(
 ) -> AsyncGenerator[str, None]:
     try:
         for event in events(*first):
-            yield framing.frame(_text(event))
+            yield framing.frame(event.model_dump_json())
         async with aclosing(others):
             async for index, token in others:
                 for event in events(index, token):
-                    yield framing.frame(_text(event))
+                    yield framing.frame(event.model_dump_json())
     except Exception as error:
         yield framing.frame(json.dumps(framing.error(api_error(error))))
     if framing.end:
         yield framing.end
-
-
-def _text(event: BaseModel) -> str:
-    return event.model_dump_json()

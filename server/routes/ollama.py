@@ -1,79 +1,38 @@
 """The routes of Ollama's interface: chat, generate, and what there is. Nothing is pulled, copied or deleted."""
 
 import time
-from collections.abc import Sequence
-from contextlib import aclosing
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import Annotated, Any
 
-from coreinfer.runtime import GenerationOptions, Token
+from coreinfer.runtime import GenerationOptions
 from coreinfer.runtime.prompts.requests import Prompt
-from coreinfer.server.answers.ollama_forms import OllamaChat, OllamaChatForm, OllamaForm, OllamaText, OllamaTextForm
-from coreinfer.server.answers.streaming import LINES, EventStream, unless_gone
+from coreinfer.server.answers.ollama_forms import OllamaChatForm, OllamaForm, OllamaTextForm
+from coreinfer.server.answers.ollama_responses import (
+    Details,
+    OllamaChat,
+    OllamaText,
+    Shown,
+    Tag,
+    Tags,
+    Version,
+    utc_text,
+)
+from coreinfer.server.answers.streaming import LINES, answer_streamed, answer_whole
 from coreinfer.server.api_errors import OLLAMA_ERRORS, OLLAMA_PREFIX
-from coreinfer.server.jobs import Job, merged
+from coreinfer.server.jobs import Job
 from coreinfer.server.requests.bounds import BoundedRoute
 from coreinfer.server.requests.ollama_bodies import OllamaChatRequest, OllamaTextRequest, ShowRequest
 from coreinfer.server.requests.ollama_prompts import chat_prompt, ollama_options, text_prompt
-from coreinfer.server.service import Model, Service, service_of
+from coreinfer.server.service import VERSION, Model, Service, service_of
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
-from pydantic import BaseModel
 
 __all__ = ["router"]
 
 router = APIRouter(prefix=OLLAMA_PREFIX, route_class=BoundedRoute)
 
 ServiceOf = Annotated[Service, Depends(service_of)]
-_VERSION = metadata.version("coreinfer")
 _TAG = ":latest"
-
-
-class Details(BaseModel):
-    """What a model is."""
-
-    format: str = "coreinfer"
-    family: str
-    families: list[str]
-    parent_model: str
-    parameter_size: str = ""
-    quantization_level: str
-
-
-class Tag(BaseModel):
-    """A bundle that is served."""
-
-    name: str
-    model: str
-    modified_at: str
-    size: int
-    digest: str
-    details: Details
-
-
-class Tags(BaseModel):
-    """The answer of /api/tags and /api/ps."""
-
-    models: list[Tag]
-
-
-class Shown(BaseModel):
-    """The answer of /api/show."""
-
-    modelfile: str = ""
-    parameters: str = ""
-    template: str
-    details: Details
-    model_info: dict[str, Any]
-    capabilities: list[str]
-    modified_at: str
-
-
-class Version(BaseModel):
-    """The answer of /api/version."""
-
-    version: str
 
 
 def _answers(description: str) -> dict[int | str, dict[str, Any]]:
@@ -83,7 +42,7 @@ def _answers(description: str) -> dict[int | str, dict[str, Any]]:
 @router.get("/version", responses={401: OLLAMA_ERRORS[401]})
 async def show_version() -> Version:
     """Say which version of the server this is."""
-    return Version(version=_VERSION)
+    return Version(version=VERSION)
 
 
 @router.get("/tags", responses={401: OLLAMA_ERRORS[401]})
@@ -138,22 +97,9 @@ async def _answer(
 ) -> OllamaChat | OllamaText | Response:
     """Answer as a whole, or line by line; until the first token is there, an error has a status of its own."""
     if stream is False:
-        try:
-            return form.line(await unless_gone(request, _collect(job)))
-        finally:
-            job.abandon()
-    tokens = merged([job])
-    try:
-        first = await unless_gone(request, anext(tokens))
-    except BaseException:
-        job.abandon()
-        raise
-    return EventStream(first, tokens, [job], lambda _, token: [form.line([token])], LINES)
-
-
-async def _collect(job: Job) -> Sequence[Token]:
-    async with aclosing(job.tokens()) as tokens:
-        return [token async for token in tokens]
+        (tokens,) = await answer_whole(request, [job])
+        return form.line(tokens)
+    return await answer_streamed(request, [job], lambda _, token: [form.line([token])], LINES)
 
 
 def _model(service: Service, name: str) -> Model:
@@ -185,4 +131,4 @@ def _details(model: Model) -> Details:
 
 
 def _modified(model: Model) -> str:
-    return datetime.fromtimestamp(model.created_seconds, UTC).isoformat().replace("+00:00", "Z")
+    return utc_text(datetime.fromtimestamp(model.created_seconds, UTC))

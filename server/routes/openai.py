@@ -2,17 +2,16 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any
 
-from coreinfer.runtime import GenerationOptions, Token
+from coreinfer.runtime import GenerationOptions
 from coreinfer.runtime.prompts.requests import Prompt
 from coreinfer.server.answers.answer_forms import AnswerForm, ChatForm, CompletionForm, Header, UsageEvents
 from coreinfer.server.answers.response_bodies import Chat, Completion, ModelCard, ModelList
-from coreinfer.server.answers.streaming import EventStream, unless_gone
+from coreinfer.server.answers.streaming import answer_streamed, answer_whole
 from coreinfer.server.api_errors import ERRORS, ApiError
-from coreinfer.server.jobs import Job, merged
+from coreinfer.server.jobs import Job
 from coreinfer.server.requests.bounds import BoundedRoute
 from coreinfer.server.requests.generation_options import chat_options, completion_options
 from coreinfer.server.requests.request_bodies import ChatRequest, CompletionRequest, SamplingFields
@@ -90,46 +89,19 @@ def _submit(
                 own = replace(options, seed=seed)
                 jobs.append(service.submit(model, prompt, own, arrived_seconds=arrived_seconds))
     except BaseException:
-        _abandon(jobs)
+        for job in jobs:
+            job.abandon()
         raise
     return jobs
-
-
-def _abandon(jobs: Sequence[Job]) -> None:
-    for job in jobs:
-        job.abandon()
 
 
 async def _answer(
     request: Request, jobs: Sequence[Job], form: AnswerForm, body: SamplingFields
 ) -> Chat | Completion | Response:
-    if body.stream:
-        return await _stream(request, jobs, form, body)
-    try:
-        # As long as the client waits.
-        return form.whole(await unless_gone(request, _collect(jobs)))
-    finally:
-        _abandon(jobs)
-
-
-async def _collect(jobs: Sequence[Job]) -> list[list[Token]]:
-    choices: list[list[Token]] = [[] for _ in jobs]
-    async with aclosing(merged(jobs)) as tokens:
-        async for index, token in tokens:
-            choices[index].append(token)
-    return choices
-
-
-async def _stream(request: Request, jobs: Sequence[Job], form: AnswerForm, body: SamplingFields) -> EventStream:
-    """Stream an answer. Its first token is waited for: until then an error has a status of its own."""
+    if not body.stream:
+        return form.whole(await answer_whole(request, jobs))
     include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    tokens = merged(jobs)
-    try:
-        first = await unless_gone(request, anext(tokens))
-    except BaseException:
-        _abandon(jobs)
-        raise
-    return EventStream(first, tokens, jobs, UsageEvents(form, len(jobs), wanted=include_usage).events)
+    return await answer_streamed(request, jobs, UsageEvents(form, len(jobs), wanted=include_usage).events)
 
 
 def _header(model: Model, body: SamplingFields) -> Header:

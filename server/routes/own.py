@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import re
-from importlib import metadata, resources
+from importlib import resources
 from typing import Annotated
 
 from coreinfer.bundles.cluster_map import PROMPT_SOFTNESS, pull_of_clusters
@@ -12,7 +12,7 @@ from coreinfer.server.answers.response_bodies import ClusterPoint, Health, Model
 from coreinfer.server.api_errors import ERRORS
 from coreinfer.server.requests.bounds import BoundedRoute
 from coreinfer.server.requests.request_bodies import PlaceRequest
-from coreinfer.server.service import Service, service_of
+from coreinfer.server.service import VERSION, Service, service_of
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -38,8 +38,6 @@ def _hash(page: str, tag: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
-# Looked up each time it would be read from a file each time.
-_VERSION = metadata.version("coreinfer")
 _PAGE = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 _PAGE_HEADERS = {"Content-Security-Policy": _policy(_PAGE), "Referrer-Policy": "no-referrer"}
 
@@ -54,7 +52,7 @@ async def page() -> HTMLResponse:
 async def health(service: ServiceOf) -> Health:
     """Say that the server lives."""
     return Health(
-        version=_VERSION,
+        version=VERSION,
         models=list(service.models),
         key_required=service.config.api_key is not None,
     )
