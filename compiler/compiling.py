@@ -4,6 +4,7 @@ import logging
 
 from coreinfer.bundles import Manifest
 from coreinfer.bundles.shared.extras import needs_extra
+from coreinfer.bundles.shared.signals import signals_held
 
 from .checks import find_inputs
 from .config import CompileConfig
@@ -33,7 +34,8 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
         inputs = find_inputs(config)
         # Here, not above: torch and transformers take seconds, for which neither `--help` nor a refusal should wait.
         if config.device != "cpu":
-            from .models.devices import pick_device
+            with signals_held():
+                from .models.devices import pick_device
 
             pick_device(config.device)
         if inputs.model.path is not None:
@@ -42,7 +44,8 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
                 advance()
             if (manifest := take_finished(config, identity, progress)) is not None:
                 return manifest
-        from . import pipeline
+        with signals_held():
+            from . import pipeline
     if config.max_kl is None and config.effective_max_kl is not None:
         _log.warning(
             "each pack may lose KL %g on held-out text (--max-kl); the keep ratio that this takes is found in "

@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 from coreinfer.bundles import BundleCorrupt, ConfigError
 from coreinfer.bundles.shared.command import command_errors
 from coreinfer.bundles.shared.exhaustion import is_out_of_memory
+from coreinfer.bundles.shared.signals import signals_held
 
 SCRIPTS = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["scripts"]
 INTERRUPTED = b"error: interrupted; nothing was left behind\n"
@@ -90,6 +91,21 @@ def started_with(code: str, *arguments: object) -> subprocess.Popen[bytes]:
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
+
+
+def test_a_signal_that_is_held_comes_after_the_block() -> None:
+    seen: list[str] = []
+
+    def interrupted() -> None:
+        with signals_held():
+            signal.raise_signal(signal.SIGINT)
+            seen.append("inside")
+        seen.append("after")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert seen == ["inside"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("seconds", [0.2, 0.6, 1.5])
