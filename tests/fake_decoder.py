@@ -90,7 +90,7 @@ class FakeDecoder:
         self.cached.append(token_ids, self._choice)
         return np.stack(logits if all_logits else logits[-1:])
 
-    def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int]) -> Any:
+    def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int], *, greedy: bool = False) -> Any:
         self.calls.append(("rows", len(token_ids)))
         self.seconds += PASS_SECONDS
         self._need(sum(self._num_more(number, sequences.count(number)) for number in set(sequences)))
@@ -101,7 +101,13 @@ class FakeDecoder:
         return logits
 
     def forward_beside(
-        self, block_ids: Sequence[int], sequences: Sequence[int], token_ids: Sequence[int], *, last_logits: bool
+        self,
+        block_ids: Sequence[int],
+        sequences: Sequence[int],
+        token_ids: Sequence[int],
+        *,
+        last_logits: bool,
+        greedy: bool = False,
     ) -> Any:
         assert len(block_ids) > 1
         self._need(

@@ -68,9 +68,9 @@ def test_generations_that_end_leave_the_batch(tiny_bundle: Bundles, monkeypatch:
     sizes: list[int] = []
     forward_rows = engine.decoder.forward_rows
 
-    def counted(sequences: Any, token_ids: Any) -> Any:
+    def counted(sequences: Any, token_ids: Any, *, greedy: bool) -> Any:
         sizes.append(len(sequences))
-        return forward_rows(sequences, token_ids)
+        return forward_rows(sequences, token_ids, greedy=greedy)
 
     monkeypatch.setattr(engine.decoder, "forward_rows", counted)
     generations = engine.generate(PROMPTS, raw=True, mode="dense", max_new_tokens=30, stop=["a"])
@@ -86,9 +86,9 @@ def test_prompts_of_a_cluster_share_passes(tiny_bundle: Bundles, monkeypatch: py
     groups: list[int] = []
     forward_rows = engine.decoder.forward_rows
 
-    def counted(sequences: Sequence[int], token_ids: Sequence[int]) -> Any:
+    def counted(sequences: Sequence[int], token_ids: Sequence[int], *, greedy: bool) -> Any:
         groups.append(len(sequences))
-        return forward_rows(sequences, token_ids)
+        return forward_rows(sequences, token_ids, greedy=greedy)
 
     monkeypatch.setattr(engine.decoder, "forward_rows", counted)
     generations = engine.generate(PROMPTS, raw=True, mode="similarity", max_new_tokens=10, drift_tokens=0)
@@ -128,7 +128,7 @@ def test_a_batch_holds_no_sequence_afterwards(tiny_bundle: Bundles) -> None:
 def test_a_batch_that_fails_leaves_the_engine_as_it_was(tiny_bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load(tiny_bundle("llama"))
     with monkeypatch.context() as patched:
-        patched.setattr(engine.decoder, "forward_rows", lambda *_: 1 / 0)
+        patched.setattr(engine.decoder, "forward_rows", lambda *_, greedy: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.generate(PROMPTS, raw=True, mode="dense", max_new_tokens=8)
     check_nothing_is_held(engine)

@@ -172,6 +172,37 @@ def test_a_screened_head_chooses_the_token_of_exact_rows(tiny_bundle: Callable[.
         assert decoder.forward([token_id], greedy=True)[0].argmax() == row.argmax()
 
 
+def check_screened(screened: Any, exact: Any) -> None:
+    """The likeliest tokens and their logits are to the bit the same, others are approximate."""
+    likeliest = exact.argmax(axis=-1)
+    np.testing.assert_array_equal(screened.argmax(axis=-1), likeliest)
+    np.testing.assert_array_equal(screened.max(axis=-1), exact.max(axis=-1))
+    for row, logits in zip(screened, exact, strict=True):
+        assert (row != logits).any()
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("num_rows", [2, 7, 32])
+def test_rows_are_screened_together(num_rows: int, isa: str, tiny_bundle: Callable[..., Path]) -> None:
+    decoder = NativeDecoder(open_bundle(tiny_bundle("llama", quantize="int4")), threads=3, isa=isa)
+    exact = decoder.forward_rows([0] * num_rows, IDS[:num_rows])
+    decoder.truncate(0)
+    check_screened(decoder.forward_rows([0] * num_rows, IDS[:num_rows], greedy=True), exact)
+
+
+def test_a_prompts_end_is_screened_beside_rows(tiny_bundle: Callable[..., Path]) -> None:
+    decoder = NativeDecoder(open_bundle(tiny_bundle("llama", quantize="int4")), threads=2)
+    other = decoder.add_sequence()
+
+    def read(*, greedy: bool) -> Any:
+        for number in (other, 0):
+            decoder.select(number)
+            decoder.truncate(0)
+        return decoder.forward_beside(IDS[:20], [other] * 3, IDS[:3], last_logits=True, greedy=greedy)
+
+    check_screened(read(greedy=True), read(greedy=False))
+
+
 def test_more_rows_than_a_block_are_exact(tiny_bundle: Callable[..., Path]) -> None:
     decoder = NativeDecoder(with_room(open_bundle(tiny_bundle("qwen3", quantize="int4"))), threads=2)
     ids = IDS + IDS[::-1]

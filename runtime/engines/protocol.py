@@ -154,15 +154,18 @@ class Decoder(Protocol):
             KvPoolFull: too few pages are free; the sequence is as it was.
         """
 
-    def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    def forward_rows(
+        self, sequences: Sequence[int], token_ids: Sequence[int], *, greedy: bool = False
+    ) -> npt.NDArray[np.float32]:
         """Append tokens to several sequences, all with the FFN weights in use.
 
         Args:
             sequences: the sequence of each token; those of one sequence are appended in their order.
             token_ids: as many.
+            greedy: only the likeliest token of each row will be used: logits of others may be approximate.
 
         Returns:
-            (tokens, vocabulary) float32: each token's exact logits. The native engine reads the weights once for all
+            (tokens, vocabulary) float32: each token's logits. The native engine reads the weights once for all
             rows, and a row is bit-identical to what `forward` returns for the token alone; the torch engine runs
             sequence by sequence, and a row of several tokens of one sequence differs from that by float rounding.
 
@@ -171,16 +174,22 @@ class Decoder(Protocol):
         """
 
     def forward_beside(
-        self, block_ids: Sequence[int], sequences: Sequence[int], token_ids: Sequence[int], *, last_logits: bool
+        self,
+        block_ids: Sequence[int],
+        sequences: Sequence[int],
+        token_ids: Sequence[int],
+        *,
+        last_logits: bool,
+        greedy: bool = False,
     ) -> npt.NDArray[np.float32]:
         """Append a block of a prompt to the selected sequence and tokens to others, all with the FFN weights in use.
 
         The native engine reads the weights once for all of them. Results are to the bit those of `forward` for the
-        block, with the exact head, and of `forward_rows` for the others.
+        block and of `forward_rows` for the others.
 
         Args:
             block_ids: two tokens or more.
-            sequences, token_ids: as for `forward_rows`.
+            sequences, token_ids, greedy: as for `forward_rows`; what is greedy is the block's last token as well.
             last_logits: whether the logits of the block's last token are wanted.
 
         Returns:

@@ -39,7 +39,8 @@ def decode_group(decoder: Decoder, switch: FfnSwitch, group: Group) -> Logits:
     begin = time.perf_counter()
     _start_clocks(runs, begin)
     if len(runs) > 1:
-        logits = decoder.forward_rows([_number(run) for run in runs], [run.token_ids[-1] for run in runs])
+        rows, last_ids = [_number(run) for run in runs], [run.token_ids[-1] for run in runs]
+        logits = decoder.forward_rows(rows, last_ids, greedy=all(run.chooser.greedy for run in runs))
     else:
         logits = decode_alone(decoder, runs[0])
     _note_plain(runs, time.perf_counter() - begin if len(runs) == 1 else None)
@@ -50,7 +51,6 @@ def decode_alone(decoder: Decoder, run: Run) -> Logits:
     """Run a run's last token through the weights in use: (1, vocab)."""
     if decoder.sequence != (number := _number(run)):
         decoder.select(number)
-    # Alone the head may be screened; the likeliest token is the same.
     return decoder.forward(run.token_ids[-1:], greedy=run.chooser.greedy)
 
 
@@ -60,7 +60,8 @@ def decode_beside(decoder: Decoder, switch: FfnSwitch, group: Group, block: Bloc
     switch.use(choice, anew=True)
     _start_clocks(runs, time.perf_counter())
     rows = [_number(run) for run in runs]
-    result = read_beside(block, decoder, rows, [run.token_ids[-1] for run in runs])
+    greedy = all(run.chooser.greedy for run in (block.run, *runs))
+    result = read_beside(block, decoder, rows, [run.token_ids[-1] for run in runs], greedy=greedy)
     _note_plain(runs, None)
     return result
 

@@ -82,11 +82,14 @@ def block_beside(run: Run, decoder: Decoder, limit: int) -> Block | None:
 
 
 def read_beside(
-    block: Block, decoder: Decoder, sequences: Sequence[int], token_ids: Sequence[int]
+    block: Block, decoder: Decoder, sequences: Sequence[int], token_ids: Sequence[int], *, greedy: bool
 ) -> tuple[Logits | None, Logits]:
     """Read a block by `block_beside` in the pass that decodes a token of each of other runs.
 
     The weights of `reader(block.run)` are in use.
+
+    Args:
+        greedy: of all these runs only the likeliest tokens matter.
 
     Returns:
         The logits for the prompt's first token, None as long as some of it is left; and (runs, vocab) those of others.
@@ -96,7 +99,7 @@ def read_beside(
     decoder.select(run.sequence)
     _prepare_pack(run, decoder)
     is_last = len(block.token_ids) == run.num_left
-    logits = decoder.forward_beside(block.token_ids, sequences, token_ids, last_logits=is_last)
+    logits = decoder.forward_beside(block.token_ids, sequences, token_ids, last_logits=is_last, greedy=greedy)
     run.num_read += len(block.token_ids)
     if not is_last:
         return None, logits
@@ -177,7 +180,8 @@ def _read_decoded_again(run: Run, decoder: Decoder, switch: FfnSwitch) -> None:
         choice, end = _decoded_with(run, start, len(token_ids))
         end = min(end, start + _ROWS_AT_ONCE)
         switch.use(choice)
-        decoder.forward_rows([run.sequence] * (end - start), token_ids[start:end])
+        # Their logits are known already.
+        decoder.forward_rows([run.sequence] * (end - start), token_ids[start:end], greedy=True)
         start = end
 
 

@@ -51,7 +51,7 @@ def draft_round(
     switch.use(DENSE)
     decoder.truncate(start)
     token_ids = [token_id, *(draft.token_id for draft in drafts)]
-    logits = decoder.forward_rows([decoder.sequence] * len(token_ids), token_ids)
+    logits = decoder.forward_rows([decoder.sequence] * len(token_ids), token_ids, greedy=greedy)
     lengths.note_round(length, drafted - begin, time.perf_counter() - drafted)
     return [Row(logits=row, draft=draft) for row, draft in zip(logits, [*drafts, None], strict=True)]
 

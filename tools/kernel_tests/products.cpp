@@ -117,22 +117,41 @@ void test_many(const Kernels& kernels) {
         }
 }
 
+struct ScreenBuffer {
+  ScreenBuffer(const Weights& w, int num_tokens) : stride(w.view.num_blocks() * kBlockRows + 16) {
+    scores.resize(num_tokens * stride);
+    bounds.resize(num_tokens * num_bounds(w));
+  }
+  static size_t num_bounds(const Weights& w) { return w.view.num_blocks() + 3; }
+  Screened view(const Weights& w) { return {scores.get(), stride, bounds.get(), num_bounds(w), 8.0f}; }
+  size_t stride;
+  Buffer<float> scores, bounds;
+};
+
+// Several tokens at once: as the portable kernels do it, and to the bit as each token alone.
 void test_screen(const Kernels& kernels) {
   for (int rows : {5, 16, 50})
-    for (int cols : {31, 256}) {
-      const Weights w(Format::int8_planes, rows, cols);
-      ActivationBuffer x;
-      fill(x, 1, cols);
-      portable_kernels().quantize(x.view, x.view.stride, 1);
-      portable_kernels().measure(x.view, x.view.stride);
-      const int size = round_up(rows, kBlockRows);
-      Buffer<float> got[2], expected[2];
-      for (auto* pair : {got, expected}) pair[0].resize(size), pair[1].resize(size);
-      kernels.screen(w.view, x.view, got[0].get(), got[1].get(), 0, w.view.num_blocks());
-      portable_kernels().screen(w.view, x.view, expected[0].get(), expected[1].get(), 0, w.view.num_blocks());
-      compare("screen", got[0].get(), expected[0].get(), size);
-      compare("deviations", got[1].get(), expected[1].get(), size);
-    }
+    for (int cols : {31, 256})
+      for (int num_tokens : {1, 2, 3, 7, 9}) {
+        const Weights w(Format::int8_planes, rows, cols);
+        const int num_blocks = w.view.num_blocks();
+        ActivationBuffer x;
+        fill(x, num_tokens, cols);
+        portable_kernels().quantize(x.view, x.view.stride, num_tokens);
+        for (int t = 0; t < num_tokens; ++t) portable_kernels().measure(x.view.token(t), x.view.stride);
+        ScreenBuffer got(w, num_tokens), expected(w, num_tokens), alone(w, num_tokens);
+        kernels.screen(w.view, x.view, num_tokens, got.view(w), 0, num_blocks);
+        portable_kernels().screen(w.view, x.view, num_tokens, expected.view(w), 0, num_blocks);
+        const int size = num_blocks * kBlockRows;
+        for (int t = 0; t < num_tokens; ++t) {
+          kernels.screen(w.view, x.view.token(t), 1, alone.view(w).token(t), 0, num_blocks);
+          const Screened a = got.view(w).token(t), b = expected.view(w).token(t), c = alone.view(w).token(t);
+          compare("screen", a.scores, b.scores, size);
+          compare("bounds", a.bounds, b.bounds, num_blocks);
+          expect("screen: differs beside other tokens", std::equal(a.scores, a.scores + size, c.scores));
+          expect("bounds: differ beside other tokens", std::equal(a.bounds, a.bounds + num_blocks, c.bounds));
+        }
+      }
 }
 
 void test_quantize(const Kernels& kernels) {

@@ -255,10 +255,11 @@ class NativeDecoder:
         """
         return self._forward(token_ids, all_logits=all_logits, greedy=greedy, watcher=None)
 
-    def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int]) -> Floats:
+    def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int], *, greedy: bool = False) -> Floats:
         """Append tokens to several sequences in one pass over the weights; see `Decoder.forward_rows`.
 
-        A row's logits are bit-identical to those of `forward` for the token alone, with the exact head.
+        A row's logits are bit-identical to those of `forward` for the token alone. With `greedy` the head is screened
+        as there.
 
         Raises:
             ConfigError: there is no such sequence, a token id is out of range, or there is no position left.
@@ -266,7 +267,7 @@ class NativeDecoder:
         """
         try:
             rows, ids = np.asarray(sequences, dtype=np.int32), np.asarray(token_ids, dtype=np.int32)
-            logits = self._model.forward_rows(rows, ids)
+            logits = self._model.forward_rows(rows, ids, greedy)
         except _REFUSALS as error:
             raise _refusal(error) from error
         for sequence, token_id in zip(sequences, token_ids, strict=True):
@@ -274,7 +275,13 @@ class NativeDecoder:
         return logits
 
     def forward_beside(
-        self, block_ids: Sequence[int], sequences: Sequence[int], token_ids: Sequence[int], *, last_logits: bool
+        self,
+        block_ids: Sequence[int],
+        sequences: Sequence[int],
+        token_ids: Sequence[int],
+        *,
+        last_logits: bool,
+        greedy: bool = False,
     ) -> Floats:
         """Read a block of a prompt and a token of each of several sequences; see `Decoder.forward_beside`.
 
@@ -284,7 +291,7 @@ class NativeDecoder:
         """
         try:
             block, rows, ids = (np.asarray(numbers, dtype=np.int32) for numbers in (block_ids, sequences, token_ids))
-            logits = self._model.forward_beside(self.sequence, block, last_logits, rows, ids)
+            logits = self._model.forward_beside(self.sequence, block, last_logits, rows, ids, greedy)
         except _REFUSALS as error:
             raise _refusal(error) from error
         self.cached.append(block_ids, self._choice)

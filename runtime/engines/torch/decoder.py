@@ -234,8 +234,13 @@ class TorchDecoder:
         """Choose the sequence to work on; see `Decoder.select`."""
         self._sequences.select(sequence)
 
-    def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Append tokens to several sequences, one sequence after another; see `Decoder.forward_rows`."""
+    def forward_rows(
+        self, sequences: Sequence[int], token_ids: Sequence[int], *, greedy: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Append tokens to several sequences, one sequence after another; see `Decoder.forward_rows`.
+
+        All logits are exact, `greedy` or not.
+        """
         rows: dict[int, list[int]] = {}
         for row, sequence in enumerate(sequences):
             rows.setdefault(sequence, []).append(row)
@@ -253,7 +258,13 @@ class TorchDecoder:
         return logits
 
     def forward_beside(
-        self, block_ids: Sequence[int], sequences: Sequence[int], token_ids: Sequence[int], *, last_logits: bool
+        self,
+        block_ids: Sequence[int],
+        sequences: Sequence[int],
+        token_ids: Sequence[int],
+        *,
+        last_logits: bool,
+        greedy: bool = False,
     ) -> npt.NDArray[np.float32]:
         """Append a block of a prompt, then tokens to other sequences; see `Decoder.forward_beside`."""
         counts = Counter(sequences)

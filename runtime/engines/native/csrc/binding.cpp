@@ -104,19 +104,20 @@ class Model {
     decoder_->drop_sequence(number);
   }
 
-  py::array forward_rows(const Ids& numbers, const Ids& ids) {
+  py::array forward_rows(const Ids& numbers, const Ids& ids, bool screened) {
     const std::unique_lock<std::mutex> lock = turn_.take();
     check_rows(numbers, ids, std::vector<int>(decoder_->sequences.size()));
     const int num_rows = static_cast<int>(ids.size());
     py::array_t<float> logits({num_rows, round_up(decoder_->weights.vocab, kBlockRows)});
     {
       py::gil_scoped_release release;
-      decoder_->forward_rows(numbers.data(), ids.data(), num_rows, logits.mutable_data());
+      decoder_->forward_rows(numbers.data(), ids.data(), num_rows, screened, logits.mutable_data());
     }
     return without_padding(logits);
   }
 
-  py::array forward_beside(int sequence, const Ids& block_ids, bool last_logits, const Ids& numbers, const Ids& ids) {
+  py::array forward_beside(int sequence, const Ids& block_ids, bool last_logits, const Ids& numbers, const Ids& ids,
+                           bool screened) {
     const std::unique_lock<std::mutex> lock = turn_.take();
     check_sequence(*decoder_, sequence);
     check(block_ids);
@@ -129,7 +130,7 @@ class Model {
     {
       py::gil_scoped_release release;
       decoder_->forward_beside(sequence, block_ids.data(), num_tokens, last_logits, numbers.data(), ids.data(),
-                               num_rows, logits.mutable_data());
+                               num_rows, screened, logits.mutable_data());
     }
     return without_padding(logits);
   }
@@ -336,9 +337,9 @@ PYBIND11_MODULE(_native, module) {
       .def("gather", &Model::gather, py::arg("ffn"), py::arg("neuron_ids"))
       .def("forward", &Model::forward, py::arg("ids"), py::arg("all_logits") = false, py::arg("screened") = false,
            py::arg("watcher") = py::none(), py::arg("sequence") = 0)
-      .def("forward_rows", &Model::forward_rows, py::arg("sequences"), py::arg("ids"))
+      .def("forward_rows", &Model::forward_rows, py::arg("sequences"), py::arg("ids"), py::arg("screened") = false)
       .def("forward_beside", &Model::forward_beside, py::arg("sequence"), py::arg("block_ids"), py::arg("last_logits"),
-           py::arg("sequences"), py::arg("ids"))
+           py::arg("sequences"), py::arg("ids"), py::arg("screened") = false)
       .def("add_sequence", &Model::add_sequence)
       .def("fork_sequence", &Model::fork_sequence, py::arg("source"), py::arg("num_tokens"))
       .def("drop_sequence", &Model::drop_sequence, py::arg("sequence"))

@@ -195,7 +195,7 @@ class BlockPass {
   void head(float* logits) {
     const int first = options_.all_logits ? 0 : options_.last_logits ? num_fast_ - 1 : num_fast_;
     if (first == num_tokens_) return;
-    const bool alone = !options_.all_logits && options_.num_exact == 0;
+    const bool screened = options_.screened && !options_.all_logits;
     // Single tokens, and what is projected first, are multiplied in codes.
     const int num_fast = options_.all_logits && weights_.project_out.empty() ? num_fast_ : 0;
     const Batch all{inputs_.x, num_tokens_, num_tokens_ - num_fast};
@@ -204,12 +204,12 @@ class BlockPass {
       const Activations inputs = all.token(t);
       prepare_inputs(weights_, kernels_, weights_.final_norm, residual(t), inputs);
       if (!weights_.project_out.empty()) project_out(inputs);
-      if (alone && options_.screened) kernels_.measure(inputs, inputs.stride);
+      if (screened) kernels_.measure(inputs, inputs.stride);
     });
     barrier();
-    if (alone) return compute_head(decoder_, all.token(first), thread_, options_.screened, logits);
     const int count = num_tokens_ - first;
-    multiply_head(decoder_, {num_fast ? all.x : all.token(first), count, count - num_fast}, logits, thread_);
+    const Batch batch{num_fast ? all.x : all.token(first), count, count - num_fast};
+    compute_head(decoder_, batch, thread_, screened, logits);
   }
 
   void project_out(const Activations& inputs) {

@@ -17,7 +17,7 @@ PageLayout layout_for(const ModelWeights& weights) {
 Decoder::Decoder(ModelWeights model, const Kernels& table, int num_threads, int max_neurons, int num_pages)
     : weights(std::move(model)), kernels(table), pool(layout_for(weights), num_pages), threads(num_threads) {
   sequences.push_back(std::make_unique<Sequence>());
-  if (weights.head.format == Format::int8_planes) deviations.resize(round_up(weights.vocab, kBlockRows));
+  allocate(screen, weights.head);
   allocate(token, weights, max_neurons, num_threads);
   allocate(block, weights, max_neurons, num_threads, kernels.rounds_to_bf16);
 }
@@ -78,13 +78,14 @@ void Decoder::forward(int number, const int32_t* ids, int num_tokens, bool all_l
   }
 }
 
-void Decoder::forward_rows(const int32_t* numbers, const int32_t* ids, int num_rows, float* logits) {
+void Decoder::forward_rows(const int32_t* numbers, const int32_t* ids, int num_rows, bool screened, float* logits) {
   std::map<int, int> counts;  // of each sequence's rows
   for (int row = 0; row < num_rows; ++row) ++counts[numbers[row]];
   extend_all(counts);
   const size_t stride = round_up(weights.vocab, kBlockRows);
   BlockOptions options;
   options.related = counts.size() < static_cast<size_t>(num_rows);
+  options.screened = screened;
   std::vector<Row> rows;
   for (int first = 0; first < num_rows; first += kBlockTokens) {
     rows.clear();
@@ -96,16 +97,16 @@ void Decoder::forward_rows(const int32_t* numbers, const int32_t* ids, int num_r
 }
 
 void Decoder::forward_beside(int number, const int32_t* block_ids, int num_tokens, bool last_logits,
-                             const int32_t* numbers, const int32_t* ids, int num_rows, float* logits) {
+                             const int32_t* numbers, const int32_t* ids, int num_rows, bool screened, float* logits) {
   std::map<int, int> counts{{number, num_tokens}};
   for (int row = 0; row < num_rows; ++row) ++counts[numbers[row]];
   extend_all(counts);
   if (num_tokens + num_rows > kBlockTokens) {
     const size_t stride = round_up(weights.vocab, kBlockRows);
-    forward_rows(numbers, ids, num_rows, logits + last_logits * stride);
+    forward_rows(numbers, ids, num_rows, screened, logits + last_logits * stride);
     // Without a place of its own, what the block ends with goes to where nobody looks.
     std::vector<float> unwanted(last_logits ? 0 : stride);
-    return forward(number, block_ids, num_tokens, false, false, last_logits ? logits : unwanted.data(), nullptr);
+    return forward(number, block_ids, num_tokens, false, screened, last_logits ? logits : unwanted.data(), nullptr);
   }
   std::vector<Row> rows;
   for (int t = 0; t < num_tokens; ++t) rows.push_back(next_row(number, block_ids[t]));
@@ -113,6 +114,7 @@ void Decoder::forward_beside(int number, const int32_t* block_ids, int num_token
   BlockOptions options;
   options.num_exact = num_rows;
   options.last_logits = last_logits;
+  options.screened = screened;
   read_block(*this, rows, options, logits, nullptr);
 }
 

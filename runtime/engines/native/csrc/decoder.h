@@ -52,12 +52,12 @@ struct Decoder {
                const Watcher& watcher);
   // Append tokens to several sequences, those of one sequence in their order, with one read of the weights for
   // kBlockTokens of them. Each row's logits (padded vocabulary) are to the bit what `forward` gives for that token
-  // alone, whatever else is read with it. Throws PoolFull, before anything is computed.
-  void forward_rows(const int32_t* numbers, const int32_t* ids, int num_rows, float* logits);
+  // alone, whatever else is read with it; `screened` as there. Throws PoolFull, before anything is computed.
+  void forward_rows(const int32_t* numbers, const int32_t* ids, int num_rows, bool screened, float* logits);
   // `forward` for two or more tokens of one sequence and `forward_rows` for others, with one read of the weights where
   // kBlockTokens hold them all. `logits`: with `last_logits` first those of the block's last token, then each row's.
   void forward_beside(int sequence, const int32_t* block_ids, int num_tokens, bool last_logits, const int32_t* numbers,
-                      const int32_t* ids, int num_rows, float* logits);
+                      const int32_t* ids, int num_rows, bool screened, float* logits);
   // Bytes of weights and cache that one more token reads.
   size_t bytes_per_token(int num_tokens, bool screened) const;
 
@@ -72,7 +72,7 @@ struct Decoder {
   Threads threads;
   TokenScratch token;
   BlockScratch block;
-  Buffer<float> deviations;  // (padded vocabulary), of a screened head
+  HeadScratch screen;
 
  private:
   int add(Sequence sequence);
@@ -84,8 +84,10 @@ struct Decoder {
 // How many bytes a page of a model's cache has.
 PageLayout layout_for(const ModelWeights& weights);
 
-// Logits of one token's final hidden state by the head, all threads together.
-void compute_head(Decoder& decoder, const Activations& x, int thread, bool screened, float* logits);
+struct Batch;
+// Logits (tokens, padded vocabulary) of final hidden states by the head, all threads together. What is screened has been
+// measured, and is multiplied in codes.
+void compute_head(Decoder& decoder, const Batch& batch, int thread, bool screened, float* logits);
 void decode_token(Decoder& decoder, const Row& row, bool screened, float* logits);
 // How a block is read.
 struct BlockOptions {
@@ -93,7 +95,7 @@ struct BlockOptions {
   bool related = true;      // whether a sequence may have several rows
   bool all_logits = false;  // of the rows before these
   bool last_logits = false;  // of the last row before these
-  bool screened = false;     // the last row's
+  bool screened = false;     // logits of tokens that cannot be the likeliest may be approximate; not with all_logits
 };
 // `logits`: of the rows that have any, one after another; exact ones always do.
 void read_block(Decoder& decoder, const std::vector<Row>& rows, const BlockOptions& options, float* logits,

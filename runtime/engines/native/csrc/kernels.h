@@ -42,6 +42,18 @@ struct AttentionPart {
   const float* sums;    // (num_heads); 0 where there were no positions
 };
 
+// What `screen` writes: scores of all rows, and for each block of 16 the most that any of its rows may reach, if what was
+// left out is at most so many standard deviations.
+struct Screened {
+  float* scores;  // (tokens, stride)
+  size_t stride;
+  float* bounds;  // (tokens, num_bounds)
+  size_t num_bounds;
+  float deviations;
+
+  Screened token(int t) const { return {scores + t * stride, stride, bounds + t * num_bounds, num_bounds, deviations}; }
+};
+
 struct Kernels {
   const char* name;
   // Whether `quantize` and `multiply` also take inputs in bfloat16, which is faster for many tokens. These inputs must have
@@ -55,8 +67,10 @@ struct Kernels {
   // y[token * y_stride + row] for the rows of blocks [block_begin, block_end); y is padded to whole blocks.
   void (*multiply)(const Matrix& w, const Activations& x, int num_tokens, float* y, size_t y_stride, int block_begin,
                    int block_end);
-  // For one token, measured, and int8_planes: y from the high halves alone, and the standard deviation of what they leave out.
-  void (*screen)(const Matrix& w, const Activations& x, float* y, float* deviations, int block_begin, int block_end);
+  // For measured tokens and int8_planes: products from the high halves alone. A NaN may be lost from the bounds, never from
+  // the scores.
+  void (*screen)(const Matrix& w, const Activations& x, int num_tokens, const Screened& out, int block_begin,
+                 int block_end);
   // RMS norm (no bias) or layer norm.
   void (*rms_norm)(const float* x, const float* weight, float epsilon, int size, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int size, float* out);

@@ -58,6 +58,15 @@ struct BlockScratch {
   ActivationBuffer inputs, neurons;
 };
 
+constexpr int kScreenRows = 32;  // more at once are scored exactly
+
+// Of a screened head, for each row that is computed at once.
+struct HeadScratch {
+  Buffer<float> bounds;  // (rows, row blocks): the most that a block's tokens may score
+  Buffer<float> least;   // (rows): what the likeliest scores at least
+};
+
+void allocate(HeadScratch& scratch, const Matrix& head);
 void allocate(TokenScratch& scratch, const ModelWeights& weights, int max_neurons, int num_threads);
 // `bf16`: with room for inputs in bfloat16.
 void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neurons, int num_threads, bool bf16);

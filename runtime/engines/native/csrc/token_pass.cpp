@@ -63,7 +63,7 @@ class TokenPass {
     prepare_inputs(weights_, kernels_, weights_.final_norm, x_, inputs_);
     if (!weights_.project_out.empty()) project_out();
     if (screened) kernels_.measure(inputs_, inputs_.stride);
-    compute_head(decoder_, inputs_, thread_, screened, logits);
+    compute_head(decoder_, {inputs_, 1, 0}, thread_, screened, logits);
   }
 
  private:
