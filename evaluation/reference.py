@@ -13,6 +13,7 @@ import numpy.typing as npt
 from coreinfer.bundles import ConfigError
 from coreinfer.bundles.shared.extras import require_package
 from coreinfer.bundles.shared.machine import usable_cores
+from coreinfer.bundles.shared.signals import signals_held
 
 __all__ = [
     "LLAMACPP_FORMATS",
@@ -55,9 +56,10 @@ class TransformersSubject:
             ConfigError: it is not available.
         """
         # Here, not above: evaluating bundles needs neither torch nor the compiler.
-        import torch
-        from coreinfer.compiler.models.load import load_model, read_config
-        from coreinfer.compiler.models.sources import find_source
+        with signals_held():
+            import torch
+            from coreinfer.compiler.models.load import load_model, read_config
+            from coreinfer.compiler.models.sources import find_source
 
         torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
         source = find_source(model, option="--against")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from coreinfer.bundles.shared.machine import usable_cores
+from coreinfer.bundles.shared.signals import signals_held
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,8 @@ def measure_machine(num_threads: int | None, *, seconds: float = 2.0) -> Machine
         num_threads: of the compile; None for all cores, as for `CompileConfig.threads`.
         seconds: to take about; products of bfloat16 where they are emulated may take longer.
     """
-    import torch
+    with signals_held():
+        import torch
 
     before = torch.get_num_threads()
     num_threads = num_threads or min(before, usable_cores())

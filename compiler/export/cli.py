@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 from coreinfer.bundles.shared.command import command_errors, start_logging
 from coreinfer.bundles.shared.extras import needs_extra
+from coreinfer.bundles.shared.signals import signals_held
 
 __all__ = ["main"]
 
@@ -47,7 +48,7 @@ def main(
     The folder also gets a model card, README.md; tokenizer, chat template and stop tokens are part of the export.
     """
     start_logging(verbose=verbose)
-    with needs_extra("exporting", "compile"):
+    with needs_extra("exporting", "compile"), signals_held():
         from .exporting import export_model
     done = export_model(bundle_dir, output, form=form, cluster=cluster, dense=dense, dtype=dtype)
     if as_json:

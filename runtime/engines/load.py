@@ -7,6 +7,7 @@ from typing import Any
 from coreinfer.bundles import Bundle, ConfigError, UnsupportedModelError
 from coreinfer.bundles.shared.extras import needs_extra
 from coreinfer.bundles.shared.machine import usable_cores
+from coreinfer.bundles.shared.signals import signals_held
 from coreinfer.runtime.load_options import LoadOptions
 
 from .protocol import Decoder
@@ -54,7 +55,8 @@ def _has_gpu() -> bool:
     if not Path("/proc/driver/nvidia/version").exists():
         return False
     try:
-        import torch
+        with signals_held():
+            import torch
     except ModuleNotFoundError:
         return False
     return bool(torch.cuda.is_available())
@@ -74,7 +76,7 @@ def _load_native(bundle: Bundle, options: LoadOptions) -> Decoder:
 
 def _import_torch_decoder(threads: int | None) -> Any:
     """Import the torch engine, and set torch's threads."""
-    with needs_extra("the torch engine", "torch"):
+    with needs_extra("the torch engine", "torch"), signals_held():
         import torch
 
         from .torch.decoder import TorchDecoder
