@@ -14,6 +14,8 @@ import pytest
 import torch
 import transformers
 from coreinfer.bundles.errors import ConfigError, CoreInferError, UnsupportedModelError
+from coreinfer.compiler.models.gguf.config import config_fields
+from coreinfer.compiler.models.gguf.parts import read_parts
 from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
 from coreinfer.compiler.models.sources import find_source
 from transformers import PreTrainedModel
@@ -21,9 +23,9 @@ from transformers import PreTrainedModel
 from .gguf_factory import Contents, contents, tiny_config, tiny_model, write
 from .model_factory import build_tokenizer
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
-# Mistral is Llama with a window, and of its architecture.
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+FAMILIES = ("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "olmo3")
+# Mistral and OLMo 3 are Llama and OLMo 2 with a window, and of their architectures.
+ARCHITECTURES = tuple(family for family in FAMILIES if family not in ("mistral", "olmo3"))
 IDS = torch.arange(3, 33)[None]
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 
@@ -145,9 +147,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "rope.dimension_count": {},
     # As llama.cpp has it; the tiny models' own.
     "llama.rope.freq_base": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+    "granite.rope.freq_base": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+    "gemma2.rope.freq_base": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+    "granite.attention.scale": {"attention_multiplier": 8**-0.5},
+    "granite.embedding_scale": {"embedding_multiplier": 1.0},
+    "granite.residual_scale": {"residual_multiplier": 1.0},
     # A file without a window has none.
     "llama.attention.sliding_window": {"sliding_window": None},
     "gemma3.attention.sliding_window_pattern": {"layer_types": ["sliding_attention"] * 2},
+    "olmo2.attention.sliding_window_pattern": {"layer_types": ["sliding_attention"] * 2},
+    # But for Gemma 2's own.
+    "gemma2.attention.sliding_window": {"sliding_window": 4096},
+    "gemma2.attn_logit_softcapping": {"attn_logit_softcapping": 50.0},
+    "gemma2.final_logit_softcapping": {"final_logit_softcapping": 30.0},
 }
 
 
@@ -206,11 +218,20 @@ CHANGES: list[tuple[str, Any]] = [
 ]
 
 
+CARRIED_OVER = {
+    "granite": ("attention.scale", "embedding_scale", "logit_scale", "residual_scale"),
+    "gemma2": ("attn_logit_softcapping",),
+}
+
+
 @pytest.mark.parametrize(("key", "value"), CHANGES, ids=str)
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_what_is_not_carried_over_is_refused(family: str, key: str, value: Any, tmp_path: Path) -> None:
     what = written(family)
     what.metadata[f"{what.architecture}.{key}"] = value
+    if key in CARRIED_OVER.get(family, ()):
+        assert config_fields(read_parts(save(what, tmp_path)), family)
+        return
     with pytest.raises(CoreInferError, match=rf"{what.architecture}\.{key}|missing|{CONTRADICTED}") as caught:
         load(save(what, tmp_path))
     assert "\n" not in str(caught.value)
@@ -226,9 +247,11 @@ def test_a_window_of_unknown_layers_is_refused(family: str, tmp_path: Path) -> N
 
 def rope_of(family: str, parameters: dict[str, Any]) -> dict[str, Any]:
     parameters = {"rope_theta": 10_000.0, **parameters}
-    if family != "gemma3":
+    if family not in ("gemma3", "olmo3"):
         return {"rope_parameters": parameters}
-    sliding = {"rope_type": "default", "rope_theta": 10_000.0}
+    # Gemma 3's layers that slide have a base of their own.
+    theta = parameters["rope_theta"] if family == "olmo3" else 10_000.0
+    sliding = {"rope_type": "default", "rope_theta": theta}
     return {"rope_parameters": {"full_attention": parameters, "sliding_attention": sliding}}
 
 

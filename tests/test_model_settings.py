@@ -150,7 +150,7 @@ def test_a_model_is_loaded_as_transformers_computes_it(
         torch.testing.assert_close(loaded.head(states), expected)
 
 
-NATIVE_REFUSES = {"mish", "final_logit_softcapping"}
+NATIVE_REFUSES = {"mish", "use_parallel_residual", "qk_layernorm"}
 
 
 def as_saved(folder: Path) -> dict[str, Any]:

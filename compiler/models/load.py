@@ -109,6 +109,8 @@ class LoadedModel:
         model = cast("PreTrainedModel", self.model)
         head: nn.Module = model.get_output_embeddings()
         logits: torch.Tensor = head(states)
+        if (divisor := getattr(model.config, "logits_scaling", None)) not in (None, 1):
+            logits = logits / divisor
         cap = getattr(model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -6,8 +6,8 @@
 
 namespace coreinfer {
 
-// From a config's rope parameters (arXiv 2104.09864). Throws std::invalid_argument: a parameter is missing or wrong.
-// Unsupported: the scaling is none that the engine has.
-RotaryTable rotary_table(const Json& parameters, int head_dim);
+// From a config's rope parameters (arXiv 2104.09864), for so many dimensions of each head. Throws std::invalid_argument: a
+// parameter is missing or wrong. Unsupported: the scaling is none that the engine has.
+RotaryTable rotary_table(const Json& parameters, int size);
 
 }  // namespace coreinfer

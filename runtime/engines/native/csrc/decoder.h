@@ -86,6 +86,8 @@ PageLayout layout_for(const ModelWeights& weights);
 
 // Logits of one token's final hidden state by the head, all threads together.
 void compute_head(Decoder& decoder, const Activations& x, int thread, bool screened, float* logits);
+// Where the model limits logits: those of `num_rows` tokens, when all threads have computed their share.
+void limit_logits(Decoder& decoder, int num_rows, int thread, float* logits);
 void decode_token(Decoder& decoder, const Row& row, bool screened, float* logits);
 // How a block is read.
 struct BlockOptions {

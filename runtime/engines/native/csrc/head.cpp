@@ -45,4 +45,14 @@ void compute_head(Decoder& decoder, const Activations& x, int thread, bool scree
   });
 }
 
+void limit_logits(Decoder& decoder, int num_rows, int thread, float* logits) {
+  const float most = decoder.weights.logit_limit;
+  if (most == 0.0f) return;
+  decoder.threads.barrier(thread);
+  const size_t stride = round_up(decoder.weights.vocab, kBlockRows);
+  const Range part = share(static_cast<int>(stride), thread, decoder.threads.size());
+  for (int row = 0; row < num_rows; ++row)
+    decoder.kernels.limit(logits + row * stride + part.begin, part.end - part.begin, most);
+}
+
 }  // namespace coreinfer
