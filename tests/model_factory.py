@@ -53,7 +53,8 @@ _SLIDING: dict[str, Any] = {"sliding_window": 16}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
-def _config(family: str) -> transformers.PreTrainedConfig:
+def tiny_config(family: str) -> transformers.PreTrainedConfig:
+    """The config of a tiny model: 3 layers, where a family slides some that do and one that does not."""
     if family.startswith("opt"):
         post_norm = family == "opt-post-norm"
         return transformers.OPTConfig(
@@ -97,7 +98,7 @@ def _config(family: str) -> transformers.PreTrainedConfig:
 def build_model(family: str, seed: int = 0) -> PreTrainedModel:
     """Build a tiny random causal language model in float32, its weights exact in bfloat16."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(_config(family), dtype=torch.float32)
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Larger than at the start of training, so that the FFN matters; norms stay near 1, biases are not 0.

@@ -220,15 +220,14 @@ def _gemma2(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict
     theta = keys.number("rope.freq_base") or _DEFAULT_THETA
     # transformers has one base for all layers.
     keys.expect("rope.freq_base_swa", (theta,))
-    stated = {key: keys.number(f"{key}_logit_softcapping") for key in ("attn", "final")}
+    limits = {"attn_logit_softcapping": _GEMMA2_SCORE_LIMIT, "final_logit_softcapping": _GEMMA2_LOGIT_LIMIT}
     return {
         "model_type": "gemma2",
         "sliding_window": _window(keys) if keys.has("attention.sliding_window") else _GEMMA2_WINDOW,
         "layer_types": _layer_types(_sliding_layers(keys, int(shared["num_hidden_layers"]), _GEMMA2_PATTERN)),
         "rope_parameters": _rope(keys, header, shared, theta),
         "query_pre_attn_scalar": _query_scalar(shared, wide_at=46),
-        "attn_logit_softcapping": _GEMMA2_SCORE_LIMIT if stated["attn"] is None else stated["attn"],
-        "final_logit_softcapping": _GEMMA2_LOGIT_LIMIT if stated["final"] is None else stated["final"],
+        **{key: (keys.number(key) or None) if keys.has(key) else usual for key, usual in limits.items()},
     }
 
 
