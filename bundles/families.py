@@ -7,7 +7,7 @@ of the model that transformers builds. Adding a family is one row here and one t
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -39,6 +39,8 @@ class Family:
         embedding: path to the token embedding, from the causal language model.
         adds_ffn_output: whether a layer ends by adding the down projection's output to the hidden state as it is,
             with no factor on it and no norm after either.
+        joined: paths from a layer to linear modules that transformers has as one -> the names that its parts get.
+            Once they are taken apart, the parts are its submodules.
         rotates_part: whether `partial_rotary_factor` says how much of each head is rotated.
         tied_head: whether models share embedding and head where their config.json does not say.
     """
@@ -53,6 +55,7 @@ class Family:
     ffn_dim_field: str = "intermediate_size"
     embedding: str = "model.embed_tokens"
     adds_ffn_output: bool = True
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rotates_part: bool = False
     tied_head: bool = False
 
@@ -96,6 +99,14 @@ FAMILIES: tuple[Family, ...] = (
     Family(name="gemma3", model_types=("gemma3_text",), **_GEMMA),
     Family(name="olmo2", model_types=("olmo2",), adds_ffn_output=False),
     Family(name="olmo3", model_types=("olmo3",), adds_ffn_output=False),
+    Family(
+        name="phi3",
+        model_types=("phi3",),
+        up="mlp.gate_up_proj.up_proj",
+        gate="mlp.gate_up_proj.gate_proj",
+        joined={"mlp.gate_up_proj": ("gate_proj", "up_proj"), "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj")},
+        rotates_part=True,
+    ),
     Family(name="stablelm", model_types=("stablelm",), rotates_part=True),
     Family(
         name="starcoder2",

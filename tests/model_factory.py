@@ -30,6 +30,7 @@ FAMILIES = (
     "gemma3",
     "olmo2",
     "olmo3",
+    "phi3",
     "stablelm",
     "starcoder2",
 )
@@ -88,6 +89,7 @@ def tiny_config(family: str) -> transformers.PreTrainedConfig:
         "gemma3": (transformers.Gemma3TextConfig, {**_SLIDING, "layer_types": _MIXED}),
         "olmo2": (transformers.Olmo2Config, {}),
         "olmo3": (transformers.Olmo3Config, {**_SLIDING, "layer_types": _MIXED}),
+        "phi3": (transformers.Phi3Config, {**_SLIDING, "partial_rotary_factor": 0.5}),
         "stablelm": (transformers.StableLmConfig, {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
         "starcoder2": (transformers.Starcoder2Config, _SLIDING),
     }

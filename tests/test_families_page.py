@@ -41,7 +41,7 @@ def test_each_model_type_is_built_by_the_tests() -> None:
     [
         *((model_type, "a mixture of experts") for model_type in ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")),
         *((model_type, "not a transformer FFN everywhere") for model_type in ("falcon_h1", "lfm2", "granitemoehybrid")),
-        ("phi3", "supported families: opt"),
+        ("gpt_neox", "supported families: opt"),
     ],
 )
 def test_what_is_not_here_is_refused_by_name(model_type: str, reason: str) -> None:

@@ -31,6 +31,13 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
     **THETA,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 4.0],
+    "partial_rotary_factor": 0.5,
+    **THETA,
+}
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -98,6 +105,10 @@ COMPUTED: list[tuple[str, dict[str, Any]]] = [
     ("olmo2", {"rope_parameters": YARN}),
     ("olmo3", {"layer_types": [FULL, SLIDING, FULL]}),
     ("olmo3", {"rope_parameters": {SLIDING: THETA, FULL: YARN}}),
+    ("phi3", {"rope_parameters": {**THETA, "partial_rotary_factor": 0.25}}),
+    ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
+    ("phi3", {"rope_parameters": {**LONGROPE, "attention_factor": 1.25}, "original_max_position_embeddings": 128}),
+    ("phi3", {"sliding_window": None}),
     ("stablelm", {"rope_parameters": {**THETA, "partial_rotary_factor": 0.25}}),
     ("stablelm", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}),
     ("stablelm", {"layer_norm_eps": 0.5}),
@@ -193,6 +204,9 @@ def test_engines_compute_a_setting_alike_or_the_native_one_refuses_it(
     config = as_saved(saved(family, **settings))
     field = family_of_config(config, family).activation_field
     record = replace(bundle.manifest.model, config=config, activation=config[field])
+    record = replace(
+        record, max_positions=min(record.max_positions, config.get("original_max_position_embeddings", 256))
+    )
     bundle = replace(bundle, manifest=replace(bundle.manifest, model=record))
     ids = IDS[0].tolist()
     expected = TorchDecoder(bundle, device="cpu", dtype="float32").forward(ids, all_logits=True)
@@ -202,6 +216,16 @@ def test_engines_compute_a_setting_alike_or_the_native_one_refuses_it(
         return
     got = NativeDecoder(bundle, threads=1).forward(ids, all_logits=True)
     np.testing.assert_allclose(got, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+
+
+def test_rotary_factors_of_their_own_bound_the_texts(
+    saved: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A text's first keys stay as they were rotated, so that it cannot change its factors on the way."""
+    source = find_source(str(saved("phi3", rope_parameters=LONGROPE, original_max_position_embeddings=128)))
+    row, config = read_config(source)
+    assert load_model(source, row, config, device="cpu", dtype="float32").record.max_positions == 128
+    assert "rotary factors of their own for texts beyond 128 tokens" in caplog.text
 
 
 @pytest.mark.parametrize("setting", ["use_parallel_residual", "qk_layernorm"])

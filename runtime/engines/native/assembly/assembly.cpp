@@ -51,12 +51,12 @@ SublayerNorms sublayer_norms(const Parts& parts, const std::string& root, const 
 
 Layer assemble_layer(const Parts& parts, const ModelWeights& model, int index) {
   const std::string root = parts.family.root + ("layers." + std::to_string(index) + ".");
-  const std::string attention_root = root + "self_attn.";
+  const std::string attention_root = root + "self_attn.", inputs_root = attention_root + parts.family.inputs;
   Layer layer;
   AttentionWeights& attention = layer.attention;
-  attention.query = parts.linear(attention_root + "q_proj", model.query_size(), model.hidden);
-  attention.key = parts.linear(attention_root + "k_proj", model.kv_size(), model.hidden);
-  attention.value = parts.linear(attention_root + "v_proj", model.kv_size(), model.hidden);
+  attention.query = parts.linear(inputs_root + "q_proj", model.query_size(), model.hidden);
+  attention.key = parts.linear(inputs_root + "k_proj", model.kv_size(), model.hidden);
+  attention.value = parts.linear(inputs_root + "v_proj", model.kv_size(), model.hidden);
   attention.output = parts.linear(attention_root + parts.family.output, model.hidden, model.query_size());
   if (parts.family.head_norms) {
     const bool joint = parts.family.joint_head_norms;

@@ -15,7 +15,8 @@ const char kSliding[] = "sliding_attention", kFull[] = "full_attention";
 
 using Names = std::vector<const char*>;
 
-const Names kRotarySettings = {"model_type", "rms_norm_eps", "rope_parameters", "sliding_window"};
+const Names kRotarySettings = {"max_position_embeddings", "model_type", "rms_norm_eps", "rope_parameters",
+                               "sliding_window"};
 
 Names with(Names names, const Names& more) {
   names.insert(names.end(), more.begin(), more.end());
@@ -66,6 +67,13 @@ Family olmo(const char* name, const Names& more_settings = {}) {
   return family;
 }
 
+Family phi3() {
+  Family family = llama("phi3");
+  family.inputs = "qkv_proj.";
+  family.rotates_part = family.slides_always = true;
+  return family;
+}
+
 Family stablelm() {
   Family family = llama("stablelm", {"layer_norm_eps", "qk_layernorm", "use_parallel_residual"});
   family.epsilon = "layer_norm_eps";
@@ -106,6 +114,7 @@ const std::vector<Family>& families() {
       gemma3(),
       olmo("olmo2"),
       olmo("olmo3", {"layer_types"}),
+      phi3(),
       stablelm(),
       starcoder2(),
   };
@@ -195,7 +204,9 @@ void read_rotary(const ModelRecord& record, const Family& family, Settings& sett
   for (size_t i = 0; i < (is_one ? 1 : parameters->items.size()); ++i) {
     const Json& table = is_one ? *parameters : parameters->items[i];
     settings.rotary_kinds.push_back(is_one ? "" : parameters->keys.at(i));
-    settings.rotary.push_back(rotary_table(table, rotated_size(table, record, family)));
+    const int context = Reader(record, family).integer("max_position_embeddings", record.max_positions);
+    settings.rotary.push_back(
+        rotary_table(table, rotated_size(table, record, family), {record.max_positions, context}));
   }
 }
 

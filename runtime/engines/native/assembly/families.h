@@ -21,6 +21,7 @@ struct Family {
   std::vector<const char*> settings;  // those of the config that models of this family are computed with
   NormNames attention_norms, ffn_norms;
   const char* root = "model.";    // path to the decoder
+  const char* inputs = "";        // path to the attention's projections into it
   const char* output = "o_proj";  // the attention's output projection
   const char* final_norm = "norm";
   const char* epsilon = "rms_norm_eps";  // the setting of norms; without it 1e-5

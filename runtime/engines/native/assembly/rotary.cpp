@@ -16,18 +16,18 @@ double given_or(const Json& parameters, const char* key, double otherwise) {
   return Json::is_given(parameters.find(key)) ? parameters.real(key) : otherwise;
 }
 
-// One set of factors for short and for long texts, which scale no more than the frequencies.
-bool is_one_set(const Json& parameters) {
+// One set of factors for all texts that are read.
+bool is_one_set(const Json& parameters, const Context& context) {
   const std::vector<Json>&shorts = parameters.array("short_factor"), &longs = parameters.array("long_factor");
   const auto alike = [](const Json& a, const Json& b) { return a.number == b.number; };
-  return given_or(parameters, "attention_factor", 0.0) == 1.0 &&
-         std::equal(shorts.begin(), shorts.end(), longs.begin(), longs.end(), alike);
+  return std::equal(shorts.begin(), shorts.end(), longs.begin(), longs.end(), alike) ||
+         context.max_positions <= parameters.real("original_max_position_embeddings");
 }
 
-bool is_known(const std::string& kind, const Json& parameters) {
+bool is_known(const std::string& kind, const Json& parameters, const Context& context) {
   for (const char* known : {"default", "linear", "llama3", "yarn"})
     if (kind == known) return true;
-  return kind == "longrope" && is_one_set(parameters);
+  return kind == "longrope" && is_one_set(parameters, context);
 }
 
 void divide(Floats& frequencies, const Json& parameters) {
@@ -80,6 +80,15 @@ double yarn_magnitude(const Json& parameters) {
   return magnitude(factor, 1.0);
 }
 
+// LongRoPE (arXiv 2402.13753), as transformers has it.
+double longrope_magnitude(const Json& parameters, const Context& context) {
+  const Json* stated = parameters.find("attention_factor");
+  if (stated && stated->kind != Json::Kind::null) return parameters.real("attention_factor");
+  const double original = parameters.real("original_max_position_embeddings");
+  const double factor = given_or(parameters, "factor", context.stated / original);
+  return factor <= 1.0 ? 1.0 : std::sqrt(1.0 + std::log(factor) / std::log(original));
+}
+
 void divide_each(Floats& frequencies, const std::vector<Json>& factors) {
   if (factors.size() != frequencies.size())
     refuse("short_factor", std::to_string(frequencies.size()) + " numbers", std::to_string(factors.size()));
@@ -91,9 +100,9 @@ void divide_each(Floats& frequencies, const std::vector<Json>& factors) {
 
 }  // namespace
 
-RotaryTable rotary_table(const Json& parameters, int size) {
+RotaryTable rotary_table(const Json& parameters, int size, const Context& context) {
   const std::string kind = parameters.find("rope_type") ? parameters.string("rope_type") : "default";
-  if (!is_known(kind, parameters))
+  if (!is_known(kind, parameters, context))
     throw Unsupported("rotary embeddings '" + kind +
                       "': the native engine has default, linear, llama3, yarn, and longrope with one set of factors");
   const auto theta = static_cast<float>(parameters.real("rope_theta"));
@@ -109,6 +118,7 @@ RotaryTable rotary_table(const Json& parameters, int size) {
     table.scale = static_cast<float>(yarn_magnitude(parameters));
   } else if (kind == "longrope") {
     divide_each(table.inverse_frequencies, parameters.array("short_factor"));
+    table.scale = static_cast<float>(longrope_magnitude(parameters, context));
   }
   return table;
 }
