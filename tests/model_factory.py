@@ -34,6 +34,8 @@ FAMILIES = (
     "stablelm",
     "starcoder2",
 )
+SHAPES = ("opt", "opt-post-norm", "llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")
+"""Families whose parts are unlike: for tests of what is stored and moved, whatever a model's arithmetic is."""
 VOCABULARY = 384
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"

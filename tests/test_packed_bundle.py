@@ -21,7 +21,7 @@ from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
 from .bundle_factory import change_tensors
-from .model_factory import FAMILIES, build_model
+from .model_factory import SHAPES, build_model
 
 CODES = {"int4": ".q4", "int8": ".q8", "int8-planes": ".high", "bf16": ""}
 ERRORS = {"int4": 0.16, "int8": 0.015, "bf16": 0.0}
@@ -93,7 +93,7 @@ def relative_error(got: Any, expected: Any) -> float:
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHAPES)
 def test_torch_reads_what_is_stored(family: str, kind: str, tiny_bundle: Callable[..., Path]) -> None:
     bundle = open_bundle(tiny_bundle(family, quantize=kind))
     decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
