@@ -95,8 +95,8 @@ EACH_FORMAT = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 @pytest.mark.parametrize(
     ("family", "quantize"),
     [
-        *((family, "int4") for family in IN_GGUF),
-        *((family, quantize) for family in EACH_FORMAT for quantize in ("int8", "bf16")),
+        *((family, "bf16") for family in IN_GGUF),
+        *((family, quantize) for family in EACH_FORMAT for quantize in ("int8", "int4")),
     ],
 )
 def test_a_dense_gguf_is_the_bundles_dense_model(
@@ -169,7 +169,8 @@ def test_llama_cpp_computes_the_same(
     ids = token_ids(bundle_dir)[:LLAMA_CPP_READS]
     model = llama.LlamaModel(done.folder / "model.gguf", num_positions=64, threads=1)
     assert model.tokenize(" ".join(corpus_texts()[:3]))[: len(ids)] == ids
-    assert divergence(own_logits(bundle_dir, cluster)[: len(ids)], model.logits(ids)) < 2e-3
+    # llama.cpp rounds inputs to bfloat16; one layer that rotates and should not makes 0.04.
+    assert divergence(own_logits(bundle_dir, cluster)[: len(ids)], model.logits(ids)) < 3e-3
 
 
 # transformers
