@@ -174,7 +174,7 @@ def _sliding(chosen: ChosenModel, rope: Mapping[str, Any], *, always: bool = Fal
     family = chosen.family.name
     if rope.get("rope_type", "default") != "default":
         raise _refusal(f"llama.cpp's {family} does not scale positions of sliding layers; use --to hf")
-    fields = {
+    fields: dict[str, Any] = {
         "attention.sliding_window": int(chosen.config["sliding_window"]),
         "rope.freq_base_swa": float(rope["rope_theta"]),
     }
