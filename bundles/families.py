@@ -7,7 +7,7 @@ of the model that transformers builds. Adding a family is one row here and one t
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -38,7 +38,11 @@ class Family:
         activation_field, ffn_dim_field: config fields that name the activation and the intermediate dimension.
         embedding: path to the token embedding, from the causal language model.
         adds_ffn_output: whether a layer ends by adding the down projection's output to the hidden state as it is,
-            with no norm after either.
+            with no factor on it and no norm after either.
+        joined: paths from a layer to linear modules that transformers has as one -> the names that its parts get.
+            Once they are taken apart, the parts are its submodules.
+        rotates_part: whether `partial_rotary_factor` says how much of each head is rotated.
+        tied_head: whether models share embedding and head where their config.json does not say.
     """
 
     name: str
@@ -51,6 +55,9 @@ class Family:
     ffn_dim_field: str = "intermediate_size"
     embedding: str = "model.embed_tokens"
     adds_ffn_output: bool = True
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rotates_part: bool = False
+    tied_head: bool = False
 
     @property
     def gated(self) -> bool:
@@ -63,6 +70,8 @@ class Family:
         paths = {"gate": self.gate, "up": self.up, "down": self.down}
         return {role: path for role, path in paths.items() if path is not None}
 
+
+_GEMMA: Any = {"activation_field": "hidden_activation", "adds_ffn_output": False, "tied_head": True}
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -77,12 +86,80 @@ FAMILIES: tuple[Family, ...] = (
         embedding="model.decoder.embed_tokens",
         # Some OPT models norm the sum.
         adds_ffn_output=False,
+        tied_head=True,
     ),
-    Family(name="llama", model_types=("llama", "mistral")),
+    # EXAONE 3 is computed by transformers' Llama.
+    Family(name="llama", model_types=("llama", "mistral", "exaone")),
+    Family(name="ministral", model_types=("ministral",)),
+    Family(name="smollm3", model_types=("smollm3",), tied_head=True),
+    Family(name="granite", model_types=("granite",), adds_ffn_output=False),
     Family(name="qwen2", model_types=("qwen2",)),
     Family(name="qwen3", model_types=("qwen3",)),
-    Family(name="gemma3", model_types=("gemma3_text",), activation_field="hidden_activation", adds_ffn_output=False),
+    Family(name="gemma2", model_types=("gemma2",), **_GEMMA),
+    Family(name="gemma3", model_types=("gemma3_text",), **_GEMMA),
+    Family(name="olmo2", model_types=("olmo2",), adds_ffn_output=False),
+    Family(name="olmo3", model_types=("olmo3",), adds_ffn_output=False),
+    Family(
+        name="phi3",
+        model_types=("phi3",),
+        up="mlp.gate_up_proj.up_proj",
+        gate="mlp.gate_up_proj.gate_proj",
+        joined={"mlp.gate_up_proj": ("gate_proj", "up_proj"), "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj")},
+        rotates_part=True,
+    ),
+    Family(name="stablelm", model_types=("stablelm",), rotates_part=True),
+    Family(
+        name="starcoder2",
+        model_types=("starcoder2",),
+        up="mlp.c_fc",
+        gate=None,
+        down="mlp.c_proj",
+        tied_head=True,
+    ),
 )
+
+_REFUSALS: Mapping[str, tuple[str, ...]] = {
+    "its FFN is a mixture of experts, of which each token uses a few": (
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "qwen3_5_moe",
+        "olmoe",
+        "flex_olmo",
+        "granitemoe",
+        "granitemoeshared",
+        "gpt_oss",
+        "phimoe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "ernie4_5_moe",
+        "exaone_moe",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "minimax",
+        "minimax_m2",
+        "llama4_text",
+        "dbrx",
+    ),
+    "it is not a transformer FFN everywhere: some layers, or parts of them, are of another kind": (
+        "falcon_h1",
+        "lfm2",
+        "lfm2_moe",
+        "granitemoehybrid",
+        "mamba",
+        "mamba2",
+        "jamba",
+        "bamba",
+        "zamba",
+        "zamba2",
+        "nemotron_h",
+        "recurrent_gemma",
+        "qwen3_next",
+        "olmo_hybrid",
+    ),
+}
+"""What keeps a model out of the table -> the model types that it is true of."""
 
 
 def family_by_name(name: str) -> Family:
@@ -110,7 +187,9 @@ def family_of_config(config: Mapping[str, Any], where: str) -> Family:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
-    raise UnsupportedModelError(_unsupported(f"model {where}: model_type {model_type!r}"))
+    reasons = [reason for reason, model_types in _REFUSALS.items() if model_type in model_types]
+    because = f" ({reasons[0]})" if reasons else ""
+    raise UnsupportedModelError(_unsupported(f"model {where}: model_type {model_type!r}{because}"))
 
 
 def resolve(root: Any, path: str) -> Any:

@@ -15,7 +15,18 @@ from transformers import PreTrainedModel
 
 from .model_factory import build_tokenizer
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+}
 VOCABULARY = 384
 HIDDEN = 64
 _SHAPE: dict[str, Any] = {
@@ -46,27 +57,53 @@ _NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-_GEMMA_NAMES = {
+_NAMES_OF_OUTPUT_NORMS = {
     **_NAMES,
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
+}
+_LLAMA_LIKE = ("llama", "smollm3", "granite")
+_GRANITE = {
+    "attention_multiplier": 0.25,
+    "embedding_multiplier": 6.0,
+    "logits_scaling": 0.5,
+    "residual_multiplier": 0.4,
+}
+_GRANITE_KEYS = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "logit_scale": "logits_scaling",
+    "residual_scale": "residual_multiplier",
 }
 Values = npt.NDArray[Any]
 
 
 def tiny_config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
     """The config of a tiny model; heads are of another size than the hidden size divided by their number."""
-    shape = {**_SHAPE, "head_dim": 8, **changes}
-    if family == "gemma3":
-        shape = {"sliding_window": 4, "query_pre_attn_scalar": shape["head_dim"], "num_hidden_layers": 2, **shape}
+    # Every fourth layer of SmolLM3 does not rotate.
+    shape = {**_SHAPE, "head_dim": 8, **({"num_hidden_layers": 4} if family == "smollm3" else {}), **changes}
+    if family in ("gemma2", "gemma3", "olmo3"):
+        shape = {"sliding_window": 4, "num_hidden_layers": 2, **shape}
         layers = [["sliding_attention", "full_attention"][layer % 2] for layer in range(shape["num_hidden_layers"])]
-        return transformers.Gemma3TextConfig(**{"layer_types": layers, **shape})
+        shape = {"layer_types": layers, **shape}
+    if family in ("gemma2", "gemma3"):
+        shape = {"query_pre_attn_scalar": shape["head_dim"], **shape}
+    if family == "gemma2":
+        shape = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0, **shape}
+    if family == "granite":
+        shape = {**_GRANITE, **shape}
     classes: dict[str, Callable[..., transformers.PreTrainedConfig]] = {
         "llama": transformers.LlamaConfig,
         "mistral": transformers.MistralConfig,
+        "smollm3": transformers.SmolLM3Config,
+        "granite": transformers.GraniteConfig,
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
+        "gemma2": transformers.Gemma2Config,
+        "gemma3": transformers.Gemma3TextConfig,
+        "olmo2": transformers.Olmo2Config,
+        "olmo3": transformers.Olmo3Config,
     }
     return classes[family](**shape)
 
@@ -116,7 +153,7 @@ def contents(model: PreTrainedModel, kind: gguf.GGMLQuantizationType = gguf.GGML
 
 def _file_name(name: str, architecture: str) -> str:
     stem, _, kind = name.rpartition(".")
-    names = _GEMMA_NAMES if architecture == "gemma3" else _NAMES
+    names = _NAMES_OF_OUTPUT_NORMS if architecture in ("gemma2", "gemma3", "olmo2") else _NAMES
     if stem in names:
         return f"{names[stem]}.{kind}"
     layer, _, inner = stem.removeprefix("model.layers.").partition(".")
@@ -124,9 +161,9 @@ def _file_name(name: str, architecture: str) -> str:
 
 
 def _stored(name: str, values: Values, architecture: str, config: transformers.PreTrainedConfig) -> Values:
-    if architecture == "gemma3" and "norm" in name:
+    if architecture in ("gemma2", "gemma3") and "norm" in name:
         return values + np.float32(1.0)
-    if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+    if architecture in _LLAMA_LIKE and ("q_proj" in name or "k_proj" in name):
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
         return halves.swapaxes(1, 2).reshape(values.shape)
@@ -151,9 +188,14 @@ def _header(config: Any, architecture: str) -> dict[str, Any]:
     }
     if architecture in ("llama", "qwen2"):
         values["rope.dimension_count"] = head_dim
-    if config.model_type in ("mistral", "gemma3_text"):
+    if config.model_type == "granite":
+        values |= {key: float(getattr(config, field)) for key, field in _GRANITE_KEYS.items()}
+    if config.model_type == "gemma2":
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            values[key] = float(getattr(config, key))
+    if config.model_type in ("mistral", "gemma2", "gemma3_text", "olmo3"):
         values["attention.sliding_window"] = config.sliding_window
-    if architecture == "gemma3":
+    if config.model_type in ("gemma3_text", "olmo3"):
         values["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
     return {f"{architecture}.{key}": value for key, value in values.items()}
 

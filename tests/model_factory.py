@@ -15,7 +15,27 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-FAMILIES = ("opt", "opt-post-norm", "llama", "mistral", "qwen2", "qwen3", "gemma3")
+FAMILIES = (
+    "opt",
+    "opt-post-norm",
+    "llama",
+    "mistral",
+    "exaone",
+    "ministral",
+    "smollm3",
+    "granite",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "stablelm",
+    "starcoder2",
+)
+SHAPES = ("opt", "opt-post-norm", "llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")
+"""Families whose parts are unlike: for tests of what is stored and moved, whatever a model's arithmetic is."""
 VOCABULARY = 384
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
@@ -32,9 +52,12 @@ _SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _GROUPED: dict[str, Any] = {**_SHAPE, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 96}
+_SLIDING: dict[str, Any] = {"sliding_window": 16}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
-def _config(family: str) -> transformers.PreTrainedConfig:
+def tiny_config(family: str) -> transformers.PreTrainedConfig:
+    """The config of a tiny model: 3 layers, where a family slides some that do and one that does not."""
     if family.startswith("opt"):
         post_norm = family == "opt-post-norm"
         return transformers.OPTConfig(
@@ -46,17 +69,40 @@ def _config(family: str) -> transformers.PreTrainedConfig:
         return transformers.MistralConfig(**_GROUPED, sliding_window=16)
     if family == "qwen2":
         return transformers.Qwen2Config(**{k: v for k, v in _GROUPED.items() if k != "head_dim"})
-    if family == "qwen3":
-        return transformers.Qwen3Config(**_GROUPED)
-    return transformers.Gemma3TextConfig(
-        **_GROUPED, sliding_window=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
-    )
+    made: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
+        "exaone": (transformers.ExaoneConfig, {}),
+        "ministral": (transformers.MinistralConfig, {**_SLIDING, "layer_types": _MIXED}),
+        "smollm3": (transformers.SmolLM3Config, {"no_rope_layers": [1, 0, 1]}),
+        "granite": (
+            transformers.GraniteConfig,
+            {
+                "attention_multiplier": 0.25,
+                "embedding_multiplier": 6.0,
+                "logits_scaling": 0.5,
+                "residual_multiplier": 0.4,
+            },
+        ),
+        "qwen3": (transformers.Qwen3Config, {}),
+        # Caps that the tiny models' scores and logits reach.
+        "gemma2": (
+            transformers.Gemma2Config,
+            {**_SLIDING, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
+        ),
+        "gemma3": (transformers.Gemma3TextConfig, {**_SLIDING, "layer_types": _MIXED}),
+        "olmo2": (transformers.Olmo2Config, {}),
+        "olmo3": (transformers.Olmo3Config, {**_SLIDING, "layer_types": _MIXED}),
+        "phi3": (transformers.Phi3Config, {**_SLIDING, "partial_rotary_factor": 0.5}),
+        "stablelm": (transformers.StableLmConfig, {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+        "starcoder2": (transformers.Starcoder2Config, _SLIDING),
+    }
+    kind, settings = made[family]
+    return kind(**_GROUPED, **settings)
 
 
 def build_model(family: str, seed: int = 0) -> PreTrainedModel:
     """Build a tiny random causal language model in float32, its weights exact in bfloat16."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(_config(family), dtype=torch.float32)
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Larger than at the start of training, so that the FFN matters; norms stay near 1, biases are not 0.

@@ -30,11 +30,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .bundle_factory import edit_manifest
 from .gguf_factory import tiny_config, tiny_model
-from .model_factory import build_tokenizer, corpus_texts
+from .model_factory import FAMILIES, build_tokenizer, corpus_texts
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 Logits = npt.NDArray[np.float32]
-IN_GGUF = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+IN_GGUF = ("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "olmo3")
+AS_PUBLISHED = {"smollm3": 4, "gemma2": 3, "gemma3": 3}
+"""Layers of models of which a file leaves something unsaid, that must be as in all that were published."""
 UNEVEN = {"budgets": "sensitivity", "quantize": "int4", "keep": 0.6}
 LLAMA_CPP_READS = 15
 """Tokens, fewer than the tiny windows: llama.cpp knows none for mistral."""
@@ -68,13 +70,15 @@ def divergence(expected: Logits, got: Logits) -> float:
 
 @pytest.fixture
 def bundle_of(tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """As `tiny_bundle`, and of gemma3 a model whose attention is scaled as in all that were published."""
+    """As `tiny_bundle`, and of some families a model that is scaled, or rotates, as all that were published."""
 
     def make(family: str, **options: Any) -> Path:
-        if family == "gemma3":
-            folder = tmp_path_factory.getbasetemp() / "gemma3-scaled"
+        if family in AS_PUBLISHED:
+            folder = tmp_path_factory.getbasetemp() / f"{family}-as-published"
             if not folder.exists():
-                tiny_model(tiny_config("gemma3", sliding_window=16, num_hidden_layers=3)).save_pretrained(folder)
+                window = {} if family == "smollm3" else {"sliding_window": 16}
+                config = tiny_config(family, num_hidden_layers=AS_PUBLISHED[family], **window)
+                tiny_model(config).save_pretrained(folder)
                 build_tokenizer().save_pretrained(folder)
             options["model"] = str(folder)
         return tiny_bundle(family, **options)
@@ -85,8 +89,16 @@ def bundle_of(tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPat
 # GGUF
 
 
-@pytest.mark.parametrize("quantize", ["int4", "int8", "bf16"])
-@pytest.mark.parametrize("family", IN_GGUF)
+EACH_FORMAT = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+
+
+@pytest.mark.parametrize(
+    ("family", "quantize"),
+    [
+        *((family, "bf16") for family in IN_GGUF),
+        *((family, quantize) for family in EACH_FORMAT for quantize in ("int8", "int4")),
+    ],
+)
 def test_a_dense_gguf_is_the_bundles_dense_model(
     family: str, quantize: str, bundle_of: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -157,13 +169,14 @@ def test_llama_cpp_computes_the_same(
     ids = token_ids(bundle_dir)[:LLAMA_CPP_READS]
     model = llama.LlamaModel(done.folder / "model.gguf", num_positions=64, threads=1)
     assert model.tokenize(" ".join(corpus_texts()[:3]))[: len(ids)] == ids
-    assert divergence(own_logits(bundle_dir, cluster)[: len(ids)], model.logits(ids)) < 2e-3
+    # llama.cpp rounds inputs to bfloat16; one layer that rotates and should not makes 0.04.
+    assert divergence(own_logits(bundle_dir, cluster)[: len(ids)], model.logits(ids)) < 3e-3
 
 
 # transformers
 
 
-@pytest.mark.parametrize("family", ["opt", "opt-post-norm", *IN_GGUF])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_pack_as_a_folder_for_transformers(family: str, tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
     bundle_dir = tiny_bundle(family, **UNEVEN)
     done = exported(bundle_dir, tmp_path, "hf", cluster=0)
@@ -211,7 +224,7 @@ def test_the_card_says_what_it_is(tiny_bundle: Callable[..., Path], tmp_path: Pa
 
 
 def test_what_llama_cpp_has_no_architecture_for(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="no architecture for the family opt; use --to hf"):
+    with pytest.raises(UnsupportedModelError, match=r"the family opt is not written as GGUF \(it is llama, .*--to hf"):
         exported(tiny_bundle("opt"), tmp_path, "gguf")
     assert not list(tmp_path.iterdir())
 
@@ -231,9 +244,17 @@ def changed(tiny_bundle: Callable[..., Path], make_bundle: Callable[..., Path]) 
     return change
 
 
-def test_gemma3_with_another_scale_of_attention(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="gemma3 has its own scale of attention"):
-        exported(tiny_bundle("gemma3"), tmp_path, "gguf")
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gemma2", "gemma2 has no query_pre_attn_scalar of 256"),
+        ("gemma3", "gemma3 has its own scale of attention"),
+        ("smollm3", r"smollm3 has no no_rope_layers of \[1, 0, 1\]"),
+    ],
+)
+def test_what_a_file_cannot_say(family: str, reason: str, tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        exported(tiny_bundle(family), tmp_path, "gguf")
 
 
 @pytest.mark.parametrize(

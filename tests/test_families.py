@@ -8,7 +8,7 @@ import pytest
 import torch
 from coreinfer import runtime
 from coreinfer.bundles.contract import tensor_name
-from coreinfer.bundles.families import family_by_name, resolve
+from coreinfer.bundles.families import family_of_config, resolve
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 
 from .model_factory import FAMILIES, build_model
@@ -20,7 +20,7 @@ TOKEN_IDS = [1, 57, 200, 300, 21, 99, 140, 7, 250, 33, 180, 77, 310, 64, 205, 18
 def reference_logits(family: str, *, keep: list[np.ndarray] | None = None) -> np.ndarray:
     """Logits of transformers' own model; with `keep`, all activations but those of the kept neurons are zeroed."""
     model = build_model(family)
-    row = family_by_name(family.split("-")[0].replace("mistral", "llama"))
+    row = family_of_config(model.config.to_dict(), family)
     for layer, ids in zip(resolve(model, row.layers), keep or (), strict=keep is not None):
         mask = torch.zeros(96)
         mask[ids.tolist()] = 1

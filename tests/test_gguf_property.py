@@ -14,6 +14,8 @@ import pytest
 import torch
 import transformers
 from coreinfer.bundles.errors import ConfigError, CoreInferError, UnsupportedModelError
+from coreinfer.compiler.models.gguf.config import config_fields
+from coreinfer.compiler.models.gguf.parts import read_parts
 from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
 from coreinfer.compiler.models.sources import find_source
 from transformers import PreTrainedModel
@@ -21,9 +23,9 @@ from transformers import PreTrainedModel
 from .gguf_factory import Contents, contents, tiny_config, tiny_model, write
 from .model_factory import build_tokenizer
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
-# Mistral is Llama with a window, and of its architecture.
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+FAMILIES = ("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "olmo3")
+# Mistral and OLMo 3 are Llama and OLMo 2 with a window, and of their architectures.
+ARCHITECTURES = tuple(family for family in FAMILIES if family not in ("mistral", "olmo3"))
 IDS = torch.arange(3, 33)[None]
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 
@@ -145,9 +147,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "rope.dimension_count": {},
     # As llama.cpp has it; the tiny models' own.
     "llama.rope.freq_base": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+    "granite.rope.freq_base": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+    "gemma2.rope.freq_base": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+    "granite.attention.scale": {"attention_multiplier": 8**-0.5},
+    "granite.embedding_scale": {"embedding_multiplier": 1.0},
+    "granite.residual_scale": {"residual_multiplier": 1.0},
     # A file without a window has none.
     "llama.attention.sliding_window": {"sliding_window": None},
     "gemma3.attention.sliding_window_pattern": {"layer_types": ["sliding_attention"] * 2},
+    "olmo2.attention.sliding_window_pattern": {"layer_types": ["sliding_attention"] * 2},
+    # But for Gemma 2's own.
+    "gemma2.attention.sliding_window": {"sliding_window": 4096},
+    "gemma2.attn_logit_softcapping": {"attn_logit_softcapping": 50.0},
+    "gemma2.final_logit_softcapping": {"final_logit_softcapping": 30.0},
 }
 
 
@@ -206,11 +218,20 @@ CHANGES: list[tuple[str, Any]] = [
 ]
 
 
+CARRIED_OVER = {
+    "granite": ("attention.scale", "embedding_scale", "logit_scale", "residual_scale"),
+    "gemma2": ("attn_logit_softcapping",),
+}
+
+
 @pytest.mark.parametrize(("key", "value"), CHANGES, ids=str)
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_what_is_not_carried_over_is_refused(family: str, key: str, value: Any, tmp_path: Path) -> None:
     what = written(family)
     what.metadata[f"{what.architecture}.{key}"] = value
+    if key in CARRIED_OVER.get(family, ()):
+        assert config_fields(read_parts(save(what, tmp_path)), family)
+        return
     with pytest.raises(CoreInferError, match=rf"{what.architecture}\.{key}|missing|{CONTRADICTED}") as caught:
         load(save(what, tmp_path))
     assert "\n" not in str(caught.value)
@@ -224,97 +245,30 @@ def test_a_window_of_unknown_layers_is_refused(family: str, tmp_path: Path) -> N
         load(save(what, tmp_path))
 
 
-def rope_of(family: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    parameters = {"rope_theta": 10_000.0, **parameters}
-    if family != "gemma3":
-        return {"rope_parameters": parameters}
-    sliding = {"rope_type": "default", "rope_theta": 10_000.0}
-    return {"rope_parameters": {"full_attention": parameters, "sliding_attention": sliding}}
-
-
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-YARN_KEYS = {
-    "rope.scaling.type": "yarn",
-    "rope.scaling.factor": 4.0,
-    "rope.scaling.original_context_length": 64,
-}
-ROPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "base": ({"rope.freq_base": 500_000.0}, {"rope_type": "default", "rope_theta": 500_000.0}),
-    "none": ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {"rope_type": "default"}),
-    "linear": (
-        {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
-        {"rope_type": "linear", "factor": 4.0},
-    ),
-    "factor alone": ({"rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
-    "deprecated": ({"rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
-    "finetuned": ({"rope.scaling.finetuned": True}, {"rope_type": "default"}),
-    "yarn": (YARN_KEYS, YARN),
-    "yarn, factor": (
-        {**YARN_KEYS, "rope.scaling.attn_factor": 1.25},
-        {**YARN, "attention_factor": 1.25},
-    ),
-    "yarn, all": (
-        {
-            **YARN_KEYS,
-            "rope.scaling.yarn_attn_factor": 1.5,
-            "rope.scaling.yarn_beta_fast": 16.0,
-            "rope.scaling.yarn_beta_slow": 2.0,
-            "rope.scaling.yarn_ext_factor": 1.0,
-        },
-        {**YARN, "attention_factor": 1.5, "beta_fast": 16.0, "beta_slow": 2.0},
-    ),
-}
-
-
-@pytest.mark.parametrize("case", ROPES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_positions_are_scaled_as_stated(family: str, case: str, tmp_path: Path) -> None:
-    keys, parameters = ROPES[case]
-    what = written(family)
-    what.metadata |= {f"{what.architecture}.rope.freq_base": 10_000.0}
-    what.metadata |= {f"{what.architecture}.{key}": value for key, value in keys.items()}
-    config = tiny_config(family, **rope_of(family, parameters))
-    expected = logits(_with(_model(family), config))
-    torch.testing.assert_close(logits(load(save(what, tmp_path)).model), expected, rtol=1e-5, atol=1e-5)
-    if case not in ("none", "finetuned"):
-        assert not torch.allclose(expected, logits(_with(_model(family), tiny_config(family, **rope_of(family, {})))))
-
-
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("rope.scaling.yarn_ext_factor", 0.5), ("rope.scaling.yarn_log_multiplier", 0.1), ("rope.scaling.alpha", 2.0)],
-)
-def test_what_yarn_has_beside_is_refused(key: str, value: float, tmp_path: Path) -> None:
-    what = written("llama")
-    what.metadata |= {f"llama.{name}": stated for name, stated in YARN_KEYS.items()} | {f"llama.{key}": value}
-    with pytest.raises(UnsupportedModelError, match=rf"llama\.{key} = "):
-        load(save(what, tmp_path))
-
-
-@pytest.mark.parametrize("kind", ["linear", "yarn"])
-def test_a_scaling_without_its_factor_is_refused(kind: str, tmp_path: Path) -> None:
-    what = written("gemma3")
-    what.metadata["gemma3.rope.scaling.type"] = kind
-    with pytest.raises(ConfigError, match=rf"gemma3\.rope\.scaling\.factor: expected a number for {kind} scaling"):
-        load(save(what, tmp_path))
-
-
-def test_yarn_without_its_first_length_is_refused(tmp_path: Path) -> None:
-    what = written("qwen2")
-    what.metadata |= {"qwen2.rope.scaling.type": "yarn", "qwen2.rope.scaling.factor": 4.0}
-    with pytest.raises(ConfigError, match=r"qwen2\.rope\.scaling\.original_context_length: expected a number for yarn"):
-        load(save(what, tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("keys", "changes"),
+    ("family", "keys", "changes"),
     [
-        ({"final_logit_softcapping": 0.5}, {"final_logit_softcapping": 0.5}),
-        ({"attention.sliding_window": 8}, {"sliding_window": 8}),
-        ({"attention.sliding_window_pattern": [False, True]}, {"layer_types": ["full_attention", "sliding_attention"]}),
-        ({"attention.sliding_window_pattern": 2}, {"layer_types": ["sliding_attention", "full_attention"]}),
-        ({"attention.layer_norm_rms_epsilon": 0.5}, {"rms_norm_eps": 0.5}),
+        ("granite", {"attention.scale": 0.5}, {"attention_multiplier": 0.5}),
+        ("granite", {"embedding_scale": 2.0}, {"embedding_multiplier": 2.0}),
+        ("granite", {"logit_scale": 4.0}, {"logits_scaling": 4.0}),
+        ("granite", {"residual_scale": 0.75}, {"residual_multiplier": 0.75}),
+        ("gemma2", {"attn_logit_softcapping": 0.5}, {"attn_logit_softcapping": 0.5}),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, {"attn_logit_softcapping": None}),
+        ("gemma2", {"final_logit_softcapping": 0.0}, {"final_logit_softcapping": None}),
+        ("gemma2", {"attention.sliding_window": 8}, {"sliding_window": 8}),
+        ("olmo3", {"attention.sliding_window_pattern": 1}, {"layer_types": ["full_attention"] * 2}),
+        ("olmo3", {"attention.sliding_window": 8}, {"sliding_window": 8}),
+        ("gemma3", {"final_logit_softcapping": 0.5}, {"final_logit_softcapping": 0.5}),
+        ("gemma3", {"attention.sliding_window": 8}, {"sliding_window": 8}),
         (
+            "gemma3",
+            {"attention.sliding_window_pattern": [False, True]},
+            {"layer_types": ["full_attention", "sliding_attention"]},
+        ),
+        ("gemma3", {"attention.sliding_window_pattern": 2}, {"layer_types": ["sliding_attention", "full_attention"]}),
+        ("gemma3", {"attention.layer_norm_rms_epsilon": 0.5}, {"rms_norm_eps": 0.5}),
+        (
+            "gemma3",
             {"rope.freq_base_swa": 50.0},
             {
                 "rope_parameters": {
@@ -326,10 +280,10 @@ def test_yarn_without_its_first_length_is_refused(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_gemma_follows_its_keys(keys: dict[str, Any], changes: dict[str, Any], tmp_path: Path) -> None:
-    what = written("gemma3")
-    what.metadata |= {f"gemma3.{key}": value for key, value in keys.items()}
-    expected = logits(_with(_model("gemma3"), tiny_config("gemma3", **changes)))
+def test_families_follow_their_keys(family: str, keys: dict[str, Any], changes: dict[str, Any], tmp_path: Path) -> None:
+    what = written(family)
+    what.metadata |= {f"{what.architecture}.{key}": value for key, value in keys.items()}
+    expected = logits(_with(_model(family), tiny_config(family, **changes)))
     assert torch.equal(logits(load(save(what, tmp_path)).model), expected)
 
 
@@ -341,51 +295,10 @@ def test_the_epsilon_of_norms_is_carried_over(family: str, tmp_path: Path) -> No
     assert torch.equal(logits(load(save(what, tmp_path)).model), expected)
 
 
-def llama3_factors(parameters: dict[str, Any], head_dim: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """What llama.cpp's converter writes for Llama 3.1: by how much each frequency is divided."""
-    frequencies = 1.0 / parameters["rope_theta"] ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    factor, low, high = (parameters[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    length = parameters["original_max_position_embeddings"]
-    factors = []
-    for wave in 2 * np.pi / frequencies:
-        smooth = (length / wave - low) / (high - low)
-        middle = 1 / ((1 - smooth) / factor + smooth)
-        factors.append(1.0 if wave < length / high else factor if wave > length / low else middle)
-    return np.array(factors, dtype=np.float32)
-
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-
-def test_factors_of_frequencies_are_those_of_llama_3(tmp_path: Path) -> None:
-    what = written("llama")
-    what.tensors["rope_freqs.weight"] = llama3_factors(LLAMA3, 8)
-    assert set(what.tensors["rope_freqs.weight"]) > {1.0, 8.0}
-    expected = logits(_with(_model("llama"), tiny_config("llama", rope_parameters=LLAMA3)))
-    torch.testing.assert_close(logits(load(save(what, tmp_path)).model), expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(expected, logits(_model("llama")))
-
-
-@pytest.mark.parametrize("factors", [[1.0, 2.0], [1.0, 0.5, 2.0, 2.0], [1.0, 1.0, 1.0, float("nan")]])
-def test_factors_that_cannot_be_are_refused(factors: list[float], tmp_path: Path) -> None:
-    what = written("llama")
-    what.tensors["rope_freqs.weight"] = np.array(factors, dtype=np.float32)
-    with pytest.raises(UnsupportedModelError, match=r"rope_freqs\.weight: expected 4 factors of at least 1"):
-        load(save(what, tmp_path))
-
-
-def test_factors_beside_another_scaling_are_refused(tmp_path: Path) -> None:
-    what = written("llama")
-    what.tensors["rope_freqs.weight"] = llama3_factors(LLAMA3, 8)
-    what.metadata |= {f"llama.{key}": value for key, value in YARN_KEYS.items()}
-    with pytest.raises(UnsupportedModelError, match=r"llama\.rope\.scaling\.type = 'yarn' is not supported"):
+def test_granite_without_rotary_embeddings_is_refused(tmp_path: Path) -> None:
+    what = written("granite")
+    what.metadata["granite.rope.scaling.finetuned"] = False
+    with pytest.raises(UnsupportedModelError, match=r"granite\.rope\.scaling\.finetuned = False is not supported"):
         load(save(what, tmp_path))
 
 

@@ -23,7 +23,7 @@ from coreinfer.compiler.text.corpus import Corpus
 from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
-from .model_factory import FAMILIES
+from .model_factory import SHAPES
 from .test_carrying import CLUSTERS, documents, inputs_of, load, run
 from .test_config import make_config
 
@@ -52,7 +52,7 @@ def bits(narrow: NarrowModel) -> list[np.ndarray[Any, Any]]:
     return inner + [down for layer in narrow.downs for down in layer if down is not None]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_healing_lowers_the_divergence_on_its_own_text(name: str, optimizer: str) -> None:
     inputs = heal_inputs(load(name), heal_optimizer=optimizer, heal_steps=80)
@@ -64,7 +64,7 @@ def test_healing_lowers_the_divergence_on_its_own_text(name: str, optimizer: str
     assert shapes == {role: tuple(t.shape) for role, t in narrow_layer(inputs.loaded, inputs.narrow, 0, 1).items()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SHAPES)
 def test_states_and_head_are_the_forward_pass(name: str) -> None:
     loaded, token_ids = load(name), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_the_gradient_is_that_of_the_divergence(num_tokens: int) -> None:
     torch.testing.assert_close(got, leaf.grad)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SHAPES)
 def test_steps_of_each_clusters_own_lower_it_too(name: str) -> None:
     inputs = heal_inputs(load(name), heal_steps=0, heal_cluster_steps=40)
     progress = Progress()

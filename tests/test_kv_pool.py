@@ -19,7 +19,7 @@ from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import Decoder, KvPoolFull
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
-from .model_factory import FAMILIES, VOCABULARY
+from .model_factory import SHAPES, VOCABULARY
 
 IDS = np.random.default_rng(3).integers(3, VOCABULARY, 256).tolist()
 ENGINES = ("native", "torch")
@@ -51,7 +51,7 @@ def read_fresh(decoder: Any, pieces: Sequence[Sequence[int]]) -> Any:
 
 
 @pytest.mark.parametrize("num_tokens", [5, 63, 64, 65, 128, 150])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHAPES)
 def test_a_fork_goes_on_as_a_sequence_of_its_own(
     family: str, num_tokens: int, tiny_bundle: Callable[..., Path]
 ) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from coreinfer.bundles import UnsupportedModelError, open_bundle
+from coreinfer.bundles.families import family_of_config
 from coreinfer.compiler.models.load import load_model, read_config
 from coreinfer.compiler.models.sources import find_source
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
@@ -28,6 +29,13 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+    **THETA,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 4.0],
+    "partial_rotary_factor": 0.5,
     **THETA,
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -52,6 +60,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar 64"),
     ("llama", {"do_layer_norm_before": False}, "do_layer_norm_before False"),
     ("llama", {"no_rope_layers": [1, 1, 0]}, "no_rope_layers"),
+    ("granite", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar 64, which granite models do not compute with"),
+    ("olmo2", {"sliding_window": 8}, "sliding_window 8, which olmo2 models do not compute with"),
+    ("olmo3", {"sliding_window": None}, "layer_types with sliding_attention, and no sliding_window"),
+    ("smollm3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0, which smollm3 models do not"),
+    ("starcoder2", {"rope_parameters": {**THETA, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0, which transformers does not compute"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
 ]
@@ -77,6 +90,30 @@ COMPUTED: list[tuple[str, dict[str, Any]]] = [
     ("gemma3", {"hidden_activation": "silu"}),
     ("gemma3", {"rope_parameters": {SLIDING: THETA, FULL: {"rope_type": "linear", "factor": 8.0, **THETA}}}),
     ("opt", {"activation_function": "gelu"}),
+    ("ministral", {"layer_types": [FULL, SLIDING, FULL]}),
+    ("smollm3", {"no_rope_layers": [0, 1, 1]}),
+    ("smollm3", {"layer_types": [FULL, SLIDING, FULL], "use_sliding_window": True, "sliding_window": 8}),
+    ("granite", {"attention_multiplier": 0.5}),
+    ("granite", {"embedding_multiplier": 2.0}),
+    ("granite", {"logits_scaling": 8.0}),
+    ("granite", {"residual_multiplier": 1.0}),
+    ("gemma2", {"attn_logit_softcapping": None}),
+    ("gemma2", {"attn_logit_softcapping": 2.0}),
+    ("gemma2", {"final_logit_softcapping": None}),
+    ("gemma2", {"query_pre_attn_scalar": 64}),
+    ("gemma2", {"layer_types": [FULL, FULL, SLIDING]}),
+    ("olmo2", {"rope_parameters": YARN}),
+    ("olmo3", {"layer_types": [FULL, SLIDING, FULL]}),
+    ("olmo3", {"rope_parameters": {SLIDING: THETA, FULL: YARN}}),
+    ("phi3", {"rope_parameters": {**THETA, "partial_rotary_factor": 0.25}}),
+    ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
+    ("phi3", {"rope_parameters": {**LONGROPE, "attention_factor": 1.25}, "original_max_position_embeddings": 128}),
+    ("phi3", {"sliding_window": None}),
+    ("stablelm", {"rope_parameters": {**THETA, "partial_rotary_factor": 0.25}}),
+    ("stablelm", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}),
+    ("stablelm", {"layer_norm_eps": 0.5}),
+    ("starcoder2", {"norm_epsilon": 0.5}),
+    ("starcoder2", {"sliding_window": None}),
 ]
 """Each of these changes what transformers computes."""
 
@@ -150,7 +187,7 @@ def test_a_model_is_loaded_as_transformers_computes_it(
         torch.testing.assert_close(loaded.head(states), expected)
 
 
-NATIVE_REFUSES = {"mish", "final_logit_softcapping"}
+NATIVE_REFUSES = {"mish"}
 
 
 def as_saved(folder: Path) -> dict[str, Any]:
@@ -165,8 +202,11 @@ def test_engines_compute_a_setting_alike_or_the_native_one_refuses_it(
 ) -> None:
     bundle = open_bundle(tiny_bundle(family))
     config = as_saved(saved(family, **settings))
-    field = {"opt": "activation_function", "gemma3": "hidden_activation"}.get(family, "hidden_act")
+    field = family_of_config(config, family).activation_field
     record = replace(bundle.manifest.model, config=config, activation=config[field])
+    record = replace(
+        record, max_positions=min(record.max_positions, config.get("original_max_position_embeddings", 256))
+    )
     bundle = replace(bundle, manifest=replace(bundle.manifest, model=record))
     ids = IDS[0].tolist()
     expected = TorchDecoder(bundle, device="cpu", dtype="float32").forward(ids, all_logits=True)
@@ -176,6 +216,25 @@ def test_engines_compute_a_setting_alike_or_the_native_one_refuses_it(
         return
     got = NativeDecoder(bundle, threads=1).forward(ids, all_logits=True)
     np.testing.assert_allclose(got, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+
+
+def test_rotary_factors_of_their_own_bound_the_texts(
+    saved: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A text's first keys stay as they were rotated, so that it cannot change its factors on the way."""
+    source = find_source(str(saved("phi3", rope_parameters=LONGROPE, original_max_position_embeddings=128)))
+    row, config = read_config(source)
+    assert load_model(source, row, config, device="cpu", dtype="float32").record.max_positions == 128
+    assert "rotary factors of their own for texts beyond 128 tokens" in caplog.text
+
+
+@pytest.mark.parametrize("setting", ["use_parallel_residual", "qk_layernorm"])
+def test_the_native_engine_names_what_it_does_not_compute(setting: str, tiny_bundle: Callable[..., Path]) -> None:
+    bundle = open_bundle(tiny_bundle("stablelm"))
+    record = bundle.manifest.model
+    record = replace(record, config={**record.config, setting: True})
+    with pytest.raises(UnsupportedModelError, match=f"the native engine has no {setting}"):
+        NativeDecoder(replace(bundle, manifest=replace(bundle.manifest, model=record)), threads=1)
 
 
 FOREIGN: dict[str, Any] = {

@@ -13,7 +13,7 @@ from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.quantize.moments import input_moments
 from coreinfer.compiler.text.corpus import Document, spread_sample
 
-from .model_factory import FAMILIES, VOCABULARY, build_model, build_tokenizer
+from .model_factory import SHAPES, VOCABULARY, build_model, build_tokenizer
 
 
 def load(name: str) -> LoadedModel:
@@ -28,7 +28,7 @@ def documents_of(lengths: Sequence[int]) -> list[Document]:
     return [Document(text="", routing_text="", token_ids=token_ids) for token_ids in ids]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHAPES)
 def test_moments_are_means_over_all_tokens(family: str) -> None:
     loaded, documents = load(family), documents_of([9, 30, 4])
     got = input_moments(loaded, documents, Cache(None), "key", Progress())

@@ -23,7 +23,7 @@ from coreinfer.runtime.routing.modes import largest_cluster
 from .bundle_factory import written_once
 from .engine_inputs import PROMPT
 from .fake_device import FakeDevice
-from .model_factory import FAMILIES
+from .model_factory import SHAPES
 
 # Of 96 neurons, one, three and two blocks of 32.
 KEEPS = (0.34, 1.0, 0.67)
@@ -61,7 +61,7 @@ def clusters_of(bundle: Bundle) -> range:
 
 
 @pytest.mark.parametrize("quantize", ["bf16", "int4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHAPES)
 def test_each_pack_has_its_own_width(family: str, quantize: str, unequal: Callable[..., Bundle]) -> None:
     bundle = unequal(family, quantize=quantize)
     assert len(clusters_of(bundle)) > 2
@@ -78,7 +78,7 @@ def test_each_pack_has_its_own_width(family: str, quantize: str, unequal: Callab
     assert bundle.manifest.plan.layer_budgets == (64,) * 3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHAPES)
 def test_both_engines_decode_with_each(family: str, unequal: Callable[..., Bundle]) -> None:
     bundle = unequal(family)
     native, torch_decoder = NativeDecoder(bundle, threads=2), TorchDecoder(bundle, device="cpu", dtype="float32")

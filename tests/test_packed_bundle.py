@@ -11,6 +11,7 @@ import pytest
 from coreinfer import runtime
 from coreinfer.bundles import Bundle, open_bundle
 from coreinfer.bundles.contract import tensor_name
+from coreinfer.bundles.families import family_by_name
 from coreinfer.bundles.formats import GROUP_SIZE, float_matrix
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import TensorRecord, read_manifest
@@ -19,9 +20,10 @@ from coreinfer.bundles.writer import finish_manifest
 from coreinfer.compiler import CompileConfig, Progress, compile_model
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
+from coreinfer.runtime.engines.torch.joined import take_apart
 
 from .bundle_factory import change_tensors
-from .model_factory import FAMILIES, build_model
+from .model_factory import SHAPES, build_model
 
 CODES = {"int4": ".q4", "int8": ".q8", "int8-planes": ".high", "bf16": ""}
 ERRORS = {"int4": 0.16, "int8": 0.015, "bf16": 0.0}
@@ -93,11 +95,13 @@ def relative_error(got: Any, expected: Any) -> float:
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHAPES)
 def test_torch_reads_what_is_stored(family: str, kind: str, tiny_bundle: Callable[..., Path]) -> None:
     bundle = open_bundle(tiny_bundle(family, quantize=kind))
     decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
-    original = dict(build_model(family).named_parameters())
+    model = build_model(family)
+    take_apart(model, family_by_name(bundle.manifest.model.family))
+    original = dict(model.named_parameters())
     parameters = dict(decoder._model.named_parameters())
     assert set(parameters) == set(original)
     for name, parameter in parameters.items():

@@ -15,7 +15,7 @@ from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
 from .engine_inputs import PROMPT
 from .fake_device import FakeDevice
-from .model_factory import FAMILIES, corpus_texts
+from .model_factory import SHAPES, corpus_texts
 
 TOKEN_IDS = [1, 57, 200, 300, 21, 99, 140, 7, 250, 33, 180, 77, 310, 64, 205, 18, 91, 120, 260, 45, 150, 11]
 NEURON_IDS = tuple(np.arange(start, 96, 2, dtype=np.int32) for start in (0, 1, 0))
@@ -141,7 +141,7 @@ def test_neurons_take_the_place_of_a_pack(bundle: Callable[..., Bundle]) -> None
 # Outputs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHAPES)
 def test_streamed_or_resident_the_logits_are_those_of_weights_in_place(
     family: str, bundle: Callable[..., Bundle]
 ) -> None:

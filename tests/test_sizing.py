@@ -9,12 +9,12 @@ from coreinfer.compiler.quality.sizes import base_bytes, block_bytes, fit_budget
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import FfnChoice
 
-from .model_factory import FAMILIES
+from .model_factory import SHAPES
 from .test_carrying import load
 from .test_config import make_config
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("quantize", ["bf16", "int8", "int4"])
 def test_the_largest_keep_ratio_that_fits_is_taken(name: str, quantize: str) -> None:
     loaded, options = load(name), {"quantize": quantize, "min_layer_keep": 0.0}

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .engine_inputs import PROMPT
 from .fake_device import FakeDevice
-from .model_factory import FAMILIES
+from .model_factory import SHAPES
 
 TOKEN_IDS = [1, 57, 200, 300, 21, 99, 140, 7, 250, 33, 180, 77, 310, 64, 205, 18, 91, 120, 260, 45, 150, 11]
 NEXT_IDS = [9, 8, 77, 301, 12, 200, 5]
@@ -53,7 +53,7 @@ def both(static: TorchDecoder, plain: TorchDecoder, token_ids: list[int]) -> Non
     assert static.num_cached == plain.num_cached
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHAPES)
 def test_the_same_logits_as_the_plain_pass(family: str, decoders: Callable[..., Any]) -> None:
     static, plain, device = decoders(family)
     for choice in (FfnChoice(cluster=2), DENSE, FfnChoice(cluster=1)):
@@ -173,7 +173,7 @@ class HostQuestions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHAPES)
 def test_a_step_asks_the_device_for_nothing(family: str, decoders: Callable[..., Any]) -> None:
     static, plain, _ = decoders(family)
     both(static, plain, TOKEN_IDS)

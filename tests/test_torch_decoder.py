@@ -22,7 +22,7 @@ from coreinfer.runtime.engines.torch import model as torch_model
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
 from .bundle_factory import change_tensors, edit_manifest, flip_bit, list_again
-from .model_factory import FAMILIES
+from .model_factory import SHAPES
 
 TOKEN_IDS = [1, 57, 200, 300, 21, 99, 140, 7, 250, 33, 180, 77, 310, 64, 205, 18, 91, 120, 260, 45, 150, 11]
 OTHER_IDS = [9, 8, 77, 301, 12, 200, 5]
@@ -103,7 +103,7 @@ def test_a_statistic_leaves_the_cache_and_the_logits_as_forward_does(decoder: Ca
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHAPES)
 def test_weights_come_back_as_they_were(family: str, dtype: str, decoder: Callable[..., TorchDecoder]) -> None:
     used = decoder(family, dtype)
     own = FfnChoice(neuron_ids=NEURON_IDS)
@@ -143,7 +143,7 @@ def ffn_addresses(decoder: TorchDecoder) -> Iterator[tuple[int, str, int]]:
             yield layer, role, module.get_submodule(path).weight.data_ptr()  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHAPES)
 def test_in_bfloat16_the_weights_are_the_mapped_file(family: str, decoder: Callable[..., TorchDecoder]) -> None:
     used = decoder(family, "bfloat16")
     matrices = {name: stored for name, stored in used._bundle.base.items() if stored.dtype == "BF16"}

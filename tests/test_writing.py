@@ -21,7 +21,7 @@ from coreinfer.compiler.text.writing import Sampling, dense_engine, write_contin
 from coreinfer.runtime.decoding.sampling import SamplingParams, distribution
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 
-from .model_factory import FAMILIES, VOCABULARY, build_model, build_tokenizer
+from .model_factory import SHAPES, VOCABULARY, build_model, build_tokenizer
 from .test_config import make_config
 
 SAMPLING = Sampling(num_new=48, temperature=0.7, top_p=0.95, seed=3)
@@ -53,7 +53,7 @@ def write(
         return write_continuations(engine, prompts, sampling, lambda steps=1: None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHAPES)
 def test_text_is_drawn_from_the_models_own_distribution(family: str, tmp_path: Path) -> None:
     """Log-probabilities of what is drawn are, in the mean, those that the float32 model's nucleus lets expect."""
     loaded, prompts = wrap(build_model(family)), some_prompts(80)

@@ -13,9 +13,6 @@ from coreinfer.compiler.models.stated import CONFIG, stated_config
 
 __all__ = ["Shapes", "read_object", "shapes_of", "stated_shapes"]
 
-_TIED = ("opt", "gemma3")
-"""Families whose models share embedding and head where config.json does not say."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
@@ -148,4 +145,4 @@ def shapes_of(config: Mapping[str, Any], name: str) -> Shapes:
 
 
 def _is_tied(config: Mapping[str, Any], family: Family) -> bool:
-    return bool(config.get("tie_word_embeddings", family.name in _TIED))
+    return bool(config.get("tie_word_embeddings", family.tied_head))

@@ -10,16 +10,28 @@ from coreinfer.bundles import UnsupportedModelError
 
 from .chosen import ChosenModel
 
-__all__ = ["architecture_for", "header_fields", "rope_factors"]
+__all__ = ["ARCHITECTURES", "architecture_for", "header_fields", "rope_factors"]
 
 _LAYERWISE = "deci"
 """The one architecture of llama.cpp that is Llama, with biases where a file has them, and reads a width per layer."""
-_ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3"}
+ARCHITECTURES = {
+    "llama": "llama",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+}
+"""Family -> the architecture of llama.cpp that its models are written as."""
 _LAYERWISE_FAMILIES = ("llama", "qwen2")
-_ACTIVATIONS = {"gemma3": "gelu_pytorch_tanh"}
+_ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh", "gemma3": "gelu_pytorch_tanh"}
 _SWIGLU = "silu"
-_SLIDING_PATTERN = 6
-"""Of gemma3 where a file does not say."""
+_SLIDING_PATTERN = {"gemma2": 2, "gemma3": 6, "olmo3": 4}
+"""Where a file does not say which layers slide: all but every so many."""
+_NO_ROPE_PATTERN = 4
 
 
 def architecture_for(chosen: ChosenModel) -> str:
@@ -29,13 +41,13 @@ def architecture_for(chosen: ChosenModel) -> str:
         UnsupportedModelError: llama.cpp has none that computes this model.
     """
     family, activation = chosen.family.name, chosen.bundle.manifest.model.activation
-    if family not in _ARCHITECTURES:
-        raise _refusal(f"llama.cpp has no architecture for the family {family}; use --to hf")
+    if family not in ARCHITECTURES:
+        raise _refusal(f"the family {family} is not written as GGUF (it is {', '.join(ARCHITECTURES)}); use --to hf")
     if activation != _ACTIVATIONS.get(family, _SWIGLU):
         raise _refusal(f"llama.cpp's {family} has no activation {activation!r}; use --to hf")
     if len(set(chosen.widths)) > 1 and family in _LAYERWISE_FAMILIES:
         return _LAYERWISE
-    return _ARCHITECTURES[family]
+    return ARCHITECTURES[family]
 
 
 def header_fields(chosen: ChosenModel, architecture: str, widths: Sequence[int]) -> dict[str, Any]:
@@ -58,7 +70,7 @@ def header_fields(chosen: ChosenModel, architecture: str, widths: Sequence[int])
         "rope.dimension_count": model.head_dim,
         "vocab_size": model.vocab_size,
     }
-    fields |= _gemma3(chosen) if chosen.family.name == "gemma3" else _plain_attention(chosen)
+    fields |= _OWN_FIELDS.get(chosen.family.name, _plain_attention)(chosen)
     return {f"{architecture}.{key}": value for key, value in fields.items()}
 
 
@@ -79,11 +91,65 @@ def _plain_attention(chosen: ChosenModel) -> dict[str, Any]:
     return _rope(config["rope_parameters"], chosen)
 
 
+def _check_plain(chosen: ChosenModel, **expected: Any) -> None:
+    """Refuse settings that the architecture has no keys for, unless they are what llama.cpp computes anyway."""
+    expected = {"attention_bias": False, "mlp_bias": False, **expected}
+    for setting, value in expected.items():
+        if (stated := chosen.config.get(setting, value)) != value:
+            raise _refusal(f"llama.cpp's {chosen.family.name} has no {setting} of {stated!r}; use --to hf")
+
+
+def _smollm3(chosen: ChosenModel) -> dict[str, Any]:
+    layers = range(chosen.bundle.manifest.model.num_layers)
+    _check_plain(chosen, no_rope_layers=[int((layer + 1) % _NO_ROPE_PATTERN != 0) for layer in layers])
+    return _plain_attention(chosen)
+
+
+def _granite(chosen: ChosenModel) -> dict[str, Any]:
+    _check_plain(chosen)
+    keys = {
+        "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "logit_scale": "logits_scaling",
+        "residual_scale": "residual_multiplier",
+    }
+    return _plain_attention(chosen) | {key: float(chosen.config[setting]) for key, setting in keys.items()}
+
+
+def _olmo2(chosen: ChosenModel) -> dict[str, Any]:
+    model = chosen.bundle.manifest.model
+    # llama.cpp works the size of a head out.
+    _check_plain(chosen, head_dim=model.hidden_size // model.num_heads)
+    return _plain_attention(chosen)
+
+
+def _olmo3(chosen: ChosenModel) -> dict[str, Any]:
+    model = chosen.bundle.manifest.model
+    _check_plain(chosen, head_dim=model.hidden_size // model.num_heads)
+    rope = chosen.config["rope_parameters"]
+    fields = _rope(rope["full_attention"], chosen)
+    return fields | _sliding(chosen, rope["sliding_attention"], always=True)
+
+
+def _gemma2(chosen: ChosenModel) -> dict[str, Any]:
+    config = chosen.config
+    _check_plain(chosen, query_pre_attn_scalar=_query_scalar(chosen, wide_at=46))
+    limits = {key: config.get(key) for key in ("attn_logit_softcapping", "final_logit_softcapping")}
+    if not all(limits.values()):
+        raise _refusal("llama.cpp's gemma2 limits scores and logits always, and this model does not; use --to hf")
+    fields = _rope(config["rope_parameters"], chosen) | {key: float(limit) for key, limit in limits.items() if limit}
+    return fields | _sliding(chosen, config["rope_parameters"])
+
+
+def _query_scalar(chosen: ChosenModel, *, wide_at: int) -> int:
+    """What attention is scaled by the root of, as llama.cpp tells it by the number of layers."""
+    model = chosen.bundle.manifest.model
+    return model.hidden_size // model.num_heads if model.num_layers == wide_at else model.head_dim
+
+
 def _gemma3(chosen: ChosenModel) -> dict[str, Any]:
-    config, model = chosen.config, chosen.bundle.manifest.model
-    scale_is_known = config["query_pre_attn_scalar"] == (
-        model.hidden_size // model.num_heads if model.num_layers == 62 else model.head_dim
-    )
+    config = chosen.config
+    scale_is_known = config["query_pre_attn_scalar"] == _query_scalar(chosen, wide_at=62)
     if not scale_is_known or config.get("attn_logit_softcapping") or config.get("attention_bias"):
         raise _refusal(
             "llama.cpp's gemma3 has its own scale of attention, no soft cap of it and no biases, and this model's "
@@ -92,18 +158,40 @@ def _gemma3(chosen: ChosenModel) -> dict[str, Any]:
     fields = _rope(config["rope_parameters"]["full_attention"], chosen)
     if config.get("final_logit_softcapping"):
         fields["final_logit_softcapping"] = float(config["final_logit_softcapping"])
-    slides = [kind == "sliding_attention" for kind in config["layer_types"]]
-    if any(slides):
-        sliding = config["rope_parameters"]["sliding_attention"]
-        if sliding.get("rope_type", "default") != "default":
-            raise _refusal("llama.cpp's gemma3 does not scale positions of sliding layers; use --to hf")
-        fields |= {
-            "attention.sliding_window": int(config["sliding_window"]),
-            "rope.freq_base_swa": float(sliding["rope_theta"]),
-        }
-        if slides != [(layer + 1) % _SLIDING_PATTERN != 0 for layer in range(len(slides))]:
-            fields["attention.sliding_window_pattern"] = slides
+    return fields | _sliding(chosen, config["rope_parameters"]["sliding_attention"])
+
+
+def _sliding(chosen: ChosenModel, rope: Mapping[str, Any], *, always: bool = False) -> dict[str, Any]:
+    """Keys of layers that slide.
+
+    Args:
+        rope: how positions are scaled there.
+        always: name the layers even where all do as llama.cpp assumes, and the window even where none slides.
+    """
+    slides = [kind == "sliding_attention" for kind in chosen.config["layer_types"]]
+    if not any(slides) and not always:
+        return {}
+    family = chosen.family.name
+    if rope.get("rope_type", "default") != "default":
+        raise _refusal(f"llama.cpp's {family} does not scale positions of sliding layers; use --to hf")
+    fields: dict[str, Any] = {
+        "attention.sliding_window": int(chosen.config["sliding_window"]),
+        "rope.freq_base_swa": float(rope["rope_theta"]),
+    }
+    if always or slides != [(layer + 1) % _SLIDING_PATTERN[family] != 0 for layer in range(len(slides))]:
+        fields["attention.sliding_window_pattern"] = slides
     return fields
+
+
+_OWN_FIELDS: Mapping[str, Callable[[ChosenModel], dict[str, Any]]] = {
+    "smollm3": _smollm3,
+    "granite": _granite,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "olmo2": _olmo2,
+    "olmo3": _olmo3,
+}
+"""Family -> what it has besides the keys that all share; for others `_plain_attention`."""
 
 
 def _rope(rope: Mapping[str, Any], chosen: ChosenModel) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.compiler.models.empty import empty_model
+from coreinfer.runtime.engines.torch.joined import put_together
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from .chosen import ChosenModel
@@ -44,7 +45,8 @@ def write_hf(folder: Path, chosen: ChosenModel, *, dtype: str) -> HfExport:
     """
     width = max(chosen.widths)
     parameters = list_parameters(chosen, [width] * len(chosen.widths))
-    state = {parameter.name: torch.from_numpy(read_floats(parameter)).to(DTYPES[dtype]) for parameter in parameters}
+    parts = {parameter.name: torch.from_numpy(read_floats(parameter)).to(DTYPES[dtype]) for parameter in parameters}
+    state = put_together(parts, chosen.family)
     config = model_config(chosen, **{chosen.family.ffn_dim_field: width, "dtype": dtype})
     empty = empty_model(config)
     config.architectures = [type(empty).__name__]

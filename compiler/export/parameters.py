@@ -12,6 +12,7 @@ from coreinfer.bundles.contract import tensor_name
 from coreinfer.bundles.formats import float_matrix
 from coreinfer.bundles.tensors import StoredTensor
 from coreinfer.compiler.models.empty import empty_model
+from coreinfer.runtime.engines.torch.joined import take_apart
 from transformers import AutoConfig, PreTrainedConfig
 
 from .chosen import ChosenModel
@@ -26,7 +27,7 @@ class Parameter:
     """One tensor of the model.
 
     Attributes:
-        name: transformers' name.
+        name: transformers' name, or of a part of a module that it has as one.
         file: the file of the bundle that holds it.
         stored: its name there.
         shape: as it is stored.
@@ -56,7 +57,9 @@ def list_parameters(chosen: ChosenModel, widths: Sequence[int]) -> list[Paramete
     """
     base, ffn_names = chosen.bundle.base, _ffn_names(chosen)
     parameters = []
-    for name, value in empty_model(model_config(chosen)).named_parameters():
+    model = empty_model(model_config(chosen))
+    take_apart(model, chosen.family)
+    for name, value in model.named_parameters():
         shape = tuple(value.shape)
         if name in ffn_names:
             layer, role = ffn_names[name]

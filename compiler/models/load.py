@@ -15,6 +15,7 @@ from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from coreinfer.bundles.families import FAMILIES, Family, cache_argument, family_of_config, resolve
 from coreinfer.bundles.manifest import ModelRecord
 from coreinfer.compiler.config import DType
+from coreinfer.runtime.engines.torch.joined import take_apart
 from huggingface_hub import snapshot_download
 from torch import nn
 from torch.func import functional_call
@@ -109,6 +110,8 @@ class LoadedModel:
         model = cast("PreTrainedModel", self.model)
         head: nn.Module = model.get_output_embeddings()
         logits: torch.Tensor = head(states)
+        if (divisor := getattr(model.config, "logits_scaling", None)) not in (None, 1):
+            logits = logits / divisor
         cap = getattr(model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -244,7 +247,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def wrap_model(model: nn.Module, tokenizer: Any, *, family: Family, name: str, config: PreTrainedConfig) -> LoadedModel:
-    """Describe a model that is in memory already."""
+    """Describe a model that is in memory already; modules that are several in one are taken apart."""
+    take_apart(model, family)
     layers = resolve(model, family.layers)
     downs = [resolve(layer, family.down) for layer in layers]
     norms = torch.stack([down.weight.detach().float().norm(dim=0) for down in downs]).cpu().numpy()
@@ -273,13 +277,24 @@ def _record(model: nn.Module, family: Family, name: str, config: PreTrainedConfi
         num_heads=heads,
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-        max_positions=int(config.max_position_embeddings),
+        max_positions=_positions(config, name),
         activation=str(getattr(config, family.activation_field)),
         gated=family.gated,
         ffn_bias=up.bias is not None,
         tied_head=bool(config.tie_word_embeddings),
         config=data,
     )
+
+
+def _positions(config: PreTrainedConfig, name: str) -> int:
+    """Positions that are read: with LongRoPE those of short texts, for a text's keys are rotated once and for all."""
+    most, rope = int(config.max_position_embeddings), getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope" or rope["short_factor"] == rope["long_factor"]:
+        return most
+    first = int(rope["original_max_position_embeddings"])
+    if first < most:
+        _log.warning("%s has rotary factors of their own for texts beyond %d tokens: read up to there", name, first)
+    return min(most, first)
 
 
 # Fields of a config that name places or code of elsewhere, or change from release to release.

@@ -79,7 +79,9 @@ def _unread(config: PreTrainedConfig) -> Iterator[str]:
 
 def _without_effect(config: PreTrainedConfig) -> Iterator[str]:
     """Settings that the class has a field for, and computes as if it had not, or not as one decodes."""
-    if cap := getattr(config, "attn_logit_softcapping", None):
+    cap = getattr(config, "attn_logit_softcapping", None)
+    # transformers computes it in its own attention only, which it then takes whatever else there is.
+    if cap and config.model_type != "gemma2":
         yield f"attn_logit_softcapping {cap!r}, which transformers does not compute"
     if getattr(config, "use_bidirectional_attention", None):
         yield "use_bidirectional_attention true, with which no text can be decoded token by token"
@@ -93,7 +95,7 @@ def _unknown(family: Family, config: PreTrainedConfig) -> Iterator[str]:
         kind, share = parameters.get("rope_type", "default"), parameters.get("partial_rotary_factor", 1)
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             yield f"rope_type {kind!r}, rotary embeddings that transformers does not know"
-        if share not in _FACTORS:
+        if share not in _FACTORS and not family.rotates_part:
             yield f"partial_rotary_factor {share!r}, where {config.model_type} models rotate whole heads"
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
-from coreinfer.bundles.families import FAMILIES
 
 from .header import Header
 from .keys import HeaderKeys
@@ -20,6 +19,9 @@ _DEFAULT_THETA = 10_000.0
 # Gemma 3's layers that slide have a base of their own, which files seldom state.
 _SLIDING_THETA = 10_000.0
 _SLIDING_PATTERN = 6
+# llama.cpp's, where a file of Gemma 2 does not say.
+_GEMMA2_PATTERN, _GEMMA2_WINDOW, _GEMMA2_SCORE_LIMIT, _GEMMA2_LOGIT_LIMIT = 2, 4096, 50.0, 30.0
+_OLMO_PATTERN = 4
 # The layout of q and k that Llama has in every GGUF file.
 _LLAMA_LAYOUT = "Meta AI original pth"
 # Keys that say that a model has none of something: with these values nothing is lost.
@@ -65,7 +67,7 @@ def architecture_of(header: Header, name: str) -> str:
     stated = header.metadata.get("general.architecture")
     if stated in ARCHITECTURES:
         return str(stated)
-    supported = ", ".join(family.name for family in FAMILIES if family.name in ARCHITECTURES)
+    supported = ", ".join(ARCHITECTURES)
     what = f"architecture {stated!r}" if stated is not None else "a header without general.architecture"
     raise UnsupportedModelError(f"--model {name}: {what} is not supported in GGUF; supported: {supported}")
 
@@ -157,6 +159,48 @@ def _llama(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[
     return {"model_type": "mistral", "sliding_window": window, **fields}
 
 
+def _smollm3(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "model_type": "smollm3",
+        "attention_bias": _has_biases(header, "attn_q", "attn_k", "attn_v", "attn_output"),
+        "mlp_bias": _has_biases(header, "ffn_gate", "ffn_up", "ffn_down"),
+        # Which layers do not rotate, the header does not state: every fourth, as in llama.cpp.
+        "no_rope_layers": [int((layer + 1) % 4 != 0) for layer in range(shared["num_hidden_layers"])],
+        "rope_parameters": _rope(keys, header, shared, keys.needed_number("rope.freq_base")),
+    }
+
+
+def _granite(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
+    # In this architecture the key says whether there are rotary embeddings at all.
+    keys.expect("rope.scaling.finetuned", (True,))
+    scale = keys.number("attention.scale") or int(shared["head_dim"]) ** -0.5
+    return {
+        "model_type": "granite",
+        "attention_bias": _has_biases(header, "attn_q", "attn_k", "attn_v", "attn_output"),
+        "mlp_bias": _has_biases(header, "ffn_gate", "ffn_up", "ffn_down"),
+        "attention_multiplier": scale,
+        "embedding_multiplier": keys.number("embedding_scale") or 1.0,
+        "residual_multiplier": keys.number("residual_scale") or 1.0,
+        "logits_scaling": keys.needed_number("logit_scale"),
+        "rope_parameters": _rope(keys, header, shared, keys.number("rope.freq_base") or _DEFAULT_THETA),
+    }
+
+
+def _olmo2(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
+    scaled = _rope(keys, header, shared, keys.needed_number("rope.freq_base"))
+    window, num_layers = _window(keys), int(shared["num_hidden_layers"])
+    if not window:
+        return {"model_type": "olmo2", "rope_parameters": scaled}
+    plain = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa") or scaled["rope_theta"]}
+    # OLMo 3 is OLMo 2 with a window in some layers, whose positions are not scaled.
+    return {
+        "model_type": "olmo3",
+        "sliding_window": window,
+        "layer_types": _layer_types(_sliding_layers(keys, num_layers, _OLMO_PATTERN)),
+        "rope_parameters": {"full_attention": scaled, "sliding_attention": plain},
+    }
+
+
 def _qwen(model_type: str) -> Callable[[HeaderKeys, Header, Mapping[str, Any]], dict[str, Any]]:
     def fields(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
         # Which layers slide, the header does not state.
@@ -172,37 +216,56 @@ def _qwen(model_type: str) -> Callable[[HeaderKeys, Header, Mapping[str, Any]], 
     return fields
 
 
+def _gemma2(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
+    theta = keys.number("rope.freq_base") or _DEFAULT_THETA
+    # transformers has one base for all layers.
+    keys.expect("rope.freq_base_swa", (theta,))
+    limits = {"attn_logit_softcapping": _GEMMA2_SCORE_LIMIT, "final_logit_softcapping": _GEMMA2_LOGIT_LIMIT}
+    return {
+        "model_type": "gemma2",
+        "sliding_window": _window(keys) if keys.has("attention.sliding_window") else _GEMMA2_WINDOW,
+        "layer_types": _layer_types(_sliding_layers(keys, int(shared["num_hidden_layers"]), _GEMMA2_PATTERN)),
+        "rope_parameters": _rope(keys, header, shared, theta),
+        "query_pre_attn_scalar": _query_scalar(shared, wide_at=46),
+        **{key: (keys.number(key) or None) if keys.has(key) else usual for key, usual in limits.items()},
+    }
+
+
 def _gemma3(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
     window, num_layers = _window(keys), int(shared["num_hidden_layers"])
-    sliding = _sliding_layers(keys, num_layers) if window else [False] * num_layers
+    sliding = _sliding_layers(keys, num_layers, _SLIDING_PATTERN) if window else [False] * num_layers
     plain = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa") or _SLIDING_THETA}
     for key in ("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa"):
         keys.expect(key, (shared["head_dim"],))
     return {
         "model_type": "gemma3_text",
         "sliding_window": window or None,
-        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in sliding],
+        "layer_types": _layer_types(sliding),
         # Scaling is that of the layers that see everything.
         "rope_parameters": {
             "full_attention": _rope(keys, header, shared, keys.needed_number("rope.freq_base")),
             "sliding_attention": plain,
         },
-        "query_pre_attn_scalar": _gemma3_scalar(shared),
+        "query_pre_attn_scalar": _query_scalar(shared, wide_at=62),
         "final_logit_softcapping": keys.number("final_logit_softcapping") or None,
     }
 
 
-def _gemma3_scalar(shared: Mapping[str, Any]) -> int:
+def _layer_types(sliding: list[bool]) -> list[str]:
+    return ["sliding_attention" if slides else "full_attention" for slides in sliding]
+
+
+def _query_scalar(shared: Mapping[str, Any], *, wide_at: int) -> int:
     """What attention is scaled by the root of: not in the header, known by the number of layers as in llama.cpp."""
-    if shared["num_hidden_layers"] == 62:
+    if shared["num_hidden_layers"] == wide_at:
         return int(shared["hidden_size"] // shared["num_attention_heads"])
     return int(shared["head_dim"])
 
 
-def _sliding_layers(keys: HeaderKeys, num_layers: int) -> list[bool]:
+def _sliding_layers(keys: HeaderKeys, num_layers: int, usual: int) -> list[bool]:
     pattern = keys.value("attention.sliding_window_pattern")
     if pattern is None:
-        pattern = _SLIDING_PATTERN
+        pattern = usual
     if isinstance(pattern, list):
         if len(pattern) != num_layers:
             raise keys.refused("attention.sliding_window_pattern", f"expected {num_layers} flags, got {len(pattern)}")
@@ -230,7 +293,11 @@ def _has_biases(header: Header, *names: str) -> bool:
 # general.architecture -> the fields that it has in addition to the shared ones. OPT has no architecture in GGUF.
 ARCHITECTURES: dict[str, Callable[[HeaderKeys, Header, Mapping[str, Any]], dict[str, Any]]] = {
     "llama": _llama,
+    "smollm3": _smollm3,
+    "granite": _granite,
     "qwen2": _qwen("qwen2"),
     "qwen3": _qwen("qwen3"),
+    "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "olmo2": _olmo2,
 }

@@ -42,21 +42,23 @@ LINEARS = {
 }
 _TWO_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_GEMMA_NORMS = {
-    "attn_norm": "input_layernorm",
+_OUTPUT_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
-    **_HEAD_NORMS,
 }
+_GEMMA_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **_OUTPUT_NORMS}
 _LLAMA = TensorLayout(norms=_TWO_NORMS, paired={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"})
 LAYOUTS = {
     "llama": _LLAMA,
     # Llama with widths of its own in each layer.
     "deci": _LLAMA,
+    "smollm3": _LLAMA,
+    "granite": _LLAMA,
     "qwen2": TensorLayout(norms=_TWO_NORMS),
     "qwen3": TensorLayout(norms={**_TWO_NORMS, **_HEAD_NORMS}),
-    "gemma3": TensorLayout(norms=_GEMMA_NORMS, norm_offset=1.0),
+    "gemma2": TensorLayout(norms=_GEMMA_NORMS, norm_offset=1.0),
+    "gemma3": TensorLayout(norms={**_GEMMA_NORMS, **_HEAD_NORMS}, norm_offset=1.0),
+    "olmo2": TensorLayout(norms={**_OUTPUT_NORMS, **_HEAD_NORMS}),
 }
 
 

@@ -47,6 +47,7 @@ _CASED_PIECES = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA = Split(pattern=_PIECES % "{1,3}", whole_words=True, begins=True)
+_DBRX = Split(pattern=_PIECES % "{1,3}")
 _QWEN = Split(pattern=_PIECES % "", composes=True)
 
 SPLITS: Mapping[str, Split] = {
@@ -57,6 +58,10 @@ SPLITS: Mapping[str, Split] = {
     "llama-bpe": _LLAMA,
     "llama3": _LLAMA,
     "llama-v3": _LLAMA,
+    "falcon3": _LLAMA,
+    "dbrx": _DBRX,
+    "smaug-bpe": _DBRX,
+    "olmo": Split(),
     "tekken": Split(pattern=_CASED_PIECES, whole_words=True, begins=True),
     "qwen2": _QWEN,
     "deepseek-r1-qwen": _QWEN,

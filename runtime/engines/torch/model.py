@@ -14,6 +14,7 @@ from coreinfer.bundles.tensors import StoredTensor, TensorFile
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from .joined import take_apart
 from .packed_linear import replace_linear
 
 __all__ = [
@@ -138,13 +139,15 @@ def _model_of_config(bundle: Bundle, dtype: torch.dtype) -> Any:
     try:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BundleCorrupt(
             f"bundle {bundle.path}: transformers builds no model from manifest.model.config ({reason}); "
             "compile the bundle again, or upgrade transformers"
         ) from error
+    take_apart(model, family_by_name(bundle.manifest.model.family))
+    return model
 
 
 def _empty_ffn(model: nn.Module, family: Family, device: torch.device, dtype: torch.dtype, *, packed: bool) -> None:

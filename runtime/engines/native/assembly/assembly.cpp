@@ -22,39 +22,46 @@ struct Parts {
     return {base.matrix(path + ".weight", rows, cols), base.vector(path + ".bias", rows)};
   }
 
-  Norm norm(const std::string& path, int size) const {
+  // `divisor`: of what comes out.
+  Norm norm(const std::string& path, int size, float divisor = 1.0f) const {
     const float* weight = base.vector(path + ".weight", size);
     if (!weight) throw std::invalid_argument(base.name() + ": tensor '" + path + ".weight' is missing");
-    if (family.norm_offset != 0.0f) {
-      auto shifted = std::make_shared<std::vector<float>>(weight, weight + size);
-      for (float& value : *shifted) value += family.norm_offset;
-      memory.push_back(shifted);
-      weight = shifted->data();
-    }
-    return {weight, base.vector(path + ".bias", size)};
+    return {changed(weight, size, family.norm_offset, divisor),
+            changed(base.vector(path + ".bias", size), size, 0.0f, divisor)};
+  }
+
+ private:
+  // (values + offset) / divisor
+  const float* changed(const float* values, int size, float offset, float divisor) const {
+    if (!values || (offset == 0.0f && divisor == 1.0f)) return values;
+    auto copy = std::make_shared<std::vector<float>>(values, values + size);
+    for (float& value : *copy) value = (value + offset) / divisor;
+    memory.push_back(copy);
+    return copy->data();
   }
 };
 
 SublayerNorms sublayer_norms(const Parts& parts, const std::string& root, const NormNames& names) {
   const int hidden = parts.record.hidden_size;
   SublayerNorms norms;
-  (parts.settings.norms_after ? norms.after : norms.before) = parts.norm(root + names.first, hidden);
+  if (names.first) (parts.settings.norms_after ? norms.after : norms.before) = parts.norm(root + names.first, hidden);
   if (names.output) norms.output = parts.norm(root + names.output, hidden);
   return norms;
 }
 
 Layer assemble_layer(const Parts& parts, const ModelWeights& model, int index) {
   const std::string root = parts.family.root + ("layers." + std::to_string(index) + ".");
-  const std::string attention_root = root + "self_attn.";
+  const std::string attention_root = root + "self_attn.", inputs_root = attention_root + parts.family.inputs;
   Layer layer;
   AttentionWeights& attention = layer.attention;
-  attention.query = parts.linear(attention_root + "q_proj", model.query_size(), model.hidden);
-  attention.key = parts.linear(attention_root + "k_proj", model.kv_size(), model.hidden);
-  attention.value = parts.linear(attention_root + "v_proj", model.kv_size(), model.hidden);
+  attention.query = parts.linear(inputs_root + "q_proj", model.query_size(), model.hidden);
+  attention.key = parts.linear(inputs_root + "k_proj", model.kv_size(), model.hidden);
+  attention.value = parts.linear(inputs_root + "v_proj", model.kv_size(), model.hidden);
   attention.output = parts.linear(attention_root + parts.family.output, model.hidden, model.query_size());
   if (parts.family.head_norms) {
-    attention.query_norm = parts.norm(attention_root + "q_norm", model.head_dim);
-    attention.key_norm = parts.norm(attention_root + "k_norm", model.head_dim);
+    const bool joint = parts.family.joint_head_norms;
+    attention.query_norm = parts.norm(attention_root + "q_norm", joint ? model.query_size() : model.head_dim);
+    attention.key_norm = parts.norm(attention_root + "k_norm", joint ? model.kv_size() : model.head_dim);
   }
   attention.rope = parts.settings.rotary_of(index);
   attention.window = parts.settings.window_of(index);
@@ -72,9 +79,13 @@ void set_scalars(ModelWeights& model, const ModelRecord& record, const Family& f
   model.max_positions = record.max_positions;
   model.position_offset = family.position_offset;
   model.epsilon = static_cast<float>(settings.epsilon);
-  model.attention_scale = static_cast<float>(std::pow(settings.query_scalar, -0.5));
-  model.embedding_scale = family.scales_embedding ? static_cast<float>(std::sqrt(double(record.hidden_size))) : 1.0f;
+  model.attention_scale = static_cast<float>(settings.attention_scale);
+  model.embedding_scale = static_cast<float>(settings.embedding_scale);
+  model.residual_scale = static_cast<float>(settings.residual_scale);
+  model.score_limit = static_cast<float>(settings.score_limit);
+  model.logit_limit = static_cast<float>(settings.logit_limit);
   model.layer_norm = family.layer_norm;
+  model.joint_head_norms = family.joint_head_norms;
   model.nonlinearity = nonlinearity_of(record.activation);
   model.rotary = settings.rotary;
 }
@@ -104,7 +115,9 @@ ModelWeights assemble_model(const ModelRecord& record, const TensorFile& base, M
   set_tables(model, parts);
   // OPT has models without one.
   const std::string final_norm = std::string(family.root) + family.final_norm;
-  if (!family.layer_norm || base.has(final_norm + ".weight")) model.final_norm = parts.norm(final_norm, model.hidden);
+  if (!family.layer_norm || base.has(final_norm + ".weight"))
+    // What it puts out goes into the head alone, whose logits are divided.
+    model.final_norm = parts.norm(final_norm, model.hidden, static_cast<float>(settings.logits_divisor));
   for (int index = 0; index < record.num_layers; ++index) model.layers.push_back(assemble_layer(parts, model, index));
   choose_cache_width(model);
   return model;

@@ -1,6 +1,7 @@
 #include "families.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <utility>
 
@@ -14,7 +15,8 @@ const char kSliding[] = "sliding_attention", kFull[] = "full_attention";
 
 using Names = std::vector<const char*>;
 
-const Names kRotarySettings = {"model_type", "rms_norm_eps", "rope_parameters", "sliding_window"};
+const Names kRotarySettings = {"max_position_embeddings", "model_type", "rms_norm_eps", "rope_parameters",
+                               "sliding_window"};
 
 Names with(Names names, const Names& more) {
   names.insert(names.end(), more.begin(), more.end());
@@ -25,20 +27,64 @@ Family llama(const char* name, const Names& more_settings = {}) {
   return {name, with(kRotarySettings, more_settings), {"input_layernorm"}, {"post_attention_layernorm"}};
 }
 
+Family granite() {
+  return llama("granite", {"attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"});
+}
+
 Family qwen3() {
   Family family = llama("qwen3", {"layer_types"});
   family.head_norms = true;
   return family;
 }
 
-Family gemma3() {
+Family gemma(const char* name) {
   Family family =
-      llama("gemma3", {"attn_logit_softcapping", "final_logit_softcapping", "layer_types", "query_pre_attn_scalar"});
+      llama(name, {"attn_logit_softcapping", "final_logit_softcapping", "layer_types", "query_pre_attn_scalar"});
   family.attention_norms.output = "post_attention_layernorm";
   family.ffn_norms = {"pre_feedforward_layernorm", "post_feedforward_layernorm"};
   family.norm_offset = 1.0f;
-  family.head_norms = true;
   family.scales_embedding = true;
+  return family;
+}
+
+Family gemma2() {
+  Family family = gemma("gemma2");
+  family.caps_scores = true;
+  return family;
+}
+
+Family gemma3() {
+  Family family = gemma("gemma3");
+  family.head_norms = true;
+  return family;
+}
+
+Family olmo(const char* name, const Names& more_settings = {}) {
+  Family family = llama(name, more_settings);
+  family.attention_norms = {nullptr, "post_attention_layernorm"};
+  family.ffn_norms = {nullptr, "post_feedforward_layernorm"};
+  family.head_norms = family.joint_head_norms = true;
+  return family;
+}
+
+Family phi3() {
+  Family family = llama("phi3");
+  family.inputs = "qkv_proj.";
+  family.rotates_part = family.slides_always = true;
+  return family;
+}
+
+Family stablelm() {
+  Family family = llama("stablelm", {"layer_norm_eps", "qk_layernorm", "use_parallel_residual"});
+  family.epsilon = "layer_norm_eps";
+  family.layer_norm = family.rotates_part = true;
+  return family;
+}
+
+Family starcoder2() {
+  Family family = llama("starcoder2", {"norm_epsilon"});
+  family.epsilon = "norm_epsilon";
+  family.layer_norm = family.slides_always = true;
   return family;
 }
 
@@ -55,6 +101,26 @@ Family opt() {
   return family;
 }
 
+const std::vector<Family>& families() {
+  static const std::vector<Family> table = {
+      opt(),
+      llama("llama"),
+      llama("ministral", {"layer_types"}),
+      llama("smollm3", {"layer_types", "no_rope_layers"}),
+      granite(),
+      llama("qwen2", {"layer_types"}),
+      qwen3(),
+      gemma2(),
+      gemma3(),
+      olmo("olmo2"),
+      olmo("olmo3", {"layer_types"}),
+      phi3(),
+      stablelm(),
+      starcoder2(),
+  };
+  return table;
+}
+
 const Json* find_setting(const ModelRecord& record, const Family& family, const char* key) {
   const auto same = [key](const char* name) { return std::strcmp(name, key) == 0; };
   return std::any_of(family.settings.begin(), family.settings.end(), same) ? record.config.find(key) : nullptr;
@@ -66,25 +132,68 @@ bool is_given(const ModelRecord& record, const Family& family, const char* key) 
 
 void check_computed(const ModelRecord& record, const Family& family) {
   std::string unknown;
-  for (const char* key : {"attn_logit_softcapping", "final_logit_softcapping"})
-    if (is_given(record, family, key)) unknown += (unknown.empty() ? "" : ", ") + std::string(key);
+  for (const char* key : {"attn_logit_softcapping", "qk_layernorm", "use_parallel_residual"})
+    if (is_given(record, family, key) && !(family.caps_scores && std::strcmp(key, "attn_logit_softcapping") == 0))
+      unknown += (unknown.empty() ? "" : ", ") + std::string(key);
   const Json* affine = find_setting(record, family, "layer_norm_elementwise_affine");
   if (affine && !(affine->kind == Json::Kind::boolean && affine->boolean))
     unknown += (unknown.empty() ? "" : ", ") + std::string("layer_norm_elementwise_affine");
   if (!unknown.empty()) throw Unsupported("model " + record.name + ": the native engine has no " + unknown);
 }
 
-void read_layer_kinds(const ModelRecord& record, const Family& family, Settings& settings) {
+// Settings of the config, one value or one a layer.
+class Reader {
+ public:
+  Reader(const ModelRecord& record, const Family& family) : record_(record), family_(family) {}
+
+  bool has(const char* key) const { return find_setting(record_, family_, key) != nullptr; }
+  bool given(const char* key) const { return is_given(record_, family_, key); }
+  double real(const char* key, double otherwise) const { return given(key) ? record_.config.real(key) : otherwise; }
+  int integer(const char* key, int otherwise) const { return given(key) ? record_.config.integer(key) : otherwise; }
+  double factor(const char* key, double otherwise = 1.0) const {
+    const double value = has(key) ? record_.config.real(key) : otherwise;
+    if (!(std::isfinite(value) && value != 0.0)) refuse(key, "a number other than 0", std::to_string(value));
+    return value;
+  }
+  const std::vector<Json>& per_layer(const char* key) const {
+    const std::vector<Json>& values = record_.config.array(key);
+    if (values.size() != static_cast<size_t>(record_.num_layers))
+      refuse(key, std::to_string(record_.num_layers) + " layers", std::to_string(values.size()));
+    return values;
+  }
+
+ private:
+  const ModelRecord& record_;
+  const Family& family_;
+};
+
+void read_layer_kinds(const ModelRecord& record, const Family& family, const Reader& reader, Settings& settings) {
   settings.slides_always =
-      find_setting(record, family, "model_type") && record.config.string("model_type") == "mistral";
-  if (!is_given(record, family, "layer_types")) return;
-  for (const Json& kind : record.config.array("layer_types")) {
+      family.slides_always || (reader.has("model_type") && record.config.string("model_type") == "mistral");
+  if (reader.given("no_rope_layers"))
+    // Turned about: 1 where a layer has rotary embeddings.
+    for (const Json& rotates : reader.per_layer("no_rope_layers")) settings.rotates.push_back(Json::is_given(&rotates));
+  if (!reader.given("layer_types")) return;
+  for (const Json& kind : reader.per_layer("layer_types")) {
     if (kind.text != kSliding && kind.text != kFull)
       throw Unsupported("model " + record.name + ": the native engine has no layers of type '" + kind.text + "'");
     settings.layer_kinds.push_back(kind.text);
   }
-  if (settings.layer_kinds.size() != static_cast<size_t>(record.num_layers))
-    refuse("layer_types", std::to_string(record.num_layers) + " layers", std::to_string(settings.layer_kinds.size()));
+}
+
+// How many dimensions of each head are rotated.
+int rotated_size(const Json& parameters, const ModelRecord& record, const Family& family) {
+  const Json* share = parameters.find("partial_rotary_factor");
+  const double value = Json::is_given(share) ? parameters.real("partial_rotary_factor") : 1.0;
+  if (value == 1.0) return record.head_dim;
+  if (!family.rotates_part)
+    throw Unsupported("model " + record.name + ": the native engine rotates whole heads of " + family.name +
+                      ", not a partial_rotary_factor of them");
+  const int size = static_cast<int>(record.head_dim * value);
+  if (size < 2 || size > record.head_dim || size % 2)
+    refuse("partial_rotary_factor", "an even number of " + std::to_string(record.head_dim) + " dimensions",
+           std::to_string(size));
+  return size;
 }
 
 void read_rotary(const ModelRecord& record, const Family& family, Settings& settings) {
@@ -93,17 +202,18 @@ void read_rotary(const ModelRecord& record, const Family& family, Settings& sett
   parameters = &record.config.object("rope_parameters");
   const bool is_one = parameters->find("rope_theta") != nullptr;
   for (size_t i = 0; i < (is_one ? 1 : parameters->items.size()); ++i) {
+    const Json& table = is_one ? *parameters : parameters->items[i];
     settings.rotary_kinds.push_back(is_one ? "" : parameters->keys.at(i));
-    settings.rotary.push_back(rotary_table(is_one ? *parameters : parameters->items[i], record.head_dim));
+    const int context = Reader(record, family).integer("max_position_embeddings", record.max_positions);
+    settings.rotary.push_back(
+        rotary_table(table, rotated_size(table, record, family), {record.max_positions, context}));
   }
 }
 
 }  // namespace
 
 const Family& family_of(const ModelRecord& record) {
-  static const std::vector<Family> families = {llama("llama"), llama("qwen2", {"layer_types"}), qwen3(), gemma3(),
-                                               opt()};
-  for (const Family& family : families)
+  for (const Family& family : families())
     if (record.family == family.name) return family;
   throw Unsupported("model " + record.name + ": the native engine has no family '" + record.family + "'");
 }
@@ -111,17 +221,26 @@ const Family& family_of(const ModelRecord& record) {
 Settings read_settings(const ModelRecord& record, const Family& family) {
   check_computed(record, family);
   const Json& config = record.config;
-  const auto given = [&](const char* key) { return is_given(record, family, key); };
+  const Reader reader(record, family);
   Settings settings{};
-  settings.epsilon = find_setting(record, family, "rms_norm_eps") ? config.real("rms_norm_eps") : 1e-5;
-  settings.query_scalar = given("query_pre_attn_scalar") ? config.real("query_pre_attn_scalar") : record.head_dim;
-  settings.embedding_width = given("word_embed_proj_dim") ? config.integer("word_embed_proj_dim") : record.hidden_size;
-  settings.sliding_window = given("sliding_window") ? config.integer("sliding_window") : 0;
+  settings.epsilon = reader.has(family.epsilon) ? config.real(family.epsilon) : 1e-5;
+  settings.attention_scale =
+      reader.factor("attention_multiplier", std::pow(reader.real("query_pre_attn_scalar", record.head_dim), -0.5));
+  settings.embedding_scale =
+      reader.factor("embedding_multiplier", family.scales_embedding ? std::sqrt(double(record.hidden_size)) : 1.0);
+  settings.residual_scale = reader.factor("residual_multiplier");
+  settings.logits_divisor = reader.factor("logits_scaling");
+  settings.score_limit = reader.real("attn_logit_softcapping", 0.0);
+  settings.logit_limit = reader.real("final_logit_softcapping", 0.0);
+  settings.embedding_width = reader.integer("word_embed_proj_dim", record.hidden_size);
+  settings.sliding_window = reader.integer("sliding_window", 0);
   const Json* before = find_setting(record, family, "do_layer_norm_before");
   settings.norms_after = before && before->kind == Json::Kind::boolean && !before->boolean;
   if (settings.embedding_width < 1) refuse("word_embed_proj_dim", "at least 1", "less");
   if (settings.sliding_window < 0) refuse("sliding_window", "at least 1", "less");
-  read_layer_kinds(record, family, settings);
+  if (settings.score_limit < 0) refuse("attn_logit_softcapping", "above 0", "less");
+  if (settings.logit_limit < 0) refuse("final_logit_softcapping", "above 0", "less");
+  read_layer_kinds(record, family, reader, settings);
   read_rotary(record, family, settings);
   return settings;
 }
@@ -132,7 +251,7 @@ std::string Settings::kind_of(int layer) const {
 }
 
 int Settings::rotary_of(int layer) const {
-  if (rotary.empty()) return -1;
+  if (rotary.empty() || (!rotates.empty() && !rotates[layer])) return -1;
   const auto found = std::find(rotary_kinds.begin(), rotary_kinds.end(), kind_of(layer));
   return found == rotary_kinds.end() ? 0 : static_cast<int>(found - rotary_kinds.begin());
 }

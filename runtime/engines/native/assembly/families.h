@@ -9,7 +9,8 @@
 
 namespace coreinfer {
 
-// Names in a layer: of the norm before a sublayer (or after it, see Settings), and of the norm of its output.
+// Names in a layer: of the norm before a sublayer (or after it, see Settings), and of the norm of its output; null where
+// there is none.
 struct NormNames {
   const char* first;
   const char* output = nullptr;
@@ -20,13 +21,19 @@ struct Family {
   std::vector<const char*> settings;  // those of the config that models of this family are computed with
   NormNames attention_norms, ffn_norms;
   const char* root = "model.";    // path to the decoder
+  const char* inputs = "";        // path to the attention's projections into it
   const char* output = "o_proj";  // the attention's output projection
   const char* final_norm = "norm";
-  float norm_offset = 0.0f;       // added to the weight of a norm
-  int position_offset = 0;        // learned positions that are free in front; 0 where none are learned
-  bool layer_norm = false;        // else RMS norm
-  bool head_norms = false;        // of each query and key
-  bool scales_embedding = false;  // by the root of the width
+  const char* epsilon = "rms_norm_eps";  // the setting of norms; without it 1e-5
+  float norm_offset = 0.0f;              // added to the weight of a norm
+  int position_offset = 0;               // learned positions that are free in front; 0 where none are learned
+  bool layer_norm = false;               // else RMS norm
+  bool head_norms = false;               // of each query and key
+  bool joint_head_norms = false;         // of all queries together, and of all keys
+  bool scales_embedding = false;         // by the root of the width
+  bool caps_scores = false;              // where attn_logit_softcapping is set
+  bool rotates_part = false;             // of a head, where partial_rotary_factor says so
+  bool slides_always = false;            // in all layers, where there is a sliding_window
 };
 
 // Throws Unsupported: the engine has no such family.
@@ -35,11 +42,14 @@ const Family& family_of(const ModelRecord& record);
 // Settings that models of the family are computed with. A config may hold any others, which transformers leaves alone too.
 struct Settings {
   double epsilon;
-  double query_scalar;  // whose root the scores are divided by
+  double attention_scale, embedding_scale, residual_scale;
+  double logits_divisor;
+  double score_limit, logit_limit;  // 0 for none
   int embedding_width;
-  bool norms_after;    // norms of the residual stream after each sublayer, in place of those before it
-  int sliding_window;  // 0 for none
-  bool slides_always;  // where the config does not say which layers do
+  bool norms_after;           // norms of the residual stream after each sublayer, in place of those before it
+  int sliding_window;         // 0 for none
+  bool slides_always;         // where the config does not say which layers do
+  std::vector<bool> rotates;  // of each layer; empty where all do
   std::vector<std::string> layer_kinds;   // empty where all are alike
   std::vector<std::string> rotary_kinds;  // of the tables; "" where one is for all
   std::vector<RotaryTable> rotary;

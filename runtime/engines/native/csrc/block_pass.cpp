@@ -122,7 +122,7 @@ class BlockPass {
 
   void prepare(int layer, const AttentionWeights& attention, int t) {
     float* heads = qkv(t);
-    const float* rotation = angles_of(weights_, attention, angles(t));
+    const Rotation rotation = rotation_of(weights_, attention, angles(t));
     prepare_heads(weights_, kernels_, attention.query, attention.query_norm, rotation, weights_.num_heads, heads);
     prepare_heads(weights_, kernels_, attention.key, attention.key_norm, rotation, weights_.num_kv_heads, heads + key_);
     for (int i = 0; i < weights_.query_size(); ++i) heads[i] *= weights_.attention_scale;
@@ -151,8 +151,8 @@ class BlockPass {
   void attend_part(int layer, int t, int head, int part, int begin, int end) {
     const int group = weights_.group_size(), size = weights_.head_dim, stride = decoder_.pool.layout.value_stride();
     kernels_.attend({rows_[t].pages, decoder_.pool.head(layer, head), size, stride, qkv(t) + head * group * size, group,
-                     begin, end, own_.heads.get() + size_t(part) * group * stride, own_.maxima.get() + part * group,
-                     own_.sums.get() + part * group});
+                     begin, end, weights_.score_limit, own_.heads.get() + size_t(part) * group * stride,
+                     own_.maxima.get() + part * group, own_.sums.get() + part * group});
   }
 
   void attend_at_once(int layer, const AttentionWeights& attention, int t, int head, float* out) {

@@ -84,14 +84,25 @@ bool any_exceeds(const Linear& linear, const Size& input, const Size& limit) {
   return false;
 }
 
-// Lengths of the inputs of a layer's attention.
-Size input_size(const ModelWeights& model, size_t layer) {
-  const Norm& before = model.layers[layer].attention_norms.before;
-  if (before.present()) return norm_size(before, model.hidden);
-  // Else the residual stream itself, which is bounded where the layer before ends in a norm.
-  if (layer > 0 && model.layers[layer - 1].ffn_norms.after.present())
-    return norm_size(model.layers[layer - 1].ffn_norms.after, model.hidden);
-  return {kUnknown, kUnknown};
+// Lengths of the residual stream before the first layer, where some layer reads it as it is.
+Size embedded_size(const ModelWeights& model) {
+  const auto norms_inputs = [](const Layer& layer) { return layer.attention_norms.before.present(); };
+  const bool wanted = !std::all_of(model.layers.begin(), model.layers.end(), norms_inputs);
+  if (!wanted || !model.project_in.empty() || !model.positions.empty()) return {kUnknown, kUnknown};
+  float most = 0.0f;
+  for (int row = 0; row < model.embedding.rows; ++row) most = std::max(most, row_bound(model.embedding, row));
+  return {most * model.embedding_scale, most * model.embedding_scale};
+}
+
+// The same after a layer: bounded where all that it adds is, or where it ends in a norm.
+Size after_layer(const ModelWeights& model, const Layer& layer, Size stream) {
+  if (layer.ffn_norms.after.present()) return norm_size(layer.ffn_norms.after, model.hidden);
+  for (const Norm* norm : {&layer.attention_norms.output, &layer.ffn_norms.output}) {
+    const Size added = norm->present() ? norm_size(*norm, model.hidden) : Size{kUnknown, kUnknown};
+    const float scale = std::fabs(model.residual_scale);
+    stream = {stream.most + added.most * scale, stream.typical + added.typical * scale};
+  }
+  return stream;
 }
 
 }  // namespace
@@ -100,18 +111,21 @@ void choose_cache_width(ModelWeights& model) {
   float scale = 1.0f;  // of rotations
   for (const RotaryTable& table : model.rotary) scale = std::max(scale, table.scale);
   const Size key_limit = {kMost / scale, kMostTypicalKey / scale}, value_limit = {kMost, kUnknown};
-  for (size_t i = 0; i < model.layers.size(); ++i) {
-    Layer& layer = model.layers[i];
+  Size stream = embedded_size(model);
+  for (Layer& layer : model.layers) {
     const AttentionWeights& attention = layer.attention;
-    const Size input = input_size(model, i);
+    const Norm& before = layer.attention_norms.before;
+    const Size input = before.present() ? norm_size(before, model.hidden) : stream;
     bool wide = any_exceeds(attention.value, input, value_limit);
     if (attention.key_norm.present()) {
-      const Size key = norm_size(attention.key_norm, model.head_dim);
-      wide |= !(key.most < key_limit.most) || !(largest(attention.key_norm.weight, model.head_dim) < key_limit.typical);
+      const int size = model.joint_head_norms ? model.kv_size() : model.head_dim;
+      const Size key = norm_size(attention.key_norm, size);
+      wide |= !(key.most < key_limit.most) || !(largest(attention.key_norm.weight, size) < key_limit.typical);
     } else {
       wide = wide || any_exceeds(attention.key, input, key_limit);
     }
     layer.wide_cache = wide;
+    stream = after_layer(model, layer, stream);
   }
 }
 

@@ -65,6 +65,17 @@ class HeadScreen {
   float* least_;
 };
 
+// Limit the logits of `num_rows` tokens where the model does, when all threads have computed their share.
+void limit_logits(Decoder& decoder, int num_rows, int thread, float* logits) {
+  const float most = decoder.weights.logit_limit;
+  if (most == 0.0f) return;
+  decoder.threads.barrier(thread);
+  const size_t stride = round_up(decoder.weights.vocab, kBlockRows);
+  const Range part = share(static_cast<int>(stride), thread, decoder.threads.size());
+  for (int row = 0; row < num_rows; ++row)
+    decoder.kernels.limit(logits + row * stride + part.begin, part.end - part.begin, most);
+}
+
 }  // namespace
 
 void allocate(HeadScratch& scratch, const Matrix& head) {
@@ -74,9 +85,12 @@ void allocate(HeadScratch& scratch, const Matrix& head) {
 }
 
 void compute_head(Decoder& decoder, const Batch& batch, int thread, bool screened, float* logits) {
-  if (!screened || decoder.weights.head.format != Format::int8_planes || batch.num_tokens > kScreenRows)
-    return multiply_head(decoder, batch, logits, thread);
-  HeadScreen(decoder, batch, logits).run(thread);
+  const bool screens = screened && decoder.weights.head.format == Format::int8_planes;
+  if (screens && batch.num_tokens <= kScreenRows)
+    HeadScreen(decoder, batch, logits).run(thread);
+  else
+    multiply_head(decoder, batch, logits, thread);
+  limit_logits(decoder, batch.num_tokens, thread, logits);
 }
 
 }  // namespace coreinfer

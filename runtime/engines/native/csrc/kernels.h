@@ -29,10 +29,11 @@ struct AttentionTask {
   int value_stride;      // head_dim rounded up to 16
   const float* queries;  // (num_queries, head_dim), scaled already
   int num_queries;
-  int begin, end;  // positions
-  float* out;      // (num_queries, value_stride): sum of exp(score - max) * value
-  float* maxima;   // (num_queries); minus infinity where there are no positions
-  float* sums;     // (num_queries): sum of exp(score - max)
+  int begin, end;     // positions
+  float score_limit;  // scores become limit * tanh(score / limit); 0 for none
+  float* out;         // (num_queries, value_stride): sum of exp(score - max) * value
+  float* maxima;      // (num_queries); minus infinity where there are no positions
+  float* sums;        // (num_queries): sum of exp(score - max)
 };
 
 // What `attend` wrote for all heads of some of the positions.
@@ -82,9 +83,10 @@ struct Kernels {
   void (*attend)(const AttentionTask& task);
   // Put parts of the softmax over different positions together: (num_heads, head_dim).
   void (*combine)(const AttentionPart* parts, int num_parts, int num_heads, int head_dim, float* out);
-  // Rotate one head in place by (half) cosines, then as many sines.
+  // Rotate the first 2 * half dimensions of one head in place by (half) cosines, then as many sines.
   void (*rotate)(float* head, const float* angles, int half);
   void (*add)(float* x, const float* y, int size);  // x += y
+  void (*limit)(float* x, int size, float most);    // x = most * tanh(x / most)
   void (*to_half)(const float* x, int size, uint16_t* out);
   // Sum of 64-bit words, as plain a read as there is.
   uint64_t (*read_sum)(const uint64_t* words, size_t num_words);

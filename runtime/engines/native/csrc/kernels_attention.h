@@ -129,6 +129,7 @@ inline void attend_queries(const AttentionTask& task, int query) {
     for (int column = 0; column < size; column += kPositions)
       score_block<T, kCount>(task, query, (base + column) / kPositions, scores, column);
     for (int i = 0; i < kCount; ++i) {
+      if (task.score_limit > 0.0f) limit(scores[i], size, task.score_limit);
       for (int position = base; position < task.begin; ++position) scores[i][position - base] = -__builtin_inff();
       for (int column = last - base; column < size; ++column) scores[i][column] = -__builtin_inff();
       shrink[i] = soften(scores[i], size, task.maxima[query + i], task.sums[query + i]);

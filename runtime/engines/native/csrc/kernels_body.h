@@ -355,8 +355,6 @@ void activate(Nonlinearity kind, const float* gate, const float* up, int size, i
     }
 }
 
-#include "kernels_attention.h"
-
 int largest(const float* values, int size) {
   constexpr int kStep = 1024;
   float best = values[0];
@@ -383,6 +381,24 @@ void add(float* x, const float* y, int size) {
   for (; i < size; ++i) x[i] += y[i];
 }
 
+// tanh(u) = 1 - 2 / (1 + exp(2 u)), whose error is that of a number near 1: small beside the limit.
+inline V::F limited(V::F x, float most) {
+  const V::F one = V::set1(1.0f), two = V::set1(2.0f);
+  return V::set1(most) * (one - two / (one + exp_vector(x * V::set1(2.0f / most))));
+}
+
+void limit(float* x, int size, float most) {
+  int i = 0;
+  for (; i + V::kLanes <= size; i += V::kLanes) V::store(x + i, limited(V::load(x + i), most));
+  if (i == size) return;
+  float padded[V::kLanes];
+  load_tail(x + i, size - i, padded);
+  V::store(padded, limited(V::load(padded), most));
+  for (int j = 0; i < size; ++i, ++j) x[i] = padded[j];
+}
+
+#include "kernels_attention.h"
+
 void to_half(const float* x, int size, uint16_t* out) {
   int i = 0;
   for (; i + V::kLanes <= size; i += V::kLanes) V::store_half(out + i, V::load(x + i));
@@ -406,5 +422,5 @@ uint64_t read_sum(const uint64_t* words, size_t num_words) {
   return total;
 }
 
-const Kernels kTable = {V::kName, false,   quantize, measure, multiply, screen, rms_norm, layer_norm,
-                        activate, largest, attend,   combine, rotate,   add,    to_half,  read_sum};
+const Kernels kTable = {V::kName, false,  quantize, measure, multiply, screen, rms_norm, layer_norm, activate,
+                        largest,  attend, combine,  rotate,  add,      limit,  to_half,  read_sum};

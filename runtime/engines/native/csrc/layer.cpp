@@ -100,17 +100,21 @@ void finish_sublayer(const ModelWeights& weights, const Kernels& kernels, const 
                      float* y, float* x) {
   if (bias) kernels.add(y, bias, weights.hidden);
   if (norms.output.present()) apply_norm(weights, kernels, norms.output, y, weights.hidden, y);
+  if (weights.residual_scale != 1.0f)
+    for (int i = 0; i < weights.hidden; ++i) y[i] *= weights.residual_scale;
   kernels.add(x, y, weights.hidden);
   if (norms.after.present()) apply_norm(weights, kernels, norms.after, x, weights.hidden, x);
 }
 
 void prepare_heads(const ModelWeights& weights, const Kernels& kernels, const Linear& linear, const Norm& norm,
-                   const float* angles, int num_heads, float* heads) {
-  const int size = weights.head_dim, half = size / 2;
+                   const Rotation& rotation, int num_heads, float* heads) {
+  const int size = weights.head_dim;
+  const bool norms_each = norm.present() && !weights.joint_head_norms;
   if (linear.bias) kernels.add(heads, linear.bias, num_heads * size);
+  if (norm.present() && !norms_each) apply_norm(weights, kernels, norm, heads, num_heads * size, heads);
   for (int head = 0; head < num_heads; ++head, heads += size) {
-    if (norm.present()) apply_norm(weights, kernels, norm, heads, size, heads);
-    if (angles) kernels.rotate(heads, angles, half);
+    if (norms_each) apply_norm(weights, kernels, norm, heads, size, heads);
+    if (rotation.angles) kernels.rotate(heads, rotation.angles, rotation.half);
   }
 }
 
@@ -126,8 +130,8 @@ Range attention_share(const AttentionWeights& attention, int position, int threa
 }
 
 void fill_angles(const ModelWeights& weights, int position, float* angles) {
-  const int half = weights.head_dim / 2;
   for (const RotaryTable& table : weights.rotary) {
+    const int half = table.half();
     for (int i = 0; i < half; ++i) {
       const float angle = table.inverse_frequencies[i] * static_cast<float>(position);
       angles[i] = std::cos(angle) * table.scale;
@@ -137,8 +141,9 @@ void fill_angles(const ModelWeights& weights, int position, float* angles) {
   }
 }
 
-const float* angles_of(const ModelWeights& weights, const AttentionWeights& attention, const float* angles) {
-  return attention.rope < 0 ? nullptr : angles + attention.rope * weights.head_dim;
+Rotation rotation_of(const ModelWeights& weights, const AttentionWeights& attention, const float* angles) {
+  if (attention.rope < 0) return {nullptr, 0};
+  return {angles + attention.rope * weights.head_dim, weights.rotary[attention.rope].half()};
 }
 
 namespace {

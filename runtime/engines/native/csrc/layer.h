@@ -53,12 +53,17 @@ void prepare_inputs(const ModelWeights& weights, const Kernels& kernels, const N
 // x += norms.output(y + bias), then norms.after in place; y is overwritten.
 void finish_sublayer(const ModelWeights& weights, const Kernels& kernels, const SublayerNorms& norms, const float* bias,
                      float* y, float* x);
+// How a layer rotates the heads of a token: `half` cosines, then as many sines; none where it does not.
+struct Rotation {
+  const float* angles;
+  int half;
+};
 // Bias, norm and rotation of one token's heads, in place.
 void prepare_heads(const ModelWeights& weights, const Kernels& kernels, const Linear& linear, const Norm& norm,
-                   const float* angles, int num_heads, float* heads);
-// head_dim / 2 cosines, then as many sines, for each rotary table.
+                   const Rotation& rotation, int num_heads, float* heads);
+// For each rotary table head_dim numbers, of which it fills as many as it rotates.
 void fill_angles(const ModelWeights& weights, int position, float* angles);
-const float* angles_of(const ModelWeights& weights, const AttentionWeights& attention, const float* angles);
+Rotation rotation_of(const ModelWeights& weights, const AttentionWeights& attention, const float* angles);
 // act(gate) * up for units [begin, end), rounded; `gate` and `up` are (tokens, neurons of these units). What lies beyond
 // the last neuron becomes 0.
 void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const FfnWeights& ffn, int begin, int end,

@@ -94,10 +94,10 @@ class TokenPass {
     const Range positions = attention_share(attention, position_, thread_, num_threads_);
     prefetch_cache(layer, positions);
     decoder_.threads.barrier(thread_);
-    const float* angles = angles_of(weights_, attention, own_.angles.get());
+    const Rotation rotation = rotation_of(weights_, attention, own_.angles.get());
     // Nobody else reads the new token's key and value.
-    if (positions.begin <= position_ && position_ < positions.end) store(layer, attention, angles);
-    attend(layer, attention, angles, positions);
+    if (positions.begin <= position_ && position_ < positions.end) store(layer, attention, rotation);
+    attend(layer, attention, rotation, positions);
     prefetch_share({&attention.output.weight}, thread_, num_threads_);
     decoder_.threads.barrier(thread_);
     combine();
@@ -125,25 +125,25 @@ class TokenPass {
     }
   }
 
-  void store(int layer, const AttentionWeights& attention, const float* angles) {
-    prepare_heads(weights_, kernels_, attention.key, attention.key_norm, angles, weights_.num_kv_heads, key_);
+  void store(int layer, const AttentionWeights& attention, const Rotation& rotation) {
+    prepare_heads(weights_, kernels_, attention.key, attention.key_norm, rotation, weights_.num_kv_heads, key_);
     if (attention.value.bias) kernels_.add(value_, attention.value.bias, weights_.kv_size());
     for (int head = 0; head < weights_.num_kv_heads; ++head)
       decoder_.pool.store(kernels_, row_.pages, layer, head, position_, key_ + head * weights_.head_dim,
                           value_ + head * weights_.head_dim);
   }
 
-  void attend(int layer, const AttentionWeights& attention, const float* angles, Range positions) {
+  void attend(int layer, const AttentionWeights& attention, const Rotation& rotation, Range positions) {
     float* queries = own_.queries.get();
     std::memcpy(queries, query_, sizeof(float) * weights_.query_size());
-    prepare_heads(weights_, kernels_, attention.query, attention.query_norm, angles, weights_.num_heads, queries);
+    prepare_heads(weights_, kernels_, attention.query, attention.query_norm, rotation, weights_.num_heads, queries);
     for (int i = 0; i < weights_.query_size(); ++i) queries[i] *= weights_.attention_scale;
     const int group = weights_.group_size(), stride = decoder_.pool.layout.value_stride();
     for (int head = 0; head < weights_.num_kv_heads; ++head)
       kernels_.attend({row_.pages, decoder_.pool.head(layer, head), weights_.head_dim, stride,
                        queries + head * group * weights_.head_dim, group, positions.begin, positions.end,
-                       own_.partial.get() + size_t(head) * group * stride, own_.maxima.get() + head * group,
-                       own_.sums.get() + head * group});
+                       weights_.score_limit, own_.partial.get() + size_t(head) * group * stride,
+                       own_.maxima.get() + head * group, own_.sums.get() + head * group});
   }
 
   // Put the threads' parts of the softmax together; every thread does it for itself.

@@ -22,7 +22,7 @@ struct Linear {
 
 struct AttentionWeights {
   Linear query, key, value, output;
-  Norm query_norm, key_norm;  // of each head
+  Norm query_norm, key_norm;  // of each head, or of all of them together
   int rope = -1;              // which rotary table, -1 for none
   int window = 0;             // positions that a token sees, itself included; 0 for all
 };
@@ -46,14 +46,18 @@ struct Layer {
 };
 
 struct RotaryTable {
-  std::vector<float> inverse_frequencies;  // (head_dim / 2)
+  std::vector<float> inverse_frequencies;  // (rotated / 2): of each head so many dimensions, the first, are rotated
   float scale = 1.0f;                      // of cos and sin
+  int half() const { return static_cast<int>(inverse_frequencies.size()); }
 };
 
 struct ModelWeights {
   int hidden = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0, vocab = 0, max_positions = 0;
   float epsilon = 0.0f, attention_scale = 0.0f, embedding_scale = 1.0f;
-  bool layer_norm = false;  // else RMS norm
+  float residual_scale = 1.0f;                   // of what a sublayer adds to the residual stream
+  float score_limit = 0.0f, logit_limit = 0.0f;  // x becomes limit * tanh(x / limit); 0 for none
+  bool layer_norm = false;                       // else RMS norm
+  bool joint_head_norms = false;                 // norms of queries and keys take all heads together
   Nonlinearity nonlinearity = Nonlinearity::silu;
   Matrix embedding, positions, project_in, project_out, head;  // positions and projections may be empty
   int position_offset = 0;
