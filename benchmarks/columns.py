@@ -1,11 +1,12 @@
 """What is gained where a token reads only the columns of the inputs that it wants, beside today's int4 kernel.
 
-    python benchmarks/columns.py [--shapes 7b] [--plans tttt,ssss] [--shares 1,0.75,0.64,0.5] [--rounds 9]
+    python benchmarks/columns.py [--shapes 7b] [--plans gggg,rrgr] [--shares 1,0.75,0.64,0.5] [--rounds 9]
 
 Whole layers of random weights (query, key and value; output; gate and up; down) are multiplied with one token's
 inputs, in rounds that take all plans and shares in turn, with the plain read bandwidth in every round. A plan has a
 letter for each of the four: r, the engine's row-interleaved kernel on the engine's threads, which reads everything; or
-t, l or s, a design that goes through wanted columns (benchmarks/columns/products.h). Which inputs a token wants changes
+x, t, g or s, a design that goes through wanted columns (benchmarks/columns/products.h; x reads them and multiplies
+nothing). Which inputs a token wants changes
 from token to token and layer to layer; choosing and rounding them is timed too. The program in benchmarks/columns is
 compiled with $CXX and the options of setup.py; it compares every plan's products with the portable kernels' first and
 fails where they differ. A table goes to stdout, then one JSON line. Needs a CPU with AVX2.
@@ -67,7 +68,7 @@ class Options:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--shapes", default="1b,3b,7b", help=f"Of {', '.join(SHAPES)}.")
-@click.option("--plans", default="tttt,gggg,llll,ssss", help="Four letters each: how qkv, o, gate/up, down are read.")
+@click.option("--plans", default="xxxx,tttt,gggg,ssss,rrgr", help="Four letters each, for qkv, o, gate/up, down.")
 @click.option("--shares", default="1,0.75,0.64,0.5", help="Of the inputs that a token wants.")
 @click.option("--rounds", default=9)
 @click.option("--tokens", default=1, help="Timed at once.")
@@ -111,8 +112,8 @@ def compile_program(folder: Path) -> Path:
 
 def measure(program: Path, shape: Shape, options: Options) -> dict[str, Any]:
     """Run the program on one shape: the bytes of all layers, and seconds by round, run and matrix."""
-    numbers = (shape.hidden, shape.qkv, shape.ffn, shape.layers, options.threads, options.panel_outputs)
-    numbers += (options.rounds + 1, options.tokens)
+    numbers = [shape.hidden, shape.qkv, shape.ffn, shape.layers, options.threads, options.panel_outputs]
+    numbers += [options.rounds + 1, options.tokens]
     arguments = [*map(str, numbers), ",".join([_DENSE, *options.plans]), ",".join(options.shares)]
     done = subprocess.run([program, *arguments], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

@@ -25,15 +25,18 @@ using Seconds = std::array<double, kNumKinds>;
 
 constexpr int kNumTokens = 16;  // different ones, in turn
 
-// How each kind of matrix is multiplied: 'r' by rows, as the engine does, or by columns.
+// How each kind of matrix is multiplied: 'r' by rows, as the engine does, or by a design's letter.
 struct Plan {
   std::string letters;
   bool by_rows(int kind) const { return letters[kind] == 'r'; }
   Design design(int kind) const {
-    return letters[kind] == 't'   ? Design::tiles
-           : letters[kind] == 'g' ? Design::groups
-           : letters[kind] == 'l' ? Design::lines
-                                  : Design::streams;
+    switch (letters[kind]) {
+      case 'x': return Design::reads;
+      case 't': return Design::tiles;
+      case 'g': return Design::groups;
+      case 's': return Design::streams;
+    }
+    throw std::invalid_argument("plan: expected four of r, x, t, g, s, got '" + letters + "'");
   }
 };
 
@@ -155,7 +158,10 @@ std::vector<float> Program::expected(int kind, int token, double share) {
 }
 
 void Program::check(const Plan& plan, double share) {
+  if (plan.letters.size() != kNumKinds)
+    throw std::invalid_argument("plan: expected four letters, got '" + plan.letters + "'");
   for (int kind = 0; kind < kNumKinds; ++kind) {
+    if (!plan.by_rows(kind) && plan.design(kind) == Design::reads) continue;
     const double read = plan.by_rows(kind) ? 1.0 : share;
     const std::vector<float> want = expected(kind, 1, read);
     threads_.run([&](int thread) { multiply(plan, share, layers_.shape.layers - 1, kind, 1, thread); });
@@ -233,7 +239,7 @@ int measure(char** arguments) {
   std::vector<Run> runs;
   for (const std::string& letters : split(arguments[8]))
     for (const std::string& share : split(arguments[9])) {
-      if (letters.find_first_not_of("r") == std::string::npos && !runs.empty()) continue;
+      if (letters == "rrrr" && !runs.empty()) continue;  // the same at every share
       runs.push_back({{letters}, std::atof(share.c_str())});
     }
   for (const Run& run : runs) program.check(run.plan, run.share);

@@ -26,19 +26,19 @@ struct Wanted {
   std::vector<Pair> pairs;
 };
 
-// The inputs of groups [begin, end), quantized already, with |x| * norm > threshold. `column_bytes` is that of the matrix.
-void choose(const coreinfer::Activations& x, const float* norms, float threshold, size_t column_bytes, int begin,
+// The inputs of groups [begin, end), quantized already, with |x| * norm > threshold. `column_stride` is the matrix's.
+void choose(const coreinfer::Activations& x, const float* norms, float threshold, size_t column_stride, int begin,
             int end, Wanted& wanted);
 
-// How the columns of a group are gone through.
+// How the wanted columns of a group are gone through.
 enum class Design {
-  tiles,    // all wanted columns of a group together, tile by tile; asks for what comes some tiles later
+  reads,    // no products: one column after the other is read, which is the least that any design takes
+  tiles,    // all columns together, tile by tile; asks for the bytes some tiles later in each of them
   groups,   // the same, but asks for the next group's columns one after the other
-  lines,    // the same, two tiles at once, with little work for asking
-  streams,  // eight columns at a time, each over all outputs of the panel; sums wait in the first-level cache
+  streams,  // eight columns at a time over all outputs of the panel; sums wait in the first-level cache
 };
 
-// out (outputs) += the products of the wanted inputs. `sums` is memory for one panel's outputs.
+// out (outputs) += the products of the wanted inputs. `sums` is memory for twice as many sums as a panel has outputs.
 void multiply(Design design, const ColumnMatrix& w, const Wanted& wanted, int16_t* sums, float* out);
 
 }  // namespace columns
