@@ -16,7 +16,7 @@ from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from coreinfer.runtime.prompts.prompt_format import PromptFormat
 
 from .gguf_factory import contents, tiny_config, tiny_model, write
-from .test_gguf_property import LLAMA3, YARN, YARN_KEYS, llama3_factors
+from .test_gguf_positions import LLAMA3, YARN, YARN_KEYS, llama3_factors
 
 IDS = list(range(3, 43))
 TEMPLATES = {

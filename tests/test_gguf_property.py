@@ -306,5 +306,5 @@ def test_granite_without_rotary_embeddings_is_refused(tmp_path: Path) -> None:
 def test_other_architectures_are_refused(stated: str | None, tmp_path: Path) -> None:
     what = written("llama")
     what.architecture = stated or ""
-    with pytest.raises(UnsupportedModelError, match=r"architecture.* is not supported in GGUF; supported: llama, qw"):
+    with pytest.raises(UnsupportedModelError, match=r"architecture.* is not supported in GGUF; supported: llama, "):
         load(save(what, tmp_path))
