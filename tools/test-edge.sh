@@ -66,7 +66,7 @@ answer_here() {
     -o "$edge/expected.jsonl" -n "$tokens" --temperature 0
 }
 
-device() { chroot "$root" /usr/bin/env -i PATH=/device/bin:/usr/bin LANG=C.UTF-8 QEMU_CPU="$QEMU_CPU" "$@"; }
+device() { chroot "$root" /usr/bin/env -i PATH=/device/bin:/usr/bin:/bin LANG=C.UTF-8 QEMU_CPU="$QEMU_CPU" "$@"; }
 
 mount_device() {
   mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
