@@ -37,27 +37,29 @@ check() { # bundle, prompts
     refuse "binfmt_misc cannot be mounted in a user namespace; this needs Linux 6.7 and the module binfmt_misc, here is $(uname -r)"
 }
 
-# Nothing of it is run while it is unpacked: Python needs no more, and it takes seconds instead of minutes.
+# Nothing of it is run while it is unpacked, which takes seconds instead of minutes. numpy's wheel needs libstdc++.
 unpack_system() {
   [ ! -e "$edge/$SUITE" ] || return 0
   rm -rf "$root"
   apt-get indextargets --format 'deb [arch=arm64] $(REPO_URI) $(CODENAME) $(COMPONENT)' 'Created-By: Packages' \
     "Codename: $SUITE" >"$edge/sources"
   [ -s "$edge/sources" ] || refuse "SUITE: expected one that apt has here, got '$SUITE'"
-  mmdebstrap --quiet --mode=root --variant=extract --arch=arm64 --include='?essential' --include=python3-venv \
+  mmdebstrap --quiet --mode=root --variant=extract --arch=arm64 --include='?essential' --include=python3,libstdc++6 \
     "$SUITE" "$root" - <"$edge/sources"
   touch "$edge/$SUITE"
 }
 
-fetch_wheels() {
+# By this machine's pip, for the device's platform: an emulated one takes minutes.
+install() { # folder of the device, extras
   local version minor platforms=manylinux2014_aarch64
   version=$(basename "$(readlink "$root/usr/bin/python3")")
   for minor in $(seq 17 36); do platforms="$platforms manylinux_2_${minor}_aarch64"; done
-  rm -rf "$root/wheels"
+  rm -rf "${root:?}/$1"
   # shellcheck disable=SC2046,SC2086
-  "$PYTHON" -m pip --disable-pip-version-check download --quiet --only-binary=:all: --implementation cp \
-    --python-version "${version#python}" $(printf -- '--platform %s ' $platforms) --dest "$root/wheels" \
-    "$(ls "$wheels"/*-manylinux*_aarch64.whl)[faiss,serve]"
+  "$PYTHON" -m pip --disable-pip-version-check install --quiet --only-binary=:all: --implementation cp --no-compile \
+    --python-version "${version#python}" $(printf -- '--platform %s ' $platforms) --target "$root/$1" \
+    "$(ls "$wheels"/*-manylinux*_aarch64.whl)$2"
+  du -sm "$root/$1"
 }
 
 answer_here() {
@@ -66,7 +68,11 @@ answer_here() {
     -o "$edge/expected.jsonl" -n "$tokens" --temperature 0
 }
 
-device() { chroot "$root" /usr/bin/env -i PATH=/device/bin:/usr/bin:/bin LANG=C.UTF-8 QEMU_CPU="$QEMU_CPU" "$@"; }
+device() { # folder of packages, program, arguments
+  local packages=$1
+  shift
+  chroot "$root" /usr/bin/env -i PATH=/usr/bin:/bin LANG=C.UTF-8 QEMU_CPU="$QEMU_CPU" PYTHONPATH="/$packages" "$@"
+}
 
 mount_device() {
   mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
@@ -78,22 +84,16 @@ mount_device() {
   ip link set lo up
 }
 
-install() { # requirement
-  say "pip install $1"
-  device pip --disable-pip-version-check install --quiet --no-index --find-links /wheels --no-compile "$1"
-  device du -sm --exclude=__pycache__ /device/lib
-}
-
-answer() {
+answer() { # folder of packages
   say "coreinfer-run, $1"
   rm -f "$root/answers.jsonl"
-  device coreinfer-run /bundle --batch /prompts.jsonl -o /answers.jsonl -n "$tokens" --temperature 0
+  device "$1" python3 "/$1/bin/coreinfer-run" /bundle --batch /prompts.jsonl -o /answers.jsonl -n "$tokens" --temperature 0
   "$PYTHON" "$source/tools/compare_answers.py" "$edge/expected.jsonl" "$root/answers.jsonl"
 }
 
 serve() {
   say "coreinfer-serve"
-  device coreinfer-serve /bundle --port $port &
+  device with-faiss python3 /with-faiss/bin/coreinfer-serve /bundle --port $port &
   local server=$! attempt
   for attempt in $(seq 120); do
     ! curl -s -o /dev/null "127.0.0.1:$port/health" || break
@@ -109,17 +109,12 @@ serve() {
 
 in_the_device() {
   mount_device
-  say "$(device uname -m), $(device python3 --version), QEMU's $QEMU_CPU"
-  rm -rf "$root/device"
-  device python3 -m venv /device
-  install coreinfer
-  device python -c 'from coreinfer.runtime.engines.native import _native as native
+  say "$(device without-faiss uname -m), $(device without-faiss python3 --version), QEMU's $QEMU_CPU"
+  device without-faiss python3 -c 'from coreinfer.runtime.engines.native import _native as native
 names = native.available_isas()
 print("kernels:", names[0], "(with dot products)" if names[0] == "neon" else "(no dot products)", "of", *names)'
-  answer "without FAISS"
-  device coreinfer-run /bundle "What is a fjord?" -n 16 --temperature 0
-  install 'coreinfer[faiss,serve]'
-  answer "with FAISS"
+  answer without-faiss
+  answer with-faiss
   serve
 }
 
@@ -133,7 +128,8 @@ prompts=${2:-$source/tools/edge_prompts.jsonl}
 check "$1" "$prompts"
 mkdir -p "$edge"
 unpack_system
-fetch_wheels
+install without-faiss ''
+install with-faiss '[faiss,serve]'
 rm -rf "$root/bundle"
 cp -rL "$1" "$root/bundle"
 cp "$prompts" "$root/prompts.jsonl"
