@@ -1,13 +1,11 @@
 """Examples of other programs: each is run as its first lines say, on a tiny bundle."""
 
+import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
-import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,72 +79,72 @@ def test_chats(name: str, server: RunningServer, answers: list[str]) -> None:
 # llm
 
 
-@pytest.fixture(scope="module")
-def llm_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """llm and the plugin, installed above this environment: llm wants openai 3, which llama-index does not take."""
-    folder = tmp_path_factory.mktemp("llm")
-    venv.create(folder / "venv", symlinks=True)
-    python = folder / "venv/bin/python"
-    above = next((folder / "venv/lib").glob("python*/site-packages")) / "below.pth"
-    above.write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n", encoding="utf-8")
-    # From a copy: building leaves folders beside the source.
-    plugin = shutil.copytree(EXAMPLES / "llm-coreinfer", folder / "plugin")
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-build-isolation"]
-    done = run([*pip, str(plugin)])
-    assert done.status == 0, done.err
-    return folder / "venv/bin/llm"
-
-
-Llm = Callable[..., Done]
+needs_llm = pytest.mark.skipif(
+    importlib.util.find_spec("llm") is None,
+    reason="no package llm: it wants openai 3, which llama-index does not take; install it elsewhere",
+)
+# As the entry point would have it, which an installation makes.
+START = """
+import sys
+import llm
+from llm import cli, plugins
+import llm_coreinfer
+plugins.pm.register(llm_coreinfer)
+llm_coreinfer.register_commands(cli.cli)
+cli.cli(prog_name="llm")
+"""
 
 
 @pytest.fixture
-def llm(llm_program: Path, tmp_path: Path) -> Llm:
-    """Runs llm with no plugin but this one, and with a memory of its own."""
-    home = tmp_path / "llm"
-    home.mkdir()
-
-    def llm(*arguments: object) -> Done:
-        command = [str(llm_program), *map(str, arguments)]
-        return run(command, LLM_USER_PATH=str(home), LLM_LOAD_PLUGINS="llm-coreinfer")
-
-    return llm
+def home(tmp_path: Path) -> Path:
+    """A folder for what llm remembers."""
+    return tmp_path / "llm"
 
 
-def test_llm_answers_and_goes_on(llm: Llm, long_bundle: Path, answers: list[str]) -> None:
-    assert llm("coreinfer", "add", "tiny", long_bundle).status == 0
-    assert llm("coreinfer", "list").out == f"tiny\t{long_bundle}\n"
-    first = llm("-m", "tiny", TURNS[0], "-o", "max_tokens", 64, "-o", "temperature", 0)
+def llm(home: Path, *arguments: object) -> Done:
+    home.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", START, *map(str, arguments)]
+    path = os.pathsep.join([str(EXAMPLES / "llm-coreinfer"), os.environ.get("PYTHONPATH", "")])
+    return run(command, LLM_USER_PATH=str(home), LLM_LOAD_PLUGINS="", PYTHONPATH=path)
+
+
+@needs_llm
+def test_llm_answers_and_goes_on(home: Path, long_bundle: Path, answers: list[str]) -> None:
+    assert llm(home, "coreinfer", "add", "tiny", long_bundle).status == 0
+    assert llm(home, "coreinfer", "list").out == f"tiny\t{long_bundle}\n"
+    first = llm(home, "-m", "tiny", TURNS[0], "-o", "max_tokens", 64, "-o", "temperature", 0)
     assert (first.status, first.out) == (0, answers[0] + "\n"), first.err
-    second = llm("-c", TURNS[1], "-o", "max_tokens", 64, "-o", "temperature", 0)
+    second = llm(home, "-c", TURNS[1], "-o", "max_tokens", 64, "-o", "temperature", 0)
     assert (second.status, second.out) == (0, answers[1] + "\n"), second.err
-    whole = llm("-m", "tiny", TURNS[0], "--no-stream", "-o", "max_tokens", 64, "-o", "temperature", 0)
+    whole = llm(home, "-m", "tiny", TURNS[0], "--no-stream", "-o", "max_tokens", 64, "-o", "temperature", 0)
     assert whole.out == first.out
-    logged = json.loads(llm("logs", "--json", "-n", 1).out)[0]
+    logged = json.loads(llm(home, "logs", "--json", "-n", 1).out)[0]
     assert logged["output_tokens"] == 64
     assert logged["input_tokens"] > 0
-    assert llm("coreinfer", "remove", "tiny").status == 0
-    assert llm("coreinfer", "list").out == ""
+    assert llm(home, "coreinfer", "remove", "tiny").status == 0
+    assert llm(home, "coreinfer", "list").out == ""
 
 
-def test_llm_follows_a_schema(llm: Llm, long_bundle: Path) -> None:
-    llm("coreinfer", "add", "tiny", long_bundle)
+@needs_llm
+def test_llm_follows_a_schema(home: Path, long_bundle: Path) -> None:
+    llm(home, "coreinfer", "add", "tiny", long_bundle)
     days = {"days": {"enum": [1, 2, 3]}}
     schema = {"type": "object", "properties": days, "required": ["days"], "additionalProperties": False}
-    done = llm("-m", "tiny", PROMPT, "--schema", json.dumps(schema), "-o", "max_tokens", 60)
+    done = llm(home, "-m", "tiny", PROMPT, "--schema", json.dumps(schema), "-o", "max_tokens", 60)
     assert done.status == 0, done.err
     assert json.loads(done.out)["days"] in (1, 2, 3)
 
 
-def test_llm_is_told_what_is_wrong(llm: Llm, long_bundle: Path, tmp_path: Path) -> None:
-    refused = llm("coreinfer", "add", "none", tmp_path)
+@needs_llm
+def test_llm_is_told_what_is_wrong(home: Path, long_bundle: Path, tmp_path: Path) -> None:
+    refused = llm(home, "coreinfer", "add", "none", tmp_path)
     assert refused.status == 2
     assert "is no bundle: expected a folder with manifest.json" in refused.err
-    assert "is no model of this plugin" in llm("coreinfer", "remove", "none").err
-    llm("coreinfer", "add", "tiny", long_bundle)
-    wrong = llm("-m", "tiny", PROMPT, "-o", "temperature", -1)
+    assert "is no model of this plugin" in llm(home, "coreinfer", "remove", "none").err
+    llm(home, "coreinfer", "add", "tiny", long_bundle)
+    wrong = llm(home, "-m", "tiny", PROMPT, "-o", "temperature", -1)
     assert wrong.status == 1
     assert wrong.err.startswith("Error: temperature: expected")
     image = tmp_path / "image.png"
     image.write_bytes(b"\x89PNG\r\n\x1a\n")
-    assert "does not support attachments" in llm("-m", "tiny", PROMPT, "-a", image).err.replace("\n", " ")
+    assert "does not support attachments" in llm(home, "-m", "tiny", PROMPT, "-a", image).err.replace("\n", " ")
