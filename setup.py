@@ -3,7 +3,7 @@
 import os
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
 # GCC 12 warns of its own AVX-512 headers, and of vectors as arguments of functions that are all inlined.
@@ -29,6 +29,8 @@ def extension(module: str, folders: list[str], options: list[str]) -> Pybind11Ex
     )
 
 
+# A compiler for each core, or as many as COREINFER_BUILD_JOBS says.
+ParallelCompile("COREINFER_BUILD_JOBS").install()
 setup(
     ext_modules=[
         extension(

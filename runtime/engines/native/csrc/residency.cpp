@@ -1,6 +1,10 @@
 #include "residency.h"
 
 #include <sys/mman.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 
@@ -21,8 +25,8 @@ bool has_own_embedding(const ModelWeights& weights) {
 void hold(const uint8_t* begin, const uint8_t* end) {
   if (begin >= end) return;
   auto* start = const_cast<uint8_t*>(begin);
-#ifdef MLOCK_ONFAULT
-  mlock2(start, end - begin, MLOCK_ONFAULT);
+#if defined(MLOCK_ONFAULT) && defined(SYS_mlock2)
+  syscall(SYS_mlock2, start, end - begin, MLOCK_ONFAULT);  // glibc has had a function for it since 2.27 only
 #endif
   madvise(start, end - begin, MADV_POPULATE_READ);
 }
