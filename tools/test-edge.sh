@@ -95,7 +95,7 @@ serve() {
   say "coreinfer-serve"
   device with-faiss python3 /with-faiss/bin/coreinfer-serve /bundle --port $port &
   local server=$! attempt
-  for attempt in $(seq 120); do
+  for attempt in $(seq 600); do
     ! curl -s -o /dev/null "127.0.0.1:$port/health" || break
     kill -0 $server 2>/dev/null || refuse "the server ended before it answered"
     sleep 1
