@@ -21,11 +21,13 @@ std::vector<const Kernels*> available_kernels() {
   if (cpu.avx2) tables.push_back(&avx2_kernels());
 #elif defined(__aarch64__)
 #if defined(__linux__)
-  const bool dot_product = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+  // What kernels_neon.cpp is compiled for: dot products of bytes, and arithmetic of half precision.
+  constexpr unsigned long kNeeded = HWCAP_ASIMDDP | HWCAP_ASIMDHP;
+  const bool has_both = (getauxval(AT_HWCAP) & kNeeded) == kNeeded;
 #else
-  const bool dot_product = true;
+  const bool has_both = true;
 #endif
-  if (dot_product) tables.push_back(&neon_kernels());
+  if (has_both) tables.push_back(&neon_kernels());
 #endif
   tables.push_back(&portable_kernels());
   return tables;
