@@ -71,8 +71,6 @@ class Family:
         return {role: path for role, path in paths.items() if path is not None}
 
 
-_GEMMA: Any = {"activation_field": "hidden_activation", "adds_ffn_output": False, "tied_head": True}
-
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="opt",
@@ -95,8 +93,20 @@ FAMILIES: tuple[Family, ...] = (
     Family(name="granite", model_types=("granite",), adds_ffn_output=False),
     Family(name="qwen2", model_types=("qwen2",)),
     Family(name="qwen3", model_types=("qwen3",)),
-    Family(name="gemma2", model_types=("gemma2",), **_GEMMA),
-    Family(name="gemma3", model_types=("gemma3_text",), **_GEMMA),
+    Family(
+        name="gemma2",
+        model_types=("gemma2",),
+        activation_field="hidden_activation",
+        adds_ffn_output=False,
+        tied_head=True,
+    ),
+    Family(
+        name="gemma3",
+        model_types=("gemma3_text",),
+        activation_field="hidden_activation",
+        adds_ffn_output=False,
+        tied_head=True,
+    ),
     Family(name="olmo2", model_types=("olmo2",), adds_ffn_output=False),
     Family(name="olmo3", model_types=("olmo3",), adds_ffn_output=False),
     Family(
