@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from coreinfer import runtime
 from coreinfer.bundles import Bundle, ConfigError, open_bundle
+from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
 from coreinfer.bundles.statistics import SELECTIONS
 from coreinfer.runtime.engines import kv_limits
 from coreinfer.runtime.engines.kv_limits import PAGE_TOKENS, count_pages, pages_of
@@ -195,7 +196,9 @@ def test_a_limit_below_a_page_is_refused(tiny_bundle: Callable[..., Path]) -> No
 def test_loading_sets_the_limit(engine: Any, tiny_bundle: Callable[..., Path]) -> None:
     page_mb = 0.2
     loaded = runtime.load(tiny_bundle("llama"), engine=engine, device="cpu", kv_cache_mb=3 * page_mb)
-    page_bytes = loaded.decoder.page_bytes if isinstance(loaded.decoder, NativeDecoder) else PAGE_TOKENS * 3 * 2 * 8 * 4
+    # Torch computes in float32 where the CPU does not multiply bfloat16.
+    torch_bytes = PAGE_TOKENS * 3 * 2 * 2 * 8 * (2 if cpu_multiplies_bf16() else 4)
+    page_bytes = loaded.decoder.page_bytes if isinstance(loaded.decoder, NativeDecoder) else torch_bytes
     assert loaded.decoder.num_pages == 3 * page_mb * 1e6 // page_bytes
     for wrong in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="kv_cache_mb: expected a number above 0"):

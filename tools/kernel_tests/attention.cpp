@@ -30,7 +30,7 @@ struct Cache {
 
 float kept(float value, bool wide) { return wide ? value : half_to_float(float_to_half(value)); }
 
-void test_attend(const Kernels& kernels, bool wide) {
+void test_attend(const Kernels& kernels, bool wide, float limit) {
   for (int head_dim : {2, 8, 64, 80})
     for (int num_queries : {1, 3, 5})
       for (const auto& [begin, end] : {std::pair{0, 1}, {0, 15}, {3, 40}, {16, 17}, {7, 300}, {5, 5}}) {
@@ -47,7 +47,7 @@ void test_attend(const Kernels& kernels, bool wide) {
         maxima.resize(num_queries);
         sums.resize(num_queries);
         expected.resize(num_queries * stride);
-        kernels.attend({cache.pages(), cache.head(), head_dim, stride, queries.get(), num_queries, begin, end,
+        kernels.attend({cache.pages(), cache.head(), head_dim, stride, queries.get(), num_queries, begin, end, limit,
                         out.get(), maxima.get(), sums.get()});
         if (begin == end) continue;
         for (int q = 0; q < num_queries; ++q) {
@@ -57,6 +57,7 @@ void test_attend(const Kernels& kernels, bool wide) {
             double score = 0;
             for (int d = 0; d < head_dim; ++d)
               score += double(queries.get()[q * head_dim + d]) * kept(key.get()[p * head_dim + d], wide);
+            if (limit > 0) score = limit * std::tanh(score / limit);
             const double weight = std::exp(score - maxima.get()[q]);
             total += weight;
             for (int d = 0; d < head_dim; ++d) sum[d] += weight * kept(value.get()[p * head_dim + d], wide);
@@ -89,7 +90,7 @@ void test_combine(const Kernels& kernels) {
         maxima[part].resize(num_heads);
         sums[part].resize(num_heads);
         kernels.attend({cache.pages(), cache.head(), head_dim, stride, queries.get(), num_heads, bounds[part][0],
-                        bounds[part][1], values[part].get(), maxima[part].get(), sums[part].get()});
+                        bounds[part][1], 0.0f, values[part].get(), maxima[part].get(), sums[part].get()});
       }
       const AttentionPart parts[3] = {{values[0].get(), maxima[0].get(), sums[0].get()},
                                       {values[1].get(), maxima[1].get(), sums[1].get()},
@@ -103,6 +104,7 @@ void test_combine(const Kernels& kernels) {
 }  // namespace
 
 void test_attention(const Kernels& kernels) {
-  for (bool wide : {false, true}) test_attend(kernels, wide);
+  for (bool wide : {false, true})
+    for (float limit : {0.0f, 1.5f}) test_attend(kernels, wide, limit);
   test_combine(kernels);
 }

@@ -19,6 +19,25 @@ Buffer<float> twice(const Buffer<float>& x, int size) {
   return both;
 }
 
+// Also far beyond the limit, and NaN, which must not become a number.
+void test_limit(const Kernels& kernels) {
+  for (float most : {0.5f, 30.0f})
+    for (int size : {1, 7, 16, 33}) {
+      Buffer<float> got, expected;
+      got.resize(size), expected.resize(size);
+      for (int i = 0; i < size; ++i) {
+        const float x = most * 40 * draw() * draw() * draw();
+        got.get()[i] = x;
+        expected.get()[i] = most * std::tanh(x / most);
+      }
+      kernels.limit(got.get(), size, most);
+      compare("limit", got.get(), expected.get(), size);
+      got.get()[size - 1] = std::nanf("");
+      kernels.limit(got.get(), size, most);
+      expect("limit: NaN became a number", std::isnan(got.get()[size - 1]));
+    }
+}
+
 void test_norms_and_activations(const Kernels& kernels) {
   const Kernels& portable = portable_kernels();
   for (int size : {1, 7, 16, 33, 100}) {
@@ -78,5 +97,6 @@ void test_rotate(const Kernels& kernels) {
 
 void test_vectors(const Kernels& kernels) {
   test_norms_and_activations(kernels);
+  test_limit(kernels);
   test_rotate(kernels);
 }
