@@ -41,8 +41,8 @@ def test_equal_answers_are_good(program: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("second", "good", "text"),
     [
-        ((9, -1.05), True, "parts after 1 of 3 tokens, by 0.0500 nats"),
-        ((9, -1.2), False, "parts after 1 of 3 tokens, by 0.2000 nats"),
+        ((9, -1.45), True, "parts after 1 of 3 tokens, by 0.4500 nats"),
+        ((9, -1.6), False, "parts after 1 of 3 tokens, by 0.6000 nats"),
         ((8, -1.05), False, "parts after 1 of 3 tokens, by inf nats"),
     ],
 )

@@ -1,8 +1,9 @@
 """Compare two machines' answers to the same batch: tools/compare_answers.py EXPECTED.jsonl GOT.jsonl.
 
 Both come from `coreinfer-run --batch` at temperature 0, with `logprobs` in each line. Kernels of different machines add
-in different orders, so that logits differ in their last bits. A greedy text may therefore part where two tokens are
-almost as likely, and only there: exit status 1 where it parts elsewhere, or where another cluster was chosen.
+in different orders, so that some activations are rounded to the next int8 number, and logits differ as they do from
+those of unrounded activations. A greedy text may therefore part where two tokens are about as likely, and only there:
+exit status 1 where it parts elsewhere, or where another cluster was chosen.
 """
 
 import json
@@ -16,8 +17,12 @@ import click
 
 __all__ = ["NEAR_TIE_NATS", "Comparison", "compare"]
 
-NEAR_TIE_NATS = 0.1
-"""How much likelier the expected token may be than the one that was decoded in its place."""
+NEAR_TIE_NATS = 0.5
+"""How much likelier the expected token may be than the one that was decoded in its place.
+
+Log-probabilities of the five likeliest tokens differ by 0.10 in the mean, 0.29 at p95 and 0.92 at most between the AVX2
+and the portable kernels of one machine (SmolLM2-135M, packs of the demo, tools/edge_prompts.jsonl, 32 tokens each).
+"""
 
 Answer = Mapping[str, Any]
 
