@@ -155,6 +155,6 @@ def test_only_int4_is_multiplied_packed(tiny_bundle: Callable[..., Path]) -> Non
 def test_where_the_product_fails_packed_is_refused(
     tiny_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coreinfer.runtime.engines.torch.decoder.packed_problem", lambda *_: "no such operator")
+    monkeypatch.setattr("coreinfer.runtime.engines.torch.packed_linear.packed_problem", lambda *_: "no such operator")
     with pytest.raises(runtime.ConfigError, match="weights 'packed': no such operator; use 'bfloat16'"):
         runtime.load(tiny_bundle("llama", quantize="int4"), device="cpu", weights="packed")

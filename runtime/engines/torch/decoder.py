@@ -28,7 +28,7 @@ from .model import (
     pick_dtype,
     watch_activations,
 )
-from .packed_linear import packed_problem
+from .packed_linear import pick_packed
 from .placement import DevicePlacement, MappedPlacement, Placement
 from .sequences import TorchSequences
 from .static_step import StaticStep
@@ -85,7 +85,7 @@ class TorchDecoder:
         self._family = family_by_name(bundle.manifest.model.family)
         self._device = pick_device(device)
         self._dtype = pick_dtype(dtype, self._device)
-        packed = _pick_packed(bundle, weights, self._device, self._dtype)
+        packed = pick_packed(bundle, weights, self._device, self._dtype)
         self._reader = FfnReader(
             bundle=bundle, family=self._family, dtype=self._dtype, device=self._device, packed=packed
         )
@@ -365,7 +365,7 @@ def device_needs(bundle: Bundle, *, device: str, dtype: str, weights: str = "aut
     """Find out what a bundle would take on a device, without taking it; arguments as of `TorchDecoder`."""
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
-    packed = _pick_packed(bundle, weights, place, kind)
+    packed = pick_packed(bundle, weights, place, kind)
     family = family_by_name(bundle.manifest.model.family)
     reader = FfnReader(bundle=bundle, family=family, dtype=kind, device=place, packed=packed)
     return _needs(empty_model(bundle, place, kind, packed=packed), reader)
@@ -382,24 +382,3 @@ def _needs(model: nn.Module, reader: FfnReader) -> MemoryNeeds:
         kv_per_token=kv_bytes_per_token(record, reader.dtype.itemsize),
         max_positions=record.max_positions,
     )
-
-
-def _pick_packed(bundle: Bundle, weights: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Decide whether int4 weights are multiplied as they are.
-
-    Raises:
-        ConfigError: they are asked to be and cannot.
-    """
-    if weights not in ("auto", "bfloat16", "packed"):
-        raise ConfigError(f"weights: expected auto, bfloat16, packed, got {weights!r}")
-    kind = bundle.manifest.quantization["ffn"].format
-    if weights == "bfloat16" or (weights == "auto" and (device.type != "cuda" or kind != "int4")):
-        return False
-    problem = f"the FFN is stored as {kind}, and torch multiplies int4 only" if kind != "int4" else None
-    problem = problem or packed_problem(device, dtype)
-    if problem is None:
-        return True
-    if weights == "packed":
-        raise ConfigError(f"weights 'packed': {problem}; use 'bfloat16'")
-    _log.warning("int4 weights are unpacked: %s", problem)
-    return False

@@ -5,16 +5,20 @@ w = scale * (code - zero) (docs/format.md) is that with offset = scale * (8 - ze
 rounded to bfloat16. int8 stays unpacked: `aten::_weight_int8pack_mm` has one scale a row, a bundle one a group.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from coreinfer.bundles import Bundle, ConfigError
 from coreinfer.bundles.formats import GROUP_SIZE, int4_grid
 from coreinfer.bundles.tensors import StoredTensor
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["PackedLinear", "pack_matrix", "packed_problem", "packed_shapes", "replace_linear"]
+__all__ = ["PackedLinear", "pack_matrix", "packed_problem", "packed_shapes", "pick_packed", "replace_linear"]
+
+_log = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -134,3 +138,24 @@ def packed_problem(device: torch.device, dtype: torch.dtype) -> str | None:
         return str(error).strip().split("\n")[0]
     relative = float((got - expected).norm() / expected.norm())
     return None if relative < _TOLERANCE else f"its product is wrong by {relative:.0%}"
+
+
+def pick_packed(bundle: Bundle, weights: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Decide whether int4 weights are multiplied as they are.
+
+    Raises:
+        ConfigError: they are asked to be and cannot.
+    """
+    if weights not in ("auto", "bfloat16", "packed"):
+        raise ConfigError(f"weights: expected auto, bfloat16, packed, got {weights!r}")
+    kind = bundle.manifest.quantization["ffn"].format
+    if weights == "bfloat16" or (weights == "auto" and (device.type != "cuda" or kind != "int4")):
+        return False
+    problem = f"the FFN is stored as {kind}, and torch multiplies int4 only" if kind != "int4" else None
+    problem = problem or packed_problem(device, dtype)
+    if problem is None:
+        return True
+    if weights == "packed":
+        raise ConfigError(f"weights 'packed': {problem}; use 'bfloat16'")
+    _log.warning("int4 weights are unpacked: %s", problem)
+    return False
