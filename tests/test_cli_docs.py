@@ -1,29 +1,15 @@
 """docs/cli.md is current, and each option says what it is for and what it is otherwise."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from .programs import load_program
 
-
-def load_tool() -> Any:
-    spec = importlib.util.spec_from_file_location("cli_docs", ROOT / "tools" / "cli_docs.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their own module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool: Any = load_program("tools/cli_docs.py")
 SCRIPTS = tool.read_scripts()
 COMMANDS = [script for script in SCRIPTS if script.command is not None]
 OPTIONS = [

@@ -1,8 +1,6 @@
 """tools/compare_answers.py: what it takes for rounding, and what not."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -10,19 +8,12 @@ from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).parent.parent / "tools" / "compare_answers.py"
+from .programs import load_program
 
 
 @pytest.fixture(scope="module")
 def program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_answers", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Where a dataclass looks for its module.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_program("tools/compare_answers.py")
 
 
 def answer(ids: Sequence[int], *, cluster: int = 0, second: tuple[int, float] = (9, -1.05)) -> dict[str, Any]:

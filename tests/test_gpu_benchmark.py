@@ -1,8 +1,6 @@
 """benchmarks/gpu.py on the CPU: every contender runs, and the figures have their form."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,20 +10,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from .model_factory import save_model
+from .programs import load_program
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 QUICK = ("--device", "cpu", "--dtype", "float32", "--tokens", 3, "--prompt-tokens", 8, "--rounds", 2)
 
 
 @pytest.fixture(scope="module")
 def gpu() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_gpu", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_program("benchmarks/gpu.py")
 
 
 def run(gpu: ModuleType, *arguments: object) -> Result:
