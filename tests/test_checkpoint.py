@@ -91,6 +91,35 @@ def test_a_whole_checkpoint_computes_what_was_saved(
     assert torch.equal(logits(load(folder, mapped=mapped).model), logits(build_model(family)))
 
 
+def test_names_of_exaones_makers_are_read(saved: Callable[[str], Path], copy: Callable[..., Path]) -> None:
+    names = {
+        "model.layers.": "transformer.h.",
+        "model.embed_tokens": "transformer.wte",
+        "model.norm": "transformer.ln_f",
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+        "self_attn.o_proj": "attn.attention.out_proj",
+        "self_attn.": "attn.attention.",
+        "gate_proj": "c_fc_0",
+        "up_proj": "c_fc_1",
+        "down_proj": "c_proj",
+    }
+
+    def renamed(name: str) -> str:
+        for known, theirs in names.items():
+            name = name.replace(known, theirs)
+        return name
+
+    folder = copy("exaone")
+    tensors = load_file(folder / WEIGHTS)
+    save_file({renamed(name): tensor for name, tensor in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    for known, theirs in {"num_hidden_layers": "num_layers", "rms_norm_eps": "layer_norm_epsilon"}.items():
+        config[theirs] = config.pop(known)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(load(folder).model), logits(load(saved("exaone")).model))
+
+
 def test_what_older_checkpoints_hold_besides_is_passed_over(copy: Callable[..., Path]) -> None:
     folder = copy()
     change_weights(

@@ -79,6 +79,8 @@ def test_shapes_are_read_from_a_config() -> None:
         "tie_word_embeddings": True,
     }
     assert shapes_of(config, "m") == SHAPES
+    renamed = {"num_layers" if key == "num_hidden_layers" else key: value for key, value in config.items()}
+    assert shapes_of(renamed, "m") == SHAPES
     with pytest.raises(ConfigError, match=r"--model m: config.json: hidden_size: expected a size, got None"):
         shapes_of({**config, "hidden_size": None}, "m")
     with pytest.raises(UnsupportedModelError):

@@ -132,7 +132,8 @@ def shapes_of(config: Mapping[str, Any], name: str) -> Shapes:
 
     hidden, num_heads = size("hidden_size"), size("num_attention_heads")
     return Shapes(
-        num_layers=size("num_hidden_layers"),
+        # EXAONE's makers have another name for it, which transformers takes as well.
+        num_layers=size("num_hidden_layers", config.get("num_layers")),
         hidden_size=hidden,
         ffn_dim=size(family.ffn_dim_field),
         num_heads=num_heads,
