@@ -174,22 +174,26 @@ class BlockPass {
   void ffn(const Layer& weights, const FfnWeights& ffn) {
     normalize(weights.ffn_norms.before);
     decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, [&](int begin, int end) {
-      for (int unit = begin; unit < end; ++unit) compute_unit(ffn, unit);
+      for (int unit = begin; unit < end; unit += units_at_once())
+        compute_units(ffn, unit, std::min(unit + units_at_once(), end));
     });
     barrier();
     multiply_all({{&ffn.down.weight, out(0)}}, neurons_, hidden_);
     finish(weights.ffn_norms, ffn.down);
   }
 
-  // 32 neurons of all tokens.
-  void compute_unit(const FfnWeights& ffn, int unit) {
-    const int begin = unit * 2, end = std::min(begin + 2, ffn.up.weight.num_blocks());
-    // The kernel writes at the rows' own numbers; these buffers begin with the unit's first row.
+  // As many units as there is room for, but not so many that their numbers leave the cache.
+  int units_at_once() const { return std::clamp(kBlockTokens / 2 / num_tokens_, 1, 8); }
+
+  // Units of 32 neurons, of all tokens.
+  void compute_units(const FfnWeights& ffn, int first, int last) {
+    const int begin = first * 2, end = std::min(last * 2, ffn.up.weight.num_blocks()), size = (last - first) * kUnit;
+    // The kernel writes at the rows' own numbers; these buffers begin with the first unit's first row.
     const int offset = begin * kBlockRows;
     float *gate = own_.gate.get(), *up = own_.up.get();
-    if (!ffn.gate.weight.empty()) multiply(kernels_, ffn.gate.weight, inputs_, gate - offset, kUnit, begin, end);
-    multiply(kernels_, ffn.up.weight, inputs_, up - offset, kUnit, begin, end);
-    finish_neurons(weights_, kernels_, ffn, unit, unit + 1, gate, up, neurons_);
+    if (!ffn.gate.weight.empty()) multiply(kernels_, ffn.gate.weight, inputs_, gate - offset, size, begin, end);
+    multiply(kernels_, ffn.up.weight, inputs_, up - offset, size, begin, end);
+    finish_neurons(weights_, kernels_, ffn, first, last, gate, up, neurons_);
   }
 
   void head(float* logits) {

@@ -14,12 +14,25 @@ PageLayout layout_for(const ModelWeights& weights) {
   return PageLayout(wide_layers, weights.num_kv_heads, weights.head_dim);
 }
 
+namespace {
+
+bool has_bf16(const ModelWeights& weights) {
+  return std::any_of(weights.layers.begin(), weights.layers.end(), [](const Layer& layer) {
+    const AttentionWeights& attention = layer.attention;
+    const auto linears = {&attention.query, &attention.key, &attention.value, &attention.output};
+    return std::any_of(linears.begin(), linears.end(),
+                       [](const Linear* linear) { return !linear->weight.quantized(); });
+  });
+}
+
+}  // namespace
+
 Decoder::Decoder(ModelWeights model, const Kernels& table, int num_threads, int max_neurons, int num_pages)
     : weights(std::move(model)), kernels(table), pool(layout_for(weights), num_pages), threads(num_threads) {
   sequences.push_back(std::make_unique<Sequence>());
   allocate(screen, weights.head);
   allocate(token, weights, max_neurons, num_threads);
-  allocate(block, weights, max_neurons, num_threads, kernels.rounds_to_bf16);
+  allocate(block, weights, max_neurons, num_threads, kernels.rounds_to_bf16 && has_bf16(weights));
 }
 
 int Decoder::add(Sequence sequence) {

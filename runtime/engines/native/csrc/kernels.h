@@ -57,15 +57,16 @@ struct Screened {
 
 struct Kernels {
   const char* name;
-  // Whether `quantize` and `multiply` also take inputs in bfloat16, which is faster for many tokens. These inputs must have
-  // memory for a multiple of 32 tokens.
+  // Whether `quantize` and `multiply` also take inputs in bfloat16, which is faster for many tokens where weights are
+  // bfloat16. These inputs must have memory for a multiple of 32 tokens.
   bool rounds_to_bf16;
   // Round groups of 32 values to int8 with a scale each, or to bfloat16 where there is room for it: of each token the
   // first `num_values`, a multiple of 32.
   void (*quantize)(const Activations& x, int num_values, int num_tokens);
   // Fill in the energies of one token's groups, which `screen` needs.
   void (*measure)(const Activations& x, int num_values);
-  // y[token * y_stride + row] for the rows of blocks [block_begin, block_end); y is padded to whole blocks.
+  // y[token * y_stride + row] for the rows of blocks [block_begin, block_end); y is padded to whole blocks. Where there are
+  // several tokens, inputs have memory for kSpareTokens more.
   void (*multiply)(const Matrix& w, const Activations& x, int num_tokens, float* y, size_t y_stride, int block_begin,
                    int block_end);
   // For measured tokens and int8_planes: products from the high halves alone. A NaN may be lost from the bounds, never from

@@ -1,8 +1,9 @@
-// AVX-512 with VNNI, and for many tokens the tiles of AMX: 16 x 16 sums of products of bfloat16, 32 inputs at a time.
+// AVX-512 with VNNI, and for many tokens the tiles of AMX: in codes (kernels_amx_codes.cpp), or for models that have weights
+// in bfloat16 16 x 16 sums of products of such numbers, 32 inputs at a time.
 //
 // Weights are turned into bfloat16 as they are read, once for all tokens; groups and their scales need no care then. With
 // weights that are bfloat16 anyway inputs are two of these numbers each, as good as float.
-#include "kernels.h"
+#include "kernels_amx.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -169,14 +170,18 @@ inline void store_sums(float* y, size_t y_stride, int num_tokens, int num_panels
 
 void multiply(const Matrix& w, const Activations& x, int num_tokens, float* y, size_t y_stride, int block_begin,
               int block_end) {
-  if (!x.bf16) return avx512_kernels().multiply(w, x, num_tokens, y, y_stride, block_begin, block_end);
+  if (!x.bf16) {
+    const bool in_tiles = w.quantized() && num_tokens >= kAmxLeastTokens;
+    const auto multiply_codes = in_tiles ? amx_multiply_codes : avx512_kernels().multiply;
+    return multiply_codes(w, x, num_tokens, y, y_stride, block_begin, block_end);
+  }
   const size_t panel_halves = size_t(w.num_groups()) * kTileHalves;
   const std::unique_ptr<uint16_t, decltype(&std::free)> memory(
       static_cast<uint16_t*>(std::aligned_alloc(64, 2 * panel_halves * sizeof(uint16_t))), &std::free);
   uint16_t* panels = memory.get();
   if (!panels) throw std::bad_alloc();
   const TileConfig config;
-  _tile_loadconfig(&config);
+  configure_tiles(&config);
   for (int block = block_begin; block < block_end; block += 2) {
     const int num_panels = std::min(2, block_end - block);
     for (int i = 0; i < num_panels; ++i) unpack(Panel(w, block + i), panels + i * panel_halves);

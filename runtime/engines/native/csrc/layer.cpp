@@ -173,7 +173,7 @@ void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const F
 
 void ActivationBuffer::resize(int num_tokens, int size, bool bf16) {
   const int stride = round_up(size, kGroup);
-  const size_t count = size_t(num_tokens) * stride;
+  const size_t count = size_t(num_tokens > 1 ? num_tokens + kSpareTokens : 1) * stride;
   values_.resize(count);
   codes_.resize(count);
   scales_.resize(count / kGroup);

@@ -24,7 +24,8 @@ struct Buffer {
   T* get() const { return data.get(); }
 };
 
-// Activations with memory of their own.
+// Activations with memory of their own. Where there are several tokens, kernels may read kSpareTokens more.
+constexpr int kSpareTokens = 15;
 struct ActivationBuffer {
   Activations view;
   void resize(int num_tokens, int size, bool bf16 = false);

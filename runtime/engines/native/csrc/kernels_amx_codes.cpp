@@ -1,0 +1,194 @@
+// Tiles of AMX for several tokens whose inputs are codes: sums of products of bytes, exact in 32 bits. What follows on them
+// is done in the order of the kernels for one token, so that a token's products are theirs to the bit.
+//
+// A product of tiles is 16 lines of inputs, a token each, by 16 rows of weights, over the 32 inputs of a group.
+#include "kernels_amx.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                                                 \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,avx2,fma,f16c")
+#endif
+
+namespace coreinfer {
+namespace {
+
+constexpr int kLines = 16;
+constexpr int kGroupBytes = kBlockRows * kGroup;
+
+enum class Codes { nibbles, bytes, planes };
+
+// Tiles 0 and 1 are sums, 4 and 5 inputs, 6 and 7 weights (fours of inputs x 16 rows x 4).
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t line_bytes[16] = {};
+  uint8_t lines[16] = {};
+  TileConfig() {
+    for (int tile = 0; tile < 8; ++tile) {
+      line_bytes[tile] = tile == 4 || tile == 5 ? kGroup : 64;
+      lines[tile] = tile < 6 ? kLines : kGroup / 4;
+    }
+  }
+};
+
+// The codes of a block of 16 rows, and what makes numbers of them.
+struct BlockCodes {
+  BlockCodes(const Matrix& w, int block) : num_groups(w.num_groups()) {
+    const size_t tile = size_t(block) * num_groups;
+    codes = w.codes + tile * w.tile_bytes();
+    if (w.lows) lows = w.lows + tile * w.tile_bytes();
+    scales = w.scales + tile * kBlockRows;
+    if (w.zeros) zeros = w.zeros + tile * kBlockRows;
+  }
+  int num_groups;
+  const uint8_t *codes, *lows = nullptr;
+  const uint16_t* scales;
+  const uint8_t* zeros = nullptr;
+};
+
+template <Codes kCodes>
+constexpr int kStored = kCodes == Codes::bytes ? 512 : 256;  // bytes of a group, of one plane
+
+// A group's bytes in the order of a tile of weights.
+template <Codes kCodes>
+inline void unpack(const BlockCodes& block, int group, uint8_t* out) {
+  const uint8_t* codes = block.codes + size_t(group) * kStored<kCodes>;
+  for (int line = 0; line < kStored<kCodes>; line += 64) __builtin_prefetch(codes + 3072 + line);
+  if (kCodes == Codes::bytes) {
+    for (int line = 0; line < 512; line += 64) _mm512_store_si512(out + line, _mm512_loadu_si512(codes + line));
+    return;
+  }
+  const __m512i nibble = _mm512_set1_epi8(15), high_nibble = _mm512_set1_epi8(-16);
+  for (int line = 0; line < 4; ++line) {
+    const __m512i both = _mm512_loadu_si512(codes + line * 64);
+    __m512i first, second;
+    if (kCodes == Codes::planes) {
+      const __m512i lows = _mm512_loadu_si512(block.lows + size_t(group) * 256 + line * 64);
+      first = _mm512_ternarylogic_epi32(high_nibble, _mm512_slli_epi16(both, 4), lows, 0xca);
+      second = _mm512_ternarylogic_epi32(high_nibble, both, _mm512_srli_epi16(lows, 4), 0xca);
+    } else {
+      first = _mm512_and_si512(both, nibble);
+      second = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+    }
+    _mm512_store_si512(out + line * 128, first);
+    _mm512_store_si512(out + line * 128 + 64, second);
+  }
+}
+
+inline __m512 scales_of(const BlockCodes& block, int group) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(block.scales + size_t(group) * kBlockRows)));
+}
+
+template <Codes kCodes>
+inline __m512 zeros_of(const BlockCodes& block, int group) {
+  if (kCodes != Codes::nibbles) return _mm512_set1_ps(16.0f * 128.0f);
+  const __m128i zeros = _mm_loadu_si128((const __m128i*)(block.zeros + size_t(group) * kBlockRows));
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(zeros));
+}
+
+// One block's products with 16 tokens, of which the first `num_tokens` are wanted.
+template <Codes kCodes>
+class BlockPass {
+ public:
+  BlockPass(const Activations& x, int num_tokens)
+      : x_(x), num_tokens_(num_tokens), num_input_groups_(x.stride / kGroup) {}
+
+  void run(const BlockCodes& block, float* y, size_t y_stride) {
+    const int num_groups = block.num_groups;
+    __m512 totals[kLines];
+    for (__m512& total : totals) total = _mm512_setzero_ps();
+    unpack<kCodes>(block, 0, bytes_[0]);
+    int group = 0;
+    for (; group + 2 <= num_groups; group += 2) {
+      even_turn(block, group, totals);
+      odd_turn(block, group + 1, totals);
+    }
+    if (group < num_groups) {
+      even_turn(block, group, totals);
+      _tile_stored(0, sums_[0], 64);
+    } else {
+      _tile_stored(1, sums_[1], 64);
+    }
+    if (num_groups > 1) scale(block, num_groups - 2, totals);
+    scale(block, num_groups - 1, totals);
+    for (int t = 0; t < kLines; ++t)
+      if (t < num_tokens_) _mm512_storeu_ps(y + t * y_stride, totals[t]);
+  }
+
+ private:
+  // While a group's tiles are multiplied, the sums of the one before it are stored and those before that are scaled. The
+  // numbers of tiles are part of the instructions.
+  inline void even_turn(const BlockCodes& block, int group, __m512 (&totals)[kLines]) {
+    if (group + 1 < block.num_groups) unpack<kCodes>(block, group + 1, bytes_[1]);
+    _tile_zero(0);
+    _tile_loadd(4, x_.codes + group * kGroup, x_.stride);
+    _tile_loadd(6, bytes_[0], 64);
+    _tile_dpbsud(0, 4, 6);
+    if (group > 0) _tile_stored(1, sums_[1], 64);
+    if (group > 1) scale(block, group - 2, totals);
+  }
+
+  inline void odd_turn(const BlockCodes& block, int group, __m512 (&totals)[kLines]) {
+    if (group + 1 < block.num_groups) unpack<kCodes>(block, group + 1, bytes_[0]);
+    _tile_zero(1);
+    _tile_loadd(5, x_.codes + group * kGroup, x_.stride);
+    _tile_loadd(7, bytes_[1], 64);
+    _tile_dpbsud(1, 5, 7);
+    _tile_stored(0, sums_[0], 64);
+    if (group > 1) scale(block, group - 2, totals);
+  }
+
+  // From a group's sums to products.
+  inline void scale(const BlockCodes& block, int group, __m512 (&totals)[kLines]) {
+    const __m512 scales = scales_of(block, group), zeros = zeros_of<kCodes>(block, group);
+    const float *input_sums = x_.sums + group, *input_scales = x_.scales + group;
+    const int32_t (*sums)[kBlockRows] = sums_[group % 2];
+    for (int t = 0; t < kLines; ++t, input_sums += num_input_groups_, input_scales += num_input_groups_) {
+      const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums[t]));
+      const __m512 value = _mm512_fnmadd_ps(zeros, _mm512_set1_ps(*input_sums), sum);
+      totals[t] = _mm512_fmadd_ps(value, _mm512_mul_ps(scales, _mm512_set1_ps(*input_scales)), totals[t]);
+    }
+  }
+
+  const Activations x_;
+  const int num_tokens_, num_input_groups_;
+  alignas(64) uint8_t bytes_[2][kGroupBytes];
+  alignas(64) int32_t sums_[2][kLines][kBlockRows];
+};
+
+template <Codes kCodes>
+void multiply_tokens(const Matrix& w, const Activations& x, int num_tokens, float* y, size_t y_stride, int begin,
+                     int end) {
+  BlockPass<kCodes> pass(x, num_tokens);
+  for (int block = begin; block < end; ++block)
+    pass.run(BlockCodes(w, block), y + size_t(block) * kBlockRows, y_stride);
+}
+
+}  // namespace
+
+void amx_multiply_codes(const Matrix& w, const Activations& x, int num_tokens, float* y, size_t y_stride, int begin,
+                        int end) {
+  const auto multiply = w.format == Format::int4   ? multiply_tokens<Codes::nibbles>
+                        : w.format == Format::int8 ? multiply_tokens<Codes::bytes>
+                                                   : multiply_tokens<Codes::planes>;
+  const TileConfig config;
+  configure_tiles(&config);
+  int t = 0;
+  for (; num_tokens - t >= kAmxLeastTokens; t += kLines)
+    multiply(w, x.token(t), std::min(kLines, num_tokens - t), y + t * y_stride, y_stride, begin, end);
+  _tile_release();
+  if (t < num_tokens) avx512_kernels().multiply(w, x.token(t), num_tokens - t, y + t * y_stride, y_stride, begin, end);
+}
+
+}  // namespace coreinfer
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
