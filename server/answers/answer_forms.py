@@ -235,4 +235,4 @@ def _figures(token: Token) -> Figures:
 
 def _finish(token: Token) -> Finish | None:
     # "cancelled" comes of an option that the server does not use.
-    return cast(Finish | None, token.finish_reason)
+    return cast("Finish | None", token.finish_reason)

@@ -31,6 +31,8 @@ def completion_logprobs(word: Word, tokens: Sequence[Token], offset: int) -> Com
     Args:
         offset: characters that came before them.
     """
+    if all(token.logprob is None for token in tokens):
+        return None
     answer = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     for token in tokens:
         if token.logprob is not None:
@@ -40,7 +42,7 @@ def completion_logprobs(word: Word, tokens: Sequence[Token], offset: int) -> Com
             answer.top_logprobs.append({top.text: top.logprob for top in reversed(token.top_logprobs)})
             answer.text_offset.append(offset)
         offset += len(token.text)
-    return answer if answer.tokens else None
+    return answer
 
 
 def _logprob(word: str, logprob: float) -> dict[str, Any]:

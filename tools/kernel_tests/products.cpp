@@ -45,12 +45,24 @@ void fill(ActivationBuffer& x, int num_tokens, int size) {
     for (int i = 0; i < size; ++i) x.view.token(t).values[i] = draw();
 }
 
+// Several tokens as each alone, to the bit; more than one tile of 16, whole and not.
+void expect_as_alone(const Kernels& kernels, const Matrix& w, const Activations& x, int num_tokens,
+                     const float* together) {
+  const size_t stride = round_up(w.rows, kBlockRows);
+  Buffer<float> alone;
+  alone.resize(stride);
+  for (int t = 0; t < num_tokens; ++t) {
+    kernels.multiply(w, x.token(t), 1, alone.get(), stride, 0, w.num_blocks());
+    expect("multiply as alone", std::memcmp(alone.get(), together + t * stride, w.rows * sizeof(float)) == 0);
+  }
+}
+
 void test_multiply(const Kernels& kernels) {
   const Kernels& portable = portable_kernels();
   for (Format format : {Format::bf16, Format::int8, Format::int4, Format::int8_planes})
     for (int rows : {1, 5, 16, 17, 50})
       for (int cols : {1, 31, 32, 33, 70, 256})
-        for (int num_tokens : {1, 2, 3, 9}) {
+        for (int num_tokens : {1, 2, 3, 9, 16, 27, 35}) {
           const Weights w(format, rows, cols);
           ActivationBuffer x;
           fill(x, num_tokens, cols);
@@ -62,6 +74,7 @@ void test_multiply(const Kernels& kernels) {
           kernels.multiply(w.view, x.view, num_tokens, got.get(), stride, 0, w.view.num_blocks());
           portable.multiply(w.view, x.view, num_tokens, expected.get(), stride, 0, w.view.num_blocks());
           compare("multiply", got.get(), expected.get(), num_tokens * stride);
+          if (w.view.quantized()) expect_as_alone(kernels, w.view, x.view, num_tokens, got.get());
         }
 }
 

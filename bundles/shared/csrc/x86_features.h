@@ -22,12 +22,14 @@ class X86Features {
     avx512 = avx2 && (kept & kAvx512) == kAvx512 && bit(ebx, 16) && bit(ebx, 17) && bit(ebx, 30) && bit(ebx, 31);
     avx512vnni = avx512 && bit(ecx, 11);
     amx_bf16 = bit(edx, 22) && bit(edx, 24);
+    amx_int8 = bit(edx, 25) && bit(edx, 24);
     if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return;
     avxvnni = avx2 && bit(eax, 4);
     avx512bf16 = avx512 && bit(eax, 5);
   }
 
-  bool avx2 = false, avx512 = false, avx512vnni = false, avxvnni = false, avx512bf16 = false, amx_bf16 = false;
+  bool avx2 = false, avx512 = false, avx512vnni = false, avxvnni = false, avx512bf16 = false, amx_bf16 = false,
+       amx_int8 = false;
 
  private:
   static bool bit(uint32_t value, int place) { return (value >> place) & 1; }

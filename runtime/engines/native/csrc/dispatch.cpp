@@ -15,7 +15,8 @@ std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> tables;
 #if defined(__x86_64__)
   const X86Features cpu;
-  if (cpu.avx512vnni && cpu.avx512bf16 && cpu.amx_bf16 && may_use_amx()) tables.push_back(&amx_kernels());
+  if (cpu.avx512vnni && cpu.avx512bf16 && cpu.amx_bf16 && cpu.amx_int8 && may_use_amx())
+    tables.push_back(&amx_kernels());
   if (cpu.avx512vnni) tables.push_back(&avx512_kernels());
   if (cpu.avxvnni) tables.push_back(&avxvnni_kernels());
   if (cpu.avx2) tables.push_back(&avx2_kernels());
