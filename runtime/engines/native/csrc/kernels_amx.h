@@ -9,7 +9,7 @@
 namespace coreinfer {
 
 // From so many tokens on tiles are faster than vectors.
-constexpr int kAmxLeastTokens = 9;
+constexpr int kAmxLeastTokens = 11;
 
 // As Kernels::multiply, for quantized weights and inputs in codes, which must have memory for a multiple of 16 tokens after
 // the first.

@@ -8,6 +8,9 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                                 \
@@ -26,11 +29,11 @@ constexpr int kGroupBytes = kBlockRows * kGroup;
 enum class Codes { nibbles, bytes, planes };
 
 // Tiles 0 and 1 are sums, 4 and 5 inputs, 6 and 7 weights (fours of inputs x 16 rows x 4).
-struct TileConfig {
+struct CodesConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t line_bytes[16] = {};
   uint8_t lines[16] = {};
-  TileConfig() {
+  CodesConfig() {
     for (int tile = 0; tile < 8; ++tile) {
       line_bytes[tile] = tile == 4 || tile == 5 ? kGroup : 64;
       lines[tile] = tile < 6 ? kLines : kGroup / 4;
@@ -61,10 +64,6 @@ template <Codes kCodes>
 inline void unpack(const BlockCodes& block, int group, uint8_t* out) {
   const uint8_t* codes = block.codes + size_t(group) * kStored<kCodes>;
   for (int line = 0; line < kStored<kCodes>; line += 64) __builtin_prefetch(codes + 3072 + line);
-  if (kCodes == Codes::bytes) {
-    for (int line = 0; line < 512; line += 64) _mm512_store_si512(out + line, _mm512_loadu_si512(codes + line));
-    return;
-  }
   const __m512i nibble = _mm512_set1_epi8(15), high_nibble = _mm512_set1_epi8(-16);
   for (int line = 0; line < 4; ++line) {
     const __m512i both = _mm512_loadu_si512(codes + line * 64);
@@ -93,61 +92,73 @@ inline __m512 zeros_of(const BlockCodes& block, int group) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(zeros));
 }
 
-// One block's products with 16 tokens, of which the first `num_tokens` are wanted.
-template <Codes kCodes>
-class BlockPass {
- public:
-  BlockPass(const Activations& x, int num_tokens)
-      : x_(x), num_tokens_(num_tokens), num_input_groups_(x.stride / kGroup) {}
+// One block's products with 16 tokens, of which the first `num_tokens` are wanted. The block's first pass unpacks it as it goes.
+template <Codes kCodes, bool kIsFirst>
+class CodesPass {
+  static constexpr bool kUnpacks = kIsFirst && kCodes != Codes::bytes;
 
-  void run(const BlockCodes& block, float* y, size_t y_stride) {
-    const int num_groups = block.num_groups;
+ public:
+  CodesPass(const BlockCodes& block, uint8_t* panel, const Activations& x)
+      : block_(block), panel_(panel), x_(x), num_input_groups_(x.stride / kGroup) {}
+
+  void run(int num_tokens, float* y, size_t y_stride) {
+    const int num_groups = block_.num_groups;
     __m512 totals[kLines];
     for (__m512& total : totals) total = _mm512_setzero_ps();
-    unpack<kCodes>(block, 0, bytes_[0]);
+    if (kUnpacks) unpack<kCodes>(block_, 0, panel_);
     int group = 0;
     for (; group + 2 <= num_groups; group += 2) {
-      even_turn(block, group, totals);
-      odd_turn(block, group + 1, totals);
+      even_turn(group, totals);
+      odd_turn(group + 1, totals);
     }
     if (group < num_groups) {
-      even_turn(block, group, totals);
+      even_turn(group, totals);
       _tile_stored(0, sums_[0], 64);
     } else {
       _tile_stored(1, sums_[1], 64);
     }
-    if (num_groups > 1) scale(block, num_groups - 2, totals);
-    scale(block, num_groups - 1, totals);
+    if (num_groups > 1) scale(num_groups - 2, totals);
+    scale(num_groups - 1, totals);
     for (int t = 0; t < kLines; ++t)
-      if (t < num_tokens_) _mm512_storeu_ps(y + t * y_stride, totals[t]);
+      if (t < num_tokens) _mm512_storeu_ps(y + t * y_stride, totals[t]);
   }
 
  private:
   // While a group's tiles are multiplied, the sums of the one before it are stored and those before that are scaled. The
   // numbers of tiles are part of the instructions.
-  inline void even_turn(const BlockCodes& block, int group, __m512 (&totals)[kLines]) {
-    if (group + 1 < block.num_groups) unpack<kCodes>(block, group + 1, bytes_[1]);
+  inline void even_turn(int group, __m512 (&totals)[kLines]) {
+    unpack_after(group);
     _tile_zero(0);
     _tile_loadd(4, x_.codes + group * kGroup, x_.stride);
-    _tile_loadd(6, bytes_[0], 64);
+    _tile_loadd(6, weights(group), 64);
     _tile_dpbsud(0, 4, 6);
     if (group > 0) _tile_stored(1, sums_[1], 64);
-    if (group > 1) scale(block, group - 2, totals);
+    if (group > 1) scale(group - 2, totals);
   }
 
-  inline void odd_turn(const BlockCodes& block, int group, __m512 (&totals)[kLines]) {
-    if (group + 1 < block.num_groups) unpack<kCodes>(block, group + 1, bytes_[0]);
+  inline void odd_turn(int group, __m512 (&totals)[kLines]) {
+    unpack_after(group);
     _tile_zero(1);
     _tile_loadd(5, x_.codes + group * kGroup, x_.stride);
-    _tile_loadd(7, bytes_[1], 64);
+    _tile_loadd(7, weights(group), 64);
     _tile_dpbsud(1, 5, 7);
     _tile_stored(0, sums_[0], 64);
-    if (group > 1) scale(block, group - 2, totals);
+    if (group > 1) scale(group - 2, totals);
+  }
+
+  inline void unpack_after(int group) {
+    if (kUnpacks && group + 1 < block_.num_groups)
+      unpack<kCodes>(block_, group + 1, panel_ + size_t(group + 1) * kGroupBytes);
+  }
+
+  // int8 lies in tiles already.
+  inline const uint8_t* weights(int group) const {
+    return (kCodes == Codes::bytes ? block_.codes : panel_) + size_t(group) * kGroupBytes;
   }
 
   // From a group's sums to products.
-  inline void scale(const BlockCodes& block, int group, __m512 (&totals)[kLines]) {
-    const __m512 scales = scales_of(block, group), zeros = zeros_of<kCodes>(block, group);
+  inline void scale(int group, __m512 (&totals)[kLines]) {
+    const __m512 scales = scales_of(block_, group), zeros = zeros_of<kCodes>(block_, group);
     const float *input_sums = x_.sums + group, *input_scales = x_.scales + group;
     const int32_t (*sums)[kBlockRows] = sums_[group % 2];
     for (int t = 0; t < kLines; ++t, input_sums += num_input_groups_, input_scales += num_input_groups_) {
@@ -157,34 +168,43 @@ class BlockPass {
     }
   }
 
+  const BlockCodes& block_;
+  uint8_t* panel_;  // (groups, 512)
   const Activations x_;
-  const int num_tokens_, num_input_groups_;
-  alignas(64) uint8_t bytes_[2][kGroupBytes];
+  const int num_input_groups_;
   alignas(64) int32_t sums_[2][kLines][kBlockRows];
 };
 
 template <Codes kCodes>
 void multiply_tokens(const Matrix& w, const Activations& x, int num_tokens, float* y, size_t y_stride, int begin,
                      int end) {
-  BlockPass<kCodes> pass(x, num_tokens);
-  for (int block = begin; block < end; ++block)
-    pass.run(BlockCodes(w, block), y + size_t(block) * kBlockRows, y_stride);
+  const std::unique_ptr<uint8_t, decltype(&std::free)> memory(
+      static_cast<uint8_t*>(std::aligned_alloc(64, size_t(w.num_groups()) * kGroupBytes)), &std::free);
+  if (!memory) throw std::bad_alloc();
+  for (int block = begin; block < end; ++block) {
+    const BlockCodes codes(w, block);
+    float* out = y + size_t(block) * kBlockRows;
+    CodesPass<kCodes, true>(codes, memory.get(), x).run(std::min(kLines, num_tokens), out, y_stride);
+    for (int t = kLines; t < num_tokens; t += kLines) {
+      const int count = std::min(kLines, num_tokens - t);
+      CodesPass<kCodes, false>(codes, memory.get(), x.token(t)).run(count, out + t * y_stride, y_stride);
+    }
+  }
 }
 
 }  // namespace
 
 void amx_multiply_codes(const Matrix& w, const Activations& x, int num_tokens, float* y, size_t y_stride, int begin,
                         int end) {
+  const int rest = num_tokens % kLines, num_left = rest < kAmxLeastTokens ? rest : 0, count = num_tokens - num_left;
   const auto multiply = w.format == Format::int4   ? multiply_tokens<Codes::nibbles>
                         : w.format == Format::int8 ? multiply_tokens<Codes::bytes>
                                                    : multiply_tokens<Codes::planes>;
-  const TileConfig config;
+  const CodesConfig config;
   configure_tiles(&config);
-  int t = 0;
-  for (; num_tokens - t >= kAmxLeastTokens; t += kLines)
-    multiply(w, x.token(t), std::min(kLines, num_tokens - t), y + t * y_stride, y_stride, begin, end);
+  multiply(w, x, count, y, y_stride, begin, end);
   _tile_release();
-  if (t < num_tokens) avx512_kernels().multiply(w, x.token(t), num_tokens - t, y + t * y_stride, y_stride, begin, end);
+  if (num_left) avx512_kernels().multiply(w, x.token(count), num_left, y + count * y_stride, y_stride, begin, end);
 }
 
 }  // namespace coreinfer
