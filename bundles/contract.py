@@ -8,7 +8,17 @@ from .formats import stored_shapes
 from .manifest import Manifest, TensorRecord
 from .tensors import TensorFile
 
-__all__ = ["check_neuron_ids", "check_tensors", "cluster_tensors", "dense_tensors", "tensor_name"]
+__all__ = [
+    "check_neuron_ids",
+    "check_tensors",
+    "cluster_tensors",
+    "dense_tensors",
+    "expert_role",
+    "kept_experts",
+    "tensor_name",
+]
+
+_EXPERTS = "experts"
 
 
 def tensor_name(layer: int, role: str) -> str:
@@ -16,33 +26,61 @@ def tensor_name(layer: int, role: str) -> str:
     return f"layers.{layer}.{role}"
 
 
+def expert_role(expert: int, role: str) -> str:
+    """Name a matrix ("gate", "up", "down") of one of a layer's experts, as in `experts.5.down`."""
+    return f"experts.{expert}.{role}"
+
+
 def dense_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
-    """List the tensors of the dense FFN file: weights, biases, and the norms of the down projection's columns."""
+    """List the tensors of the dense FFN file: weights, biases, and the norms of the down projection's columns.
+
+    Of a mixture of experts, the matrices of each expert, and no norms.
+    """
     records: dict[str, TensorRecord] = {}
+    experts = manifest.model.experts
     for layer in range(manifest.model.num_layers):
+        if experts is not None:
+            for expert in range(experts.num_experts):
+                records |= _matrices(manifest, layer, expert_role(expert, ""), manifest.model.unit_neurons)
+            continue
         records |= _ffn_tensors(manifest, layer, manifest.model.ffn_dim)
         records[tensor_name(layer, "column_norms")] = TensorRecord(dtype="F32", shape=(manifest.model.ffn_dim,))
     return records
 
 
 def cluster_tensors(manifest: Manifest, cluster: int) -> dict[str, TensorRecord]:
-    """List the tensors of a cluster's pack: narrow weights, biases, neuron ids and the cluster's scores."""
+    """List the tensors of a cluster's pack: narrow weights, biases, neuron ids and the cluster's scores.
+
+    Of a mixture of experts, which experts the cluster has, and its scores of all: their weights are the dense FFN's.
+    """
     records: dict[str, TensorRecord] = {}
+    experts = manifest.model.experts
     for layer, budget in enumerate(manifest.clusters[cluster].layer_budgets):
+        if experts is not None:
+            kept = budget // manifest.model.unit_neurons
+            records[tensor_name(layer, _EXPERTS)] = TensorRecord(dtype="I32", shape=(kept,))
+            records[tensor_name(layer, "scores")] = TensorRecord(dtype="F32", shape=(experts.num_experts,))
+            continue
         records |= _ffn_tensors(manifest, layer, budget)
         records[tensor_name(layer, "neuron_ids")] = TensorRecord(dtype="I32", shape=(budget,))
         records[tensor_name(layer, "scores")] = TensorRecord(dtype="F32", shape=(manifest.model.ffn_dim,))
     return records
 
 
-def _ffn_tensors(manifest: Manifest, layer: int, num_neurons: int) -> dict[str, TensorRecord]:
+def _matrices(manifest: Manifest, layer: int, prefix: str, num_neurons: int) -> dict[str, TensorRecord]:
     model, kind = manifest.model, manifest.quantization["ffn"].format
     shapes = dict.fromkeys(("gate", "up") if model.gated else ("up",), (num_neurons, model.hidden_size))
     shapes["down"] = (model.hidden_size, num_neurons)
     records: dict[str, TensorRecord] = {}
     for role, shape in shapes.items():
-        parts = stored_shapes(tensor_name(layer, role), kind, shape)
+        parts = stored_shapes(tensor_name(layer, prefix + role), kind, shape)
         records |= {name: TensorRecord(dtype=dtype, shape=part) for name, (dtype, part) in parts.items()}
+    return records
+
+
+def _ffn_tensors(manifest: Manifest, layer: int, num_neurons: int) -> dict[str, TensorRecord]:
+    model = manifest.model
+    records = _matrices(manifest, layer, "", num_neurons)
     if model.ffn_bias:
         if model.gated:
             records[tensor_name(layer, "gate_bias")] = TensorRecord(dtype="F32", shape=(num_neurons,))
@@ -70,11 +108,34 @@ def _record(file: TensorFile, name: str) -> TensorRecord:
 
 
 def check_neuron_ids(file: TensorFile, manifest: Manifest) -> list[str]:
-    """Check that every layer's neuron ids ascend within 0 .. ffn_dim - 1; one line for each layer where not."""
+    """Check that every layer's neuron ids, or experts, ascend within what a layer has.
+
+    Of experts there must be as many as a token uses.
+
+    Returns:
+        One line for each layer where not.
+    """
+    experts = manifest.model.experts
+    role, count = ("neuron_ids", manifest.model.ffn_dim) if experts is None else (_EXPERTS, experts.num_experts)
+    least = 1 if experts is None else experts.num_chosen
     problems = []
     for layer in range(manifest.model.num_layers):
-        name = tensor_name(layer, "neuron_ids")
+        name = tensor_name(layer, role)
         ids = file[name].array.astype(np.int64)
-        if ids.size == 0 or ids[0] < 0 or ids[-1] >= manifest.model.ffn_dim or np.any(np.diff(ids) <= 0):
-            problems.append(f"{file.path}: {name}: expected ascending ids below {manifest.model.ffn_dim}")
+        if ids.size < least or ids[0] < 0 or ids[-1] >= count or np.any(np.diff(ids) <= 0):
+            at_least = "" if least == 1 else f"{least} or more "
+            problems.append(f"{file.path}: {name}: expected {at_least}ascending ids below {count}")
     return problems
+
+
+def kept_experts(file: TensorFile | None, manifest: Manifest) -> list[list[int]]:
+    """List each layer's experts, ascending: those of a cluster's pack, or with None all.
+
+    Args:
+        file: the pack, which was checked.
+    """
+    experts = manifest.model.experts
+    assert experts is not None
+    if file is None:
+        return [list(range(experts.num_experts))] * manifest.model.num_layers
+    return [file[tensor_name(layer, _EXPERTS)].array.tolist() for layer in range(manifest.model.num_layers)]

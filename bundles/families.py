@@ -15,6 +15,7 @@ from .errors import UnsupportedModelError
 
 __all__ = [
     "FAMILIES",
+    "ExpertNames",
     "Family",
     "assign_ffn",
     "cache_argument",
@@ -23,6 +24,28 @@ __all__ = [
     "ffn_tensors",
     "resolve",
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """Where a family whose FFN is a mixture of experts keeps it, and how its router weighs the chosen ones.
+
+    A router's weights are the softmax over all experts, of which the largest `num_experts_per_tok` are taken; where
+    they are normalized, divided by their sum, which is the softmax over the chosen ones alone.
+
+    Attributes:
+        module: path from a layer to the mixture, in which transformers has the experts' matrices, all in one
+            (`experts.gate_up_proj`, `experts.down_proj`).
+        router: path from there to the router.
+        num_field, dim_field: config fields of the number of experts, and of the neurons of each.
+        normalizes: whether weights are normalized; None where the config's `norm_topk_prob` says so.
+    """
+
+    module: str = "mlp"
+    router: str = "gate"
+    num_field: str = "num_experts"
+    dim_field: str = "intermediate_size"
+    normalizes: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +66,8 @@ class Family:
             Once they are taken apart, the parts are its submodules.
         rotates_part: whether `partial_rotary_factor` says how much of each head is rotated.
         tied_head: whether models share embedding and head where their config.json does not say.
+        experts: of a family whose FFN is a mixture of experts, each of which is gated; its FFN has no modules then that
+            `gate`, `up` and `down` would name.
     """
 
     name: str
@@ -58,6 +83,7 @@ class Family:
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rotates_part: bool = False
     tied_head: bool = False
+    experts: ExpertNames | None = None
 
     @property
     def gated(self) -> bool:
@@ -66,7 +92,9 @@ class Family:
 
     @property
     def projections(self) -> dict[str, str]:
-        """Role in the FFN ("gate", "up", "down") -> path from a layer to its module."""
+        """Role in the FFN ("gate", "up", "down") -> path from a layer to its module; none of a mixture of experts."""
+        if self.experts is not None:
+            return {}
         paths = {"gate": self.gate, "up": self.up, "down": self.down}
         return {role: path for role, path in paths.items() if path is not None}
 
@@ -126,19 +154,29 @@ FAMILIES: tuple[Family, ...] = (
         down="mlp.c_proj",
         tied_head=True,
     ),
+    Family(
+        name="mixtral",
+        model_types=("mixtral",),
+        experts=ExpertNames(num_field="num_local_experts", normalizes=True),
+    ),
+    Family(name="qwen3_moe", model_types=("qwen3_moe",), experts=ExpertNames(dim_field="moe_intermediate_size")),
+    Family(name="olmoe", model_types=("olmoe",), experts=ExpertNames()),
+    Family(
+        name="granitemoe",
+        model_types=("granitemoe",),
+        adds_ffn_output=False,
+        experts=ExpertNames(module="block_sparse_moe", router="router", num_field="num_local_experts", normalizes=True),
+    ),
 )
 
 _REFUSALS: Mapping[str, tuple[str, ...]] = {
-    "its FFN is a mixture of experts, of which each token uses a few": (
-        "mixtral",
+    "its FFN is a mixture of experts with clamped activations and biases, its weights are MXFP4, and its attention has "
+    "sinks": ("gpt_oss",),
+    "its FFN is a mixture of experts with parts that no row describes yet, such as shared experts or another router": (
         "qwen2_moe",
-        "qwen3_moe",
         "qwen3_5_moe",
-        "olmoe",
         "flex_olmo",
-        "granitemoe",
         "granitemoeshared",
-        "gpt_oss",
         "phimoe",
         "deepseek_v2",
         "deepseek_v3",
@@ -218,8 +256,12 @@ def assign_ffn(layer: Any, family: Family, tensors: Mapping[str, Any]) -> None:
 
     Args:
         layer: a decoder layer.
-        tensors: role ("gate", "up", "down", and "up_bias" and so on where the family has biases) -> torch tensor.
+        tensors: role ("gate", "up", "down", and "up_bias" and so on where the family has biases) -> torch tensor. Of
+            a mixture `expert_role` of the experts that there are; the router does without the others.
     """
+    if family.experts is not None:
+        resolve(layer, family.experts.module).assign(tensors)
+        return
     for role, path in family.projections.items():
         module = resolve(layer, path)
         module.weight.data = tensors[role]
@@ -229,6 +271,8 @@ def assign_ffn(layer: Any, family: Family, tensors: Mapping[str, Any]) -> None:
 
 def ffn_tensors(layer: Any, family: Family) -> dict[str, Any]:
     """Name the FFN tensors of a layer by role, as `assign_ffn` takes them."""
+    if family.experts is not None:
+        return dict(resolve(layer, family.experts.module).tensors)
     tensors = {}
     for role, path in family.projections.items():
         module = resolve(layer, path)

@@ -18,6 +18,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "ClusterQuality",
     "ClusterRecord",
+    "ExpertsRecord",
     "FileRecord",
     "Manifest",
     "ModelRecord",
@@ -42,8 +43,28 @@ GROUPS = ("embedding", "attention", "norm", "head", "ffn")
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsRecord:
+    """The experts of each layer, where the FFN is a mixture of them.
+
+    Attributes:
+        num_experts: of a layer, all of one width.
+        num_chosen: that a token uses.
+        normalizes: whether the weights of those that are chosen are divided by their sum.
+    """
+
+    num_experts: int
+    num_chosen: int
+    normalizes: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """The model that was compiled: its family, shapes and transformers config."""
+    """The model that was compiled: its family, shapes and transformers config.
+
+    Attributes:
+        ffn_dim: neurons of a layer, of all its experts together where it has any.
+        experts: None where the FFN is one.
+    """
 
     name: str
     family: str
@@ -60,6 +81,12 @@ class ModelRecord:
     ffn_bias: bool
     tied_head: bool
     config: dict[str, Any]
+    experts: ExpertsRecord | None = None
+
+    @property
+    def unit_neurons(self) -> int:
+        """Neurons that are kept or left out together: one, or those of an expert."""
+        return 1 if self.experts is None else self.ffn_dim // self.experts.num_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +110,9 @@ class ClusterRecord:
         file: the pack, relative to the bundle.
         num_sentences, num_tokens: calibration text in the cluster.
         examples: its most typical sentences, shortened.
-        layer_budgets: kept neurons of each layer.
+        layer_budgets: kept neurons of each layer; of a mixture of experts those of whole experts.
         keep_ratio: kept neurons / all neurons over all layers.
-        ffn_bytes: bytes of FFN weights read for one decoded token.
+        ffn_bytes: bytes of FFN weights read for one decoded token; of a mixture those of the experts that it uses.
         map_x, map_y: where the centroid lies on the two-dimensional map of the report.
     """
 
@@ -256,11 +283,15 @@ class Manifest:
 
 def ffn_bytes(model: ModelRecord, kind: str, layer_budgets: Sequence[int]) -> int:
     """Bytes of FFN weights that are read for one token, by the number of neurons in each layer, stored as `kind`."""
+    if model.experts is None:
+        return sum(_layer_bytes(model, kind, budget) for budget in layer_budgets)
+    chosen = (min(model.experts.num_chosen, budget // model.unit_neurons) for budget in layer_budgets)
+    return sum(chosen) * _layer_bytes(model, kind, model.unit_neurons)
+
+
+def _layer_bytes(model: ModelRecord, kind: str, num_neurons: int) -> int:
     num_inner, hidden = 2 if model.gated else 1, model.hidden_size
-    return sum(
-        num_inner * matrix_bytes(kind, (budget, hidden)) + matrix_bytes(kind, (hidden, budget))
-        for budget in layer_budgets
-    )
+    return num_inner * matrix_bytes(kind, (num_neurons, hidden)) + matrix_bytes(kind, (hidden, num_neurons))
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.families import family_of_config
 from coreinfer.bundles.writer import check_target
 
 from .config import CompileConfig
+from .expert_options import check_expert_options
 from .models.sources import ModelSource, find_encoder, find_source
 from .models.stated import check_mappable, stated_config
 from .text.reading import is_local, read_texts, text_sources
@@ -50,6 +52,8 @@ def find_inputs(config: CompileConfig) -> Inputs:
 
 def _check_model(config: CompileConfig, model: ModelSource) -> None:
     stated = stated_config(model)
+    if stated is not None and family_of_config(stated, model.name).experts is not None:
+        check_expert_options(config, model.name)
     max_positions = None if stated is None else stated.get("max_position_embeddings")
     if isinstance(max_positions, int):
         check_document_tokens(config, max_positions)

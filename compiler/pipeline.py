@@ -12,10 +12,12 @@ from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import Manifest, Quality, Score
 from coreinfer.bundles.shared.machine import usable_cores
 from coreinfer.bundles.writer import disk_errors, existing_parent, finish_manifest, stage_bundle
+from coreinfer.runtime.engines.torch.mixture import experts_of
 
 from .cache import Cache
 from .checks import Inputs
 from .config import CompileConfig
+from .expert_options import with_whole_experts
 from .finished import Identity, identify, keep_finished, take_finished
 from .models.load import LoadedModel, hub_revision, load_model, read_config
 from .progress import Progress
@@ -53,9 +55,12 @@ def compile_inputs(config: CompileConfig, inputs: Inputs, identity: Identity | N
     """
     source = inputs.model
     family, model_config = read_config(source)
+    asked = config
+    if (experts := experts_of(family, model_config)) is not None:
+        config = with_whole_experts(config, experts, source.name)
     if identity is None:
-        identity = identify(config, inputs, {**model_config.to_dict(), "revision": hub_revision(source)})
-        if (manifest := take_finished(config, identity, progress)) is not None:
+        identity = identify(asked, inputs, {**model_config.to_dict(), "revision": hub_revision(source)})
+        if (manifest := take_finished(asked, identity, progress)) is not None:
             return manifest
     torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))
     faiss.omp_set_num_threads(config.threads or min(faiss.omp_get_max_threads(), usable_cores()))

@@ -22,6 +22,7 @@ from .models.layerwise import READING
 from .models.load import LoadedModel
 from .models.memory import check_memory
 from .progress import Progress
+from .prune.experts import profile_experts
 from .prune.heal import HealInputs, heal, healing_text
 from .prune.layer_repair import NarrowInputs
 from .prune.narrow import CLUSTERS, Assignment, Cut, NarrowModel, choose_all
@@ -115,7 +116,8 @@ class Ground:
 
     def layer_budgets(self, config: CompileConfig, keep: float) -> list[int]:
         """Layer budgets at a keep ratio."""
-        return layer_budgets(config, keep, self.profile, self.material.loaded.column_norms, self.curves)
+        loaded = self.material.loaded
+        return layer_budgets(config, keep, self.profile, loaded.column_norms, self.curves, loaded.record.experts)
 
 
 def gather_material(
@@ -186,7 +188,12 @@ def prepare(
     shares = keep < 1 and shares_profile(config) and sums_fit(loaded, assignments, sums)
     further, validated = few_validated(material.corpus.validation, assignments)
     watch = watch_sums(sums, loaded, validated) if shares else None
-    profile = profile_model(config, loaded, calibration, labels, cache, key, progress, further if watch else (), watch)
+    if loaded.record.experts is not None:
+        profile = profile_experts(loaded, calibration, labels, cache, key, progress)
+    else:
+        profile = profile_model(
+            config, loaded, calibration, labels, cache, key, progress, further if watch else (), watch
+        )
     metrics = output_metrics(config, keep, loaded, calibration, cache, material.key, progress)
     curves = None
     if config.effective_budgets == "sensitivity" and keep < 1:

@@ -34,6 +34,9 @@ FAMILIES = (
     "stablelm",
     "starcoder2",
 )
+"""Families whose FFN is one."""
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "granitemoe")
+"""Families whose FFN is a mixture of experts."""
 SHAPES = ("opt", "opt-post-norm", "llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")
 """Families whose parts are unlike: for tests of what is stored and moved, whatever a model's arithmetic is."""
 VOCABULARY = 384
@@ -94,9 +97,34 @@ def tiny_config(family: str) -> transformers.PreTrainedConfig:
         "phi3": (transformers.Phi3Config, {**_SLIDING, "partial_rotary_factor": 0.5}),
         "stablelm": (transformers.StableLmConfig, {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
         "starcoder2": (transformers.Starcoder2Config, _SLIDING),
+        "mixtral": (transformers.MixtralConfig, {**_SLIDING, "num_local_experts": 6}),
+        "qwen3_moe": (
+            transformers.Qwen3MoeConfig,
+            {
+                **_SLIDING,
+                "use_sliding_window": True,
+                "num_experts": 6,
+                "moe_intermediate_size": 40,
+                "norm_topk_prob": True,
+            },
+        ),
+        "olmoe": (transformers.OlmoeConfig, {"num_experts": 6, "intermediate_size": 32}),
+        "granitemoe": (
+            transformers.GraniteMoeConfig,
+            {
+                "attention_multiplier": 0.25,
+                "embedding_multiplier": 6.0,
+                "logits_scaling": 0.5,
+                "residual_multiplier": 0.4,
+                "num_local_experts": 6,
+                "intermediate_size": 48,
+            },
+        ),
     }
     kind, settings = made[family]
-    return kind(**_GROUPED, **settings)
+    if family in MIXTURES:
+        settings = {"num_experts_per_tok": 2, **settings}
+    return kind(**{**_GROUPED, **settings})
 
 
 def build_model(family: str, seed: int = 0) -> PreTrainedModel:

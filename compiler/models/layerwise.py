@@ -30,6 +30,7 @@ __all__ = [
     "document_starts",
     "goes_on",
     "head_logits",
+    "layer_output",
     "pick",
     "prepare_batches",
     "run_layer",
@@ -302,6 +303,11 @@ def run_layer(
         activations=seen["activations"].reshape(*hidden.shape[:2], -1),
         ffn_output=seen["ffn_output"].reshape(hidden.shape),
     )
+
+
+def layer_output(loaded: LoadedModel, index: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+    """Run one batch through one layer, whatever its FFN is; see `run_layer`."""
+    return _hidden_states(loaded.layers[index](hidden, **batch.arguments[index]))
 
 
 def run_partly(

@@ -13,9 +13,10 @@ import torch
 import transformers
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from coreinfer.bundles.families import FAMILIES, Family, cache_argument, family_of_config, resolve
-from coreinfer.bundles.manifest import ModelRecord
+from coreinfer.bundles.manifest import ExpertsRecord, ModelRecord
 from coreinfer.compiler.config import DType
 from coreinfer.runtime.engines.torch.joined import take_apart
+from coreinfer.runtime.engines.torch.mixture import Mixture, experts_of, take_experts
 from huggingface_hub import snapshot_download
 from torch import nn
 from torch.func import functional_call
@@ -62,7 +63,8 @@ class LoadedModel:
         model: the transformers model, in evaluation mode, on `device`.
         record: what the manifest says of it.
         dtype: that it computes in; weights that stay in their file may have another.
-        column_norms: (layers, ffn_dim) float32, L2 norms of the down projections' columns.
+        column_norms: (layers, ffn_dim) float32, L2 norms of the down projections' columns; of a mixture (layers,
+            experts) ones, for what experts put out is measured as it is.
         mapped: whether weights stay in their file, because all of them at once would be too much.
     """
 
@@ -114,6 +116,13 @@ class LoadedModel:
             logits = logits / divisor
         cap = getattr(model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def mixture(self, layer: int) -> Mixture:
+        """The mixture of experts that a layer's FFN is."""
+        assert self.family.experts is not None
+        module = resolve(self.layers[layer], self.family.experts.module)
+        assert isinstance(module, Mixture)
+        return module
 
     def projection(self, layer: int, role: str) -> nn.Linear:
         """One linear module of a layer's FFN: "gate", "up" or "down"."""
@@ -249,30 +258,40 @@ def _first_line(error: BaseException) -> str:
 def wrap_model(model: nn.Module, tokenizer: Any, *, family: Family, name: str, config: PreTrainedConfig) -> LoadedModel:
     """Describe a model that is in memory already; modules that are several in one are taken apart."""
     take_apart(model, family)
-    layers = resolve(model, family.layers)
-    downs = [resolve(layer, family.down) for layer in layers]
-    norms = torch.stack([down.weight.detach().float().norm(dim=0) for down in downs]).cpu().numpy()
+    take_experts(model, family)
+    record = _record(model, family, name, config)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         family=family,
-        record=_record(model, family, name, config),
+        record=record,
         device=next(model.parameters()).device,
         dtype=next(model.parameters()).dtype,
-        column_norms=norms,
+        column_norms=_column_norms(model, family, record),
     )
+
+
+def _column_norms(model: nn.Module, family: Family, record: ModelRecord) -> np.ndarray[Any, np.dtype[np.float32]]:
+    if record.experts is not None:
+        return np.ones((record.num_layers, record.experts.num_experts), dtype=np.float32)
+    downs = [resolve(layer, family.down) for layer in resolve(model, family.layers)]
+    norms: np.ndarray[Any, np.dtype[np.float32]] = (
+        torch.stack([down.weight.detach().float().norm(dim=0) for down in downs]).cpu().numpy()
+    )
+    return norms
 
 
 def _record(model: nn.Module, family: Family, name: str, config: PreTrainedConfig) -> ModelRecord:
     heads = int(config.num_attention_heads)
-    up = resolve(next(iter(resolve(model, family.layers))), family.up)
+    experts = experts_of(family, config)
+    has_bias = experts is None and resolve(next(iter(resolve(model, family.layers))), family.up).bias is not None
     data = {key: value for key, value in config.to_dict().items() if key not in _DROPPED_FIELDS}
     return ModelRecord(
         name=name,
         family=family.name,
         num_layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
-        ffn_dim=int(getattr(config, family.ffn_dim_field)),
+        ffn_dim=_num_neurons(family, config, experts),
         vocab_size=int(config.vocab_size),
         num_heads=heads,
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
@@ -280,10 +299,18 @@ def _record(model: nn.Module, family: Family, name: str, config: PreTrainedConfi
         max_positions=_positions(config, name),
         activation=str(getattr(config, family.activation_field)),
         gated=family.gated,
-        ffn_bias=up.bias is not None,
+        ffn_bias=has_bias,
         tied_head=bool(config.tie_word_embeddings),
         config=data,
+        experts=experts,
     )
+
+
+def _num_neurons(family: Family, config: PreTrainedConfig, experts: ExpertsRecord | None) -> int:
+    """Neurons of a layer, all its experts' together."""
+    if family.experts is None or experts is None:
+        return int(getattr(config, family.ffn_dim_field))
+    return experts.num_experts * int(getattr(config, family.experts.dim_field))
 
 
 def _positions(config: PreTrainedConfig, name: str) -> int:

@@ -54,7 +54,7 @@ def check_settings(family: Family, config: PreTrainedConfig, name: str) -> None:
     Raises:
         UnsupportedModelError: there are some; all are named, with their values.
     """
-    problems = [*_unread(config), *_without_effect(config), *_unknown(family, config)]
+    problems = [*_unread(family, config), *_without_effect(config), *_unknown(family, config), *_experts(config)]
     if problems:
         raise UnsupportedModelError(
             f"--model {name}: config.json has {join_problems(problems)}; "
@@ -62,9 +62,12 @@ def check_settings(family: Family, config: PreTrainedConfig, name: str) -> None:
         )
 
 
-def _unread(config: PreTrainedConfig) -> Iterator[str]:
+def _unread(family: Family, config: PreTrainedConfig) -> Iterator[str]:
     """Settings that the model's class has no field for."""
     known = {field.name for field in fields(config)}
+    if family.experts is not None:
+        # transformers has two names for it.
+        known |= {"num_experts", "num_local_experts"}
     for setting, harmless in _OF_OTHER_MODELS.items():
         value = getattr(config, setting, None)
         if setting not in known and value not in harmless:
@@ -97,6 +100,14 @@ def _unknown(family: Family, config: PreTrainedConfig) -> Iterator[str]:
             yield f"rope_type {kind!r}, rotary embeddings that transformers does not know"
         if share not in _FACTORS and not family.rotates_part:
             yield f"partial_rotary_factor {share!r}, where {config.model_type} models rotate whole heads"
+
+
+def _experts(config: PreTrainedConfig) -> Iterator[str]:
+    """Layers of a mixture whose FFN is one."""
+    if layers := getattr(config, "mlp_only_layers", None):
+        yield f"mlp_only_layers {layers!r}, layers without experts among those with"
+    if (step := getattr(config, "decoder_sparse_step", None)) not in (None, 1):
+        yield f"decoder_sparse_step {step!r}, layers without experts among those with"
 
 
 def _rotary(config: PreTrainedConfig) -> list[Mapping[str, Any]]:

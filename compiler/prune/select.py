@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.manifest import ExpertsRecord
 from coreinfer.bundles.statistics import scores_from_statistic, select_neurons
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.samples import NEURON_BLOCK
 
+from .experts import expert_budgets
 from .profile import Profile
 
 __all__ = ["Choice", "choose_neurons", "cheapest_budgets", "cluster_scores", "layer_budgets"]
@@ -25,7 +27,8 @@ class Choice:
 
     Attributes:
         scores: (clusters, layers, ffn_dim), root mean square 1 over each layer.
-        neuron_ids: neuron_ids[cluster][layer] is an ascending int32 array.
+        neuron_ids: neuron_ids[cluster][layer] is an ascending int32 array; of a mixture, numbers of whole experts, as
+            `ffn_dim` is their number.
     """
 
     scores: Floats
@@ -33,16 +36,24 @@ class Choice:
 
 
 def layer_budgets(
-    config: CompileConfig, keep: float, profile: Profile, column_norms: Floats, curves: Floats | None = None
+    config: CompileConfig,
+    keep: float,
+    profile: Profile,
+    column_norms: Floats,
+    curves: Floats | None = None,
+    experts: ExpertsRecord | None = None,
 ) -> list[int]:
     """Decide how many neurons each layer keeps: multiples of 32 that together make the keep ratio.
 
     Args:
         keep: the keep ratio in all; that of the options is what was asked for.
         curves: of `removal_curves`; only for budgets "sensitivity".
+        experts: of a mixture, whose budgets are numbers of experts.
     Raises:
         ConfigError: the floor leaves no room for the keep ratio.
     """
+    if experts is not None:
+        return expert_budgets(config, keep, profile.relative_energies, experts)
     num_layers, ffn_dim = column_norms.shape
     if keep == 1 or ffn_dim <= NEURON_BLOCK:
         return [ffn_dim] * num_layers

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from coreinfer.bundles.contract import tensor_name
+from coreinfer.bundles.contract import expert_role, tensor_name
 from coreinfer.bundles.formats import float_matrix
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import TensorRecord
@@ -96,17 +96,21 @@ def _write_packs(
             for cluster in range(num_clusters):
                 write_cluster(root / str(number), stored.loaded, stored.packer, narrow, cluster, dense)
                 advance()
-            packs[name] = _packs(stored.loaded, root / str(number), num_clusters)
+            packs[name] = _packs(stored.loaded, root / str(number), num_clusters, dense)
     return packs
 
 
-def _packs(loaded: LoadedModel, folder: Path, num_clusters: int) -> StoredPacks:
+def _packs(loaded: LoadedModel, folder: Path, num_clusters: int, dense: TensorFile) -> StoredPacks:
     files = [TensorFile(folder / LAYOUT.cluster(cluster)) for cluster in range(num_clusters)]
+    if loaded.record.experts is not None:
+        return StoredPacks(folder=folder, cut=partial(_stored_experts, loaded, dense, files))
     return StoredPacks(folder=folder, cut=partial(_stored_layer, loaded, files))
 
 
 def dense_cut(stored: StoredModel) -> Cut:
     """Return the layers of the dense FFN, as those of one cluster."""
+    if stored.loaded.record.experts is not None:
+        return partial(_stored_experts, stored.loaded, TensorFile(stored.folder / LAYOUT.dense), [None])
     return partial(_stored_layer, stored.loaded, [TensorFile(stored.folder / LAYOUT.dense)])
 
 
@@ -125,6 +129,22 @@ def _stored_layer(
             bias = torch.tensor(file[tensor_name(layer, f"{role}_bias")].array)
             tensors[f"{role}_bias"] = bias.to(loaded.device, loaded.dtype)
     return tensors
+
+
+def _stored_experts(
+    loaded: LoadedModel, dense: TensorFile, packs: Sequence[TensorFile | None], layer: int, cluster: int
+) -> dict[str, torch.Tensor]:
+    """Read the experts of one layer that a pack has, or with None all, as `assign_ffn` takes them."""
+    record, pack = loaded.record, packs[cluster]
+    assert record.experts is not None
+    numbers = range(record.experts.num_experts) if pack is None else pack[tensor_name(layer, "experts")].array.tolist()
+    inner, size = record.unit_neurons, record.hidden_size
+    shapes = {"gate": (inner, size), "up": (inner, size), "down": (size, inner)}
+    return {
+        expert_role(number, role): _matrix(loaded, dense, tensor_name(layer, expert_role(number, role)), shape)
+        for number in numbers
+        for role, shape in shapes.items()
+    }
 
 
 def _matrix(loaded: LoadedModel, file: TensorFile, name: str, shape: tuple[int, int]) -> torch.Tensor:

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from coreinfer.bundles.contract import expert_role
 from coreinfer.bundles.families import Family
 from coreinfer.compiler.cache import Cache
-from coreinfer.compiler.models.layerwise import Batch, document_starts, prepare_batches, run_layer
+from coreinfer.compiler.models.layerwise import Batch, document_starts, layer_output, prepare_batches
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.samples import MOMENT_TOKENS
 from coreinfer.compiler.text.corpus import Document, spread_sample
+from coreinfer.runtime.engines.torch.mixture import ExpertRun
 from torch import nn
 
 __all__ = ["Moments", "ffn_moments", "input_moments"]
@@ -48,6 +50,8 @@ def ffn_moments(
     Args:
         neuron_ids: the neurons that are the inputs of a narrow down projection; None for all.
     """
+    if family.experts is not None:
+        return moments.get(f"{family.layers}.{layer}.{role}")
     found = moments.get(f"{family.layers}.{layer}.{family.projections[role]}")
     if found is None or role != "down" or neuron_ids is None:
         return found
@@ -62,8 +66,9 @@ def _sums(loaded: LoadedModel, documents: Sequence[Document], progress: Progress
         for layer in range(loaded.record.num_layers):
             for batch in batches:
                 with _watch(loaded, layer, batch, sums):
-                    batch.hidden = run_layer(loaded, layer, batch, batch.hidden).output
+                    batch.hidden = layer_output(loaded, layer, batch, batch.hidden)
             advance()
+    # Of an expert fewer tokens are summed, by the same factor in all of its inputs, which is all that counts.
     return {path: total.cpu() / int(starts[-1]) for path, total in sums.items()}
 
 
@@ -73,11 +78,24 @@ def _watch(loaded: LoadedModel, layer: int, batch: Batch, sums: Moments) -> Iter
     for path, module in loaded.layers[layer].named_modules(prefix=f"{loaded.family.layers}.{layer}"):
         if isinstance(module, nn.Linear):
             handles.append(module.register_forward_pre_hook(partial(_add, sums, path, batch)))
+    mixture = None if loaded.family.experts is None else loaded.mixture(layer)
+    if mixture is not None:
+        mixture.watch = partial(_add_expert, sums, f"{loaded.family.layers}.{layer}", batch)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        if mixture is not None:
+            mixture.watch = None
+
+
+def _add_expert(sums: Moments, layer: str, batch: Batch, run: ExpertRun) -> None:
+    real = batch.mask.reshape(-1)[run.rows]
+    inputs, activations = (values[real].float().square().sum(dim=0) for values in (run.inputs, run.activations))
+    for role, squares in (("gate", inputs), ("up", inputs), ("down", activations)):
+        path = f"{layer}.{expert_role(run.expert, role)}"
+        sums[path] = squares if path not in sums else sums[path] + squares
 
 
 def _add(sums: Moments, path: str, batch: Batch, _module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

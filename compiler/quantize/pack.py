@@ -95,7 +95,8 @@ def write_dense(stage: Path, loaded: LoadedModel, packer: Packer) -> None:
 def _dense_tensors(loaded: LoadedModel, packer: Packer) -> _Tensors:
     for index, layer in enumerate(loaded.layers):
         yield from _ffn_layer(loaded, packer, index, ffn_tensors(layer, loaded.family), None)
-        yield tensor_name(index, "column_norms"), StoredTensor("F32", loaded.column_norms[index])
+        if loaded.record.experts is None:
+            yield tensor_name(index, "column_norms"), StoredTensor("F32", loaded.column_norms[index])
 
 
 def write_cluster(
@@ -107,6 +108,8 @@ def write_cluster(
     dense: Mapping[str, StoredTensor],
 ) -> None:
     """Write one cluster pack: narrow weights, neuron ids and scores of every layer.
+
+    Of a mixture, which experts there are, whose weights are the dense FFN's, and the scores of all.
 
     Args:
         dense: tensors that `write_dense` wrote. Each row is rounded by itself, so gate and up are cut from them unless
@@ -123,6 +126,10 @@ def _cluster_tensors(
 ) -> _Tensors:
     for index in range(loaded.record.num_layers):
         neuron_ids = narrow.choice.neuron_ids[cluster][index]
+        if loaded.record.experts is not None:
+            yield tensor_name(index, "experts"), StoredTensor("I32", neuron_ids)
+            yield tensor_name(index, "scores"), StoredTensor("F32", narrow.choice.scores[cluster][index])
+            continue
         if narrow.inner is not None:
             weights = narrow_layer(loaded, narrow, index, cluster)
         else:

@@ -1,5 +1,6 @@
 """The description of a bundle: from what was compiled to the manifest."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from coreinfer.bundles.manifest import (
     GROUPS,
     ClusterRecord,
     Manifest,
+    ModelRecord,
     Plan,
     Provenance,
     Quality,
@@ -70,7 +72,7 @@ def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
             beta=config.beta,
             cluster_weight=config.effective_cluster_weight,
             budgets=config.effective_budgets,
-            layer_budgets=compiled.sizes.layer_budgets,
+            layer_budgets=_in_neurons(compiled.loaded.record, compiled.sizes.layer_budgets),
             reconstruct=config.reconstruct,
             ridges=compiled.narrow.ridges,
             dense=config.dense,
@@ -108,7 +110,7 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
     examples = typical_texts(texts, compiled.routing.embeddings, clustering)
     positions = map_positions(clustering.centroids)
     record, kind = compiled.loaded.record, compiled.config.quantize
-    budgets = [tuple(map(len, layers)) for layers in compiled.narrow.choice.neuron_ids]
+    budgets = [_in_neurons(record, map(len, layers)) for layers in compiled.narrow.choice.neuron_ids]
     return tuple(
         ClusterRecord(
             file=LAYOUT.cluster(cluster),
@@ -126,6 +128,10 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
         )
         for cluster in range(clustering.num_clusters)
     )
+
+
+def _in_neurons(record: ModelRecord, budgets: Iterable[int]) -> tuple[int, ...]:
+    return tuple(budget * record.unit_neurons for budget in budgets)
 
 
 def _provenance(compiled: Compiled) -> Provenance:

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import numpy as np
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.bundles.manifest import ClusterRecord, Manifest, Plan, Provenance, RouterRecord, TensorRecord
+from coreinfer.bundles.manifest import (
+    ClusterRecord,
+    Manifest,
+    ModelRecord,
+    Plan,
+    Provenance,
+    RouterRecord,
+    TensorRecord,
+)
 from coreinfer.bundles.tensors import TensorFile
 from coreinfer.bundles.writer import finish_manifest
 from coreinfer.compiler.clusters.embed import StaticEncoder
@@ -33,8 +41,8 @@ _FORMATS = QuantizeOptions(body="int8", head="int8")
 def write_dense_bundle(folder: Path, loaded: LoadedModel) -> None:
     """Write the model in int8, with its tokenizer, into an empty folder.
 
-    Every bundle has clusters and a router. This one has a cluster of one neuron in each layer and a router that knows
-    this cluster alone; mode "dense" uses neither.
+    Every bundle has clusters and a router. This one has a cluster of one neuron in each layer, or of the first experts,
+    and a router that knows this cluster alone; mode "dense" uses neither.
     """
     packer = Packer(formats=_FORMATS, moments={})
     base_tensors = write_base(folder, loaded, packer)
@@ -48,18 +56,26 @@ def write_dense_bundle(folder: Path, loaded: LoadedModel) -> None:
 
 def _one_neuron(loaded: LoadedModel) -> NarrowModel:
     num_layers = loaded.record.num_layers
-    scores = np.ones((1, num_layers, loaded.record.ffn_dim), dtype=np.float32)
+    units = np.arange(_num_units(loaded.record), dtype=np.int32)
     return NarrowModel(
-        choice=Choice(scores=scores, neuron_ids=[[np.zeros(1, dtype=np.int32)] * num_layers]),
+        choice=Choice(
+            scores=np.ones((1, *loaded.column_norms.shape), dtype=np.float32), neuron_ids=[[units] * num_layers]
+        ),
         downs=[[None]] * num_layers,
         biases=[[None]] * num_layers,
         ridges=(None,) * num_layers,
     )
 
 
+def _num_units(record: ModelRecord) -> int:
+    """The fewest neurons, or experts, that a layer can have."""
+    return 1 if record.experts is None else record.experts.num_chosen
+
+
 def _manifest(loaded: LoadedModel, base_tensors: dict[str, TensorRecord]) -> Manifest:
     record = loaded.record
-    layer_budgets = (1,) * record.num_layers
+    budget = _num_units(record) * record.unit_neurons
+    layer_budgets = (budget,) * record.num_layers
     return Manifest(
         model=record,
         quantization=quantization_records(_FORMATS),
@@ -71,7 +87,7 @@ def _manifest(loaded: LoadedModel, base_tensors: dict[str, TensorRecord]) -> Man
                 num_tokens=0,
                 examples=(),
                 layer_budgets=layer_budgets,
-                keep_ratio=1 / record.ffn_dim,
+                keep_ratio=budget / record.ffn_dim,
                 ffn_bytes=0,
                 map_x=0.0,
                 map_y=0.0,
@@ -80,7 +96,7 @@ def _manifest(loaded: LoadedModel, base_tensors: dict[str, TensorRecord]) -> Man
         router=RouterRecord(encoder="static", dimension=1, distance_p99=0.0, agreement=None, num_agreement_sentences=0),
         plan=Plan(
             selection="output-aware",
-            keep=1 / record.ffn_dim,
+            keep=budget / record.ffn_dim,
             alpha=1.0,
             beta=1.0,
             cluster_weight=1.0,

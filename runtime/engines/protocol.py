@@ -13,7 +13,7 @@ from coreinfer.runtime.generation import DiskReads
 if TYPE_CHECKING:
     from .cached import CachedTokens
 
-__all__ = ["DENSE", "Decoder", "FfnChoice", "KvPoolFull"]
+__all__ = ["DENSE", "NO_GATHERING", "Decoder", "FfnChoice", "KvPoolFull"]
 
 
 class KvPoolFull(ConfigError):
@@ -34,6 +34,10 @@ class FfnChoice:
 
 
 DENSE = FfnChoice()
+NO_GATHERING = (
+    "a prompt cannot choose its own neurons of a mixture of experts, each of which sees some tokens only; use mode "
+    "similarity, dense, lossless or auto"
+)
 
 
 class Decoder(Protocol):

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from coreinfer.bundles import Bundle, ConfigError, Manifest
 from coreinfer.bundles.contract import tensor_name
 from coreinfer.bundles.statistics import mix_scores, scores_from_statistic, select_neurons
-from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.protocol import DENSE, NO_GATHERING, FfnChoice
 from coreinfer.runtime.generation import Fallback, Mode
 
 from .router import Route
@@ -62,6 +62,8 @@ def plan_mode(
     if mode != "similarity" and not manifest.has_dense:
         raise ConfigError(f"mode {mode!r} needs the dense FFN, which this bundle lacks; compile it with --dense")
     plan = ModePlan(mode=mode)
+    if plan.needs_statistic and manifest.model.experts is not None:
+        raise ConfigError(f"mode {mode!r}: {NO_GATHERING}")
     if plan.needs_statistic and not gathers:
         raise ConfigError(f"mode {mode!r} gathers from the whole dense FFN, which memory_mb keeps out of memory")
     return plan

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, CoreInferError, UnsupportedModelError
+from coreinfer.bundles.contract import kept_experts
 from coreinfer.bundles.shared.machine import usable_cores
 from coreinfer.bundles.statistics import Selection, document_statistic
 from coreinfer.runtime.engines.cached import CachedTokens
 from coreinfer.runtime.engines.kv_limits import count_pages
-from coreinfer.runtime.engines.protocol import DENSE, FfnChoice, KvPoolFull
+from coreinfer.runtime.engines.protocol import DENSE, NO_GATHERING, FfnChoice, KvPoolFull
 from coreinfer.runtime.generation import DiskReads
 
 from . import _native
@@ -63,6 +64,8 @@ class NativeDecoder:
         isa = os.environ.get("COREINFER_ISA") or "auto" if isa == "auto" else isa
         if not 1 <= num_threads <= _MAX_THREADS:
             raise ConfigError(f"threads: expected 1 to {_MAX_THREADS}, got {threads!r}")
+        if memory_bytes is not None and model.experts is not None:
+            raise ConfigError("memory_mb: layers of experts cannot be read in parts yet; leave it out")
         if isa not in ("auto", *_native.available_isas()):
             known = ", ".join(_native.available_isas())
             raise ConfigError(f"isa (or COREINFER_ISA): expected auto, {known} on this CPU, got {isa!r}")
@@ -129,8 +132,8 @@ class NativeDecoder:
 
     @property
     def gathers(self) -> bool:
-        """Whether a prompt's own neurons can be gathered: they come from a dense FFN that is in memory."""
-        return self._residency is None
+        """Whether a prompt's own neurons can be gathered: they come from a dense FFN that is in memory, and is one."""
+        return self._residency is None and self._bundle.manifest.model.experts is None
 
     @property
     def disk_reads(self) -> DiskReads | None:
@@ -172,7 +175,11 @@ class NativeDecoder:
         if choice.neuron_ids is None and choice == self._choice:
             return
         if choice.neuron_ids is not None and not self.gathers:
-            raise ConfigError("memory_mb: a prompt's own neurons need the whole dense FFN in memory; use packs")
+            raise ConfigError(
+                "memory_mb: a prompt's own neurons need the whole dense FFN in memory; use packs"
+                if self._bundle.manifest.model.experts is None
+                else NO_GATHERING
+            )
         ffn = self._ffn(choice.cluster)
         if choice.neuron_ids is not None:
             ffn = self._model.gather(ffn, list(choice.neuron_ids))
@@ -190,6 +197,8 @@ class NativeDecoder:
             return self._loaded_ffn(cluster)
 
     def _loaded_ffn(self, cluster: int | None) -> Any:
+        if cluster not in self._ffns and self._bundle.manifest.model.experts is not None:
+            self._ffns[cluster] = self._mixture(cluster)
         if cluster not in self._ffns:
             manifest = self._bundle.manifest
             if cluster is not None:
@@ -204,6 +213,16 @@ class NativeDecoder:
                 ffn = _native.Ffn(self._record, str(file.path), file.mapped_bytes, num_neurons)
                 self._ffns[cluster] = ffn if self._residency is None else self._residency.in_layers(ffn, file)
         return self._ffns[cluster]
+
+    def _mixture(self, cluster: int | None) -> Any:
+        """The experts of a pack, or all of them: their weights are the dense FFN's."""
+        file = self._bundle.dense
+        if file is None:
+            raise ConfigError(f"bundle {self._bundle.path} has no experts; compile it again")
+        pack = None if cluster is None else self._bundle.pack(cluster)
+        with _corrupt(self._bundle, file.path.name):
+            experts = kept_experts(pack, self._bundle.manifest)
+            return _native.Ffn.of_experts(self._record, str(file.path), file.mapped_bytes, experts)
 
     def truncate(self, num_tokens: int) -> None:
         """Keep only the first tokens; see `Decoder.truncate`."""
@@ -302,7 +321,13 @@ class NativeDecoder:
     def prompt_statistics(
         self, token_ids: Sequence[int], selections: Sequence[Selection]
     ) -> tuple[Floats, dict[Selection, Floats]]:
-        """Append a prompt and sum its FFN activations; see `Decoder.prompt_statistics`."""
+        """Append a prompt and sum its FFN activations; see `Decoder.prompt_statistics`.
+
+        Raises:
+            ConfigError: the FFN is a mixture of experts.
+        """
+        if self._bundle.manifest.model.experts is not None:
+            raise ConfigError(NO_GATHERING)
         plan, model = self._bundle.manifest.plan, self._bundle.manifest.model
         shape = (model.num_layers, model.ffn_dim)
         statistics = {selection: np.zeros(shape, dtype=np.float32) for selection in selections}

@@ -14,7 +14,7 @@ from coreinfer.bundles.families import cache_argument, family_by_name
 from coreinfer.bundles.statistics import Selection, document_statistic
 from coreinfer.runtime.engines.cached import CachedTokens
 from coreinfer.runtime.engines.kv_limits import PAGE_TOKENS, count_pages, pages_of
-from coreinfer.runtime.engines.protocol import DENSE, FfnChoice, KvPoolFull
+from coreinfer.runtime.engines.protocol import DENSE, NO_GATHERING, FfnChoice, KvPoolFull
 from torch import nn
 
 from .host_weights import FfnReader, HostWeights, layer_bytes
@@ -50,7 +50,6 @@ class TorchDecoder:
     block_tokens = 256
     page_tokens = PAGE_TOKENS
     calls_alike = False
-    gathers = True
     disk_reads = None
     cheap_swaps = False  # on a GPU, which holds one pack
 
@@ -128,7 +127,10 @@ class TorchDecoder:
     def _pick_static(self, cuda_graphs: str, transfer: Transfer | None) -> StaticStep | None:
         if cuda_graphs not in ("auto", "on", "off"):
             raise ConfigError(f"cuda_graphs: expected auto, on, off, got {cuda_graphs!r}")
-        if cuda_graphs == "off" or (cuda_graphs == "auto" and self._device.type != "cuda"):
+        if cuda_graphs == "on" and self._family.experts is not None:
+            raise ConfigError("cuda_graphs: expected auto or off, because each step computes with other experts")
+        mixes = self._family.experts is not None
+        if cuda_graphs == "off" or (cuda_graphs == "auto" and (mixes or self._device.type != "cuda")):
             return None
         if transfer is None:
             raise ConfigError(
@@ -142,6 +144,11 @@ class TorchDecoder:
                 num_layers=self._bundle.manifest.model.num_layers,
                 required=cuda_graphs == "on",
             )
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a prompt's own neurons can be gathered: not those of experts, which only some tokens use."""
+        return self._family.experts is None
 
     @property
     def device(self) -> str:
@@ -192,6 +199,8 @@ class TorchDecoder:
         # Arrays do not compare as one, so neuron ids are always gathered.
         if choice.neuron_ids is None and choice == self._choice:
             return
+        if choice.neuron_ids is not None and not self.gathers:
+            raise ConfigError(NO_GATHERING)
         self._placement.use(choice)
         self._choice = choice
 
@@ -345,7 +354,13 @@ class TorchDecoder:
     def prompt_statistics(
         self, token_ids: Sequence[int], selections: Sequence[Selection]
     ) -> tuple[npt.NDArray[np.float32], dict[Selection, npt.NDArray[np.float32]]]:
-        """Append a prompt and sum its FFN activations; see `Decoder.prompt_statistics`."""
+        """Append a prompt and sum its FFN activations; see `Decoder.prompt_statistics`.
+
+        Raises:
+            ConfigError: the FFN is a mixture of experts.
+        """
+        if not self.gathers:
+            raise ConfigError(NO_GATHERING)
         plan, model = self._bundle.manifest.plan, self._bundle.manifest.model
         shape = (model.num_layers, model.ffn_dim)
         statistics = {selection: np.zeros(shape, dtype=np.float32) for selection in selections}

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from coreinfer.bundles import Bundle, ConfigError
-from coreinfer.bundles.contract import tensor_name
+from coreinfer.bundles.contract import expert_role, kept_experts, tensor_name
 from coreinfer.bundles.families import Family
 from coreinfer.bundles.tensors import TensorFile
 
@@ -40,6 +40,8 @@ class FfnReader:
 
     def layer(self, cluster: int | None, layer: int, *, packed: bool | None = None) -> Tensors:
         """Read a layer of a pack, or with None of the dense FFN. Values that need no conversion are not copied.
+
+        A pack of a mixture names experts of the dense FFN.
 
         Raises:
             ConfigError: the bundle has no dense FFN.
@@ -83,7 +85,7 @@ class FfnReader:
         return torch.nn.functional.pad(bias, (0, tensors[f"{role}_grid"].shape[1] - len(bias)))
 
     def _file(self, cluster: int | None) -> TensorFile:
-        if cluster is not None:
+        if cluster is not None and self.family.experts is None:
             return self.bundle.pack(cluster)
         if self.bundle.dense is None:
             raise ConfigError(f"bundle {self.bundle.path} has no dense FFN; compile it with --dense or use a cluster")
@@ -92,6 +94,14 @@ class FfnReader:
     def _matrices(self, cluster: int | None, layer: int) -> dict[str, tuple[int, int]]:
         manifest = self.bundle.manifest
         hidden = manifest.model.hidden_size
+        if self.family.experts is not None:
+            pack = None if cluster is None else self.bundle.pack(cluster)
+            wide = manifest.model.unit_neurons
+            return {
+                expert_role(number, role): (hidden, wide) if role == "down" else (wide, hidden)
+                for number in kept_experts(pack, manifest)[layer]
+                for role in ("gate", "up", "down")
+            }
         wide = manifest.model.ffn_dim if cluster is None else manifest.clusters[cluster].layer_budgets[layer]
         return {role: (hidden, wide) if role == "down" else (wide, hidden) for role in self.family.projections}
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .joined import take_apart
+from .mixture import take_experts
 from .packed_linear import replace_linear
 
 __all__ = [
@@ -146,7 +147,9 @@ def _model_of_config(bundle: Bundle, dtype: torch.dtype) -> Any:
             f"bundle {bundle.path}: transformers builds no model from manifest.model.config ({reason}); "
             "compile the bundle again, or upgrade transformers"
         ) from error
-    take_apart(model, family_by_name(bundle.manifest.model.family))
+    family = family_by_name(bundle.manifest.model.family)
+    take_apart(model, family)
+    take_experts(model, family)
     return model
 
 

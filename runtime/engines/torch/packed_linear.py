@@ -149,6 +149,10 @@ def pick_packed(bundle: Bundle, weights: str, device: torch.device, dtype: torch
     if weights not in ("auto", "bfloat16", "packed"):
         raise ConfigError(f"weights: expected auto, bfloat16, packed, got {weights!r}")
     kind = bundle.manifest.quantization["ffn"].format
+    if bundle.manifest.model.experts is not None:
+        if weights == "packed":
+            raise ConfigError("weights 'packed': experts are unpacked; use 'bfloat16'")
+        return False
     if weights == "bfloat16" or (weights == "auto" and (device.type != "cuda" or kind != "int4")):
         return False
     problem = f"the FFN is stored as {kind}, and torch multiplies int4 only" if kind != "int4" else None

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from coreinfer.bundles import ConfigError
-from coreinfer.bundles.families import Family, resolve
+from coreinfer.bundles.families import Family, assign_ffn, resolve
 from coreinfer.runtime.engines.protocol import FfnChoice
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -48,6 +48,9 @@ class Placement(Protocol):
 
 def assign(layer: nn.Module, family: Family, tensors: Tensors) -> None:
     """Put FFN tensors into a layer: a pointer swap, of any width."""
+    if family.experts is not None:
+        assign_ffn(layer, family, tensors)
+        return
     for role, path in family.projections.items():
         module: Any = resolve(layer, path)
         if isinstance(module, PackedLinear):

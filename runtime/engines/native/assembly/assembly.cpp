@@ -49,6 +49,15 @@ SublayerNorms sublayer_norms(const Parts& parts, const std::string& root, const 
   return norms;
 }
 
+Router router(const Parts& parts, const std::string& root) {
+  const ModelRecord& record = parts.record;
+  if (!parts.family.mixture != (record.num_experts == 0))
+    refuse("experts", parts.family.mixture ? "some in a layer" : "none", std::to_string(record.num_experts));
+  if (record.num_experts == 0) return {};
+  return {parts.linear(root + parts.family.mixture + "router", record.num_experts, record.hidden_size).weight,
+          record.num_chosen, record.normalizes_experts};
+}
+
 Layer assemble_layer(const Parts& parts, const ModelWeights& model, int index) {
   const std::string root = parts.family.root + ("layers." + std::to_string(index) + ".");
   const std::string attention_root = root + "self_attn.", inputs_root = attention_root + parts.family.inputs;
@@ -67,6 +76,7 @@ Layer assemble_layer(const Parts& parts, const ModelWeights& model, int index) {
   attention.window = parts.settings.window_of(index);
   layer.attention_norms = sublayer_norms(parts, root, parts.family.attention_norms);
   layer.ffn_norms = sublayer_norms(parts, root, parts.family.ffn_norms);
+  layer.router = router(parts, root);
   return layer;
 }
 
@@ -124,6 +134,7 @@ ModelWeights assemble_model(const ModelRecord& record, const TensorFile& base, M
 }
 
 Ffn assemble_ffn(const ModelRecord& record, const TensorFile& file, const std::vector<int>& num_neurons) {
+  if (record.num_experts > 0) refuse("FFN", "experts", "none");
   if (num_neurons.size() != static_cast<size_t>(record.num_layers))
     refuse("layers", std::to_string(record.num_layers), std::to_string(num_neurons.size()));
   Ffn ffn;
@@ -140,6 +151,42 @@ Ffn assemble_ffn(const ModelRecord& record, const TensorFile& file, const std::v
     if (record.gated) layer.gate = linear("gate", count, record.hidden_size);
     layer.up = linear("up", count, record.hidden_size);
     layer.down = linear("down", record.hidden_size, count);
+    ffn.push_back(layer);
+  }
+  return ffn;
+}
+
+namespace {
+
+void check_experts(const ModelRecord& record, const std::vector<int>& numbers) {
+  for (size_t i = 0; i < numbers.size(); ++i)
+    if (numbers[i] < (i ? numbers[i - 1] + 1 : 0) || numbers[i] >= record.num_experts)
+      refuse("experts of a layer", "ascending numbers below " + std::to_string(record.num_experts),
+             std::to_string(numbers[i]));
+  if (numbers.size() < static_cast<size_t>(record.num_chosen))
+    refuse("experts of a layer", "at least " + std::to_string(record.num_chosen), std::to_string(numbers.size()));
+}
+
+}  // namespace
+
+Ffn assemble_experts(const ModelRecord& record, const TensorFile& file, const std::vector<std::vector<int>>& experts) {
+  if (record.num_experts == 0) refuse("experts", "none", "some");
+  if (experts.size() != static_cast<size_t>(record.num_layers))
+    refuse("layers", std::to_string(record.num_layers), std::to_string(experts.size()));
+  const int neurons = record.ffn_neurons(), hidden = record.hidden_size;
+  Ffn ffn;
+  for (const std::vector<int>& numbers : experts) {
+    check_experts(record, numbers);
+    const std::string layer_root = "layers." + std::to_string(ffn.size()) + ".experts.";
+    FfnWeights layer;
+    layer.experts.resize(record.num_experts);
+    for (const int number : numbers) {
+      const std::string root = layer_root + std::to_string(number) + ".";
+      FfnWeights& expert = layer.experts[number];
+      expert.gate.weight = file.matrix(root + "gate", neurons, hidden);
+      expert.up.weight = file.matrix(root + "up", neurons, hidden);
+      expert.down.weight = file.matrix(root + "down", hidden, neurons);
+    }
     ffn.push_back(layer);
   }
   return ffn;

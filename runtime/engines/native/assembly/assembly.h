@@ -19,5 +19,7 @@ ModelWeights assemble_model(const ModelRecord& record, const TensorFile& base, M
 
 // The dense FFN or a cluster's pack. Throws as above.
 Ffn assemble_ffn(const ModelRecord& record, const TensorFile& file, const std::vector<int>& num_neurons);
+// Of a mixture, some experts of each layer, or all of them; the file is the dense FFN's. Throws as above.
+Ffn assemble_experts(const ModelRecord& record, const TensorFile& file, const std::vector<std::vector<int>>& experts);
 
 }  // namespace coreinfer

@@ -40,14 +40,26 @@ void check_ffn(const Decoder& decoder, const Ffn& ffn, int max_neurons) {
   if (ffn.size() != num_layers) refuse("FFN layers", std::to_string(num_layers), std::to_string(ffn.size()));
   if (most_neurons(ffn) > max_neurons)
     refuse("FFN neurons", "at most " + std::to_string(max_neurons), std::to_string(most_neurons(ffn)));
-  for (const FfnWeights& layer : ffn)
-    if (layer.up.weight.cols != decoder.weights.hidden)
-      refuse("FFN inputs", std::to_string(decoder.weights.hidden), std::to_string(layer.up.weight.cols));
+  const auto check = [&](const FfnWeights& weights) {
+    if (weights.up.weight.cols != decoder.weights.hidden)
+      refuse("FFN inputs", std::to_string(decoder.weights.hidden), std::to_string(weights.up.weight.cols));
+  };
+  for (size_t i = 0; i < num_layers; ++i) {
+    const int num_experts = decoder.weights.layers[i].router.weight.rows;
+    if (ffn[i].experts.size() != static_cast<size_t>(num_experts))
+      refuse("experts of a layer", std::to_string(num_experts), std::to_string(ffn[i].experts.size()));
+    if (num_experts == 0) check(ffn[i]);
+    for (const FfnWeights& expert : ffn[i].experts)
+      if (!expert.up.weight.empty()) check(expert);
+  }
 }
 
 int most_neurons(const Ffn& ffn) {
   int most = 0;
-  for (const FfnWeights& layer : ffn) most = std::max(most, layer.num_neurons());
+  for (const FfnWeights& layer : ffn) {
+    most = std::max(most, layer.num_neurons());
+    for (const FfnWeights& expert : layer.experts) most = std::max(most, expert.num_neurons());
+  }
   return most;
 }
 

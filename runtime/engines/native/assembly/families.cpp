@@ -27,8 +27,8 @@ Family llama(const char* name, const Names& more_settings = {}) {
   return {name, with(kRotarySettings, more_settings), {"input_layernorm"}, {"post_attention_layernorm"}};
 }
 
-Family granite() {
-  return llama("granite", {"attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"});
+Family granite(const char* name) {
+  return llama(name, {"attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"});
 }
 
 Family qwen3() {
@@ -101,13 +101,40 @@ Family opt() {
   return family;
 }
 
+Family mixtral() {
+  Family family = llama("mixtral");
+  family.slides_always = true;
+  family.mixture = "mlp.";
+  return family;
+}
+
+Family qwen3_moe() {
+  Family family = llama("qwen3_moe");
+  family.head_norms = family.slides_always = true;
+  family.mixture = "mlp.";
+  return family;
+}
+
+Family olmoe() {
+  Family family = llama("olmoe", {"clip_qkv"});
+  family.head_norms = family.joint_head_norms = true;
+  family.mixture = "mlp.";
+  return family;
+}
+
+Family granitemoe() {
+  Family family = granite("granitemoe");
+  family.mixture = "block_sparse_moe.";
+  return family;
+}
+
 const std::vector<Family>& families() {
   static const std::vector<Family> table = {
       opt(),
       llama("llama"),
       llama("ministral", {"layer_types"}),
       llama("smollm3", {"layer_types", "no_rope_layers"}),
-      granite(),
+      granite("granite"),
       llama("qwen2", {"layer_types"}),
       qwen3(),
       gemma2(),
@@ -117,6 +144,10 @@ const std::vector<Family>& families() {
       phi3(),
       stablelm(),
       starcoder2(),
+      mixtral(),
+      qwen3_moe(),
+      olmoe(),
+      granitemoe(),
   };
   return table;
 }
@@ -132,7 +163,7 @@ bool is_given(const ModelRecord& record, const Family& family, const char* key) 
 
 void check_computed(const ModelRecord& record, const Family& family) {
   std::string unknown;
-  for (const char* key : {"attn_logit_softcapping", "qk_layernorm", "use_parallel_residual"})
+  for (const char* key : {"attn_logit_softcapping", "clip_qkv", "qk_layernorm", "use_parallel_residual"})
     if (is_given(record, family, key) && !(family.caps_scores && std::strcmp(key, "attn_logit_softcapping") == 0))
       unknown += (unknown.empty() ? "" : ", ") + std::string(key);
   const Json* affine = find_setting(record, family, "layer_norm_elementwise_affine");

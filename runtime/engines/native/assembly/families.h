@@ -34,6 +34,7 @@ struct Family {
   bool caps_scores = false;              // where attn_logit_softcapping is set
   bool rotates_part = false;             // of a head, where partial_rotary_factor says so
   bool slides_always = false;            // in all layers, where there is a sliding_window
+  const char* mixture = nullptr;         // path from a layer to its mixture of experts, where its FFN is one
 };
 
 // Throws Unsupported: the engine has no such family.

@@ -23,6 +23,19 @@ void check_heads(const ModelRecord& record) {
     refuse("num_heads", "at most " + std::to_string(kMost / record.head_dim), std::to_string(num_heads));
 }
 
+void read_experts(const Json& model, ModelRecord& record) {
+  if (!Json::is_given(model.find("experts"))) return;
+  const Json& experts = model.object("experts");
+  record.num_experts = size_of(experts, "num_experts");
+  record.num_chosen = size_of(experts, "num_chosen");
+  record.normalizes_experts = experts.flag("normalizes");
+  if (record.num_chosen > record.num_experts)
+    refuse("num_chosen", "1 to " + std::to_string(record.num_experts), std::to_string(record.num_chosen));
+  if (record.ffn_dim % record.num_experts)
+    refuse("ffn_dim", "a multiple of " + std::to_string(record.num_experts), std::to_string(record.ffn_dim));
+  if (!record.gated || record.ffn_bias) refuse("experts", "gates and no biases", "others");
+}
+
 }  // namespace
 
 ModelRecord read_record(const Json& model) {
@@ -42,6 +55,7 @@ ModelRecord read_record(const Json& model) {
   record.ffn_bias = model.flag("ffn_bias");
   record.tied_head = model.flag("tied_head");
   record.config = model.object("config");
+  read_experts(model, record);
   check_heads(record);
   return record;
 }

@@ -24,6 +24,10 @@ class TensorFile {
   Matrix matrix(const std::string& tensor, int rows, int cols) const;
   // Null where there is none. Throws std::invalid_argument: it is of another type or size.
   const float* vector(const std::string& tensor, int size) const;
+  // Throws std::invalid_argument: they are not there, or of another type or size.
+  const int32_t* numbers(const std::string& tensor, int size) const {
+    return reinterpret_cast<const int32_t*>(part(tensor, "I32", {size}));
+  }
   // Throws std::invalid_argument: it is not there, or of another type or shape.
   void check(const std::string& tensor, const std::string& dtype, const std::vector<long long>& shape) const {
     part(tensor, dtype, shape);

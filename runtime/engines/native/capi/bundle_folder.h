@@ -34,6 +34,8 @@ class BundleFolder {
   std::shared_ptr<MappedTensors> base() const;
   std::shared_ptr<MappedTensors> dense() const;
   std::shared_ptr<MappedTensors> pack(int cluster) const;
+  // Of a mixture: the experts of each layer that a cluster has, or COREINFER_DENSE.
+  std::vector<std::vector<int>> experts(int cluster) const;
 
   const std::string& folder() const { return folder_; }
   const ModelRecord& model() const { return model_; }

@@ -139,6 +139,11 @@ int count_pages(const ModelWeights& weights, uint64_t kv_cache_bytes) {
 coreinfer_model::Pack load_pack(const BundleFolder& bundle, int cluster) {
   const ModelRecord& record = bundle.model();
   coreinfer_model::Pack pack;
+  if (record.num_experts > 0) {
+    pack.file = bundle.dense();
+    pack.ffn = std::make_shared<const Ffn>(assemble_experts(record, pack.file->tensors, bundle.experts(cluster)));
+    return pack;
+  }
   pack.file = cluster == COREINFER_DENSE ? bundle.dense() : bundle.pack(cluster);
   const std::vector<int> all(record.num_layers, record.ffn_dim);
   const std::vector<int>& counts = cluster == COREINFER_DENSE ? all : bundle.clusters()[cluster].num_neurons;
@@ -155,7 +160,7 @@ void use(coreinfer_model& model, int cluster) {
   if (!model.packs.count(cluster))
     model.packs.emplace(cluster, in_bundle(bundle.folder(), [&] {
                           coreinfer_model::Pack pack = load_pack(bundle, cluster);
-                          check_ffn(*model.decoder, *pack.ffn, bundle.model().ffn_dim);
+                          check_ffn(*model.decoder, *pack.ffn, bundle.model().ffn_neurons());
                           return pack;
                         }));
   model.decoder->ffn = model.packs.at(cluster).ffn;
@@ -175,7 +180,7 @@ std::unique_ptr<coreinfer_model> open_model(const std::string& folder, const cor
   const int num_pages = count_pages(weights, options.kv_cache_bytes);
   model->logits.resize(round_up(weights.vocab, kBlockRows));
   model->decoder =
-      std::make_unique<Decoder>(std::move(weights), kernels, options.num_threads, record.ffn_dim, num_pages);
+      std::make_unique<Decoder>(std::move(weights), kernels, options.num_threads, record.ffn_neurons(), num_pages);
   use(*model, model->bundle.has_dense() ? COREINFER_DENSE : 0);
   return model;
 }

@@ -22,6 +22,11 @@ namespace {
 using Floats = py::array_t<float, py::array::c_style>;
 using Ids = py::array_t<int32_t, py::array::c_style>;
 
+void refuse_experts(const Ffn& ffn) {
+  for (const FfnWeights& layer : ffn)
+    if (!layer.experts.empty()) refuse("FFN", "one FFN in each layer", "experts");
+}
+
 class Model {
  public:
   // `record`: the manifest's of the model, as JSON; `base`: the whole mapped file of that name.
@@ -30,7 +35,7 @@ class Model {
     const Kernels& kernels = find_kernels(isa);
     const ModelRecord model = read_record(Json::parse(record));
     ModelWeights weights = assemble_model(model, open_mapped(name, base, owners_), memory_);
-    max_neurons_ = model.ffn_dim;
+    max_neurons_ = model.ffn_neurons();
     const TableBytes tables = table_bytes(weights);
     const int num_pages = count_pages(layout_for(weights).num_bytes(), {tables.all, tables.block});
     if (num_pages < 1) refuse("KV cache pages", "at least 1", std::to_string(num_pages));
@@ -77,6 +82,7 @@ class Model {
   FfnHandle gather(const FfnHandle& from, const std::vector<Ids>& neuron_ids) const {
     if (neuron_ids.size() != from.ffn->size())
       refuse("neuron ids", std::to_string(from.ffn->size()) + " layers", std::to_string(neuron_ids.size()));
+    refuse_experts(*from.ffn);
     FfnHandle out;
     out.owners = from.owners;  // biases of the output stay where they are
     for (size_t i = 0; i < neuron_ids.size(); ++i) gather_layer((*from.ffn)[i], neuron_ids[i], out);
@@ -300,6 +306,7 @@ py::array unpack(const py::object& matrix) {
 
 // The same weights, to be read layer by layer from the file that `mapping` is all of.
 FfnHandle read_in_layers(const FfnHandle& ffn, const std::string& path, const Bytes& mapping) {
+  refuse_experts(*ffn.ffn);
   FfnHandle out = ffn;
   out.source = std::make_shared<LayerSource>(path, mapping.data(), size_t(mapping.size()), *ffn.ffn);
   return out;
@@ -322,6 +329,8 @@ PYBIND11_MODULE(_native, module) {
   py::register_exception<NoAddressSpace>(module, "NoAddressSpace", PyExc_RuntimeError);
   py::class_<FfnHandle>(module, "Ffn")
       .def(py::init(&read_ffn), py::arg("record"), py::arg("name"), py::arg("mapping"), py::arg("num_neurons"))
+      .def_static("of_experts", &read_experts, py::arg("record"), py::arg("name"), py::arg("mapping"),
+                  py::arg("experts"))
       .def("in_layers", &read_in_layers, py::arg("path"), py::arg("mapping"))
       .def_property_readonly("max_neurons", [](const FfnHandle& ffn) { return most_neurons(*ffn.ffn); });
   py::class_<Model>(module, "Model")

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "decoder.h"
+#include "experts.h"
 #include "layer.h"
 #include "residency.h"
 
@@ -173,6 +174,7 @@ class BlockPass {
 
   void ffn(const Layer& weights, const FfnWeights& ffn) {
     normalize(weights.ffn_norms.before);
+    if (!ffn.experts.empty()) return mixture(weights, ffn);
     decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, [&](int begin, int end) {
       for (int unit = begin; unit < end; unit += units_at_once())
         compute_units(ffn, unit, std::min(unit + units_at_once(), end));
@@ -180,6 +182,15 @@ class BlockPass {
     barrier();
     multiply_all({{&ffn.down.weight, out(0)}}, neurons_, hidden_);
     finish(weights.ffn_norms, ffn.down);
+  }
+
+  void mixture(const Layer& weights, const FfnWeights& ffn) {
+    Mixture mixture(decoder_, weights.router, ffn, inputs_, thread_);
+    mixture.run({});
+    own_tokens([&](int t) {
+      mixture.sum(t, out(t));
+      finish_sublayer(weights_, kernels_, weights.ffn_norms, nullptr, out(t), residual(t));
+    });
   }
 
   // As many units as there is room for, but not so many that their numbers leave the cache.

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "experts.h"
+
 namespace coreinfer {
 
 PoolFull::PoolFull(int num_needed, int num_free)
@@ -32,7 +34,9 @@ Decoder::Decoder(ModelWeights model, const Kernels& table, int num_threads, int 
   sequences.push_back(std::make_unique<Sequence>());
   allocate(screen, weights.head);
   allocate(token, weights, max_neurons, num_threads);
-  allocate(block, weights, max_neurons, num_threads, kernels.rounds_to_bf16 && has_bf16(weights));
+  const bool bf16 = kernels.rounds_to_bf16 && has_bf16(weights);
+  allocate(block, weights, max_neurons, num_threads, bf16);
+  allocate(experts, weights, max_neurons, num_threads, bf16);
 }
 
 int Decoder::add(Sequence sequence) {
@@ -140,7 +144,9 @@ size_t Decoder::bytes_per_token(int num_tokens, bool screened) const {
     const AttentionWeights& attention = weights.layers[i].attention;
     for (const Linear* linear : {&attention.query, &attention.key, &attention.value, &attention.output})
       total += linear->weight.num_bytes();
-    for (const Linear* linear : {&(*ffn)[i].gate, &(*ffn)[i].up, &(*ffn)[i].down}) total += linear->weight.num_bytes();
+    const FfnWeights& layer = (*ffn)[i];
+    for (const Linear* linear : {&layer.gate, &layer.up, &layer.down}) total += linear->weight.num_bytes();
+    if (!layer.experts.empty()) total += mixture_bytes(weights.layers[i].router, layer);
     const int seen = attention.window > 0 ? std::min(num_tokens, attention.window) : num_tokens;
     total += pool.layout.bytes_per_token(static_cast<int>(i)) * seen;
   }

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "expert_scratch.h"
 #include "kv_cache.h"
 #include "scratch.h"
 #include "threads.h"
@@ -35,6 +36,7 @@ struct Row {
 
 // Weights, the FFN in use, the sequences and the threads.
 struct Decoder {
+  // `max_neurons`: of a layer's FFN, or of each of its experts.
   Decoder(ModelWeights weights, const Kernels& kernels, int num_threads, int max_neurons, int num_pages);
 
   // Sequences are named by number, 0 is always there. A dropped one's number is given out again.
@@ -72,6 +74,7 @@ struct Decoder {
   Threads threads;
   TokenScratch token;
   BlockScratch block;
+  ExpertScratch experts;
   HeadScratch screen;
 
  private:

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "decoder.h"
+#include "experts.h"
 #include "layer.h"
 #include "residency.h"
 
@@ -75,6 +76,7 @@ class TokenPass {
   }
 
   static const Matrix* first_of(const FfnWeights& ffn) {
+    if (!ffn.experts.empty()) return nullptr;
     return ffn.gate.weight.empty() ? &ffn.up.weight : &ffn.gate.weight;
   }
 
@@ -156,6 +158,7 @@ class TokenPass {
 
   void ffn(const Layer& weights, const FfnWeights& ffn, const Matrices& next) {
     prepare_inputs(weights_, kernels_, weights.ffn_norms.before, x_, inputs_);
+    if (!ffn.experts.empty()) return mixture(weights, ffn, next);
     const int num_blocks = ffn.up.weight.num_blocks();
     float *gate = shared_.gate.get(), *up = shared_.up.get();
     const auto work = [&](int first, int last) {
@@ -171,6 +174,13 @@ class TokenPass {
     decoder_.threads.barrier(thread_);
     multiply({{&ffn.down.weight, shared_.ffn_out.get()}}, shared_.neurons.view, next);
     finish(weights.ffn_norms, ffn.down.bias, shared_.ffn_out.get());
+  }
+
+  void mixture(const Layer& weights, const FfnWeights& ffn, const Matrices& next) {
+    Mixture mixture(decoder_, weights.router, ffn, {inputs_, 1, 0}, thread_);
+    mixture.run(next);
+    mixture.sum(0, inputs_.values);
+    finish_sublayer(weights_, kernels_, weights.ffn_norms, nullptr, inputs_.values, x_);
   }
 
   // The output is shared, so that it is copied before norms change it.

@@ -33,14 +33,23 @@ struct SublayerNorms {
 };
 
 struct FfnWeights {
-  Linear gate, up, down;  // no gate: ungated
+  Linear gate, up, down;            // no gate: ungated
+  std::vector<FfnWeights> experts;  // in the place of these, one for each of the router's; empty where one is left out
   int num_neurons() const { return up.weight.rows; }
 };
 
 using Ffn = std::vector<FfnWeights>;  // one a layer
 
+// Which experts a token uses; no weight where the FFN is one.
+struct Router {
+  Matrix weight;  // (experts, hidden)
+  int num_chosen = 0;
+  bool normalizes = false;  // whether the weights of those that are chosen are divided by their sum
+};
+
 struct Layer {
   AttentionWeights attention;
+  Router router;
   bool wide_cache = false;  // its keys and values are kept as float, for fp16 does not hold them
   SublayerNorms attention_norms, ffn_norms;
 };

@@ -1,0 +1,71 @@
+"""What the options of a compile mean for a mixture of experts, of which whole experts are kept or left out."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from coreinfer.bundles.errors import ConfigError, join_problems
+from coreinfer.bundles.manifest import ExpertsRecord
+
+from .config import CompileConfig
+
+__all__ = ["check_expert_options", "with_whole_experts"]
+
+
+def check_expert_options(config: CompileConfig, name: str) -> None:
+    """Refuse options that do not apply to a mixture of experts.
+
+    Args:
+        name: of the model in an error.
+    Raises:
+        ConfigError: some were given; all are named.
+    """
+    if wrong := [*_not_applying(config)]:
+        raise ConfigError(
+            f"--model {name} is a mixture of experts, of which clusters keep whole ones: {join_problems(wrong)}; "
+            "leave these options out"
+        )
+
+
+def _not_applying(config: CompileConfig) -> Iterator[str]:
+    if not config.dense:
+        yield "--no-dense: packs name experts of the dense FFN"
+    if config.budget_mb is not None:
+        yield "--budget-mb: a token reads as many experts whatever is kept"
+    if config.max_memory is not None:
+        yield "--max-memory: transformers puts a layer's experts together in memory"
+    if config.selection != "output-aware":
+        yield f"--selection {config.selection}: experts are kept by what they put out"
+    if config.budgets == "sensitivity":
+        yield "--budgets sensitivity: expected energy or uniform"
+    given = {
+        "--removal second-order": config.removal == "second-order",
+        "--carry": bool(config.carry),
+        "--repair-rounding": config.repair_rounding,
+        "--ridge": config.ridge is not None,
+        "--cluster-weight auto": config.cluster_weight == "auto",
+        "--heal-steps": bool(config.heal_steps),
+        "--heal-cluster-steps": bool(config.heal_cluster_steps),
+    }
+    yield from (f"{option}: whole experts are not repaired or healed" for option, is_given in given.items() if is_given)
+
+
+def with_whole_experts(config: CompileConfig, experts: ExpertsRecord, name: str) -> CompileConfig:
+    """Fill in the options of a compile that keeps whole experts: by scores, without repair and healing.
+
+    Args:
+        experts: of the model.
+        name: of the model in an error.
+    Raises:
+        ConfigError: options were given that do not apply.
+    """
+    check_expert_options(config, name)
+    return replace(
+        config,
+        budgets=config.budgets or "energy",
+        # No layer can do with fewer.
+        min_layer_keep=max(config.min_layer_keep, experts.num_chosen / experts.num_experts),
+        removal="top-k",
+        reconstruct=False,
+        carry=False,
+        heal_steps=0,
+    )

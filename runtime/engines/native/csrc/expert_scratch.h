@@ -1,0 +1,43 @@
+// Memory of mixtures of experts, allocated once.
+#pragma once
+
+#include <vector>
+
+#include "scratch.h"
+#include "weights.h"
+
+namespace coreinfer {
+
+// An expert of a token, and what its output is multiplied by.
+struct ChosenExpert {
+  int expert;
+  float weight;
+};
+
+// Tokens of one expert, whose inputs lie one after another.
+struct ExpertGroup {
+  int expert, first_slot, num_tokens, num_exact;
+};
+
+// A slot is a token with one of its experts: slots of an expert lie together, in the order of the tokens.
+struct ExpertScratch {
+  struct PerThread {
+    Buffer<float> gate, up;            // (kBlockTokens, kUnit)
+    std::vector<ChosenExpert> chosen;  // of a token that is read alone
+    std::vector<ExpertGroup> groups;
+    std::vector<int> slots;   // (tokens, chosen experts)
+    std::vector<int> tokens;  // of each slot
+    std::vector<int> bounds;  // (experts + 1): where slots begin; scratch
+  };
+  std::vector<PerThread> threads;
+  std::vector<ChosenExpert> chosen;  // (kBlockTokens, chosen experts)
+  Buffer<float> logits;              // (kBlockTokens, experts rounded up to 16)
+  Buffer<float> gate, up;            // (chosen experts, neurons): of a token that is read alone
+  Buffer<float> outputs;             // (slots, hidden)
+  ActivationBuffer inputs, neurons;  // (slots, hidden) and (slots, neurons of an expert)
+};
+
+// Nothing is allocated where no layer has a router.
+void allocate(ExpertScratch& scratch, const ModelWeights& weights, int expert_neurons, int num_threads, bool bf16);
+
+}  // namespace coreinfer

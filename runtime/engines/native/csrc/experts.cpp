@@ -1,0 +1,240 @@
+#include "experts.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "decoder.h"
+
+namespace coreinfer {
+namespace {
+
+// A function of its own: both passes must add in the same way, to the bit.
+void add_weighted(float* sum, const float* values, float weight, int size) {
+  for (int i = 0; i < size; ++i) sum[i] += weight * values[i];
+}
+
+}  // namespace
+
+void allocate(ExpertScratch& scratch, const ModelWeights& weights, int expert_neurons, int num_threads, bool bf16) {
+  int num_chosen = 0, num_experts = 0;
+  for (const Layer& layer : weights.layers) {
+    num_chosen = std::max(num_chosen, layer.router.num_chosen);
+    num_experts = std::max(num_experts, layer.router.weight.rows);
+  }
+  if (num_chosen == 0) return;
+  const int hidden = round_up(weights.hidden, kGroup), neurons = round_up(expert_neurons, kUnit);
+  const size_t num_slots = size_t(kBlockTokens) * num_chosen;
+  scratch.threads.resize(num_threads);
+  for (auto& own : scratch.threads) {
+    own.gate.resize(size_t(kBlockTokens) * kUnit);
+    own.up.resize(size_t(kBlockTokens) * kUnit);
+    own.chosen.resize(num_chosen);
+    own.groups.reserve(num_experts);
+    own.slots.resize(num_slots);
+    own.tokens.resize(num_slots);
+    own.bounds.resize(num_experts + 1);
+  }
+  scratch.chosen.resize(num_slots);
+  scratch.logits.resize(size_t(kBlockTokens) * round_up(num_experts, kBlockRows));
+  scratch.gate.resize(size_t(num_chosen) * neurons);
+  scratch.up.resize(size_t(num_chosen) * neurons);
+  scratch.outputs.resize(num_slots * hidden);
+  // Kernels that read 32 tokens at once read beyond an expert's last one.
+  const int num_rows = static_cast<int>(num_slots) + 32;
+  scratch.inputs.resize(num_rows, hidden, bf16);
+  scratch.neurons.resize(num_rows, neurons, bf16);
+}
+
+void choose_experts(const Router& router, const FfnWeights& ffn, const float* logits, ChosenExpert* chosen) {
+  const int num_experts = router.weight.rows, num_chosen = router.num_chosen;
+  std::vector<bool> taken(num_experts);
+  float most = 0.0f, sum = 0.0f;
+  for (int number = 0; number < num_chosen; ++number) {
+    int best = -1;
+    for (int e = 0; e < num_experts; ++e)
+      if (!taken[e] && !ffn.experts[e].up.weight.empty() && (best < 0 || logits[e] > logits[best])) best = e;
+    taken[best] = true;
+    if (number == 0) most = logits[best];
+  }
+  int number = 0;
+  for (int e = 0; e < num_experts; ++e) {
+    if (ffn.experts[e].up.weight.empty() || (router.normalizes && !taken[e])) continue;
+    const float share = std::exp(logits[e] - most);
+    sum += share;
+    if (taken[e]) chosen[number++] = {e, share};
+  }
+  for (int i = 0; i < num_chosen; ++i) chosen[i].weight /= sum;
+}
+
+size_t mixture_bytes(const Router& router, const FfnWeights& ffn) {
+  const auto present = [](const FfnWeights& expert) { return !expert.up.weight.empty(); };
+  const FfnWeights& one = *std::find_if(ffn.experts.begin(), ffn.experts.end(), present);
+  const size_t expert_bytes = one.gate.weight.num_bytes() + one.up.weight.num_bytes() + one.down.weight.num_bytes();
+  return router.weight.num_bytes() + router.num_chosen * expert_bytes;
+}
+
+Mixture::Mixture(Decoder& decoder, const Router& router, const FfnWeights& ffn, const Batch& inputs, int thread)
+    : decoder_(decoder),
+      kernels_(decoder.kernels),
+      shared_(decoder.experts),
+      own_(decoder.experts.threads[thread]),
+      router_(router),
+      ffn_(ffn),
+      inputs_(inputs),
+      thread_(thread),
+      hidden_(round_up(decoder.weights.hidden, kGroup)),
+      alone_(inputs.num_tokens == 1),
+      // Rounded as the inputs are.
+      neurons_(inputs.x.bf16 ? shared_.neurons.view : Batch::in_codes(shared_.neurons.view)),
+      chosen_(alone_ ? own_.chosen.data() : shared_.chosen.data()) {}
+
+void Mixture::run(const Matrices& next) {
+  route();
+  group();
+  if (!alone_) gather();
+  compute_neurons();
+  compute_outputs(next);
+}
+
+void Mixture::sum(int token, float* out) const {
+  std::fill(out, out + decoder_.weights.hidden, 0.0f);
+  for (int i = 0; i < router_.num_chosen; ++i) {
+    const int place = token * router_.num_chosen + i;
+    add_weighted(out, shared_.outputs.get() + size_t(own_.slots[place]) * hidden_, chosen_[place].weight,
+                 decoder_.weights.hidden);
+  }
+}
+
+// Always from the inputs as floats, whatever else they are rounded to.
+void Mixture::route() {
+  const int stride = round_up(router_.weight.rows, kBlockRows), num_tokens = inputs_.num_tokens;
+  const Batch exact{Batch::in_codes(inputs_.x), num_tokens, 0};
+  float* logits = shared_.logits.get();
+  multiply_share(kernels_, {{&router_.weight, logits}}, exact, stride, thread_, decoder_.threads);
+  decoder_.threads.barrier(thread_);
+  if (alone_) return choose_experts(router_, ffn_, logits, own_.chosen.data());
+  for (int t = thread_; t < num_tokens; t += decoder_.threads.size())
+    choose_experts(router_, ffn_, logits + size_t(t) * stride, shared_.chosen.data() + size_t(t) * router_.num_chosen);
+  decoder_.threads.barrier(thread_);
+}
+
+// Each thread for itself, which costs less than a barrier.
+void Mixture::group() {
+  const int num_slots = inputs_.num_tokens * router_.num_chosen, num_experts = router_.weight.rows;
+  std::vector<int>& bounds = own_.bounds;
+  std::fill(bounds.begin(), bounds.end(), 0);
+  for (int i = 0; i < num_slots; ++i) ++bounds[chosen_[i].expert + 1];
+  own_.groups.clear();
+  for (int e = 0; e < num_experts; ++e) {
+    if (bounds[e + 1] > 0) own_.groups.push_back({e, bounds[e], bounds[e + 1], 0});
+    bounds[e + 1] += bounds[e];
+  }
+  size_t number = 0;
+  for (ExpertGroup& group : own_.groups) bounds[group.expert] = static_cast<int>(number++);
+  std::vector<int>& filled = own_.tokens;  // first how many slots of a group are taken
+  std::fill(filled.begin(), filled.begin() + static_cast<int64_t>(own_.groups.size()), 0);
+  for (int i = 0; i < num_slots; ++i) {
+    ExpertGroup& group = own_.groups[bounds[chosen_[i].expert]];
+    own_.slots[i] = group.first_slot + filled[bounds[chosen_[i].expert]]++;
+    if (i / router_.num_chosen >= inputs_.num_fast()) ++group.num_exact;
+  }
+  for (int i = 0; i < num_slots; ++i) own_.tokens[own_.slots[i]] = i / router_.num_chosen;
+}
+
+void Mixture::gather() {
+  const int num_slots = inputs_.num_tokens * router_.num_chosen;
+  for (int slot = thread_; slot < num_slots; slot += decoder_.threads.size()) {
+    const int t = own_.tokens[slot];
+    Activations to = shared_.inputs.view.token(slot);
+    if (t >= inputs_.num_fast()) to = Batch::in_codes(to);
+    std::memcpy(to.values, inputs_.token(t).values, sizeof(float) * hidden_);
+    kernels_.quantize(to, hidden_, 1);
+  }
+  decoder_.threads.barrier(thread_);
+}
+
+int Mixture::units() const {
+  const Matrix& up = expert(own_.groups[0]).up.weight;
+  return (up.rows + kUnit - 1) / kUnit;
+}
+
+Batch Mixture::batch_of(const ExpertGroup& group, const Activations& all) const {
+  return {all.token(group.first_slot), group.num_tokens, group.num_exact};
+}
+
+const ExpertGroup& Mixture::group_of(int item, int per_group, int& rest) const {
+  rest = item % per_group;
+  return own_.groups[item / per_group];
+}
+
+void Mixture::compute_neurons() {
+  const int per_group = units(), num_items = per_group * static_cast<int>(own_.groups.size());
+  decoder_.threads.deal(
+      thread_, num_items, [&](int first, int last) { compute_part(first, last); },
+      [&](int first) {
+        int unit;
+        const ExpertGroup& group = group_of(first, per_group, unit);
+        prefetch_block(expert(group).gate.weight, unit * 2, kPartPrefetchBytes);
+      });
+  // The first of what is this thread's of the phase after the barrier.
+  const int num_blocks = expert(own_.groups[0]).down.weight.num_blocks();
+  int block;
+  const Range blocks = share(num_blocks * static_cast<int>(own_.groups.size()), thread_, decoder_.threads.size());
+  if (blocks.begin < blocks.end) {
+    const ExpertGroup& group = group_of(blocks.begin, num_blocks, block);
+    prefetch_block(expert(group).down.weight, block, kPrefetchBytes);
+  }
+  decoder_.threads.barrier(thread_);
+}
+
+// A token that is read alone goes through many units of an expert at once, several tokens through one after another.
+void Mixture::compute_part(int first, int last) {
+  const int per_group = units();
+  for (int item = first; item < last;) {
+    int unit;
+    const ExpertGroup& group = group_of(item, per_group, unit);
+    const int end = alone_ ? std::min(per_group, unit + last - item) : unit + 1;
+    compute_units(group, unit, end);
+    item += end - unit;
+  }
+}
+
+void Mixture::compute_units(const ExpertGroup& group, int begin, int end) {
+  const FfnWeights& weights = expert(group);
+  const int first_block = begin * 2, last_block = std::min(end * 2, weights.up.weight.num_blocks());
+  const size_t row = size_t(first_block) * kBlockRows;
+  const size_t place = size_t(group.first_slot) * neurons_.stride;
+  float* gate = alone_ ? shared_.gate.get() + place + row : own_.gate.get();
+  float* up = alone_ ? shared_.up.get() + place + row : own_.up.get();
+  const Batch inputs = alone_ ? inputs_ : batch_of(group, shared_.inputs.view);
+  // Kernels write at the rows' own numbers.
+  multiply(kernels_, weights.gate.weight, inputs, gate - row, kUnit, first_block, last_block);
+  multiply(kernels_, weights.up.weight, inputs, up - row, kUnit, first_block, last_block);
+  const Batch neurons = batch_of(group, neurons_);
+  finish_neurons(decoder_.weights, kernels_, weights, begin, end, gate, up, neurons);
+}
+
+void Mixture::compute_outputs(const Matrices& next) {
+  const int num_blocks = expert(own_.groups[0]).down.weight.num_blocks();
+  const auto work = [&](int first, int last) {
+    for (int item = first; item < last;) {
+      int block;
+      const ExpertGroup& group = group_of(item, num_blocks, block);
+      const int end = std::min(num_blocks, block + last - item);
+      const Batch neurons = batch_of(group, neurons_);
+      multiply(kernels_, expert(group).down.weight, neurons, shared_.outputs.get() + size_t(group.first_slot) * hidden_,
+               hidden_, block, end);
+      item += end - block;
+    }
+  };
+  decoder_.threads.deal(thread_, num_blocks * static_cast<int>(own_.groups.size()), work, [&](int first) {
+    int block;
+    const ExpertGroup& group = group_of(first, num_blocks, block);
+    prefetch_block(expert(group).down.weight, block, kPartPrefetchBytes);
+  });
+  prefetch_share(next, thread_, decoder_.threads.size());
+  decoder_.threads.barrier(thread_);
+}
+
+}  // namespace coreinfer
