@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from .layout import LAYOUT
-from .manifest import Manifest, Quality, Score, read_manifest
+from .manifest import Manifest, ModelRecord, Quality, Score, read_manifest
 from .reader import find_problems
 from .shared.command import EXIT_ERROR, command_errors
 
@@ -50,7 +50,7 @@ def describe(manifest: Manifest) -> Iterator[str]:
     """Describe a bundle in lines of text."""
     model, plan = manifest.model, manifest.plan
     yield f"model      {model.name}"
-    yield f"           {model.family}, {model.num_layers} layers, hidden {model.hidden_size}, ffn {model.ffn_dim}"
+    yield f"           {model.family}, {model.num_layers} layers, hidden {model.hidden_size}, {_ffn(model)}"
     formats = ", ".join(f"{group} {record.format}" for group, record in manifest.quantization.items())
     yield f"formats    {formats}"
     yield (
@@ -59,13 +59,28 @@ def describe(manifest: Manifest) -> Iterator[str]:
         f"{'with' if plan.dense else 'without'} the dense FFN"
     )
     own = ", on average; clusters have their own" if manifest.has_own_budgets else ""
-    yield f"budgets    {' '.join(map(str, plan.layer_budgets))} of {model.ffn_dim}{own}"
+    yield f"budgets    {_units(model, plan.layer_budgets)} of {_all_units(model)}{own}"
     yield from _describe_clusters(manifest)
     yield from _describe_quality(manifest.quality)
     yield from _describe_files(manifest)
     origin = manifest.provenance
     yield f"origin     coreinfer {origin.coreinfer}, model sha256 {origin.model_sha256[:12]}, encoder {origin.encoder}"
     yield f"           {', '.join(f'{name} {version}' for name, version in origin.packages.items())}"
+
+
+def _ffn(model: ModelRecord) -> str:
+    if model.experts is None:
+        return f"ffn {model.ffn_dim}"
+    return f"{model.experts.num_experts} experts of {model.unit_neurons}, {model.experts.num_chosen} a token"
+
+
+def _units(model: ModelRecord, layer_budgets: Sequence[int]) -> str:
+    """Neurons, or experts, of each layer."""
+    return " ".join(str(budget // model.unit_neurons) for budget in layer_budgets)
+
+
+def _all_units(model: ModelRecord) -> str:
+    return str(model.ffn_dim) if model.experts is None else f"{model.experts.num_experts} experts"
 
 
 def _describe_clusters(manifest: Manifest) -> Iterator[str]:
@@ -79,7 +94,7 @@ def _describe_clusters(manifest: Manifest) -> Iterator[str]:
             f"keep {cluster.keep_ratio:.2f}, {cluster.ffn_bytes / 1e6:.1f} MB"
         )
         if manifest.has_own_budgets:
-            yield f"         budgets {' '.join(map(str, cluster.layer_budgets))}"
+            yield f"         budgets {_units(manifest.model, cluster.layer_budgets)}"
         yield from (f"         - {example}" for example in cluster.examples)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from coreinfer.bundles.errors import ConfigError, join_problems
-from coreinfer.bundles.manifest import ExpertsRecord
 
 from .config import CompileConfig
 
@@ -49,11 +48,11 @@ def _not_applying(config: CompileConfig) -> Iterator[str]:
     yield from (f"{option}: whole experts are not repaired or healed" for option, is_given in given.items() if is_given)
 
 
-def with_whole_experts(config: CompileConfig, experts: ExpertsRecord, name: str) -> CompileConfig:
+def with_whole_experts(config: CompileConfig, num_chosen: int, num_experts: int, name: str) -> CompileConfig:
     """Fill in the options of a compile that keeps whole experts: by scores, without repair and healing.
 
     Args:
-        experts: of the model.
+        num_chosen, num_experts: of a layer's experts those that a token uses, and all.
         name: of the model in an error.
     Raises:
         ConfigError: options were given that do not apply.
@@ -63,7 +62,7 @@ def with_whole_experts(config: CompileConfig, experts: ExpertsRecord, name: str)
         config,
         budgets=config.budgets or "energy",
         # No layer can do with fewer.
-        min_layer_keep=max(config.min_layer_keep, experts.num_chosen / experts.num_experts),
+        min_layer_keep=max(config.min_layer_keep, num_chosen / num_experts),
         removal="top-k",
         reconstruct=False,
         carry=False,

@@ -57,7 +57,7 @@ def compile_inputs(config: CompileConfig, inputs: Inputs, identity: Identity | N
     family, model_config = read_config(source)
     asked = config
     if (experts := experts_of(family, model_config)) is not None:
-        config = with_whole_experts(config, experts, source.name)
+        config = with_whole_experts(config, experts.num_chosen, experts.num_experts, source.name)
     if identity is None:
         identity = identify(asked, inputs, {**model_config.to_dict(), "revision": hub_revision(source)})
         if (manifest := take_finished(asked, identity, progress)) is not None:

@@ -20,7 +20,7 @@ from coreinfer.runtime.engines.protocol import FfnChoice
 from .bundle_factory import as_version_2, change_tensors, edit_manifest, flip_bit
 from .c_library import COMPILERS, DENSE, ROOT, CError, CModel, build_library, has_compilers
 from .engine_inputs import MAX_POSITIONS
-from .model_factory import FAMILIES, VOCABULARY
+from .model_factory import FAMILIES, MIXTURES, VOCABULARY
 
 pytestmark = pytest.mark.skipif(not has_compilers(), reason="no C or C++ compiler here")
 
@@ -65,7 +65,7 @@ def c_tokens(model: CModel) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_logits_and_tokens_are_those_of_the_python_engine(
     family: str, kind: str, tiny_bundle: Callable[..., Path], opened: Callable[..., CModel]
 ) -> None:
@@ -89,8 +89,8 @@ def test_logits_and_tokens_are_those_of_the_python_engine(
         model.truncate(NUM_READ - 30)
         np.testing.assert_array_equal(model.feed(IDS[:9]), decoder.forward(IDS[:9])[0])
         assert c_tokens(model) == python_tokens(decoder)
-    # Each pack is its own.
-    assert len(seen) == 1 + model.num_clusters
+    # Each pack is its own; clusters may have the same experts.
+    assert len(seen) == 1 + model.num_clusters or (family in MIXTURES and len(seen) > 1)
 
 
 @pytest.mark.parametrize("isa", ["portable", "auto"])

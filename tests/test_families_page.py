@@ -32,7 +32,9 @@ def test_what_is_read_and_written_as_gguf(row: list[str]) -> None:
 
 
 def test_each_model_type_is_built_by_the_tests() -> None:
-    built = {model_factory.tiny_config(family).model_type for family in (*model_factory.FAMILIES, *model_factory.MIXTURES)}
+    built = {
+        model_factory.tiny_config(family).model_type for family in (*model_factory.FAMILIES, *model_factory.MIXTURES)
+    }
     assert built == {model_type for family in FAMILIES for model_type in family.model_types}
 
 

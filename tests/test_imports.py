@@ -170,13 +170,13 @@ def test_dependencies_point_one_way(package: str) -> None:
 
 
 def test_the_compiler_uses_the_runtime_for_two_things_only() -> None:
-    """To write text, and to take apart modules that transformers has as one."""
-    joined = "coreinfer.runtime.engines.torch.joined"
+    """To write text, and to take apart modules and experts that transformers has as one."""
+    apart = ("coreinfer.runtime.engines.torch.joined", "coreinfer.runtime.engines.torch.mixture")
     users = {
         path.name
         for path in sources("compiler")
         for name in imported_names(path, "compiler")
-        if name.startswith("coreinfer.runtime") and not name.startswith(joined)
+        if name.startswith("coreinfer.runtime") and not name.startswith(apart)
     }
     assert users == {"writing.py"}
 
@@ -203,6 +203,7 @@ def test_only_the_torch_engine_needs_torch() -> None:
         "torch/decoder.py",
         "torch/host_weights.py",
         "torch/joined.py",
+        "torch/mixture.py",
         "torch/model.py",
         "torch/packed_linear.py",
         "torch/placement.py",

@@ -77,7 +77,8 @@ def test_a_value_that_json_cannot_hold_is_not_written(tmp_path: Path) -> None:
 def required_fields() -> list[tuple[str, ...]]:
     data = asdict(make_manifest())
     top = [(name,) for name in data if name not in ("files", "schema_version")]
-    return [*top, *((record, name) for record in RECORDS for name in data[record])]
+    # Bundles of before know no experts.
+    return [*top, *((record, name) for record in RECORDS for name in data[record] if name != "experts")]
 
 
 @pytest.mark.parametrize("path", required_fields(), ids=".".join)

@@ -1,23 +1,36 @@
 """Mixtures of experts: compiled from tiny random models, and run by both engines beside transformers' own."""
 
 import itertools
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from coreinfer import runtime
-from coreinfer.bundles import ConfigError, open_bundle
+from coreinfer.bundles import BundleCorrupt, ConfigError, UnsupportedModelError, open_bundle
 from coreinfer.bundles.contract import kept_experts
 from coreinfer.bundles.families import family_of_config, resolve
+from coreinfer.bundles.inspect import describe
+from coreinfer.bundles.manifest import ExpertsRecord
+from coreinfer.bundles.tensors import StoredTensor
 from coreinfer.bundles.token_bytes import token_bytes
+from coreinfer.compiler import CompileConfig, compile_model
+from coreinfer.compiler.checks import find_inputs
+from coreinfer.compiler.estimate.machine import Machine
+from coreinfer.compiler.estimate.plan import make_plan
+from coreinfer.compiler.expert_options import with_whole_experts
+from coreinfer.compiler.export.chosen import choose_model
+from coreinfer.compiler.prune.experts import expert_budgets
 from coreinfer.runtime.engines.native import _native
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, Decoder, FfnChoice
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
+from .bundle_factory import change_tensors, edit_manifest
 from .model_factory import MIXTURES, VOCABULARY, build_model
 
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 150).tolist()
@@ -173,7 +186,7 @@ def test_another_run_and_other_threads_change_no_bit(tiny_bundle: Callable[..., 
 
 
 @pytest.mark.parametrize("engine", ["native", "torch"])
-def test_texts_of_all_modes(engine: str, tiny_bundle: Callable[..., Path]) -> None:
+def test_texts_of_all_modes(engine: Literal["native", "torch"], tiny_bundle: Callable[..., Path]) -> None:
     made = runtime.load(tiny_bundle("olmoe"), engine=engine)
     prompt = "The kitchen text number 3 speaks of"
     alone = made.generate(prompt, mode="similarity", max_new_tokens=12)
@@ -191,3 +204,106 @@ def test_texts_of_all_modes(engine: str, tiny_bundle: Callable[..., Path]) -> No
         made.decoder.use(FfnChoice(neuron_ids=ids))
     with pytest.raises(ConfigError, match="of a mixture of experts"):
         made.decoder.prompt_statistics(IDS, ("griffin",))
+
+
+def test_experts_that_contribute_least_are_left_out(tiny_inputs: Callable[[str], CompileConfig]) -> None:
+    config = with_whole_experts(replace(tiny_inputs("olmoe"), budgets=None), 2, 4, "tiny")
+    record = ExpertsRecord(num_experts=4, num_chosen=2, normalizes=False)
+    energies = np.array([[1, 9, 1, 9], [5, 6, 7, 8], [1, 1, 1, 1]], dtype=np.float32)
+    assert expert_budgets(config, 1.0, energies, record) == [4, 4, 4]
+    assert expert_budgets(config, 0.667, energies, record) == [2, 4, 2]
+    assert expert_budgets(config, 0.5, energies, record) == [2, 2, 2]
+    assert expert_budgets(replace(config, budgets="uniform"), 0.75, energies, record) == [3, 3, 3]
+    with pytest.raises(ConfigError, match=r"--keep 0\.4: expected at least 0\.5, as each token uses 2 of 4 experts"):
+        expert_budgets(config, 0.4, energies, record)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"dense": False}, "--no-dense"),
+        ({"keep": None, "budget_mb": 1.0}, "--budget-mb"),
+        ({"selection": "griffin"}, "--selection griffin"),
+        ({"budgets": "sensitivity"}, "--budgets sensitivity"),
+        ({"removal": "second-order"}, "--removal second-order: whole experts are not repaired or healed"),
+        ({"carry": True, "heal_steps": 3}, r"2 problems: \(1\) --carry: whole.* \(2\) --heal-steps: whole"),
+        ({"max_memory": 4.0}, "--max-memory"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_options_that_do_not_apply_are_refused_by_name(
+    options: dict[str, Any], named: str, tiny_inputs: Callable[[str], CompileConfig]
+) -> None:
+    with pytest.raises(ConfigError, match=f"olmoe is a mixture of experts, of which clusters keep whole ones: {named}"):
+        compile_model(replace(tiny_inputs("olmoe"), **options))
+
+
+def test_a_quality_is_found_by_leaving_experts_out(tiny_bundle: Callable[..., Path]) -> None:
+    """Experts that the router seldom chooses cost little: a random model's are all chosen."""
+    manifest = open_bundle(tiny_bundle("olmoe", keep=None, max_kl=0.4, budgets=None, clusters=2)).manifest
+    assert manifest.quality is not None
+    keeps = [cluster.keep_ratio for cluster in manifest.clusters]
+    assert 2 / 6 <= min(keeps) < 1
+    assert all(entry.score.kl <= 0.4 for entry in manifest.quality.per_cluster)
+    assert {control.name for control in manifest.quality.controls} == {"one static mask", "random assignment"}
+    assert manifest.quality.dense.kl < 0.01
+    for cluster in manifest.clusters:
+        assert all(budget % 32 == 0 for budget in cluster.layer_budgets)
+    text = "\n".join(describe(manifest))
+    assert "6 experts of 32, 2 a token" in text
+    assert " of 6 experts" in text
+
+
+def test_a_mixture_writes_its_own_text(tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path) -> None:
+    config = replace(
+        tiny_inputs("olmoe"), calibration=("builtin",), output=tmp_path / "bundle", calibration_tokens=1500, clusters=1
+    )
+    manifest = compile_model(config)
+    assert manifest.clusters[0].num_tokens > 500
+
+
+def test_a_pack_with_too_few_experts_is_named(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bundle("mixtral"), tmp_path / "bundle"))
+    with edit_manifest(folder) as data:
+        data["clusters"][1]["layer_budgets"][2] = 96
+
+    def cut(tensors: dict[str, StoredTensor]) -> None:
+        tensors["layers.2.experts"] = StoredTensor("I32", tensors["layers.2.experts"].array[:1])
+
+    change_tensors(folder, "clusters/001.safetensors", cut)
+    with pytest.raises(BundleCorrupt, match=r"layers\.2\.experts: expected 2 or more ascending ids below 6"):
+        open_bundle(folder)
+
+
+def test_a_device_with_little_memory_runs_experts(tiny_bundle: Callable[..., Path]) -> None:
+    bundle = open_bundle(tiny_bundle("qwen3_moe"))
+    plain = TorchDecoder(bundle, device="cpu", dtype="float32")
+    for limit in (100.0, 0.62):
+        placed = TorchDecoder(bundle, device="cpu", dtype="float32", gpu_memory_mb=limit)
+        for choice in (DENSE, FfnChoice(cluster=0), FfnChoice(cluster=1), DENSE):
+            for decoder in (plain, placed):
+                decoder.use(choice)
+            np.testing.assert_allclose(blocks(placed), blocks(plain), atol=1e-5)
+
+
+def test_what_mixtures_lack_is_refused(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_bundle("olmoe")
+    with pytest.raises(ConfigError, match="memory_mb: layers of experts cannot be read in parts yet"):
+        runtime.load(folder, engine="native", memory_mb=100)
+    with pytest.raises(UnsupportedModelError, match="models of family olmoe are not exported yet"):
+        choose_model(folder, cluster=None, dense=True)
+    with pytest.raises(ConfigError, match="weights 'packed': experts are unpacked"):
+        TorchDecoder(open_bundle(folder), device="cpu", dtype="float32", weights="packed")
+
+
+def test_what_a_compile_takes_is_planned(
+    tiny_inputs: Callable[[str], CompileConfig], tiny_bundle: Callable[..., Path]
+) -> None:
+    config = replace(tiny_inputs("qwen3_moe"), quantize="int4")
+    machine = Machine(num_threads=1, float32_gflops=1.0, bfloat16_gflops=1.0, read_gbps=1.0)
+    plan = make_plan(config, find_inputs(config), lambda: machine)
+    manifest = open_bundle(tiny_bundle("qwen3_moe", quantize="int4")).manifest
+    counted = token_bytes(manifest)
+    assert (plan.token_bytes_pack, plan.token_bytes_dense) == (counted.pack, counted.dense)
+    assert plan.keep == pytest.approx(4 / 6)
+    assert not {stage.name for stage in plan.stages} & {"sensitivity", "curves", "reconstruct"}

@@ -67,6 +67,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("starcoder2", {"rope_parameters": {**THETA, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0, which transformers does not compute"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers \\[1\\], layers without experts among those with"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2, layers without experts among those with"),
 ]
 
 COMPUTED: list[tuple[str, dict[str, Any]]] = [
@@ -114,6 +116,10 @@ COMPUTED: list[tuple[str, dict[str, Any]]] = [
     ("stablelm", {"layer_norm_eps": 0.5}),
     ("starcoder2", {"norm_epsilon": 0.5}),
     ("starcoder2", {"sliding_window": None}),
+    ("mixtral", {"sliding_window": None}),
+    ("qwen3_moe", {"use_sliding_window": False}),
+    ("olmoe", {"clip_qkv": 0.5}),
+    ("granitemoe", {"residual_multiplier": 1.0}),
 ]
 """Each of these changes what transformers computes."""
 
@@ -187,7 +193,7 @@ def test_a_model_is_loaded_as_transformers_computes_it(
         torch.testing.assert_close(loaded.head(states), expected)
 
 
-NATIVE_REFUSES = {"mish"}
+NATIVE_REFUSES = {"mish", "clip_qkv"}
 
 
 def as_saved(folder: Path) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
 from coreinfer.compiler.checks import Inputs
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import Effort, shares_profile, weighs_errors
+from coreinfer.compiler.expert_options import with_whole_experts
 from coreinfer.compiler.quality.search import searches
 from coreinfer.compiler.samples import CURVE_TOKENS, PROFILE_TOKENS
 
 from . import work
 from .encoder import encoder_size
 from .machine import Machine
-from .shapes import stated_shapes
+from .shapes import Shapes, stated_shapes
 from .sizes import base_token_bytes, bundle_bytes, ffn_token_bytes, kept_neurons, scratch_bytes, stage_needs
 from .speeds import IMPORT_SECONDS, stage_seconds
 from .text import size_text
@@ -112,7 +113,10 @@ def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machi
             f"--dry-run: what {', '.join(wrong)} takes is not known beforehand; plan without, such as with --keep and "
             "--clusters N"
         )
-    case = case_of(config, inputs)
+    shapes = stated_shapes(inputs.model)
+    if shapes.num_experts > 1:
+        config = with_whole_experts(config, shapes.num_chosen, shapes.num_experts, inputs.model.name)
+    case = case_of(config, inputs, shapes)
     machine = measure()
     model_dtype = _model_dtype(config)
     item_bytes = 2 if model_dtype == "bfloat16" else 4
@@ -155,9 +159,9 @@ def _model_dtype(config: CompileConfig) -> str:
     return "bfloat16" if cpu_multiplies_bf16() else "float32"
 
 
-def case_of(config: CompileConfig, inputs: Inputs) -> Case:
+def case_of(config: CompileConfig, inputs: Inputs, shapes: Shapes) -> Case:
     """Size up a compile."""
-    shapes, text = stated_shapes(inputs.model), size_text(config, inputs.texts)
+    text = size_text(config, inputs.texts)
     encoder = encoder_size(inputs.encoder)
     part = round(text.num_tokens * _PART_SHARE)
     assert isinstance(config.clusters, int)

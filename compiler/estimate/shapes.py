@@ -16,7 +16,12 @@ __all__ = ["Shapes", "read_object", "shapes_of", "stated_shapes"]
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """What the costs of a compile depend on. Counts of weights leave out norms and biases."""
+    """What the costs of a compile depend on. Counts of weights leave out norms and biases.
+
+    Attributes:
+        ffn_dim: neurons of a layer, of all its experts together.
+        num_experts, num_chosen: of a layer, and of these for a token; 1 and 1 where the FFN is one.
+    """
 
     num_layers: int
     hidden_size: int
@@ -27,6 +32,13 @@ class Shapes:
     vocab_size: int
     gated: bool
     tied_head: bool
+    num_experts: int = 1
+    num_chosen: int = 1
+
+    @property
+    def expert_dim(self) -> int:
+        """Neurons of an FFN, or of each expert."""
+        return self.ffn_dim // self.num_experts
 
     @property
     def num_inner(self) -> int:
@@ -64,6 +76,12 @@ class Shapes:
     def body_weights(self) -> int:
         """Of all layers."""
         return self.num_layers * (self.attention_weights + self.ffn_weights)
+
+    @property
+    def token_weights(self) -> int:
+        """Of all layers, that a token is multiplied by."""
+        chosen = self.ffn_weights // self.num_experts * self.num_chosen
+        return self.num_layers * (self.attention_weights + chosen)
 
     @property
     def head_weights(self) -> int:
@@ -131,17 +149,25 @@ def shapes_of(config: Mapping[str, Any], name: str) -> Shapes:
         return value
 
     hidden, num_heads = size("hidden_size"), size("num_attention_heads")
+    num_experts, num_chosen, dim_field = 1, 1, family.ffn_dim_field
+    if family.experts is not None:
+        dim_field = family.experts.dim_field
+        # transformers has two names for it.
+        num_experts = size(family.experts.num_field, config.get("num_local_experts"))
+        num_chosen = size("num_experts_per_tok")
     return Shapes(
         # EXAONE's makers have another name for it, which transformers takes as well.
         num_layers=size("num_hidden_layers", config.get("num_layers")),
         hidden_size=hidden,
-        ffn_dim=size(family.ffn_dim_field),
+        ffn_dim=num_experts * size(dim_field),
         num_heads=num_heads,
         num_kv_heads=size("num_key_value_heads", num_heads),
         head_dim=size("head_dim", max(1, hidden // num_heads)),
         vocab_size=size("vocab_size"),
         gated=family.gated,
         tied_head=_is_tied(config, family),
+        num_experts=num_experts,
+        num_chosen=num_chosen,
     )
 
 

@@ -31,13 +31,32 @@ _ROUNDED_WEIGHT_BYTES = 24
 
 
 def ffn_token_bytes(shapes: Shapes, kind: str, kept: int) -> int:
-    """Bytes of FFN weights that one token reads where each layer keeps so many neurons."""
-    inner = shapes.num_inner * matrix_bytes(kind, (kept, shapes.hidden_size))
-    return shapes.num_layers * (inner + matrix_bytes(kind, (shapes.hidden_size, kept)))
+    """Bytes of FFN weights that one token reads where each layer keeps so many neurons, or so many of experts."""
+    if shapes.num_experts == 1:
+        return shapes.num_layers * _ffn_bytes(shapes, kind, kept)
+    return shapes.num_layers * shapes.num_chosen * _ffn_bytes(shapes, kind, shapes.expert_dim)
+
+
+def _ffn_bytes(shapes: Shapes, kind: str, num_neurons: int) -> int:
+    inner = shapes.num_inner * matrix_bytes(kind, (num_neurons, shapes.hidden_size))
+    return inner + matrix_bytes(kind, (shapes.hidden_size, num_neurons))
+
+
+def _dense_bytes(shapes: Shapes, kind: str) -> int:
+    """Of the dense FFN, all experts."""
+    return shapes.num_layers * shapes.num_experts * _ffn_bytes(shapes, kind, shapes.expert_dim)
+
+
+def _router_bytes(shapes: Shapes) -> int:
+    if shapes.num_experts == 1:
+        return 0
+    return shapes.num_layers * matrix_bytes("bf16", (shapes.num_experts, shapes.hidden_size))
 
 
 def _attention_bytes(shapes: Shapes, kind: str) -> int:
-    return shapes.num_layers * sum(matrix_bytes(kind, shape) for shape in shapes.attention_shapes)
+    """Of attention and routers."""
+    attention = shapes.num_layers * sum(matrix_bytes(kind, shape) for shape in shapes.attention_shapes)
+    return attention + _router_bytes(shapes)
 
 
 def base_token_bytes(config: CompileConfig, shapes: Shapes) -> int:
@@ -72,6 +91,8 @@ def kept_neurons(config: CompileConfig, shapes: Shapes) -> int:
     )
     if searches(config):
         keep = _FOUND_KEEP
+    if shapes.num_experts > 1:
+        return max(shapes.num_chosen, round(keep * shapes.num_experts)) * shapes.expert_dim
     if keep == 1 or shapes.ffn_dim <= NEURON_BLOCK:
         return shapes.ffn_dim
     if config.effective_budgets != "uniform":
@@ -85,7 +106,7 @@ def bundle_bytes(config: CompileConfig, case: Case) -> int:
     tables = (1 if shapes.tied_head else 2) * matrix_bytes(
         _head_format(config), (shapes.vocab_size, shapes.hidden_size)
     )
-    dense = ffn_token_bytes(shapes, config.quantize, shapes.ffn_dim) if config.dense else 0
+    dense = _dense_bytes(shapes, config.quantize) if config.dense else 0
     router = case.encoder_vocabulary * (2 * _ROUTER_DIMENSION + _TOKENIZER_TOKEN_BYTES)
     tokenizer = shapes.vocab_size * _TOKENIZER_TOKEN_BYTES
     packs = case.num_clusters * _pack_bytes(config, case)
@@ -94,6 +115,8 @@ def bundle_bytes(config: CompileConfig, case: Case) -> int:
 
 def _pack_bytes(config: CompileConfig, case: Case) -> int:
     """A pack's matrices, its neuron ids and the scores of all neurons."""
+    if case.shapes.num_experts > 1:
+        return 4 * case.shapes.num_layers * (case.kept // case.shapes.expert_dim + case.shapes.num_experts)
     values = case.shapes.num_layers * (case.kept + case.shapes.ffn_dim)
     return ffn_token_bytes(case.shapes, config.quantize, case.kept) + 4 * values
 
@@ -157,5 +180,10 @@ def stage_needs(config: CompileConfig, case: Case, samples: Mapping[str, int], *
         "evaluate": _ARITHMETIC_BYTES + logits + files + model,
     }
     for stage, tokens in samples.items():
-        extra[stage] = extra.get(stage, 0) + tokens * (shapes.ffn_dim + 3 * shapes.hidden_size) * item_bytes
+        extra[stage] = extra.get(stage, 0) + tokens * (_seen_neurons(shapes) + 3 * shapes.hidden_size) * item_bytes
     return {stage: int(_PROGRAM_BYTES + model + need) for stage, need in extra.items()}
+
+
+def _seen_neurons(shapes: Shapes) -> int:
+    """Values that a layer's FFN leaves of each token; of a mixture one for each expert."""
+    return shapes.ffn_dim if shapes.num_experts == 1 else shapes.num_experts

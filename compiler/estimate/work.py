@@ -100,7 +100,7 @@ class Case:
         """Operations of all layers for a token: 2 w for w weights, 4 t a to look at t tokens with heads a wide."""
         shapes = self.shapes
         attention = 4 * self.document_tokens * shapes.num_heads * shapes.head_dim
-        return 2 * shapes.body_weights + shapes.num_layers * attention
+        return 2 * shapes.token_weights + shapes.num_layers * attention
 
     @property
     def num_packs(self) -> int:
@@ -132,9 +132,9 @@ def corpus_work(case: Case) -> Work:
     if not case.num_prompts:
         return Work()
     shapes = case.shapes
-    read = 2 * shapes.body_weights * case.prompt_tokens
+    read = 2 * shapes.token_weights * case.prompt_tokens
     return Work(
-        model_flop=read + 2 * (shapes.body_weights + shapes.head_weights) * case.new_tokens,
+        model_flop=read + 2 * (shapes.token_weights + shapes.head_weights) * case.new_tokens,
         moved_bytes=_FLOAT_BYTES * shapes.vocab_size * case.new_tokens,
     )
 
@@ -155,6 +155,9 @@ def pack_work(case: Case, *, rounds: bool) -> Work:
 def packs_work(case: Case, *, rounds: bool) -> Work:
     """Cut the inner matrices of each pack, and round its down projections."""
     shapes, share = case.shapes, case.kept / case.shapes.ffn_dim
+    if shapes.num_experts > 1:
+        # Packs name experts of the dense FFN.
+        return Work()
     down = case.num_packs * shapes.num_layers * shapes.down_weights * share
     inner = case.num_packs * shapes.num_layers * shapes.inner_weights * share
     moved = 2 * _FLOAT_BYTES * down + inner

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coreinfer.bundles import Bundle, ConfigError, open_bundle
+from coreinfer.bundles import Bundle, ConfigError, UnsupportedModelError, open_bundle
 from coreinfer.bundles.families import Family, family_by_name
 from coreinfer.bundles.tensors import TensorFile
 
@@ -51,11 +51,14 @@ def choose_model(bundle_dir: Path, *, cluster: int | None, dense: bool) -> Chose
     Raises:
         BundleError: there is no bundle, or it is damaged.
         ConfigError: it is not said which model, or the bundle does not hold it.
+        UnsupportedModelError: its FFN is a mixture of experts.
     """
     if dense == (cluster is not None):
         raise ConfigError("expected --cluster N or --dense, got both or neither; coreinfer-inspect lists clusters")
     bundle = open_bundle(bundle_dir, lazy_packs=True)
     manifest = bundle.manifest
+    if manifest.model.experts is not None:
+        raise UnsupportedModelError(f"{bundle_dir}: models of family {manifest.model.family} are not exported yet")
     if cluster is None:
         if bundle.dense is None:
             raise ConfigError(f"--dense: {bundle_dir} lacks the dense FFN; compile it with --dense, or give --cluster")

@@ -28,6 +28,8 @@ def report_view(manifest: Manifest, points: Sequence[MapPoint], file_bytes: Mapp
         "clusters": list(_clusters(manifest)),
         "metrics": list(_metrics(quality)) if quality else [],
         "chart": _chart(manifest),
+        "noun": _noun(manifest),
+        "unit": manifest.model.unit_neurons,
         "ridges": [_ridge(value) for value in manifest.plan.ridges],
         "weights": weights,
         "screened": manifest.quantization["head"].format == "int8-planes",
@@ -112,13 +114,15 @@ def _share(value: float, greatest: float) -> float:
 
 
 def _chart(manifest: Manifest) -> dict[str, Any]:
-    budgets, ffn_dim = manifest.plan.layer_budgets, manifest.model.ffn_dim
+    unit, noun = manifest.model.unit_neurons, _noun(manifest)
+    budgets = [budget // unit for budget in manifest.plan.layer_budgets]
+    ffn_dim = manifest.model.ffn_dim // unit
     pitch = _CHART_WIDTH / len(budgets)
     every = -(-len(budgets) // 12)
     columns = [
         {
             "layer": layer,
-            "said": f"layer {layer}: {budget} of {ffn_dim} neurons, keep ratio {budget / ffn_dim:.2f}",
+            "said": f"layer {layer}: {budget} of {ffn_dim} {noun}, keep ratio {budget / ffn_dim:.2f}",
             "x": round(layer * pitch, 2),
             "y": round(_CHART_TOP + _CHART_FULL * (1 - budget / ffn_dim), 1),
             "width": round(0.8 * pitch, 2),
@@ -129,6 +133,10 @@ def _chart(manifest: Manifest) -> dict[str, Any]:
     ]
     sizes = {"width": _CHART_WIDTH, "height": _CHART_HEIGHT, "top": _CHART_TOP, "full": _CHART_FULL}
     return {**sizes, "columns": columns}
+
+
+def _noun(manifest: Manifest) -> str:
+    return "neurons" if manifest.model.experts is None else "experts"
 
 
 def _ridge(value: float | None) -> str:
