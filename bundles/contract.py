@@ -129,11 +129,7 @@ def check_neuron_ids(file: TensorFile, manifest: Manifest) -> list[str]:
 
 
 def kept_experts(file: TensorFile | None, manifest: Manifest) -> list[list[int]]:
-    """List each layer's experts, ascending: those of a cluster's pack, or with None all.
-
-    Args:
-        file: the pack, which was checked.
-    """
+    """List each layer's experts, ascending: those of a cluster's pack, which was checked, or with None all."""
     experts = manifest.model.experts
     assert experts is not None
     if file is None:

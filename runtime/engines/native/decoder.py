@@ -219,10 +219,12 @@ class NativeDecoder:
         file = self._bundle.dense
         if file is None:
             raise ConfigError(f"bundle {self._bundle.path} has no experts; compile it again")
-        pack = None if cluster is None else self._bundle.pack(cluster)
         with _corrupt(self._bundle, file.path.name):
-            experts = kept_experts(pack, self._bundle.manifest)
-            return _native.Ffn.of_experts(self._record, str(file.path), file.mapped_bytes, experts)
+            if None not in self._ffns:
+                self._ffns[None] = _native.Ffn.of_experts(self._record, str(file.path), file.mapped_bytes)
+            if cluster is None:
+                return self._ffns[None]
+            return self._ffns[None].keeping(kept_experts(self._bundle.pack(cluster), self._bundle.manifest))
 
     def truncate(self, num_tokens: int) -> None:
         """Keep only the first tokens; see `Decoder.truncate`."""

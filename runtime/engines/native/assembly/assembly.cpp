@@ -156,40 +156,35 @@ Ffn assemble_ffn(const ModelRecord& record, const TensorFile& file, const std::v
   return ffn;
 }
 
-namespace {
-
-void check_experts(const ModelRecord& record, const std::vector<int>& numbers) {
-  for (size_t i = 0; i < numbers.size(); ++i)
-    if (numbers[i] < (i ? numbers[i - 1] + 1 : 0) || numbers[i] >= record.num_experts)
-      refuse("experts of a layer", "ascending numbers below " + std::to_string(record.num_experts),
-             std::to_string(numbers[i]));
-  if (numbers.size() < static_cast<size_t>(record.num_chosen))
-    refuse("experts of a layer", "at least " + std::to_string(record.num_chosen), std::to_string(numbers.size()));
-}
-
-}  // namespace
-
-Ffn assemble_experts(const ModelRecord& record, const TensorFile& file, const std::vector<std::vector<int>>& experts) {
+Ffn assemble_experts(const ModelRecord& record, const TensorFile& file) {
   if (record.num_experts == 0) refuse("experts", "none", "some");
-  if (experts.size() != static_cast<size_t>(record.num_layers))
-    refuse("layers", std::to_string(record.num_layers), std::to_string(experts.size()));
   const int neurons = record.ffn_neurons(), hidden = record.hidden_size;
-  Ffn ffn;
-  for (const std::vector<int>& numbers : experts) {
-    check_experts(record, numbers);
-    const std::string layer_root = "layers." + std::to_string(ffn.size()) + ".experts.";
-    FfnWeights layer;
-    layer.experts.resize(record.num_experts);
-    for (const int number : numbers) {
-      const std::string root = layer_root + std::to_string(number) + ".";
-      FfnWeights& expert = layer.experts[number];
+  Ffn ffn(record.num_layers);
+  for (int index = 0; index < record.num_layers; ++index)
+    for (int number = 0; number < record.num_experts; ++number) {
+      const std::string root = "layers." + std::to_string(index) + ".experts." + std::to_string(number) + ".";
+      FfnWeights expert;
       expert.gate.weight = file.matrix(root + "gate", neurons, hidden);
       expert.up.weight = file.matrix(root + "up", neurons, hidden);
       expert.down.weight = file.matrix(root + "down", hidden, neurons);
+      ffn[index].experts.push_back(expert);
     }
-    ffn.push_back(layer);
-  }
   return ffn;
+}
+
+Ffn keep_experts(const Ffn& all, const std::vector<std::vector<int>>& experts) {
+  if (experts.size() != all.size()) refuse("layers", std::to_string(all.size()), std::to_string(experts.size()));
+  Ffn kept(all.size());
+  for (size_t index = 0; index < all.size(); ++index) {
+    const std::vector<FfnWeights>& from = all[index].experts;
+    kept[index].experts.resize(from.size());
+    for (const int number : experts[index]) {
+      if (number < 0 || static_cast<size_t>(number) >= from.size())
+        refuse("experts of a layer", "numbers below " + std::to_string(from.size()), std::to_string(number));
+      kept[index].experts[number] = from[number];
+    }
+  }
+  return kept;
 }
 
 }  // namespace coreinfer

@@ -19,7 +19,10 @@ ModelWeights assemble_model(const ModelRecord& record, const TensorFile& base, M
 
 // The dense FFN or a cluster's pack. Throws as above.
 Ffn assemble_ffn(const ModelRecord& record, const TensorFile& file, const std::vector<int>& num_neurons);
-// Of a mixture, some experts of each layer, or all of them; the file is the dense FFN's. Throws as above.
-Ffn assemble_experts(const ModelRecord& record, const TensorFile& file, const std::vector<std::vector<int>>& experts);
+// The dense FFN of a mixture. Throws as above.
+Ffn assemble_experts(const ModelRecord& record, const TensorFile& file);
+// A cluster's pack of a mixture: some of the dense FFN's experts, by their numbers in each layer. Throws
+// std::invalid_argument: there are no such layers or experts.
+Ffn keep_experts(const Ffn& all, const std::vector<std::vector<int>>& experts);
 
 }  // namespace coreinfer

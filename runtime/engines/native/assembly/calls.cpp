@@ -49,8 +49,15 @@ void check_ffn(const Decoder& decoder, const Ffn& ffn, int max_neurons) {
     if (ffn[i].experts.size() != static_cast<size_t>(num_experts))
       refuse("experts of a layer", std::to_string(num_experts), std::to_string(ffn[i].experts.size()));
     if (num_experts == 0) check(ffn[i]);
-    for (const FfnWeights& expert : ffn[i].experts)
-      if (!expert.up.weight.empty()) check(expert);
+    int num_kept = 0;
+    for (const FfnWeights& expert : ffn[i].experts) {
+      if (expert.up.weight.empty()) continue;
+      check(expert);
+      ++num_kept;
+    }
+    const int num_chosen = decoder.weights.layers[i].router.num_chosen;
+    if (num_kept < num_chosen)
+      refuse("experts of a layer", "at least " + std::to_string(num_chosen), std::to_string(num_kept));
   }
 }
 

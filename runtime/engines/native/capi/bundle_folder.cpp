@@ -1,7 +1,5 @@
 #include "bundle_folder.h"
 
-#include <numeric>
-
 #include "coreinfer.h"
 #include "failure.h"
 #include "refusals.h"
@@ -102,19 +100,13 @@ std::shared_ptr<MappedTensors> BundleFolder::dense() const {
 std::shared_ptr<MappedTensors> BundleFolder::pack(int cluster) const { return open_tensors(clusters_[cluster].file); }
 
 std::vector<std::vector<int>> BundleFolder::experts(int cluster) const {
-  std::vector<int> all(model_.num_experts);
-  std::iota(all.begin(), all.end(), 0);
-  std::vector<std::vector<int>> layers(model_.num_layers, all);
-  if (cluster == COREINFER_DENSE) return layers;
   const auto file = pack(cluster);
-  const std::vector<int>& counts = clusters_[cluster].num_neurons;
-  if (counts.size() != layers.size())
-    refuse("layer_budgets", std::to_string(layers.size()) + " layers", std::to_string(counts.size()));
-  for (size_t layer = 0; layer < layers.size(); ++layer) {
-    const std::string name = "layers." + std::to_string(layer) + ".experts";
-    const int count = counts[layer] / model_.ffn_neurons();
-    const int32_t* numbers = file->tensors.numbers(name, count);
-    layers[layer].assign(numbers, numbers + count);
+  std::vector<std::vector<int>> layers;
+  for (const int count : clusters_[cluster].num_neurons) {
+    const std::string name = "layers." + std::to_string(layers.size()) + ".experts";
+    const int size = count / model_.ffn_neurons();
+    const int32_t* numbers = file->tensors.numbers(name, size);
+    layers.emplace_back(numbers, numbers + size);
   }
   return layers;
 }

@@ -34,7 +34,7 @@ class BundleFolder {
   std::shared_ptr<MappedTensors> base() const;
   std::shared_ptr<MappedTensors> dense() const;
   std::shared_ptr<MappedTensors> pack(int cluster) const;
-  // Of a mixture: the experts of each layer that a cluster has, or COREINFER_DENSE.
+  // Of a mixture: the experts of each layer that a cluster has.
   std::vector<std::vector<int>> experts(int cluster) const;
 
   const std::string& folder() const { return folder_; }

@@ -136,12 +136,20 @@ int count_pages(const ModelWeights& weights, uint64_t kv_cache_bytes) {
   return static_cast<int>(std::min<uint64_t>(whole, kv_cache_bytes / page_bytes));
 }
 
-coreinfer_model::Pack load_pack(const BundleFolder& bundle, int cluster) {
+coreinfer_model::Pack load_pack(const coreinfer_model& model, int cluster) {
+  const BundleFolder& bundle = model.bundle;
   const ModelRecord& record = bundle.model();
   coreinfer_model::Pack pack;
   if (record.num_experts > 0) {
-    pack.file = bundle.dense();
-    pack.ffn = std::make_shared<const Ffn>(assemble_experts(record, pack.file->tensors, bundle.experts(cluster)));
+    const auto all = model.packs.find(COREINFER_DENSE);
+    if (all != model.packs.end()) {
+      pack = all->second;
+    } else {
+      pack.file = bundle.dense();
+      pack.ffn = std::make_shared<const Ffn>(assemble_experts(record, pack.file->tensors));
+    }
+    if (cluster != COREINFER_DENSE)
+      pack.ffn = std::make_shared<const Ffn>(keep_experts(*pack.ffn, bundle.experts(cluster)));
     return pack;
   }
   pack.file = cluster == COREINFER_DENSE ? bundle.dense() : bundle.pack(cluster);
@@ -159,7 +167,7 @@ void use(coreinfer_model& model, int cluster) {
                                            " or COREINFER_DENSE, got " + std::to_string(cluster));
   if (!model.packs.count(cluster))
     model.packs.emplace(cluster, in_bundle(bundle.folder(), [&] {
-                          coreinfer_model::Pack pack = load_pack(bundle, cluster);
+                          coreinfer_model::Pack pack = load_pack(model, cluster);
                           check_ffn(*model.decoder, *pack.ffn, bundle.model().ffn_neurons());
                           return pack;
                         }));

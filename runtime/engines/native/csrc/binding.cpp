@@ -304,6 +304,13 @@ py::array unpack(const py::object& matrix) {
   return out;
 }
 
+// A mixture's pack: the same weights, but for experts that are left out.
+FfnHandle keeping(const FfnHandle& all, const std::vector<std::vector<int>>& experts) {
+  FfnHandle out = all;
+  out.ffn = std::make_shared<Ffn>(keep_experts(*all.ffn, experts));
+  return out;
+}
+
 // The same weights, to be read layer by layer from the file that `mapping` is all of.
 FfnHandle read_in_layers(const FfnHandle& ffn, const std::string& path, const Bytes& mapping) {
   refuse_experts(*ffn.ffn);
@@ -329,8 +336,8 @@ PYBIND11_MODULE(_native, module) {
   py::register_exception<NoAddressSpace>(module, "NoAddressSpace", PyExc_RuntimeError);
   py::class_<FfnHandle>(module, "Ffn")
       .def(py::init(&read_ffn), py::arg("record"), py::arg("name"), py::arg("mapping"), py::arg("num_neurons"))
-      .def_static("of_experts", &read_experts, py::arg("record"), py::arg("name"), py::arg("mapping"),
-                  py::arg("experts"))
+      .def_static("of_experts", &read_experts, py::arg("record"), py::arg("name"), py::arg("mapping"))
+      .def("keeping", &keeping, py::arg("experts"))
       .def("in_layers", &read_in_layers, py::arg("path"), py::arg("mapping"))
       .def_property_readonly("max_neurons", [](const FfnHandle& ffn) { return most_neurons(*ffn.ffn); });
   py::class_<Model>(module, "Model")

@@ -56,11 +56,10 @@ FfnHandle read_ffn(const std::string& record, const std::string& name, const Byt
   return handle;
 }
 
-FfnHandle read_experts(const std::string& record, const std::string& name, const Bytes& mapping,
-                       const std::vector<std::vector<int>>& experts) {
+FfnHandle read_experts(const std::string& record, const std::string& name, const Bytes& mapping) {
   FfnHandle handle;
   const TensorFile file = open_mapped(name, mapping, handle.owners);
-  *handle.ffn = assemble_experts(read_record(Json::parse(record)), file, experts);
+  *handle.ffn = assemble_experts(read_record(Json::parse(record)), file);
   return handle;
 }
 

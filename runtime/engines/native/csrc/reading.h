@@ -40,8 +40,7 @@ TensorFile open_mapped(const std::string& name, const Bytes& mapping, Owners& ow
 // The dense FFN or a cluster's pack; `record` is the manifest's of the model, as JSON.
 FfnHandle read_ffn(const std::string& record, const std::string& name, const Bytes& mapping,
                    const std::vector<int>& num_neurons);
-// The experts of each layer, of the dense FFN.
-FfnHandle read_experts(const std::string& record, const std::string& name, const Bytes& mapping,
-                       const std::vector<std::vector<int>>& experts);
+// The dense FFN of a mixture of experts.
+FfnHandle read_experts(const std::string& record, const std::string& name, const Bytes& mapping);
 
 }  // namespace coreinfer
