@@ -155,6 +155,11 @@ def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
         ) from error
     family = family_of_config(config.to_dict(), source.name)
     check_quantization(config.to_dict(), f"--model {source.name}")
+    if family.experts is not None and settings_of(config.to_dict()) is not None:
+        raise UnsupportedModelError(
+            f"--model {source.name}: its weights are quantized already, and of mixtures of experts only plain ones are "
+            "read; give the model that it was quantized from"
+        )
     check_settings(family, config, source.name)
     return family, config
 

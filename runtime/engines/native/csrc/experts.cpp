@@ -188,13 +188,15 @@ void Mixture::compute_neurons() {
   decoder_.threads.barrier(thread_);
 }
 
-// A token that is read alone goes through many units of an expert at once, several tokens through one after another.
+// As many units of an expert at once as there is room for, but not so many that their numbers leave the cache; of a token
+// that is read alone all.
 void Mixture::compute_part(int first, int last) {
   const int per_group = units();
   for (int item = first; item < last;) {
     int unit;
     const ExpertGroup& group = group_of(item, per_group, unit);
-    const int end = alone_ ? std::min(per_group, unit + last - item) : unit + 1;
+    const int most = alone_ ? per_group : std::clamp(kBlockTokens / 2 / group.num_tokens, 1, 8);
+    const int end = std::min({per_group, unit + last - item, unit + most});
     compute_units(group, unit, end);
     item += end - unit;
   }
@@ -209,8 +211,9 @@ void Mixture::compute_units(const ExpertGroup& group, int begin, int end) {
   float* up = alone_ ? shared_.up.get() + place + row : own_.up.get();
   const Batch inputs = alone_ ? inputs_ : batch_of(group, shared_.inputs.view);
   // Kernels write at the rows' own numbers.
-  multiply(kernels_, weights.gate.weight, inputs, gate - row, kUnit, first_block, last_block);
-  multiply(kernels_, weights.up.weight, inputs, up - row, kUnit, first_block, last_block);
+  const size_t stride = size_t(end - begin) * kUnit;
+  multiply(kernels_, weights.gate.weight, inputs, gate - row, stride, first_block, last_block);
+  multiply(kernels_, weights.up.weight, inputs, up - row, stride, first_block, last_block);
   const Batch neurons = batch_of(group, neurons_);
   finish_neurons(decoder_.weights, kernels_, weights, begin, end, gate, up, neurons);
 }
