@@ -37,6 +37,7 @@ int main() {
   }
   test_threads();
   test_pages();
+  test_experts();
   for (const Kernels* kernels : available_kernels()) {
     const int before = num_failures;
     test_products(*kernels);
