@@ -17,7 +17,7 @@ from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from .model_factory import FAMILIES, save_model
+from .model_factory import FAMILIES, MIXTURES, save_model
 from .test_checkpoint import change_json
 
 IDS = torch.arange(5, 45)[None]
@@ -67,7 +67,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("starcoder2", {"rope_parameters": {**THETA, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0, which transformers does not compute"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-    ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers \\[1\\], layers without experts among those with"),
+    ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers [1], layers without experts among those with"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2, layers without experts among those with"),
 ]
 
@@ -187,7 +187,9 @@ def test_a_model_is_loaded_as_transformers_computes_it(
     loaded = load_model(source, row, config, device="cpu", dtype="float32")
     expected = logits(AutoModelForCausalLM.from_pretrained(folder))
     assert torch.equal(expected, plain) == ((family, settings) in HARMLESS)
-    assert torch.equal(logits(loaded.model), expected)
+    # transformers adds the outputs of experts in an order of its own.
+    tolerance = 1e-4 if family in MIXTURES else 0.0
+    torch.testing.assert_close(logits(loaded.model), expected, rtol=tolerance, atol=tolerance)
     with torch.inference_mode():
         states = loaded.states(IDS, DynamicCache(config=config))
         torch.testing.assert_close(loaded.head(states), expected)
