@@ -365,7 +365,8 @@ def test_moments_are_of_the_tokens_that_chose_an_expert(loaded: LoadedModel, doc
         if count < 32:
             assert found is None
         else:
-            np.testing.assert_allclose(found, sums[number] / 70, rtol=1e-4)
+            assert found is not None
+            np.testing.assert_allclose(found.numpy(), sums[number].numpy() / 70, rtol=1e-4)
 
 
 def test_a_profile_sums_what_experts_add_to_the_stream(loaded: LoadedModel, documents: list[Document]) -> None:
