@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BundleCorrupt, BundleNotFound, BundleVersionError, join_problems
-from .formats import FORMATS, matrix_bytes
+from .formats import FORMATS, NEURON_FORMAT, ffn_layer_bytes
 from .layout import LAYOUT
 from .schema import parse
 from .statistics import Selection
@@ -67,7 +67,7 @@ class QuantizationRecord:
     """How the tensors of one group are stored.
 
     Attributes:
-        format: one of `FORMATS` of formats.py.
+        format: one of `FORMATS` of formats.py; of the FFN also `NEURON_FORMAT`.
         group_size: inputs that share a scale, None where there are no scales.
     """
 
@@ -255,12 +255,8 @@ class Manifest:
 
 
 def ffn_bytes(model: ModelRecord, kind: str, layer_budgets: Sequence[int]) -> int:
-    """Bytes of FFN weights that are read for one token, by the number of neurons in each layer, stored as `kind`."""
-    num_inner, hidden = 2 if model.gated else 1, model.hidden_size
-    return sum(
-        num_inner * matrix_bytes(kind, (budget, hidden)) + matrix_bytes(kind, (hidden, budget))
-        for budget in layer_budgets
-    )
+    """Bytes of FFN weights that are read for one token, by each layer's number of neurons, if none is left out."""
+    return sum(ffn_layer_bytes(kind, model.hidden_size, budget, gated=model.gated) for budget in layer_budgets)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -297,7 +293,7 @@ def read_manifest(bundle_dir: Path) -> Manifest:
     if manifest is not None and data.get(_CHECKSUM) != content_sha256(data):
         problems.append("its values do not match its own checksum")
     if manifest is not None:
-        problems += _unknown_formats(manifest.quantization)
+        problems += _unknown_formats(manifest.quantization, manifest.model.activation)
     if manifest is None or problems:
         raise BundleCorrupt(f"{path}: {join_problems(problems)}; compile the bundle again")
     return manifest
@@ -331,11 +327,15 @@ def _why_no_bundle(bundle_dir: Path) -> str:
     return "is a file, not a folder" if bundle_dir.exists() else "does not exist"
 
 
-def _unknown_formats(quantization: Mapping[str, QuantizationRecord]) -> list[str]:
+def _unknown_formats(quantization: Mapping[str, QuantizationRecord], activation: str) -> list[str]:
     missing = [f"manifest.quantization.{group}: missing" for group in GROUPS if group not in quantization]
     unknown = [
         f"manifest.quantization.{group}: format {record.format!r}, this coreinfer reads {', '.join(FORMATS)}"
         for group, record in quantization.items()
-        if record.format not in FORMATS
+        if record.format not in FORMATS and (group, record.format) != ("ffn", NEURON_FORMAT)
     ]
+    if activation != "relu" and "ffn" in quantization and quantization["ffn"].format == NEURON_FORMAT:
+        unknown.append(
+            f"manifest.quantization.ffn: format {NEURON_FORMAT!r} is for activation 'relu', got {activation!r}"
+        )
     return missing + unknown

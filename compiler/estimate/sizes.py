@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from coreinfer.bundles.formats import matrix_bytes, stored_shapes
+from coreinfer.bundles.formats import ffn_layer_bytes, matrix_bytes, stored_shapes
 from coreinfer.compiler.budget import keep_of_budget, moment_bytes
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import shares_profile
@@ -32,8 +32,7 @@ _ROUNDED_WEIGHT_BYTES = 24
 
 def ffn_token_bytes(shapes: Shapes, kind: str, kept: int) -> int:
     """Bytes of FFN weights that one token reads where each layer keeps so many neurons."""
-    inner = shapes.num_inner * matrix_bytes(kind, (kept, shapes.hidden_size))
-    return shapes.num_layers * (inner + matrix_bytes(kind, (shapes.hidden_size, kept)))
+    return shapes.num_layers * ffn_layer_bytes(kind, shapes.hidden_size, kept, gated=shapes.num_inner == 2)
 
 
 def _attention_bytes(shapes: Shapes, kind: str) -> int:

@@ -18,5 +18,6 @@ void expect(const char* what, bool holds);
 void test_products(const coreinfer::Kernels& kernels);
 void test_vectors(const coreinfer::Kernels& kernels);
 void test_attention(const coreinfer::Kernels& kernels);
+void test_neurons(const coreinfer::Kernels& kernels);
 void test_pages();
 void test_threads();
