@@ -7,9 +7,10 @@ inputs, in rounds that take all plans and shares in turn, with the plain read ba
 letter for each of the four: r, the engine's row-interleaved kernel on the engine's threads, which reads everything; or
 x, t, g or s, a design that goes through wanted columns (benchmarks/columns/products.h; x reads them and multiplies
 nothing). Which inputs a token wants changes
-from token to token and layer to layer; choosing and rounding them is timed too. The program in benchmarks/columns is
+from token to token and layer to layer; choosing and rounding them is timed too. Columns have a scale and a zero point
+for each output and 32 inputs, as the rows have, or 64 with --group. The program in benchmarks/columns is
 compiled with $CXX and the options of setup.py; it compares every plan's products with the portable kernels' first and
-fails where they differ. A table goes to stdout, then one JSON line. Needs a CPU with AVX2.
+fails where they differ. A table goes to stdout, then one JSON line. Needs a CPU with AVX2, or with AVX-512 VNNI.
 """
 
 import json
@@ -58,6 +59,8 @@ SHAPES = {
 class Options:
     """What is timed, and how often."""
 
+    isa: str
+    group: int
     plans: Sequence[str]
     shares: Sequence[str]
     rounds: int
@@ -68,15 +71,29 @@ class Options:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--shapes", default="1b,3b,7b", help=f"Of {', '.join(SHAPES)}.")
+@click.option("--isa", type=click.Choice(["avx2", "avx512"]), default="avx2", help="Of all kernels.")
+@click.option("--group", type=click.Choice(["32", "64"]), default="32", help="Inputs of a column's scale; 64: avx512.")
 @click.option("--plans", default="xxxx,tttt,gggg,ssss,rrgr", help="Four letters each, for qkv, o, gate/up, down.")
 @click.option("--shares", default="1,0.75,0.64,0.5", help="Of the inputs that a token wants.")
 @click.option("--rounds", default=9)
 @click.option("--tokens", default=1, help="Timed at once.")
 @click.option("--threads", default=2)
 @click.option("--panel-outputs", default=8192, help="The most that one piece of a column may have, half a byte each.")
-def main(shapes: str, plans: str, shares: str, rounds: int, tokens: int, threads: int, panel_outputs: int) -> None:
+def main(
+    shapes: str,
+    isa: str,
+    group: str,
+    plans: str,
+    shares: str,
+    rounds: int,
+    tokens: int,
+    threads: int,
+    panel_outputs: int,
+) -> None:
     """Print the table of the module's docstring."""
     options = Options(
+        isa=isa,
+        group=int(group),
         plans=plans.split(","),
         shares=shares.split(","),
         rounds=rounds,
@@ -114,7 +131,13 @@ def measure(program: Path, shape: Shape, options: Options) -> dict[str, Any]:
     """Run the program on one shape: the bytes of all layers, and seconds by round, run and matrix."""
     numbers = [shape.hidden, shape.qkv, shape.ffn, shape.layers, options.threads, options.panel_outputs]
     numbers += [options.rounds + 1, options.tokens]
-    arguments = [*map(str, numbers), ",".join([_DENSE, *options.plans]), ",".join(options.shares)]
+    arguments = [
+        options.isa,
+        str(options.group),
+        *map(str, numbers),
+        ",".join([_DENSE, *options.plans]),
+        ",".join(options.shares),
+    ]
     done = subprocess.run([program, *arguments], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(f"error: the program ended with {done.returncode}; its message is above")

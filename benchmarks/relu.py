@@ -2,7 +2,8 @@
 
     python benchmarks/relu.py [--shape 1b] [--shares 0.1,0.2,0.3] [--rounds 5] [--limits 0.6,0.4]
 
-Weights are random (relu_bundle.py); packs hold the active neurons, chosen once for a prompt. An equal share of neurons
+Weights are random (relu_bundle.py). Rows by neuron read all gates, and of the other matrices what belongs to neurons
+that are not zero: nothing is lost. Packs hold the active neurons, chosen once for a prompt. An equal share of neurons
 is not an equal quality: in a trained model other neurons are active with each token, and a pack lacks some of them.
 Beside the rows stand figures of PowerInfer that were measured earlier on another machine. Contenders take turns in one
 process, in rounds that also measure the plain read bandwidth; medians. With --limits (as root) each runs in a memory
@@ -13,7 +14,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import click
 import numpy as np
 from coreinfer.bundles import Bundle, open_bundle
+from coreinfer.bundles.formats import NEURON_FORMAT
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.runtime.engines.native import _native
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
@@ -64,6 +66,9 @@ class Row:
     name: str
     choice: FfnChoice
     share: float | None
+    kind: int = 0
+    """Of the text that is read: this share of neurons is active."""
+    by_neuron: bool = False
     tok_s: list[float] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
 
@@ -98,13 +103,15 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     name = f"{shape.name}-{shape.num_layers}-layers-{'-'.join(f'{share:g}' for share in active)}"
     bundle_dir = relu_bundle(work / name, shape, active)
+    neuron_dir = relu_bundle(work / f"{name}-by-neuron", shape, active, ffn_format=NEURON_FORMAT)
     limited = None
     if limits:
         # Before this process maps the bundle: pages that it holds would be charged to nobody.
         timing = {"threads": threads, "num_tokens": tokens, "prompt_tokens": prompt_tokens, "warm_tokens": 16}
         limited = run_limits(bundle_dir, make_rows(active), limits, timing | {"seconds": seconds})
-    rows = make_rows(active)
-    gbps, isa = time_in_memory(open_bundle(bundle_dir), rows, rounds=rounds, tokens=tokens, threads=threads)
+    rows = [*make_rows(active), *neuron_rows(active)]
+    bundles = {False: open_bundle(bundle_dir), True: open_bundle(neuron_dir)}
+    gbps, isa = time_in_memory(bundles, rows, rounds=rounds, tokens=tokens, threads=threads)
     cited = CITED.get(shape_name, ()) if layers is None else ()
     click.echo("\n".join(table(rows, gbps, isa, cited)))
     result = {"shape": name, "isa": isa, "read_gbps": gbps, "rows": [row.figures for row in rows]}
@@ -115,34 +122,53 @@ def main(
 def make_rows(shares: Sequence[float]) -> list[Row]:
     """The dense FFN, and the pack of each share."""
     packs = [
-        Row(name=f"pack of {share:.0%} active", choice=FfnChoice(cluster=number), share=share)
+        Row(name=f"pack of {share:.0%} active", choice=FfnChoice(cluster=number), share=share, kind=number)
         for number, share in enumerate(shares)
     ]
     return [Row(name="dense", choice=DENSE, share=None), *packs]
 
 
-def time_in_memory(bundle: Bundle, rows: Sequence[Row], *, rounds: int, tokens: int, threads: int) -> tuple[float, str]:
-    """Decode with each row in turn; its figures are added. Gives the plain read in GB/s, and the kernels' name."""
-    decoder = NativeDecoder(bundle, threads=threads)
+def neuron_rows(shares: Sequence[float]) -> list[Row]:
+    """The dense FFN by neuron, with text that activates each share."""
+    return [
+        Row(name=f"by neuron, {share:.0%} active", choice=DENSE, share=share, kind=number, by_neuron=True)
+        for number, share in enumerate(shares)
+    ]
+
+
+def time_in_memory(
+    bundles: Mapping[bool, Bundle], rows: Sequence[Row], *, rounds: int, tokens: int, threads: int
+) -> tuple[float, str]:
+    """Decode with each row in turn; its figures are added.
+
+    Args:
+        bundles: the two, by whether the FFN is stored neuron by neuron.
+    Returns:
+        The plain read in GB/s, and the kernels' name.
+    """
+    decoders = {by_neuron: NativeDecoder(bundle, threads=threads) for by_neuron, bundle in bundles.items()}
     for row in rows:
-        if row.choice.cluster is not None:
-            row.figures |= check_pack(decoder, bundle, row.choice.cluster)
+        if row.share is not None:
+            row.figures |= check_pack(decoders[row.by_neuron], bundles[row.by_neuron], row.kind)
     reads = []
     # The first round warms caches up.
     for number in range(rounds + 1):
         gbps = _native.read_bandwidth(threads, _READ_BYTES)
-        speeds = [decode(decoder, row, tokens) for row in rows]
+        speeds = [decode(decoders[row.by_neuron], row, kind_ids(bundles[False], row.kind, tokens)) for row in rows]
         if number:
             reads.append(gbps)
             for row, speed in zip(rows, speeds, strict=True):
                 row.tok_s.append(speed)
+    dense_tok_s = statistics.median(rows[0].tok_s)
     for row in rows:
-        decoder.use(row.choice)
-        num_bytes = decoder.bytes_per_token(_CHECK_TOKENS + tokens // 2, greedy=True)
+        # What is read by neuron depends on what was decoded last.
+        decode(decoders[row.by_neuron], row, kind_ids(bundles[False], row.kind, 1))
+        num_bytes = decoders[row.by_neuron].bytes_per_token(_CHECK_TOKENS + tokens // 2, greedy=True)
         speed = statistics.median(row.tok_s)
         row.figures |= {"name": row.name, "share": row.share, "decode_tok_s": speed, "bytes_per_token": num_bytes}
         row.figures["share_of_read"] = num_bytes * speed / 1e9 / statistics.median(reads)
-    return statistics.median(reads), decoder.isa
+        row.figures["times_dense"] = speed / dense_tok_s
+    return statistics.median(reads), decoders[False].isa
 
 
 def kind_ids(bundle: Bundle, kind: int, count: int) -> list[int]:
@@ -152,16 +178,16 @@ def kind_ids(bundle: Bundle, kind: int, count: int) -> list[int]:
     return [int(number) for number in np.random.default_rng(kind).choice(of_kind, count)]
 
 
-def decode(decoder: NativeDecoder, row: Row, tokens: int) -> float:
-    """Tokens a second behind a prompt that is read with the dense FFN."""
+def decode(decoder: NativeDecoder, row: Row, ids: Sequence[int]) -> float:
+    """Tokens a second behind a prompt that is read with the dense FFN; the likeliest token is found, and not taken."""
     decoder.truncate(0)
     decoder.use(DENSE)
-    next_id = int(decoder.forward(list(range(1, 1 + _CHECK_TOKENS)), greedy=True)[-1].argmax())
+    decoder.forward(list(range(1, 1 + _CHECK_TOKENS)), greedy=True)
     decoder.use(row.choice)
     begin = time.perf_counter()
-    for _ in range(tokens):
-        next_id = int(decoder.forward([next_id], greedy=True)[-1].argmax())
-    return tokens / (time.perf_counter() - begin)
+    for token_id in ids:
+        decoder.forward([token_id], greedy=True)[-1].argmax()
+    return len(ids) / (time.perf_counter() - begin)
 
 
 def check_pack(decoder: NativeDecoder, bundle: Bundle, cluster: int) -> dict[str, float]:
@@ -192,7 +218,8 @@ def table(rows: Sequence[Row], gbps: float, isa: str, cited: Sequence[Cited]) ->
     """Lines for people; PowerInfer's figures beside ours of the same share, and the ratio at an equal plain read."""
     lines = [
         f"{isa}, plain read {gbps:.1f} GB/s; PowerInfer's figures are of another machine, at {CITED_READ_GBPS} GB/s",
-        f"{'':22s} {'tok/s':>8s} {'MB/token':>9s} {'of read':>8s} {'active':>7s} {'covered':>8s} {'logits off':>10s}"
+        f"{'':22s} {'tok/s':>8s} {'MB/token':>9s} {'of read':>8s} {'x dense':>8s} {'active':>7s} {'covered':>8s} "
+        f"{'logits off':>10s}"
         f" | {'PowerInfer':>10s} {'MB/token':>9s} {'of read':>8s} | {'x, equal read':>13s}",
     ]
     theirs = {row.share: row for row in cited}
@@ -200,8 +227,8 @@ def table(rows: Sequence[Row], gbps: float, isa: str, cited: Sequence[Cited]) ->
         found = row.figures
         cells = [f"{found[key]:{width}.3f}" if key in found else f"{'':{width}s}" for key, width in _CHECKED]
         line = f"{row.name:22s} {found['decode_tok_s']:8.1f} {found['bytes_per_token'] / 1e6:9.1f}"
-        line += f" {found['share_of_read']:8.2f} " + " ".join(cells)
-        if other := theirs.get(row.share):
+        line += f" {found['share_of_read']:8.2f} {found['times_dense']:8.2f} " + " ".join(cells)
+        if (other := theirs.get(row.share)) and not row.by_neuron:
             reached = other.mb_a_token * other.tok_s / 1e3 / CITED_READ_GBPS
             ratio = (found["decode_tok_s"] / gbps) / (other.tok_s / CITED_READ_GBPS)
             found["times_cited_at_equal_read"] = ratio

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from coreinfer.bundles.contract import tensor_name
-from coreinfer.bundles.formats import GROUP_SIZE, cut_rows, float_matrix
+from coreinfer.bundles.formats import GROUP_SIZE, NEURON_FORMAT, cut_columns, cut_rows, ffn_formats, float_matrix
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import (
     GROUPS,
@@ -37,6 +37,7 @@ from coreinfer.compiler.quantize.quantize import store_matrix
 __all__ = ["SHAPES", "ReluShape", "relu_bundle"]
 
 _BODY, _HEAD = "int4", "int8-planes"
+_MAX_POSITIONS = 2048
 # Marks are far above the other numbers of an embedding, and gates answer far above the noise of their other weights:
 # by more than five standard deviations. What attention and FFN add is small beside both, in all layers together.
 _MARK, _ANSWER = 4.0, 0.06
@@ -84,10 +85,13 @@ SHAPES = {
 }
 
 
-def relu_bundle(target: Path, shape: ReluShape, shares: Sequence[float], *, seed: int = 0) -> Path:
+def relu_bundle(
+    target: Path, shape: ReluShape, shares: Sequence[float], *, ffn_format: str = _BODY, seed: int = 0
+) -> Path:
     """Write a bundle with one cluster for each share of active neurons, unless it is there.
 
     Args:
+        ffn_format: of the FFN: "int4" or `NEURON_FORMAT`.
         shares: of the neurons, in (0, 1], ascending; rounded to whole groups of 32 neurons.
     Returns:
         `target`.
@@ -101,15 +105,15 @@ def relu_bundle(target: Path, shape: ReluShape, shares: Sequence[float], *, seed
     neuron_ids = [[np.sort(order[:count]).astype(np.int32) for order in orders] for count in counts]
     with stage_bundle(target, force=False) as stage:
         written = stream_tensors(stage / LAYOUT.base, _base_tensors(shape, len(shares), random))
-        stream_tensors(stage / LAYOUT.dense, _dense_tensors(shape, neuron_ids, random))
+        stream_tensors(stage / LAYOUT.dense, _dense_tensors(shape, ffn_format, neuron_ids, random))
         (stage / LAYOUT.clusters).mkdir(parents=True)
         dense = TensorFile(stage / LAYOUT.dense)
         for cluster, layer_ids in enumerate(neuron_ids):
-            stream_tensors(stage / LAYOUT.cluster(cluster), _pack_tensors(shape, dense, layer_ids))
+            stream_tensors(stage / LAYOUT.cluster(cluster), _pack_tensors(shape, ffn_format, dense, layer_ids))
         del dense
         _write_small_files(stage)
         base_tensors = {name: TensorRecord(dtype=dtype, shape=size) for name, (dtype, size) in written.items()}
-        finish_manifest(stage, _manifest(shape, counts, base_tensors))
+        finish_manifest(stage, _manifest(shape, ffn_format, counts, base_tensors))
     return target
 
 
@@ -144,7 +148,7 @@ def _base_tensors(shape: ReluShape, num_kinds: int, random: torch.Generator) -> 
 
 
 def _dense_tensors(
-    shape: ReluShape, neuron_ids: Sequence[Sequence[Ids]], random: torch.Generator
+    shape: ReluShape, ffn_format: str, neuron_ids: Sequence[Sequence[Ids]], random: torch.Generator
 ) -> Iterator[tuple[str, StoredTensor]]:
     for layer in range(shape.num_layers):
         gate = _normal(shape.ffn_dim, shape.hidden_size, _INNER_SCALE, random)
@@ -155,17 +159,23 @@ def _dense_tensors(
         up = _normal(shape.ffn_dim, shape.hidden_size, _INNER_SCALE, random)
         down = _unmarked(_normal(shape.hidden_size, shape.ffn_dim, _DOWN_SCALE, random), len(neuron_ids))
         for role, matrix in {"gate": gate, "up": up, "down": down}.items():
-            yield from store_matrix(tensor_name(layer, role), matrix, _BODY, None).items()
+            form = ffn_formats(ffn_format, gated=True)[role]
+            yield from store_matrix(tensor_name(layer, role), matrix, form, None).items()
         yield tensor_name(layer, "column_norms"), StoredTensor("F32", down.norm(dim=0).numpy())
 
 
-def _pack_tensors(shape: ReluShape, dense: TensorFile, layer_ids: Sequence[Ids]) -> Iterator[tuple[str, StoredTensor]]:
+def _pack_tensors(
+    shape: ReluShape, ffn_format: str, dense: TensorFile, layer_ids: Sequence[Ids]
+) -> Iterator[tuple[str, StoredTensor]]:
     for layer, ids in enumerate(layer_ids):
         for role in ("gate", "up"):
             yield from cut_rows(dense, tensor_name(layer, role), ids).items()
-        # Groups of the down projection run along its neurons: other neighbours, another rounding.
-        down = _float_down(shape, dense, layer)[:, ids.astype(np.int64)]
-        yield from store_matrix(tensor_name(layer, "down"), down, _BODY, None).items()
+        if ffn_format == NEURON_FORMAT:
+            yield from cut_columns(dense, tensor_name(layer, "down"), ids).items()
+        else:
+            # Groups of the down projection run along its neurons: other neighbours, another rounding.
+            down = _float_down(shape, dense, layer)[:, ids.astype(np.int64)]
+            yield from store_matrix(tensor_name(layer, "down"), down, _BODY, None).items()
         yield tensor_name(layer, "neuron_ids"), StoredTensor("I32", ids)
         scores = np.zeros(shape.ffn_dim, dtype=np.float32)
         scores[ids] = 1
@@ -185,9 +195,11 @@ def _write_small_files(stage: Path) -> None:
     write_tensors(stage / LAYOUT.router_table, {"table": StoredTensor("F32", np.zeros((1, 1), dtype=np.float32))})
 
 
-def _manifest(shape: ReluShape, counts: Sequence[int], base_tensors: Mapping[str, TensorRecord]) -> Manifest:
+def _manifest(
+    shape: ReluShape, ffn_format: str, counts: Sequence[int], base_tensors: Mapping[str, TensorRecord]
+) -> Manifest:
     model = _model(shape)
-    packed = {"embedding": _HEAD, "head": _HEAD, "attention": _BODY, "ffn": _BODY}
+    packed = {"embedding": _HEAD, "head": _HEAD, "attention": _BODY, "ffn": ffn_format}
     formats = {
         group: QuantizationRecord(format=packed[group], group_size=GROUP_SIZE)
         if group in packed
@@ -197,7 +209,7 @@ def _manifest(shape: ReluShape, counts: Sequence[int], base_tensors: Mapping[str
     return Manifest(
         model=model,
         quantization=formats,
-        clusters=tuple(_cluster(model, number, count) for number, count in enumerate(counts)),
+        clusters=tuple(_cluster(model, ffn_format, number, count) for number, count in enumerate(counts)),
         router=RouterRecord(encoder="static", dimension=1, distance_p99=1.0, agreement=None, num_agreement_sentences=0),
         plan=_plan(shape, counts[0]),
         quality=None,
@@ -211,6 +223,16 @@ def _manifest(shape: ReluShape, counts: Sequence[int], base_tensors: Mapping[str
 def _model(shape: ReluShape) -> ModelRecord:
     config: dict[str, Any] = {
         "model_type": "llama",
+        "hidden_act": "relu",
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_dim,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": _MAX_POSITIONS,
+        "tie_word_embeddings": True,
         "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
@@ -224,7 +246,7 @@ def _model(shape: ReluShape) -> ModelRecord:
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        max_positions=2048,
+        max_positions=_MAX_POSITIONS,
         activation="relu",
         gated=True,
         ffn_bias=False,
@@ -233,7 +255,7 @@ def _model(shape: ReluShape) -> ModelRecord:
     )
 
 
-def _cluster(model: ModelRecord, number: int, count: int) -> ClusterRecord:
+def _cluster(model: ModelRecord, ffn_format: str, number: int, count: int) -> ClusterRecord:
     budgets = (count,) * model.num_layers
     return ClusterRecord(
         file=LAYOUT.cluster(number),
@@ -243,7 +265,7 @@ def _cluster(model: ModelRecord, number: int, count: int) -> ClusterRecord:
         examples=(),
         layer_budgets=budgets,
         keep_ratio=count / model.ffn_dim,
-        ffn_bytes=ffn_bytes(model, _BODY, budgets),
+        ffn_bytes=ffn_bytes(model, ffn_format, budgets),
         map_x=0.0,
         map_y=0.0,
     )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .formats import stored_shapes
+from .formats import ffn_formats, stored_shapes
 from .manifest import Manifest, TensorRecord
 from .tensors import TensorFile
 
@@ -68,12 +68,11 @@ def cluster_tensors(manifest: Manifest, cluster: int) -> dict[str, TensorRecord]
 
 
 def _matrices(manifest: Manifest, layer: int, prefix: str, num_neurons: int) -> dict[str, TensorRecord]:
-    model, kind = manifest.model, manifest.quantization["ffn"].format
-    shapes = dict.fromkeys(("gate", "up") if model.gated else ("up",), (num_neurons, model.hidden_size))
-    shapes["down"] = (model.hidden_size, num_neurons)
+    model = manifest.model
+    shape = (num_neurons, model.hidden_size)
     records: dict[str, TensorRecord] = {}
-    for role, shape in shapes.items():
-        parts = stored_shapes(tensor_name(layer, prefix + role), kind, shape)
+    for role, kind in ffn_formats(manifest.quantization["ffn"].format, gated=model.gated).items():
+        parts = stored_shapes(tensor_name(layer, prefix + role), kind, shape[::-1] if role == "down" else shape)
         records |= {name: TensorRecord(dtype=dtype, shape=part) for name, (dtype, part) in parts.items()}
     return records
 

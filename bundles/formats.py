@@ -6,14 +6,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .row_formats import GROUP_SIZE, ROW_SUFFIXES, row_shape, unpack_rows
 from .tensors import StoredTensor, bf16_to_float32
 
 __all__ = [
     "BLOCK_ROWS",
     "FORMATS",
     "GROUP_SIZE",
+    "NEURON_FORMAT",
     "PACKED_FORMATS",
+    "cut_columns",
     "cut_rows",
+    "ffn_formats",
+    "ffn_layer_bytes",
     "float_matrix",
     "int4_grid",
     "int8_grid",
@@ -24,12 +29,12 @@ __all__ = [
 ]
 
 FORMATS = ("bf16", "f32", "int4", "int8", "int8-planes")
-"""Storage formats that this version reads."""
+"""Storage formats that this version reads, of all groups of tensors."""
+NEURON_FORMAT = "int4-neurons"
+"""Of an FFN whose activation is relu: the weights of a neuron that is zero can be left out; see `ffn_formats`."""
 PACKED_FORMATS = ("int4", "int8", "int8-planes")
 BLOCK_ROWS = 16
 """Output rows that are interleaved."""
-GROUP_SIZE = 32
-"""Inputs that share a scale."""
 
 # Four bytes are unpacked at a time.
 _NIBBLE, _LOW_HALVES = np.uint32(4), np.uint32(0x0F0F0F0F)
@@ -44,10 +49,28 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 
+def ffn_formats(kind: str, *, gated: bool) -> dict[str, str]:
+    """Say how each matrix of an FFN is stored: role -> format of a matrix."""
+    roles = ("gate", "up", "down") if gated else ("up", "down")
+    if kind != NEURON_FORMAT:
+        return dict.fromkeys(roles, kind)
+    # Which neurons are zero is known from the first matrix, which is read whole.
+    return {roles[0]: "int4", **dict.fromkeys(roles[1:-1], "int4-rows"), "down": "int4-columns"}
+
+
+def ffn_layer_bytes(kind: str, hidden_size: int, num_neurons: int, *, gated: bool) -> int:
+    """Bytes of a layer's FFN matrices."""
+    shapes = {"down": (hidden_size, num_neurons)}
+    formats = ffn_formats(kind, gated=gated)
+    return sum(matrix_bytes(own, shapes.get(role, (num_neurons, hidden_size))) for role, own in formats.items())
+
+
 def stored_shapes(name: str, kind: str, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """List the tensors that hold a matrix: name -> dtype tag and shape."""
     if kind in _PLAIN:
         return {name: (_PLAIN[kind], shape)}
+    if kind in ROW_SUFFIXES:
+        return {name + ROW_SUFFIXES[kind]: ("U8", row_shape(kind, shape))}
     suffix, tile_bytes = _CODES[kind]
     tiles = _num_tiles(shape)
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -77,7 +100,8 @@ def stored_parts(file: Mapping[str, StoredTensor], name: str) -> tuple[str, tupl
     """Find a matrix in a file.
 
     Returns:
-        Its format, and its tensors: values, or codes, scales and, of int4, zero points, of int8-planes, low halves.
+        Its format, and its tensors: values, or codes, scales and, of int4, zero points, of int8-planes, low halves;
+        of int4-rows and int4-columns one that holds all.
     Raises:
         KeyError: the file does not hold it.
     """
@@ -87,6 +111,9 @@ def stored_parts(file: Mapping[str, StoredTensor], name: str) -> tuple[str, tupl
         return "int8-planes", (file[f"{name}.high"], file[f"{name}.scale"], file[f"{name}.low"])
     if f"{name}.q8" in file:
         return "int8", (file[f"{name}.q8"], file[f"{name}.scale"])
+    for kind, suffix in ROW_SUFFIXES.items():
+        if name + suffix in file:
+            return kind, (file[name + suffix],)
     stored = file[name]
     return ("bf16" if stored.dtype == "BF16" else "f32"), (stored,)
 
@@ -105,6 +132,10 @@ def float_matrix(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, 
         return np.asarray(parts[0].array, dtype=np.float32)
     _check_parts(file, name, kind, shape)
     arrays = [part.array for part in parts]
+    if kind == "int4-rows":
+        return unpack_rows(arrays[0], shape[1])
+    if kind == "int4-columns":
+        return np.ascontiguousarray(unpack_rows(arrays[0], shape[0]).T)
     blocks, groups = arrays[0].shape[:2]
     scales = _deinterleave(arrays[1].astype(np.float32))[..., None]
     zeros: Floats = np.full((BLOCK_ROWS * blocks, 1, 1), 128, dtype=np.float32)
@@ -141,11 +172,25 @@ def cut_rows(file: Mapping[str, StoredTensor], name: str, row_ids: npt.NDArray[n
     kind, parts = stored_parts(file, name)
     if kind in _PLAIN:
         return {name: StoredTensor(parts[0].dtype, parts[0].array[row_ids])}
+    if kind == "int4-rows":
+        return {name + ROW_SUFFIXES[kind]: StoredTensor(parts[0].dtype, parts[0].array[row_ids])}
     names = stored_shapes(name, kind, (len(row_ids), GROUP_SIZE * parts[0].array.shape[1]))
     return {
         part: StoredTensor(stored.dtype, _cut_tiles(stored.array, row_ids, filler))
         for part, stored, filler in zip(names, parts, _PADDING[kind], strict=True)
     }
+
+
+def cut_columns(
+    file: Mapping[str, StoredTensor], name: str, column_ids: npt.NDArray[np.integer]
+) -> dict[str, StoredTensor]:
+    """Take some columns of an int4-columns matrix as they are stored.
+
+    Raises:
+        KeyError: the file does not hold it in that format.
+    """
+    stored = file[name + (suffix := ROW_SUFFIXES["int4-columns"])]
+    return {name + suffix: StoredTensor(stored.dtype, stored.array[column_ids])}
 
 
 def _cut_tiles(tiles: npt.NDArray[Any], row_ids: npt.NDArray[np.integer], filler: int) -> npt.NDArray[Any]:

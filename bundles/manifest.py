@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BundleCorrupt, BundleNotFound, BundleVersionError, join_problems
-from .formats import FORMATS, matrix_bytes
+from .formats import FORMATS, NEURON_FORMAT, ffn_layer_bytes
 from .layout import LAYOUT
 from .schema import parse
 from .statistics import Selection
@@ -94,7 +94,7 @@ class QuantizationRecord:
     """How the tensors of one group are stored.
 
     Attributes:
-        format: one of `FORMATS` of formats.py.
+        format: one of `FORMATS` of formats.py; of the FFN also `NEURON_FORMAT`.
         group_size: inputs that share a scale, None where there are no scales.
     """
 
@@ -282,7 +282,7 @@ class Manifest:
 
 
 def ffn_bytes(model: ModelRecord, kind: str, layer_budgets: Sequence[int]) -> int:
-    """Bytes of FFN weights that are read for one token, by the number of neurons in each layer, stored as `kind`."""
+    """Bytes of FFN weights that are read for one token, by each layer's number of neurons, if none is left out."""
     if model.experts is None:
         return sum(_layer_bytes(model, kind, budget) for budget in layer_budgets)
     chosen = (min(model.experts.num_chosen, budget // model.unit_neurons) for budget in layer_budgets)
@@ -290,8 +290,7 @@ def ffn_bytes(model: ModelRecord, kind: str, layer_budgets: Sequence[int]) -> in
 
 
 def _layer_bytes(model: ModelRecord, kind: str, num_neurons: int) -> int:
-    num_inner, hidden = 2 if model.gated else 1, model.hidden_size
-    return num_inner * matrix_bytes(kind, (num_neurons, hidden)) + matrix_bytes(kind, (hidden, num_neurons))
+    return ffn_layer_bytes(kind, model.hidden_size, num_neurons, gated=model.gated)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -328,7 +327,7 @@ def read_manifest(bundle_dir: Path) -> Manifest:
     if manifest is not None and data.get(_CHECKSUM) != content_sha256(data):
         problems.append("its values do not match its own checksum")
     if manifest is not None:
-        problems += _unknown_formats(manifest.quantization)
+        problems += _unknown_formats(manifest.quantization, manifest.model.activation)
     if manifest is None or problems:
         raise BundleCorrupt(f"{path}: {join_problems(problems)}; compile the bundle again")
     return manifest
@@ -362,11 +361,15 @@ def _why_no_bundle(bundle_dir: Path) -> str:
     return "is a file, not a folder" if bundle_dir.exists() else "does not exist"
 
 
-def _unknown_formats(quantization: Mapping[str, QuantizationRecord]) -> list[str]:
+def _unknown_formats(quantization: Mapping[str, QuantizationRecord], activation: str) -> list[str]:
     missing = [f"manifest.quantization.{group}: missing" for group in GROUPS if group not in quantization]
     unknown = [
         f"manifest.quantization.{group}: format {record.format!r}, this coreinfer reads {', '.join(FORMATS)}"
         for group, record in quantization.items()
-        if record.format not in FORMATS
+        if record.format not in FORMATS and (group, record.format) != ("ffn", NEURON_FORMAT)
     ]
+    if activation != "relu" and "ffn" in quantization and quantization["ffn"].format == NEURON_FORMAT:
+        unknown.append(
+            f"manifest.quantization.ffn: format {NEURON_FORMAT!r} is for activation 'relu', got {activation!r}"
+        )
     return missing + unknown

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.families import family_of_config
+from coreinfer.bundles.manifest import ModelRecord
 from coreinfer.bundles.writer import check_target
 
 from .config import CompileConfig
@@ -12,7 +13,7 @@ from .models.sources import ModelSource, find_encoder, find_source
 from .models.stated import check_mappable, stated_config
 from .text.reading import is_local, read_texts, text_sources
 
-__all__ = ["Inputs", "check_document_tokens", "find_inputs"]
+__all__ = ["Inputs", "check_activation", "check_document_tokens", "find_inputs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,4 +71,16 @@ def check_document_tokens(config: CompileConfig, max_positions: int) -> None:
     if config.document_tokens > max_positions:
         raise ConfigError(
             f"--document-tokens {config.document_tokens}: the model reads {max_positions} at most; give fewer"
+        )
+
+
+def check_activation(config: CompileConfig, record: ModelRecord) -> None:
+    """Check that neurons are zero where they are to be left out.
+
+    Raises:
+        ConfigError: the activation is another than relu.
+    """
+    if config.by_neuron and record.activation != "relu":
+        raise ConfigError(
+            f"--by-neuron: expected a model whose activation is relu, got {record.activation}; compile without it"
         )

@@ -251,6 +251,13 @@ class CompileConfig:
             "Format of the token embedding and the head.", group=SIZE, unset="int8, bf16 with --quantize bf16"
         ),
     )
+    by_neuron: bool = field(
+        default=False,
+        metadata=option(
+            "Store the FFN of a model whose activation is relu neuron by neuron, in int4: what is zero is not read.",
+            group=SIZE,
+        ),
+    )
     dense: bool = field(default=True, metadata=option("Put the dense FFN into the bundle.", group=SIZE))
     evaluate: bool = field(default=True, metadata=option("Measure quality on held-out text.", group=SIZE))
     controls: bool | None = field(

@@ -23,6 +23,8 @@ def conflicts(config: "CompileConfig") -> Iterator[str]:
         yield "--cluster-weight auto: expected --reconstruct, whose weight it chooses, got --no-reconstruct"
     if config.removal == "second-order" and not config.reconstruct:
         yield "--removal second-order: expected --reconstruct, which it counts on, got --no-reconstruct"
+    if config.by_neuron and config.quantize != "int4":
+        yield f"--by-neuron: expected --quantize int4, got {config.quantize}"
     if config.max_memory is not None and config.heals:
         yield "--max-memory: healing trains all layers at once; give --heal-steps 0, and no --heal-cluster-steps"
     elif config.max_memory is not None and config.device != "cpu":

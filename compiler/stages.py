@@ -12,9 +12,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from coreinfer.bundles.formats import ffn_formats
 from coreinfer.bundles.manifest import Quality
 
 from .cache import Cache, stage_key
+from .checks import check_activation
 from .clusters.route import Routing, build_routing, control_assignments
 from .config import CompileConfig
 from .efforts import shares_profile
@@ -124,6 +126,7 @@ def gather_material(
     config: CompileConfig, loaded: LoadedModel, model_sha256: str, cache: Cache, folder: Path, progress: Progress
 ) -> Material:
     """Read the text, and store the model's files in a folder."""
+    check_activation(config, loaded.record)
     write_builtin = partial(builtin_documents, config, loaded, cache, model_sha256, folder, progress)
     corpus = build_corpus(config, loaded, write_builtin, progress)
     check_memory(config, loaded, corpus)
@@ -239,7 +242,7 @@ def narrow_packs(
         budgets=budgets,
         metrics=ground.metrics,
         sums=ground.sums,
-        rounding=Rounding(kind=config.quantize, moments=material.moments) if config.repairs_rounding else None,
+        rounding=_rounding(config, material) if config.repairs_rounding else None,
     )
     key = stage_key(
         "packs",
@@ -249,10 +252,15 @@ def narrow_packs(
         ridge=config.effective_ridge,
         removal=config.effective_removal,
         carry=config.effective_carry,
-        rounding=config.quantize if config.repairs_rounding else None,
+        rounding=formats_of(config).ffn if config.repairs_rounding else None,
         assignments=[item.name for item in assignments],
     )
     return key, dict(narrow_all(inputs, material.cache, key, progress))
+
+
+def _rounding(config: CompileConfig, material: Material) -> Rounding:
+    formats = ffn_formats(formats_of(config).ffn, gated=material.loaded.record.gated)
+    return Rounding(kind=config.quantize, down_kind=formats["down"], moments=material.moments)
 
 
 @contextmanager

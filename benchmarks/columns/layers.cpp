@@ -28,7 +28,7 @@ coreinfer::Matrix row_matrix(int outputs, int inputs, uint8_t* memory) {
   return w;
 }
 
-void fill(const coreinfer::Matrix& w, uint8_t* memory, std::mt19937& random) {
+void fill(const coreinfer::Matrix& w, const Layout& layout, uint8_t* memory, std::mt19937& random) {
   const size_t tiles = size_t(w.num_blocks()) * w.num_groups();
   for (size_t i = 0; i < w.num_bytes(); i += 4) {
     const uint32_t bits = random();
@@ -36,6 +36,14 @@ void fill(const coreinfer::Matrix& w, uint8_t* memory, std::mt19937& random) {
   }
   auto* scales = reinterpret_cast<uint16_t*>(memory + tiles * w.tile_bytes());
   for (size_t i = 0; i < tiles * coreinfer::kBlockRows; ++i) scales[i] = 0x2000 + scales[i] % 0x800;  // 1/128 to 1/32
+  // Groups of the rows that are one of the columns' have the same scales.
+  uint8_t* zeros = memory + tiles * (w.tile_bytes() + coreinfer::kBlockRows * 2);
+  const size_t step = layout.group / coreinfer::kGroup;
+  for (size_t tile = 0; tile < tiles; ++tile) {
+    const size_t to = tile * coreinfer::kBlockRows, from = tile / step * step * coreinfer::kBlockRows;
+    std::memmove(scales + to, scales + from, coreinfer::kBlockRows * 2);
+    std::memmove(zeros + to, zeros + from, coreinfer::kBlockRows);
+  }
 }
 
 }  // namespace
@@ -48,15 +56,15 @@ Memory allocate(size_t num_bytes) {
   return {memory, std::free};
 }
 
-Layers::Layers(const Shape& shape, int most_panel_outputs)
+Layers::Layers(const Shape& shape, const Layout& layout, int most_panel_outputs)
     : shape(shape), row_memory_(nullptr, std::free), column_memory_(nullptr, std::free) {
   std::array<size_t, kNumKinds> sizes, column_sizes;
   size_t layer_bytes = 0, column_layer_bytes = 0;
   for (int kind = 0; kind < kNumKinds; ++kind) {
     sizes[kind] = in_lines(row_matrix(shape.outputs(kind), shape.inputs(kind), nullptr).num_bytes());
-    column_sizes[kind] = in_lines(
-        ColumnMatrix{shape.inputs(kind), shape.outputs(kind), panel_outputs(shape.outputs(kind), most_panel_outputs)}
-            .num_bytes());
+    column_sizes[kind] = in_lines(ColumnMatrix{layout, shape.inputs(kind), shape.outputs(kind),
+                                               panel_outputs(layout, shape.outputs(kind), most_panel_outputs)}
+                                      .num_bytes());
     layer_bytes += sizes[kind];
     column_layer_bytes += column_sizes[kind];
   }
@@ -72,8 +80,8 @@ Layers::Layers(const Shape& shape, int most_panel_outputs)
       uint8_t *row_data = row_memory_.get() + at, *column_data = column_memory_.get() + column_at;
       auto& w = rows[layer][kind] = row_matrix(shape.outputs(kind), shape.inputs(kind), row_data);
       if (layer == 0) {
-        fill(w, row_data, random);
-        columns[0][kind] = pack(w, panel_outputs(w.rows, most_panel_outputs), column_data);
+        fill(w, layout, row_data, random);
+        columns[0][kind] = pack(layout, w, panel_outputs(layout, w.rows, most_panel_outputs), column_data);
         continue;
       }
       std::memcpy(row_data, rows[0][kind].codes, sizes[kind]);

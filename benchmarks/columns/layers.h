@@ -26,7 +26,7 @@ Memory allocate(size_t num_bytes);
 
 // All layers hold the same weights, each in memory of its own.
 struct Layers {
-  Layers(const Shape& shape, int most_panel_outputs);
+  Layers(const Shape& shape, const Layout& layout, int most_panel_outputs);
   Shape shape;
   std::vector<std::array<coreinfer::Matrix, kNumKinds>> rows;
   std::vector<std::array<ColumnMatrix, kNumKinds>> columns;

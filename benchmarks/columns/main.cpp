@@ -40,20 +40,30 @@ struct Plan {
   }
 };
 
+// Rounds one group that is a multiple of the engine's.
+void quantize_group(const Activations& x, int size) {
+  float largest = 0.0f;
+  for (int i = 0; i < size; ++i) largest = std::max(largest, std::fabs(x.values[i]));
+  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  for (int i = 0; i < size; ++i) x.codes[i] = static_cast<int8_t>(std::nearbyint(x.values[i] * inverse));
+  std::fill_n(x.scales, size / coreinfer::kGroup, largest / 127.0f);
+}
+
 // One thread's memory.
 struct Own {
   std::array<coreinfer::ActivationBuffer, kNumKinds> inputs;
   std::array<coreinfer::Buffer<float>, kNumKinds> partial;  // of all outputs
-  coreinfer::Buffer<int16_t> sums;
+  coreinfer::Buffer<int32_t> sums;
   coreinfer::Buffer<float> out;  // what a thread needs of all threads' sums
   Wanted wanted;
 };
 
 class Program {
  public:
-  Program(const Shape& shape, int num_threads, int most_panel_outputs)
-      : layers_(shape, most_panel_outputs),
-        kernels_(coreinfer::avx2_kernels()),
+  Program(const Products& products, const Shape& shape, int group, int num_threads, int most_panel_outputs)
+      : products_(products),
+        layers_(shape, {products.tile, group}, most_panel_outputs),
+        kernels_(&products == &avx2_products() ? coreinfer::avx2_kernels() : coreinfer::avx512_kernels()),
         threads_(num_threads),
         own_(num_threads) {
     std::mt19937 random(2);
@@ -85,10 +95,12 @@ class Program {
   void multiply(const Plan& plan, double share, int layer, int kind, int token, int thread);
   void multiply_rows(int layer, int kind, int token, int thread);
   void multiply_columns(Design design, double share, int layer, int kind, int token, int thread);
-  // The thread's inputs of a token, quantized: groups [begin, end).
-  Activations quantized(int kind, int token, int thread, Range groups);
-  std::vector<float> expected(int kind, int token, double share);
+  // The thread's inputs of a token, quantized: groups [begin, end) of as many inputs as share a scale.
+  Activations quantized(int kind, int token, int thread, int group, Range groups);
+  // What the portable kernels make of the inputs, rounded in such groups.
+  std::vector<float> expected(int kind, int token, int group, double share);
 
+  const Products& products_;
   Layers layers_;
   const Kernels& kernels_;
   coreinfer::Threads threads_;
@@ -97,10 +109,13 @@ class Program {
   coreinfer::Buffer<float> out_;
 };
 
-Activations Program::quantized(int kind, int token, int thread, Range groups) {
+Activations Program::quantized(int kind, int token, int thread, int group, Range groups) {
   Activations x = own_[thread].inputs[kind].view;
   x.values = inputs_[kind].values.view.token(token).values;
-  kernels_.quantize(x.from(size_t(groups.begin) * kGroup), (groups.end - groups.begin) * kGroup, 1);
+  if (group == coreinfer::kGroup)
+    kernels_.quantize(x.from(size_t(groups.begin) * group), (groups.end - groups.begin) * group, 1);
+  else
+    for (int g = groups.begin; g < groups.end; ++g) quantize_group(x.from(size_t(g) * group), group);
   return x;
 }
 
@@ -111,7 +126,7 @@ void Program::multiply(const Plan& plan, double share, int layer, int kind, int 
 
 void Program::multiply_rows(int layer, int kind, int token, int thread) {
   const coreinfer::Matrix& w = layers_.rows[layer][kind];
-  const Activations x = quantized(kind, token, thread, {0, w.num_groups()});
+  const Activations x = quantized(kind, token, thread, coreinfer::kGroup, {0, w.num_groups()});
   coreinfer::multiply_share(kernels_, {{&w, out_.get()}}, {x, 1, 0}, 0, thread, threads_);
   const int next = kind + 1 < kNumKinds ? layer : (layer + 1) % layers_.shape.layers;
   coreinfer::prefetch_share({&layers_.rows[next][(kind + 1) % kNumKinds]}, thread, threads_.size());
@@ -123,12 +138,11 @@ void Program::multiply_columns(Design design, double share, int layer, int kind,
   Own& own = own_[thread];
   const Inputs& inputs = inputs_[kind];
   const Range groups = coreinfer::share(w.num_groups(), thread, threads_.size());
-  const Activations x = quantized(kind, token, thread, groups);
-  choose(x, inputs.norms.data(), inputs.threshold(token, share), w.column_stride(), groups.begin, groups.end,
-         own.wanted);
+  const Activations x = quantized(kind, token, thread, w.layout.group, groups);
+  products_.choose({x, inputs.norms.data(), inputs.threshold(token, share)}, w, groups.begin, groups.end, own.wanted);
   float* partial = own.partial[kind].get();
   std::fill_n(partial, w.outputs, 0.0f);
-  columns::multiply(design, w, own.wanted, own.sums.get(), partial);
+  products_.multiply(design, w, own.wanted, own.sums.get(), partial);
   threads_.barrier(thread);
   // Each thread keeps the residual stream, and needs of the others no more than the part that it goes on with.
   const bool all = kind == kOut || kind == kDown;
@@ -140,13 +154,13 @@ void Program::multiply_columns(Design design, double share, int layer, int kind,
   for (int t = 1; t < threads_.size(); ++t) kernels_.add(out, own_[t].partial[kind].get() + first, count);
 }
 
-std::vector<float> Program::expected(int kind, int token, double share) {
+std::vector<float> Program::expected(int kind, int token, int group, double share) {
   const coreinfer::Matrix& w = layers_.rows[0][kind];
-  const Activations x = quantized(kind, token, 0, {0, w.num_groups()});
+  const Activations x = quantized(kind, token, 0, group, {0, w.cols / group});
   const float threshold = inputs_[kind].threshold(token, share);
   for (int g = 0; g < w.num_groups(); ++g) {
     int sum = 0;
-    for (int i = g * kGroup; i < (g + 1) * kGroup; ++i) {
+    for (int i = g * coreinfer::kGroup; i < (g + 1) * coreinfer::kGroup; ++i) {
       if (!(std::fabs(x.values[i]) * inputs_[kind].norms[i] > threshold)) x.codes[i] = 0;
       sum += x.codes[i];
     }
@@ -163,7 +177,8 @@ void Program::check(const Plan& plan, double share) {
   for (int kind = 0; kind < kNumKinds; ++kind) {
     if (!plan.by_rows(kind) && plan.design(kind) == Design::reads) continue;
     const double read = plan.by_rows(kind) ? 1.0 : share;
-    const std::vector<float> want = expected(kind, 1, read);
+    const int group = plan.by_rows(kind) ? coreinfer::kGroup : layers_.columns[0][kind].layout.group;
+    const std::vector<float> want = expected(kind, 1, group, read);
     threads_.run([&](int thread) { multiply(plan, share, layers_.shape.layers - 1, kind, 1, thread); });
     double squares = 0, worst = 0;
     for (float y : want) squares += double(y) * y;
@@ -228,10 +243,15 @@ void print_run(const Plan& plan, double share, const Seconds& seconds, bool firs
 }
 
 int measure(char** arguments) {
+  const std::string isa = *arguments++;
+  if (isa != "avx2" && isa != "avx512") throw std::invalid_argument("ISA: expected avx2 or avx512, got '" + isa + "'");
+  const int group = std::atoi(*arguments++);
+  if (group != 32 && (group != 64 || isa == "avx2"))
+    throw std::invalid_argument("GROUP: expected 32, or 64 with avx512, got " + std::to_string(group));
   const Shape shape{std::atoi(arguments[0]), std::atoi(arguments[1]), std::atoi(arguments[2]), std::atoi(arguments[3])};
   const int num_threads = std::atoi(arguments[4]), most = std::atoi(arguments[5]);
   const int num_rounds = std::atoi(arguments[6]), num_tokens = std::atoi(arguments[7]);
-  Program program(shape, num_threads, most);
+  Program program(isa == "avx2" ? avx2_products() : avx512_products(), shape, group, num_threads, most);
   struct Run {
     Plan plan;
     double share;
@@ -257,8 +277,9 @@ int measure(char** arguments) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 11) {
-    std::fprintf(stderr, "expected HIDDEN QKV FFN LAYERS THREADS MOST_PANEL_OUTPUTS ROUNDS TOKENS PLANS SHARES\n");
+  if (count != 13) {
+    std::fprintf(stderr,
+                 "expected ISA GROUP HIDDEN QKV FFN LAYERS THREADS MOST_PANEL_OUTPUTS ROUNDS TOKENS PLANS SHARES\n");
     return 2;
   }
   try {

@@ -14,21 +14,32 @@ struct Pair {
   int32_t codes;           // the two inputs' codes, twice
 };
 
-// The wanted inputs of some groups.
+// Four wanted inputs of a group. Where there are fewer, the last is repeated with the code 0.
+struct Quad {
+  uint32_t columns[4];  // bytes from the group's first column
+  int32_t codes;
+};
+
+// The wanted inputs of some groups: as pairs or as quads.
 struct Wanted {
   struct Group {
-    int begin, end;  // pairs
-    float scale;     // of the inputs' codes
-    float sum;       // of the wanted inputs' codes / 16
+    int begin, end;   // pairs or quads
+    int num_columns;  // that are read
+    float scale;      // of the inputs' codes
+    float sum;        // of the wanted inputs' codes / 16
   };
   int first_group = 0;
   std::vector<Group> groups;
   std::vector<Pair> pairs;
+  std::vector<Quad> quads;
 };
 
-// The inputs of groups [begin, end), quantized already, with |x| * norm > threshold. `column_stride` is the matrix's.
-void choose(const coreinfer::Activations& x, const float* norms, float threshold, size_t column_stride, int begin,
-            int end, Wanted& wanted);
+// Inputs of which some are wanted: quantized already, with one scale for all that share a group of the matrix.
+struct Candidates {
+  coreinfer::Activations x;
+  const float* norms;
+  float threshold;  // wanted where |x| * norm is above
+};
 
 // How the wanted columns of a group are gone through.
 enum class Design {
@@ -38,7 +49,16 @@ enum class Design {
   streams,  // eight columns at a time over all outputs of the panel; sums wait in the first-level cache
 };
 
-// out (outputs) += the products of the wanted inputs. `sums` is memory for twice as many sums as a panel has outputs.
-void multiply(Design design, const ColumnMatrix& w, const Wanted& wanted, int16_t* sums, float* out);
+// The designs for one instruction set.
+struct Products {
+  const char* isa;
+  int tile;  // of the layout
+  // The wanted inputs of groups [begin, end).
+  void (*choose)(const Candidates& inputs, const ColumnMatrix& w, int begin, int end, Wanted& wanted);
+  // out (outputs) += the products of the wanted inputs. `memory` has room for twice as many sums as a panel has outputs.
+  void (*multiply)(Design design, const ColumnMatrix& w, const Wanted& wanted, int32_t* memory, float* out);
+};
+const Products& avx2_products();
+const Products& avx512_products();
 
 }  // namespace columns

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from coreinfer.bundles.formats import matrix_bytes, stored_shapes
+from coreinfer.bundles.formats import ffn_layer_bytes, matrix_bytes, stored_shapes
 from coreinfer.compiler.budget import keep_of_budget, moment_bytes
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import shares_profile
@@ -38,8 +38,7 @@ def ffn_token_bytes(shapes: Shapes, kind: str, kept: int) -> int:
 
 
 def _ffn_bytes(shapes: Shapes, kind: str, num_neurons: int) -> int:
-    inner = shapes.num_inner * matrix_bytes(kind, (num_neurons, shapes.hidden_size))
-    return inner + matrix_bytes(kind, (shapes.hidden_size, num_neurons))
+    return ffn_layer_bytes(kind, shapes.hidden_size, num_neurons, gated=shapes.num_inner == 2)
 
 
 def _dense_bytes(shapes: Shapes, kind: str) -> int:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from coreinfer.bundles.contract import tensor_name
 from coreinfer.bundles.families import ffn_tensors
-from coreinfer.bundles.formats import cut_rows
+from coreinfer.bundles.formats import cut_columns, cut_rows, ffn_formats
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import TensorRecord
 from coreinfer.bundles.tensors import StoredTensor, stream_tensors, write_tensors
@@ -46,8 +46,12 @@ class Packer:
     moments: Moments
 
     def matrix(self, name: str, weight: torch.Tensor, moment: torch.Tensor | None) -> Mapping[str, StoredTensor]:
-        """Store a matrix of the body."""
+        """Store a matrix of the attention."""
         return store_matrix(name, weight, self.formats.body, moment)
+
+    def ffn_format(self, loaded: LoadedModel, role: str) -> str:
+        """Say how a matrix of the FFN is stored."""
+        return ffn_formats(self.formats.ffn, gated=loaded.record.gated)[role]
 
 
 def write_base(stage: Path, loaded: LoadedModel, packer: Packer) -> dict[str, TensorRecord]:
@@ -114,7 +118,8 @@ def write_cluster(
     Args:
         dense: tensors that `write_dense` wrote. Each row is rounded by itself, so gate and up are cut from them unless
             they were healed. Groups of the down projection run along its neurons: other neighbours need other scales,
-            so it is rounded, from the model's own weights or the repaired ones, unless it is whole.
+            so it is rounded, from the model's own weights or the repaired ones, unless it is whole. Stored neuron by
+            neuron it is cut, too.
     """
     path = stage / LAYOUT.cluster(cluster)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +140,10 @@ def _cluster_tensors(
         else:
             yield from _cut_inner(loaded, dense, index, neuron_ids)
             weights = narrow_down(loaded, narrow, index, cluster)
-            if narrow.downs[index][cluster] is None and len(neuron_ids) == loaded.record.ffn_dim:
+            if narrow.downs[index][cluster] is None and packer.formats.by_neuron:
+                del weights["down"]
+                yield from cut_columns(dense, tensor_name(index, "down"), neuron_ids).items()
+            elif narrow.downs[index][cluster] is None and len(neuron_ids) == loaded.record.ffn_dim:
                 yield from cut_rows(dense, tensor_name(index, "down"), np.arange(len(weights.pop("down")))).items()
         yield from _ffn_layer(loaded, packer, index, weights, neuron_ids)
         yield tensor_name(index, "neuron_ids"), StoredTensor("I32", neuron_ids)
@@ -167,7 +175,7 @@ def _ffn_layer(
             yield name, _vector(tensor)
             continue
         moment = ffn_moments(packer.moments, loaded.family, layer, role, neuron_ids)
-        yield from packer.matrix(name, tensor, moment).items()
+        yield from store_matrix(name, tensor, packer.ffn_format(loaded, role), moment).items()
 
 
 def _vector(tensor: torch.Tensor) -> StoredTensor:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy.typing as npt
 import torch
 from coreinfer.bundles.errors import ModelOutputError
-from coreinfer.bundles.formats import PACKED_FORMATS, stored_shapes
+from coreinfer.bundles.formats import NEURON_FORMAT, PACKED_FORMATS, stored_shapes
+from coreinfer.bundles.row_formats import ROW_SUFFIXES, pack_rows
 from coreinfer.bundles.tensors import StoredTensor
 from coreinfer.compiler.prune.narrow import bf16_bits
 
@@ -32,10 +33,17 @@ class QuantizeOptions:
     Attributes:
         body: FFN and attention.
         head: token embedding and head.
+        by_neuron: whether the FFN is stored neuron by neuron; the body is int4 then.
     """
 
     body: str
     head: str
+    by_neuron: bool = False
+
+    @property
+    def ffn(self) -> str:
+        """Format of the FFN."""
+        return NEURON_FORMAT if self.by_neuron else self.body
 
 
 def store_matrix(
@@ -46,18 +54,25 @@ def store_matrix(
     Args:
         name: of the matrix.
         weight: (rows, cols) of any strides; bfloat16 and float32 are read in place where they lie on the CPU.
-        kind: "bf16", "int8", "int8-planes" or "int4".
-        moments: (cols,) second moments of the inputs; None for all alike.
+        kind: "bf16", "int8", "int8-planes", "int4", "int4-rows" or "int4-columns".
+        moments: (cols,) second moments of the inputs; None for all alike. Columns of int4-columns are rounded each by
+            itself, so that they weigh nothing there.
     Raises:
         ModelOutputError: weights that are rounded, or moments, are not finite.
     """
-    if kind not in PACKED_FORMATS:
+    if kind == "int4-columns":
+        weight, moments = weight.T, None
+    if kind not in PACKED_FORMATS and kind not in ROW_SUFFIXES:
         return {name: StoredTensor("BF16", bf16_bits(weight.detach()))}
     importance = None if moments is None else moments.float().cpu().numpy()
     try:
-        arrays = _kernels.round_matrix(_values(weight), kind, importance, num_threads=torch.get_num_threads())
+        rounded = "int4" if kind in ROW_SUFFIXES else kind
+        arrays = _kernels.round_matrix(_values(weight), rounded, importance, num_threads=torch.get_num_threads())
     except ValueError as error:
         raise ModelOutputError(f"{name}: {error}; compile with --dtype float32") from error
+    if kind in ROW_SUFFIXES:
+        codes, scales, zeros = arrays
+        return {name + ROW_SUFFIXES[kind]: StoredTensor("U8", pack_rows(codes, scales, zeros, len(weight)))}
     shapes = stored_shapes(name, kind, (weight.shape[0], weight.shape[1]))
     return {part: StoredTensor(dtype, array) for (part, (dtype, _)), array in zip(shapes.items(), arrays, strict=True)}
 

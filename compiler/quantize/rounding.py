@@ -22,11 +22,13 @@ class Rounding:
     """How the matrices of FFN and attention will be stored.
 
     Attributes:
-        kind: their format.
+        kind: their format, but for the down projection.
+        down_kind: format of the down projection.
         moments: of the inputs of the linear modules.
     """
 
     kind: str
+    down_kind: str
     moments: Moments
 
     def down(
@@ -34,7 +36,7 @@ class Rounding:
     ) -> torch.Tensor:
         """Round a narrow down projection, (kept, hidden size) with a row for each of `neuron_ids`."""
         moment = ffn_moments(self.moments, loaded.family, layer, "down", neuron_ids)
-        return self._rounded(weight.T, moment).T.to(weight)
+        return _rounded(weight.T, self.down_kind, moment).T.to(weight)
 
     @contextmanager
     def layer(self, loaded: LoadedModel, layer: int) -> Iterator[None]:
@@ -46,15 +48,16 @@ class Rounding:
             for name, module in loaded.layers[layer].named_modules():
                 if isinstance(module, nn.Linear) and module is not down:
                     own[module] = weight = module.get_parameter("weight")
-                    values = self._rounded(weight, self.moments.get(f"{path}.{name}"))
+                    values = _rounded(weight, self.kind, self.moments.get(f"{path}.{name}"))
                     module.weight = nn.Parameter(values.to(loaded.dtype), requires_grad=False)
             yield
         finally:
             for module, weight in own.items():
                 module.weight = weight
 
-    def _rounded(self, weight: torch.Tensor, moments: torch.Tensor | None) -> torch.Tensor:
-        """What a matrix is when it was stored and read again, in float32."""
-        parts = store_matrix("weight", weight, self.kind, moments)
-        values = float_matrix(parts, "weight", (weight.shape[0], weight.shape[1]))
-        return torch.from_numpy(values).to(weight.device)
+
+def _rounded(weight: torch.Tensor, kind: str, moments: torch.Tensor | None) -> torch.Tensor:
+    """What a matrix is when it was stored and read again, in float32."""
+    parts = store_matrix("weight", weight, kind, moments)
+    values = float_matrix(parts, "weight", (weight.shape[0], weight.shape[1]))
+    return torch.from_numpy(values).to(weight.device)

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from coreinfer.bundles.formats import GROUP_SIZE, PACKED_FORMATS
+from coreinfer.bundles.formats import GROUP_SIZE
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import (
     GROUPS,
@@ -87,8 +87,9 @@ def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
 
 def formats_of(config: CompileConfig) -> QuantizeOptions:
     """Formats as they are stored: an int8 head can be screened."""
-    head = config.effective_head_quantize
-    return QuantizeOptions(body=config.quantize, head="int8-planes" if head == "int8" else head)
+    head: str = config.effective_head_quantize
+    head = "int8-planes" if head == "int8" else head
+    return QuantizeOptions(body=config.quantize, head=head, by_neuron=config.by_neuron)
 
 
 def quantization_records(formats: QuantizeOptions) -> dict[str, QuantizationRecord]:
@@ -99,8 +100,8 @@ def quantization_records(formats: QuantizeOptions) -> dict[str, QuantizationReco
 def _quantization(formats: QuantizeOptions, group: str) -> QuantizationRecord:
     if group == "norm":
         return QuantizationRecord(format="f32")
-    kind = formats.head if group in ("embedding", "head") else formats.body
-    return QuantizationRecord(format=kind, group_size=GROUP_SIZE if kind in PACKED_FORMATS else None)
+    kind = {"embedding": formats.head, "head": formats.head, "ffn": formats.ffn}.get(group, formats.body)
+    return QuantizationRecord(format=kind, group_size=None if kind == "bf16" else GROUP_SIZE)
 
 
 def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
@@ -109,7 +110,7 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
     labels = label_clusters(texts, clustering.labels)
     examples = typical_texts(texts, compiled.routing.embeddings, clustering)
     positions = map_positions(clustering.centroids)
-    record, kind = compiled.loaded.record, compiled.config.quantize
+    record, kind = compiled.loaded.record, formats_of(compiled.config).ffn
     budgets = [_in_neurons(record, map(len, layers)) for layers in compiled.narrow.choice.neuron_ids]
     return tuple(
         ClusterRecord(

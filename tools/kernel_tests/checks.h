@@ -19,5 +19,6 @@ void test_products(const coreinfer::Kernels& kernels);
 void test_vectors(const coreinfer::Kernels& kernels);
 void test_attention(const coreinfer::Kernels& kernels);
 void test_experts();
+void test_neurons(const coreinfer::Kernels& kernels);
 void test_pages();
 void test_threads();

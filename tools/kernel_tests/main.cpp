@@ -43,6 +43,7 @@ int main() {
     test_products(*kernels);
     test_vectors(*kernels);
     test_attention(*kernels);
+    test_neurons(*kernels);
     std::printf("%s: %s\n", kernels->name, num_failures == before ? "agrees" : "DIFFERS");
   }
   return num_failures == 0 ? 0 : 1;

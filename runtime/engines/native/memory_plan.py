@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coreinfer.bundles import ConfigError, Manifest
-from coreinfer.bundles.formats import matrix_bytes
+from coreinfer.bundles.formats import ffn_layer_bytes
 
 __all__ = ["FfnSizes", "MemoryPlan", "WeightSizes", "ffn_sizes", "plan_memory"]
 
@@ -86,7 +86,7 @@ def _layer_bytes(manifest: Manifest, count: int) -> int:
     num_inner, hidden = 2 if model.gated else 1, model.hidden_size
     # Tensors that are no weights, as biases, may lie between them.
     others = num_inner * 4 * count + 4 * hidden if model.ffn_bias else 0
-    weights = num_inner * matrix_bytes(kind, (count, hidden)) + matrix_bytes(kind, (hidden, count))
+    weights = ffn_layer_bytes(kind, hidden, count, gated=model.gated)
     num_tensors = 4 * (num_inner + 1)
     size = _rounded(weights + others + num_tensors * _ALIGNMENT_BYTES + _SECTOR_BYTES, _SECTOR_BYTES)
     # The native module takes whole huge pages where that wastes little.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError
 from coreinfer.bundles.families import Family, family_by_name, resolve
-from coreinfer.bundles.formats import PACKED_FORMATS, float_matrix, stored_parts
+from coreinfer.bundles.formats import float_matrix, stored_parts
 from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
 from coreinfer.bundles.tensors import StoredTensor, TensorFile
 from torch import nn
@@ -99,9 +99,9 @@ def to_torch(stored: StoredTensor) -> torch.Tensor:
 def matrix_to_torch(file: TensorFile, name: str, shape: tuple[int, int]) -> torch.Tensor:
     """Wrap a stored matrix without a copy, or unpack it."""
     kind, parts = stored_parts(file, name)
-    if kind in PACKED_FORMATS:
-        return torch.from_numpy(float_matrix(file, name, shape))
-    return to_torch(parts[0])
+    if kind in ("bf16", "f32"):
+        return to_torch(parts[0])
+    return torch.from_numpy(float_matrix(file, name, shape))
 
 
 def _base_tensors(bundle: Bundle, model: nn.Module, dtype: torch.dtype, place: Place) -> dict[str, torch.Tensor]:

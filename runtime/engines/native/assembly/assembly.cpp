@@ -142,15 +142,26 @@ Ffn assemble_ffn(const ModelRecord& record, const TensorFile& file, const std::v
     if (count < 1 || count > record.ffn_dim)
       refuse("neurons of a layer", "1 to " + std::to_string(record.ffn_dim), std::to_string(count));
     const std::string root = "layers." + std::to_string(ffn.size()) + ".";
-    const auto linear = [&](const char* role, int rows, int cols) {
-      const std::string bias = root + role + "_bias";
-      if (file.has(bias) != record.ffn_bias) refuse(file.name(), record.ffn_bias ? bias : "no " + bias, "the opposite");
-      return Linear{file.matrix(root + role, rows, cols), file.vector(bias, rows)};
+    const bool by_neuron = file.has(root + "down.columns4");
+    if (by_neuron && nonlinearity_of(record.activation) != Nonlinearity::relu)
+      refuse(file.name() + ": " + root + "down.columns4", "an activation that is zero for many neurons (relu)",
+             record.activation);
+    const auto bias = [&](const char* role, int size) {
+      const std::string name = root + role + "_bias";
+      if (file.has(name) != record.ffn_bias) refuse(file.name(), record.ffn_bias ? name : "no " + name, "the opposite");
+      return file.vector(name, size);
+    };
+    const auto inner = [&](const char* role, bool rows) {
+      return Linear{rows ? file.neurons(root + role + ".rows4", count, record.hidden_size)
+                         : file.matrix(root + role, count, record.hidden_size),
+                    bias(role, count)};
     };
     FfnWeights layer;
-    if (record.gated) layer.gate = linear("gate", count, record.hidden_size);
-    layer.up = linear("up", count, record.hidden_size);
-    layer.down = linear("down", record.hidden_size, count);
+    if (record.gated) layer.gate = inner("gate", false);
+    layer.up = inner("up", by_neuron && record.gated);
+    layer.down.weight = by_neuron ? file.neurons(root + "down.columns4", count, record.hidden_size)
+                                  : file.matrix(root + "down", record.hidden_size, count);
+    layer.down.bias = bias("down", record.hidden_size);
     ffn.push_back(layer);
   }
   return ffn;

@@ -107,6 +107,15 @@ Matrix TensorFile::matrix(const std::string& tensor, int rows, int cols) const {
   return w;
 }
 
+Matrix TensorFile::neurons(const std::string& tensor, int num_neurons, int width) const {
+  Matrix w;
+  w.format = Format::int4_rows;
+  w.rows = num_neurons;
+  w.cols = width;
+  w.codes = part(tensor, "U8", {num_neurons, w.num_parts(), kPartBytes});
+  return w;
+}
+
 const float* TensorFile::vector(const std::string& tensor, int size) const {
   return has(tensor) ? reinterpret_cast<const float*>(part(tensor, "F32", {size})) : nullptr;
 }

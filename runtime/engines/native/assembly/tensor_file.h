@@ -22,6 +22,8 @@ class TensorFile {
   // A matrix in whichever format it is stored (docs/format.md). Throws std::invalid_argument: it is not there, or of
   // another shape. Unsupported: it is float32.
   Matrix matrix(const std::string& tensor, int rows, int cols) const;
+  // A matrix of one row for each neuron, each in one piece (docs/format.md). Throws as above, but never Unsupported.
+  Matrix neurons(const std::string& tensor, int num_neurons, int width) const;
   // Null where there is none. Throws std::invalid_argument: it is of another type or size.
   const float* vector(const std::string& tensor, int size) const;
   // Throws std::invalid_argument: they are not there, or of another type or size.

@@ -245,7 +245,8 @@ class Model {
     if (!from.gate.weight.empty())
       weights.gate = {keep(gather_rows(from.gate.weight, ids.data(), count)), pick_bias(from.gate.bias)};
     weights.up = {keep(gather_rows(from.up.weight, ids.data(), count)), pick_bias(from.up.bias)};
-    weights.down = {keep(gather_columns(from.down.weight, ids.data(), count)), from.down.bias};
+    const auto gather_down = from.by_neuron() ? gather_rows : gather_columns;
+    weights.down = {keep(gather_down(from.down.weight, ids.data(), count)), from.down.bias};
     out.ffn->push_back(weights);
   }
 

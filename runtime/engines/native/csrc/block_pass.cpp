@@ -6,6 +6,7 @@
 #include "decoder.h"
 #include "experts.h"
 #include "layer.h"
+#include "neurons.h"
 #include "residency.h"
 
 namespace coreinfer {
@@ -34,6 +35,13 @@ void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neuron
   scratch.qkv.resize(size_t(kBlockTokens) * qkv);
   scratch.inputs.resize(kBlockTokens, widest, bf16);
   scratch.neurons.resize(kBlockTokens, max_neurons, bf16);
+  if (weights.nonlinearity == Nonlinearity::relu) {
+    const int num_parts = weights.num_neuron_parts(), size = num_parts * kPartGroups * kGroup;
+    scratch.neuron_inputs.resize(kBlockTokens);
+    for (NeuronInputBuffer& inputs : scratch.neuron_inputs) inputs.resize(num_parts);
+    scratch.neuron_sums.resize(size_t(kBlockTokens) * size);
+    for (auto& own : scratch.threads) own.chunk_sums.resize(size);
+  }
 }
 
 namespace {
@@ -175,13 +183,65 @@ class BlockPass {
   void ffn(const Layer& weights, const FfnWeights& ffn) {
     normalize(weights.ffn_norms.before);
     if (!ffn.experts.empty()) return mixture(weights, ffn);
+    if (ffn.by_neuron())
+      active_neurons(ffn);
+    else
+      all_neurons(ffn);
+    finish(weights.ffn_norms, ffn.down);
+  }
+
+  void all_neurons(const FfnWeights& ffn) {
     decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, [&](int begin, int end) {
       for (int unit = begin; unit < end; unit += units_at_once())
         compute_units(ffn, unit, std::min(unit + units_at_once(), end));
     });
     barrier();
     multiply_all({{&ffn.down.weight, out(0)}}, neurons_, hidden_);
-    finish(weights.ffn_norms, ffn.down);
+  }
+
+  // First all gates, then each thread its own tokens' active neurons, chunk by chunk: what several of them want is read from
+  // memory once.
+  void active_neurons(const FfnWeights& ffn) {
+    decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, [&](int begin, int end) {
+      for (int unit = begin; unit < end; ++unit) compute_gates(ffn, unit);
+    });
+    const int size = num_sums(ffn.down.weight);
+    const auto sums = [&](int t) { return shared_.neuron_sums.get() + size_t(t) * size; };
+    own_tokens([&](int t) {
+      const Activations inputs = Batch::in_codes(inputs_.token(t));
+      if (inputs_.token(t).bf16) kernels_.quantize(inputs, round_up(weights_.hidden, kGroup), 1);
+      interleave(inputs, ffn.down.weight, shared_.neuron_inputs[t]);
+      std::fill_n(sums(t), size, 0.0f);
+    });
+    barrier();
+    for (int chunk = 0; chunk < num_chunks(ffn.num_neurons()); ++chunk)
+      own_tokens([&](int t) {
+        ActiveNeurons& active = own_.active;
+        float* values = neurons_.token(t).values;
+        find_active(ffn, chunk, values + chunk * kChunkNeurons, nullptr, active);
+        run_active(kernels_, ffn, shared_.neuron_inputs[t].view(), active, own_.chunk_sums.get());
+        kernels_.add(sums(t), own_.chunk_sums.get(), size);
+        for (int i = 0; i < active.count; ++i) values[active.ids[i]] = active.values[i];
+      });
+    own_tokens([&](int t) { put_in_order(sums(t), 0, size / kPartGroups, weights_.hidden, out(t)); });
+    // Others look at the neurons, and give the layer's memory back.
+    barrier();
+  }
+
+  // Gates of 32 neurons of all tokens, with what is not positive as zero.
+  void compute_gates(const FfnWeights& ffn, int unit) {
+    const Linear& first = ffn.first();
+    const int begin = unit * 2, end = std::min(begin + 2, first.weight.num_blocks());
+    const int offset = begin * kBlockRows, count = std::min(kUnit, ffn.num_neurons() - offset);
+    float* gate = own_.gate.get();
+    multiply(kernels_, first.weight, inputs_, gate - offset, kUnit, begin, end);
+    for (int t = 0; t < num_tokens_; ++t, gate += kUnit) {
+      float* values = neurons_.token(t).values + offset;
+      for (int i = 0; i < count; ++i) {
+        const float value = gate[i] + (first.bias ? first.bias[offset + i] : 0.0f);
+        values[i] = value <= 0.0f ? 0.0f : value;
+      }
+    }
   }
 
   void mixture(const Layer& weights, const FfnWeights& ffn) {

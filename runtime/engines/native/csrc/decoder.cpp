@@ -140,12 +140,21 @@ size_t Decoder::bytes_per_token(int num_tokens, bool screened) const {
   screened = screened && weights.head.format == Format::int8_planes;
   size_t total = (screened ? weights.head.screening_bytes() : weights.head.num_bytes()) +
                  weights.project_in.num_bytes() + weights.project_out.num_bytes();
+  uint64_t num_found = 0, num_asked = 0;
+  for (const auto& own : token.threads)
+    for (const ActiveNeurons& neurons : own.active) {
+      num_found += neurons.num_found;
+      num_asked += neurons.num_asked;
+    }
+  const double active = num_asked ? double(num_found) / double(num_asked) : 1.0;
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     const AttentionWeights& attention = weights.layers[i].attention;
     for (const Linear* linear : {&attention.query, &attention.key, &attention.value, &attention.output})
       total += linear->weight.num_bytes();
     const FfnWeights& layer = (*ffn)[i];
-    for (const Linear* linear : {&layer.gate, &layer.up, &layer.down}) total += linear->weight.num_bytes();
+    for (const Linear* linear : {&layer.gate, &layer.up, &layer.down})
+      total += linear->weight.format == Format::int4_rows ? static_cast<size_t>(active * linear->weight.num_bytes())
+                                                          : linear->weight.num_bytes();
     if (!layer.experts.empty()) total += mixture_bytes(weights.layers[i].router, layer);
     const int seen = attention.window > 0 ? std::min(num_tokens, attention.window) : num_tokens;
     total += pool.layout.bytes_per_token(static_cast<int>(i)) * seen;

@@ -60,7 +60,8 @@ struct Decoder {
   // kBlockTokens hold them all. `logits`: with `last_logits` first those of the block's last token, then each row's.
   void forward_beside(int sequence, const int32_t* block_ids, int num_tokens, bool last_logits, const int32_t* numbers,
                       const int32_t* ids, int num_rows, bool screened, float* logits);
-  // Bytes of weights and cache that one more token reads.
+  // Bytes of weights and cache that one more token reads. Of weights that lie neuron by neuron, the share that the last
+  // single token read; all before the first one.
   size_t bytes_per_token(int num_tokens, bool screened) const;
 
   const ModelWeights weights;

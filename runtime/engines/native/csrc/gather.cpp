@@ -48,6 +48,19 @@ OwnedMatrix copy_bf16(int rows, int cols, const std::function<void(int, uint16_t
   return owned;
 }
 
+OwnedMatrix copy_rows(const Matrix& w, const int32_t* ids, int count) {
+  auto buffer = std::make_shared<Buffer<uint8_t>>();
+  buffer->resize(count * w.row_bytes());
+  OwnedMatrix owned;
+  owned.view = w;
+  owned.view.rows = count;
+  owned.view.codes = buffer->get();
+  owned.memory = buffer;
+  for (int row = 0; row < count; ++row)
+    std::memcpy(buffer->get() + row * w.row_bytes(), w.row(ids[row]), w.row_bytes());
+  return owned;
+}
+
 // Symmetric int8 of one row of floats, group by group.
 void pack_row(const float* values, int row, Packed& out) {
   const Matrix& view = out.owned.view;
@@ -74,6 +87,7 @@ OwnedMatrix gather_rows(const Matrix& w, const int32_t* ids, int count) {
     return copy_bf16(count, w.cols, [&](int row, uint16_t* out) {
       std::memcpy(out, w.bf16 + size_t(ids[row]) * w.cols, size_t(w.cols) * 2);
     });
+  if (w.format == Format::int4_rows) return copy_rows(w, ids, count);
   Packed out(w.format, count, w.cols);
   for (int row = 0; row < count; ++row)
     for (int g = 0; g < w.num_groups(); ++g) {

@@ -55,6 +55,24 @@ struct Screened {
   Screened token(int t) const { return {scores + t * stride, stride, bounds + t * num_bounds, num_bounds, deviations}; }
 };
 
+// One token's inputs as rows in int4_rows take them: parts of 16 groups, whose fours lie beside each other as those of codes
+// do; padded with zeros.
+struct NeuronInputs {
+  const int8_t* codes;  // (parts, 8, 16, 4)
+  const float* scales;  // (parts, 16)
+  const float* sums;    // (parts, 16): sum of a group's codes / 16
+};
+
+// Some rows of a matrix in int4_rows.
+struct NeuronRows {
+  const Matrix& weight;
+  const int32_t* ids;
+  int count;
+};
+// Sums over rows lie in the order in which they are computed: (parts, 4, 2, 4, 4, 4), that is part, eight of the group's
+// outputs, four of these, the group's place in its four, its four, and the output's place.
+inline int num_sums(const Matrix& w) { return w.num_parts() * kPartGroups * kGroup; }
+
 struct Kernels {
   const char* name;
   // Whether `quantize` and `multiply` also take inputs in bfloat16, which is faster for many tokens where weights are
@@ -91,6 +109,10 @@ struct Kernels {
   void (*to_half)(const float* x, int size, uint16_t* out);
   // Sum of 64-bit words, as plain a read as there is.
   uint64_t (*read_sum)(const uint64_t* words, size_t num_words);
+  // out[i] = the product of the i-th row with one token's inputs.
+  void (*dot_neurons)(const NeuronRows& rows, const NeuronInputs& x, float* out);
+  // sums (num_sums) = the rows, each times its factor, added up.
+  void (*add_neurons)(const NeuronRows& rows, const float* factors, float* sums);
 };
 
 // Tables that this build has and this CPU can run, best first; "portable" is always the last.

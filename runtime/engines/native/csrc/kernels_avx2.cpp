@@ -30,6 +30,9 @@ struct V : Avx2 {
   static I dot_nibbles(I sum, B codes, const int8_t* p) {
     return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, quad(p))));
   }
+  static I dot_nibbles_lanes(I sum, B codes, I fours) {
+    return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, fours)));
+  }
   static I add_nibble_sums(I a, I b) { return _mm256_add_epi16(a, b); }
   static I nibble_sums(I pairs) { return widen(pairs); }
   // Unsigned bytes would overflow 16 bits; |w| * (x with w's sign) does not: 2 * 127 * 127.

@@ -53,6 +53,33 @@ struct V {
   static I nibble_sums(I sums) { return sums; }
   static I dot_nibbles(I sum, B codes, const int8_t* p) { return _mm512_dpbusd_epi32(sum, codes, quad(p)); }
   static I dot_bytes(I sum, B bytes, const int8_t* p) { return _mm512_dpbusd_epi32(sum, bytes, quad(p)); }
+  static I dot_nibbles_lanes(I sum, B codes, I fours) { return _mm512_dpbusd_epi32(sum, codes, fours); }
+  static I load_fours(const int8_t* p) { return _mm512_loadu_si512(p); }
+  // Four whole numbers in each lane, as bytes of a word.
+  static void store_fours(int8_t* p, const F* x) {
+    const auto byte = [&](int i) { return _mm512_and_si512(_mm512_cvtps_epi32(x[i]), _mm512_set1_epi32(255)); };
+    const __m512i low = _mm512_or_si512(byte(0), _mm512_slli_epi32(byte(1), 8));
+    const __m512i high = _mm512_or_si512(byte(2), _mm512_slli_epi32(byte(3), 8));
+    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  // Of each 16 bytes, words of the four vectors' bytes: out[i] has those of the i-th four.
+  static void interleave(B a, B b, B c, B d, B* out) {
+    const B ab = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
+    const B cd = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
+    out[0] = _mm512_unpacklo_epi16(ab, cd);
+    out[1] = _mm512_unpackhi_epi16(ab, cd);
+    out[2] = _mm512_unpacklo_epi16(ab_high, cd_high);
+    out[3] = _mm512_unpackhi_epi16(ab_high, cd_high);
+  }
+  // One of each four lanes in the place of all.
+  template <int kLane>
+  static I spread(I x) {
+    return _mm512_shuffle_epi32(x, _MM_PERM_ENUM(kLane * 0x55));
+  }
+  template <int kLane>
+  static F spread(F x) {
+    return _mm512_shuffle_ps(x, x, kLane * 0x55);
+  }
   static I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
   static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }

@@ -23,6 +23,7 @@ struct V : Avx2 {
   static I add_nibble_sums(I a, I b) { return add_int(a, b); }
   static I nibble_sums(I sums) { return sums; }
   static I dot_nibbles(I sum, B codes, const int8_t* p) { return _mm256_dpbusd_avx_epi32(sum, codes, quad(p)); }
+  static I dot_nibbles_lanes(I sum, B codes, I fours) { return _mm256_dpbusd_avx_epi32(sum, codes, fours); }
   static I dot_bytes(I sum, B bytes, const int8_t* p) { return _mm256_dpbusd_avx_epi32(sum, bytes, quad(p)); }
 };
 

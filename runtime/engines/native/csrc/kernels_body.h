@@ -370,5 +370,8 @@ uint64_t read_sum(const uint64_t* words, size_t num_words) {
   return total;
 }
 
-const Kernels kTable = {V::kName, false,  quantize, measure, multiply, screen, rms_norm, layer_norm, activate,
-                        largest,  attend, combine,  rotate,  add,      limit,  to_half,  read_sum};
+#include "kernels_neurons.h"
+
+const Kernels kTable = {V::kName,   false,    quantize, measure,     multiply,   screen, rms_norm,
+                        layer_norm, activate, largest,  attend,      combine,    rotate, add,
+                        limit,      to_half,  read_sum, dot_neurons, add_neurons};

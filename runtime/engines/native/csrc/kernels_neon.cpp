@@ -55,6 +55,35 @@ struct V {
   static I add_nibble_sums(I a, I b) { return add_int(a, b); }
   static I nibble_sums(I sums) { return sums; }
   static I dot_nibbles(I sum, B codes, const int8_t* p) { return vdotq_s32(sum, vreinterpretq_s8_u8(codes), quad(p)); }
+  static I dot_nibbles_lanes(I sum, B codes, I fours) {
+    return vdotq_s32(sum, vreinterpretq_s8_u8(codes), vreinterpretq_s8_s32(fours));
+  }
+  static I load_fours(const int8_t* p) { return vreinterpretq_s32_s8(vld1q_s8(p)); }
+  // Four whole numbers in each lane, as bytes of a word.
+  static void store_fours(int8_t* p, const F* x) {
+    const auto byte = [&](int i) { return vandq_s32(vcvtnq_s32_f32(x[i]), vdupq_n_s32(255)); };
+    const int32x4_t low = vorrq_s32(byte(0), vshlq_n_s32(byte(1), 8));
+    const int32x4_t high = vorrq_s32(byte(2), vshlq_n_s32(byte(3), 8));
+    vst1q_s8(p, vreinterpretq_s8_s32(vorrq_s32(low, vshlq_n_s32(high, 16))));
+  }
+  // Words of the four vectors' bytes: out[i] has those of the i-th four.
+  static void interleave(B a, B b, B c, B d, B* out) {
+    const auto pairs = [](B one, B other) { return vreinterpretq_u16_u8(vzip1q_u8(one, other)); };
+    const auto high_pairs = [](B one, B other) { return vreinterpretq_u16_u8(vzip2q_u8(one, other)); };
+    out[0] = vreinterpretq_u8_u16(vzip1q_u16(pairs(a, b), pairs(c, d)));
+    out[1] = vreinterpretq_u8_u16(vzip2q_u16(pairs(a, b), pairs(c, d)));
+    out[2] = vreinterpretq_u8_u16(vzip1q_u16(high_pairs(a, b), high_pairs(c, d)));
+    out[3] = vreinterpretq_u8_u16(vzip2q_u16(high_pairs(a, b), high_pairs(c, d)));
+  }
+  // One of the four lanes in the place of all.
+  template <int kLane>
+  static I spread(I x) {
+    return vdupq_laneq_s32(x, kLane);
+  }
+  template <int kLane>
+  static F spread(F x) {
+    return vdupq_laneq_f32(x, kLane);
+  }
   static I dot_bytes(I sum, B bytes, const int8_t* p) {
     return vdotq_s32(sum, vreinterpretq_s8_u8(veorq_u8(bytes, vdupq_n_u8(128))), quad(p));
   }

@@ -64,6 +64,42 @@ struct V {
       sum[i] += codes[4 * i] * p[0] + codes[4 * i + 1] * p[1] + codes[4 * i + 2] * p[2] + codes[4 * i + 3] * p[3];
     return sum;
   }
+  static I dot_nibbles_lanes(I sum, B codes, I fours) {
+    int8_t p[16];
+    std::memcpy(p, &fours, sizeof p);
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < 4; ++j) sum[i] += codes[4 * i + j] * p[4 * i + j];
+    return sum;
+  }
+  static I load_fours(const int8_t* p) {
+    I fours;
+    std::memcpy(&fours, p, sizeof fours);
+    return fours;
+  }
+  // Four whole numbers in each lane, as bytes of a word.
+  static void store_fours(int8_t* p, const F* x) {
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < 4; ++j) p[4 * i + j] = static_cast<int8_t>(std::isfinite(x[j][i]) ? x[j][i] : 0.0f);
+  }
+  // Words of the four vectors' bytes: out[i] has those of the i-th four.
+  static void interleave(B a, B b, B c, B d, B* out) {
+    for (int i = 0; i < 16; ++i) {
+      uint8_t* word = reinterpret_cast<uint8_t*>(out + i / 4) + i % 4 * 4;
+      word[0] = a[i];
+      word[1] = b[i];
+      word[2] = c[i];
+      word[3] = d[i];
+    }
+  }
+  // One of the four lanes in the place of all.
+  template <int kLane>
+  static I spread(I x) {
+    return I{} + x[kLane];
+  }
+  template <int kLane>
+  static F spread(F x) {
+    return F{} + x[kLane];
+  }
   static I dot_bytes(I sum, B bytes, const int8_t* p) {
     for (int i = 0; i < kLanes; ++i)
       for (int j = 0; j < 4; ++j) sum[i] += (int(bytes[4 * i + j]) - 128) * p[j];

@@ -12,6 +12,7 @@ template <class Visit>
 void each_part(Matrix& w, Visit visit) {
   if (w.empty()) return;
   if (!w.quantized()) return visit(w.bf16, size_t(w.rows) * w.cols * 2);
+  if (w.format == Format::int4_rows) return visit(w.codes, w.num_bytes());
   const size_t num_tiles = size_t(w.num_blocks()) * w.num_groups();
   visit(w.codes, num_tiles * w.tile_bytes());
   visit(w.scales, num_tiles * kBlockRows * 2);
@@ -41,7 +42,8 @@ LayerSource::LayerSource(const std::string& path, const uint8_t* mapping, size_t
     ranges_.push_back({first, last - first, end - first});
     for (Linear* linear : {&layer.gate, &layer.up, &layer.down})
       if (linear->bias) {
-        biases_.emplace_back(linear->bias, linear->bias + linear->weight.rows);
+        const bool turned = linear == &layer.down && layer.by_neuron();
+        biases_.emplace_back(linear->bias, linear->bias + (turned ? linear->weight.cols : linear->weight.rows));
         linear->bias = biases_.back().data();
       }
   }

@@ -11,8 +11,12 @@ constexpr int kGroup = 32;      // inputs that share a scale
 
 inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+constexpr int kPartGroups = 16;  // groups of a row that lie beside each other, in int4_rows
+constexpr int kPartBytes = 304;  // 256 of codes, 32 of scales, 16 of zero points
+
 // int8_planes is int8 with the high and the low halves of the bytes apart, so that the high ones can be read alone.
-enum class Format { bf16, int8, int4, int8_planes };
+// int4_rows is int4 with each row in one piece, so that some rows can be read alone.
+enum class Format { bf16, int8, int4, int8_planes, int4_rows };
 
 // A weight matrix (rows, cols) of a mapped file, or of memory that the owner keeps alive.
 struct Matrix {
@@ -20,7 +24,8 @@ struct Matrix {
   int rows = 0;
   int cols = 0;
   const uint16_t* bf16 = nullptr;    // (rows, cols), row-major
-  const uint8_t* codes = nullptr;    // (row blocks, groups, 256 or 512); of int8_planes the high halves, as of int4
+  const uint8_t* codes = nullptr;    // (row blocks, groups, 256 or 512); of int8_planes the high halves, as of int4; of
+                                     // int4_rows (rows, parts, 304), and nothing else
   const uint8_t* lows = nullptr;     // (row blocks, groups, 256); int8_planes only
   const uint16_t* scales = nullptr;  // (row blocks, groups, 16) fp16
   const uint8_t* zeros = nullptr;    // (row blocks, groups, 16), zero points in sixteenths; int4 only
@@ -28,11 +33,15 @@ struct Matrix {
   bool empty() const { return rows == 0; }
   int num_blocks() const { return (rows + kBlockRows - 1) / kBlockRows; }
   int num_groups() const { return (cols + kGroup - 1) / kGroup; }
+  int num_parts() const { return (num_groups() + kPartGroups - 1) / kPartGroups; }  // of a row; int4_rows only
+  size_t row_bytes() const { return size_t(num_parts()) * kPartBytes; }
+  const uint8_t* row(int index) const { return codes + index * row_bytes(); }
   bool quantized() const { return format != Format::bf16; }
   size_t tile_bytes() const { return format == Format::int8 ? 512 : 256; }
   size_t num_bytes() const {
     if (empty()) return 0;
     if (!quantized()) return size_t(rows) * cols * 2;
+    if (format == Format::int4_rows) return rows * row_bytes();
     const size_t tiles = size_t(num_blocks()) * num_groups();
     const size_t low_bytes = format == Format::int8_planes ? tile_bytes() : 0;
     return tiles * (tile_bytes() + low_bytes + kBlockRows * (format == Format::int4 ? 3 : 2));

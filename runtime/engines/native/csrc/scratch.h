@@ -36,14 +36,42 @@ struct ActivationBuffer {
   Buffer<uint16_t> bf16_, rests_;
 };
 
+// Inputs of rows in int4_rows, with memory of their own.
+class NeuronInputBuffer {
+ public:
+  void resize(int num_parts);
+  NeuronInputs view() const { return {codes_.get(), scales_.get(), sums_.get()}; }
+  int8_t* codes() { return codes_.get(); }
+  float* scales() { return scales_.get(); }
+  float* sums() { return sums_.get(); }
+
+ private:
+  Buffer<int8_t> codes_;
+  Buffer<float> scales_, sums_;
+};
+
+constexpr int kChunkNeurons = 256;  // whose sums are added up together
+
+// The neurons of a chunk that are not zero.
+struct ActiveNeurons {
+  int32_t ids[kChunkNeurons];
+  float values[kChunkNeurons];  // gates, then what goes into the down projection
+  int count = 0;
+  uint64_t num_found = 0, num_asked = 0;  // in all chunks of a token
+};
+
 struct TokenScratch {
   struct PerThread {
     Buffer<float> residual, queries, angles, partial, maxima, sums;
     ActivationBuffer inputs;
+    // Where neurons are left out.
+    NeuronInputBuffer neuron_inputs;
+    ActiveNeurons active[2];  // of the chunk that is computed, and of the one after it
   };
   std::vector<PerThread> threads;
   std::vector<AttentionPart> parts;  // what each thread attended to
   Buffer<float> qkv, attended, gate, up, ffn_out;
+  Buffer<float> chunk_sums;  // (chunks, num_sums)
   ActivationBuffer neurons;
 };
 
@@ -53,8 +81,12 @@ struct BlockScratch {
     Buffer<float> heads, maxima, sums;  // of one key-value head's queries, for each part of the positions
     std::vector<AttentionPart> parts;
     ActivationBuffer inputs;
+    ActiveNeurons active;
+    Buffer<float> chunk_sums;  // (num_sums)
   };
   std::vector<PerThread> threads;
+  std::vector<NeuronInputBuffer> neuron_inputs;  // of each token
+  Buffer<float> neuron_sums;                     // (tokens, num_sums)
   Buffer<float> angles, residual, qkv, sublayer_out;
   ActivationBuffer inputs, neurons;
 };

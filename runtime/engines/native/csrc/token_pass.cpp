@@ -6,6 +6,7 @@
 #include "decoder.h"
 #include "experts.h"
 #include "layer.h"
+#include "neurons.h"
 #include "residency.h"
 
 namespace coreinfer {
@@ -23,6 +24,7 @@ void allocate(TokenScratch& scratch, const ModelWeights& weights, int max_neuron
     own.maxima.resize(weights.num_heads);
     own.sums.resize(weights.num_heads);
     own.inputs.resize(1, widest);
+    if (weights.nonlinearity == Nonlinearity::relu) own.neuron_inputs.resize(weights.num_neuron_parts());
     scratch.parts.push_back({own.partial.get(), own.maxima.get(), own.sums.get()});
   }
   scratch.qkv.resize(round_up(weights.query_size(), kGroup) + 2 * round_up(weights.kv_size(), kGroup));
@@ -31,6 +33,8 @@ void allocate(TokenScratch& scratch, const ModelWeights& weights, int max_neuron
   scratch.up.resize(round_up(max_neurons, kUnit));
   scratch.ffn_out.resize(hidden);
   scratch.neurons.resize(1, max_neurons);
+  if (weights.nonlinearity == Nonlinearity::relu)
+    scratch.chunk_sums.resize(size_t(num_chunks(max_neurons)) * weights.num_neuron_parts() * kPartGroups * kGroup);
 }
 
 namespace {
@@ -54,6 +58,7 @@ class TokenPass {
         value_(key_ + round_up(weights_.kv_size(), kGroup)) {}
 
   void run(bool screened, float* logits) {
+    for (ActiveNeurons& active : own_.active) active.num_found = active.num_asked = 0;
     embed(weights_, kernels_, row_.id, position_, inputs_, x_);
     fill_angles(weights_, position_, own_.angles.get());
     for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
@@ -75,10 +80,7 @@ class TokenPass {
     decoder_.threads.barrier(thread_);
   }
 
-  static const Matrix* first_of(const FfnWeights& ffn) {
-    if (!ffn.experts.empty()) return nullptr;
-    return ffn.gate.weight.empty() ? &ffn.up.weight : &ffn.gate.weight;
-  }
+  static const Matrix* first_of(const FfnWeights& ffn) { return ffn.experts.empty() ? &ffn.first().weight : nullptr; }
 
   Matrices after_layer(size_t layer) const {
     if (layer + 1 == weights_.layers.size()) return {&weights_.head};
@@ -159,6 +161,14 @@ class TokenPass {
   void ffn(const Layer& weights, const FfnWeights& ffn, const Matrices& next) {
     prepare_inputs(weights_, kernels_, weights.ffn_norms.before, x_, inputs_);
     if (!ffn.experts.empty()) return mixture(weights, ffn, next);
+    if (ffn.by_neuron())
+      active_neurons(ffn, next);
+    else
+      all_neurons(ffn, next);
+    finish(weights.ffn_norms, ffn.down.bias, shared_.ffn_out.get());
+  }
+
+  void all_neurons(const FfnWeights& ffn, const Matrices& next) {
     const int num_blocks = ffn.up.weight.num_blocks();
     float *gate = shared_.gate.get(), *up = shared_.up.get();
     const auto work = [&](int first, int last) {
@@ -173,7 +183,51 @@ class TokenPass {
     prefetch_share({&ffn.down.weight}, thread_, num_threads_);
     decoder_.threads.barrier(thread_);
     multiply({{&ffn.down.weight, shared_.ffn_out.get()}}, shared_.neurons.view, next);
-    finish(weights.ffn_norms, ffn.down.bias, shared_.ffn_out.get());
+  }
+
+  // The gates of a chunk come before the active neurons of the chunk before it, so that those of this one can be asked for
+  // meanwhile.
+  void active_neurons(const FfnWeights& ffn, const Matrices& next) {
+    const Linear& first = ffn.first();
+    const int count = num_chunks(ffn.num_neurons()), size = num_sums(ffn.down.weight);
+    interleave(inputs_, ffn.down.weight, own_.neuron_inputs);
+    int waiting = -1, turn = 0;
+    const auto run_waiting = [&] {
+      if (waiting >= 0)
+        run_active(kernels_, ffn, own_.neuron_inputs.view(), own_.active[1 - turn],
+                   shared_.chunk_sums.get() + size_t(waiting) * size);
+    };
+    const auto work = [&](int begin, int end) {
+      for (int chunk = begin; chunk < end; ++chunk) {
+        const Range neurons = chunk_neurons(chunk, ffn.num_neurons());
+        const int last_block = (neurons.end + kBlockRows - 1) / kBlockRows;
+        kernels_.multiply(first.weight, inputs_, 1, shared_.gate.get(), 0, neurons.begin / kBlockRows, last_block);
+        find_active(ffn, chunk, shared_.gate.get() + neurons.begin, first.bias, own_.active[turn]);
+        run_waiting();
+        waiting = chunk;
+        turn = 1 - turn;
+      }
+    };
+    decoder_.threads.deal(thread_, count, work, [&](int chunk) {
+      prefetch_block(first.weight, chunk * (kChunkNeurons / kBlockRows), kPartPrefetchBytes);
+    });
+    run_waiting();
+    decoder_.threads.barrier(thread_);
+    add_chunks(count, size);
+    prefetch_share(next, thread_, num_threads_);
+    decoder_.threads.barrier(thread_);
+  }
+
+  // The thread's share of the outputs: all chunks' sums, in their order.
+  void add_chunks(int count, int size) {
+    const Range rows = share(size / kPartGroups, thread_, num_threads_);
+    for (int row = rows.begin; row < rows.end; ++row) {
+      float sums[kPartGroups] = {};
+      const float* from = shared_.chunk_sums.get() + row * kPartGroups;
+      for (int chunk = 0; chunk < count; ++chunk, from += size)
+        for (int i = 0; i < kPartGroups; ++i) sums[i] += from[i];
+      put_in_order(sums, row, row + 1, weights_.hidden, shared_.ffn_out.get());
+    }
   }
 
   void mixture(const Layer& weights, const FfnWeights& ffn, const Matrices& next) {

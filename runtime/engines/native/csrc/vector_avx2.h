@@ -37,6 +37,32 @@ struct Avx2 {
   }
   static I zero() { return _mm256_setzero_si256(); }
   static I quad(const int8_t* p) { return _mm256_set1_epi32(*(const int32_t*)p); }
+  static I load_fours(const int8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  // Four whole numbers in each lane, as bytes of a word.
+  static void store_fours(int8_t* p, const F* x) {
+    const auto byte = [&](int i) { return _mm256_and_si256(_mm256_cvtps_epi32(x[i]), _mm256_set1_epi32(255)); };
+    const __m256i low = _mm256_or_si256(byte(0), _mm256_slli_epi32(byte(1), 8));
+    const __m256i high = _mm256_or_si256(byte(2), _mm256_slli_epi32(byte(3), 8));
+    _mm256_storeu_si256((__m256i*)p, _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+  }
+  // Of each 16 bytes, words of the four vectors' bytes: out[i] has those of the i-th four.
+  static void interleave(B a, B b, B c, B d, B* out) {
+    const B ab = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
+    const B cd = _mm256_unpacklo_epi8(c, d), cd_high = _mm256_unpackhi_epi8(c, d);
+    out[0] = _mm256_unpacklo_epi16(ab, cd);
+    out[1] = _mm256_unpackhi_epi16(ab, cd);
+    out[2] = _mm256_unpacklo_epi16(ab_high, cd_high);
+    out[3] = _mm256_unpackhi_epi16(ab_high, cd_high);
+  }
+  // One of each four lanes in the place of all.
+  template <int kLane>
+  static I spread(I x) {
+    return _mm256_shuffle_epi32(x, kLane * 0x55);
+  }
+  template <int kLane>
+  static F spread(F x) {
+    return _mm256_shuffle_ps(x, x, kLane * 0x55);
+  }
   static I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
   static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }

@@ -36,6 +36,10 @@ struct FfnWeights {
   Linear gate, up, down;            // no gate: ungated
   std::vector<FfnWeights> experts;  // in the place of these, one for each of the router's; empty where one is left out
   int num_neurons() const { return up.weight.rows; }
+  // Whether down, and in a gated FFN up, are read neuron by neuron: in int4_rows, with down's columns as rows.
+  bool by_neuron() const { return down.weight.format == Format::int4_rows; }
+  // What all neurons are computed with.
+  const Linear& first() const { return gate.weight.empty() ? up : gate; }
 };
 
 using Ffn = std::vector<FfnWeights>;  // one a layer
@@ -77,6 +81,8 @@ struct ModelWeights {
   int query_size() const { return num_heads * head_dim; }
   int kv_size() const { return num_kv_heads * head_dim; }
   int group_size() const { return num_heads / num_kv_heads; }
+  // Of a row of a matrix that lies neuron by neuron.
+  int num_neuron_parts() const { return round_up(hidden, kPartGroups * kGroup) / (kPartGroups * kGroup); }
 };
 
 }  // namespace coreinfer

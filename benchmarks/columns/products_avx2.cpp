@@ -17,7 +17,12 @@
 namespace columns {
 namespace {
 
-constexpr int kVectors = 4;  // of 16-bit sums of one tile
+constexpr Layout kLayout = {64, coreinfer::kGroup};
+constexpr int kTile = kLayout.tile;
+constexpr int kTileBytes = kLayout.tile_bytes();
+constexpr int kHeadBytes = kLayout.head_bytes();
+constexpr int kVectors = 4;      // of 16-bit sums of one tile
+constexpr int kMostOfPart = 16;  // inputs whose products fit 16 bits: 16 * 15 * 127 < 2^15
 constexpr int kPairsOfPart = kMostOfPart / 2;
 constexpr int kTilesAhead = 16;  // Design::tiles
 
@@ -250,25 +255,25 @@ void read_columns(const ColumnMatrix& w, const Step& now, float* out) {
   out[0] += _mm256_extract_epi8(_mm256_xor_si256(sum, other), 0);
 }
 
-}  // namespace
-
-void choose(const coreinfer::Activations& x, const float* norms, float threshold, size_t column_stride, int begin,
-            int end, Wanted& wanted) {
+void choose(const Candidates& inputs, const ColumnMatrix& w, int begin, int end, Wanted& wanted) {
+  const coreinfer::Activations& x = inputs.x;
+  const size_t column_stride = w.column_stride();
   wanted.first_group = begin;
   wanted.groups.resize(end - begin);
-  wanted.pairs.resize(size_t(end - begin) * (kGroup / 2));
+  wanted.pairs.resize(size_t(end - begin) * (coreinfer::kGroup / 2));
   Pair* pair = wanted.pairs.data();
-  const __m256 limit = _mm256_set1_ps(threshold), sign = _mm256_set1_ps(-0.0f);
+  const __m256 limit = _mm256_set1_ps(inputs.threshold), sign = _mm256_set1_ps(-0.0f);
   for (int g = begin; g < end; ++g) {
     uint32_t mask = 0;
-    for (int i = 0; i < kGroup; i += 8) {
-      const __m256 size = _mm256_andnot_ps(sign, _mm256_loadu_ps(x.values + g * kGroup + i));
-      const __m256 weight = _mm256_mul_ps(size, _mm256_loadu_ps(norms + g * kGroup + i));
+    for (int i = 0; i < coreinfer::kGroup; i += 8) {
+      const __m256 size = _mm256_andnot_ps(sign, _mm256_loadu_ps(x.values + g * coreinfer::kGroup + i));
+      const __m256 weight = _mm256_mul_ps(size, _mm256_loadu_ps(inputs.norms + g * coreinfer::kGroup + i));
       mask |= uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(weight, limit, _CMP_GT_OQ))) << i;
     }
     Wanted::Group& group = wanted.groups[g - begin];
     group.begin = static_cast<int>(pair - wanted.pairs.data());
-    const int8_t* codes = x.codes + g * kGroup;
+    group.num_columns = __builtin_popcount(mask);
+    const int8_t* codes = x.codes + g * coreinfer::kGroup;
     int sum = 0;
     for (; mask; ++pair) {
       const int first = __builtin_ctz(mask);
@@ -286,7 +291,8 @@ void choose(const coreinfer::Activations& x, const float* norms, float threshold
   }
 }
 
-void multiply(Design design, const ColumnMatrix& w, const Wanted& wanted, int16_t* sums, float* out) {
+void multiply(Design design, const ColumnMatrix& w, const Wanted& wanted, int32_t* memory, float* out) {
+  auto* sums = reinterpret_cast<int16_t*>(memory);
   const int num_groups = static_cast<int>(wanted.groups.size()), count = num_groups * w.num_panels();
   if (count == 0) return;
   Step now = step_at(w, wanted, 0);
@@ -299,6 +305,13 @@ void multiply(Design design, const ColumnMatrix& w, const Wanted& wanted, int16_
     if (design == Design::streams) multiply_streams(w, now, next, sums, panel_out);
     now = next;
   }
+}
+
+}  // namespace
+
+const Products& avx2_products() {
+  static constexpr Products kProducts = {"avx2", kLayout.tile, choose, multiply};
+  return kProducts;
 }
 
 }  // namespace columns
