@@ -50,8 +50,8 @@ class Packer:
         return store_matrix(name, weight, self.formats.body, moment)
 
     def ffn_format(self, loaded: LoadedModel, role: str) -> str:
-        """Say how a matrix of the FFN is stored."""
-        return ffn_formats(self.formats.ffn, gated=loaded.record.gated)[role]
+        """Say how a matrix of the FFN is stored, or an expert's (`experts.E.` and its role)."""
+        return ffn_formats(self.formats.ffn, gated=loaded.record.gated)[role.rpartition(".")[2]]
 
 
 def write_base(stage: Path, loaded: LoadedModel, packer: Packer) -> dict[str, TensorRecord]:
