@@ -3,7 +3,7 @@
 #
 # zig (the package ziglang) is a C++ compiler that links against an old glibc, or against musl, for either processor;
 # auditwheel says which systems a wheel runs on. Wheels for this Python's version go to build/wheels. Needs: pip install
-# ziglang auditwheel setuptools pybind11.
+# ziglang auditwheel pybind11 'setuptools>=77' (a new environment has an older one, which does not read pyproject.toml).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
