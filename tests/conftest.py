@@ -122,7 +122,8 @@ def tiny_bundle(tiny_inputs: Callable[[str], CompileConfig], shared_folder: Path
     folder.mkdir(exist_ok=True)
 
     def write(family: str, output: Path, options: dict[str, Any]) -> None:
-        compile_model(replace(tiny_inputs(family), **{"cache_dir": cache, **options, "output": output}))
+        given: dict[str, Any] = {"cache_dir": cache, **options, "output": output}
+        compile_model(replace(tiny_inputs(family), **given))
 
     return written_once(folder, write)
 

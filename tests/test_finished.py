@@ -51,8 +51,8 @@ def compiled_once(
 ) -> CompileConfig:
     """A compile with a cache, whose files stay as they are; without controls, which take time."""
     folder = tmp_path_factory.mktemp("compiled")
-    places = {"output": folder / "bundle", "cache_dir": folder / "cache"}
-    config = replace(tiny_inputs("llama"), **places, threads=1, evaluate=False, controls=False)
+    config = replace(tiny_inputs("llama"), output=folder / "bundle", cache_dir=folder / "cache", threads=1)
+    config = replace(config, evaluate=False, controls=False)
     compile_model(config)
     return config
 
