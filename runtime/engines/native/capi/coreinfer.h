@@ -1,6 +1,6 @@
 /* CoreInfer in C: open a bundle, choose a pack, decode token ids. No Python is needed.
  *
- * Link with libcoreinfer (tools/build_capi.py). A bundle is a folder that coreinfer-compile wrote; how text becomes token
+ * Link with libcoreinfer (tools/build-capi.sh). A bundle is a folder that coreinfer-compile wrote; how text becomes token
  * ids is not part of this: tokenizer/tokenizer.json in the bundle is for the library `tokenizers`, which other languages have.
  *
  *     coreinfer_model *model;
