@@ -1,9 +1,7 @@
 /* Continue a text of token ids:
- *
  *     tools/build-capi.sh
  *     cc examples/generate.c -Ibuild/capi/include -Lbuild/capi/lib -lcoreinfer -Wl,-rpath,build/capi/lib -o generate
  *     ./generate BUNDLE CLUSTER NUM_TOKENS ID...
- *
  * The prompt is read with the dense FFN where the bundle has it. CLUSTER decodes: a cluster's number, or -1 for the dense
  * FFN. Greedy; ends at a token that ends the text. Exit status: 0, 1 where something failed, 2 for wrong arguments.
  */
@@ -42,15 +40,11 @@ static int decode(coreinfer_model* model, int32_t next, int num_tokens) {
 }
 
 int main(int argc, char** argv) {
-  if (argc < 5) {
-    fprintf(stderr, "usage: %s BUNDLE CLUSTER NUM_TOKENS ID...\n", argv[0]);
-    return 2;
-  }
+  if (argc < 5) return fprintf(stderr, "usage: %s BUNDLE CLUSTER NUM_TOKENS ID...\n", argv[0]), 2;
   int cluster = number_of(argv[2]), num_tokens = number_of(argv[3]), num_ids = argc - 4;
   int32_t *ids = malloc((size_t)num_ids * sizeof *ids), next;
   if (!ids) return 1;
   for (int i = 0; i < num_ids; ++i) ids[i] = number_of(argv[4 + i]);
-
   coreinfer_model* model = NULL;
   int status = 0;
   if (coreinfer_open(argv[1], NULL, &model) != COREINFER_OK ||
