@@ -106,6 +106,7 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "min_top1": (["--min-top1", "0.9"], 0.9),
     "removal": (["--removal", "top-k"], "top-k"),
     "carry": (["--no-carry"], False),
+    "by_neuron": (["--by-neuron"], True),
     "repair_rounding": (["--repair-rounding"], True),
     "heal_steps": (["--heal-steps", "7"], 7),
     "heal_cluster_steps": (["--heal-cluster-steps", "3"], 3),
