@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.families import family_of_config
-from coreinfer.bundles.manifest import ModelRecord
 from coreinfer.bundles.writer import check_target
 
 from .config import CompileConfig
@@ -53,10 +52,15 @@ def find_inputs(config: CompileConfig) -> Inputs:
 
 def _check_model(config: CompileConfig, model: ModelSource) -> None:
     stated = stated_config(model)
-    if stated is not None and family_of_config(stated, model.name).experts is not None:
+    if stated is None:
+        return
+    family = family_of_config(stated, model.name)
+    if family.experts is not None:
         check_expert_options(config, model.name)
-    max_positions = None if stated is None else stated.get("max_position_embeddings")
-    if isinstance(max_positions, int):
+    # What the files leave out has the default of the model's class, which is known when it is loaded.
+    if isinstance(activation := stated.get(family.activation_field), str):
+        check_activation(config, activation)
+    if isinstance(max_positions := stated.get("max_position_embeddings"), int):
         check_document_tokens(config, max_positions)
 
 
@@ -74,13 +78,15 @@ def check_document_tokens(config: CompileConfig, max_positions: int) -> None:
         )
 
 
-def check_activation(config: CompileConfig, record: ModelRecord) -> None:
+def check_activation(config: CompileConfig, activation: str) -> None:
     """Check that neurons are zero where they are to be left out.
 
+    Args:
+        activation: the model's.
     Raises:
-        ConfigError: the activation is another than relu.
+        ConfigError: it is another than relu.
     """
-    if config.by_neuron and record.activation != "relu":
+    if config.by_neuron and activation != "relu":
         raise ConfigError(
-            f"--by-neuron: expected a model whose activation is relu, got {record.activation}; compile without it"
+            f"--by-neuron: expected a model whose activation is relu, got {activation}; compile without it"
         )

@@ -126,7 +126,7 @@ def gather_material(
     config: CompileConfig, loaded: LoadedModel, model_sha256: str, cache: Cache, folder: Path, progress: Progress
 ) -> Material:
     """Read the text, and store the model's files in a folder."""
-    check_activation(config, loaded.record)
+    check_activation(config, loaded.record.activation)
     write_builtin = partial(builtin_documents, config, loaded, cache, model_sha256, folder, progress)
     corpus = build_corpus(config, loaded, write_builtin, progress)
     check_memory(config, loaded, corpus)
