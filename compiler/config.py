@@ -226,9 +226,7 @@ class CompileConfig:
     )
     heal_cluster_steps: int = field(
         default=0,
-        metadata=option(
-            "Number of further steps for each cluster's own weights.", group=HEALING, check=whole_number(0)
-        ),
+        metadata=option("Further steps for each cluster's own weights.", group=HEALING, check=whole_number(0)),
     )
     heal_rate: float = field(
         default=2e-3,
@@ -247,16 +245,11 @@ class CompileConfig:
     quantize: Format = field(default="int4", metadata=option("Format of the FFN and attention weights.", group=MAIN))
     head_quantize: Format | None = field(
         default=None,
-        metadata=option(
-            "Format of the token embedding and the head.", group=SIZE, unset="int8, bf16 with --quantize bf16"
-        ),
+        metadata=option("Format of embedding and head.", group=SIZE, unset="int8, bf16 with --quantize bf16"),
     )
     by_neuron: bool = field(
         default=False,
-        metadata=option(
-            "Store the FFN of a model whose activation is relu neuron by neuron, in int4: what is zero is not read.",
-            group=SIZE,
-        ),
+        metadata=option("Store a relu model's FFN neuron by neuron, in int4: what is zero is not read.", group=SIZE),
     )
     dense: bool = field(default=True, metadata=option("Put the dense FFN into the bundle.", group=SIZE))
     evaluate: bool = field(default=True, metadata=option("Measure quality on held-out text.", group=SIZE))
