@@ -59,6 +59,52 @@ _SLIDING: dict[str, Any] = {"sliding_window": 16}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
+_MULTIPLIERS: dict[str, Any] = {
+    "attention_multiplier": 0.25,
+    "embedding_multiplier": 6.0,
+    "logits_scaling": 0.5,
+    "residual_multiplier": 0.4,
+}
+_CONFIGS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
+    "exaone": (transformers.ExaoneConfig, {}),
+    "ministral": (transformers.MinistralConfig, {**_SLIDING, "layer_types": _MIXED}),
+    "smollm3": (transformers.SmolLM3Config, {"no_rope_layers": [1, 0, 1]}),
+    "granite": (transformers.GraniteConfig, _MULTIPLIERS),
+    "qwen3": (transformers.Qwen3Config, {}),
+    # Caps that the tiny models' scores and logits reach.
+    "gemma2": (
+        transformers.Gemma2Config,
+        {**_SLIDING, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
+    ),
+    "gemma3": (transformers.Gemma3TextConfig, {**_SLIDING, "layer_types": _MIXED}),
+    "olmo2": (transformers.Olmo2Config, {}),
+    "olmo3": (transformers.Olmo3Config, {**_SLIDING, "layer_types": _MIXED}),
+    "phi3": (transformers.Phi3Config, {**_SLIDING, "partial_rotary_factor": 0.5}),
+    "stablelm": (transformers.StableLmConfig, {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "starcoder2": (transformers.Starcoder2Config, _SLIDING),
+    "mixtral": (transformers.MixtralConfig, {**_SLIDING, "num_local_experts": 6}),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            **_SLIDING,
+            "use_sliding_window": True,
+            "num_experts": 6,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+        },
+    ),
+    "olmoe": (transformers.OlmoeConfig, {"num_experts": 6, "intermediate_size": 32}),
+    "granitemoe": (
+        transformers.GraniteMoeConfig,
+        {
+            **_MULTIPLIERS,
+            "num_local_experts": 6,
+            "intermediate_size": 48,
+        },
+    ),
+}
+
+
 def tiny_config(family: str) -> transformers.PreTrainedConfig:
     """The config of a tiny model: 3 layers, where a family slides some that do and one that does not."""
     if family.startswith("opt"):
@@ -72,56 +118,7 @@ def tiny_config(family: str) -> transformers.PreTrainedConfig:
         return transformers.MistralConfig(**_GROUPED, sliding_window=16)
     if family == "qwen2":
         return transformers.Qwen2Config(**{k: v for k, v in _GROUPED.items() if k != "head_dim"})
-    made: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
-        "exaone": (transformers.ExaoneConfig, {}),
-        "ministral": (transformers.MinistralConfig, {**_SLIDING, "layer_types": _MIXED}),
-        "smollm3": (transformers.SmolLM3Config, {"no_rope_layers": [1, 0, 1]}),
-        "granite": (
-            transformers.GraniteConfig,
-            {
-                "attention_multiplier": 0.25,
-                "embedding_multiplier": 6.0,
-                "logits_scaling": 0.5,
-                "residual_multiplier": 0.4,
-            },
-        ),
-        "qwen3": (transformers.Qwen3Config, {}),
-        # Caps that the tiny models' scores and logits reach.
-        "gemma2": (
-            transformers.Gemma2Config,
-            {**_SLIDING, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
-        ),
-        "gemma3": (transformers.Gemma3TextConfig, {**_SLIDING, "layer_types": _MIXED}),
-        "olmo2": (transformers.Olmo2Config, {}),
-        "olmo3": (transformers.Olmo3Config, {**_SLIDING, "layer_types": _MIXED}),
-        "phi3": (transformers.Phi3Config, {**_SLIDING, "partial_rotary_factor": 0.5}),
-        "stablelm": (transformers.StableLmConfig, {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
-        "starcoder2": (transformers.Starcoder2Config, _SLIDING),
-        "mixtral": (transformers.MixtralConfig, {**_SLIDING, "num_local_experts": 6}),
-        "qwen3_moe": (
-            transformers.Qwen3MoeConfig,
-            {
-                **_SLIDING,
-                "use_sliding_window": True,
-                "num_experts": 6,
-                "moe_intermediate_size": 40,
-                "norm_topk_prob": True,
-            },
-        ),
-        "olmoe": (transformers.OlmoeConfig, {"num_experts": 6, "intermediate_size": 32}),
-        "granitemoe": (
-            transformers.GraniteMoeConfig,
-            {
-                "attention_multiplier": 0.25,
-                "embedding_multiplier": 6.0,
-                "logits_scaling": 0.5,
-                "residual_multiplier": 0.4,
-                "num_local_experts": 6,
-                "intermediate_size": 48,
-            },
-        ),
-    }
-    kind, settings = made[family]
+    kind, settings = _CONFIGS[family]
     if family in MIXTURES:
         settings = {"num_experts_per_tok": 2, **settings}
     return kind(**{**_GROUPED, **settings})
