@@ -17,6 +17,7 @@ void expect(const char* what, bool holds);
 
 void test_products(const coreinfer::Kernels& kernels);
 void test_vectors(const coreinfer::Kernels& kernels);
+void test_columns(const coreinfer::Kernels& kernels);
 void test_attention(const coreinfer::Kernels& kernels);
 void test_experts();
 void test_neurons(const coreinfer::Kernels& kernels);

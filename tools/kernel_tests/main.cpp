@@ -42,6 +42,7 @@ int main() {
     const int before = num_failures;
     test_products(*kernels);
     test_vectors(*kernels);
+    test_columns(*kernels);
     test_attention(*kernels);
     test_neurons(*kernels);
     std::printf("%s: %s\n", kernels->name, num_failures == before ? "agrees" : "DIFFERS");

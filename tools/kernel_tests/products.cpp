@@ -5,39 +5,11 @@
 
 #include "../../runtime/engines/native/csrc/scratch.h"
 #include "checks.h"
+#include "weights.h"
 
 using namespace coreinfer;
 
 namespace {
-
-struct Weights {
-  Weights(Format format, int rows, int cols) {
-    view.format = format;
-    view.rows = rows;
-    view.cols = cols;
-    const size_t tiles = size_t(view.num_blocks()) * view.num_groups();
-    bytes.resize(tiles * view.tile_bytes());
-    halves.resize(std::max(tiles * kBlockRows, size_t(rows) * cols));
-    zeros.resize(tiles * kBlockRows);
-    for (size_t i = 0; i < tiles * view.tile_bytes(); ++i) bytes.get()[i] = 1 + generator() % 255;
-    for (size_t i = 0; i < tiles * kBlockRows; ++i) {
-      halves.get()[i] = float_to_half(0.01f * (1.0f + draw()));
-      zeros.get()[i] = generator() % 256;
-    }
-    lows.resize(tiles * view.tile_bytes());
-    for (size_t i = 0; i < tiles * view.tile_bytes(); ++i) lows.get()[i] = generator() % 256;
-    view.codes = bytes.get();
-    view.lows = lows.get();
-    view.scales = halves.get();
-    view.zeros = zeros.get();
-    if (format != Format::bf16) return;
-    for (int i = 0; i < rows * cols; ++i) halves.get()[i] = 0x3f00 + generator() % 256 + (generator() % 2 << 15);
-    view.bf16 = halves.get();
-  }
-  Matrix view;
-  Buffer<uint8_t> bytes, zeros, lows;
-  Buffer<uint16_t> halves;
-};
 
 void fill(ActivationBuffer& x, int num_tokens, int size) {
   x.resize(num_tokens, size);
@@ -61,7 +33,7 @@ void test_multiply(const Kernels& kernels) {
   const Kernels& portable = portable_kernels();
   for (Format format : {Format::bf16, Format::int8, Format::int4, Format::int8_planes})
     for (int rows : {1, 5, 16, 17, 50})
-      for (int cols : {1, 31, 32, 33, 70, 256})
+      for (int cols : {1, 31, 32, 33, 70, 256, 2100})
         for (int num_tokens : {1, 2, 3, 9, 16, 27, 35}) {
           const Weights w(format, rows, cols);
           ActivationBuffer x;

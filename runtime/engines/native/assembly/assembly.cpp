@@ -74,6 +74,9 @@ Layer assemble_layer(const Parts& parts, const ModelWeights& model, int index) {
   }
   attention.rope = parts.settings.rotary_of(index);
   attention.window = parts.settings.window_of(index);
+  const std::string shares_root = "layers." + std::to_string(index) + ".";
+  attention.qkv_norms = parts.base.vector(shares_root + "qkv_norms", model.hidden);
+  attention.heads_norms = parts.base.vector(shares_root + "o_norms", model.query_size());
   layer.attention_norms = sublayer_norms(parts, root, parts.family.attention_norms);
   layer.ffn_norms = sublayer_norms(parts, root, parts.family.ffn_norms);
   layer.router = router(parts, root);
@@ -162,6 +165,8 @@ Ffn assemble_ffn(const ModelRecord& record, const TensorFile& file, const std::v
     layer.down.weight = by_neuron ? file.neurons(root + "down.columns4", count, record.hidden_size)
                                   : file.matrix(root + "down", record.hidden_size, count);
     layer.down.bias = bias("down", record.hidden_size);
+    layer.gate_up_norms = file.vector(root + "gate_up_norms", record.hidden_size);
+    layer.down_norms = file.vector(root + "down_norms", count);
     ffn.push_back(layer);
   }
   return ffn;

@@ -4,11 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <chrono>
 #include <cstdlib>
 #include <functional>
 
+#include "bandwidth.h"
 #include "calls.h"
+#include "column_cache.h"
+#include "column_trial.h"
 #include "decoder.h"
 #include "gather.h"
 #include "layer_plan.h"
@@ -42,15 +44,42 @@ class Model {
     decoder_ = std::make_unique<Decoder>(std::move(weights), kernels, num_threads, max_neurons_, num_pages);
   }
 
-  void use(const FfnHandle& ffn) {
+  // `thresholds`: of each layer's groups of inputs (docs/token_shares.md), or nothing to read all inputs.
+  void use(const FfnHandle& ffn, const std::optional<Floats>& thresholds) {
     const std::unique_lock<std::mutex> lock = turn_.take();
     check_ffn(*decoder_, *ffn.ffn, max_neurons_);
     if (decoder_->residency && !ffn.source)
       refuse("FFN", "one that is read in layers, as memory is limited", "another");
+    std::shared_ptr<TokenShares> shares =
+        thresholds ? read_shares(*thresholds, decoder_->weights.layers.size()) : nullptr;
+    if (shares && columns_) {
+      shares->attention = columns_->attention();
+      shares->ffn = columns_->of(ffn.ffn);
+    }
     decoder_->ffn = ffn.ffn;
     decoder_->source = ffn.source;
+    decoder_->use_shares(std::move(shares));
     ffn_ = ffn;
   }
+
+  // From now on weights whose inputs may be left out also lie input by input in memory, where columns have so many bytes.
+  void lay_out_columns(size_t least_bytes) {
+    const std::unique_lock<std::mutex> lock = turn_.take();
+    if (decoder_->residency) refuse("columns", "memory without a limit", "a limit");
+    const ColumnLayout layout{decoder_->kernels.column_tile, least_bytes};
+    columns_ = std::make_unique<ColumnCache>(decoder_->weights, layout, decoder_->threads);
+  }
+
+  // The time of this share of the inputs by rows over the time by columns; 0 where there are no columns to be had.
+  double try_columns(double share) {
+    const std::unique_lock<std::mutex> lock = turn_.take();
+    if (!decoder_->ffn) refuse("FFN", "one in use", "none");
+    if (decoder_->residency) return 0.0;
+    py::gil_scoped_release release;
+    return coreinfer::try_columns(*decoder_, share);
+  }
+
+  size_t column_bytes() const { return columns_ ? columns_->num_bytes() : 0; }
 
   // Limit the memory of weights; `base` is the whole mapped file that the model's matrices lie in.
   void limit(const std::string& path, const Bytes& base, size_t layer_bytes, size_t window_bytes) {
@@ -254,31 +283,10 @@ class Model {
   Memory memory_;
   FfnHandle ffn_;
   std::unique_ptr<Decoder> decoder_;
+  std::unique_ptr<ColumnCache> columns_;
   int max_neurons_ = 0;
   Turn turn_;
 };
-
-// GB/s of a plain read of `num_bytes` by several threads, best of three passes.
-double read_bandwidth(int num_threads, size_t num_bytes) {
-  const Kernels& kernels = find_kernels("auto");
-  Threads threads(num_threads);
-  Buffer<uint64_t> memory;
-  memory.resize(num_bytes / 8);
-  std::vector<uint64_t> sums(num_threads);
-  double best_seconds = 1e30;
-  py::gil_scoped_release release;
-  for (int pass = 0; pass < 3; ++pass) {
-    const auto start = std::chrono::steady_clock::now();
-    threads.run([&](int thread) {
-      const size_t words = num_bytes / 8, begin = words * thread / num_threads / 64 * 64,
-                   end = words * (thread + 1) / num_threads / 64 * 64;
-      sums[thread] += kernels.read_sum(memory.get() + begin, end - begin);
-    });
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    best_seconds = std::min(best_seconds, seconds.count());
-  }
-  return num_bytes / best_seconds / 1e9;
-}
 
 // One matrix product by one kernel table, for tests: (tokens, rows) float32.
 py::array multiply(const py::object& matrix, const Floats& inputs, const std::string& isa) {
@@ -346,7 +354,10 @@ PYBIND11_MODULE(_native, module) {
                     const std::function<int(size_t, std::pair<size_t, size_t>)>&>(),
            py::arg("record"), py::arg("name"), py::arg("base"), py::arg("isa"), py::arg("num_threads"),
            py::arg("count_pages"))
-      .def("use", &Model::use, py::arg("ffn"))
+      .def("use", &Model::use, py::arg("ffn"), py::arg("thresholds") = py::none())
+      .def("lay_out_columns", &Model::lay_out_columns, py::arg("least_bytes") = kLeastColumnBytes)
+      .def("try_columns", &Model::try_columns, py::arg("share"))
+      .def_property_readonly("column_bytes", &Model::column_bytes)
       .def("limit", &Model::limit, py::arg("path"), py::arg("base"), py::arg("layer_bytes"), py::arg("window_bytes"))
       .def("announce", &Model::announce, py::arg("ffn"))
       .def("holds", &Model::holds, py::arg("ffn"))
@@ -372,7 +383,8 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("isa", &Model::isa);
   module.def("available_isas", &isa_names);
   module.def("kept_layers", &kept_layers, py::arg("layer_bytes"), py::arg("room"), py::arg("streams"));
-  module.def("read_bandwidth", &read_bandwidth, py::arg("num_threads"), py::arg("num_bytes"));
+  module.def("read_bandwidth", &read_bandwidth, py::call_guard<py::gil_scoped_release>(), py::arg("num_threads"),
+             py::arg("num_bytes"));
   module.def("multiply", &multiply, py::arg("matrix"), py::arg("inputs"), py::arg("isa"));
   module.def("unpack", &unpack, py::arg("matrix"));
 }

@@ -76,7 +76,7 @@ class BlockPass {
     for (int layer = 0; layer < num_layers; ++layer) {
       attention(layer);
       LentLayer neurons(decoder_, layer, thread_);
-      ffn(weights_.layers[layer], neurons.weights());
+      ffn(layer, neurons.weights());
       if (watcher) {
         if (thread_ == 0) watcher(layer, shared_.neurons.view.values, num_tokens_, shared_.neurons.view.stride);
         barrier();
@@ -104,8 +104,8 @@ class BlockPass {
   float* angles(int t) const { return shared_.angles.get() + t * weights_.rotary.size() * weights_.head_dim; }
   float* qkv(int t) const { return shared_.qkv.get() + size_t(t) * qkv_stride_; }
 
-  void normalize(const Norm& norm) {
-    own_tokens([&](int t) { prepare_inputs(weights_, kernels_, norm, residual(t), inputs_.token(t)); });
+  void normalize(const Norm& norm, const Filter& filter) {
+    own_tokens([&](int t) { prepare_inputs(weights_, kernels_, norm, residual(t), inputs_.token(t), filter); });
     barrier();
   }
 
@@ -116,7 +116,7 @@ class BlockPass {
   void attention(int layer) {
     const Layer& weights = weights_.layers[layer];
     const AttentionWeights& attention = weights.attention;
-    normalize(weights.attention_norms.before);
+    normalize(weights.attention_norms.before, decoder_.filter(layer, kQkv, attention.qkv_norms));
     multiply_all({{&attention.query.weight, qkv(0)},
                   {&attention.key.weight, qkv(0) + key_},
                   {&attention.value.weight, qkv(0) + value_}},
@@ -153,6 +153,8 @@ class BlockPass {
       else
         attend_at_once(layer, attention, t, head, out);
     }
+    keep_wanted(kernels_, decoder_.filter(layer, kHeads, attention.heads_norms), inputs.values, 0,
+                weights_.query_size());
     kernels_.quantize(inputs, padded, 1);
   }
 
@@ -180,20 +182,21 @@ class BlockPass {
     kernels_.combine(own_.parts.data(), num_threads_, weights_.group_size(), weights_.head_dim, out);
   }
 
-  void ffn(const Layer& weights, const FfnWeights& ffn) {
-    normalize(weights.ffn_norms.before);
+  void ffn(int layer, const FfnWeights& ffn) {
+    const Layer& weights = weights_.layers[layer];
+    normalize(weights.ffn_norms.before, decoder_.filter(layer, kGateUp, ffn.gate_up_norms));
     if (!ffn.experts.empty()) return mixture(weights, ffn);
     if (ffn.by_neuron())
       active_neurons(ffn);
     else
-      all_neurons(ffn);
+      all_neurons(ffn, decoder_.filter(layer, kDown, ffn.down_norms));
     finish(weights.ffn_norms, ffn.down);
   }
 
-  void all_neurons(const FfnWeights& ffn) {
+  void all_neurons(const FfnWeights& ffn, const Filter& filter) {
     decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, [&](int begin, int end) {
       for (int unit = begin; unit < end; unit += units_at_once())
-        compute_units(ffn, unit, std::min(unit + units_at_once(), end));
+        compute_units(ffn, unit, std::min(unit + units_at_once(), end), filter);
     });
     barrier();
     multiply_all({{&ffn.down.weight, out(0)}}, neurons_, hidden_);
@@ -257,14 +260,14 @@ class BlockPass {
   int units_at_once() const { return std::clamp(kBlockTokens / 2 / num_tokens_, 1, 8); }
 
   // Units of 32 neurons, of all tokens.
-  void compute_units(const FfnWeights& ffn, int first, int last) {
+  void compute_units(const FfnWeights& ffn, int first, int last, const Filter& filter) {
     const int begin = first * 2, end = std::min(last * 2, ffn.up.weight.num_blocks()), size = (last - first) * kUnit;
     // The kernel writes at the rows' own numbers; these buffers begin with the first unit's first row.
     const int offset = begin * kBlockRows;
     float *gate = own_.gate.get(), *up = own_.up.get();
     if (!ffn.gate.weight.empty()) multiply(kernels_, ffn.gate.weight, inputs_, gate - offset, size, begin, end);
     multiply(kernels_, ffn.up.weight, inputs_, up - offset, size, begin, end);
-    finish_neurons(weights_, kernels_, ffn, first, last, gate, up, neurons_);
+    finish_neurons(weights_, kernels_, ffn, first, last, gate, up, neurons_, filter);
   }
 
   void head(float* logits) {

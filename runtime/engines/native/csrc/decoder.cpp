@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "column_pass.h"
 #include "experts.h"
 
 namespace coreinfer {
@@ -135,26 +136,63 @@ void Decoder::forward_beside(int number, const int32_t* block_ids, int num_token
   read_block(*this, rows, options, logits, nullptr);
 }
 
-size_t Decoder::bytes_per_token(int num_tokens, bool screened) const {
-  // What is scored again after screening is not counted.
-  screened = screened && weights.head.format == Format::int8_planes;
-  size_t total = (screened ? weights.head.screening_bytes() : weights.head.num_bytes()) +
-                 weights.project_in.num_bytes() + weights.project_out.num_bytes();
+void Decoder::use_shares(std::shared_ptr<const TokenShares> next) {
+  size_t most = 0;
+  if (next)
+    for (const auto& layers : {next->attention, next->ffn})
+      if (layers)
+        for (const auto& groups : *layers)
+          for (const Columns& columns : groups) most = std::max(most, num_segment_sums(columns.matrix));
+  if (most > num_segment_sums_) token.segment_sums.resize(num_segment_sums_ = most);
+  shares = std::move(next);
+}
+
+namespace {
+
+// Of weights that lie neuron by neuron, the share that the last token read.
+double active_share(const TokenScratch& token) {
   uint64_t num_found = 0, num_asked = 0;
   for (const auto& own : token.threads)
     for (const ActiveNeurons& neurons : own.active) {
       num_found += neurons.num_found;
       num_asked += neurons.num_asked;
     }
-  const double active = num_asked ? double(num_found) / double(num_asked) : 1.0;
+  return num_asked ? double(num_found) / double(num_asked) : 1.0;
+}
+
+// Of weights that lie input by input, what the last token read.
+size_t read_columns(const TokenScratch& token, const TokenShares& shares) {
+  size_t num_read = 0, all = 0;
+  for (const auto& own : token.threads) num_read += own.column_bytes;
+  for (const auto& layers : {shares.attention, shares.ffn}) all += layers ? num_bytes(*layers) : 0;
+  return num_read ? num_read : all;
+}
+
+}  // namespace
+
+size_t Decoder::bytes_per_token(int num_tokens, bool screened) const {
+  // What is scored again after screening is not counted.
+  screened = screened && weights.head.format == Format::int8_planes;
+  size_t total = (screened ? weights.head.screening_bytes() : weights.head.num_bytes()) +
+                 weights.project_in.num_bytes() + weights.project_out.num_bytes();
+  const double active = active_share(token);
+  if (shares) total += read_columns(token, *shares);
+  const auto by_rows = [&](size_t layer, const std::shared_ptr<const LayerColumns>& columns, int group) {
+    return !columns || (*columns)[layer][group].empty();
+  };
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     const AttentionWeights& attention = weights.layers[i].attention;
-    for (const Linear* linear : {&attention.query, &attention.key, &attention.value, &attention.output})
-      total += linear->weight.num_bytes();
     const FfnWeights& layer = (*ffn)[i];
-    for (const Linear* linear : {&layer.gate, &layer.up, &layer.down})
-      total += linear->weight.format == Format::int4_rows ? static_cast<size_t>(active * linear->weight.num_bytes())
-                                                          : linear->weight.num_bytes();
+    const std::array<std::vector<const Linear*>, kNumInputGroups> groups = {
+        {{&attention.query, &attention.key, &attention.value},
+         {&attention.output},
+         {&layer.gate, &layer.up},
+         {&layer.down}}};
+    for (int group = 0; group < kNumInputGroups; ++group)
+      if (!shares || by_rows(i, group < kGateUp ? shares->attention : shares->ffn, group % 2))
+        for (const Linear* linear : groups[group])
+          total += linear->weight.format == Format::int4_rows ? static_cast<size_t>(active * linear->weight.num_bytes())
+                                                              : linear->weight.num_bytes();
     if (!layer.experts.empty()) total += mixture_bytes(weights.layers[i].router, layer);
     const int seen = attention.window > 0 ? std::min(num_tokens, attention.window) : num_tokens;
     total += pool.layout.bytes_per_token(static_cast<int>(i)) * seen;

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "columns.h"
 #include "expert_scratch.h"
 #include "kv_cache.h"
 #include "scratch.h"
@@ -60,13 +61,18 @@ struct Decoder {
   // kBlockTokens hold them all. `logits`: with `last_logits` first those of the block's last token, then each row's.
   void forward_beside(int sequence, const int32_t* block_ids, int num_tokens, bool last_logits, const int32_t* numbers,
                       const int32_t* ids, int num_rows, bool screened, float* logits);
-  // Bytes of weights and cache that one more token reads. Of weights that lie neuron by neuron, the share that the last
-  // single token read; all before the first one.
+  void use_shares(std::shared_ptr<const TokenShares> shares);
+  // Bytes of weights and cache that one more token reads. Of weights that lie neuron by neuron or input by input, what the
+  // last single token read; all before the first one.
   size_t bytes_per_token(int num_tokens, bool screened) const;
 
   const ModelWeights weights;
   const Kernels& kernels;
   std::shared_ptr<const Ffn> ffn;
+  std::shared_ptr<const TokenShares> shares;  // null where tokens read all of their inputs
+  Filter filter(int layer, InputGroup group, const float* norms) const {
+    return shares ? Filter{norms, shares->thresholds[layer][group]} : Filter();
+  }
   // Where memory for weights is limited: what is in it, and where the layers of the FFN in use are read from.
   std::shared_ptr<Residency> residency;
   std::shared_ptr<LayerSource> source;
@@ -79,6 +85,7 @@ struct Decoder {
   HeadScratch screen;
 
  private:
+  size_t num_segment_sums_ = 0;  // that there is room for
   int add(Sequence sequence);
   // Give sequences the pages for so many more tokens, or throw PoolFull and change nothing.
   void extend_all(const std::map<int, int>& counts);

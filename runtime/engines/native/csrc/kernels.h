@@ -73,6 +73,15 @@ struct NeuronRows {
 // outputs, four of these, the group's place in its four, its four, and the output's place.
 inline int num_sums(const Matrix& w) { return w.num_parts() * kPartGroups * kGroup; }
 
+struct ColumnMatrix;
+// Some groups of inputs of one panel of a matrix that lies input by input, and one token's inputs.
+struct ColumnTask {
+  const ColumnMatrix& weight;
+  const Activations& x;
+  int panel, group_begin, group_end;
+  float* sums;  // (panel_outputs): what these inputs give
+};
+
 struct Kernels {
   const char* name;
   // Whether `quantize` and `multiply` also take inputs in bfloat16, which is faster for many tokens where weights are
@@ -113,6 +122,12 @@ struct Kernels {
   void (*dot_neurons)(const NeuronRows& rows, const NeuronInputs& x, float* out);
   // sums (num_sums) = the rows, each times its factor, added up.
   void (*add_neurons)(const NeuronRows& rows, const float* factors, float* sums);
+  // Outputs of a tile of ColumnMatrix.
+  int column_tile;
+  // Inputs whose code is 0 are not read. Returns how many columns were.
+  int (*multiply_columns)(const ColumnTask& task);
+  // x[i] = 0 where |x[i]| * norms[i] is at most the threshold; a NaN stays.
+  void (*keep_wanted)(float* x, const float* norms, float threshold, int size);
 };
 
 // Tables that this build has and this CPU can run, best first; "portable" is always the last.

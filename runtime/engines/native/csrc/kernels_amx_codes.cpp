@@ -98,10 +98,16 @@ class CodesPass {
   static constexpr bool kUnpacks = kIsFirst && kCodes != Codes::bytes;
 
  public:
-  CodesPass(const BlockCodes& block, uint8_t* panel, const Activations& x)
-      : block_(block), panel_(panel), x_(x), num_input_groups_(x.stride / kGroup) {}
+  CodesPass(const BlockCodes& block, uint8_t* panel, const Activations& x, int num_tokens, float* y, size_t y_stride)
+      : block_(block),
+        panel_(panel),
+        x_(x),
+        num_input_groups_(x.stride / kGroup),
+        num_tokens_(num_tokens),
+        y_(y),
+        y_stride_(y_stride) {}
 
-  void run(int num_tokens, float* y, size_t y_stride) {
+  void run() {
     const int num_groups = block_.num_groups;
     __m512 totals[kLines];
     for (__m512& total : totals) total = _mm512_setzero_ps();
@@ -119,8 +125,7 @@ class CodesPass {
     }
     if (num_groups > 1) scale(num_groups - 2, totals);
     scale(num_groups - 1, totals);
-    for (int t = 0; t < kLines; ++t)
-      if (t < num_tokens) _mm512_storeu_ps(y + t * y_stride, totals[t]);
+    end_segment(totals, num_groups);
   }
 
  private:
@@ -156,8 +161,22 @@ class CodesPass {
     return (kCodes == Codes::bytes ? block_.codes : panel_) + size_t(group) * kGroupBytes;
   }
 
+  // As the kernels for one token sum: only int4 has segments.
+  static constexpr bool kHasSegments = kCodes == Codes::nibbles;
+
+  // Add a segment's totals to those of the segments before it, and begin another; `group` is the one after it.
+  inline void end_segment(__m512 (&totals)[kLines], int group) {
+    const bool first = !kHasSegments || group <= kSegmentGroups;
+    for (int t = 0; t < kLines; ++t) {
+      float* to = y_ + t * y_stride_;
+      if (t < num_tokens_) _mm512_storeu_ps(to, first ? totals[t] : _mm512_add_ps(_mm512_loadu_ps(to), totals[t]));
+      totals[t] = _mm512_setzero_ps();
+    }
+  }
+
   // From a group's sums to products.
   inline void scale(int group, __m512 (&totals)[kLines]) {
+    if (kHasSegments && group > 0 && group % kSegmentGroups == 0) end_segment(totals, group);
     const __m512 scales = scales_of(block_, group), zeros = zeros_of<kCodes>(block_, group);
     const float *input_sums = x_.sums + group, *input_scales = x_.scales + group;
     const int32_t (*sums)[kBlockRows] = sums_[group % 2];
@@ -172,6 +191,9 @@ class CodesPass {
   uint8_t* panel_;  // (groups, 512)
   const Activations x_;
   const int num_input_groups_;
+  const int num_tokens_;
+  float* y_;
+  const size_t y_stride_;
   alignas(64) int32_t sums_[2][kLines][kBlockRows];
 };
 
@@ -184,10 +206,10 @@ void multiply_tokens(const Matrix& w, const Activations& x, int num_tokens, floa
   for (int block = begin; block < end; ++block) {
     const BlockCodes codes(w, block);
     float* out = y + size_t(block) * kBlockRows;
-    CodesPass<kCodes, true>(codes, memory.get(), x).run(std::min(kLines, num_tokens), out, y_stride);
+    CodesPass<kCodes, true>(codes, memory.get(), x, std::min(kLines, num_tokens), out, y_stride).run();
     for (int t = kLines; t < num_tokens; t += kLines) {
       const int count = std::min(kLines, num_tokens - t);
-      CodesPass<kCodes, false>(codes, memory.get(), x.token(t)).run(count, out + t * y_stride, y_stride);
+      CodesPass<kCodes, false>(codes, memory.get(), x.token(t), count, out + t * y_stride, y_stride).run();
     }
   }
 }

@@ -1,8 +1,11 @@
 // AVX2 without VNNI: byte products are summed in 16 bits first.
+#include "columns.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#include <cstring>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

@@ -1,8 +1,11 @@
 // AVX-512 with VNNI: one vector is a block of 16 rows.
+#include "columns.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#include <cstring>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"))), \

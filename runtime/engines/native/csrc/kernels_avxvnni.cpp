@@ -1,8 +1,11 @@
 // AVX-VNNI: the dot product instruction on 256-bit vectors, for CPUs without AVX-512.
+#include "columns.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#include <cstring>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)

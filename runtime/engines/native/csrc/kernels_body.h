@@ -136,6 +136,23 @@ inline void prefetch_tile(const uint8_t* codes, int num_bytes) {
   for (int line = 0; line < num_bytes; line += 64) __builtin_prefetch(codes + 3072 + num_bytes + line);
 }
 
+template <int kTokens>
+inline void clear_totals(V::F (&totals)[kTokens][kVectors]) {
+  for (auto& vectors : totals)
+    for (auto& value : vectors) value = V::set1(0.0f);
+}
+
+// Add a segment's totals to those of the segments before it, and begin another; `group` is the one after it.
+template <int kTokens>
+inline void end_segment(V::F (&totals)[kTokens][kVectors], float* y, size_t y_stride, int block, int group) {
+  for (int t = 0; t < kTokens; ++t)
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = y + t * y_stride + block * kBlockRows + v * V::kLanes;
+      V::store(to, group <= kSegmentGroups ? totals[t][v] : V::load(to) + totals[t][v]);
+    }
+  clear_totals(totals);
+}
+
 // One block of 16 rows times kTokens tokens, from integer codes.
 template <Format kFormat, int kTokens>
 inline void multiply_codes(const Matrix& w, const Activations& x, float* y, size_t y_stride, int block) {
@@ -151,9 +168,9 @@ inline void multiply_codes(const Matrix& w, const Activations& x, float* y, size
   const uint16_t* scales = w.scales + tile * kBlockRows;
   const uint8_t* zeros = w.zeros + (kFormat == Format::int4 ? tile * kBlockRows : 0);
   V::F total[kTokens][kVectors];
-  for (auto& vectors : total)
-    for (auto& value : vectors) value = V::set1(0.0f);
+  clear_totals(total);
   for (int g = 0; g < num_groups; ++g, codes += T::kBytes, scales += kBlockRows) {
+    if (kFormat == Format::int4 && g > 0 && g % kSegmentGroups == 0) end_segment(total, y, y_stride, block, g);
     V::I sums[kTokens][kChains][kVectors], low_sums[kTokens][kChains][kVectors];
     const int8_t* quads = x.codes + g * kGroup;
     clear<kTokens, kChains>(sums);
@@ -182,8 +199,7 @@ inline void multiply_codes(const Matrix& w, const Activations& x, float* y, size
       }
     }
   }
-  for (int t = 0; t < kTokens; ++t)
-    for (int v = 0; v < kVectors; ++v) V::store(y + t * y_stride + block * kBlockRows + v * V::kLanes, total[t][v]);
+  end_segment(total, y, y_stride, block, kFormat == Format::int4 ? num_groups : 0);
 }
 
 #include "kernels_screen.h"
@@ -372,6 +388,9 @@ uint64_t read_sum(const uint64_t* words, size_t num_words) {
 
 #include "kernels_neurons.h"
 
-const Kernels kTable = {V::kName,   false,    quantize, measure,     multiply,   screen, rms_norm,
-                        layer_norm, activate, largest,  attend,      combine,    rotate, add,
-                        limit,      to_half,  read_sum, dot_neurons, add_neurons};
+#include "kernels_columns.h"
+
+const Kernels kTable = {V::kName,   false,    quantize, measure,     multiply,    screen,       rms_norm,
+                        layer_norm, activate, largest,  attend,      combine,     rotate,       add,
+                        limit,      to_half,  read_sum, dot_neurons, add_neurons, kTileOutputs, multiply_columns,
+                        keep_wanted};

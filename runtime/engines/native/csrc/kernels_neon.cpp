@@ -1,4 +1,5 @@
 // AArch64 with the dot product extension: four vectors are a block of 16 rows.
+#include "columns.h"
 #include "kernels.h"
 
 #if defined(__aarch64__)

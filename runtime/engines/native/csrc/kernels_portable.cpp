@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "columns.h"
 #include "kernels.h"
 
 namespace coreinfer {

@@ -86,11 +86,12 @@ void apply_norm(const ModelWeights& weights, const Kernels& kernels, const Norm&
 }
 
 void prepare_inputs(const ModelWeights& weights, const Kernels& kernels, const Norm& norm, const float* x,
-                    const Activations& out) {
+                    const Activations& out, const Filter& filter) {
   if (norm.present())
     apply_norm(weights, kernels, norm, x, weights.hidden, out.values);
   else
     std::memcpy(out.values, x, sizeof(float) * weights.hidden);
+  keep_wanted(kernels, filter, out.values, 0, weights.hidden);
   const int padded = round_up(weights.hidden, kGroup);
   std::fill(out.values + weights.hidden, out.values + padded, 0.0f);
   kernels.quantize(out, padded, 1);
@@ -157,7 +158,7 @@ void quantize(const Kernels& kernels, const Batch& batch, int first, int size) {
 }  // namespace
 
 void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const FfnWeights& ffn, int begin, int end,
-                    float* gate, float* up, const Batch& out) {
+                    float* gate, float* up, const Batch& out, const Filter& filter) {
   const int num_tokens = out.num_tokens, first = begin * kUnit, size = (end - begin) * kUnit;
   const int last = std::min(end * kUnit, ffn.num_neurons());
   for (int t = 0; t < num_tokens; ++t) {
@@ -166,6 +167,7 @@ void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const F
   }
   kernels.activate(weights.nonlinearity, ffn.gate.weight.empty() ? nullptr : gate, up, size, num_tokens,
                    out.x.values + first, out.x.stride);
+  for (int t = 0; t < num_tokens; ++t) keep_wanted(kernels, filter, out.token(t).values, first, last - first);
   if (last < end * kUnit)
     for (int t = 0; t < num_tokens; ++t) std::fill(out.token(t).values + last, out.token(t).values + end * kUnit, 0.0f);
   quantize(kernels, out, first, size);

@@ -4,6 +4,7 @@
 #include <array>
 #include <initializer_list>
 
+#include "columns.h"
 #include "kernels.h"
 #include "threads.h"
 #include "weights.h"
@@ -47,9 +48,13 @@ void embed(const ModelWeights& weights, const Kernels& kernels, int32_t id, int 
            float* x);
 void apply_norm(const ModelWeights& weights, const Kernels& kernels, const Norm& norm, const float* x, int size,
                 float* out);
-// out = norm(x), rounded as the matrices want it.
+// out = norm(x) without what is not wanted, rounded as the matrices want it.
 void prepare_inputs(const ModelWeights& weights, const Kernels& kernels, const Norm& norm, const float* x,
-                    const Activations& out);
+                    const Activations& out, const Filter& filter = {});
+// Make the inputs [first, first + count) 0 that are not wanted.
+inline void keep_wanted(const Kernels& kernels, const Filter& filter, float* values, int first, int count) {
+  if (!filter.wants_all()) kernels.keep_wanted(values + first, filter.norms + first, filter.threshold, count);
+}
 // x += norms.output(y + bias), then norms.after in place; y is overwritten.
 void finish_sublayer(const ModelWeights& weights, const Kernels& kernels, const SublayerNorms& norms, const float* bias,
                      float* y, float* x);
@@ -64,10 +69,10 @@ void prepare_heads(const ModelWeights& weights, const Kernels& kernels, const Li
 // For each rotary table head_dim numbers, of which it fills as many as it rotates.
 void fill_angles(const ModelWeights& weights, int position, float* angles);
 Rotation rotation_of(const ModelWeights& weights, const AttentionWeights& attention, const float* angles);
-// act(gate) * up for units [begin, end), rounded; `gate` and `up` are (tokens, neurons of these units). What lies beyond
-// the last neuron becomes 0.
+// act(gate) * up for units [begin, end) without what the down projection does not want, rounded; `gate` and `up` are
+// (tokens, neurons of these units). What lies beyond the last neuron becomes 0.
 void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const FfnWeights& ffn, int begin, int end,
-                    float* gate, float* up, const Batch& out);
+                    float* gate, float* up, const Batch& out, const Filter& filter = {});
 inline int first_position(const AttentionWeights& attention, int position) {
   return attention.window > 0 && position >= attention.window ? position - attention.window + 1 : 0;
 }

@@ -8,6 +8,8 @@ namespace coreinfer {
 
 constexpr int kBlockRows = 16;  // output rows that are interleaved
 constexpr int kGroup = 32;      // inputs that share a scale
+// Groups whose products are summed by themselves: int4 sums are sums of these, in their order, whoever computes them.
+constexpr int kSegmentGroups = 32;
 
 inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 

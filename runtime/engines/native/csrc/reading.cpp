@@ -1,6 +1,8 @@
 // From Python's tuples and arrays to weights in place; what does not fit is refused here.
 #include "reading.h"
 
+#include <algorithm>
+
 #include "refusals.h"
 
 namespace coreinfer {
@@ -61,6 +63,17 @@ FfnHandle read_experts(const std::string& record, const std::string& name, const
   const TensorFile file = open_mapped(name, mapping, handle.owners);
   *handle.ffn = assemble_experts(read_record(Json::parse(record)), file);
   return handle;
+}
+
+std::shared_ptr<TokenShares> read_shares(const py::array_t<float, py::array::c_style>& thresholds, size_t num_layers) {
+  if (thresholds.ndim() != 2 || size_t(thresholds.shape(0)) != num_layers || thresholds.shape(1) != kNumInputGroups)
+    refuse("thresholds", std::to_string(num_layers) + " layers of " + std::to_string(kNumInputGroups), "another shape");
+  auto shares = std::make_shared<TokenShares>();
+  for (size_t layer = 0; layer < num_layers; ++layer) {
+    shares->thresholds.emplace_back();
+    std::copy_n(thresholds.data() + layer * kNumInputGroups, kNumInputGroups, shares->thresholds.back().begin());
+  }
+  return shares;
 }
 
 }  // namespace coreinfer

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "assembly.h"
+#include "columns.h"
 #include "layer_store.h"
 #include "scratch.h"
 #include "weights.h"
@@ -42,5 +43,8 @@ FfnHandle read_ffn(const std::string& record, const std::string& name, const Byt
                    const std::vector<int>& num_neurons);
 // The dense FFN of a mixture of experts.
 FfnHandle read_experts(const std::string& record, const std::string& name, const Bytes& mapping);
+
+// (layers, groups of inputs): below which inputs are not wanted. Throws std::invalid_argument: another shape.
+std::shared_ptr<TokenShares> read_shares(const py::array_t<float, py::array::c_style>& thresholds, size_t num_layers);
 
 }  // namespace coreinfer

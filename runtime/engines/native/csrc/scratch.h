@@ -67,11 +67,13 @@ struct TokenScratch {
     // Where neurons are left out.
     NeuronInputBuffer neuron_inputs;
     ActiveNeurons active[2];  // of the chunk that is computed, and of the one after it
+    size_t column_bytes = 0;  // read of weights that lie input by input
   };
   std::vector<PerThread> threads;
   std::vector<AttentionPart> parts;  // what each thread attended to
   Buffer<float> qkv, attended, gate, up, ffn_out;
-  Buffer<float> chunk_sums;  // (chunks, num_sums)
+  Buffer<float> chunk_sums;    // (chunks, num_sums)
+  Buffer<float> segment_sums;  // of the largest matrix that lies input by input
   ActivationBuffer neurons;
 };
 

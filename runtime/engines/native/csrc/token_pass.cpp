@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "column_pass.h"
 #include "decoder.h"
 #include "experts.h"
 #include "layer.h"
@@ -59,12 +60,13 @@ class TokenPass {
 
   void run(bool screened, float* logits) {
     for (ActiveNeurons& active : own_.active) active.num_found = active.num_asked = 0;
+    own_.column_bytes = 0;
     embed(weights_, kernels_, row_.id, position_, inputs_, x_);
     fill_angles(weights_, position_, own_.angles.get());
     for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
       LentLayer neurons(decoder_, static_cast<int>(layer), thread_);
       attention(static_cast<int>(layer), {first_of(neurons.ahead())});
-      ffn(weights_.layers[layer], neurons.weights(), after_layer(layer));
+      ffn(static_cast<int>(layer), neurons.weights(), after_layer(layer));
     }
     prepare_inputs(weights_, kernels_, weights_.final_norm, x_, inputs_);
     if (!weights_.project_out.empty()) project_out();
@@ -91,21 +93,31 @@ class TokenPass {
   void attention(int layer, const Matrices& next) {
     const Layer& weights = weights_.layers[layer];
     const AttentionWeights& attention = weights.attention;
-    prepare_inputs(weights_, kernels_, weights.attention_norms.before, x_, inputs_);
-    multiply_share(
-        kernels_, {{&attention.query.weight, query_}, {&attention.key.weight, key_}, {&attention.value.weight, value_}},
-        {inputs_, 1, 0}, 0, thread_, decoder_.threads);
+    prepare_inputs(weights_, kernels_, weights.attention_norms.before, x_, inputs_,
+                   decoder_.filter(layer, kQkv, attention.qkv_norms));
     const Range positions = attention_share(attention, position_, thread_, num_threads_);
-    prefetch_cache(layer, positions);
-    decoder_.threads.barrier(thread_);
+    if (const Columns* columns = columns_of(layer, kQkv)) {
+      prefetch_cache(layer, positions);
+      multiply_columns(*columns, inputs_, {query_, key_, value_});
+    } else {
+      multiply_share(
+          kernels_,
+          {{&attention.query.weight, query_}, {&attention.key.weight, key_}, {&attention.value.weight, value_}},
+          {inputs_, 1, 0}, 0, thread_, decoder_.threads);
+      prefetch_cache(layer, positions);
+      decoder_.threads.barrier(thread_);
+    }
     const Rotation rotation = rotation_of(weights_, attention, own_.angles.get());
     // Nobody else reads the new token's key and value.
     if (positions.begin <= position_ && position_ < positions.end) store(layer, attention, rotation);
     attend(layer, attention, rotation, positions);
     prefetch_share({&attention.output.weight}, thread_, num_threads_);
     decoder_.threads.barrier(thread_);
-    combine();
-    multiply({{&attention.output.weight, shared_.attended.get()}}, inputs_, next);
+    combine(decoder_.filter(layer, kHeads, attention.heads_norms));
+    if (const Columns* columns = columns_of(layer, kHeads))
+      multiply_columns(*columns, inputs_, {shared_.attended.get()});
+    else
+      multiply({{&attention.output.weight, shared_.attended.get()}}, inputs_, next);
     finish(weights.attention_norms, attention.output.bias, shared_.attended.get());
   }
 
@@ -151,38 +163,104 @@ class TokenPass {
   }
 
   // Put the threads' parts of the softmax together; every thread does it for itself.
-  void combine() {
+  void combine(const Filter& filter) {
     const int size = weights_.query_size(), padded = round_up(size, kGroup);
     kernels_.combine(shared_.parts.data(), num_threads_, weights_.num_heads, weights_.head_dim, inputs_.values);
     std::fill(inputs_.values + size, inputs_.values + padded, 0.0f);
+    keep_wanted(kernels_, filter, inputs_.values, 0, size);
     kernels_.quantize(inputs_, padded, 1);
   }
 
-  void ffn(const Layer& weights, const FfnWeights& ffn, const Matrices& next) {
-    prepare_inputs(weights_, kernels_, weights.ffn_norms.before, x_, inputs_);
+  void ffn(int layer, const FfnWeights& ffn, const Matrices& next) {
+    const Layer& weights = weights_.layers[layer];
+    prepare_inputs(weights_, kernels_, weights.ffn_norms.before, x_, inputs_,
+                   decoder_.filter(layer, kGateUp, ffn.gate_up_norms));
     if (!ffn.experts.empty()) return mixture(weights, ffn, next);
     if (ffn.by_neuron())
       active_neurons(ffn, next);
     else
-      all_neurons(ffn, next);
+      all_neurons(layer, ffn, next);
     finish(weights.ffn_norms, ffn.down.bias, shared_.ffn_out.get());
   }
 
-  void all_neurons(const FfnWeights& ffn, const Matrices& next) {
+  void all_neurons(int layer, const FfnWeights& ffn, const Matrices& next) {
+    const Filter filter = decoder_.filter(layer, kDown, ffn.down_norms);
+    if (const Columns* columns = columns_of(layer, kGateUp))
+      neurons_by_columns(*columns, ffn, filter);
+    else
+      neurons_by_rows(ffn, filter);
+    const Columns* columns = columns_of(layer, kDown);
+    if (!columns) prefetch_share({&ffn.down.weight}, thread_, num_threads_);
+    decoder_.threads.barrier(thread_);
+    if (columns)
+      multiply_columns(*columns, shared_.neurons.view, {shared_.ffn_out.get()});
+    else
+      multiply({{&ffn.down.weight, shared_.ffn_out.get()}}, shared_.neurons.view, next);
+  }
+
+  void neurons_by_rows(const FfnWeights& ffn, const Filter& filter) {
     const int num_blocks = ffn.up.weight.num_blocks();
     float *gate = shared_.gate.get(), *up = shared_.up.get();
     const auto work = [&](int first, int last) {
       const int begin = first * 2, end = std::min(last * 2, num_blocks);
       if (!ffn.gate.weight.empty()) kernels_.multiply(ffn.gate.weight, inputs_, 1, gate, 0, begin, end);
       kernels_.multiply(ffn.up.weight, inputs_, 1, up, 0, begin, end);
-      finish_neurons(weights_, kernels_, ffn, first, last, gate + first * kUnit, up + first * kUnit,
-                     {shared_.neurons.view, 1, 0});
+      finish_units(ffn, filter, first, last);
     };
-    decoder_.threads.deal(thread_, (ffn.num_neurons() + kUnit - 1) / kUnit, work,
+    decoder_.threads.deal(thread_, num_units(ffn), work,
                           [&](int first) { prefetch_block(*first_of(ffn), first * 2, kPartPrefetchBytes); });
-    prefetch_share({&ffn.down.weight}, thread_, num_threads_);
+  }
+
+  void neurons_by_columns(const Columns& columns, const FfnWeights& ffn, const Filter& filter) {
+    add_columns(columns, inputs_);
+    float *gate = shared_.gate.get(), *up = shared_.up.get();
+    decoder_.threads.deal(thread_, num_units(ffn), [&](int first, int last) {
+      const Range outputs = {first * kUnit, std::min(last * kUnit, round_up(ffn.num_neurons(), kBlockRows))};
+      sum_part(columns, columns.parts.size() - 1, outputs, up);
+      if (!ffn.gate.weight.empty()) sum_part(columns, 0, outputs, gate);
+      finish_units(ffn, filter, first, last);
+    });
+  }
+
+  static int num_units(const FfnWeights& ffn) { return (ffn.num_neurons() + kUnit - 1) / kUnit; }
+
+  void finish_units(const FfnWeights& ffn, const Filter& filter, int first, int last) {
+    finish_neurons(weights_, kernels_, ffn, first, last, shared_.gate.get() + first * kUnit,
+                   shared_.up.get() + first * kUnit, {shared_.neurons.view, 1, 0}, filter);
+  }
+
+  // Null where the group's matrices are read by rows.
+  const Columns* columns_of(int layer, InputGroup group) const {
+    if (!decoder_.shares) return nullptr;
+    const bool inside = group == kGateUp || group == kDown;
+    const auto& layers = inside ? decoder_.shares->ffn : decoder_.shares->attention;
+    if (!layers || (*layers)[layer][group % 2].empty()) return nullptr;
+    return &(*layers)[layer][group % 2];
+  }
+
+  // All segments' sums, which all threads may use then.
+  void add_columns(const Columns& columns, const Activations& x) {
+    own_.column_bytes +=
+        coreinfer::add_columns(kernels_, columns.matrix, x, shared_.segment_sums.get(), thread_, decoder_.threads);
     decoder_.threads.barrier(thread_);
-    multiply({{&ffn.down.weight, shared_.ffn_out.get()}}, shared_.neurons.view, next);
+  }
+
+  void sum_part(const Columns& columns, size_t part, Range outputs, float* out) {
+    const int first = columns.parts[part].first;
+    sum_segments(kernels_, columns.matrix, shared_.segment_sums.get(), first + outputs.begin, first + outputs.end,
+                 out + outputs.begin);
+  }
+
+  // One phase; `outs`: where each of the matrices' products go.
+  void multiply_columns(const Columns& columns, const Activations& x, std::initializer_list<float*> outs) {
+    add_columns(columns, x);
+    size_t part = 0;
+    for (float* out : outs) {
+      const Range blocks = share((columns.parts[part].rows + kBlockRows - 1) / kBlockRows, thread_, num_threads_);
+      if (blocks.begin < blocks.end) sum_part(columns, part, {blocks.begin * kBlockRows, blocks.end * kBlockRows}, out);
+      ++part;
+    }
+    decoder_.threads.barrier(thread_);
   }
 
   // The gates of a chunk come before the active neurons of the chunk before it, so that those of this one can be asked for

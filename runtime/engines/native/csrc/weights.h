@@ -25,6 +25,8 @@ struct AttentionWeights {
   Norm query_norm, key_norm;  // of each head, or of all of them together
   int rope = -1;              // which rotary table, -1 for none
   int window = 0;             // positions that a token sees, itself included; 0 for all
+  // Norms of the columns of query, key and value together, and of output's; null where no input is ever left out.
+  const float *qkv_norms = nullptr, *heads_norms = nullptr;
 };
 
 // Norms before a sublayer, of its output, and of the residual stream after it; families use some of them.
@@ -33,7 +35,8 @@ struct SublayerNorms {
 };
 
 struct FfnWeights {
-  Linear gate, up, down;            // no gate: ungated
+  Linear gate, up, down;                                        // no gate: ungated
+  const float *gate_up_norms = nullptr, *down_norms = nullptr;  // as those of attention
   std::vector<FfnWeights> experts;  // in the place of these, one for each of the router's; empty where one is left out
   int num_neurons() const { return up.weight.rows; }
   // Whether down, and in a gated FFN up, are read neuron by neuron: in int4_rows, with down's columns as rows.

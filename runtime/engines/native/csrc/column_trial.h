@@ -1,0 +1,13 @@
+// Whether this machine gains where tokens leave inputs out: what decides is how its memory reads pieces with holes between.
+#pragma once
+
+#include "decoder.h"
+
+namespace coreinfer {
+
+// Of some of the decoder's layers, the time by rows over the time of the groups that lie input by input, where a token
+// wants this share of the inputs: above 1 columns are faster. 0 where no group can lie so. Takes some tens of milliseconds
+// and lays these layers out. An FFN must be in use, and no pass run.
+double try_columns(Decoder& decoder, double share);
+
+}  // namespace coreinfer

@@ -1,0 +1,167 @@
+#include "columns.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace coreinfer {
+namespace {
+
+constexpr int kPanelOutputs = 8192;  // the most
+constexpr size_t kHugePage = size_t(2) << 20;
+constexpr int kMostTile = 128;
+
+int padded_rows(const Matrix& w) { return w.num_blocks() * kBlockRows; }
+
+std::shared_ptr<uint8_t> allocate(size_t num_bytes) {
+  const size_t rounded = (num_bytes + kHugePage - 1) / kHugePage * kHugePage;
+  auto* memory = static_cast<uint8_t*>(std::aligned_alloc(kHugePage, rounded));
+  if (!memory) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  madvise(memory, rounded, MADV_HUGEPAGE);
+#endif
+  return {memory, std::free};
+}
+
+// A block of 16 rows of one of the matrices; no matrix where the last panel has no more.
+struct Block {
+  const Matrix* matrix = nullptr;
+  int index = 0;
+};
+
+std::vector<Block> blocks_of(const std::vector<const Matrix*>& rows) {
+  std::vector<Block> blocks;
+  for (const Matrix* w : rows)
+    for (int index = 0; index < w->num_blocks(); ++index) blocks.push_back({w, index});
+  return blocks;
+}
+
+// Codes of one block's 16 rows and a group's 32 inputs: codes[input][row], with `stride` between inputs.
+void unpack_block(const uint8_t* from, uint8_t* codes, int stride) {
+  for (int j = 0; j < 4; ++j)
+    for (int row = 0; row < kBlockRows; ++row)
+      for (int i = 0; i < 4; ++i) {
+        const uint8_t both = from[j * 64 + row * 4 + i];
+        codes[(8 * j + i) * stride + row] = both & 15;
+        codes[(8 * j + 4 + i) * stride + row] = both >> 4;
+      }
+}
+
+// One tile of one group: where an output lies in its column is such that words of four columns' bytes, put beside each
+// other (V::interleave), have the outputs in order.
+class TilePacker {
+ public:
+  TilePacker(const ColumnMatrix& w, uint8_t* data) : w_(w), data_(data), lanes_(w.tile / 8) {}
+
+  void pack(const Block* blocks, int num_blocks, int panel, int group, int tile) {
+    uint8_t codes[kGroup * kMostTile] = {};
+    uint8_t* head = data_ + (w_.heads(panel, group) - w_.data) + tile * w_.head_bytes();
+    std::memset(head, 0, w_.head_bytes());
+    for (int i = 0; i < num_blocks; ++i) {
+      const Matrix& rows = *blocks[i].matrix;
+      const size_t at = size_t(blocks[i].index) * rows.num_groups() + group;
+      unpack_block(rows.codes + at * rows.tile_bytes(), codes + i * kBlockRows, w_.tile);
+      std::memcpy(head + i * kBlockRows * 2, rows.scales + at * kBlockRows, kBlockRows * 2);
+      std::memcpy(head + w_.tile * 2 + i * kBlockRows, rows.zeros + at * kBlockRows, kBlockRows);
+    }
+    uint8_t* out = data_ + (w_.codes(panel, group) - w_.data) + tile * w_.tile_bytes();
+    for (int input = 0; input < kGroup; ++input, out += w_.column_stride()) pack_column(codes + input * w_.tile, out);
+  }
+
+ private:
+  void pack_column(const uint8_t* codes, uint8_t* out) const {
+    for (int vector = 0; vector < 4; ++vector)
+      for (int lane = 0; lane < lanes_; ++lane) {
+        const int output = vector * lanes_ + lane;
+        out[lane / 4 * 16 + vector * 4 + lane % 4] = codes[output] | codes[4 * lanes_ + output] << 4;
+      }
+  }
+
+  const ColumnMatrix& w_;
+  uint8_t* data_;
+  int lanes_;
+};
+
+ColumnMatrix shape_of(const std::vector<const Matrix*>& rows, int tile) {
+  int num_outputs = 0;
+  for (const Matrix* w : rows) num_outputs += padded_rows(*w);
+  ColumnMatrix w;
+  w.tile = tile;
+  w.num_groups = rows.front()->num_groups();
+  w.num_panels = (num_outputs + kPanelOutputs - 1) / kPanelOutputs;
+  w.num_tiles = ((num_outputs + w.num_panels - 1) / w.num_panels + tile - 1) / tile;
+  return w;
+}
+
+bool can_be_columns(const std::vector<const Matrix*>& rows, size_t least_bytes) {
+  size_t column_bytes = 0;
+  for (const Matrix* w : rows) {
+    if (w->format != Format::int4) return false;
+    column_bytes += size_t(padded_rows(*w)) / 2;
+  }
+  return column_bytes >= least_bytes;
+}
+
+}  // namespace
+
+Columns make_columns(const std::vector<const Matrix*>& rows, int tile, Threads& threads) {
+  Columns columns;
+  ColumnMatrix& w = columns.matrix = shape_of(rows, tile);
+  columns.memory = allocate(w.num_bytes());
+  w.data = columns.memory.get();
+  for (const Matrix* matrix : rows) {
+    const int first = columns.parts.empty() ? 0 : columns.parts.back().first + columns.parts.back().rows;
+    columns.parts.push_back({round_up(first, kBlockRows), matrix->rows});
+  }
+  const std::vector<Block> blocks = blocks_of(rows);
+  // A small tile is a part of a block: what is packed at once has whole blocks.
+  const int tile_blocks = tile / kBlockRows;
+  threads.run([&](int thread) {
+    TilePacker packer(w, columns.memory.get());
+    threads.deal(thread, w.num_panels * w.num_groups, [&](int begin, int end) {
+      for (int unit = begin; unit < end; ++unit)
+        for (int t = 0; t < w.num_tiles; ++t) {
+          const int panel = unit / w.num_groups, first = (panel * w.num_tiles + t) * tile_blocks;
+          const int count = std::clamp(int(blocks.size()) - first, 0, tile_blocks);
+          packer.pack(blocks.data() + first, count, panel, unit % w.num_groups, t);
+        }
+    });
+  });
+  return columns;
+}
+
+Columns columns_of(std::vector<const Matrix*> rows, const ColumnLayout& layout, Threads& threads) {
+  rows.erase(std::remove_if(rows.begin(), rows.end(), [](const Matrix* w) { return w->empty(); }), rows.end());
+  return !rows.empty() && can_be_columns(rows, layout.least_bytes) ? make_columns(rows, layout.tile, threads)
+                                                                   : Columns();
+}
+
+LayerColumns attention_columns(const ModelWeights& weights, const ColumnLayout& layout, Threads& threads) {
+  LayerColumns layers;
+  for (const Layer& layer : weights.layers) {
+    const AttentionWeights& own = layer.attention;
+    layers.push_back({columns_of({&own.query.weight, &own.key.weight, &own.value.weight}, layout, threads),
+                      columns_of({&own.output.weight}, layout, threads)});
+  }
+  return layers;
+}
+
+LayerColumns ffn_columns(const Ffn& ffn, const ColumnLayout& layout, Threads& threads) {
+  LayerColumns layers;
+  for (const FfnWeights& layer : ffn)
+    layers.push_back({columns_of({&layer.gate.weight, &layer.up.weight}, layout, threads),
+                      columns_of({&layer.down.weight}, layout, threads)});
+  return layers;
+}
+
+size_t num_bytes(const LayerColumns& layers) {
+  size_t total = 0;
+  for (const auto& groups : layers)
+    for (const Columns& columns : groups) total += columns.matrix.num_bytes();
+  return total;
+}
+
+}  // namespace coreinfer

@@ -1,0 +1,86 @@
+// int4 matrices that lie input by input, so that what a token does not want of its inputs need not be read. They are made of
+// the row-interleaved ones, in memory, for the instruction set that reads them: a machine that does not gain does without.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <vector>
+
+#include "matrix.h"
+#include "threads.h"
+#include "weights.h"
+
+namespace coreinfer {
+
+// The matrices of a layer that share their inputs lie beside each other.
+enum InputGroup { kQkv, kHeads, kGateUp, kDown, kNumInputGroups };
+
+// Which inputs of a group of matrices a token wants: those whose |x| * norm is above the threshold.
+struct Filter {
+  const float* norms = nullptr;  // of the columns, over all outputs
+  float threshold = -1.0f;       // below 0: all are wanted
+  bool wants_all() const { return !norms || threshold < 0.0f; }
+};
+
+// (panels, groups of inputs): for each tile of outputs their scales (fp16) and zero points, then a group's columns of half a
+// byte for each of the panel's outputs. A panel's part of a column lies in one piece.
+struct ColumnMatrix {
+  int tile = 0;                                       // outputs whose sums fit the registers: Kernels::column_tile
+  int num_groups = 0, num_panels = 0, num_tiles = 0;  // tiles of one panel
+  const uint8_t* data = nullptr;
+
+  bool empty() const { return num_panels == 0; }
+  int panel_outputs() const { return num_tiles * tile; }
+  int num_outputs() const { return num_panels * panel_outputs(); }
+  size_t tile_bytes() const { return size_t(tile) / 2; }  // of one column
+  size_t head_bytes() const { return size_t(tile) * 3; }  // of one tile
+  size_t column_bytes() const { return num_tiles * tile_bytes(); }
+  // From a column to the next. A multiple of 512 would put a tile of all columns into few sets of the first-level cache.
+  size_t column_stride() const { return column_bytes() + (column_bytes() % 512 == 0 ? 64 : 0); }
+  size_t heads_bytes() const { return num_tiles * head_bytes(); }
+  size_t group_bytes() const { return heads_bytes() + kGroup * column_stride(); }
+  size_t num_bytes() const { return size_t(num_panels) * num_groups * group_bytes(); }
+  const uint8_t* heads(int panel, int group) const {
+    return data + (size_t(panel) * num_groups + group) * group_bytes();
+  }
+  const uint8_t* codes(int panel, int group) const { return heads(panel, group) + heads_bytes(); }
+  // What is dealt out to threads: some groups of one panel, whose sums are their own.
+  int num_segments() const { return (num_groups + kSegmentGroups - 1) / kSegmentGroups; }
+  int num_units() const { return num_panels * num_segments(); }
+};
+
+// Several matrices with the same inputs as one; nothing where they are read by rows.
+struct Columns {
+  struct Part {
+    int first, rows;  // outputs
+  };
+  ColumnMatrix matrix;
+  std::vector<Part> parts;
+  std::shared_ptr<uint8_t> memory;
+  bool empty() const { return matrix.empty(); }
+};
+
+struct ColumnLayout {
+  int tile;            // Kernels::column_tile
+  size_t least_bytes;  // shorter columns are read by rows
+};
+constexpr size_t kLeastColumnBytes = 1024;  // of a column that may be worth leaving out on some machine
+
+// Lay matrices out input by input, on all threads. All must be int4 and have the same number of columns.
+Columns make_columns(const std::vector<const Matrix*>& rows, int tile, Threads& threads);
+// The same where all are int4 and columns are long enough, without matrices that are empty.
+Columns columns_of(std::vector<const Matrix*> rows, const ColumnLayout& layout, Threads& threads);
+
+// Attention's or an FFN's groups of all layers.
+using LayerColumns = std::vector<std::array<Columns, 2>>;  // (query, key and value; heads) or (gate and up; down)
+LayerColumns attention_columns(const ModelWeights& weights, const ColumnLayout& layout, Threads& threads);
+LayerColumns ffn_columns(const Ffn& ffn, const ColumnLayout& layout, Threads& threads);
+size_t num_bytes(const LayerColumns& layers);
+
+// What of its inputs a token reads: of each layer and group the threshold, and the matrices where they lie input by input.
+struct TokenShares {
+  std::vector<std::array<float, kNumInputGroups>> thresholds;  // one a layer
+  std::shared_ptr<const LayerColumns> attention, ffn;          // null: all weights are read by rows
+};
+
+}  // namespace coreinfer

@@ -1,0 +1,90 @@
+// Matrices that lie input by input, against the same ones by rows.
+#include <cmath>
+#include <cstring>
+
+#include "../../runtime/engines/native/csrc/column_pass.h"
+#include "../../runtime/engines/native/csrc/scratch.h"
+#include "checks.h"
+#include "weights.h"
+
+using namespace coreinfer;
+
+namespace {
+
+// Some inputs are zero, and whole groups of them.
+void fill_sparse(ActivationBuffer& x, int size, int share) {
+  x.resize(1, size);
+  for (int i = 0; i < size; ++i) {
+    const bool wanted = int(generator() % 10) < share && i / kGroup % 5 != 3;
+    x.view.values[i] = wanted ? draw() : 0.0f;
+  }
+}
+
+void expect_same(const Kernels& kernels, const std::vector<const Matrix*>& rows, const Activations& x) {
+  Threads threads(3);
+  const Columns columns = make_columns(rows, kernels.column_tile, threads);
+  Buffer<float> sums, got, expected;
+  sums.resize(num_segment_sums(columns.matrix));
+  got.resize(columns.matrix.num_outputs());
+  threads.run([&](int thread) {
+    add_columns(kernels, columns.matrix, x, sums.get(), thread, threads);
+    threads.barrier(thread);
+  });
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const Matrix& w = *rows[i];
+    const int first = columns.parts[i].first, count = round_up(w.rows, kBlockRows);
+    expected.resize(count);
+    sum_segments(kernels, columns.matrix, sums.get(), first, first + count, got.get());
+    kernels.multiply(w, x, 1, expected.get(), count, 0, w.num_blocks());
+    expect("columns as rows", std::memcmp(got.get(), expected.get(), w.rows * sizeof(float)) == 0);
+  }
+}
+
+void test_bytes(const Kernels& kernels) {
+  const Weights w(Format::int4, 256, 64);
+  Threads threads(2);
+  const Columns columns = make_columns({&w.view}, kernels.column_tile, threads);
+  ActivationBuffer x;
+  fill_sparse(x, 64, 0);
+  x.view.values[5] = x.view.values[40] = 1.0f;
+  kernels.quantize(x.view, 64, 1);
+  Buffer<float> sums;
+  sums.resize(num_segment_sums(columns.matrix));
+  size_t num_bytes[2];
+  threads.run([&](int thread) {
+    num_bytes[thread] = add_columns(kernels, columns.matrix, x.view, sums.get(), thread, threads);
+  });
+  expect("bytes of two columns", num_bytes[0] + num_bytes[1] == 2 * (128 + 256 * 3));
+}
+
+void test_keep_wanted(const Kernels& kernels) {
+  float x[19], norms[19];
+  for (int i = 0; i < 19; ++i) x[i] = static_cast<float>(i - 9), norms[i] = i % 2 ? 2.0f : 1.0f;
+  x[3] = std::nanf("");
+  kernels.keep_wanted(x, norms, 8.0f, 19);
+  for (int i = 0; i < 19; ++i) {
+    if (i == 3) {
+      expect("a NaN stays", std::isnan(x[i]));
+      continue;
+    }
+    const float own = static_cast<float>(i - 9);
+    expect("wanted inputs", x[i] == (std::fabs(own) * norms[i] > 8.0f ? own : 0.0f));
+  }
+}
+
+}  // namespace
+
+void test_columns(const Kernels& kernels) {
+  for (int cols : {32, 70, 1024, 1056, 2500})
+    for (int share : {0, 1, 6, 10}) {
+      const Weights first(Format::int4, 48, cols), second(Format::int4, 17, cols), third(Format::int4, 8300, cols);
+      ActivationBuffer x;
+      fill_sparse(x, cols, share);
+      kernels.quantize(x.view, x.view.stride, 1);
+      expect_same(kernels, {&first.view}, x.view);
+      expect_same(kernels, {&first.view, &second.view, &first.view}, x.view);
+      if (cols == 1056) expect_same(kernels, {&third.view, &second.view}, x.view);
+    }
+  test_bytes(kernels);
+  test_keep_wanted(kernels);
+}
