@@ -1,5 +1,6 @@
 """Load a bundle and generate from it: the runtime's main path."""
 
+import logging
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,8 @@ from .routing.router import Router
 from .scheduling import Driver, Post, Run, Scheduler, prepare
 
 __all__ = ["Engine", "Prompt", "Prompts", "load", "load_engine"]
+
+_log = logging.getLogger(__name__)
 
 
 def load(bundle_dir: str | Path, **options: Unpack[LoadKeywords]) -> "Engine":
@@ -92,6 +95,8 @@ class Engine:
         self.tokenizer, self.chat_template = prompts.tokenizer, prompts.chat_template
         self.eos_token_ids, self.special_tokens = prompts.eos_token_ids, prompts.special_tokens
         self.driver = Driver(Scheduler(decoder))
+        if bundle.token_shares is not None and not decoder.token_shares_pay:
+            _log.info("token_share: this machine reads all weights as fast; nothing is left out")
 
     @property
     def manifest(self) -> Manifest:

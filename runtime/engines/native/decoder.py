@@ -36,6 +36,7 @@ class NativeDecoder:
     page_tokens: int = _native.PAGE_TOKENS
     calls_alike = True
     cheap_swaps = True
+    token_shares_pay = False
 
     def __init__(
         self,
