@@ -9,16 +9,22 @@ from .manifest import Manifest, TensorRecord
 from .tensors import TensorFile
 
 __all__ = [
+    "INPUT_GROUPS",
     "check_neuron_ids",
     "check_tensors",
     "cluster_tensors",
     "dense_tensors",
     "expert_role",
+    "is_norms",
     "kept_experts",
+    "norms_role",
     "tensor_name",
+    "token_share_tensors",
 ]
 
 _EXPERTS = "experts"
+INPUT_GROUPS = ("qkv", "o", "gate_up", "down")
+"""Matrices of a layer that have the same inputs, of which a token may leave some out."""
 
 
 def tensor_name(layer: int, role: str) -> str:
@@ -29,6 +35,28 @@ def tensor_name(layer: int, role: str) -> str:
 def expert_role(expert: int, role: str) -> str:
     """Name a matrix ("gate", "up", "down") of one of a layer's experts, as in `experts.5.down`."""
     return f"experts.{expert}.{role}"
+
+
+def norms_role(group: str) -> str:
+    """Name the norms of the columns of a group's matrices, all outputs together, as in `layers.3.` and `qkv_norms`."""
+    return f"{group}_norms"
+
+
+def is_norms(name: str) -> bool:
+    """Whether a tensor holds such norms, which no model has."""
+    return name.endswith(tuple(f".{norms_role(group)}" for group in INPUT_GROUPS))
+
+
+def token_share_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
+    """List the tensors of the file of token shares, which there is where the manifest has such a record."""
+    record = manifest.token_shares
+    assert record is not None
+    shape = (manifest.model.num_layers, len(INPUT_GROUPS))
+    whose = [*(["dense"] if manifest.plan.dense else []), *map(str, range(len(manifest.clusters)))]
+    shapes: dict[str, tuple[int, ...]] = {"levels": (record.num_levels,), "targets": (record.num_targets,)}
+    shapes |= {f"thresholds.{name}": (*shape, record.num_levels) for name in whose}
+    shapes["plan"] = (record.num_targets, *shape)
+    return {name: TensorRecord(dtype="F32", shape=found) for name, found in shapes.items()}
 
 
 def dense_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
@@ -45,6 +73,7 @@ def dense_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
             continue
         records |= _ffn_tensors(manifest, layer, manifest.model.ffn_dim)
         records[tensor_name(layer, "column_norms")] = TensorRecord(dtype="F32", shape=(manifest.model.ffn_dim,))
+        records |= _input_norms(manifest, layer, manifest.model.ffn_dim)
     return records
 
 
@@ -62,6 +91,7 @@ def cluster_tensors(manifest: Manifest, cluster: int) -> dict[str, TensorRecord]
             records[tensor_name(layer, "scores")] = TensorRecord(dtype="F32", shape=(experts.num_experts,))
             continue
         records |= _ffn_tensors(manifest, layer, budget)
+        records |= _input_norms(manifest, layer, budget)
         records[tensor_name(layer, "neuron_ids")] = TensorRecord(dtype="I32", shape=(budget,))
         records[tensor_name(layer, "scores")] = TensorRecord(dtype="F32", shape=(manifest.model.ffn_dim,))
     return records
@@ -86,6 +116,16 @@ def _ffn_tensors(manifest: Manifest, layer: int, num_neurons: int) -> dict[str, 
         records[tensor_name(layer, "up_bias")] = TensorRecord(dtype="F32", shape=(num_neurons,))
         records[tensor_name(layer, "down_bias")] = TensorRecord(dtype="F32", shape=(model.hidden_size,))
     return records
+
+
+def _input_norms(manifest: Manifest, layer: int, num_neurons: int) -> dict[str, TensorRecord]:
+    """Norms of the FFN's columns, of a bundle with token shares."""
+    if manifest.token_shares is None:
+        return {}
+    sizes = {"gate_up": manifest.model.hidden_size, "down": num_neurons}
+    return {
+        tensor_name(layer, norms_role(group)): TensorRecord(dtype="F32", shape=(size,)) for group, size in sizes.items()
+    }
 
 
 def check_tensors(file: TensorFile, expected: Mapping[str, TensorRecord]) -> list[str]:

@@ -58,6 +58,7 @@ class Family:
         layers: path from the causal language model to its list of decoder layers.
         up, down: paths from a layer to the linear modules into and out of the FFN (fc1 and fc2 where ungated).
         gate: path to the gate projection, None for an ungated FFN.
+        qkv, o: paths from a layer to the linear modules into and out of the attention.
         activation_field, ffn_dim_field: config fields that name the activation and the intermediate dimension.
         embedding: path to the token embedding, from the causal language model.
         adds_ffn_output: whether a layer ends by adding the down projection's output to the hidden state as it is,
@@ -76,6 +77,8 @@ class Family:
     up: str = "mlp.up_proj"
     gate: str | None = "mlp.gate_proj"
     down: str = "mlp.down_proj"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    o: str = "self_attn.o_proj"
     activation_field: str = "hidden_act"
     ffn_dim_field: str = "intermediate_size"
     embedding: str = "model.embed_tokens"
@@ -98,6 +101,18 @@ class Family:
         paths = {"gate": self.gate, "up": self.up, "down": self.down}
         return {role: path for role, path in paths.items() if path is not None}
 
+    @property
+    def input_groups(self) -> dict[str, tuple[str, ...]]:
+        """Group of `INPUT_GROUPS` -> paths from a layer to its modules, which have the same inputs.
+
+        Of a mixture of experts those of the attention alone.
+        """
+        groups = {"qkv": self.qkv, "o": (self.o,)}
+        if self.experts is None:
+            groups["gate_up"] = tuple(path for role, path in self.projections.items() if role != "down")
+            groups["down"] = (self.down,)
+        return groups
+
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -107,6 +122,7 @@ FAMILIES: tuple[Family, ...] = (
         up="fc1",
         gate=None,
         down="fc2",
+        o="self_attn.out_proj",
         activation_field="activation_function",
         ffn_dim_field="ffn_dim",
         embedding="model.decoder.embed_tokens",
@@ -142,6 +158,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("phi3",),
         up="mlp.gate_up_proj.up_proj",
         gate="mlp.gate_up_proj.gate_proj",
+        qkv=("self_attn.qkv_proj.q_proj", "self_attn.qkv_proj.k_proj", "self_attn.qkv_proj.v_proj"),
         joined={"mlp.gate_up_proj": ("gate_proj", "up_proj"), "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj")},
         rotates_part=True,
     ),

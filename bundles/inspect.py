@@ -61,6 +61,7 @@ def describe(manifest: Manifest) -> Iterator[str]:
     own = ", on average; clusters have their own" if manifest.has_own_budgets else ""
     yield f"budgets    {_units(model, plan.layer_budgets)} of {_all_units(model)}{own}"
     yield from _describe_clusters(manifest)
+    yield from _describe_token_shares(manifest)
     yield from _describe_quality(manifest.quality)
     yield from _describe_files(manifest)
     origin = manifest.provenance
@@ -96,6 +97,12 @@ def _describe_clusters(manifest: Manifest) -> Iterator[str]:
         if manifest.has_own_budgets:
             yield f"         budgets {_units(manifest.model, cluster.layer_budgets)}"
         yield from (f"         - {example}" for example in cluster.examples)
+
+
+def _describe_token_shares(manifest: Manifest) -> Iterator[str]:
+    if (record := manifest.token_shares) is not None:
+        own = ", ".join(f"{share:g}" for share in dict.fromkeys(record.clusters))
+        yield f"token      share of the layers' bytes {record.default:g} dense, {own} with a pack"
 
 
 def _describe_quality(quality: Quality | None) -> Iterator[str]:

@@ -17,6 +17,7 @@ class Layout:
     chat_template: str = "tokenizer/chat_template.jinja"
     tool_template: str = "tokenizer/chat_template_tool_use.jinja"
     generation: str = "tokenizer/generation.json"
+    token_shares: str = "token_shares.safetensors"
     router_index: str = "router/index.faiss"
     router_tokenizer: str = "router/encoder/tokenizer.json"
     router_table: str = "router/encoder/table.safetensors"

@@ -10,6 +10,7 @@ from typing import Any
 from .errors import BundleCorrupt, BundleNotFound, BundleVersionError, join_problems
 from .formats import FORMATS, NEURON_FORMAT, ffn_layer_bytes
 from .layout import LAYOUT
+from .quality_records import ClusterQuality, Quality, Score, ShareScore, TokenSharesRecord
 from .schema import parse
 from .statistics import Selection
 
@@ -28,7 +29,9 @@ __all__ = [
     "QuantizationRecord",
     "RouterRecord",
     "Score",
+    "ShareScore",
     "TensorRecord",
+    "TokenSharesRecord",
     "content_sha256",
     "ffn_bytes",
     "read_manifest",
@@ -179,42 +182,6 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
-    """Quality of one way to decode, on held-out text.
-
-    Attributes:
-        perplexity: over the second halves, decoded narrow after a dense prefill of the first halves.
-        kl: mean KL(dense || narrow) a token, in nats.
-        top1: share of tokens where both models rank the same token first.
-    """
-
-    name: str
-    perplexity: float
-    kl: float
-    top1: float
-    num_texts: int
-    num_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterQuality:
-    """The score of one cluster's pack on the held-out text routed to it."""
-
-    cluster: int
-    score: Score
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quality:
-    """Held-out quality of the bundle, the dense model and the controls; all controls have the same bytes."""
-
-    dense: Score
-    clusters: Score
-    controls: tuple[Score, ...]
-    per_cluster: tuple[ClusterQuality, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """Where a bundle comes from."""
 
@@ -256,6 +223,7 @@ class Manifest:
     base_tensors: dict[str, TensorRecord]
     files: dict[str, FileRecord] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    token_shares: TokenSharesRecord | None = None
 
     @property
     def has_dense(self) -> bool:
@@ -296,6 +264,9 @@ def _layer_bytes(model: ModelRecord, kind: str, num_neurons: int) -> int:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write a manifest as indented JSON, keys in the order of the dataclasses, its own checksum last."""
     data = asdict(manifest)
+    if manifest.token_shares is None:
+        # Bundles without them are as they were before there were any.
+        del data["token_shares"]
     text = json.dumps({**data, _CHECKSUM: content_sha256(data)}, indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 

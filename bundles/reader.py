@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .checksums import mapped_sha256, passing_sha256
-from .contract import check_neuron_ids, check_tensors, cluster_tensors, dense_tensors
+from .contract import check_neuron_ids, check_tensors, cluster_tensors, dense_tensors, token_share_tensors
 from .errors import BundleCorrupt, BundleError, join_problems
 from .layout import LAYOUT
 from .manifest import Manifest, TensorRecord, read_manifest
 from .tensors import TensorFile
+from .token_shares import check_token_shares
 
 __all__ = ["Bundle", "find_problems", "later_files", "open_bundle"]
 
@@ -27,6 +28,7 @@ class Bundle:
         base: everything that is not FFN.
         dense: the dense FFN, None where the bundle was compiled without.
         mapped: cluster -> its pack, of those that are here; use `pack` to get one.
+        token_shares: which inputs a decoded token leaves out, None where it reads all; see `token_thresholds`.
         unchecked: clusters whose packs were not hashed yet.
         fetch: puts a file into the folder if it is not there; None where all are.
         spares_memory: leave no pages behind when files are hashed.
@@ -40,6 +42,7 @@ class Bundle:
     unchecked: set[int] = field(default_factory=set)
     fetch: Callable[[str], None] | None = None
     spares_memory: bool = False
+    token_shares: TensorFile | None = None
 
     @property
     def packs(self) -> tuple[TensorFile, ...]:
@@ -142,6 +145,7 @@ def open_bundle(
         unchecked=set(range(len(manifest.clusters))) if lazy_packs else set(),
         fetch=fetch,
         spares_memory=spare_memory,
+        token_shares=files[LAYOUT.token_shares] if manifest.token_shares is not None else None,
     )
 
 
@@ -215,6 +219,8 @@ def _unlisted_parts(manifest: Manifest) -> list[str]:
     required += [LAYOUT.router_table, *(cluster.file for cluster in manifest.clusters)]
     if manifest.plan.dense:
         required.append(LAYOUT.dense)
+    if manifest.token_shares is not None:
+        required.append(LAYOUT.token_shares)
     problems = [f"manifest lists no {name}" for name in required if name not in manifest.files]
     if not manifest.clusters:
         problems.append("manifest lists no clusters")
@@ -261,6 +267,8 @@ def _tensor_files(manifest: Manifest) -> Sequence[tuple[str, Callable[[], dict[s
     files: list[tuple[str, Callable[[], dict[str, TensorRecord]]]] = [(LAYOUT.base, lambda: manifest.base_tensors)]
     if manifest.has_dense:
         files.append((LAYOUT.dense, partial(dense_tensors, manifest)))
+    if manifest.token_shares is not None:
+        files.append((LAYOUT.token_shares, partial(token_share_tensors, manifest)))
     return files + [
         (cluster.file, partial(cluster_tensors, manifest, number)) for number, cluster in enumerate(manifest.clusters)
     ]
@@ -277,4 +285,6 @@ def _tensor_problems(
     problems = check_tensors(file, expected)
     if with_ids and not problems:
         problems = check_neuron_ids(file, manifest)
+    if name == LAYOUT.token_shares and not problems:
+        problems = check_token_shares(file, manifest)
     return [problem.replace(str(file.path), name) for problem in problems]

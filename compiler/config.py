@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from coreinfer.bundles.shared.checks import not_empty, number, raise_problems, share, whole_number
+from coreinfer.bundles.shared.checks import between, not_empty, number, raise_problems, share, whole_number
 from coreinfer.bundles.shared.option_fields import field_problems, option
 from coreinfer.bundles.statistics import Selection
 
@@ -250,6 +250,16 @@ class CompileConfig:
     by_neuron: bool = field(
         default=False,
         metadata=option("Store a relu model's FFN neuron by neuron, in int4: what is zero is not read.", group=SIZE),
+    )
+    token_share: float | None = field(
+        default=None,
+        metadata=option(
+            "Let each decoded token leave out the inputs that matter least to it: mean share of the layers' weights "
+            "that it reads, where a generation does not say (docs/token_shares.md).",
+            group=SIZE,
+            check=between(0.3, 1),
+            unset="a token reads all",
+        ),
     )
     dense: bool = field(default=True, metadata=option("Put the dense FFN into the bundle.", group=SIZE))
     evaluate: bool = field(default=True, metadata=option("Measure quality on held-out text.", group=SIZE))

@@ -25,7 +25,18 @@ def conflicts(config: "CompileConfig") -> Iterator[str]:
         yield "--removal second-order: expected --reconstruct, which it counts on, got --no-reconstruct"
     if config.by_neuron and config.quantize != "int4":
         yield f"--by-neuron: expected --quantize int4, got {config.quantize}"
+    if config.token_share is not None:
+        yield from _not_with_token_shares(config)
     if config.max_memory is not None and config.heals:
         yield "--max-memory: healing trains all layers at once; give --heal-steps 0, and no --heal-cluster-steps"
     elif config.max_memory is not None and config.device != "cpu":
         yield f"--max-memory: expected --device cpu, where weights can stay in their file, got {config.device}"
+
+
+def _not_with_token_shares(config: "CompileConfig") -> Iterator[str]:
+    if config.by_neuron:
+        yield "--token-share: expected a FFN that is not stored neuron by neuron, got --by-neuron"
+    if config.heals:
+        yield "--token-share: packs that are healed are not measured with it yet; give --heal-steps 0"
+    if config.max_memory is not None:
+        yield "--token-share: it runs the model once for every layer and group; leave out --max-memory"

@@ -36,6 +36,8 @@ def _not_applying(config: CompileConfig) -> Iterator[str]:
         yield f"--selection {config.selection}: experts are kept by what they put out"
     if config.budgets == "sensitivity":
         yield "--budgets sensitivity: expected energy or uniform"
+    if config.token_share is not None:
+        yield "--token-share: experts are chosen token by token already"
     given = {
         "--removal second-order": config.removal == "second-order",
         "--carry": bool(config.carry),

@@ -30,6 +30,7 @@ from .quantize.pack import write_router, write_tokenizer
 from .report.describe import Compiled, manifest_of
 from .report.map_points import map_points
 from .report.write import file_sizes, write_report
+from .shares.stage import set_token_shares
 from .stages import (
     Ground,
     Material,
@@ -125,6 +126,9 @@ def _compile_at(
         healed = heal_packs(config, ground, narrow[CLUSTERS], narrow_key, progress)
         narrow[CLUSTERS] = better_packs(ground, narrow[CLUSTERS], healed, progress)
     with stored_packs(material.stored, narrow, progress) as packs:
+        shares = None
+        if config.token_share is not None:
+            shares = set_token_shares(config, ground, reference, packs[CLUSTERS], narrow_key, progress)
         compiled = Compiled(
             config=config,
             sizes=sizes,
@@ -136,6 +140,7 @@ def _compile_at(
             if config.evaluate and reference
             else None,
             model_sha256=identity.model_sha256,
+            token_shares=shares,
         )
         return write_bundle(compiled, identity, material.stored, packs[CLUSTERS], progress)
 
@@ -206,6 +211,8 @@ def write_bundle(
         if config.dense:
             (stored.folder / LAYOUT.dense).rename(stage / LAYOUT.dense)
         (packs.folder / LAYOUT.clusters).rename(stage / LAYOUT.clusters)
+        if compiled.token_shares is not None:
+            (stored.folder / LAYOUT.token_shares).rename(stage / LAYOUT.token_shares)
         write_tokenizer(stage, loaded)
         write_router(stage, compiled.routing.encoder, compiled.routing.centroids)
         advance()

@@ -8,8 +8,10 @@ __all__ = [
     "MOMENT_TOKENS",
     "NEURON_BLOCK",
     "PROFILE_TOKENS",
+    "SHARE_COST_TOKENS",
     "SUMS_BYTES",
     "VALIDATION_TOKENS",
+    "share_tokens",
 ]
 
 MOMENT_TOKENS = 4096
@@ -20,7 +22,15 @@ PROFILE_TOKENS = 65_536
 """Enough for scores that no neuron is removed by; it is what modes stability and fused go by at run time."""
 VALIDATION_TOKENS = 8192
 """Ridges differ enough in their costs; of these tokens half are read narrow."""
+SHARE_COST_TOKENS = 1024
+"""Each costs as much as half of the model for every layer and group; half of them are scored."""
 NEURON_BLOCK = GROUP_SIZE
 """Kept neurons a layer are a multiple of this, the kernels' group size."""
 SUMS_BYTES = 6 << 30
 """What sums over the text may take on the disk, to be kept while layers are narrowed again."""
+_ALL_SHARE_TOKENS, _LEAST_SHARE_TOKENS, _MOST_SHARE_TOKENS = 16_384, 512, 4096
+
+
+def share_tokens(num_clusters: int) -> int:
+    """Tokens of each cluster's text that its token shares are set by; half of them are read as they are decoded."""
+    return min(max(_ALL_SHARE_TOKENS // num_clusters, _LEAST_SHARE_TOKENS), _MOST_SHARE_TOKENS)

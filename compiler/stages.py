@@ -148,7 +148,7 @@ def gather_material(
     if config.quantize != "bf16":
         moments_key = stage_key("moments", upstream=key, sampling=SAMPLING)
         moments = input_moments(loaded, corpus.calibration, cache, moments_key, progress)
-    packer = Packer(formats=formats_of(config), moments=moments)
+    packer = Packer(formats=formats_of(config), moments=moments, with_norms=config.token_share is not None)
     stored = store_model(loaded, packer, folder, config.output, progress)
     return Material(loaded=loaded, corpus=corpus, moments=moments, stored=stored, cache=cache, key=key)
 

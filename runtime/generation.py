@@ -134,6 +134,7 @@ class Token:
         drafting: measurements so far in mode lossless; else None.
         disk_reads: what was read from disk since this generation began to be read; None where memory is not limited.
         finish_reason: on the last token "stop" (end of text or stop string), "length" or "cancelled", before it None.
+        token_share: share of the layers' weights that each token reads; in mode lossless that of drafts.
     """
 
     token_id: int
@@ -155,6 +156,7 @@ class Token:
     drafting: Drafting | None
     disk_reads: DiskReads | None
     finish_reason: FinishReason | None
+    token_share: float = 1.0
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -192,6 +194,7 @@ class Generation:
     disk_reads: DiskReads | None
     finish_reason: FinishReason
     tool_calls: tuple[ToolCall, ...] = ()
+    token_share: float = 1.0
 
 
 def collect(tokens: Sequence[Token], calls: CallReader | None = None) -> Generation:
@@ -227,4 +230,5 @@ def collect(tokens: Sequence[Token], calls: CallReader | None = None) -> Generat
         drafting=last.drafting,
         disk_reads=last.disk_reads,
         finish_reason=last.finish_reason,
+        token_share=last.token_share,
     )

@@ -13,6 +13,7 @@ __all__ = [
     "Arithmetic",
     "CudaGraphs",
     "EngineName",
+    "InputSkipping",
     "LoadKeywords",
     "LoadOptions",
     "Weights",
@@ -24,6 +25,7 @@ EngineName = Literal["auto", "native", "torch"]
 Arithmetic = Literal["auto", "bfloat16", "float32"]
 CudaGraphs = Literal["auto", "on", "off"]
 Weights = Literal["auto", "bfloat16", "packed"]
+InputSkipping = Literal["auto", "on", "masked", "off"]
 
 
 def _thread_problems(name: str, threads: object) -> Iterator[str]:
@@ -93,6 +95,14 @@ class LoadOptions:
     """In megabytes, of 10^6 bytes. Memory is taken as it is used."""
     memory_mb: float | None = memory_option()
     """In megabytes, for the native engine (docs/memory.md). What the process itself takes is not part of it."""
+    input_skipping: InputSkipping = field(
+        default="auto",
+        metadata=option(
+            "What token shares leave out in the native engine. auto: as on, if this machine then decodes faster, else "
+            "nothing; on: what a token does not want is not read; masked: it counts as 0, but all is read."
+        ),
+    )
+    """on keeps a second layout of the weights in memory (docs/token_shares.md); masked is for measuring quality."""
     gpu_memory_mb: float | None = field(
         default=None,
         metadata=option(
@@ -154,6 +164,10 @@ def _conflicts(options: LoadOptions) -> Iterator[str]:
         yield f"memory_mb: expected none with the torch engine, got {options.memory_mb}"
     if options.memory_mb is not None and options.mode in ("stability", "fused"):
         yield f"mode {options.mode!r}: with memory_mb the dense FFN that neurons are gathered from is not in memory"
+    if options.engine == "torch" and options.input_skipping != "auto":
+        yield f"input_skipping: expected auto with the torch engine, got {options.input_skipping!r}"
+    if options.memory_mb is not None and options.input_skipping in ("on", "masked"):
+        yield f"input_skipping {options.input_skipping!r}: with memory_mb all that a token reads is read from files"
     if options.engine == "torch" and options.isa != "auto":
         yield f"isa: expected auto with the torch engine, got {options.isa!r}"
 
@@ -169,6 +183,7 @@ class LoadKeywords(TypedDict, total=False):
     threads: int | None
     kv_cache_mb: float | None
     memory_mb: float | None
+    input_skipping: InputSkipping
     gpu_memory_mb: float | None
     cuda_graphs: CudaGraphs
     weights: Weights

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.bundles.shared.checks import ANY, Check, one_of, raise_problems, whole_number
+from coreinfer.bundles.shared.checks import ANY, Check, one_of, raise_problems, share, whole_number
 from coreinfer.bundles.shared.option_fields import keyword, option
 
 from .decoding.sampling import SamplingParams
@@ -102,6 +102,15 @@ class GenerationOptions(SamplingParams):
     mode: Mode | None = field(
         default=None, metadata=keyword("How FFN weights are chosen.", unset="the engine's own mode")
     )
+    token_share: float | None = field(
+        default=None,
+        metadata=option(
+            "What share of the layers' weights a decoded token reads, by its own inputs; 1 for all.",
+            check=share(),
+            unset="the bundle's own",
+        ),
+    )
+    """Of a bundle that was compiled with --token-share. Prompts are always read with all."""
     tools: Sequence[Mapping[str, Any]] | None = field(
         default=None, metadata=keyword("Functions that the model may call.", check=ANY)
     )
@@ -198,6 +207,7 @@ class GenerationKeywords(TypedDict, total=False):
     continue_final_message: bool | None
     chat_template_kwargs: Mapping[str, Any] | None
     mode: Mode | None
+    token_share: float | None
     tools: Sequence[Mapping[str, Any]] | None
     tool_choice: str | Mapping[str, Any]
     drift_tokens: int

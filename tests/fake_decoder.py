@@ -26,6 +26,7 @@ class FakeDecoder:
     page_tokens = PAGE_TOKENS
     calls_alike = True
     cheap_swaps = True
+    token_shares_pay = True
     gathers = True
     disk_reads = None
 
@@ -128,6 +129,8 @@ class FakeDecoder:
         states, choice = self._states[number], self._choice
         cluster = -1 if choice.cluster is None else choice.cluster
         weights = int(sum(ids.sum() for ids in choice.neuron_ids)) if choice.neuron_ids else cluster
+        if choice.token_share < 1:
+            weights += int(1_000_000 * choice.token_share)
         states.append(hash((states[-1] if states else 0, token_id, weights)) % 1_000_003)
         return np.random.default_rng(states[-1]).random(self._model.vocab_size, dtype=np.float32) * 4
 

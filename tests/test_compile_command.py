@@ -107,6 +107,7 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "removal": (["--removal", "top-k"], "top-k"),
     "carry": (["--no-carry"], False),
     "by_neuron": (["--by-neuron"], True),
+    "token_share": (["--token-share", "0.6"], 0.6),
     "repair_rounding": (["--repair-rounding"], True),
     "heal_steps": (["--heal-steps", "7"], 7),
     "heal_cluster_steps": (["--heal-cluster-steps", "3"], 3),

@@ -27,8 +27,10 @@ ROOMY_MB = 1000.0
 def decoders(tiny_bundle: Callable[..., Path]) -> Callable[..., tuple[TorchDecoder, TorchDecoder, FakeDevice]]:
     """Builds a decoder of fixed shapes and a plain one."""
 
-    def build(family: str = "llama", limit_mb: float = ROOMY_MB) -> tuple[TorchDecoder, TorchDecoder, FakeDevice]:
-        bundle, device = open_bundle(tiny_bundle(family)), FakeDevice()
+    def build(
+        family: str = "llama", limit_mb: float = ROOMY_MB, **compiled: Any
+    ) -> tuple[TorchDecoder, TorchDecoder, FakeDevice]:
+        bundle, device = open_bundle(tiny_bundle(family, **compiled)), FakeDevice()
         options: dict[str, Any] = {"gpu_memory_mb": limit_mb, "cuda_graphs": "on", "transfer": device}
         static = TorchDecoder(bundle, device="cpu", dtype="float32", **options)
         device.recorded_addresses = lambda: addresses(static)
@@ -242,3 +244,24 @@ def test_graphs_need_a_device(tiny_bundle: Callable[..., Path]) -> None:
         runtime.load(tiny_bundle("llama"), device="cpu", cuda_graphs="on")
     with pytest.raises(runtime.ConfigError, match="cuda_graphs: expected auto, on, off"):
         runtime.load(tiny_bundle("llama"), device="cpu", cuda_graphs="yes")  # type: ignore[arg-type]
+
+
+def test_a_recorded_step_leaves_out_what_its_choice_says(decoders: Callable[..., Any]) -> None:
+    static, plain, device = decoders(token_share=0.6)
+    for choice in (
+        FfnChoice(cluster=0, token_share=0.5),
+        FfnChoice(cluster=2, token_share=0.7),
+        FfnChoice(cluster=2),
+        FfnChoice(cluster=2, token_share=0.4),
+        FfnChoice(token_share=0.4),
+        FfnChoice(cluster=0, token_share=0.5),
+    ):
+        for used in (static, plain):
+            used.truncate(0)
+            used.use(choice.whole)
+        both(static, plain, TOKEN_IDS)
+        for used in (static, plain):
+            used.use(choice)
+        for token_id in NEXT_IDS:
+            both(static, plain, [token_id])
+    assert device.num_recorded >= 3

@@ -212,9 +212,7 @@ def stage_works(config: CompileConfig, case: Case, file_bytes: int | None) -> It
         file_bytes: of model and encoder, which are hashed; None for a model on the Hub.
     """
     rounds, narrows = config.quantize != "bf16", case.kept < case.shapes.ffn_dim
-    if file_bytes is not None:
-        yield "hash", "model and encoder", Work(moved_bytes=file_bytes)
-    yield "load", f"{case.shapes.all_weights / 1e6:,.0f} M weights", work.load_work(case)
+    yield from _loading(case, file_bytes)
     yield "corpus", _corpus_detail(case), work.corpus_work(case)
     if rounds:
         yield "moments", "", work.moments_work(case)
@@ -239,7 +237,22 @@ def stage_works(config: CompileConfig, case: Case, file_bytes: int | None) -> It
     elif config.evaluate:
         # The packs are those of the last try.
         yield "evaluate", f"{case.held_out_tokens:,} tokens", work.evaluate_work(case)
+    if config.token_share is not None:
+        yield from _sharing(config, case)
     yield "write", "", work.write_work(bundle_bytes(config, case))
+
+
+def _loading(case: Case, file_bytes: int | None) -> Iterator[tuple[str, str, Work]]:
+    if file_bytes is not None:
+        yield "hash", "model and encoder", Work(moved_bytes=file_bytes)
+    yield "load", f"{case.shapes.all_weights / 1e6:,.0f} M weights", work.load_work(case)
+
+
+def _sharing(config: CompileConfig, case: Case) -> Iterator[tuple[str, str, Work]]:
+    """Set token shares, and score them."""
+    yield "shares", f"4 groups in {case.shapes.num_layers} layers", work.shares_work(case)
+    if config.evaluate:
+        yield "evaluate", f"{case.held_out_tokens:,} tokens, 4 times", work.share_scores_work(case)
 
 
 def _narrowing(config: CompileConfig, case: Case, *, narrows: bool) -> Iterator[tuple[str, str, Work]]:

@@ -175,6 +175,8 @@ def stage_needs(config: CompileConfig, case: Case, samples: Mapping[str, int], *
         "curves": _ARITHMETIC_BYTES + 4 * square,
         "reconstruct": _ARITHMETIC_BYTES + moments,
         "reference": _ARITHMETIC_BYTES + logits + shapes.all_weights + model,
+        # The stored dense FFN and a pack's, unpacked, beside the model's own weights.
+        "shares": _ARITHMETIC_BYTES + 3 * logits + 2 * model,
         # Files that are read are mapped, and the model's own weights wait meanwhile.
         "evaluate": _ARITHMETIC_BYTES + logits + files + model,
     }

@@ -4,9 +4,17 @@ A product of (m, k) and (k, n) is 2 m k n operations. Products of the model's ow
 apart from those in float32, by which neurons are removed and repaired.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
-from coreinfer.compiler.samples import CURVE_TOKENS, FISHER_TOKENS, MOMENT_TOKENS, PROFILE_TOKENS, VALIDATION_TOKENS
+from coreinfer.compiler.samples import (
+    CURVE_TOKENS,
+    FISHER_TOKENS,
+    MOMENT_TOKENS,
+    PROFILE_TOKENS,
+    SHARE_COST_TOKENS,
+    VALIDATION_TOKENS,
+    share_tokens,
+)
 
 from .shapes import Shapes
 
@@ -28,6 +36,8 @@ __all__ = [
     "repair_work",
     "sampled",
     "sensitivity_work",
+    "share_scores_work",
+    "shares_work",
     "sums_work",
     "write_work",
 ]
@@ -316,6 +326,28 @@ def evaluate_work(case: Case) -> Work:
         moved_bytes=_FLOAT_BYTES * (unpacked * 2 + _LOGIT_PASSES * compared),
         num_calls=case.num_documents(tokens) * num_models * shapes.num_layers,
     )
+
+
+def shares_work(case: Case) -> Work:
+    """Read text for the dense FFN and for each pack; then leave out inputs of each layer's four groups, one at a time.
+
+    Half of a text is read in each of those runs, with half of the layers on average, and with the head.
+    """
+    shapes, num_clusters = case.shapes, case.num_clusters
+    tokens = share_tokens(num_clusters) * (num_clusters + 1)
+    scored = min(case.calibration_tokens, SHARE_COST_TOKENS) / 2
+    runs = 4 * shapes.num_layers
+    unpacked = shapes.all_weights + num_clusters * shapes.num_layers * shapes.ffn_weights * case.kept / shapes.ffn_dim
+    return Work(
+        model_flop=case.token_flop * tokens + runs * scored * (case.token_flop / 2 + 2 * shapes.head_weights),
+        moved_bytes=_FLOAT_BYTES * (2 * unpacked + _LOGIT_PASSES * runs * scored * shapes.vocab_size),
+    )
+
+
+def share_scores_work(case: Case) -> Work:
+    """Run the second halves of the held-out text for two ways to share, with the dense FFN and with the packs."""
+    found = evaluate_work(replace(case, num_assigned=(case.num_clusters,)))
+    return found + found + found + found
 
 
 def write_work(bundle_bytes: int) -> Work:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import UnsupportedModelError
-from coreinfer.bundles.contract import tensor_name
+from coreinfer.bundles.contract import is_norms, tensor_name
 from coreinfer.bundles.formats import float_matrix
 from coreinfer.bundles.tensors import StoredTensor
 from coreinfer.compiler.models.empty import empty_model
@@ -68,7 +68,7 @@ def list_parameters(chosen: ChosenModel, widths: Sequence[int]) -> list[Paramete
             parameters.append(Parameter(name=name, file=chosen.ffn, stored=stored, shape=narrow, padded=padded))
         else:
             parameters.append(Parameter(name=name, file=base, stored=name, shape=shape, padded=shape))
-    _check_all_used({_PACKED_PARTS.sub("", name) for name in base}, parameters, chosen)
+    _check_all_used({_PACKED_PARTS.sub("", name) for name in base if not is_norms(name)}, parameters, chosen)
     return parameters
 
 

@@ -23,6 +23,7 @@ from coreinfer.compiler.prune.narrow import NarrowModel, narrow_down, narrow_lay
 from torch import nn
 
 from .moments import Moments, ffn_moments
+from .norms import ColumnNorms
 from .quantize import QuantizeOptions, store_matrix
 
 __all__ = ["Packer", "quick_to_read", "write_base", "write_cluster", "write_dense", "write_router", "write_tokenizer"]
@@ -40,10 +41,12 @@ class Packer:
     Attributes:
         formats: of FFN and attention, and of embedding and head.
         moments: of the inputs of the linear modules, which their rounding is weighed by.
+        with_norms: whether the norms of columns are stored, for token shares.
     """
 
     formats: QuantizeOptions
     moments: Moments
+    with_norms: bool = False
 
     def matrix(self, name: str, weight: torch.Tensor, moment: torch.Tensor | None) -> Mapping[str, StoredTensor]:
         """Store a matrix of the attention."""
@@ -66,12 +69,27 @@ def write_base(stage: Path, loaded: LoadedModel, packer: Packer) -> dict[str, Te
 
 def _base_tensors(loaded: LoadedModel, packer: Packer) -> _Tensors:
     ffn = {id(tensor) for layer in loaded.layers for tensor in _ffn_parameters(layer, loaded)}
+    groups, norms = _attention_groups(loaded) if packer.with_norms else {}, ColumnNorms()
     seen: set[int] = set()
     for name, parameter in loaded.model.named_parameters():
         # named_parameters leaves out the second name of a tied tensor.
         if id(parameter) not in ffn and id(parameter) not in seen:
             seen.add(id(parameter))
-            yield from _base_tensor(name, parameter.detach(), loaded, packer).items()
+            stored = _base_tensor(name, parameter.detach(), loaded, packer)
+            if name in groups:
+                norms.add(*groups[name], stored, name, (parameter.shape[0], parameter.shape[1]))
+            yield from stored.items()
+    yield from norms.take()
+
+
+def _attention_groups(loaded: LoadedModel) -> dict[str, tuple[int, str]]:
+    """Name of a matrix of the attention -> its layer, and the group that has its inputs."""
+    paths = {path: group for group in ("qkv", "o") for path in loaded.family.input_groups[group]}
+    return {
+        f"{loaded.family.layers}.{layer}.{path}.weight": (layer, group)
+        for layer in range(loaded.record.num_layers)
+        for path, group in paths.items()
+    }
 
 
 def _base_tensor(name: str, tensor: torch.Tensor, loaded: LoadedModel, packer: Packer) -> Mapping[str, StoredTensor]:
@@ -98,7 +116,8 @@ def write_dense(stage: Path, loaded: LoadedModel, packer: Packer) -> None:
 
 def _dense_tensors(loaded: LoadedModel, packer: Packer) -> _Tensors:
     for index, layer in enumerate(loaded.layers):
-        yield from _ffn_layer(loaded, packer, index, ffn_tensors(layer, loaded.family), None)
+        tensors = _ffn_layer(loaded, packer, index, ffn_tensors(layer, loaded.family), None)
+        yield from _with_norms(loaded, packer, index, loaded.record.ffn_dim, tensors)
         if loaded.record.experts is None:
             yield tensor_name(index, "column_norms"), StoredTensor("F32", loaded.column_norms[index])
 
@@ -135,19 +154,49 @@ def _cluster_tensors(
             yield tensor_name(index, "experts"), StoredTensor("I32", neuron_ids)
             yield tensor_name(index, "scores"), StoredTensor("F32", narrow.choice.scores[cluster][index])
             continue
-        if narrow.inner is not None:
-            weights = narrow_layer(loaded, narrow, index, cluster)
-        else:
-            yield from _cut_inner(loaded, dense, index, neuron_ids)
-            weights = narrow_down(loaded, narrow, index, cluster)
-            if narrow.downs[index][cluster] is None and packer.formats.by_neuron:
-                del weights["down"]
-                yield from cut_columns(dense, tensor_name(index, "down"), neuron_ids).items()
-            elif narrow.downs[index][cluster] is None and len(neuron_ids) == loaded.record.ffn_dim:
-                yield from cut_rows(dense, tensor_name(index, "down"), np.arange(len(weights.pop("down")))).items()
-        yield from _ffn_layer(loaded, packer, index, weights, neuron_ids)
+        tensors = _narrow_layer(loaded, packer, narrow, cluster, index, dense)
+        yield from _with_norms(loaded, packer, index, len(neuron_ids), tensors)
         yield tensor_name(index, "neuron_ids"), StoredTensor("I32", neuron_ids)
         yield tensor_name(index, "scores"), StoredTensor("F32", narrow.choice.scores[cluster][index])
+
+
+def _narrow_layer(
+    loaded: LoadedModel,
+    packer: Packer,
+    narrow: NarrowModel,
+    cluster: int,
+    layer: int,
+    dense: Mapping[str, StoredTensor],
+) -> _Tensors:
+    """Store one layer's FFN of a pack."""
+    neuron_ids = narrow.choice.neuron_ids[cluster][layer]
+    if narrow.inner is not None:
+        weights = narrow_layer(loaded, narrow, layer, cluster)
+    else:
+        yield from _cut_inner(loaded, dense, layer, neuron_ids)
+        weights = narrow_down(loaded, narrow, layer, cluster)
+        if narrow.downs[layer][cluster] is None and packer.formats.by_neuron:
+            del weights["down"]
+            yield from cut_columns(dense, tensor_name(layer, "down"), neuron_ids).items()
+        elif narrow.downs[layer][cluster] is None and len(neuron_ids) == loaded.record.ffn_dim:
+            yield from cut_rows(dense, tensor_name(layer, "down"), np.arange(len(weights.pop("down")))).items()
+    yield from _ffn_layer(loaded, packer, layer, weights, neuron_ids)
+
+
+def _with_norms(loaded: LoadedModel, packer: Packer, layer: int, num_neurons: int, tensors: _Tensors) -> _Tensors:
+    """Put the norms of the columns after a layer's FFN, where they are wanted."""
+    if not packer.with_norms:
+        yield from tensors
+        return
+    stored: dict[str, StoredTensor] = {}
+    for name, tensor in tensors:
+        stored[name] = tensor
+        yield name, tensor
+    norms, size = ColumnNorms(), loaded.record.hidden_size
+    for role in loaded.family.projections:
+        group, shape = ("down", (size, num_neurons)) if role == "down" else ("gate_up", (num_neurons, size))
+        norms.add(layer, group, stored, tensor_name(layer, role), shape)
+    yield from norms.take()
 
 
 def _cut_inner(

@@ -18,6 +18,7 @@ from coreinfer.bundles.manifest import (
     Quality,
     QuantizationRecord,
     RouterRecord,
+    TokenSharesRecord,
     ffn_bytes,
 )
 from coreinfer.compiler.clusters.cluster import label_clusters, map_positions, typical_texts
@@ -49,6 +50,7 @@ class Compiled:
     narrow: NarrowModel
     quality: Quality | None
     model_sha256: str
+    token_shares: TokenSharesRecord | None = None
 
 
 def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
@@ -82,6 +84,7 @@ def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
         quality=compiled.quality,
         provenance=_provenance(compiled),
         base_tensors=base_tensors,
+        token_shares=compiled.token_shares,
     )
 
 
@@ -144,7 +147,7 @@ def _provenance(compiled: Compiled) -> Provenance:
     options = {
         name: _plain(value)
         for name, value in {**asdict(compiled.config), **decided}.items()
-        if name not in _UNRECORDED_OPTIONS
+        if name not in _UNRECORDED_OPTIONS and (name, value) not in _UNRECORDED_VALUES
     }
     return Provenance(
         coreinfer=version("coreinfer"),
@@ -158,6 +161,10 @@ def _provenance(compiled: Compiled) -> Provenance:
 
 # Where a bundle was written and cached says nothing of what it is, and would make equal bundles differ.
 _UNRECORDED_OPTIONS = frozenset({"output", "force", "cache_dir", "model", "encoder"})
+
+
+# Bundles without are as they were before there was the option.
+_UNRECORDED_VALUES = (("token_share", None),)
 
 
 def _plain(value: Any) -> Any:

@@ -34,6 +34,7 @@ _SAMPLING = (
     "min_p",
     "repetition_penalty",
     "mode",
+    "token_share",
     "skip_special_tokens",
 )
 """Fields with the names of options; all but OpenAI's own are additions, as in the server."""

@@ -104,5 +104,5 @@ def blocks(start: int, end: int, block_tokens: int) -> Iterator[tuple[int, int]]
 
 
 def _same(a: FfnChoice | None, b: FfnChoice) -> bool:
-    # Neuron ids are arrays, which do not compare as one; they belong to one prompt anyhow.
-    return a is not None and a.neuron_ids is None and b.neuron_ids is None and a.cluster == b.cluster
+    # A prompt's own neurons are chosen anew by the next one.
+    return a is not None and a.neuron_ids is None and a.is_same(b)

@@ -30,8 +30,9 @@ def load_decoder(bundle: Bundle, options: LoadOptions) -> Decoder:
             _log.warning("%s; going on with the torch engine", error)
     if options.memory_mb is not None:
         raise ConfigError("memory_mb: only the native engine on the CPU has it; leave it out, or use engine native")
-    if options.isa != "auto":
-        raise ConfigError(f"isa: expected auto with the torch engine, got {options.isa!r}")
+    for name in ("isa", "input_skipping"):
+        if (value := getattr(options, name)) != "auto":
+            raise ConfigError(f"{name}: expected auto with the torch engine, got {value!r}")
     TorchDecoder = _import_torch_decoder(options.threads)  # noqa: N806
     decoder: Decoder = TorchDecoder(
         bundle,
@@ -71,6 +72,7 @@ def _load_native(bundle: Bundle, options: LoadOptions) -> Decoder:
         isa=options.isa,
         kv_cache_bytes=options.kv_cache_bytes,
         memory_bytes=options.memory_bytes,
+        input_skipping=options.input_skipping,
     )
 
 

@@ -1,7 +1,7 @@
 """What executes a model: the interface between `Engine` and its decoders."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -22,15 +22,28 @@ class KvPoolFull(ConfigError):
 
 @dataclass(frozen=True, kw_only=True)
 class FfnChoice:
-    """The FFN weights to run with: a cluster's pack, a prompt's own neurons, or, with neither, the dense FFN.
+    """The weights to run with: a cluster's pack, a prompt's own neurons, or, with neither, the dense FFN.
 
     Attributes:
         cluster: number of a cluster pack.
         neuron_ids: ascending ids for each layer, gathered from the dense FFN.
+        token_share: what share of the bytes of the layers' matrices each token reads, by its own inputs; see
+            `token_thresholds`. It is for decoding: a prompt is read with all, and so are a prompt's own neurons.
     """
 
     cluster: int | None = None
     neuron_ids: tuple[npt.NDArray[np.int32], ...] | None = None
+    token_share: float = 1.0
+
+    @property
+    def whole(self) -> "FfnChoice":
+        """The same weights, all of which are read."""
+        return self if self.token_share == 1 else replace(self, token_share=1.0)
+
+    def is_same(self, other: "FfnChoice") -> bool:
+        """Whether two choices compute alike. Neuron ids are a prompt's own; as arrays they do not compare as one."""
+        both_named = self.neuron_ids is None and other.neuron_ids is None
+        return self is other or (both_named and self.cluster == other.cluster and self.token_share == other.token_share)
 
 
 DENSE = FfnChoice()
@@ -121,6 +134,10 @@ class Decoder(Protocol):
     @property
     def gathers(self) -> bool:
         """Whether it can run with a prompt's own neurons."""
+
+    @property
+    def token_shares_pay(self) -> bool:
+        """Whether it leaves inputs out where the choice says so; else it reads all as fast, and is not asked to."""
 
     @property
     def disk_reads(self) -> DiskReads | None:

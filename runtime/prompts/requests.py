@@ -13,6 +13,7 @@ from coreinfer.runtime.generation import Mode
 from coreinfer.runtime.options import GenerationOptions
 from coreinfer.runtime.routing.modes import ModePlan, plan_mode, serving_cluster
 from coreinfer.runtime.routing.router import Route, Router
+from coreinfer.runtime.routing.token_shares import check_token_share, leaves_out
 
 from .chat_template import check_messages, routing_text
 from .prompt_format import PromptFormat
@@ -118,9 +119,7 @@ def read_request(
         token_ids = loaded.prompts.read_messages(prompt, options, known_ids=known_ids)
     _check_length(len(token_ids), options, loaded)
     route = loaded.router.route(source)
-    plan = plan_mode(
-        options.mode or loaded.mode, loaded.bundle.manifest, route, len(token_ids), gathers=loaded.decoder.gathers
-    )
+    plan = _plan(loaded, options, route, len(token_ids))
     if plan.uses_pack or plan.mode == "fused":
         # Here, because the thread that steps must not wait for a download.
         loaded.bundle.bring(serving_cluster(plan, route))
@@ -132,6 +131,16 @@ def read_request(
         keeps_decoded=bool(known_ids),
         routing_seconds=time.perf_counter() - start,
     )
+
+
+def _plan(loaded: Loaded, options: GenerationOptions, route: Route, num_tokens: int) -> ModePlan:
+    mode, gathers = options.mode or loaded.mode, loaded.decoder.gathers
+    if mode == "auto" and leaves_out(options.token_share):
+        # A prompt's own neurons are all read.
+        gathers = False
+    plan = plan_mode(mode, loaded.bundle.manifest, route, num_tokens, gathers=gathers)
+    check_token_share(loaded.bundle, plan, options.token_share)
+    return plan
 
 
 def _check_length(num_tokens: int, options: GenerationOptions, loaded: Loaded) -> None:

@@ -30,5 +30,4 @@ class FfnSwitch:
 
 def same_weights(a: FfnChoice, b: FfnChoice) -> bool:
     """Whether two choices are the same weights."""
-    # Neuron ids are a prompt's own; as arrays they do not compare as one.
-    return a is b or (a.neuron_ids is None and b.neuron_ids is None and a.cluster == b.cluster)
+    return a.is_same(b)

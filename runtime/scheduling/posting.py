@@ -7,7 +7,7 @@ from coreinfer.runtime.decoding.choosing import Chosen
 from coreinfer.runtime.engines.protocol import FfnChoice
 from coreinfer.runtime.generation import DiskReads, FinishReason, Token
 
-from .run import Row, Run, path_step
+from .run import Row, Run, decoding, path_step
 
 __all__ = ["post_token"]
 
@@ -58,7 +58,7 @@ def _follow_drift(run: Run) -> None:
         cluster = run.drift.cluster
         step = path_step(run.loaded, cluster, first_token=len(run.token_ids) + 1, distance=float(distances[cluster]))
         run.path = (*run.path, step)
-        run.choice = FfnChoice(cluster=cluster)
+        run.choice = decoding(run, FfnChoice(cluster=cluster))
     elif run.drift.candidate is not None:
         # Its pack comes while the one in use decodes, in case that the next stretch swaps to it.
         run.loaded.decoder.prepare(FfnChoice(cluster=run.drift.candidate))
@@ -92,5 +92,6 @@ def _token(run: Run, chosen: Chosen, piece: str, reason: FinishReason | None) ->
         top_logprobs=chosen.top_logprobs,
         drafting=run.lengths.report() if run.lengths else None,
         disk_reads=_disk_reads(run),
+        token_share=run.choice.token_share,
         finish_reason=reason,
     )

@@ -10,7 +10,7 @@ from coreinfer.runtime.routing.modes import decode_choice
 
 from .ffn_switch import FfnSwitch
 from .kv_pool import KvPool
-from .run import Logits, Run
+from .run import Logits, Run, decoding
 
 __all__ = ["Block", "begin", "block_beside", "read_beside", "read_block", "reader"]
 
@@ -164,7 +164,8 @@ def _read_with_statistic(run: Run, decoder: Decoder, end: int) -> Logits:
 def _end(run: Run) -> None:
     """Choose the weights that decode, now that all of the prompt is known."""
     request, num_new_tokens = run.request, len(run.request.token_ids) - run.num_cached_tokens
-    run.choice = decode_choice(request.plan, request.route, run.loaded.bundle, run.statistic, num_new_tokens)
+    choice = decode_choice(request.plan, request.route, run.loaded.bundle, run.statistic, num_new_tokens)
+    run.choice = decoding(run, choice)
     run.statistic = None
     assert run.read_start is not None
     run.decode_start = time.perf_counter()
@@ -194,4 +195,4 @@ def _decoded_with(run: Run, start: int, end: int) -> tuple[FfnChoice, int]:
     # A step's first token was chosen from what the token before it gave.
     begins = [max(step.first_token - 2, 0) for step in run.path] + [end]
     number = max(index for index, begin in enumerate(begins[:-1]) if begin <= start)
-    return FfnChoice(cluster=run.path[number].cluster), min(begins[number + 1], end)
+    return decoding(run, FfnChoice(cluster=run.path[number].cluster)), min(begins[number + 1], end)

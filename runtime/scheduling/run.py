@@ -3,7 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,9 @@ from coreinfer.runtime.options import GenerationOptions
 from coreinfer.runtime.prompts.requests import Loaded, Request
 from coreinfer.runtime.routing.drift import DriftWatch
 from coreinfer.runtime.routing.modes import serving_cluster
+from coreinfer.runtime.routing.token_shares import decoding_share
 
-__all__ = ["Logits", "Post", "Row", "Run", "path_step", "prepare"]
+__all__ = ["Logits", "Post", "Row", "Run", "decoding", "path_step", "prepare"]
 
 _log = logging.getLogger(__name__)
 
@@ -204,6 +205,15 @@ def path_step(loaded: Loaded, cluster: int, *, first_token: int, distance: float
     """Describe a stretch that a cluster serves."""
     label = loaded.bundle.manifest.clusters[cluster].label
     return PathStep(first_token=first_token, cluster=cluster, label=label, distance=distance)
+
+
+def decoding(run: Run, choice: FfnChoice) -> FfnChoice:
+    """The same weights, with the share of them that a decoded token of the run reads."""
+    loaded = run.loaded
+    share = decoding_share(
+        loaded.bundle.manifest, run.options.token_share, choice, pays=loaded.decoder.token_shares_pay
+    )
+    return choice if share == 1 else replace(choice, token_share=share)
 
 
 def _draft_length(loaded: Loaded, options: GenerationOptions) -> DraftLength:

@@ -53,6 +53,7 @@ class SamplingFields(Fields):
     logit_bias: dict[TokenId, Bias] | None = Field(default=None, description="Added to the logits of token ids.")
     user: Plain | None = Field(default=None, description="Any text; kept nowhere, and without effect, as at OpenAI.")
     mode: Mode | None = Field(default=None, description=_ours("mode"))
+    token_share: float | None = Field(default=None, gt=0, le=1, description=_ours("token_share"))
     top_k: int | None = Field(default=None, ge=0, lt=1 << 31, description=_ours("top_k"))
     min_p: float | None = Field(default=None, ge=0, le=1, description=_ours("min_p"))
     repetition_penalty: float | None = Field(default=None, ge=0.1, le=10, description=_ours("repetition_penalty"))

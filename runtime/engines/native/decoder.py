@@ -18,10 +18,12 @@ from coreinfer.runtime.engines.cached import CachedTokens
 from coreinfer.runtime.engines.kv_limits import count_pages
 from coreinfer.runtime.engines.protocol import DENSE, NO_GATHERING, FfnChoice, KvPoolFull
 from coreinfer.runtime.generation import DiskReads
+from coreinfer.runtime.load_options import InputSkipping
 
 from . import _native
 from .memory_plan import MemoryPlan, plan_memory
 from .residency import disk_reads, hold_base, weight_sizes
+from .skipping import Skipping
 
 __all__ = ["NativeDecoder"]
 
@@ -45,14 +47,16 @@ class NativeDecoder:
         isa: str = "auto",
         kv_cache_bytes: int | None = None,
         memory_bytes: int | None = None,
+        input_skipping: InputSkipping = "auto",
     ) -> None:
-        """Put the model together; nothing is copied but norms.
+        """Put the model together; nothing is copied but norms, and weights of which tokens leave inputs out.
 
         Args:
             threads: None for one a physical core that the process may use, see `usable_cores`.
             isa: kernels to use, one of `_native.available_isas()`; "auto" for COREINFER_ISA, else the best ones.
             kv_cache_bytes: bound of all sequences' keys and values, taken page by page; see `count_pages`.
             memory_bytes: bound of weights in memory, reads and KV cache together; None for none. See memory_plan.py.
+            input_skipping: what token shares leave out; see `LoadOptions`.
         Raises:
             ConfigError: the CPU has no such kernels, the number of threads is wrong, or the KV cache is too small.
             BundleCorrupt: the base does not hold what the model needs.
@@ -91,6 +95,7 @@ class NativeDecoder:
         self._choice: FfnChoice | None = None
         self._records = {0: CachedTokens()}
         self.sequence = 0
+        self._skipping = Skipping(bundle, input_skipping, limited=memory_bytes is not None)
         # Packs of a bundle that is elsewhere come when a prompt needs them.
         if bundle.dense or 0 in bundle.mapped:
             self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
@@ -134,6 +139,11 @@ class NativeDecoder:
     def gathers(self) -> bool:
         """Whether a prompt's own neurons can be gathered: they come from a dense FFN that is in memory, and is one."""
         return self._residency is None and self._bundle.manifest.model.experts is None
+
+    @property
+    def token_shares_pay(self) -> bool:
+        """Whether tokens leave inputs out; see `LoadOptions.input_skipping`. Not known before an FFN is in use."""
+        return self._choice is not None and self._skipping.is_on(self._model)
 
     @property
     def disk_reads(self) -> DiskReads | None:
@@ -185,6 +195,8 @@ class NativeDecoder:
             ffn = self._model.gather(ffn, list(choice.neuron_ids))
         self._model.use(ffn)
         self._choice = choice
+        if choice.token_share < 1 and self.token_shares_pay:
+            self._model.use(ffn, self._skipping.thresholds(choice))
 
     def _announce(self, cluster: int | None) -> None:
         # What is wrong with a pack is said to whoever uses it.

@@ -18,6 +18,7 @@ from coreinfer.runtime.engines.protocol import DENSE, NO_GATHERING, FfnChoice, K
 from torch import nn
 
 from .host_weights import FfnReader, HostWeights, layer_bytes
+from .input_masks import InputMasks
 from .memory_plan import MemoryNeeds, kv_bytes_per_token, plan_memory
 from .model import (
     base_bytes,
@@ -31,7 +32,7 @@ from .model import (
 from .packed_linear import pick_packed
 from .placement import DevicePlacement, MappedPlacement, Placement
 from .sequences import TorchSequences
-from .static_step import StaticStep
+from .static_step import StaticStep, pick_static
 from .transfer import Transfer, pick_transfer
 
 __all__ = ["TorchDecoder", "device_needs"]
@@ -52,6 +53,7 @@ class TorchDecoder:
     calls_alike = False
     disk_reads = None
     cheap_swaps = False  # on a GPU, which holds one pack
+    token_shares_pay = True  # not in time: it is the reference
 
     def __init__(
         self,
@@ -100,6 +102,7 @@ class TorchDecoder:
         transfer = transfer or (pick_transfer(self._device) if moves else None)
         self._placement = self._place_weights(transfer, gpu_memory_mb)
         self._sequences = TorchSequences(self._pick_static(cuda_graphs, transfer))
+        self._masks = InputMasks(self._layers, self._family, bundle, self._device)
         self._choice: FfnChoice | None = None
         self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
 
@@ -125,25 +128,11 @@ class TorchDecoder:
         return DevicePlacement(self._layers, self._family, host, transfer, plan, needs)
 
     def _pick_static(self, cuda_graphs: str, transfer: Transfer | None) -> StaticStep | None:
-        if cuda_graphs not in ("auto", "on", "off"):
-            raise ConfigError(f"cuda_graphs: expected auto, on, off, got {cuda_graphs!r}")
-        if cuda_graphs == "on" and self._family.experts is not None:
-            raise ConfigError("cuda_graphs: expected auto or off, because each step computes with other experts")
-        mixes = self._family.experts is not None
-        if cuda_graphs == "off" or (cuda_graphs == "auto" and (mixes or self._device.type != "cuda")):
-            return None
-        if transfer is None:
-            raise ConfigError(
-                "cuda_graphs: expected a CUDA device (or device 'cpu' with gpu_memory_mb, which tries the same steps "
-                f"without a graph), got device {str(self._device)!r}"
-            )
-        with torch.inference_mode():
-            return StaticStep(
-                self._model,
-                transfer,
-                num_layers=self._bundle.manifest.model.num_layers,
-                required=cuda_graphs == "on",
-            )
+        record = self._bundle.manifest.model
+        mixes = record.experts is not None
+        return pick_static(
+            self._model, cuda_graphs, transfer, num_layers=record.num_layers, device=self._device, mixes=mixes
+        )
 
     @property
     def gathers(self) -> bool:
@@ -187,13 +176,14 @@ class TorchDecoder:
 
     def prepare(self, choice: FfnChoice) -> None:
         """Begin to load a pack that will soon be used; see `Decoder.prepare`."""
-        self._placement.prepare(choice)
+        self._placement.prepare(choice.whole)
 
     def use(self, choice: FfnChoice) -> None:
         """Run with other FFN weights from the next token on.
 
         Raises:
-            ConfigError: the choice needs the dense FFN and the bundle has none, or there is no room on the device.
+            ConfigError: the choice needs the dense FFN and the bundle has none, there is no room on the device, or the
+                bundle has no such token share.
             BundleCorrupt: the pack is damaged.
         """
         # Arrays do not compare as one, so neuron ids are always gathered.
@@ -201,7 +191,10 @@ class TorchDecoder:
             return
         if choice.neuron_ids is not None and not self.gathers:
             raise ConfigError(NO_GATHERING)
-        self._placement.use(choice)
+        thresholds = self._masks.thresholds(choice)
+        if self._choice is None or not choice.whole.is_same(self._choice.whole):
+            self._placement.use(choice.whole)
+        self._masks.use(choice, thresholds)
         self._choice = choice
 
     def truncate(self, num_tokens: int) -> None:
@@ -322,7 +315,7 @@ class TorchDecoder:
             static.reserve(capacity)
             addresses = self._placement.addresses
             if len(token_ids) == 1 and addresses is not None and not watched:
-                return static.decode(token_ids[0], addresses)
+                return static.decode(token_ids[0], (addresses, self._masks.key))
         ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self._device)
         if static is not None:
             return static.read(ids, logits_to_keep=logits_to_keep)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError
+from coreinfer.bundles.contract import is_norms
 from coreinfer.bundles.families import Family, family_by_name, resolve
 from coreinfer.bundles.formats import float_matrix, stored_parts
 from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
@@ -111,7 +112,7 @@ def _base_tensors(bundle: Bundle, model: nn.Module, dtype: torch.dtype, place: P
         BundleCorrupt: a packed matrix does not fit the model.
     """
     shapes = {name: (parameter.shape[0], parameter.shape[-1]) for name, parameter in model.named_parameters()}
-    names = {_PACKED_SUFFIX.sub("", name): None for name in bundle.base}
+    names = {_PACKED_SUFFIX.sub("", name): None for name in bundle.base if not is_norms(name)}
     tensors = {}
     for name in names:
         if name in bundle.base:

@@ -9,12 +9,13 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
+from coreinfer.bundles import ConfigError
 from coreinfer.bundles.families import cache_argument
 from transformers.cache_utils import Cache, StaticLayer
 
 from .transfer import Transfer
 
-__all__ = ["StaticStep"]
+__all__ = ["StaticStep", "pick_static"]
 
 _log = logging.getLogger(__name__)
 _FIRST_CAPACITY = 1024
@@ -157,3 +158,29 @@ class StaticStep:
         )
         logits: torch.Tensor = output.logits
         return logits
+
+
+def pick_static(
+    model: Any, cuda_graphs: str, transfer: Transfer | None, *, num_layers: int, device: torch.device, mixes: bool
+) -> StaticStep | None:
+    """Decide whether tokens are decoded in steps of fixed shapes: None for the plain pass.
+
+    Args:
+        cuda_graphs: the option of that name.
+        mixes: whether the FFN is a mixture of experts.
+    Raises:
+        ConfigError: they are asked for and cannot be had.
+    """
+    if cuda_graphs not in ("auto", "on", "off"):
+        raise ConfigError(f"cuda_graphs: expected auto, on, off, got {cuda_graphs!r}")
+    if cuda_graphs == "on" and mixes:
+        raise ConfigError("cuda_graphs: expected auto or off, because each step computes with other experts")
+    if cuda_graphs == "off" or (cuda_graphs == "auto" and (mixes or device.type != "cuda")):
+        return None
+    if transfer is None:
+        raise ConfigError(
+            "cuda_graphs: expected a CUDA device (or device 'cpu' with gpu_memory_mb, which tries the same steps "
+            f"without a graph), got device {str(device)!r}"
+        )
+    with torch.inference_mode():
+        return StaticStep(model, transfer, num_layers=num_layers, required=cuda_graphs == "on")

@@ -1,0 +1,78 @@
+"""What the manifest says of a bundle's quality, and of what a decoded token may leave out."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["ClusterQuality", "Quality", "Score", "ShareScore", "TokenSharesRecord"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Quality of one way to decode, on held-out text.
+
+    Attributes:
+        perplexity: over the second halves, decoded narrow after a dense prefill of the first halves.
+        kl: mean KL(dense || narrow) a token, in nats.
+        top1: share of tokens where both models rank the same token first.
+    """
+
+    name: str
+    perplexity: float
+    kl: float
+    top1: float
+    num_texts: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterQuality:
+    """The score of one cluster's pack on the held-out text routed to it."""
+
+    cluster: int
+    score: Score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Held-out quality of the bundle, the dense model and the controls; all controls have the same bytes."""
+
+    dense: Score
+    clusters: Score
+    controls: tuple[Score, ...]
+    per_cluster: tuple[ClusterQuality, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareScore:
+    """What a token share costs, measured on held-out text.
+
+    Attributes:
+        weights: what decodes: the dense FFN, or each text's cluster.
+        shares: "planned", or the control, equal shares of all layers and groups.
+        asked: share of the layers' bytes; 1 for all.
+        read: share that was read: other text has other inputs than what thresholds were set by.
+    """
+
+    weights: Literal["dense", "clusters"]
+    shares: Literal["planned", "equal"]
+    asked: float
+    read: float
+    score: Score
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSharesRecord:
+    """How much of the layers' matrices a decoded token reads; see docs/format.md.
+
+    Attributes:
+        default: share of their bytes where a generation does not say; 1 reads all.
+        clusters: the same of each cluster's pack.
+        num_levels, num_targets: lengths of `levels` and `targets` of the file.
+        scores: of the default; empty where it was not measured.
+    """
+
+    default: float
+    clusters: tuple[float, ...]
+    num_levels: int
+    num_targets: int
+    scores: tuple[ShareScore, ...] = ()

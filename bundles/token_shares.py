@@ -1,0 +1,136 @@
+"""Token shares: which inputs of a layer's matrices a decoded token leaves out.
+
+Input j of a group of matrices is wanted where |x_j| times the norm of its column passes a threshold (TEAL, arXiv
+2408.14690; WINA, arXiv 2505.19427). The file has, for each layer and group, the thresholds that shares of inputs pass
+on calibration text, and a plan: what share each group has where the layers together have some share of their bytes.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ConfigError
+from .manifest import Manifest
+from .tensors import TensorFile
+
+if TYPE_CHECKING:
+    from .reader import Bundle
+
+__all__ = [
+    "READ_ALL",
+    "check_token_shares",
+    "default_share",
+    "least_share",
+    "shares_at",
+    "thresholds_at",
+    "token_thresholds",
+]
+
+Floats = npt.NDArray[np.float32]
+
+READ_ALL = np.float32(-1)
+"""A threshold that every input passes, zeros too."""
+_WHOLE = 1 - 1e-6
+
+
+def default_share(manifest: Manifest, cluster: int | None) -> float:
+    """Return the share of the layers' bytes that is read where a generation does not say.
+
+    Args:
+        cluster: whose pack decodes; None for the dense FFN.
+    """
+    record = manifest.token_shares
+    if record is None:
+        return 1.0
+    return record.default if cluster is None else record.clusters[cluster]
+
+
+def least_share(bundle: "Bundle") -> float:
+    """Return the lowest share that a bundle has a plan for; 1 where it has no token shares."""
+    return 1.0 if bundle.token_shares is None else float(bundle.token_shares["targets"].array[0])
+
+
+def token_thresholds(bundle: "Bundle", cluster: int | None, share: float) -> Floats:
+    """Return the thresholds at a share of the layers' bytes.
+
+    Args:
+        cluster: whose pack decodes; None for the dense FFN.
+        share: from `least_share` to 1.
+    Returns:
+        (layers, 4) float32 by `INPUT_GROUPS`; -1 where all inputs are wanted.
+    Raises:
+        ConfigError: the bundle has no such share, or no dense FFN.
+    """
+    file, least = bundle.token_shares, least_share(bundle)
+    if share >= 1:
+        return np.full((bundle.manifest.model.num_layers, 4), READ_ALL)
+    if file is None:
+        raise ConfigError("token_share: this bundle has no token shares; compile it with --token-share")
+    if share < least - 1e-6:
+        raise ConfigError(f"token_share: expected {least:g} to 1 with this bundle, got {share:g}")
+    if cluster is None and bundle.dense is None:
+        raise ConfigError(f"bundle {bundle.path} has no dense FFN; compile it with --dense or use a cluster")
+    asked = shares_at(file["targets"].array, file["plan"].array, share)
+    known = file[f"thresholds.{'dense' if cluster is None else cluster}"].array
+    return thresholds_at(file["levels"].array, known, asked)
+
+
+def shares_at(targets: Floats, plan: Floats, share: float) -> Floats:
+    """Return what share of its inputs each group has at a share of the layers' bytes.
+
+    Args:
+        targets: (targets,) ascending.
+        plan: (targets, layers, 4).
+    Returns:
+        (layers, 4) float32.
+    """
+    after = int(np.searchsorted(targets, share).clip(1, len(targets) - 1))
+    low, high = float(targets[after - 1]), float(targets[after])
+    weight = np.float32(np.clip((share - low) / (high - low), 0, 1))
+    return np.asarray((1 - weight) * plan[after - 1] + weight * plan[after], dtype=np.float32)
+
+
+def thresholds_at(levels: Floats, known: Floats, shares: Floats) -> Floats:
+    """Return the thresholds that shares of inputs pass.
+
+    Args:
+        levels: (levels,) ascending shares.
+        known: (layers, 4, levels) thresholds.
+        shares: (layers, 4).
+    Returns:
+        (layers, 4) float32; -1 where all inputs are wanted.
+    """
+    found = np.empty(shares.shape, dtype=np.float32)
+    for place in np.ndindex(*shares.shape):
+        found[place] = np.interp(shares[place], levels, known[place])
+    return np.where(shares >= _WHOLE, READ_ALL, found)
+
+
+def check_token_shares(file: TensorFile, manifest: Manifest) -> list[str]:
+    """Check what a file of token shares holds, whose shapes are right, and the shares that the manifest names.
+
+    Returns:
+        One line for each thing that is wrong.
+    """
+    record = manifest.token_shares
+    assert record is not None
+    problems = [f"{file.path}: {name}: expected finite numbers" for name in file if not _is_finite(file, name)]
+    if problems:
+        return problems
+    for name, first in (("levels", 0.0), ("targets", None)):
+        values = file[name].array
+        ascends = len(values) > 1 and bool(np.all(np.diff(values) > 0))
+        if not ascends or values[-1] != 1 or (values[0] != first if first is not None else values[0] <= 0):
+            problems.append(f"{file.path}: {name}: expected ascending shares that end at 1")
+            return problems
+    if not np.all((file["plan"].array >= 0) & (file["plan"].array <= 1)):
+        problems.append(f"{file.path}: plan: expected shares from 0 to 1")
+    least, shares = float(file["targets"].array[0]), (record.default, *record.clusters)
+    if len(record.clusters) != len(manifest.clusters) or not all(least - 1e-6 <= share <= 1 for share in shares):
+        problems.append(f"{file.path}: expected a default from {least:g} to 1 of each cluster, got {shares}")
+    return problems
+
+
+def _is_finite(file: TensorFile, name: str) -> bool:
+    return bool(np.all(np.isfinite(file[name].array)))

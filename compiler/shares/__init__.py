@@ -1,0 +1,1 @@
+"""Token shares: which inputs of a layer's matrices a decoded token can do without."""

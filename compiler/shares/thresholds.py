@@ -1,0 +1,74 @@
+"""What share of inputs passes which threshold, on text that is read as a device decodes it."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from coreinfer.bundles.contract import INPUT_GROUPS
+from coreinfer.compiler.models.load import LoadedModel
+
+from .inputs import Groups, Norms, groups_of, inputs_seen
+from .texts import BegunText
+
+__all__ = ["LEVELS", "lost_energies", "sample_scores", "thresholds_of"]
+
+Floats = npt.NDArray[np.float32]
+Scores = Mapping[Groups, Floats]
+
+LEVELS = np.linspace(0, 1, 33, dtype=np.float32)
+"""Shares of inputs that thresholds are stored for."""
+_TEXT_SCORES = 8192
+"""Of a text, a layer and a group; a share settles soon."""
+
+
+def sample_scores(loaded: LoadedModel, texts: Sequence[BegunText], norms: Norms, *, seed: int) -> dict[Groups, Floats]:
+    """Sample |x_j| times the norm of column j over the texts' second halves, with the weights in use.
+
+    Returns:
+        Group -> scores, ascending.
+    """
+    parts: defaultdict[Groups, list[torch.Tensor]] = defaultdict(list)
+    generator = torch.Generator().manual_seed(seed)
+
+    def see(layer: int, group: str, inputs: torch.Tensor) -> None:
+        scores = (inputs.float().abs() * norms[layer, group]).flatten().cpu()
+        drawn = torch.randint(scores.numel(), (min(_TEXT_SCORES, scores.numel()),), generator=generator)
+        parts[layer, group].append(scores[drawn])
+
+    with inputs_seen(loaded, see), torch.inference_mode():
+        for text in texts:
+            text.states(loaded)
+    return {place: torch.cat(found).sort().values.numpy() for place, found in parts.items()}
+
+
+def thresholds_of(loaded: LoadedModel, scores: Scores) -> Floats:
+    """Return the threshold that each of `LEVELS` passes: (layers, 4, levels) float32, from the greatest score to 0."""
+    return _by_group(loaded, {place: _quantiles(found) for place, found in scores.items()})
+
+
+def _quantiles(scores: Floats) -> Floats:
+    values = np.quantile(scores, 1 - LEVELS.astype(np.float64)).astype(np.float32)
+    # At share 1 nothing is left out, whatever other text has.
+    values[-1] = 0
+    return values
+
+
+def lost_energies(loaded: LoadedModel, scores: Scores) -> Floats:
+    """Return the mean square of what is left out at each of `LEVELS`, as a share of all: (layers, 4, levels) float32.
+
+    Of inputs that are uncorrelated it is the relative square error of the group's outputs.
+    """
+    return _by_group(loaded, {place: _energies(found) for place, found in scores.items()})
+
+
+def _energies(scores: Floats) -> Floats:
+    sums = np.concatenate([[0], np.cumsum(np.square(scores, dtype=np.float64))])
+    left_out = np.round((1 - LEVELS.astype(np.float64)) * len(scores)).astype(np.int64)
+    return np.asarray(sums[left_out] / max(sums[-1], 1e-30), dtype=np.float32)
+
+
+def _by_group(loaded: LoadedModel, values: Mapping[Groups, Floats]) -> Floats:
+    stacked = np.stack([values[place] for place in groups_of(loaded)])
+    return stacked.reshape(loaded.record.num_layers, len(INPUT_GROUPS), -1)

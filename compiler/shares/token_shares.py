@@ -1,0 +1,137 @@
+"""Stage `shares`: thresholds by which a token chooses its inputs, and how layers and groups share what it reads."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache as run_once
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from coreinfer.bundles.contract import INPUT_GROUPS
+from coreinfer.bundles.layout import LAYOUT
+from coreinfer.bundles.tensors import StoredTensor, TensorFile, write_tensors
+from coreinfer.bundles.token_shares import thresholds_at
+from coreinfer.compiler.cache import Cache, stage_key
+from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.models.swapping import ffn_in_use
+from coreinfer.compiler.progress import Advance, Progress
+from coreinfer.compiler.prune.narrow import Cut
+from coreinfer.compiler.quality.stored import StoredModel, StoredPacks, base_in_use, dense_cut
+from coreinfer.compiler.samples import SHARE_COST_TOKENS, share_tokens
+from coreinfer.compiler.text.corpus import SAMPLING, Document, spread_sample
+
+from .costs import group_costs
+from .inputs import Groups, group_weights, groups_of, read_norms
+from .plan import TARGETS, plan_shares
+from .texts import begin_texts
+from .thresholds import LEVELS, lost_energies, sample_scores, thresholds_of
+
+__all__ = ["Arrays", "ShareInputs", "find_token_shares", "named", "write_token_shares"]
+
+Floats = npt.NDArray[np.float32]
+Arrays = Mapping[str, Floats]
+"""Tensors of the file, by name; those of the dense FFN are among them even if it is left out."""
+
+_REVISION = 1
+_MEASURED_SHARE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareInputs:
+    """What token shares are made of.
+
+    Attributes:
+        documents: calibration text.
+        labels: (documents,) their clusters.
+        packs: of the clusters.
+    """
+
+    loaded: LoadedModel
+    stored: StoredModel
+    packs: StoredPacks
+    documents: Sequence[Document]
+    labels: npt.NDArray[np.int64]
+    seed: int
+
+    @property
+    def num_clusters(self) -> int:
+        """Number of packs."""
+        return int(self.labels.max()) + 1
+
+    @property
+    def texts(self) -> list[list[Document]]:
+        """Text of all, and then of each cluster."""
+        tokens = share_tokens(self.num_clusters)
+        own = [
+            [document for document, label in zip(self.documents, self.labels, strict=True) if label == cluster]
+            for cluster in range(self.num_clusters)
+        ]
+        return [spread_sample(found, tokens) for found in (self.documents, *own)]
+
+
+def find_token_shares(inputs: ShareInputs, cache: Cache, upstream: str, progress: Progress) -> Arrays:
+    """Set thresholds on calibration text, and plan shares by what each group alone costs the model.
+
+    Args:
+        upstream: key of the packs.
+    """
+    formats = asdict(inputs.stored.packer.formats)
+    key = stage_key("shares", upstream=upstream, revision=_REVISION, sampling=SAMPLING, formats=formats)
+
+    def compute() -> dict[str, Any]:
+        cost_texts = spread_sample(inputs.documents, SHARE_COST_TOKENS)
+        num_steps = inputs.num_clusters + 1 + len(cost_texts)
+        with progress.stage("shares", num_steps) as advance, base_in_use(inputs.stored):
+            return _compute(inputs, cost_texts, advance)
+
+    return cache.arrays(key, compute)
+
+
+def _compute(inputs: ShareInputs, cost_texts: Sequence[Document], advance: Advance) -> dict[str, Any]:
+    loaded, folder = inputs.loaded, inputs.stored.folder
+    base, dense = TensorFile(folder / LAYOUT.base), run_once(dense_cut(inputs.stored))
+    arrays: dict[str, Any] = {"levels": LEVELS, "targets": TARGETS}
+    all_text, *own_texts = inputs.texts
+    norms = read_norms(loaded, base, TensorFile(folder / LAYOUT.dense))
+    scores = _scores(inputs, dense, 0, dense, all_text, norms)
+    arrays["thresholds.dense"] = thresholds_of(loaded, scores)
+    advance()
+    half = thresholds_at(LEVELS, arrays["thresholds.dense"], np.full(_shape(loaded), _MEASURED_SHARE, np.float32))
+    begun = begin_texts(loaded, dense, cost_texts)
+    with ffn_in_use(loaded, dense, 0):
+        costs = group_costs(loaded, begun, norms, named(loaded, half), advance)
+    arrays["plan"] = plan_shares(
+        costs, lost_energies(loaded, scores), group_weights(loaded), measured_at=_MEASURED_SHARE
+    )
+    for cluster, documents in enumerate(own_texts):
+        file = TensorFile(inputs.packs.folder / LAYOUT.cluster(cluster))
+        own = _scores(inputs, inputs.packs.cut, cluster, dense, documents, read_norms(loaded, base, file))
+        arrays[f"thresholds.{cluster}"] = thresholds_of(loaded, own)
+        advance()
+    return arrays
+
+
+def _scores(
+    inputs: ShareInputs, cut: Cut, cluster: int, dense: Cut, documents: Sequence[Document], norms: Any
+) -> dict[Groups, Floats]:
+    begun = begin_texts(inputs.loaded, dense, documents)
+    with ffn_in_use(inputs.loaded, cut, cluster):
+        return sample_scores(inputs.loaded, begun, norms, seed=inputs.seed)
+
+
+def _shape(loaded: LoadedModel) -> tuple[int, int]:
+    return loaded.record.num_layers, len(INPUT_GROUPS)
+
+
+def named(loaded: LoadedModel, values: Floats) -> dict[Groups, float]:
+    """Name (layers, 4) values by their groups."""
+    return dict(zip(groups_of(loaded), values.flatten().tolist(), strict=True))
+
+
+def write_token_shares(path: Path, arrays: Arrays, *, with_dense: bool) -> None:
+    """Write the file."""
+    tensors = {name: StoredTensor("F32", np.asarray(values)) for name, values in arrays.items()}
+    if not with_dense:
+        del tensors["thresholds.dense"]
+    write_tensors(path, tensors)
