@@ -102,7 +102,10 @@ def _describe_clusters(manifest: Manifest) -> Iterator[str]:
 def _describe_token_shares(manifest: Manifest) -> Iterator[str]:
     if (record := manifest.token_shares) is not None:
         own = ", ".join(f"{share:g}" for share in dict.fromkeys(record.clusters))
-        yield f"token      share of the layers' bytes {record.default:g} dense, {own} with a pack"
+        yield f"token      reads {record.default:g} of the layers' weights dense, {own} with a pack"
+        if record.scores:
+            yield f"  {'':24s} {'perplexity':>10s} {'KL':>7s} {'top-1':>6s}   read"
+        yield from (f"{_score_line(found.score)}  {found.read:.3f}" for found in record.scores)
 
 
 def _describe_quality(quality: Quality | None) -> Iterator[str]:

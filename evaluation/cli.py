@@ -42,6 +42,13 @@ __all__ = ["main"]
 @click.option("--engine", type=click.Choice(get_args(EngineName)), default="auto", help="Engine of the bundles.")
 @click.option("--threads", type=int, default=None, help="Number of CPU threads.  [default: all cores]")
 @click.option("--memory-mb", type=float, default=None, help=command_help_of(LoadOptions, "memory_mb"))
+@click.option(
+    "--token-share",
+    "token_shares",
+    multiple=True,
+    type=float,
+    help="Run dense and similarity at this token share too; repeatable.  [default: the bundle's own]",
+)
 @click.option("--seed", type=int, default=0, help="Seed of the bootstrap.")
 @click.option(
     "--plot",

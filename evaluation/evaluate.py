@@ -10,6 +10,7 @@ from pathlib import Path
 
 from coreinfer.bundles import ConfigError, read_manifest
 from coreinfer.bundles.errors import join_problems
+from coreinfer.bundles.shared.checks import share
 from coreinfer.bundles.shared.extras import require_package
 from coreinfer.compiler.progress import Progress
 from coreinfer.runtime import Engine
@@ -47,6 +48,7 @@ class EvaluationConfig:
         limit: items a file; None for all.
         as_text: score all files as texts.
         max_tokens: texts are cut to this many tokens.
+        token_shares: at which dense and similarity are run too; none for each bundle's own, where it has any.
         seed: of the bootstrap.
     """
 
@@ -61,6 +63,7 @@ class EvaluationConfig:
     engine: EngineName = "auto"
     threads: int | None = None
     memory_mb: float | None = memory_option()
+    token_shares: tuple[float, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,6 +79,7 @@ class EvaluationConfig:
             None if self.data else "--data: expected at least one file, got none",
             None if self.limit is None or self.limit >= 1 else f"--limit: expected at least 1, got {self.limit}",
             None if self.max_tokens >= 4 else f"--max-tokens: expected at least 4, got {self.max_tokens}",
+            *(share().problem("--token-share", value) for value in self.token_shares),
             *(None if mode in MODES else f"--mode: expected {', '.join(MODES)}, got {mode!r}" for mode in self.modes),
         ]
         if found := [problem for problem in problems if problem]:
@@ -132,7 +136,14 @@ def evaluate(
 
 
 def _bundle_subject(path: Path, modes: Sequence[str], config: EvaluationConfig) -> BundleSubject:
-    return BundleSubject(path, modes=modes, engine=config.engine, threads=config.threads, memory_mb=config.memory_mb)
+    return BundleSubject(
+        path,
+        modes=modes,
+        engine=config.engine,
+        threads=config.threads,
+        memory_mb=config.memory_mb,
+        token_shares=config.token_shares,
+    )
 
 
 def _load(config: EvaluationConfig, folder: Path) -> _Run:

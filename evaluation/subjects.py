@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -9,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import ConfigError
 from coreinfer.bundles.statistics import SELECTIONS, Selection, scores_from_statistic, select_neurons
+from coreinfer.bundles.token_bytes import token_bytes
 from coreinfer.runtime import load
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.generation import Mode
 from coreinfer.runtime.load_options import EngineName
 from coreinfer.runtime.routing.modes import ModePlan, decode_choice
+from coreinfer.runtime.routing.token_shares import check_token_share
 
 __all__ = ["MODES", "BundleSubject", "Subject"]
 
@@ -69,11 +72,13 @@ class BundleSubject:
         engine: EngineName = "auto",
         threads: int | None = None,
         memory_mb: float | None = None,
+        token_shares: Sequence[float] = (),
     ) -> None:
         """Load a bundle.
 
         Args:
             modes: of `MODES`; those that this bundle cannot have (no dense FFN, one cluster only) are left out.
+            token_shares: at which dense and similarity are run too; none for the bundle's own, where it has any.
         Raises:
             BundleError: there is no bundle, or it is damaged.
             ConfigError: none of the modes is left.
@@ -84,9 +89,33 @@ class BundleSubject:
         self.modes = tuple(mode for mode in modes if self._has(mode))
         if not self.modes:
             raise ConfigError(f"bundle {bundle_dir}: it has none of the modes {', '.join(modes)}")
+        self._shares = {
+            f"{mode}, share {share:g}": (mode, share)
+            for mode in self.modes
+            for share in token_shares or self._own_share(mode)
+            if mode in ("dense", "similarity")
+        }
+        self._check_shares()
+        self.modes += tuple(self._shares)
         self._prefix: list[int] = []
         self._text = ""
         self._statistics: dict[Selection, Floats] = {}
+
+    def _own_share(self, mode: str) -> tuple[float, ...]:
+        record = self.engine.manifest.token_shares
+        # An engine that reads all as fast does so here, too: it would be the same row.
+        if record is None or not self.engine.decoder.token_shares_pay:
+            return ()
+        share = record.default if mode == "dense" else record.clusters[0]
+        return (share,) if share < 1 else ()
+
+    def _check_shares(self) -> None:
+        for mode, (base, share) in self._shares.items():
+            check_token_share(self.engine.bundle, ModePlan(mode=cast(Mode, base)), share)
+            if not self.engine.decoder.token_shares_pay:
+                raise ConfigError(
+                    f"{mode}: engine {self.engine.decoder.name} reads all here, as fast; measure it with --engine torch"
+                )
 
     def _has(self, mode: str) -> bool:
         manifest = self.engine.manifest
@@ -95,10 +124,18 @@ class BundleSubject:
         return mode == "similarity" or manifest.has_dense
 
     def bytes_per_token(self, mode: str) -> int | None:
-        """Bytes of weights that one decoded token reads, the mean over the packs; known of the native engine."""
+        """Bytes of weights that one decoded token reads, the mean over the packs; known of the native engine.
+
+        At a token share what is asked for: texts differ.
+        """
         decoder = self.engine.decoder
         if not isinstance(decoder, NativeDecoder):
             return None
+        if mode in self._shares:
+            base, share = self._shares[mode]
+            counts, whole = token_bytes(self.engine.manifest), self.bytes_per_token(base)
+            layers = counts.attention + (counts.dense_ffn if base == "dense" else counts.pack_ffn)
+            return None if whole is None else round(whole - (1 - share) * layers)
         decoder.truncate(0)
         if mode == "dense":
             decoder.use(DENSE)
@@ -144,6 +181,9 @@ class BundleSubject:
             # By the text, so that a run repeated, or a part of one, draws the same packs.
             drawn = int.from_bytes(hashlib.sha256(self._text.encode()).digest()[:8], "little")
             return FfnChoice(cluster=drawn % len(manifest.clusters))
+        if mode in self._shares:
+            base, share = self._shares[mode]
+            return replace(self._choice(base), token_share=share)
         if mode in _STATISTICS:
             return FfnChoice(neuron_ids=self._unrepaired(_STATISTICS[mode]))
         plan = ModePlan(mode=cast(Mode, mode))

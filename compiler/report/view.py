@@ -26,7 +26,7 @@ def report_view(manifest: Manifest, points: Sequence[MapPoint], file_bytes: Mapp
         "m": manifest,
         "map": _map(manifest, points),
         "clusters": list(_clusters(manifest)),
-        "metrics": list(_metrics(quality)) if quality else [],
+        "metrics": list(_metrics(manifest, quality)) if quality else [],
         "chart": _chart(manifest),
         "noun": _noun(manifest),
         "unit": manifest.model.unit_neurons,
@@ -89,9 +89,10 @@ def _clusters(manifest: Manifest) -> Iterator[dict[str, Any]]:
         yield {"record": record, "hue": _hue(index), "kl": kl.get(index), "share": share}
 
 
-def _metrics(quality: Quality) -> Iterator[dict[str, Any]]:
-    """Return one bar chart a metric: the clusters between the dense model and the controls."""
-    scores = (quality.dense, quality.clusters, *quality.controls)
+def _metrics(manifest: Manifest, quality: Quality) -> Iterator[dict[str, Any]]:
+    """Return one bar chart a metric: the clusters between the dense model and the controls, then token shares."""
+    shares = () if manifest.token_shares is None else manifest.token_shares.scores
+    scores = (quality.dense, quality.clusters, *quality.controls, *(found.score for found in shares))
     for name, note, field, form, greatest in (
         ("KL to the model", "nats a token; lower is better", "kl", "{:.3f}", None),
         ("Perplexity", "lower is better", "perplexity", "{:.2f}", None),

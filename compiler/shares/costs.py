@@ -10,8 +10,9 @@ import torch
 from coreinfer.bundles.contract import INPUT_GROUPS
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Advance
+from coreinfer.runtime.engines.torch.input_masks import Groups
 
-from .inputs import Groups, Norms, groups_of, inputs_masked
+from .inputs import Norms, groups_of, inputs_masked
 from .texts import BegunText
 
 __all__ = ["group_costs"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,10 @@ from coreinfer.bundles.contract import INPUT_GROUPS, norms_role, tensor_name
 from coreinfer.bundles.families import resolve
 from coreinfer.bundles.tensors import TensorFile
 from coreinfer.compiler.models.load import LoadedModel
-from coreinfer.runtime.engines.torch.input_masks import wanted
+from coreinfer.runtime.engines.torch.input_masks import Groups, InputCounts, wanted
 
-__all__ = ["Groups", "InputCounts", "Norms", "group_weights", "groups_of", "inputs_masked", "inputs_seen", "read_norms"]
+__all__ = ["Norms", "group_weights", "groups_of", "inputs_masked", "inputs_seen", "read_norms"]
 
-Groups = tuple[int, str]
-"""A layer, and one of `INPUT_GROUPS`."""
 Norms = Mapping[Groups, torch.Tensor]
 """Norms of the columns of a group's matrices, (inputs,) float32."""
 Floats = npt.NDArray[np.float32]
@@ -61,30 +58,6 @@ def inputs_seen(loaded: LoadedModel, see: Callable[[int, str, torch.Tensor], Non
             handle = resolve(loaded.layers[layer], path).register_forward_pre_hook(hook(layer, group))
             stack.callback(handle.remove)
         yield
-
-
-@dataclass(kw_only=True)
-class InputCounts:
-    """How many inputs of each group were wanted, and how many there were."""
-
-    num_wanted: dict[Groups, int] = field(default_factory=dict)
-    num_inputs: dict[Groups, int] = field(default_factory=dict)
-
-    def add(self, place: Groups, is_wanted: torch.Tensor) -> None:
-        """Count the inputs of some tokens."""
-        self.num_wanted[place] = self.num_wanted.get(place, 0) + int(is_wanted.sum())
-        self.num_inputs[place] = self.num_inputs.get(place, 0) + is_wanted.numel()
-
-    def share(self, weights: Floats) -> float:
-        """Share of the layers' weights that were wanted; those of groups that were not counted all were.
-
-        Args:
-            weights: of `group_weights`.
-        """
-        shares = np.ones(weights.shape)
-        for (layer, group), count in self.num_inputs.items():
-            shares[layer, INPUT_GROUPS.index(group)] = self.num_wanted[layer, group] / count
-        return float(np.average(shares, weights=weights))
 
 
 @contextmanager

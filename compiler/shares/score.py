@@ -17,8 +17,9 @@ from coreinfer.compiler.progress import Advance, Progress
 from coreinfer.compiler.quality.reference import Reference
 from coreinfer.compiler.quality.stored import StoredModel, StoredPacks, base_in_use, dense_cut
 from coreinfer.compiler.quality.tally import Tally
+from coreinfer.runtime.engines.torch.input_masks import InputCounts
 
-from .inputs import InputCounts, group_weights, inputs_masked, read_norms
+from .inputs import group_weights, inputs_masked, read_norms
 from .token_shares import Arrays, named
 
 __all__ = ["SharedWeights", "score_token_shares"]
@@ -81,7 +82,8 @@ def _score(
     for cluster, numbers in shared.members(weights).items():
         tally.add(_tally(reference, shared, cluster, numbers, shares, counts, advance))
     read = counts.share(group_weights(shared.stored.loaded))
-    score = tally.score(f"{weights}, {name} {asked:g}")
+    label = "token share" if name == "planned" else "equal shares"
+    score = tally.score(f"{weights}, {label} {asked:g}")
     return ShareScore(weights=weights, shares=name, asked=asked, read=round(read, 4), score=score)
 
 

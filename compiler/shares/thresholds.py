@@ -8,8 +8,9 @@ import numpy.typing as npt
 import torch
 from coreinfer.bundles.contract import INPUT_GROUPS
 from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.runtime.engines.torch.input_masks import Groups
 
-from .inputs import Groups, Norms, groups_of, inputs_seen
+from .inputs import Norms, groups_of, inputs_seen
 from .texts import BegunText
 
 __all__ = ["LEVELS", "lost_energies", "sample_scores", "thresholds_of"]

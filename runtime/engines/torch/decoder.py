@@ -102,7 +102,7 @@ class TorchDecoder:
         transfer = transfer or (pick_transfer(self._device) if moves else None)
         self._placement = self._place_weights(transfer, gpu_memory_mb)
         self._sequences = TorchSequences(self._pick_static(cuda_graphs, transfer))
-        self._masks = InputMasks(self._layers, self._family, bundle, self._device)
+        self.masks = InputMasks(self._layers, self._family, bundle, self._device)
         self._choice: FfnChoice | None = None
         self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
 
@@ -191,10 +191,10 @@ class TorchDecoder:
             return
         if choice.neuron_ids is not None and not self.gathers:
             raise ConfigError(NO_GATHERING)
-        thresholds = self._masks.thresholds(choice)
+        thresholds = self.masks.thresholds(choice)
         if self._choice is None or not choice.whole.is_same(self._choice.whole):
             self._placement.use(choice.whole)
-        self._masks.use(choice, thresholds)
+        self.masks.use(choice, thresholds)
         self._choice = choice
 
     def truncate(self, num_tokens: int) -> None:
@@ -315,7 +315,7 @@ class TorchDecoder:
             static.reserve(capacity)
             addresses = self._placement.addresses
             if len(token_ids) == 1 and addresses is not None and not watched:
-                return static.decode(token_ids[0], (addresses, self._masks.key))
+                return static.decode(token_ids[0], (addresses, self.masks.key))
         ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self._device)
         if static is not None:
             return static.read(ids, logits_to_keep=logits_to_keep)

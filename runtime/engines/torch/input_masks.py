@@ -1,8 +1,11 @@
 """Inputs that a token leaves out: the reference of what the native engine does not read."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from coreinfer.bundles import Bundle
 from coreinfer.bundles.contract import INPUT_GROUPS, norms_role, tensor_name
@@ -13,7 +16,10 @@ from coreinfer.runtime.engines.protocol import FfnChoice
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["InputMasks", "masked", "wanted"]
+__all__ = ["Groups", "InputCounts", "InputMasks", "wanted"]
+
+Groups = tuple[int, str]
+"""A layer, and one of `INPUT_GROUPS`."""
 
 
 def wanted(inputs: torch.Tensor, norms: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
@@ -28,26 +34,50 @@ def wanted(inputs: torch.Tensor, norms: torch.Tensor, threshold: torch.Tensor) -
     return inputs.float().abs() * whole > threshold
 
 
-def masked(inputs: torch.Tensor, norms: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """Put 0 in the place of inputs that are not wanted; see `wanted`."""
-    return inputs.masked_fill(~wanted(inputs, norms, threshold), 0)
+@dataclass(kw_only=True)
+class InputCounts:
+    """How many inputs of each group were wanted, and how many there were."""
+
+    num_wanted: dict[Groups, int] = field(default_factory=dict)
+    num_inputs: dict[Groups, int] = field(default_factory=dict)
+
+    def add(self, place: Groups, is_wanted: torch.Tensor) -> None:
+        """Count the inputs of some tokens."""
+        self.num_wanted[place] = self.num_wanted.get(place, 0) + int(is_wanted.sum())
+        self.num_inputs[place] = self.num_inputs.get(place, 0) + is_wanted.numel()
+
+    def share(self, weights: npt.NDArray[np.float32]) -> float:
+        """Share of the layers' weights that were wanted; those of groups that were not counted all were.
+
+        Args:
+            weights: (layers, 4) how many each group has.
+        """
+        shares = np.ones(weights.shape)
+        for (layer, group), count in self.num_inputs.items():
+            shares[layer, INPUT_GROUPS.index(group)] = self.num_wanted[layer, group] / count
+        return float(np.average(shares, weights=weights))
 
 
 class InputMasks:
     """Masks the inputs of a model's matrices while a choice with a token share is in use.
 
     What the masks are made of is written over in place, so that a recorded step goes by what is in use.
+
+    Attributes:
+        counts: is added to by steps that are not recorded, where it is set.
     """
 
     def __init__(self, layers: Sequence[nn.Module], family: Family, bundle: Bundle, device: torch.device) -> None:
         self._bundle, self._device = bundle, device
+        self.counts: InputCounts | None = None
         self._is_on, self._generation = False, 0
-        self._norms: dict[tuple[int, str], torch.Tensor] = {}
+        self._norms: dict[Groups, torch.Tensor] = {}
         self._thresholds = torch.zeros((len(layers), len(INPUT_GROUPS)), device=device)
         for number, layer in enumerate(layers) if bundle.token_shares is not None else ():
             for group, paths in family.input_groups.items():
                 for path in paths:
-                    resolve(layer, path).register_forward_pre_hook(self._hook(number, group))
+                    before = self._hook(number, group, first=path == paths[0])
+                    resolve(layer, path).register_forward_pre_hook(before)
 
     @property
     def key(self) -> int | None:
@@ -85,13 +115,16 @@ class InputMasks:
                     self._norms[layer, group], moved = norms.to(self._device), True
         self._generation += moved
 
-    def _hook(self, layer: int, group: str) -> Any:
+    def _hook(self, layer: int, group: str, *, first: bool) -> Any:
         place = INPUT_GROUPS.index(group)
 
         def before(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
             if not self._is_on:
                 return None
-            return masked(inputs[0], self._norms[layer, group], self._thresholds[layer, place]), *inputs[1:]
+            is_wanted = wanted(inputs[0], self._norms[layer, group], self._thresholds[layer, place])
+            if first and self.counts is not None:
+                self.counts.add((layer, group), is_wanted)
+            return inputs[0].masked_fill(~is_wanted, 0), *inputs[1:]
 
         return before
 
