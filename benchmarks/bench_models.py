@@ -6,12 +6,23 @@ import importlib
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MODELS", "BenchModel", "bundle_of", "link_qwen", "llamacpp_file", "source_of", "transformers_folder"]
+__all__ = [
+    "LARGE_MODELS",
+    "MODELS",
+    "BenchModel",
+    "bundle_of",
+    "link_qwen",
+    "llamacpp_file",
+    "share_bundle_of",
+    "source_of",
+    "transformers_folder",
+]
 
 _CALIBRATION = (
     "The ferry leaves the harbour at noon and returns before the lamps are lit.",
@@ -77,9 +88,50 @@ def _package_folder(name: str) -> Path:
     return Path(found.origin).parent
 
 
-def _random_1b(work: Path) -> Path:
-    """Make a model of Llama-3.2-1B's shape (vocabulary 49,152) with random weights, as a folder and as GGUF."""
-    folder, path = work / "llama-1b-random", work / "llama-1b-random.gguf"
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """Widths of a llama with random weights; of the large ones as many layers as are far more than a cache."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+
+_SHAPES = {
+    # Llama 3.2 1B, 3B, and Llama 3.1 8B or Mistral 7B.
+    "1b": _Shape(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+    ),
+    "3b": _Shape(
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=8,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
+    "7b": _Shape(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=4,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
+}
+
+
+def _random_llama(work: Path, *, name: str) -> Path:
+    """Make a model of a shape (vocabulary 49,152) with random weights, as a folder and as GGUF."""
+    folder, path = work / f"llama-{name}-random", work / f"llama-{name}-random.gguf"
     if not path.exists():
         import torch
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -87,12 +139,7 @@ def _random_1b(work: Path) -> Path:
         source = _smollm2(work)
         config = LlamaConfig(
             vocab_size=49152,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=64,
+            **asdict(_SHAPES[name]),
             max_position_embeddings=2048,
             tie_word_embeddings=True,
             bos_token_id=1,
@@ -159,8 +206,12 @@ def _write_gguf(model: Any, config: Any, tokenizer_source: Path, path: Path) -> 
 MODELS = (
     BenchModel(name="smollm2-135m", keep=0.5, find=_smollm2),
     BenchModel(name="qwen2.5-coder-0.5b", keep=0.5, find=_qwen),
-    BenchModel(name="llama-1b-random", keep=0.4, find=_random_1b),
+    BenchModel(name="llama-1b-random", keep=0.4, find=partial(_random_llama, name="1b")),
 )
+LARGE_MODELS = tuple(
+    BenchModel(name=f"llama-{name}-random", keep=0.4, find=partial(_random_llama, name=name)) for name in ("3b", "7b")
+)
+"""Some layers of larger ones, for benchmarks of layers."""
 
 
 def source_of(model: BenchModel, work: Path) -> Path:
@@ -209,12 +260,29 @@ def _without_quantization(config: Any) -> Any:
 def bundle_of(model: BenchModel, kind: str, work: Path, *, keep: float | None = None) -> Path:
     """Compile a bundle with one cluster; weights in `kind`, the head in int8; another keep ratio than the model's."""
     target = work / (f"{model.name}-{kind}" if keep is None else f"{model.name}-{kind}-keep-{keep:g}")
+    return _compiled(model, target, work, ["--keep", keep or model.keep, "--no-evaluate", "--quantize", kind])
+
+
+def share_bundle_of(model: BenchModel, work: Path, *, calibration: Path | None = None) -> Path:
+    """Compile an int4 bundle with one cluster, which keeps all neurons, and token shares.
+
+    Args:
+        calibration: folder of texts for the thresholds; None for a few sentences.
+    """
+    options: list[object] = ["--keep", 1, "--token-share", 0.64, "--quantize", "int4", "--effort", "quick"]
+    return _compiled(model, work / f"{model.name}-token-shares", work, options, calibration=calibration)
+
+
+def _compiled(
+    model: BenchModel, target: Path, work: Path, options: Sequence[object], *, calibration: Path | None = None
+) -> Path:
     if not (target / "manifest.json").exists():
-        text = work / "calibration.txt"
-        text.write_text("\n\n".join(_CALIBRATION * 8), encoding="utf-8")
+        if calibration is None:
+            calibration = work / "calibration.txt"
+            calibration.write_text("\n\n".join(_CALIBRATION * 8), encoding="utf-8")
         command = [sys.executable, "-m", "coreinfer.compiler", "--model", source_of(model, work), "--clusters", "1"]
-        command += ["--keep", keep or model.keep, "--budgets", "uniform", "--calibration", text, "--no-reconstruct"]
-        command += ["--no-evaluate", "--quantize", kind, "--cache", work / "cache", "-o", target]
+        command += ["--budgets", "uniform", "--calibration", calibration, "--no-reconstruct"]
+        command += [*options, "--cache", work / "cache", "-o", target]
         subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr)
     return target
 

@@ -36,7 +36,7 @@ def masking(bundle: Bundle, *, isa: str = "auto", columns: bool = False) -> Nati
     assert decoder.token_shares_pay
     if columns:
         # Columns of tiny models are shorter than what is worth it.
-        decoder._model.lay_out_columns(0)
+        decoder._model.lay_out_columns([True] * 4, 0)
     decoder.use(DENSE)
     decoder.forward(PROMPT_IDS)
     return decoder
@@ -109,7 +109,7 @@ def test_generations_do_not_depend_on_how_weights_are_read(shared_bundle: Callab
 
 
 def test_options_that_do_not_go_together_are_refused() -> None:
-    with pytest.raises(ConfigError, match="input_skipping: expected auto with the torch engine, got 'on'"):
+    with pytest.raises(ConfigError, match="input_skipping: expected auto or masked with the torch engine, got 'on'"):
         LoadOptions(engine="torch", input_skipping="on")
     with pytest.raises(ConfigError, match="input_skipping 'masked': with memory_mb"):
         LoadOptions(memory_mb=100, input_skipping="masked")

@@ -30,9 +30,12 @@ def load_decoder(bundle: Bundle, options: LoadOptions) -> Decoder:
             _log.warning("%s; going on with the torch engine", error)
     if options.memory_mb is not None:
         raise ConfigError("memory_mb: only the native engine on the CPU has it; leave it out, or use engine native")
-    for name in ("isa", "input_skipping"):
-        if (value := getattr(options, name)) != "auto":
-            raise ConfigError(f"{name}: expected auto with the torch engine, got {value!r}")
+    if options.isa != "auto":
+        raise ConfigError(f"isa: expected auto with the torch engine, got {options.isa!r}")
+    if options.input_skipping not in ("auto", "masked"):
+        raise ConfigError(
+            f"input_skipping: the torch engine leaves out what a share says, got {options.input_skipping!r}"
+        )
     TorchDecoder = _import_torch_decoder(options.threads)  # noqa: N806
     decoder: Decoder = TorchDecoder(
         bundle,

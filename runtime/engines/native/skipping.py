@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import Bundle
+from coreinfer.bundles.contract import INPUT_GROUPS
 from coreinfer.bundles.token_shares import token_thresholds
 from coreinfer.runtime.engines.protocol import FfnChoice
 from coreinfer.runtime.load_options import InputSkipping
@@ -20,6 +21,7 @@ _LEAST_GAIN = 1.05
 """Of the time of all weights over that of the wanted ones: what is left out costs quality."""
 _TRIAL_SHARE = 0.64
 _MOST_KNOWN = 64
+_ALL = [True] * len(INPUT_GROUPS)
 
 
 class Skipping:
@@ -46,22 +48,25 @@ class Skipping:
             model: the native module's, with an FFN in use.
         """
         if self._is_on is None:
-            self._is_on = self._asked != "auto" or self._gains(model)
+            groups = self._groups_that_gain(model) if self._asked == "auto" else _ALL
+            self._is_on = any(groups)
             if self._is_on and self._asked != "masked":
-                model.lay_out_columns()
+                model.lay_out_columns(groups)
         return self._is_on
 
-    def _gains(self, model: Any) -> bool:
+    def _groups_that_gain(self, model: Any) -> list[bool]:
         record = self._bundle.manifest.token_shares
         assert record is not None
         share = record.default if record.default < 1 else _TRIAL_SHARE
-        gain = float(model.try_columns(share))
-        gains = gain >= _LEAST_GAIN
+        gains = model.try_columns(share)
+        groups = [gain >= _LEAST_GAIN for gain in gains]
         _log.info(
-            "input_skipping: where tokens want %.2f of their inputs, this machine multiplies %.2f times as fast; %s",
-            *(share, gain, "the others are left out" if gains else "nothing is left out"),
+            "input_skipping: where tokens want %.2f of their inputs, this machine is so many times as fast: %s; %s",
+            share,
+            ", ".join(f"{name} {gain:.2f}" for name, gain in zip(INPUT_GROUPS, gains, strict=True)),
+            "the others are left out" if any(groups) else "nothing is left out",
         )
-        return gains
+        return groups
 
     def thresholds(self, choice: FfnChoice) -> Floats:
         """Return the thresholds of a choice, (layers, 4) float32.

@@ -62,19 +62,19 @@ class Model {
     ffn_ = ffn;
   }
 
-  // From now on weights whose inputs may be left out also lie input by input in memory, where columns have so many bytes.
-  void lay_out_columns(size_t least_bytes) {
+  // From now on the weights of these groups of inputs also lie input by input in memory, where columns have so many bytes.
+  void lay_out_columns(const GroupFlags& groups, size_t least_bytes) {
     const std::unique_lock<std::mutex> lock = turn_.take();
     if (decoder_->residency) refuse("columns", "memory without a limit", "a limit");
-    const ColumnLayout layout{decoder_->kernels.column_tile, least_bytes};
+    const ColumnLayout layout{decoder_->kernels.column_tile, least_bytes, groups};
     columns_ = std::make_unique<ColumnCache>(decoder_->weights, layout, decoder_->threads);
   }
 
-  // The time of this share of the inputs by rows over the time by columns; 0 where there are no columns to be had.
-  double try_columns(double share) {
+  // Of each group, the time of this share of the inputs by rows over the time by columns; 0 where it cannot have columns.
+  std::array<double, kNumInputGroups> try_columns(double share) {
     const std::unique_lock<std::mutex> lock = turn_.take();
     if (!decoder_->ffn) refuse("FFN", "one in use", "none");
-    if (decoder_->residency) return 0.0;
+    if (decoder_->residency) return {};
     py::gil_scoped_release release;
     return coreinfer::try_columns(*decoder_, share);
   }
@@ -355,7 +355,7 @@ PYBIND11_MODULE(_native, module) {
            py::arg("record"), py::arg("name"), py::arg("base"), py::arg("isa"), py::arg("num_threads"),
            py::arg("count_pages"))
       .def("use", &Model::use, py::arg("ffn"), py::arg("thresholds") = py::none())
-      .def("lay_out_columns", &Model::lay_out_columns, py::arg("least_bytes") = kLeastColumnBytes)
+      .def("lay_out_columns", &Model::lay_out_columns, py::arg("groups"), py::arg("least_bytes") = kLeastColumnBytes)
       .def("try_columns", &Model::try_columns, py::arg("share"))
       .def_property_readonly("column_bytes", &Model::column_bytes)
       .def("limit", &Model::limit, py::arg("path"), py::arg("base"), py::arg("layer_bytes"), py::arg("window_bytes"))

@@ -10,7 +10,7 @@
 namespace coreinfer {
 namespace {
 
-constexpr size_t kTrialBytes = size_t(192) << 20;  // of weights: more than a cache holds
+constexpr size_t kTrialBytes = size_t(96) << 20;  // of a group's weights: more than most caches hold
 constexpr int kRounds = 5;
 
 // Matrices with the same inputs, in both layouts.
@@ -31,21 +31,23 @@ void add_group(std::vector<Group>& groups, std::vector<const Matrix*> rows, Colu
   groups.push_back(std::move(group));
 }
 
-std::vector<Group> first_layers(Decoder& decoder) {
+std::vector<const Matrix*> matrices_of(const Decoder& decoder, size_t layer, InputGroup group) {
+  const AttentionWeights& attention = decoder.weights.layers[layer].attention;
+  const FfnWeights& ffn = (*decoder.ffn)[layer];
+  if (group == kQkv) return {&attention.query.weight, &attention.key.weight, &attention.value.weight};
+  if (group == kHeads) return {&attention.output.weight};
+  if (group == kGateUp) return {&ffn.gate.weight, &ffn.up.weight};
+  return {&ffn.down.weight};
+}
+
+std::vector<Group> first_layers(Decoder& decoder, InputGroup group) {
   std::vector<Group> groups;
   size_t num_bytes = 0;
-  const ColumnLayout layout{decoder.kernels.column_tile, kLeastColumnBytes};
+  const ColumnLayout layout{decoder.kernels.column_tile, kLeastColumnBytes, {true, true, true, true}};
   for (size_t i = 0; i < decoder.weights.layers.size() && num_bytes < kTrialBytes; ++i) {
-    const AttentionWeights& attention = decoder.weights.layers[i].attention;
-    const FfnWeights& ffn = (*decoder.ffn)[i];
-    const std::vector<const Matrix*> all[kNumInputGroups] = {
-        {&attention.query.weight, &attention.key.weight, &attention.value.weight},
-        {&attention.output.weight},
-        {&ffn.gate.weight, &ffn.up.weight},
-        {&ffn.down.weight}};
-    for (const auto& rows : all) add_group(groups, rows, columns_of(rows, layout, decoder.threads));
-    num_bytes = 0;
-    for (const Group& group : groups) num_bytes += group.columns.matrix.num_bytes();
+    const std::vector<const Matrix*> rows = matrices_of(decoder, i, group);
+    add_group(groups, rows, columns_of(rows, group, layout, decoder.threads));
+    if (!groups.empty()) num_bytes += groups.back().columns.matrix.num_bytes();
   }
   return groups;
 }
@@ -122,9 +124,13 @@ class Trial {
 
 }  // namespace
 
-double try_columns(Decoder& decoder, double share) {
-  std::vector<Group> groups = first_layers(decoder);
-  return groups.empty() ? 0.0 : Trial(decoder, std::move(groups), share).run();
+std::array<double, kNumInputGroups> try_columns(Decoder& decoder, double share) {
+  std::array<double, kNumInputGroups> gains{};
+  for (int group = 0; group < kNumInputGroups; ++group) {
+    std::vector<Group> groups = first_layers(decoder, static_cast<InputGroup>(group));
+    if (!groups.empty()) gains[group] = Trial(decoder, std::move(groups), share).run();
+  }
+  return gains;
 }
 
 }  // namespace coreinfer

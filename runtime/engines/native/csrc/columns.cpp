@@ -133,7 +133,8 @@ Columns make_columns(const std::vector<const Matrix*>& rows, int tile, Threads& 
   return columns;
 }
 
-Columns columns_of(std::vector<const Matrix*> rows, const ColumnLayout& layout, Threads& threads) {
+Columns columns_of(std::vector<const Matrix*> rows, InputGroup group, const ColumnLayout& layout, Threads& threads) {
+  if (!layout.wants[group]) return {};
   rows.erase(std::remove_if(rows.begin(), rows.end(), [](const Matrix* w) { return w->empty(); }), rows.end());
   return !rows.empty() && can_be_columns(rows, layout.least_bytes) ? make_columns(rows, layout.tile, threads)
                                                                    : Columns();
@@ -143,8 +144,8 @@ LayerColumns attention_columns(const ModelWeights& weights, const ColumnLayout& 
   LayerColumns layers;
   for (const Layer& layer : weights.layers) {
     const AttentionWeights& own = layer.attention;
-    layers.push_back({columns_of({&own.query.weight, &own.key.weight, &own.value.weight}, layout, threads),
-                      columns_of({&own.output.weight}, layout, threads)});
+    layers.push_back({columns_of({&own.query.weight, &own.key.weight, &own.value.weight}, kQkv, layout, threads),
+                      columns_of({&own.output.weight}, kHeads, layout, threads)});
   }
   return layers;
 }
@@ -152,8 +153,8 @@ LayerColumns attention_columns(const ModelWeights& weights, const ColumnLayout& 
 LayerColumns ffn_columns(const Ffn& ffn, const ColumnLayout& layout, Threads& threads) {
   LayerColumns layers;
   for (const FfnWeights& layer : ffn)
-    layers.push_back({columns_of({&layer.gate.weight, &layer.up.weight}, layout, threads),
-                      columns_of({&layer.down.weight}, layout, threads)});
+    layers.push_back({columns_of({&layer.gate.weight, &layer.up.weight}, kGateUp, layout, threads),
+                      columns_of({&layer.down.weight}, kDown, layout, threads)});
   return layers;
 }
 

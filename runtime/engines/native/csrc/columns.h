@@ -14,6 +14,7 @@ namespace coreinfer {
 
 // The matrices of a layer that share their inputs lie beside each other.
 enum InputGroup { kQkv, kHeads, kGateUp, kDown, kNumInputGroups };
+using GroupFlags = std::array<bool, kNumInputGroups>;
 
 // Which inputs of a group of matrices a token wants: those whose |x| * norm is above the threshold.
 struct Filter {
@@ -63,13 +64,14 @@ struct Columns {
 struct ColumnLayout {
   int tile;            // Kernels::column_tile
   size_t least_bytes;  // shorter columns are read by rows
+  GroupFlags wants;    // which groups are laid out
 };
 constexpr size_t kLeastColumnBytes = 1024;  // of a column that may be worth leaving out on some machine
 
 // Lay matrices out input by input, on all threads. All must be int4 and have the same number of columns.
 Columns make_columns(const std::vector<const Matrix*>& rows, int tile, Threads& threads);
-// The same where all are int4 and columns are long enough, without matrices that are empty.
-Columns columns_of(std::vector<const Matrix*> rows, const ColumnLayout& layout, Threads& threads);
+// The same where it is wanted, all are int4 and columns are long enough, without matrices that are empty.
+Columns columns_of(std::vector<const Matrix*> rows, InputGroup group, const ColumnLayout& layout, Threads& threads);
 
 // Attention's or an FFN's groups of all layers.
 using LayerColumns = std::vector<std::array<Columns, 2>>;  // (query, key and value; heads) or (gate and up; down)
