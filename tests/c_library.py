@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .bundle_factory import one_at_a_time
+
 __all__ = ["DENSE", "CError", "CModel", "build_library", "has_compilers"]
 
 ROOT = Path(__file__).parent.parent
@@ -48,9 +50,10 @@ def has_compilers() -> bool:
 def build_library() -> Path:
     """Build what has changed; returns the folder with include/ and lib/."""
     out = ROOT / "build" / "capi"
-    run = subprocess.run(
-        ["bash", str(ROOT / "tools" / "build-capi.sh"), str(out)], capture_output=True, text=True, check=False
-    )
+    out.mkdir(parents=True, exist_ok=True)
+    command = ["bash", str(ROOT / "tools" / "build-capi.sh"), str(out)]
+    with one_at_a_time(out / "lock"):
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     # A warning in the library is one in the tree.
     assert not run.stderr, run.stderr

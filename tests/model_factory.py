@@ -39,6 +39,9 @@ MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "granitemoe")
 """Families whose FFN is a mixture of experts."""
 SHAPES = ("opt", "opt-post-norm", "llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")
 """Families whose parts are unlike: for tests of what is stored and moved, whatever a model's arithmetic is."""
+UNLIKE = ("opt", "llama", "gemma3")
+"""The fewest of them, for what other tests show of all families in one format: LayerNorm, biases and learned positions;
+RMSNorm, gates and a tied head; four norms and windows."""
 VOCABULARY = 384
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"

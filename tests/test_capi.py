@@ -20,7 +20,7 @@ from coreinfer.runtime.engines.protocol import FfnChoice
 from .bundle_factory import as_version_2, change_tensors, edit_manifest, flip_bit
 from .c_library import COMPILERS, DENSE, ROOT, CError, CModel, build_library, has_compilers
 from .engine_inputs import MAX_POSITIONS
-from .model_factory import FAMILIES, MIXTURES, VOCABULARY
+from .model_factory import FAMILIES, MIXTURES, UNLIKE, VOCABULARY
 
 pytestmark = pytest.mark.skipif(not has_compilers(), reason="no C or C++ compiler here")
 
@@ -64,8 +64,13 @@ def c_tokens(model: CModel) -> list[int]:
     return chosen
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *((family, "int4") for family in (*FAMILIES, *MIXTURES)),
+        *((family, kind) for family in (*UNLIKE, "mixtral") for kind in ("bf16", "int8")),
+    ],
+)
 def test_logits_and_tokens_are_those_of_the_python_engine(
     family: str, kind: str, tiny_bundle: Callable[..., Path], opened: Callable[..., CModel]
 ) -> None:

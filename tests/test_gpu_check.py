@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from .programs import load_program
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "gpu-check.sh"
 QUICK = ["--dtype", "float32", "--tokens", "3", "--prompt-tokens", "8", "--read-bytes", "1048576", "--rounds"]
@@ -75,8 +78,21 @@ def test_no_gpu_is_said(tmp_path: Path) -> None:
     assert "torch sees no GPU here" in done.stderr
 
 
-def test_without_a_bundle_only_tests_run(tmp_path: Path) -> None:
-    done, report = check(tmp_path, "--device", "cpu")
-    assert done.returncode == 0, done.stderr
+def test_without_a_bundle_only_tests_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = load_program("tools/gpu_check.py")
+    asked = []
+
+    def run_tests(device: str, deadline: float) -> dict[str, str]:
+        asked.append((device, deadline - time.monotonic() > 300))
+        return {"status": "passed"}
+
+    # They run in the test of all parts.
+    monkeypatch.setattr(program, "run_tests", run_tests)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu"])
+    assert program.main() == 0
+    report = json.loads((tmp_path / "gpu-check.json").read_text(encoding="utf-8"))
     assert report["parts"]["benchmark"]["why"] == "no bundle was given"
     assert report["parts"]["tests"]["status"] == "passed"
+    # All of the time is theirs.
+    assert asked == [("cpu", True)]

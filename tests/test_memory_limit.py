@@ -20,7 +20,7 @@ from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from hypothesis import strategies
 
 from .engine_inputs import PROMPT
-from .model_factory import SHAPES, VOCABULARY, corpus_texts
+from .model_factory import SHAPES, UNLIKE, VOCABULARY, corpus_texts
 from .page_residency import resident_bytes
 
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 40).tolist()
@@ -57,8 +57,13 @@ def all_logits(decoder: NativeDecoder) -> list[Any]:
     return rows
 
 
-@pytest.mark.parametrize("quantize", ["bf16", "int4", "int8"])
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize(
+    ("family", "quantize"),
+    [
+        *((family, "int4") for family in SHAPES),
+        *((family, quantize) for family in UNLIKE for quantize in ("bf16", "int8")),
+    ],
+)
 def test_logits_are_those_without_a_limit(family: str, quantize: str, tiny_bundle: Callable[..., Path]) -> None:
     bundle_dir = tiny_bundle(family, quantize=quantize)
     bundle = open_bundle(bundle_dir)

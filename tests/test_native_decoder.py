@@ -21,7 +21,7 @@ from coreinfer.runtime.engines.protocol import DENSE, Decoder, FfnChoice
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
 from .engine_inputs import DIALOGUE, MAX_POSITIONS, PROMPT
-from .model_factory import FAMILIES, SHAPES, VOCABULARY
+from .model_factory import FAMILIES, SHAPES, UNLIKE, VOCABULARY
 
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 150).tolist()
 NUM_LAYERS, FFN_DIM = 3, 96
@@ -93,8 +93,10 @@ def test_kernels_decode_alike(isa: str, kind: str, tiny_bundle: Callable[..., Pa
     )
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [*((family, "int4") for family in SHAPES), *((family, kind) for family in UNLIKE for kind in ("bf16", "int8"))],
+)
 @pytest.mark.parametrize("isa", _native.available_isas())
 def test_calls_are_alike(isa: str, family: str, kind: str, tiny_bundle: Callable[..., Path]) -> None:
     """A prompt's tokens are to the bit the same however it is cut, where no call has one token alone."""

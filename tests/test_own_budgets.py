@@ -23,7 +23,7 @@ from coreinfer.runtime.routing.modes import largest_cluster
 from .bundle_factory import written_once
 from .engine_inputs import PROMPT
 from .fake_device import FakeDevice
-from .model_factory import SHAPES
+from .model_factory import SHAPES, UNLIKE
 
 # Of 96 neurons, one, three and two blocks of 32.
 KEEPS = (0.34, 1.0, 0.67)
@@ -60,8 +60,9 @@ def clusters_of(bundle: Bundle) -> range:
     return range(len(bundle.manifest.clusters))
 
 
-@pytest.mark.parametrize("quantize", ["bf16", "int4"])
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize(
+    ("family", "quantize"), [*((family, "bf16") for family in SHAPES), *((family, "int4") for family in UNLIKE)]
+)
 def test_each_pack_has_its_own_width(family: str, quantize: str, unequal: Callable[..., Bundle]) -> None:
     bundle = unequal(family, quantize=quantize)
     assert len(clusters_of(bundle)) > 2
