@@ -19,7 +19,7 @@ from .checks import Inputs
 from .config import CompileConfig
 from .expert_options import with_whole_experts
 from .finished import Identity, identify, keep_finished, take_finished
-from .models.load import LoadedModel, hub_revision, load_model, read_config
+from .models.load import hub_revision, load_model, read_config
 from .progress import Progress
 from .prune.narrow import CLUSTERS
 from .quality.reference import Reference
@@ -42,8 +42,10 @@ from .stages import (
     narrow_packs,
     score_packs,
 )
+from .team.alone import Alone
+from .team.team import Team
 
-__all__ = ["compile_inputs", "compile_loaded"]
+__all__ = ["compile_by", "compile_inputs"]
 
 
 def compile_inputs(config: CompileConfig, inputs: Inputs, identity: Identity | None, progress: Progress) -> Manifest:
@@ -68,15 +70,15 @@ def compile_inputs(config: CompileConfig, inputs: Inputs, identity: Identity | N
         mapped = config.max_memory is not None
         loaded = load_model(source, family, model_config, device=config.device, dtype=config.dtype, mapped=mapped)
         advance()
-    return compile_loaded(config, loaded, identity, progress)
+    return compile_by(config, Alone(loaded), identity, progress)
 
 
-def compile_loaded(config: CompileConfig, loaded: LoadedModel, identity: Identity, progress: Progress) -> Manifest:
-    """Compile a model that is in memory; `identity` stands for it in the cache and in the manifest."""
-    asked_keep = fit_budget(config, loaded)
+def compile_by(config: CompileConfig, team: Team, identity: Identity, progress: Progress) -> Manifest:
+    """Compile a model that a team has in memory; `identity` stands for it in the cache and in the manifest."""
+    asked_keep = fit_budget(config, team.loaded)
     with _scratch_folder(config) as scratch:
         cache = Cache(_cache_folder(config, scratch))
-        material = gather_material(config, loaded, identity.model_sha256, cache, scratch, progress)
+        material = gather_material(config, team, identity.model_sha256, cache, scratch, progress)
         with held_out_reference(config, material, progress) as reference:
             return _compile_measured(config, material, reference, asked_keep, identity, progress)
 

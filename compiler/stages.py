@@ -24,6 +24,7 @@ from .models.layerwise import READING
 from .models.load import LoadedModel
 from .models.memory import check_memory
 from .progress import Progress
+from .prune.dealt import deal_text
 from .prune.experts import profile_experts
 from .prune.heal import HealInputs, heal, healing_text
 from .prune.layer_repair import NarrowInputs
@@ -32,7 +33,7 @@ from .prune.profile import Profile, profile_model
 from .prune.reconstruct import REVISION, narrow_all
 from .prune.select import layer_budgets
 from .prune.sensitivity import output_metrics, removal_curves
-from .prune.sums import Sums, sums_fit, watch_sums
+from .prune.sums import Sums, keep_sums, sums_fit
 from .prune.validation import few_validated
 from .quality.reference import Reference, read_reference
 from .quality.score import evaluate
@@ -42,6 +43,7 @@ from .quantize.moments import Moments, input_moments
 from .quantize.pack import Packer
 from .quantize.rounding import Rounding
 from .report.describe import PACKAGES, formats_of
+from .team.team import Team
 from .text.builtin import builtin_documents
 from .text.corpus import SAMPLING, Corpus, build_corpus, split_point
 
@@ -69,17 +71,23 @@ class Material:
     """A model and the text that it is compiled for.
 
     Attributes:
+        team: who does the work; each of them has the model.
         moments: of `input_moments`, for formats that round.
         stored: the model's files.
         key: of all that depends on these alone.
     """
 
-    loaded: LoadedModel
+    team: Team
     corpus: Corpus
     moments: Moments
     stored: StoredModel
     cache: Cache
     key: str
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model."""
+        return self.team.loaded
 
     @property
     def held_out_ids(self) -> list[tuple[int, ...]]:
@@ -123,9 +131,10 @@ class Ground:
 
 
 def gather_material(
-    config: CompileConfig, loaded: LoadedModel, model_sha256: str, cache: Cache, folder: Path, progress: Progress
+    config: CompileConfig, team: Team, model_sha256: str, cache: Cache, folder: Path, progress: Progress
 ) -> Material:
     """Read the text, and store the model's files in a folder."""
+    loaded = team.loaded
     check_activation(config, loaded.record.activation)
     write_builtin = partial(builtin_documents, config, loaded, cache, model_sha256, folder, progress)
     corpus = build_corpus(config, loaded, write_builtin, progress)
@@ -147,10 +156,10 @@ def gather_material(
     moments: Moments = {}
     if config.quantize != "bf16":
         moments_key = stage_key("moments", upstream=key, sampling=SAMPLING)
-        moments = input_moments(loaded, corpus.calibration, cache, moments_key, progress)
+        moments = input_moments(team, corpus.calibration, cache, moments_key, progress)
     packer = Packer(formats=formats_of(config), moments=moments)
     stored = store_model(loaded, packer, folder, config.output, progress)
-    return Material(loaded=loaded, corpus=corpus, moments=moments, stored=stored, cache=cache, key=key)
+    return Material(team=team, corpus=corpus, moments=moments, stored=stored, cache=cache, key=key)
 
 
 def build_ground(
@@ -184,24 +193,23 @@ def prepare(
     progress: Progress,
 ) -> Ground:
     """Measure what narrowing for the assignments needs; see `build_ground`."""
-    loaded, calibration, cache = material.loaded, material.corpus.calibration, material.cache
+    team, calibration, cache = material.team, material.corpus.calibration, material.cache
     key = _profile_key(config, material, routing, [item.name for item in assignments])
     labels = {item.name: item.calibration for item in assignments}
     sums = Sums(cache=Cache(material.stored.folder / "sums"), key=key)
-    shares = keep < 1 and shares_profile(config) and sums_fit(loaded, assignments, sums)
-    further, validated = few_validated(material.corpus.validation, assignments)
-    watch = watch_sums(sums, loaded, validated) if shares else None
-    if loaded.record.experts is not None:
-        profile = profile_experts(loaded, calibration, labels, cache, key, progress)
+    if team.loaded.record.experts is not None:
+        profile = profile_experts(team, calibration, labels, cache, key, progress)
     else:
-        profile = profile_model(
-            config, loaded, calibration, labels, cache, key, progress, further if watch else (), watch
-        )
-    metrics = output_metrics(config, keep, loaded, calibration, cache, material.key, progress)
+        kept = None
+        if keep < 1 and shares_profile(config) and sums_fit(team.loaded, assignments, sums):
+            text = deal_text(team, calibration, *few_validated(material.corpus.validation, assignments))
+            kept = keep_sums(sums, text, team.loaded)
+        profile = profile_model(config, team, calibration, labels, cache, key, progress, kept)
+    metrics = output_metrics(config, keep, team, calibration, cache, material.key, progress)
     curves = None
     if config.effective_budgets == "sensitivity" and keep < 1:
         curves_key = stage_key("curves", upstream=material.key, sampling=SAMPLING)
-        curves = removal_curves(loaded, calibration, metrics, cache, curves_key, progress)
+        curves = removal_curves(team, calibration, metrics, cache, curves_key, progress)
     return Ground(
         material=material,
         routing=routing,
@@ -234,7 +242,7 @@ def narrow_packs(
     material = ground.material
     inputs = NarrowInputs(
         config=config,
-        loaded=material.loaded,
+        team=material.team,
         calibration=material.corpus.calibration,
         validation=material.corpus.validation,
         assignments=assignments,

@@ -48,6 +48,11 @@ class Assignment:
     validation: Labels
     held_out: Labels
 
+    @property
+    def num_clusters(self) -> int:
+        """How many clusters there are; each has calibration text."""
+        return int(self.calibration.max()) + 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class NarrowModel:
