@@ -126,7 +126,7 @@ def _compile_at(
     if config.heals:
         healed = heal_packs(config, ground, narrow[CLUSTERS], narrow_key, progress)
         narrow[CLUSTERS] = better_packs(ground, narrow[CLUSTERS], healed, progress)
-    with stored_packs(material.stored, narrow, progress) as packs:
+    with stored_packs(material.team, material.stored, narrow, progress) as packs:
         compiled = Compiled(
             config=config,
             sizes=sizes,
@@ -168,7 +168,7 @@ def _measure(
     assert reference is not None
     clusters = ground.assignments[:1]
     _, narrow = narrow_packs(config, ground, budgets_at(config, ground, keep, keeps, clusters), clusters, progress)
-    with stored_packs(ground.material.stored, narrow, progress) as packs:
+    with stored_packs(ground.material.team, ground.material.stored, narrow, progress) as packs:
         models = {CLUSTERS: (packs[CLUSTERS].cut, clusters[0].held_out)}
         return score_packs(ground.material, reference, models, progress)
 

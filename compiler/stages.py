@@ -28,7 +28,7 @@ from .prune.dealt import deal_text
 from .prune.experts import profile_experts
 from .prune.heal import HealInputs, heal, healing_text
 from .prune.layer_repair import NarrowInputs
-from .prune.narrow import CLUSTERS, Assignment, Cut, NarrowModel, choose_all
+from .prune.narrow import CLUSTERS, Assignment, CutOf, NarrowModel, choose_all
 from .prune.profile import Profile, profile_model
 from .prune.reconstruct import REVISION, narrow_all
 from .prune.select import layer_budgets
@@ -136,7 +136,7 @@ def gather_material(
     """Read the text, and store the model's files in a folder."""
     loaded = team.loaded
     check_activation(config, loaded.record.activation)
-    write_builtin = partial(builtin_documents, config, loaded, cache, model_sha256, folder, progress)
+    write_builtin = partial(builtin_documents, config, team, cache, model_sha256, folder, progress)
     corpus = build_corpus(config, loaded, write_builtin, progress)
     check_memory(config, loaded, corpus)
     key = stage_key(
@@ -177,7 +177,7 @@ def build_ground(
         clusters: how many; "auto" to count them by their embeddings.
         keep: 1 where nothing will be narrowed, which leaves out what only narrowing needs.
     """
-    routing = build_routing(config, clusters, material.loaded, material.corpus, material.cache, progress)
+    routing = build_routing(config, clusters, material.team, material.corpus, material.cache, progress)
     assignments = [routing.assignment]
     if with_controls:
         assignments += control_assignments(routing.assignment, seed=config.seed)
@@ -278,18 +278,18 @@ def held_out_reference(config: CompileConfig, material: Material, progress: Prog
     if not (measures and material.corpus.held_out):
         yield None
         return
-    with read_reference(material.loaded, material.held_out_ids, progress, material.stored) as reference:
+    with read_reference(material.team, material.held_out_ids, progress, material.stored) as reference:
         yield reference
 
 
 def score_packs(
     material: Material,
     reference: Reference,
-    models: Mapping[str, tuple[Cut, npt.NDArray[np.int64]]],
+    models: Mapping[str, tuple[CutOf, npt.NDArray[np.int64]]],
     progress: Progress,
 ) -> Quality:
     """Score FFNs on texts, with all other weights as stored; see `evaluate`."""
-    return evaluate(material.loaded, reference, models, progress, material.stored)
+    return evaluate(material.team, reference, models, progress, material.stored)
 
 
 def heal_packs(
@@ -317,8 +317,8 @@ def better_packs(ground: Ground, narrow: NarrowModel, healed: NarrowModel, progr
         return healed
     token_ids = [document.token_ids for document in material.corpus.validation]
     with (
-        read_reference(material.loaded, token_ids, progress, material.stored) as reference,
-        stored_packs(material.stored, {CLUSTERS: narrow, "healed": healed}, progress) as packs,
+        read_reference(material.team, token_ids, progress, material.stored) as reference,
+        stored_packs(material.team, material.stored, {CLUSTERS: narrow, "healed": healed}, progress) as packs,
     ):
         models = {name: (pack.cut, labels) for name, pack in packs.items()}
         quality = score_packs(material, reference, models, progress)

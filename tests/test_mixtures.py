@@ -30,6 +30,7 @@ from coreinfer.compiler.models.sources import find_source
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.prune.experts import expert_budgets, profile_experts
 from coreinfer.compiler.quantize.moments import ffn_moments, input_moments
+from coreinfer.compiler.team.alone import Alone
 from coreinfer.compiler.text.corpus import Document
 from coreinfer.runtime.engines.native import _native
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
@@ -351,7 +352,7 @@ def watch_layer(loaded: LoadedModel, documents: Sequence[Document], look: Callab
 
 def test_moments_are_of_the_tokens_that_chose_an_expert(loaded: LoadedModel, documents: list[Document]) -> None:
     """Padding has none, and an expert with few tokens has none either."""
-    moments = input_moments(loaded, documents, Cache(None), "key", Progress())
+    moments = input_moments(Alone(loaded), documents, Cache(None), "key", Progress())
     counts, sums = np.zeros(6), {number: torch.zeros(40) for number in range(6)}
 
     def look(run: ExpertRun) -> None:
@@ -371,7 +372,7 @@ def test_moments_are_of_the_tokens_that_chose_an_expert(loaded: LoadedModel, doc
 
 def test_a_profile_sums_what_experts_add_to_the_stream(loaded: LoadedModel, documents: list[Document]) -> None:
     labels = np.array([1, 0, 1])
-    profile = profile_experts(loaded, documents, {"clusters": labels}, Cache(None), "key", Progress())
+    profile = profile_experts(Alone(loaded), documents, {"clusters": labels}, Cache(None), "key", Progress())
     energies: list[torch.Tensor] = []
     expected = np.zeros((2, 6))
 

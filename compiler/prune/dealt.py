@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from coreinfer.compiler.models.layerwise import document_starts
 from coreinfer.compiler.team.dealing import deal
-from coreinfer.compiler.team.passage import Passage, begin_passages, layer_of
+from coreinfer.compiler.team.passage import Passage, begin_passages, layer_of, lengths_of
 from coreinfer.compiler.team.team import Shared, Team, Worker
 from coreinfer.compiler.text.corpus import Document, split_point
 
@@ -95,7 +95,10 @@ def deal_text(
 ) -> DealtText:
     """Deal both parts of the text, each by the clusters of the first assignment."""
     by, nothing = assignments[0], np.zeros(0, dtype=np.int64)
-    first, second = deal(calibration, team, by.calibration), deal(validation, team, by.validation)
+    first, second = (
+        deal(lengths_of(calibration), team, by.calibration),
+        deal(lengths_of(validation), team, by.validation),
+    )
     own = {place: (first.get(place, nothing), second.get(place, nothing)) for place in sorted({*first, *second})}
     documents = {
         place: [*(calibration[i] for i in ids), *(validation[i] for i in further)]

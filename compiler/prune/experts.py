@@ -24,7 +24,7 @@ from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.team.adding import Arrays, add_arrays, add_up
 from coreinfer.compiler.team.dealing import deal, in_turn
-from coreinfer.compiler.team.passage import WALK, without_text
+from coreinfer.compiler.team.passage import WALK, lengths_of, without_text
 from coreinfer.compiler.team.team import Pending, Shared, Team, Worker, forget
 from coreinfer.compiler.text.corpus import Document
 from coreinfer.runtime.engines.torch.mixture import ExpertRun
@@ -86,7 +86,7 @@ def _sums(
                 num_clusters=num_clusters,
             )
         )
-        for place, ids in deal(documents, team, next(iter(assignments.values()))).items()
+        for place, ids in deal(lengths_of(documents), team, next(iter(assignments.values()))).items()
     }
 
     def ask(layer: int) -> Pending[Arrays]:

@@ -15,7 +15,7 @@ from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.samples import PROFILE_TOKENS
 from coreinfer.compiler.team.adding import Arrays, add_arrays, add_up
 from coreinfer.compiler.team.dealing import deal, in_turn
-from coreinfer.compiler.team.passage import WALK, Passage, begin_passages, layer_of
+from coreinfer.compiler.team.passage import WALK, Passage, begin_passages, layer_of, lengths_of
 from coreinfer.compiler.team.team import Pending, Shared, Team, Worker, forget
 from coreinfer.compiler.text.corpus import Document
 
@@ -124,7 +124,9 @@ def _sums(
     progress: Progress,
 ) -> dict[str, Any]:
     num_layers = team.loaded.record.num_layers
-    dealt = deal(documents, team, next(iter(assignments.values()))) if kept is None else kept.text.calibration
+    dealt = (
+        deal(lengths_of(documents), team, next(iter(assignments.values()))) if kept is None else kept.text.calibration
+    )
     own = {place: [documents[index] for index in ids] for place, ids in dealt.items()}
     passages = begin_passages(team, own) if kept is None else kept.text.passages
     texts = {

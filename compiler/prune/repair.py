@@ -32,7 +32,7 @@ _STAGE = "reconstruct"
 
 Ids = npt.NDArray[np.int32]
 Solutions = list[tuple[torch.Tensor, torch.Tensor]]
-"""A (kept, hidden size) down projection, transposed, and its (hidden size,) bias for each ridge, or for each cluster."""
+"""A (kept, hidden size) down projection, transposed, and its (hidden size,) bias for each ridge or cluster."""
 Costs = list[list[list[float]]]
 """Of one cluster: costs[chunk of tokens][cluster weight][ridge]."""
 
@@ -50,7 +50,7 @@ class RepairTask:
         neuron_ids: the neurons of each cluster; None to remove by second order.
         cluster_weights: candidates for the weight of the cluster's moments against those of all text.
         ridges: candidates; None among them stands for no repair.
-        moment_bytes: moments of all clusters are held in each worker's memory up to this size, and summed twice beyond it.
+        moment_bytes: each worker holds moments in memory up to this size; beyond it they are summed twice.
     """
 
     calibration: TokenCounts

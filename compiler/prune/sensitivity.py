@@ -24,11 +24,12 @@ from coreinfer.compiler.models.layerwise import (
     run_layer,
 )
 from coreinfer.compiler.models.load import LoadedModel
-from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.progress import Advance, Progress
 from coreinfer.compiler.samples import CURVE_TOKENS, FISHER_TOKENS
 from coreinfer.compiler.team.adding import add_up
 from coreinfer.compiler.team.dealing import deal, home, in_turn
-from coreinfer.compiler.team.passage import WALK, Passage, begin_passages, layer_of, without_text
+from coreinfer.compiler.team.passage import WALK, Passage, begin_passages, layer_of, lengths_of, without_text
+from coreinfer.compiler.team.steps import Steps
 from coreinfer.compiler.team.team import Pending, Shared, Team, Worker, forget
 from coreinfer.compiler.text.corpus import SAMPLING, Document, spread_sample
 
@@ -86,23 +87,14 @@ def output_metrics(
 
 
 def _fisher_sums(team: Team, documents: Sequence[Document], progress: Progress, *, seed: int) -> torch.Tensor:
-    chances = _chances(documents, team.loaded.device, seed)
-    dealt = deal(documents, team)
-    parts = {
-        place: team.call(
-            place,
-            _STAGE,
-            _place_sums,
-            without_text([documents[index] for index in ids]),
-            [chances[index] for index in ids],
-        )
-        for place, ids in dealt.items()
-    }
+    chances, dealt = _chances(documents, team.loaded.device, seed), deal(lengths_of(documents), team)
     with progress.stage(_STAGE, len(documents)) as advance:
-        for place, part in parts.items():
-            part.wait()
-            advance(len(dealt[place]))
+        parts, steps = {}, Steps(advance)
+        for place, ids in dealt.items():
+            own = without_text([documents[index] for index in ids])
+            parts[place] = team.call(place, _STAGE, _place_sums, own, [chances[index] for index in ids], steps)
         sums, num_tokens = add_up(team, _STAGE, _add_sums, parts).result()
+        steps.reach(len(documents))
     return sums / max(1, num_tokens)
 
 
@@ -121,7 +113,7 @@ def _chances(documents: Sequence[Document], device: torch.device, seed: int) -> 
 
 
 def _place_sums(
-    worker: Worker, documents: Sequence[Document], chances: Sequence[torch.Tensor]
+    worker: Worker, documents: Sequence[Document], chances: Sequence[torch.Tensor], advance: Advance
 ) -> tuple[torch.Tensor, int]:
     """Sums of g g^T over a place's documents, (layers, hidden size, hidden size), and over how many tokens."""
     loaded, size = worker.loaded, worker.loaded.record.hidden_size
@@ -138,6 +130,7 @@ def _place_sums(
                 gradients = gradient[counted].float()
                 sums[layer] += gradients.T @ gradients
             num_tokens += int(counted.sum())
+            advance(len(batch.mask))
     return sums, num_tokens
 
 
@@ -241,7 +234,7 @@ def removal_curves(
 
 def _curves(team: Team, sample: Sequence[Document], fisher: torch.Tensor, progress: Progress) -> list[Any]:
     num_layers, num_tokens = team.loaded.record.num_layers, sum(len(document.token_ids) for document in sample)
-    dealt = deal(sample, team)
+    dealt = deal(lengths_of(sample), team)
     passages = begin_passages(team, {place: [sample[index] for index in ids] for place, ids in dealt.items()})
 
     def ask(layer: int) -> Pending[Any]:

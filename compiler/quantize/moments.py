@@ -20,7 +20,7 @@ from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.samples import MOMENT_TOKENS
 from coreinfer.compiler.team.adding import Arrays, add_arrays, add_up
 from coreinfer.compiler.team.dealing import deal, in_turn
-from coreinfer.compiler.team.passage import WALK, without_text
+from coreinfer.compiler.team.passage import WALK, lengths_of, without_text
 from coreinfer.compiler.team.team import Pending, Shared, Team, Worker, forget
 from coreinfer.compiler.text.corpus import Document, spread_sample
 from coreinfer.runtime.engines.torch.mixture import ExpertRun
@@ -69,7 +69,7 @@ def ffn_moments(
 
 
 def _sums(team: Team, documents: Sequence[Document], progress: Progress) -> Moments:
-    dealt = deal(documents, team)
+    dealt = deal(lengths_of(documents), team)
     texts = {
         place: team.share(_Text(key=uuid4().hex, documents=without_text([documents[index] for index in ids])))
         for place, ids in dealt.items()

@@ -6,7 +6,6 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from coreinfer.compiler.text.corpus import Document
 
 from .team import Team
 
@@ -17,23 +16,23 @@ Item = TypeVar("Item")
 T = TypeVar("T")
 
 
-def deal(documents: Sequence[Document], team: Team, labels: Ids | None = None) -> Mapping[int, Ids]:
+def deal(lengths: Sequence[int], team: Team, labels: Ids | None = None) -> Mapping[int, Ids]:
     """Deal documents to places: as many tokens to each as whole documents allow.
 
     With labels, the documents of a cluster stay together: no more clusters are shared by places than there are cuts,
     and of all others nothing has to be sent to be summed.
 
     Args:
+        lengths: tokens of each document.
         labels: (documents,) cluster ids.
     Returns:
         Place -> indices of its documents, ascending; without places that get none.
     """
-    lengths = np.array([len(document.token_ids) for document in documents], dtype=np.int64)
-    order = np.arange(len(documents)) if labels is None else np.argsort(labels, kind="stable")
-    ends = np.cumsum(lengths[order])
+    tokens = np.array(lengths, dtype=np.int64)
+    order = np.arange(len(tokens)) if labels is None else np.argsort(labels, kind="stable")
     # A document belongs where its middle lies.
-    middles = 2 * ends - lengths[order]
-    places = np.minimum(middles * team.size // max(1, 2 * int(lengths.sum())), team.size - 1)
+    middles = 2 * np.cumsum(tokens[order]) - tokens[order]
+    places = np.minimum(middles * team.size // max(1, 2 * int(tokens.sum())), team.size - 1)
     dealt = {place: np.sort(order[places == place]) for place in range(team.size)}
     return {place: ids for place, ids in dealt.items() if len(ids)}
 

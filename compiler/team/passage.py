@@ -1,4 +1,4 @@
-"""The documents of one place on their way through the dense model, whose hidden states stay where they were computed."""
+"""The documents of one place on their way through the dense model; hidden states stay where they were computed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from coreinfer.compiler.text.corpus import Document
 
 from .team import Shared, Team, Worker
 
-__all__ = ["WALK", "Passage", "begin_passages", "layer_of", "without_text"]
+__all__ = ["WALK", "Passage", "begin_passages", "layer_of", "lengths_of", "without_text"]
 
 WALK = "walk"
 """Slot of a worker's hidden states: those of one text at a time."""
@@ -39,6 +39,11 @@ def begin_passages(
         place: team.share(Passage(key=uuid4().hex, documents=without_text(own), outputs=outputs))
         for place, own in documents.items()
     }
+
+
+def lengths_of(documents: Sequence[Document]) -> list[int]:
+    """Tokens of each document."""
+    return [len(document.token_ids) for document in documents]
 
 
 def without_text(documents: Sequence[Document]) -> list[Document]:
