@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,9 +18,11 @@ from coreinfer.runtime.engines.torch.mixture import experts_of
 from .cache import Cache
 from .checks import Inputs
 from .config import CompileConfig
+from .conflicts import LOCAL_RAY
 from .expert_options import with_whole_experts
 from .finished import Identity, identify, keep_finished, take_finished
-from .models.load import hub_revision, load_model, read_config
+from .models.load import LoadedModel, hub_revision, load_model, read_config
+from .models.sources import ModelSource
 from .progress import Progress
 from .prune.narrow import CLUSTERS
 from .quality.reference import Reference
@@ -43,6 +46,7 @@ from .stages import (
     score_packs,
 )
 from .team.alone import Alone
+from .team.folder import check_folder
 from .team.team import Team
 
 __all__ = ["compile_by", "compile_inputs"]
@@ -64,19 +68,56 @@ def compile_inputs(config: CompileConfig, inputs: Inputs, identity: Identity | N
         identity = identify(asked, inputs, {**model_config.to_dict(), "revision": hub_revision(source)})
         if (manifest := take_finished(asked, identity, progress)) is not None:
             return manifest
+    if config.ray is not None:
+        config, source = _for_workers(config), source.absolute()
     torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))
     faiss.omp_set_num_threads(config.threads or min(faiss.omp_get_max_threads(), usable_cores()))
     with progress.stage("load", 1) as advance:
         mapped = config.max_memory is not None
         loaded = load_model(source, family, model_config, device=config.device, dtype=config.dtype, mapped=mapped)
         advance()
-    return compile_by(config, Alone(loaded), identity, progress)
+    with _team(config, loaded, source, identity, progress) as team:
+        return compile_by(config, team, identity, progress)
+
+
+def _for_workers(config: CompileConfig) -> CompileConfig:
+    """Fill in the threads of each worker, and paths that hold wherever a worker's own folder is."""
+    return replace(
+        config,
+        threads=config.threads or max(1, usable_cores() // config.num_places),
+        output=config.output.absolute(),
+        cache_dir=config.cache_dir and config.cache_dir.absolute(),
+    )
+
+
+@contextmanager
+def _team(
+    config: CompileConfig, loaded: LoadedModel, source: ModelSource, identity: Identity, progress: Progress
+) -> Iterator[Team]:
+    """Find who does the work."""
+    if config.ray is None:
+        yield Alone(loaded)
+        return
+    # Here, not above: only the extra `ray` has it.
+    from .team.on_ray import ray_team
+    from .team.place import Setup, arithmetic
+
+    setup = Setup(
+        config=config,
+        source=source,
+        model_sha256=identity.model_sha256 if source.path is not None and config.ray != LOCAL_RAY else None,
+        threads=config.threads or 1,
+        arithmetic=arithmetic(),
+    )
+    with ray_team(config.ray, config.num_places, setup, loaded, progress) as team:
+        yield team
 
 
 def compile_by(config: CompileConfig, team: Team, identity: Identity, progress: Progress) -> Manifest:
     """Compile a model that a team has in memory; `identity` stands for it in the cache and in the manifest."""
     asked_keep = fit_budget(config, team.loaded)
     with _scratch_folder(config) as scratch:
+        check_folder(team, scratch)
         cache = Cache(_cache_folder(config, scratch))
         material = gather_material(config, team, identity.model_sha256, cache, scratch, progress)
         with held_out_reference(config, material, progress) as reference:
@@ -152,8 +193,10 @@ def _scratch_folder(config: CompileConfig) -> Iterator[Path]:
 
 
 def _cache_folder(config: CompileConfig, scratch: Path) -> Path | None:
-    """Stage results, the packs among them, are mapped from files too where memory is short."""
-    return scratch / "cache" if config.max_memory is not None and config.cache_dir is None else config.cache_dir
+    """Stage results, the packs among them, are mapped from files too where memory is short, or workers read them."""
+    if config.cache_dir is None and (config.max_memory is not None or config.ray is not None):
+        return scratch / "cache"
+    return config.cache_dir
 
 
 def _measure(

@@ -150,6 +150,8 @@ def gather_material(
         # The same file, read as another model than before, gives other results.
         config=loaded.record.config,
         threads=torch.get_num_threads(),
+        # One place sums as a process alone does.
+        **({"places": team.size} if team.size > 1 else {}),
         packages={name: version(name) for name in PACKAGES},
         coreinfer=version("coreinfer"),
     )

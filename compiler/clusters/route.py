@@ -67,7 +67,7 @@ def build_routing(
         clusters: how many; that of the options may be left to a search.
     """
     source = find_encoder(config.encoder)
-    key, encoder = source.sha256({}), partial(load_encoder, source, config.device)
+    key, encoder = source.sha256({}), partial(load_encoder, source.absolute(), config.device)
     # The device sees prompts only, so held-out texts are routed by what comes before narrow decoding.
     prompts = [_visible_text(document, team.loaded) for document in corpus.held_out]
     parts = [_routing_texts(corpus.calibration), _routing_texts(corpus.validation), prompts]

@@ -144,7 +144,8 @@ def _provenance(compiled: Compiled) -> Provenance:
     options = {
         name: _plain(value)
         for name, value in {**asdict(compiled.config), **decided}.items()
-        if name not in _UNRECORDED_OPTIONS
+        # One worker compiles what a process alone does.
+        if name not in _UNRECORDED_OPTIONS and (name != "workers" or compiled.config.num_places > 1)
     }
     return Provenance(
         coreinfer=version("coreinfer"),
@@ -157,7 +158,7 @@ def _provenance(compiled: Compiled) -> Provenance:
 
 
 # Where a bundle was written and cached says nothing of what it is, and would make equal bundles differ.
-_UNRECORDED_OPTIONS = frozenset({"output", "force", "cache_dir", "model", "encoder"})
+_UNRECORDED_OPTIONS = frozenset({"output", "force", "cache_dir", "model", "encoder", "ray"})
 
 
 def _plain(value: Any) -> Any:
