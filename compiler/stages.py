@@ -349,4 +349,6 @@ def _profile_key(config: CompileConfig, material: Material, routing: Routing, na
         beta=config.beta,
         cluster_weight=config.cluster_weight,
         removal=config.effective_removal,
+        # Once their profile was that of rounded experts, which the model had kept from its comparison with itself.
+        **({"experts": "own"} if material.loaded.record.experts is not None else {}),
     )

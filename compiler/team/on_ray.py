@@ -89,7 +89,11 @@ def _connection(address: str, num_cpus: int) -> Iterator[None]:
 
 
 class RayTeam:
-    """One actor a place."""
+    """One actor a place.
+
+    Attributes:
+        actors: place -> handle of its actor.
+    """
 
     def __init__(self, size: int, setup: Setup, loaded: LoadedModel) -> None:
         """Start the actors, and wait until they have the model."""
@@ -99,7 +103,7 @@ class RayTeam:
         self._reports = [WorkerReport() for _ in range(size)]
         self._unsettled: list[_Asked] = []
         actor = ray.remote(num_cpus=setup.threads, max_restarts=-1, max_task_retries=-1)(Place)
-        self._actors: list[Any] = [
+        self.actors: list[Any] = [
             actor.options(name=f"coreinfer-compile {os.getpid()}: worker {place}").remote(place, setup)
             for place in range(size)
         ]
@@ -112,7 +116,7 @@ class RayTeam:
         given = [item.ref_for(place) if isinstance(item, _RayPending) else item for item in arguments]
         # The dashboard shows these names.
         name = f"{stage}: {task.__name__.strip('_')}"
-        result, asked.ref = self._actors[place].run.options(name=name, num_returns=2).remote(stage, task, *given)
+        result, asked.ref = self.actors[place].run.options(name=name, num_returns=2).remote(stage, task, *given)
         self._unsettled.append(asked)
         if len(self._unsettled) >= _SETTLE_EVERY:
             self._settle(wait=False)
@@ -129,7 +133,7 @@ class RayTeam:
 
     def stop(self) -> None:
         """End the actors."""
-        for actor in self._actors:
+        for actor in self.actors:
             ray.kill(actor, no_restart=True)
 
     def _settle(self, *, wait: bool) -> None:

@@ -1,5 +1,6 @@
 """The process at a place: it loads the model by itself, and runs what is asked of it. Ray makes one an actor."""
 
+import importlib
 import os
 import platform
 import sys
@@ -87,6 +88,8 @@ class Place:
             ConfigError: it cannot be loaded here, is another one, or this machine rounds otherwise than the main one.
         """
         keep_few_primitives()
+        # Else the first task of each stage would wait for imports.
+        importlib.import_module("coreinfer.compiler.stages")
         torch.set_num_threads(setup.threads)
         faiss.omp_set_num_threads(setup.threads)
         send_tensors()
