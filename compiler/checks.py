@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.families import family_of_config
+from coreinfer.bundles.shared.extras import require_package
 from coreinfer.bundles.writer import check_target
 
 from .config import CompileConfig
@@ -39,6 +40,8 @@ def find_inputs(config: CompileConfig) -> Inputs:
         CoreInferError: the target exists, an input is missing or is none, the model's family is not supported, or an
             option does not fit the model.
     """
+    if config.ray is not None:
+        require_package("ray", "--ray", "'coreinfer[ray]'")
     check_target(config.output, force=config.force)
     texts = text_sources(config.calibration)
     model, encoder = find_source(config.model), find_encoder(config.encoder)

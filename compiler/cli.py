@@ -29,6 +29,8 @@ from .progress import Progress
 __all__ = ["default_cache_dir", "main", "summary"]
 
 _log = logging.getLogger(__name__)
+_LEAST_SECONDS = 0.05
+"""Of a stage, to be listed for a worker."""
 _FORECAST_SECONDS = 0.6
 """For measuring the machine at the beginning of a compile that draws a bar."""
 
@@ -64,7 +66,12 @@ def main(context: click.Context, /, **_options: object) -> None:
     with command_progress(partial(_forecast, config)) as progress:
         manifest = compile_model(config, progress)
     if options["as_json"]:
-        stages = {"stage_seconds": progress.stage_seconds, "stage_peak_bytes": progress.stage_peak_bytes}
+        stages: dict[str, Any] = {
+            "stage_seconds": progress.stage_seconds,
+            "stage_peak_bytes": progress.stage_peak_bytes,
+        }
+        if progress.workers:
+            stages["workers"] = progress.workers
         click.echo(json.dumps({**asdict(manifest), **stages}, ensure_ascii=False))
     else:
         click.echo("\n".join(summary(config.output, manifest, progress)))
@@ -125,3 +132,10 @@ def summary(output: Path, manifest: Manifest, progress: Progress) -> Iterator[st
     peaks = ", ".join(f"{name} {peak / 1e9:.2f}" for name, peak in progress.stage_peak_bytes.items())
     if peaks:
         yield f"GB         {max(progress.stage_peak_bytes.values()) / 1e9:.2f} resident at most; by the end of {peaks}"
+    for number, worker in enumerate(progress.workers):
+        seconds, replaced = worker["stage_seconds"], worker["num_replaced"]
+        stages = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value >= _LEAST_SECONDS)
+        yield (
+            f"worker {number:<3d} {sum(seconds.values()):.1f} s: {stages}; {worker['peak_bytes'] / 1e9:.2f} GB, "
+            f"{sum(worker['sent_bytes'].values()) / 1e6:.1f} MB sent, {replaced} times replaced"
+        )

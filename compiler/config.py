@@ -289,6 +289,27 @@ class CompileConfig:
         default=None,
         metadata=option("Number of CPU threads.", group=MACHINE, check=whole_number(1), unset="all cores"),
     )
+    ray: str | None = field(
+        default=None,
+        compare=False,
+        metadata=option(
+            "Address of a Ray cluster whose workers compile together, or local to start Ray on this machine; see "
+            "docs/ray.md.",
+            group=MACHINE,
+            check=not_empty(str, "an address, or local"),
+            unset="this process compiles alone",
+            metavar="ADDRESS",
+        ),
+    )
+    workers: int | None = field(
+        default=None,
+        metadata=option(
+            "With --ray: number of workers among which text and clusters are divided, of --threads CPU threads each.",
+            group=MACHINE,
+            check=whole_number(1),
+            unset="none",
+        ),
+    )
     device: str = field(default="cpu", metadata=option("torch device that runs the model.", group=MACHINE))
     dtype: DType = field(
         default="auto",
@@ -392,6 +413,11 @@ class CompileConfig:
     @property
     def _method(self) -> Method:
         return METHODS[self.effort]
+
+    @property
+    def num_places(self) -> int:
+        """Among how many workers text and clusters are divided: one without Ray. Sums depend on it, by rounding."""
+        return self.workers or 1
 
     @property
     def repairs_rounding(self) -> bool:

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .config import CompileConfig
 
-__all__ = ["conflicts"]
+__all__ = ["LOCAL_RAY", "conflicts"]
+
+LOCAL_RAY = "local"
+"""In place of an address: start Ray on this machine."""
 
 
 def conflicts(config: "CompileConfig") -> Iterator[str]:
@@ -27,6 +30,7 @@ def conflicts(config: "CompileConfig") -> Iterator[str]:
         yield f"--by-neuron: expected --quantize int4, got {config.quantize}"
     if config.token_share is not None:
         yield from _not_with_token_shares(config)
+    yield from _of_ray(config)
     if config.max_memory is not None and config.heals:
         yield "--max-memory: healing trains all layers at once; give --heal-steps 0, and no --heal-cluster-steps"
     elif config.max_memory is not None and config.device != "cpu":
@@ -40,3 +44,16 @@ def _not_with_token_shares(config: "CompileConfig") -> Iterator[str]:
         yield "--token-share: packs that are healed are not measured with it yet; give --heal-steps 0"
     if config.max_memory is not None:
         yield "--token-share: it runs the model once for every layer and group; leave out --max-memory"
+
+
+def _of_ray(config: "CompileConfig") -> Iterator[str]:
+    if config.ray is None:
+        if config.workers is not None:
+            yield f"--workers {config.workers}: expected --ray ADDRESS with it, or --ray local"
+        return
+    if config.workers is None:
+        yield f"--ray {config.ray}: expected --workers N with it, among which text and clusters are divided"
+    if config.ray != LOCAL_RAY and config.threads is None:
+        yield f"--ray {config.ray}: expected --threads N with it, the CPU threads of each worker"
+    if config.device != "cpu":
+        yield f"--ray {config.ray}: expected --device cpu, got {config.device}"

@@ -4,21 +4,19 @@ A bundle is found by all that shapes it: options, the bytes of model, encoder an
 versions of packages, and the bytes of this program.
 """
 
-import hashlib
 import logging
 import os
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import coreinfer.bundles
 from coreinfer.bundles.checksums import file_sha256
 from coreinfer.bundles.errors import BundleError
 from coreinfer.bundles.layout import LAYOUT
@@ -31,6 +29,7 @@ from .cache import stage_key
 from .checks import Inputs
 from .config import BUILTIN, CompileConfig
 from .models.primitives import PRIMITIVES_VARIABLE
+from .program import program_sha256
 from .progress import Progress
 from .text.reading import is_local
 
@@ -38,7 +37,7 @@ __all__ = ["Identity", "identify", "keep_finished", "take_finished"]
 
 _log = logging.getLogger(__name__)
 _STAGE = "bundle"
-_ELSEWHERE = frozenset({"output", "force", "cache_dir", "model", "encoder"})
+_ELSEWHERE = frozenset({"output", "force", "cache_dir", "model", "encoder", "ray", "workers"})
 """Options that shape nothing, or are in the key by what they name."""
 _PACKAGES = (
     "accelerate",
@@ -101,10 +100,11 @@ def identify(config: CompileConfig, inputs: Inputs, model_config: Mapping[str, A
         model=[inputs.model.name, model_sha256],
         encoder=[inputs.encoder.name, inputs.encoder.sha256({})],
         texts=[[source, file_sha256(Path(source).expanduser())] for source in files],
+        places=config.num_places,
         machine=[platform.machine(), cpu_multiplies_bf16(), _num_threads(config), usable_cores()],
         environment=_arithmetic_variables(),
         packages={name: _version(name) for name in _PACKAGES},
-        program=[*sys.version_info[:3], _program_sha256()],
+        program=[*sys.version_info[:3], program_sha256()],
     )
     return Identity(model_sha256=model_sha256, key=key)
 
@@ -132,20 +132,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _program_sha256() -> str:
-    """Hash the packages that make bundles: their version says too little while they are being worked on."""
-    digest = hashlib.sha256()
-    for folder in (Path(__file__).parent, Path(coreinfer.bundles.__path__[0])):
-        for path in _files(folder):
-            if "__pycache__" not in path.parts:
-                digest.update(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
 def take_finished(config: CompileConfig, identity: Identity, progress: Progress) -> Manifest | None:

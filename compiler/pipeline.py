@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,9 +18,11 @@ from coreinfer.runtime.engines.torch.mixture import experts_of
 from .cache import Cache
 from .checks import Inputs
 from .config import CompileConfig
+from .conflicts import LOCAL_RAY
 from .expert_options import with_whole_experts
 from .finished import Identity, identify, keep_finished, take_finished
 from .models.load import LoadedModel, hub_revision, load_model, read_config
+from .models.sources import ModelSource
 from .progress import Progress
 from .prune.narrow import CLUSTERS
 from .quality.reference import Reference
@@ -43,8 +46,11 @@ from .stages import (
     narrow_packs,
     score_packs,
 )
+from .team.alone import Alone
+from .team.folder import check_folder
+from .team.team import Team
 
-__all__ = ["compile_inputs", "compile_loaded"]
+__all__ = ["compile_by", "compile_inputs"]
 
 
 def compile_inputs(config: CompileConfig, inputs: Inputs, identity: Identity | None, progress: Progress) -> Manifest:
@@ -63,21 +69,58 @@ def compile_inputs(config: CompileConfig, inputs: Inputs, identity: Identity | N
         identity = identify(asked, inputs, {**model_config.to_dict(), "revision": hub_revision(source)})
         if (manifest := take_finished(asked, identity, progress)) is not None:
             return manifest
+    if config.ray is not None:
+        config, source = _for_workers(config), source.absolute()
     torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))
     faiss.omp_set_num_threads(config.threads or min(faiss.omp_get_max_threads(), usable_cores()))
     with progress.stage("load", 1) as advance:
         mapped = config.max_memory is not None
         loaded = load_model(source, family, model_config, device=config.device, dtype=config.dtype, mapped=mapped)
         advance()
-    return compile_loaded(config, loaded, identity, progress)
+    with _team(config, loaded, source, identity, progress) as team:
+        return compile_by(config, team, identity, progress)
 
 
-def compile_loaded(config: CompileConfig, loaded: LoadedModel, identity: Identity, progress: Progress) -> Manifest:
-    """Compile a model that is in memory; `identity` stands for it in the cache and in the manifest."""
-    asked_keep = fit_budget(config, loaded)
+def _for_workers(config: CompileConfig) -> CompileConfig:
+    """Fill in the threads of each worker, and paths that hold wherever a worker's own folder is."""
+    return replace(
+        config,
+        threads=config.threads or max(1, usable_cores() // config.num_places),
+        output=config.output.absolute(),
+        cache_dir=config.cache_dir and config.cache_dir.absolute(),
+    )
+
+
+@contextmanager
+def _team(
+    config: CompileConfig, loaded: LoadedModel, source: ModelSource, identity: Identity, progress: Progress
+) -> Iterator[Team]:
+    """Find who does the work."""
+    if config.ray is None:
+        yield Alone(loaded)
+        return
+    # Here, not above: only the extra `ray` has it.
+    from .team.on_ray import ray_team
+    from .team.place import Setup, arithmetic
+
+    setup = Setup(
+        config=config,
+        source=source,
+        model_sha256=identity.model_sha256 if source.path is not None and config.ray != LOCAL_RAY else None,
+        threads=config.threads or 1,
+        arithmetic=arithmetic(),
+    )
+    with ray_team(config.ray, config.num_places, setup, loaded, progress) as team:
+        yield team
+
+
+def compile_by(config: CompileConfig, team: Team, identity: Identity, progress: Progress) -> Manifest:
+    """Compile a model that a team has in memory; `identity` stands for it in the cache and in the manifest."""
+    asked_keep = fit_budget(config, team.loaded)
     with _scratch_folder(config) as scratch:
+        check_folder(team, scratch)
         cache = Cache(_cache_folder(config, scratch))
-        material = gather_material(config, loaded, identity.model_sha256, cache, scratch, progress)
+        material = gather_material(config, team, identity.model_sha256, cache, scratch, progress)
         with held_out_reference(config, material, progress) as reference:
             return _compile_measured(config, material, reference, asked_keep, identity, progress)
 
@@ -125,7 +168,7 @@ def _compile_at(
     if config.heals:
         healed = heal_packs(config, ground, narrow[CLUSTERS], narrow_key, progress)
         narrow[CLUSTERS] = better_packs(ground, narrow[CLUSTERS], healed, progress)
-    with stored_packs(material.stored, narrow, progress) as packs:
+    with stored_packs(material.team, material.stored, narrow, progress) as packs:
         shares = None
         if config.token_share is not None:
             shares = set_token_shares(config, ground, reference, packs[CLUSTERS], narrow_key, progress)
@@ -155,8 +198,10 @@ def _scratch_folder(config: CompileConfig) -> Iterator[Path]:
 
 
 def _cache_folder(config: CompileConfig, scratch: Path) -> Path | None:
-    """Stage results, the packs among them, are mapped from files too where memory is short."""
-    return scratch / "cache" if config.max_memory is not None and config.cache_dir is None else config.cache_dir
+    """Stage results, the packs among them, are mapped from files too where memory is short, or workers read them."""
+    if config.cache_dir is None and (config.max_memory is not None or config.ray is not None):
+        return scratch / "cache"
+    return config.cache_dir
 
 
 def _measure(
@@ -171,7 +216,7 @@ def _measure(
     assert reference is not None
     clusters = ground.assignments[:1]
     _, narrow = narrow_packs(config, ground, budgets_at(config, ground, keep, keeps, clusters), clusters, progress)
-    with stored_packs(ground.material.stored, narrow, progress) as packs:
+    with stored_packs(ground.material.team, ground.material.stored, narrow, progress) as packs:
         models = {CLUSTERS: (packs[CLUSTERS].cut, clusters[0].held_out)}
         return score_packs(ground.material, reference, models, progress)
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from coreinfer.bundles.shared.machine import give_back_heap
 from tqdm import tqdm
@@ -32,10 +32,12 @@ class Progress:
         stage_seconds: stage -> seconds, in the order in which the stages ran.
         stage_peak_bytes: stage -> the process's peak resident memory until the stage's end; empty if the
             system does not report it.
+        workers: what each worker took where several compile: see `WorkerReport.fields`.
     """
 
     stage_seconds: dict[str, float] = field(default_factory=dict)
     stage_peak_bytes: dict[str, int] = field(default_factory=dict)
+    workers: list[dict[str, Any]] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str, num_steps: int) -> Iterator[Advance]:

@@ -24,15 +24,16 @@ from .models.layerwise import READING
 from .models.load import LoadedModel
 from .models.memory import check_memory
 from .progress import Progress
+from .prune.dealt import deal_text
 from .prune.experts import profile_experts
 from .prune.heal import HealInputs, heal, healing_text
 from .prune.layer_repair import NarrowInputs
-from .prune.narrow import CLUSTERS, Assignment, Cut, NarrowModel, choose_all
+from .prune.narrow import CLUSTERS, Assignment, CutOf, NarrowModel, choose_all
 from .prune.profile import Profile, profile_model
 from .prune.reconstruct import REVISION, narrow_all
 from .prune.select import layer_budgets
 from .prune.sensitivity import output_metrics, removal_curves
-from .prune.sums import Sums, sums_fit, watch_sums
+from .prune.sums import Sums, keep_sums, sums_fit
 from .prune.validation import few_validated
 from .quality.reference import Reference, read_reference
 from .quality.score import evaluate
@@ -42,6 +43,7 @@ from .quantize.moments import Moments, input_moments
 from .quantize.pack import Packer
 from .quantize.rounding import Rounding
 from .report.describe import PACKAGES, formats_of
+from .team.team import Team
 from .text.builtin import builtin_documents
 from .text.corpus import SAMPLING, Corpus, build_corpus, split_point
 
@@ -69,17 +71,23 @@ class Material:
     """A model and the text that it is compiled for.
 
     Attributes:
+        team: who does the work; each of them has the model.
         moments: of `input_moments`, for formats that round.
         stored: the model's files.
         key: of all that depends on these alone.
     """
 
-    loaded: LoadedModel
+    team: Team
     corpus: Corpus
     moments: Moments
     stored: StoredModel
     cache: Cache
     key: str
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model."""
+        return self.team.loaded
 
     @property
     def held_out_ids(self) -> list[tuple[int, ...]]:
@@ -123,11 +131,12 @@ class Ground:
 
 
 def gather_material(
-    config: CompileConfig, loaded: LoadedModel, model_sha256: str, cache: Cache, folder: Path, progress: Progress
+    config: CompileConfig, team: Team, model_sha256: str, cache: Cache, folder: Path, progress: Progress
 ) -> Material:
     """Read the text, and store the model's files in a folder."""
+    loaded = team.loaded
     check_activation(config, loaded.record.activation)
-    write_builtin = partial(builtin_documents, config, loaded, cache, model_sha256, folder, progress)
+    write_builtin = partial(builtin_documents, config, team, cache, model_sha256, folder, progress)
     corpus = build_corpus(config, loaded, write_builtin, progress)
     check_memory(config, loaded, corpus)
     key = stage_key(
@@ -141,16 +150,18 @@ def gather_material(
         # The same file, read as another model than before, gives other results.
         config=loaded.record.config,
         threads=torch.get_num_threads(),
+        # One place sums as a process alone does.
+        **({"places": team.size} if team.size > 1 else {}),
         packages={name: version(name) for name in PACKAGES},
         coreinfer=version("coreinfer"),
     )
     moments: Moments = {}
     if config.quantize != "bf16":
         moments_key = stage_key("moments", upstream=key, sampling=SAMPLING)
-        moments = input_moments(loaded, corpus.calibration, cache, moments_key, progress)
+        moments = input_moments(team, corpus.calibration, cache, moments_key, progress)
     packer = Packer(formats=formats_of(config), moments=moments, with_norms=config.token_share is not None)
     stored = store_model(loaded, packer, folder, config.output, progress)
-    return Material(loaded=loaded, corpus=corpus, moments=moments, stored=stored, cache=cache, key=key)
+    return Material(team=team, corpus=corpus, moments=moments, stored=stored, cache=cache, key=key)
 
 
 def build_ground(
@@ -168,7 +179,7 @@ def build_ground(
         clusters: how many; "auto" to count them by their embeddings.
         keep: 1 where nothing will be narrowed, which leaves out what only narrowing needs.
     """
-    routing = build_routing(config, clusters, material.loaded, material.corpus, material.cache, progress)
+    routing = build_routing(config, clusters, material.team, material.corpus, material.cache, progress)
     assignments = [routing.assignment]
     if with_controls:
         assignments += control_assignments(routing.assignment, seed=config.seed)
@@ -184,24 +195,23 @@ def prepare(
     progress: Progress,
 ) -> Ground:
     """Measure what narrowing for the assignments needs; see `build_ground`."""
-    loaded, calibration, cache = material.loaded, material.corpus.calibration, material.cache
+    team, calibration, cache = material.team, material.corpus.calibration, material.cache
     key = _profile_key(config, material, routing, [item.name for item in assignments])
     labels = {item.name: item.calibration for item in assignments}
     sums = Sums(cache=Cache(material.stored.folder / "sums"), key=key)
-    shares = keep < 1 and shares_profile(config) and sums_fit(loaded, assignments, sums)
-    further, validated = few_validated(material.corpus.validation, assignments)
-    watch = watch_sums(sums, loaded, validated) if shares else None
-    if loaded.record.experts is not None:
-        profile = profile_experts(loaded, calibration, labels, cache, key, progress)
+    if team.loaded.record.experts is not None:
+        profile = profile_experts(team, calibration, labels, cache, key, progress)
     else:
-        profile = profile_model(
-            config, loaded, calibration, labels, cache, key, progress, further if watch else (), watch
-        )
-    metrics = output_metrics(config, keep, loaded, calibration, cache, material.key, progress)
+        kept = None
+        if keep < 1 and shares_profile(config) and sums_fit(team.loaded, assignments, sums):
+            text = deal_text(team, calibration, *few_validated(material.corpus.validation, assignments))
+            kept = keep_sums(sums, text, team.loaded)
+        profile = profile_model(config, team, calibration, labels, cache, key, progress, kept)
+    metrics = output_metrics(config, keep, team, calibration, cache, material.key, progress)
     curves = None
     if config.effective_budgets == "sensitivity" and keep < 1:
         curves_key = stage_key("curves", upstream=material.key, sampling=SAMPLING)
-        curves = removal_curves(loaded, calibration, metrics, cache, curves_key, progress)
+        curves = removal_curves(team, calibration, metrics, cache, curves_key, progress)
     return Ground(
         material=material,
         routing=routing,
@@ -234,7 +244,7 @@ def narrow_packs(
     material = ground.material
     inputs = NarrowInputs(
         config=config,
-        loaded=material.loaded,
+        team=material.team,
         calibration=material.corpus.calibration,
         validation=material.corpus.validation,
         assignments=assignments,
@@ -270,18 +280,18 @@ def held_out_reference(config: CompileConfig, material: Material, progress: Prog
     if not (measures and material.corpus.held_out):
         yield None
         return
-    with read_reference(material.loaded, material.held_out_ids, progress, material.stored) as reference:
+    with read_reference(material.team, material.held_out_ids, progress, material.stored) as reference:
         yield reference
 
 
 def score_packs(
     material: Material,
     reference: Reference,
-    models: Mapping[str, tuple[Cut, npt.NDArray[np.int64]]],
+    models: Mapping[str, tuple[CutOf, npt.NDArray[np.int64]]],
     progress: Progress,
 ) -> Quality:
     """Score FFNs on texts, with all other weights as stored; see `evaluate`."""
-    return evaluate(material.loaded, reference, models, progress, material.stored)
+    return evaluate(material.team, reference, models, progress, material.stored)
 
 
 def heal_packs(
@@ -309,8 +319,8 @@ def better_packs(ground: Ground, narrow: NarrowModel, healed: NarrowModel, progr
         return healed
     token_ids = [document.token_ids for document in material.corpus.validation]
     with (
-        read_reference(material.loaded, token_ids, progress, material.stored) as reference,
-        stored_packs(material.stored, {CLUSTERS: narrow, "healed": healed}, progress) as packs,
+        read_reference(material.team, token_ids, progress, material.stored) as reference,
+        stored_packs(material.team, material.stored, {CLUSTERS: narrow, "healed": healed}, progress) as packs,
     ):
         models = {name: (pack.cut, labels) for name, pack in packs.items()}
         quality = score_packs(material, reference, models, progress)
@@ -339,4 +349,6 @@ def _profile_key(config: CompileConfig, material: Material, routing: Routing, na
         beta=config.beta,
         cluster_weight=config.cluster_weight,
         removal=config.effective_removal,
+        # Once their profile was that of rounded experts, which the model had kept from its comparison with itself.
+        **({"experts": "own"} if material.loaded.record.experts is not None else {}),
     )

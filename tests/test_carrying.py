@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,19 @@ from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.models.layerwise import run_partly
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.prune.dealt import Find, LayerTokens
 from coreinfer.compiler.prune.layer_repair import NarrowInputs
 from coreinfer.compiler.prune.narrow import Assignment, NarrowModel, narrow_layer
 from coreinfer.compiler.prune.reconstruct import narrow_all
-from coreinfer.compiler.prune.repair import CLUSTER_WEIGHTS, LayerTokens, RepairTask, repair_layer
+from coreinfer.compiler.prune.repair import CLUSTER_WEIGHTS, RepairTask, repair_layer
 from coreinfer.compiler.prune.select import Choice
 from coreinfer.compiler.prune.sums import Sums
 from coreinfer.compiler.quantize.moments import input_moments
 from coreinfer.compiler.quantize.pack import Packer
 from coreinfer.compiler.quantize.quantize import QuantizeOptions
 from coreinfer.compiler.quantize.rounding import Rounding
+from coreinfer.compiler.team.alone import Alone
+from coreinfer.compiler.team.team import Team, Worker
 from coreinfer.compiler.text.corpus import Document, split_point
 from transformers import DynamicCache
 
@@ -64,7 +67,7 @@ def inputs_of(loaded: LoadedModel, **options: Any) -> NarrowInputs:
     )
     return NarrowInputs(
         config=make_config(**options),
-        loaded=loaded,
+        team=Alone(loaded),
         calibration=texts[:-NUM_VALIDATION],
         validation=texts[-NUM_VALIDATION:],
         assignments=[main, one],
@@ -86,10 +89,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[LayerTokens]:
     """What each repair reads from now on, layer after layer and stream after stream."""
     read: list[LayerTokens] = []
 
-    def spy(tokens: LayerTokens, task: Any, moments: Any) -> Any:
+    def look(worker: Worker, find: Find) -> None:
         # Layers and streams share one buffer.
+        tokens = find(worker).tokens
         read.append(LayerTokens(activations=tokens.activations.clone(), targets=tokens.targets.clone()))
-        return repair_layer(tokens, task, moments)
+
+    def spy(team: Team, finds: Mapping[int, Find], *given: Any) -> Any:
+        team.call(0, "spy", look, finds[0]).result()
+        return repair_layer(team, finds, *given)
 
     monkeypatch.setattr("coreinfer.compiler.prune.layer_repair.repair_layer", spy)
     return read
@@ -135,7 +142,7 @@ def test_layers_are_fitted_on_what_the_narrow_model_really_sees(name: str, seen:
 def test_what_is_read_narrow_goes_through_rounded_weights(name: str, seen: list[LayerTokens]) -> None:
     loaded = load(name)
     rounding = Rounding(
-        kind="int4", down_kind="int4", moments=input_moments(loaded, documents(), Cache(None), "key", Progress())
+        kind="int4", down_kind="int4", moments=input_moments(Alone(loaded), documents(), Cache(None), "key", Progress())
     )
     run(replace(inputs_of(loaded), rounding=rounding))
     dense = [first_activations(loaded, document) for document in documents()]
@@ -165,7 +172,7 @@ def first_activations(loaded: LoadedModel, document: Document) -> torch.Tensor:
 
 def test_down_projections_are_rounded_as_they_will_be_stored() -> None:
     loaded = load("llama")
-    moments = input_moments(loaded, documents(), Cache(None), "key", Progress())
+    moments = input_moments(Alone(loaded), documents(), Cache(None), "key", Progress())
     down, ids = torch.randn(40, 32) * 0.1, np.arange(3, 43, dtype=np.int32)
     packer = Packer(formats=QuantizeOptions(body="int4", head="int8"), moments=moments)
     stored = packer.matrix("w", down.T, moments["model.layers.1.mlp.down_proj"][3:43])
@@ -211,8 +218,8 @@ def test_repaired_second_order_removal_beats_the_scores_alone() -> None:
 def test_controls_take_the_cluster_weight_that_the_clusters_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     tried, chosen = [], []
 
-    def spy(tokens: LayerTokens, task: RepairTask, moments: Any) -> Any:
-        repaired = repair_layer(tokens, task, moments)
+    def spy(team: Team, finds: Mapping[int, Find], task: RepairTask, known: Any) -> Any:
+        repaired = repair_layer(team, finds, task, known)
         tried.append(tuple(task.cluster_weights))
         chosen.append(repaired.cluster_weight)
         # Say the second, so that a control that takes the first is seen.
@@ -274,11 +281,11 @@ def test_an_interrupted_pass_goes_on_and_ends_alike(name: str, tmp_path: Path, m
     whole = run(inputs_of(loaded), tmp_path / "whole")
     real, calls = repair_layer, list[int]()
 
-    def fail_at_third(tokens: LayerTokens, task: Any, moments: Any) -> Any:
+    def fail_at_third(*given: Any) -> Any:
         calls.append(0)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(tokens, task, moments)
+        return real(*given)
 
     monkeypatch.setattr("coreinfer.compiler.prune.layer_repair.repair_layer", fail_at_third)
     with pytest.raises(KeyboardInterrupt):

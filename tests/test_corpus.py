@@ -11,6 +11,7 @@ from coreinfer.bundles.families import family_of_config
 from coreinfer.compiler import CompileConfig, Progress
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
+from coreinfer.compiler.team.alone import Alone
 from coreinfer.compiler.text.builtin import Seed, builtin_documents, continue_seeds, load_seeds
 from coreinfer.compiler.text.corpus import Corpus, build_corpus, split_into_documents
 
@@ -27,7 +28,7 @@ def loaded() -> LoadedModel:
 
 def build(loaded: LoadedModel, config: CompileConfig, cache: Path | None = None) -> Corpus:
     with TemporaryDirectory() as name:
-        write_builtin = partial(builtin_documents, config, loaded, Cache(cache), "model", Path(name), Progress())
+        write_builtin = partial(builtin_documents, config, Alone(loaded), Cache(cache), "model", Path(name), Progress())
         return build_corpus(config, loaded, write_builtin, Progress())
 
 
@@ -176,7 +177,7 @@ def builtin_config(**options: Any) -> CompileConfig:
 
 @pytest.mark.usefixtures("few_seeds")
 def test_the_model_continues_every_seed(loaded: LoadedModel, tmp_path: Path) -> None:
-    continued = [*continue_seeds(builtin_config(), loaded, tmp_path, Progress())]
+    continued = [*continue_seeds(builtin_config(), Alone(loaded), tmp_path, Progress())]
     assert sorted(prompt for prompt, _, _ in continued) == sorted(seed.prompt for seed in FEW)
     kinds = {seed.prompt: seed.kind for seed in FEW}
     for prompt, text, ids in continued:
@@ -193,7 +194,7 @@ def test_no_more_seeds_are_continued_than_the_budget_takes(
 ) -> None:
     seeds = tuple(Seed(topic="sea", kind="text", prompt=f"The storm was {number}") for number in range(100))
     use_seeds(monkeypatch, seeds)
-    continued = [*continue_seeds(builtin_config(calibration_tokens=800), loaded, tmp_path, Progress())]
+    continued = [*continue_seeds(builtin_config(calibration_tokens=800), Alone(loaded), tmp_path, Progress())]
     numbers = [int(prompt.rsplit(maxsplit=1)[1]) for prompt, _, _ in continued]
     assert 10 < len(numbers) < 40
     # From the first to the last, evenly.
@@ -206,7 +207,7 @@ def test_no_more_seeds_are_continued_than_the_budget_takes(
 @pytest.mark.usefixtures("few_seeds")
 def test_continuations_follow_the_seed(loaded: LoadedModel, tmp_path: Path) -> None:
     configs = [builtin_config(seed=seed, threads=2) for seed in (1, 1, 2)]
-    first, again, other = ([*continue_seeds(config, loaded, tmp_path, Progress())] for config in configs)
+    first, again, other = ([*continue_seeds(config, Alone(loaded), tmp_path, Progress())] for config in configs)
     assert first == again
     assert all(one != another for one, another in zip(first, other, strict=True))
     assert [*tmp_path.iterdir()] == []
@@ -242,7 +243,7 @@ def _must_not_run(*args: object) -> object:
 @pytest.mark.parametrize("document_tokens", [16, 40, 100])
 def test_continuations_keep_within_document_tokens(document_tokens: int, loaded: LoadedModel, tmp_path: Path) -> None:
     config = builtin_config(document_tokens=document_tokens, calibration_tokens=5000)
-    lengths = [len(ids) for _, _, ids in continue_seeds(config, loaded, tmp_path, Progress())]
+    lengths = [len(ids) for _, _, ids in continue_seeds(config, Alone(loaded), tmp_path, Progress())]
     assert document_tokens // 2 < max(lengths) <= document_tokens
 
 

@@ -18,12 +18,15 @@ from coreinfer.compiler.clusters.embed import (
     load_encoder,
 )
 from coreinfer.compiler.models.sources import ModelSource, find_source
+from coreinfer.compiler.team.alone import Alone
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
 from .model_factory import corpus_texts
+from .test_carrying import load as load_family
 
 TEXTS = (*corpus_texts()[:7], "wave", " ".join(corpus_texts()[:2]), "")
+TEAM = Alone(load_family("llama"))
 ROUNDING = 1e-2 if cpu_multiplies_bf16() else 1e-5
 
 
@@ -34,7 +37,7 @@ def encoder(tiny_inputs: Callable[[str], CompileConfig]) -> SentenceTransformer:
 
 @pytest.fixture(scope="module")
 def static(encoder: SentenceTransformer) -> StaticEncoder:
-    return distill_encoder(lambda: encoder, "key", Cache(None), Progress())
+    return distill_encoder(TEAM, lambda: encoder, "key", Cache(None), Progress())
 
 
 def not_again() -> NoReturn:
@@ -46,7 +49,7 @@ def test_sentences_are_embedded_in_their_order_whatever_the_batch(
 ) -> None:
     monkeypatch.setattr("coreinfer.compiler.clusters.embed._BATCH_SIZE", 3)
     progress = Progress()
-    found = embed_sentences(lambda: encoder, "key", TEXTS, Cache(None), progress)
+    found = embed_sentences(TEAM, lambda: encoder, "key", TEXTS, Cache(None), progress)
     alone = [encoder.encode([text], normalize_embeddings=True, show_progress_bar=False)[0] for text in TEXTS]
     np.testing.assert_allclose(found, np.stack(alone), atol=ROUNDING)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
@@ -56,11 +59,11 @@ def test_sentences_are_embedded_in_their_order_whatever_the_batch(
 
 def test_stored_embeddings_need_no_encoder(encoder: SentenceTransformer, tmp_path: Path) -> None:
     cache = Cache(tmp_path)
-    first = embed_sentences(lambda: encoder, "key", TEXTS, cache, Progress())
-    np.testing.assert_array_equal(embed_sentences(not_again, "key", TEXTS, cache, Progress()), first)
-    reordered = embed_sentences(lambda: encoder, "key", TEXTS[::-1], cache, Progress())
+    first = embed_sentences(TEAM, lambda: encoder, "key", TEXTS, cache, Progress())
+    np.testing.assert_array_equal(embed_sentences(TEAM, not_again, "key", TEXTS, cache, Progress()), first)
+    reordered = embed_sentences(TEAM, lambda: encoder, "key", TEXTS[::-1], cache, Progress())
     np.testing.assert_allclose(reordered, first[::-1], atol=ROUNDING)
-    embed_sentences(lambda: encoder, "other encoder", TEXTS, cache, Progress())
+    embed_sentences(TEAM, lambda: encoder, "other encoder", TEXTS, cache, Progress())
     assert len([*tmp_path.iterdir()]) == 3
 
 
@@ -69,7 +72,7 @@ def test_a_distilled_encoder_is_stored_and_always_the_same(
 ) -> None:
     cache = Cache(tmp_path)
     for load in (lambda: encoder, not_again):
-        again = distill_encoder(load, "key", cache, Progress())
+        again = distill_encoder(TEAM, load, "key", cache, Progress())
         np.testing.assert_array_equal(again.table, static.table)
         assert again.tokenizer_json == static.tokenizer_json
 
@@ -79,10 +82,10 @@ def test_half_of_a_distilled_encoder_is_made_again(
     lost: str, encoder: SentenceTransformer, static: StaticEncoder, tmp_path: Path
 ) -> None:
     cache = Cache(tmp_path)
-    distill_encoder(lambda: encoder, "key", cache, Progress())
+    distill_encoder(TEAM, lambda: encoder, "key", cache, Progress())
     (path,) = tmp_path.glob(lost)
     path.unlink()
-    again = distill_encoder(lambda: encoder, "key", cache, Progress())
+    again = distill_encoder(TEAM, lambda: encoder, "key", cache, Progress())
     np.testing.assert_array_equal(again.table, static.table)
     assert again.tokenizer_json == static.tokenizer_json
     assert path.exists()
@@ -121,7 +124,7 @@ def test_fitting_brings_the_table_nearer_to_the_sentence_encoder(
     encoder: SentenceTransformer, static: StaticEncoder
 ) -> None:
     texts = corpus_texts()
-    targets = embed_sentences(lambda: encoder, "key", texts, Cache(None), Progress())
+    targets = embed_sentences(TEAM, lambda: encoder, "key", texts, Cache(None), Progress())
     fitted = fit_to_sentences(static, texts[:80], targets[:80])
     assert fitted.table.shape == (len(static.table), targets.shape[1])
     assert fitted.tokenizer_json == static.tokenizer_json

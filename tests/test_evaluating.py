@@ -12,11 +12,12 @@ from coreinfer.bundles.manifest import Quality
 from coreinfer.compiler import Progress
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.models.swapping import ffn_in_use
-from coreinfer.compiler.prune.narrow import NarrowModel, bf16_bits, narrow_layer
+from coreinfer.compiler.prune.narrow import Cut, NarrowModel, bf16_bits, narrow_layer
 from coreinfer.compiler.prune.select import Choice
 from coreinfer.compiler.quality.reference import read_reference
 from coreinfer.compiler.quality.score import evaluate
 from coreinfer.compiler.quality.tally import Tally, compare_logits
+from coreinfer.compiler.team.alone import Alone
 from coreinfer.compiler.text.corpus import split_point
 from transformers import DynamicCache
 
@@ -58,16 +59,18 @@ def narrow_model(kept: Sequence[Sequence[int]], *, repaired: bool = False) -> Na
     )
 
 
+def _cut(loaded: LoadedModel, narrow: NarrowModel) -> Cut:
+    return partial(narrow_layer, loaded, narrow)
+
+
 def run(
     loaded: LoadedModel, texts: list[list[int]], narrow: NarrowModel, labels: Sequence[int], **controls: NarrowModel
 ) -> Quality:
     clusters: npt.NDArray[np.int64] = np.array(labels)
-    models = {
-        name: (partial(narrow_layer, loaded, model), clusters)
-        for name, model in {"clusters": narrow, **controls}.items()
-    }
-    with read_reference(loaded, texts, Progress()) as reference:
-        return evaluate(loaded, reference, models, Progress())
+    models = {name: (partial(_cut, narrow=model), clusters) for name, model in {"clusters": narrow, **controls}.items()}
+    team = Alone(loaded)
+    with read_reference(team, texts, Progress()) as reference:
+        return evaluate(team, reference, models, Progress())
 
 
 def naive_narrow(loaded: LoadedModel, narrow: NarrowModel, cluster: int) -> torch.nn.Module:

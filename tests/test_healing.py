@@ -19,6 +19,7 @@ from coreinfer.compiler.prune.heal import HealInputs, heal, healing_text
 from coreinfer.compiler.prune.narrow import NarrowModel, narrow_layer
 from coreinfer.compiler.quality.reference import read_reference
 from coreinfer.compiler.quality.score import evaluate
+from coreinfer.compiler.team.alone import Alone
 from coreinfer.compiler.text.corpus import Corpus
 from torch.nn.functional import kl_div
 from transformers import DynamicCache
@@ -41,9 +42,9 @@ def heal_inputs(loaded: LoadedModel, **options: Any) -> HealInputs:
 
 def kl(loaded: LoadedModel, narrow: NarrowModel) -> float:
     texts = [document.token_ids for document in documents()[:6]]
-    models = {"clusters": (partial(narrow_layer, loaded, narrow), CLUSTERS)}
-    with read_reference(loaded, texts, Progress()) as reference:
-        return evaluate(loaded, reference, models, Progress()).clusters.kl
+    team, cut = Alone(loaded), partial(narrow_layer, loaded, narrow)
+    with read_reference(team, texts, Progress()) as reference:
+        return evaluate(team, reference, {"clusters": (lambda _: cut, CLUSTERS)}, Progress()).clusters.kl
 
 
 def bits(narrow: NarrowModel) -> list[np.ndarray[Any, Any]]:

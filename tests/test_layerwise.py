@@ -6,8 +6,8 @@ import pytest
 import torch
 from coreinfer.bundles.families import family_of_config
 from coreinfer.compiler.models import layerwise
-from coreinfer.compiler.models.layerwise import walk_layers
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
+from coreinfer.compiler.models.walking import walk_layers
 from coreinfer.compiler.text.corpus import Document
 
 from .model_factory import FAMILIES, VOCABULARY, build_model, build_tokenizer

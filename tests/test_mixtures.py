@@ -13,7 +13,7 @@ import torch
 from coreinfer import runtime
 from coreinfer.bundles import BundleCorrupt, ConfigError, UnsupportedModelError, open_bundle
 from coreinfer.bundles.contract import expert_role, kept_experts
-from coreinfer.bundles.families import family_of_config, resolve
+from coreinfer.bundles.families import family_of_config, ffn_tensors, resolve
 from coreinfer.bundles.inspect import describe
 from coreinfer.bundles.manifest import ExpertsRecord
 from coreinfer.bundles.tensors import StoredTensor
@@ -27,9 +27,11 @@ from coreinfer.compiler.expert_options import with_whole_experts
 from coreinfer.compiler.export.chosen import choose_model
 from coreinfer.compiler.models.load import LoadedModel, read_config, wrap_model
 from coreinfer.compiler.models.sources import find_source
+from coreinfer.compiler.models.swapping import ffn_in_use
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.prune.experts import expert_budgets, profile_experts
 from coreinfer.compiler.quantize.moments import ffn_moments, input_moments
+from coreinfer.compiler.team.alone import Alone
 from coreinfer.compiler.text.corpus import Document
 from coreinfer.runtime.engines.native import _native
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
@@ -39,6 +41,7 @@ from coreinfer.runtime.engines.torch.mixture import ExpertRun
 
 from .bundle_factory import change_tensors, edit_manifest
 from .model_factory import MIXTURES, VOCABULARY, build_model, save_model
+from .test_carrying import load
 from .test_checkpoint import change_json
 
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 150).tolist()
@@ -351,7 +354,7 @@ def watch_layer(loaded: LoadedModel, documents: Sequence[Document], look: Callab
 
 def test_moments_are_of_the_tokens_that_chose_an_expert(loaded: LoadedModel, documents: list[Document]) -> None:
     """Padding has none, and an expert with few tokens has none either."""
-    moments = input_moments(loaded, documents, Cache(None), "key", Progress())
+    moments = input_moments(Alone(loaded), documents, Cache(None), "key", Progress())
     counts, sums = np.zeros(6), {number: torch.zeros(40) for number in range(6)}
 
     def look(run: ExpertRun) -> None:
@@ -371,7 +374,7 @@ def test_moments_are_of_the_tokens_that_chose_an_expert(loaded: LoadedModel, doc
 
 def test_a_profile_sums_what_experts_add_to_the_stream(loaded: LoadedModel, documents: list[Document]) -> None:
     labels = np.array([1, 0, 1])
-    profile = profile_experts(loaded, documents, {"clusters": labels}, Cache(None), "key", Progress())
+    profile = profile_experts(Alone(loaded), documents, {"clusters": labels}, Cache(None), "key", Progress())
     energies: list[torch.Tensor] = []
     expected = np.zeros((2, 6))
 
@@ -390,3 +393,14 @@ def test_a_profile_sums_what_experts_add_to_the_stream(loaded: LoadedModel, docu
     np.testing.assert_allclose(profile.statistics["clusters"][:, 1], expected, rtol=1e-4)
     np.testing.assert_allclose(profile.relative_energies[1], expected.sum(axis=0) / 70, rtol=1e-4)
     np.testing.assert_array_equal(profile.num_tokens["clusters"], [7, 63])
+
+
+def test_a_mixture_gets_its_own_experts_back() -> None:
+    loaded, ids = load("mixtral"), torch.tensor([list(range(3, 40))])
+    own = {role: 2 * tensor for role, tensor in ffn_tensors(loaded.layers[0], loaded.family).items()}
+    with torch.inference_mode():
+        before = loaded.model(ids).logits
+        for _ in range(2):
+            with ffn_in_use(loaded, lambda _layer, _cluster: own, 0):
+                assert not torch.equal(loaded.model(ids).logits, before)
+            assert torch.equal(loaded.model(ids).logits, before)

@@ -11,6 +11,7 @@ from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.quantize.moments import input_moments
+from coreinfer.compiler.team.alone import Alone
 from coreinfer.compiler.text.corpus import Document, spread_sample
 
 from .model_factory import SHAPES, VOCABULARY, build_model, build_tokenizer
@@ -31,7 +32,7 @@ def documents_of(lengths: Sequence[int]) -> list[Document]:
 @pytest.mark.parametrize("family", SHAPES)
 def test_moments_are_means_over_all_tokens(family: str) -> None:
     loaded, documents = load(family), documents_of([9, 30, 4])
-    got = input_moments(loaded, documents, Cache(None), "key", Progress())
+    got = input_moments(Alone(loaded), documents, Cache(None), "key", Progress())
     projections = loaded.family.projections.values()
     expected = {f"{loaded.family.layers}.{layer}.{path}" for layer in range(3) for path in projections}
     assert expected < set(got)
@@ -52,8 +53,8 @@ def test_moments_are_means_over_all_tokens(family: str) -> None:
 
 def test_moments_are_kept(tmp_path: Path) -> None:
     loaded, progress = load("llama"), Progress()
-    first = input_moments(loaded, documents_of([20]), Cache(tmp_path), "key", Progress())
-    again = input_moments(loaded, documents_of([20]), Cache(tmp_path), "key", progress)
+    first = input_moments(Alone(loaded), documents_of([20]), Cache(tmp_path), "key", Progress())
+    again = input_moments(Alone(loaded), documents_of([20]), Cache(tmp_path), "key", progress)
     assert not progress.stage_seconds
     assert first.keys() == again.keys()
     assert all(torch.equal(first[path], again[path]) for path in first)

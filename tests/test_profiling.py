@@ -12,6 +12,7 @@ from coreinfer.compiler import Progress
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.prune.profile import Profile, profile_model, spread_over_clusters
+from coreinfer.compiler.team.alone import Alone
 from coreinfer.compiler.text.corpus import Document
 
 from .model_factory import VOCABULARY, build_model, build_tokenizer
@@ -77,7 +78,7 @@ def _run(loaded: LoadedModel, document: Document) -> Seen:
 
 def profile(loaded: LoadedModel, documents: list[Document], selection: str, folder: Path | None = None) -> Profile:
     config = make_config(selection=selection, alpha=0.35, beta=0.25)
-    return profile_model(config, loaded, documents, ASSIGNMENTS, Cache(folder), "key", Progress())
+    return profile_model(config, Alone(loaded), documents, ASSIGNMENTS, Cache(folder), "key", Progress())
 
 
 def naive_core_counts(activations: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -133,7 +134,7 @@ def test_a_cached_profile_is_the_same_and_runs_nothing(
     def no_walk(*args: object) -> Iterator[object]:
         pytest.fail("a cached profile must not run the model")
 
-    monkeypatch.setattr("coreinfer.compiler.prune.profile.walk_layers", no_walk)
+    monkeypatch.setattr("coreinfer.compiler.prune.profile.layer_of", no_walk)
     second = profile(loaded, documents, "output-aware", tmp_path)
     np.testing.assert_array_equal(first.relative_energies, second.relative_energies)
     for name in ASSIGNMENTS:

@@ -1,13 +1,21 @@
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from coreinfer.compiler.prune.dealt import LayerTokens, Seen
 from coreinfer.compiler.prune.products import gram_matrix
 from coreinfer.compiler.prune.removal import System, remove_neurons, solve
-from coreinfer.compiler.prune.repair import RIDGES, LayerTokens, Repaired, RepairTask, repair_layer
+from coreinfer.compiler.prune.repair import RIDGES, Repaired
+from coreinfer.compiler.prune.repair import RepairTask as LayerTask
+from coreinfer.compiler.prune.repair import repair_layer as repair_by_team
+from coreinfer.compiler.prune.rows import Rows
+from coreinfer.compiler.team.alone import Alone
+
+from .test_carrying import load
 
 HIDDEN, FFN_DIM, LENGTH = 5, 16, 50
 
@@ -54,6 +62,45 @@ def same_kind_of_text() -> LayerTokens:
     return tokens_of(torch.cat([correlated(LENGTH, seed=10 * number) for number in range(6)]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class RepairTask:
+    """A task, and the rows of each cluster's tokens in place of their number."""
+
+    calibration: Sequence[torch.Tensor]
+    validation: Sequence[torch.Tensor]
+    weights: torch.Tensor
+    bias: torch.Tensor | None
+    metric: torch.Tensor
+    keeps: Sequence[int]
+    neuron_ids: Sequence[npt.NDArray[np.int32]] | None
+    cluster_weights: Sequence[float]
+    ridges: Sequence[float | None]
+    moment_bytes: int = 4 << 30
+
+
+def repair_layer(tokens: LayerTokens, task: RepairTask, num_places: int = 1) -> Repaired:
+    """Repair a layer whose tokens are dealt to some places one by one: every n-th row of a cluster."""
+    team = Alone(load("llama"), num_places)
+    parts: dict[str, list[list[torch.Tensor]]] = {
+        name: [[rows[place::num_places] for rows in getattr(task, name)] for place in range(num_places)]
+        for name in ("calibration", "validation")
+    }
+    seen = [
+        Seen(tokens=tokens, rows=Rows(calibration=calibration, validation=validation))
+        for calibration, validation in zip(parts["calibration"], parts["validation"], strict=True)
+    ]
+    counts = {
+        name: [
+            {place: len(rows[cluster]) for place, rows in enumerate(places) if len(rows[cluster])}
+            for cluster in range(len(task.keeps))
+        ]
+        for name, places in parts.items()
+    }
+    given = {item.name: getattr(task, item.name) for item in fields(task)}
+    finds = {place: (lambda _, own=own: own) for place, own in enumerate(seen)}
+    return repair_by_team(team, finds, LayerTask(**{**given, **counts}))
+
+
 def task_of(*, cluster_weights: Sequence[float] = (0.3,), ridges: Sequence[float | None] = (1e-2,)) -> RepairTask:
     """Two clusters; documents 0 to 3 are calibrated on, 4 and 5 are validation text."""
     return RepairTask(
@@ -91,6 +138,18 @@ def test_repair_mixes_the_cluster_with_all_text(weight: float) -> None:
         expected = solve(mixed_system(tokens, weight, cluster), ids, [1e-2])[0]
         np.testing.assert_allclose(down, expected, atol=1e-3)
         assert not bias.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"moment_bytes": 100}, {"neuron_ids": None}, {"cluster_weights": (0.3, 1.0)}])
+def test_places_repair_together_as_one_does(options: dict[str, Any]) -> None:
+    tokens = tokens_of(correlated(6 * LENGTH, seed=3), random_tensor(6 * LENGTH, HIDDEN, seed=4))
+    task = replace(task_of(ridges=(*RIDGES, None)), **options)
+    alone = repair_layer(tokens, task)
+    for num_places in (2, 3):
+        together = repair_layer(tokens, task, num_places)
+        assert (together.ridge, together.cluster_weight) == (alone.ridge, alone.cluster_weight)
+        for (first, _), (second, _) in zip(alone.solutions, together.solutions, strict=True):
+            np.testing.assert_allclose(first, second, atol=1e-4)
 
 
 def test_moments_that_do_not_fit_into_memory_are_summed_twice() -> None:

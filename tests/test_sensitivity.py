@@ -9,6 +9,7 @@ from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.prune.sensitivity import _draw, fisher_matrices, removal_curves
+from coreinfer.compiler.team.alone import Alone
 from coreinfer.compiler.text.corpus import Document
 
 from .model_factory import FAMILIES, VOCABULARY, build_model, build_tokenizer
@@ -48,7 +49,7 @@ def logits_with_noise(loaded: LoadedModel, layer: int, scale: float, document: D
 @pytest.mark.parametrize("name", FAMILIES)
 def test_half_the_fisher_form_predicts_the_divergence_of_small_errors(name: str) -> None:
     loaded, documents = load(name), documents_of(40, 48)
-    fisher = fisher_matrices(loaded, documents, NO_CACHE, "key", Progress(), seed=0)
+    fisher = fisher_matrices(Alone(loaded), documents, NO_CACHE, "key", Progress(), seed=0)
     for layer in range(3):
         # Undo the damping, which adds a twentieth of the mean diagonal.
         trace = float(fisher[layer].trace()) / 1.05
@@ -64,7 +65,7 @@ def test_half_the_fisher_form_predicts_the_divergence_of_small_errors(name: str)
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     shares = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
     log_p = shares.log().expand(20_000, -1)
-    drawn = _draw(log_p, torch.Generator().manual_seed(1))
+    drawn = _draw(log_p, torch.rand((len(log_p), 1), generator=torch.Generator().manual_seed(1)))
     assert drawn.shape == (20_000, 1)
     found = torch.bincount(drawn[:, 0], minlength=6) / 20_000
     torch.testing.assert_close(found, shares, atol=0.015, rtol=0)
@@ -75,25 +76,25 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     loaded, documents = load("llama"), documents_of(6, 20)
     next(loaded.model.parameters()).requires_grad_(False)
     needed = [parameter.requires_grad for parameter in loaded.model.parameters()]
-    first = fisher_matrices(loaded, documents, Cache(tmp_path), "key", Progress(), seed=0)
+    first = fisher_matrices(Alone(loaded), documents, Cache(tmp_path), "key", Progress(), seed=0)
     assert [parameter.requires_grad for parameter in loaded.model.parameters()] == needed
     assert not any(loaded.projection(layer, "down")._forward_hooks for layer in range(3))
     assert all(parameter.grad is None for parameter in loaded.model.parameters())
     progress = Progress()
-    again = fisher_matrices(loaded, documents, Cache(tmp_path), "key", progress, seed=0)
+    again = fisher_matrices(Alone(loaded), documents, Cache(tmp_path), "key", progress, seed=0)
     assert torch.equal(first, again)
     assert not progress.stage_seconds
-    assert torch.equal(first, fisher_matrices(loaded, documents, NO_CACHE, "key", Progress(), seed=0))
-    assert not torch.equal(first, fisher_matrices(loaded, documents, NO_CACHE, "key", Progress(), seed=1))
+    assert torch.equal(first, fisher_matrices(Alone(loaded), documents, NO_CACHE, "key", Progress(), seed=0))
+    assert not torch.equal(first, fisher_matrices(Alone(loaded), documents, NO_CACHE, "key", Progress(), seed=1))
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_curves_rise_from_nothing_and_scale_with_what_errors_cost(name: str) -> None:
     loaded, documents = load(name), documents_of(12, 40)
-    fisher = fisher_matrices(loaded, documents, NO_CACHE, "key", Progress(), seed=0)
+    fisher = fisher_matrices(Alone(loaded), documents, NO_CACHE, "key", Progress(), seed=0)
 
     def curves(metrics: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-        return removal_curves(loaded, documents, metrics, NO_CACHE, "key", Progress())
+        return removal_curves(Alone(loaded), documents, metrics, NO_CACHE, "key", Progress())
 
     found = curves(fisher)
     assert found.shape == (3, 3)

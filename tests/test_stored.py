@@ -28,6 +28,7 @@ from coreinfer.compiler.quantize import pack as packing
 from coreinfer.compiler.quantize.moments import ffn_moments
 from coreinfer.compiler.quantize.pack import Packer
 from coreinfer.compiler.quantize.quantize import QuantizeOptions, store_matrix
+from coreinfer.compiler.team.alone import Alone
 from transformers import DynamicCache
 
 from .test_evaluating import load, narrow_model
@@ -101,15 +102,15 @@ def test_scores_are_those_of_rounded_models(
     formats: QuantizeOptions, loaded: LoadedModel, texts: list[list[int]], tmp_path: Path
 ) -> None:
     narrow = narrow_model([range(0, 96, 2), range(10, 74)], repaired=True)
-    stored = store(loaded, formats, tmp_path)
+    stored, team = store(loaded, formats, tmp_path), Alone(loaded)
     with (
-        read_reference(loaded, texts, Progress(), stored) as reference,
-        stored_packs(stored, {"clusters": narrow}, Progress()) as packs,
+        read_reference(team, texts, Progress(), stored) as reference,
+        stored_packs(Alone(loaded), stored, {"clusters": narrow}, Progress()) as packs,
     ):
         models = {"clusters": (packs["clusters"].cut, LABELS)}
-        quality = evaluate(loaded, reference, models, Progress(), stored)
+        quality = evaluate(team, reference, models, Progress(), stored)
         # What is read once serves every time.
-        assert evaluate(loaded, reference, models, Progress(), stored) == quality
+        assert evaluate(team, reference, models, Progress(), stored) == quality
         # Nor does it stay mapped, which would count as memory in use.
         assert "reference-" not in Path("/proc/self/maps").read_text(encoding="utf-8")
     for score, expected in (
@@ -134,7 +135,7 @@ def test_the_models_own_weights_come_back(error: type[BaseException], loaded: Lo
         raise error
 
     handle = loaded.projection(2, "down").register_forward_pre_hook(fail)
-    with pytest.raises(error), base_in_use(stored), torch.inference_mode():
+    with pytest.raises(error), base_in_use(loaded, stored), torch.inference_mode():
         loaded.model(torch.tensor([[5, 6]]))
     handle.remove()
     after = loaded.model.state_dict()
@@ -170,7 +171,7 @@ def test_packs_hold_what_rounding_the_narrow_matrices_gives(
         return store_matrix(name, *args)
 
     monkeypatch.setattr(packing, "store_matrix", store_one)
-    with stored_packs(stored, {"clusters": narrow}, Progress()) as packs:
+    with stored_packs(Alone(loaded), stored, {"clusters": narrow}, Progress()) as packs:
         rounded_roles = {"own": ["down"], "repaired": ["down"], "healed": loaded.family.projections}[how]
         once = [tensor_name(layer, role) for layer in range(3) for role in rounded_roles]
         assert made == (once if how == "own" else 2 * once)
@@ -189,15 +190,17 @@ def test_packs_hold_what_rounding_the_narrow_matrices_gives(
 
 
 def test_packs_are_gone_after_their_block(tmp_path: Path) -> None:
-    stored = store(load("llama"), FORMATS[0], tmp_path)
+    loaded = load("llama")
+    stored = store(loaded, FORMATS[0], tmp_path)
     before = contents(tmp_path)
-    with stored_packs(stored, {"clusters": narrow_model([range(40)])}, Progress()) as packs:
+    with stored_packs(Alone(loaded), stored, {"clusters": narrow_model([range(40)])}, Progress()) as packs:
         assert (packs["clusters"].folder / "clusters" / "000.safetensors").exists()
     assert contents(tmp_path) == before
 
 
 def test_a_disk_that_fills_while_packs_are_stored_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = store(load("llama"), FORMATS[0], tmp_path)
+    loaded = load("llama")
+    stored = store(loaded, FORMATS[0], tmp_path)
     before = contents(tmp_path)
 
     def full(*_: object) -> None:
@@ -207,7 +210,7 @@ def test_a_disk_that_fills_while_packs_are_stored_is_one_line(tmp_path: Path, mo
     models = {"clusters": narrow_model([range(40)])}
     with (
         pytest.raises(BundleError, match=r"cannot write the bundle .*No space left"),
-        stored_packs(stored, models, Progress()),
+        stored_packs(Alone(loaded), stored, models, Progress()),
     ):
         pytest.fail("stored")
     assert contents(tmp_path) == before

@@ -17,7 +17,7 @@ from coreinfer.bundles.families import family_of_config
 from coreinfer.compiler import CompileConfig, Progress, compile_model
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.text import builtin
-from coreinfer.compiler.text.writing import Sampling, dense_engine, write_continuations
+from coreinfer.compiler.text.writing import Sampling, open_engine, stored_in_int8, write_continuations
 from coreinfer.runtime.decoding.sampling import SamplingParams, distribution
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 
@@ -49,8 +49,11 @@ def write(
     sampling: Sampling = SAMPLING,
     **options: Any,
 ) -> list[list[int]]:
-    with dense_engine(make_config(threads=1, **options), loaded, folder) as engine:
-        return write_continuations(engine, prompts, sampling, lambda steps=1: None)
+    config = make_config(threads=1, **options)
+    with stored_in_int8(config, loaded, folder) as stored:
+        numbered = dict(enumerate(prompts))
+        written = write_continuations(open_engine(config, stored), numbered, sampling, lambda steps=1: None)
+    return [written[number] for number in numbered]
 
 
 @pytest.mark.parametrize("family", SHAPES)
@@ -93,8 +96,11 @@ def test_a_text_is_cut_after_what_ends_it(loaded: LoadedModel, tmp_path: Path) -
 
 def test_each_continuation_is_a_step(loaded: LoadedModel, tmp_path: Path) -> None:
     steps: list[int] = []
-    with dense_engine(make_config(threads=1), loaded, tmp_path) as engine:
-        write_continuations(engine, some_prompts(9), SAMPLING, lambda steps_done=1: steps.append(steps_done))
+    with stored_in_int8(make_config(threads=1), loaded, tmp_path) as stored:
+        engine = open_engine(make_config(threads=1), stored)
+        write_continuations(
+            engine, dict(enumerate(some_prompts(9))), SAMPLING, lambda steps_done=1: steps.append(steps_done)
+        )
     assert steps == [1] * 9
     assert [*tmp_path.iterdir()] == []
 
@@ -116,12 +122,14 @@ def test_what_the_native_engine_cannot_compute_is_written_by_the_torch_engine(
 
 def test_keys_and_values_keep_within_the_memory(loaded: LoadedModel, tmp_path: Path) -> None:
     prompts = some_prompts(20)
-    with dense_engine(make_config(threads=1, max_memory=0.0004), loaded, tmp_path) as engine:
+    config = make_config(threads=1, max_memory=0.0004)
+    with stored_in_int8(config, loaded, tmp_path) as stored:
+        engine = open_engine(config, stored)
         decoder = cast(NativeDecoder, engine.decoder)
         assert decoder.num_pages * decoder.page_bytes <= 0.0001e9
         assert decoder.num_pages < 20
-        got = write_continuations(engine, prompts, SAMPLING, lambda steps=1: None)
-    assert got == write(loaded, tmp_path, prompts)
+        written = write_continuations(engine, dict(enumerate(prompts)), SAMPLING, lambda steps=1: None)
+    assert [*written.values()] == write(loaded, tmp_path, prompts)
     with pytest.raises(ConfigError, match=r"--calibration builtin: expected memory .* of 256 tokens, .* for 65;"):
         write(loaded, tmp_path, prompts, max_memory=0.0001)
 

@@ -18,19 +18,25 @@ from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.models.checkpoint import LOADING_ERRORS, check_encoder
 from coreinfer.compiler.models.load import quiet_transformers
 from coreinfer.compiler.models.sources import ModelSource, check_encoder_source
-from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.progress import Advance, Progress
+from coreinfer.compiler.team.steps import Steps
+from coreinfer.compiler.team.team import Team, Worker
 from model2vec.distill import distill_from_model
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
-__all__ = ["StaticEncoder", "distill_encoder", "embed_sentences", "fit_to_sentences", "load_encoder"]
+__all__ = ["ENCODER", "StaticEncoder", "distill_encoder", "embed_sentences", "fit_to_sentences", "load_encoder"]
 
 _log = logging.getLogger(__name__)
 _BATCH_SIZE = 64
 _TABLE_DIMENSION = 256
 _FIT_RIDGE = 0.2
 
+ENCODER = "encoder"
+"""Slot of a worker's sentence encoder."""
+
 Floats = npt.NDArray[np.float32]
+Encoder = Callable[[], SentenceTransformer]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,67 +82,89 @@ def load_encoder(source: ModelSource, device: str) -> SentenceTransformer:
 
 
 def embed_sentences(
-    encoder: Callable[[], SentenceTransformer], key: str, texts: Sequence[str], cache: Cache, progress: Progress
+    team: Team, encoder: Encoder, key: str, texts: Sequence[str], cache: Cache, progress: Progress
 ) -> Floats:
     """Embed texts with the sentence encoder: (texts, dimension) float32, rows of L2 norm 1.
 
-    The encoder comes as a function, so that it is loaded only when the cache lacks the result. CPUs that multiply
-    bfloat16 do so: directions change by less than 0.01 in length, and clusters do not.
+    CPUs that multiply bfloat16 do so: directions change by less than 0.01 in length, and clusters do not. Batches are
+    the same whoever embeds them, and so are the embeddings.
+
+    Args:
+        encoder: loads the encoder, where it is used and the cache lacks the result.
     """
     halves = cpu_multiplies_bf16()
     text_key = stage_key("embed", encoder=key, texts=list(texts), products="bfloat16" if halves else "float32")
 
     def compute() -> dict[str, Floats]:
-        model = encoder()
         # Texts of like length share a batch, so that little of it is padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        batches = [order[start : start + _BATCH_SIZE] for start in range(0, len(texts), _BATCH_SIZE)]
         vectors: list[Floats] = [np.empty(0, dtype=np.float32)] * len(texts)
         with progress.stage("embed", len(texts)) as advance:
-            for start in range(0, len(texts), _BATCH_SIZE):
-                ids = order[start : start + _BATCH_SIZE]
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=halves and model.device.type == "cpu"):
-                    batch = model.encode(
-                        [texts[i] for i in ids],
-                        normalize_embeddings=True,
-                        show_progress_bar=False,
-                        batch_size=_BATCH_SIZE,
-                    )
-                for i, vector in zip(ids, batch, strict=True):
-                    vectors[i] = vector
-                advance(len(ids))
+            steps, asked = Steps(advance), []
+            for place in range(team.size):
+                own = [[texts[i] for i in batch] for batch in batches[place :: team.size]]
+                asked.append(team.call(place, "embed", _embed, encoder, key, own, halves, steps))
+            for place, waiting in enumerate(asked):
+                for batch, found in zip(batches[place :: team.size], waiting.result(), strict=True):
+                    for i, vector in zip(batch, found, strict=True):
+                        vectors[i] = vector
+            steps.reach(len(texts))
         return {"embeddings": np.stack(vectors).astype(np.float32)}
 
     return cache.arrays(text_key, compute)["embeddings"]
 
 
-def distill_encoder(
-    encoder: Callable[[], SentenceTransformer], key: str, cache: Cache, progress: Progress
-) -> StaticEncoder:
-    """Distil the sentence encoder into a token table (model2vec): each token's own embedding, PCA, SIF weights."""
-    distilled: list[Any] = []
-
-    def compute_table() -> dict[str, npt.NDArray[np.float16]]:
-        model = encoder()
-        dimension = min(_TABLE_DIMENSION, int(model.encode(["dimension"], show_progress_bar=False).shape[1]))
-        with progress.stage("distil", 1) as advance, _quiet_bars():
-            distilled.append(
-                distill_from_model(_quick(model), model.tokenizer, device=str(model.device), pca_dims=dimension)
+def _embed(
+    worker: Worker,
+    encoder: Encoder,
+    key: str,
+    batches: Sequence[Sequence[str]],
+    halves: bool,
+    advance: Advance,
+) -> list[Floats]:
+    found: list[Floats] = []
+    for texts in batches:
+        model = worker.recall(ENCODER, key, encoder)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=halves and model.device.type == "cpu"):
+            batch = model.encode(
+                list(texts), normalize_embeddings=True, show_progress_bar=False, batch_size=_BATCH_SIZE
             )
-            advance()
-        return {"table": np.asarray(distilled[0].embedding, dtype=np.float16)}
+        found.append(batch)
+        advance(len(texts))
+    return found
 
-    def compute_tokenizer() -> str:
+
+def distill_encoder(team: Team, encoder: Encoder, key: str, cache: Cache, progress: Progress) -> StaticEncoder:
+    """Distil the sentence encoder into a token table (model2vec): each token's own embedding, PCA, SIF weights."""
+    distilled: list[tuple[npt.NDArray[np.float16], str]] = []
+
+    def compute() -> tuple[npt.NDArray[np.float16], str]:
         if not distilled:
-            compute_table()
-        tokenizer = distilled[0].tokenizer
-        # What is embedded is cut by characters only, see `routing_excerpt`, and never padded.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return str(tokenizer.to_str())
+            with progress.stage("distil", 1) as advance:
+                distilled.append(team.call(0, "distil", _distil, encoder, key).result())
+                advance()
+        return distilled[0]
 
-    table = cache.arrays(stage_key("distil", encoder=key, bf16=cpu_multiplies_bf16()), compute_table)["table"]
-    tokenizer_json = cache.json(stage_key("distil-tokenizer", encoder=key), compute_tokenizer)
+    table_key = stage_key("distil", encoder=key, bf16=cpu_multiplies_bf16())
+    table = cache.arrays(table_key, lambda: {"table": compute()[0]})["table"]
+    tokenizer_json = cache.json(stage_key("distil-tokenizer", encoder=key), lambda: compute()[1])
     return StaticEncoder(table=table, tokenizer_json=tokenizer_json)
+
+
+def _distil(worker: Worker, encoder: Encoder, key: str) -> tuple[npt.NDArray[np.float16], str]:
+    """The table, and the tokenizer whose ids are its rows."""
+    model = worker.recall(ENCODER, key, encoder)
+    dimension = min(_TABLE_DIMENSION, int(model.encode(["dimension"], show_progress_bar=False).shape[1]))
+    with _quiet_bars():
+        distilled: Any = distill_from_model(
+            _quick(model), model.tokenizer, device=str(model.device), pca_dims=dimension
+        )
+    tokenizer = distilled.tokenizer
+    # What is embedded is cut by characters only, see `routing_excerpt`, and never padded.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return np.asarray(distilled.embedding, dtype=np.float16), str(tokenizer.to_str())
 
 
 def _quick(model: SentenceTransformer) -> Any:

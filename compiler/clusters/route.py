@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache as run_once
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -13,11 +13,11 @@ from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.models.sources import find_encoder
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.prune.narrow import CLUSTERS, Assignment
+from coreinfer.compiler.team.team import Team, forget
 from coreinfer.compiler.text.corpus import Corpus, Document, split_point
-from sentence_transformers import SentenceTransformer
 
 from .cluster import Clustering, class_centroids, cluster_embeddings
-from .embed import StaticEncoder, distill_encoder, embed_sentences, fit_to_sentences, load_encoder
+from .embed import ENCODER, StaticEncoder, distill_encoder, embed_sentences, fit_to_sentences, load_encoder
 
 __all__ = ["Routing", "build_routing", "control_assignments", "route"]
 
@@ -56,7 +56,7 @@ class Routing:
 def build_routing(
     config: CompileConfig,
     clusters: int | Literal["auto"],
-    loaded: LoadedModel,
+    team: Team,
     corpus: Corpus,
     cache: Cache,
     progress: Progress,
@@ -67,19 +67,15 @@ def build_routing(
         clusters: how many; that of the options may be left to a search.
     """
     source = find_encoder(config.encoder)
-    key = source.sha256({})
-
-    @run_once
-    def encoder() -> SentenceTransformer:
-        return load_encoder(source, config.device)
-
+    key, encoder = source.sha256({}), partial(load_encoder, source.absolute(), config.device)
     # The device sees prompts only, so held-out texts are routed by what comes before narrow decoding.
-    prompts = [_visible_text(document, loaded) for document in corpus.held_out]
+    prompts = [_visible_text(document, team.loaded) for document in corpus.held_out]
     parts = [_routing_texts(corpus.calibration), _routing_texts(corpus.validation), prompts]
-    embeddings = embed_sentences(encoder, key, [text for part in parts for text in part], cache, progress)
+    embeddings = embed_sentences(team, encoder, key, [text for part in parts for text in part], cache, progress)
     calibration, validation, held_out = np.split(embeddings, np.cumsum([len(part) for part in parts])[:2])
     clustering = cluster_embeddings(calibration, clusters, seed=config.seed)
-    static = fit_to_sentences(distill_encoder(encoder, key, cache, progress), parts[0], calibration)
+    static = fit_to_sentences(distill_encoder(team, encoder, key, cache, progress), parts[0], calibration)
+    forget(team, "embed", ENCODER)
     static_calibration = static.embed(parts[0])
     centroids = class_centroids(static_calibration, clustering.labels)
     routed = nearest(static.embed(prompts), centroids)

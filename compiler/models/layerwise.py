@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from coreinfer.bundles.families import cache_argument, resolve
-from coreinfer.compiler.progress import Advance
 from coreinfer.compiler.text.corpus import Document
 from torch import nn
 
@@ -23,7 +22,6 @@ from .load import LoadedModel
 
 __all__ = [
     "Batch",
-    "LayerActivations",
     "LayerRun",
     "PartialRun",
     "READING",
@@ -35,35 +33,11 @@ __all__ = [
     "prepare_batches",
     "run_layer",
     "run_partly",
-    "walk_layers",
 ]
 
 READING = 2
 """Part of the keys of all stages that run text; one more as soon as layers give other results, if only by rounding."""
 _BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerActivations:
-    """What one layer's FFN did on all documents.
-
-    Attributes:
-        layer: its number.
-        activations: (tokens, ffn_dim), input of the down projection, documents one after another.
-        ffn_outputs: (tokens, hidden size), output of the down projection; None unless asked for.
-        starts: (documents + 1,) where each document's tokens begin; the last entry is the number of tokens.
-        stream_energies: (tokens,) float32, squared norm of the hidden state that leaves the layer.
-    """
-
-    layer: int
-    activations: torch.Tensor
-    ffn_outputs: torch.Tensor | None
-    starts: npt.NDArray[np.int64]
-    stream_energies: torch.Tensor
-
-    def document(self, index: int) -> torch.Tensor:
-        """Activations of one document: (tokens, ffn_dim)."""
-        return self.activations[self.starts[index] : self.starts[index + 1]]
 
 
 @dataclass(kw_only=True)
@@ -159,43 +133,6 @@ class _Recorder(_Substitute):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.calls.append({"hidden_states": hidden_states, **kwargs})
         return hidden_states
-
-
-def walk_layers(
-    loaded: LoadedModel, documents: Sequence[Document], advance: Advance, *, outputs: bool = False
-) -> Iterator[LayerActivations]:
-    """Yield the FFN activations of each layer in turn; `advance` is called once a layer.
-
-    Args:
-        documents: token ids of each are run as one sequence.
-        outputs: whether the FFN's outputs are wanted too.
-    """
-    starts = document_starts(documents)
-    with torch.inference_mode():
-        batches = prepare_batches(loaded, documents, starts)
-        shape = (int(starts[-1]), loaded.record.ffn_dim)
-        dtype = batches[0].hidden.dtype
-        activations = torch.empty(shape, dtype=dtype, device=loaded.device)
-        ffn_outputs = torch.empty(
-            (shape[0], loaded.record.hidden_size if outputs else 0), dtype=dtype, device=loaded.device
-        )
-        stream_energies = torch.empty(shape[0], dtype=torch.float32, device=loaded.device)
-        for index in range(loaded.record.num_layers):
-            for batch in batches:
-                run = run_layer(loaded, index, batch, batch.hidden)
-                batch.hidden = run.output
-                activations.index_copy_(0, batch.rows, batch.real(run.activations))
-                if outputs:
-                    ffn_outputs.index_copy_(0, batch.rows, batch.real(run.ffn_output))
-                stream_energies[batch.rows] = batch.real(run.output).float().square().sum(dim=-1)
-            yield LayerActivations(
-                layer=index,
-                activations=activations,
-                ffn_outputs=ffn_outputs if outputs else None,
-                starts=starts,
-                stream_energies=stream_energies,
-            )
-            advance()
 
 
 def document_starts(documents: Sequence[Document]) -> npt.NDArray[np.int64]:

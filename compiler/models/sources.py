@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class ModelSource:
         """The GGUF file, the first of several; only of a source that has one."""
         assert self.gguf_file is not None
         return Path(self.location) / self.gguf_file
+
+    def absolute(self) -> "ModelSource":
+        """The same for a process whose current folder is another."""
+        return self if self.path is None else replace(self, location=str(Path(self.location).absolute()))
 
     def sha256(self, config: Mapping[str, Any]) -> str:
         """Hash what identifies the model: its files, or for a Hub model its id, revision and config."""

@@ -70,7 +70,8 @@ def _in_use(
 
     def leave(*_: object) -> None:
         if before:
-            assign(before)
+            # A mixture keeps what it is given, which must not be emptied with this.
+            assign(dict(before))
             before.clear()
 
     # First of all that is done to a layer as it is entered, and last as it is left.

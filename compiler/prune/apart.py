@@ -1,87 +1,66 @@
 """Stage `reconstruct` without carrying: each layer is narrowed for itself, on the hidden states of the dense model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from coreinfer.compiler.cache import Cache
-from coreinfer.compiler.models.layerwise import LayerActivations, walk_layers
-from coreinfer.compiler.progress import Advance, Progress
+from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.team.dealing import in_turn
+from coreinfer.compiler.team.passage import WALK
+from coreinfer.compiler.team.team import forget
 
+from .dealt import DealtText, Find, deal_text, find_dense
 from .layer_repair import NarrowInputs, Results, find_results, repair_assignment, store_results
 from .narrow import CLUSTERS
-from .repair import LayerTokens, MixedMoments, overall_moments
-from .rows import Rows, rows_of
-from .sums import AssignmentSums, Sums, find_sums, find_validation, sums_fit, watch_sums
+from .sums import Sums, find_kept, has_sums, keep_sums, known_moments, sums_fit
 
 __all__ = ["narrow_apart"]
 
 
 def narrow_apart(inputs: NarrowInputs, cache: Cache, keys: Sequence[str], progress: Progress) -> list[Results]:
     """Narrow all layers; each one's result is kept in the cache under its key as soon as it is computed."""
-    sums = inputs.sums
-    if sums is None:
-        return _narrow_once(inputs, cache, keys, progress)
-    # Sums that are there have taken their room already.
-    if not all(_has_sums(inputs, sums, layer) for layer in range(len(keys))):
-        if not sums_fit(inputs.loaded, inputs.assignments, sums):
-            return _narrow_once(inputs, cache, keys, progress)
-        _sum(inputs, sums, progress)
-    results = []
-    with progress.stage("reconstruct", len(keys)) as advance, torch.inference_mode():
-        for layer, key in enumerate(keys):
-            found = find_results(inputs, cache, key)
-            results.append(found or store_results(cache, key, _narrow_by(inputs, sums, layer)))
-            advance()
-    return results
-
-
-def _narrow_once(inputs: NarrowInputs, cache: Cache, keys: Sequence[str], progress: Progress) -> list[Results]:
-    """Narrow each layer as soon as the text has run through it, and keep nothing of what was summed."""
+    text = deal_text(inputs.team, inputs.calibration, inputs.validation, inputs.assignments)
+    sums = _sums_of_layers(inputs, text, len(keys), progress)
     results = []
     with progress.stage("reconstruct", len(keys)) as advance:
-        for layer in _walk(inputs, advance):
-            assert layer.ffn_outputs is not None
-            tokens = LayerTokens(activations=layer.activations, targets=layer.ffn_outputs)
-            found: Results = {}
-            for item in inputs.assignments:
-                rows = rows_of(item, layer.starts, inputs.loaded.device)
-                clusters = found.get(CLUSTERS)
-                found[item.name] = repair_assignment(inputs, layer.layer, item.name, rows, tokens, clusters)
-            results.append(store_results(cache, keys[layer.layer], found))
+        for layer, key in enumerate(keys):
+            found = find_results(inputs, cache, key)
+            results.append(found or store_results(cache, key, _narrow_layer(inputs, text, sums, layer)))
+            advance()
+        forget(inputs.team, "reconstruct", WALK)
     return results
 
 
-def _walk(inputs: NarrowInputs, advance: Advance) -> Iterator[LayerActivations]:
-    return walk_layers(inputs.loaded, [*inputs.calibration, *inputs.validation], advance, outputs=True)
+def _sums_of_layers(inputs: NarrowInputs, text: DealtText, num_layers: int, progress: Progress) -> Sums | None:
+    """Where all layers' sums are kept, once they are; None where there is no room, and layers are summed in passing."""
+    sums, names = inputs.sums, [item.name for item in inputs.assignments]
+    # Sums that are there have taken their room already.
+    if sums is None or all(has_sums(sums, names, layer) for layer in range(num_layers)):
+        return sums
+    if not sums_fit(inputs.loaded, inputs.assignments, sums):
+        return None
+    kept = keep_sums(sums, text, inputs.loaded)
+    with progress.stage("sums", num_layers) as advance:
+        for _, asked in in_turn(inputs.team, range(num_layers), partial(kept.keep, inputs.team, "sums")):
+            for waiting in asked:
+                waiting.result()
+            advance()
+        forget(inputs.team, "sums", WALK)
+    return sums
 
 
-def _has_sums(inputs: NarrowInputs, sums: Sums, layer: int) -> bool:
-    device, names = inputs.loaded.device, [item.name for item in inputs.assignments]
-    return all(find_sums(sums, name, layer, device) for name in names)
-
-
-def _sum(inputs: NarrowInputs, sums: Sums, progress: Progress) -> None:
-    watch = watch_sums(sums, inputs.loaded, inputs.assignments)
-    with progress.stage("sums", inputs.loaded.record.num_layers) as advance:
-        for layer in _walk(inputs, advance):
-            watch(layer)
-
-
-def _narrow_by(inputs: NarrowInputs, sums: Sums, layer: int) -> Results:
-    """Narrow one layer for every assignment by its sums."""
-    device, results = inputs.loaded.device, Results()
-    tokens = find_validation(sums, layer, device)
-    for item in inputs.assignments:
-        own = find_sums(sums, item.name, layer, device)
-        assert tokens is not None
-        assert own is not None
-        rows = Rows(validation=own.validation)
-        clusters = results.get(CLUSTERS)
-        results[item.name] = repair_assignment(inputs, layer, item.name, rows, tokens, clusters, _mixed(own))
+def _narrow_layer(inputs: NarrowInputs, text: DealtText, sums: Sums | None, layer: int) -> Results:
+    """Narrow one layer for every assignment, by sums that are kept or by the text itself."""
+    results = Results()
+    with torch.inference_mode():
+        for item in inputs.assignments:
+            finds = _dense_layer(text, item.name, layer) if sums is None else find_kept(sums, text, item.name, layer)
+            known = None if sums is None else known_moments(inputs.team, sums, item.name, layer, item.num_clusters)
+            clusters = results.get(CLUSTERS)
+            results[item.name] = repair_assignment(inputs, layer, item.name, text, finds, clusters, known)
     return results
 
 
-def _mixed(sums: AssignmentSums) -> Iterator[MixedMoments]:
-    overall = overall_moments(sums.moments, sums.counts)
-    for own in sums.moments:
-        yield own, overall
+def _dense_layer(text: DealtText, name: str, layer: int) -> Mapping[int, Find]:
+    return {place: partial(find_dense, text=own, name=name, layer=layer) for place, own in text.texts.items()}

@@ -7,8 +7,10 @@ that of activations no more than one expert's of one batch are in memory.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,10 @@ from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.layerwise import Batch, document_starts, layer_output, prepare_batches
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.team.adding import Arrays, add_arrays, add_up
+from coreinfer.compiler.team.dealing import deal, in_turn
+from coreinfer.compiler.team.passage import WALK, lengths_of, without_text
+from coreinfer.compiler.team.team import Pending, Shared, Team, Worker, forget
 from coreinfer.compiler.text.corpus import Document
 from coreinfer.runtime.engines.torch.mixture import ExpertRun
 
@@ -27,12 +33,15 @@ from .profile import Profile
 
 __all__ = ["expert_budgets", "profile_experts"]
 
+_STAGE = "profile"
+_ENERGIES = "relative_energies"
+
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 
 def profile_experts(
-    loaded: LoadedModel,
+    team: Team,
     documents: Sequence[Document],
     assignments: Mapping[str, Labels],
     cache: Cache,
@@ -50,7 +59,7 @@ def profile_experts(
     lengths = np.array([len(document.token_ids) for document in documents])
 
     def compute() -> dict[str, Any]:
-        return _sums(loaded, documents, {name: np.repeat(own, lengths) for name, own in assignments.items()}, progress)
+        return _sums(team, documents, assignments, progress)
 
     arrays = cache.arrays(key, compute)
     return Profile(
@@ -59,28 +68,79 @@ def profile_experts(
             name: np.bincount(labels, weights=lengths, minlength=int(labels.max()) + 1).astype(np.int64)
             for name, labels in assignments.items()
         },
-        relative_energies=arrays["relative_energies"],
+        relative_energies=arrays[_ENERGIES],
     )
 
 
 def _sums(
-    loaded: LoadedModel, documents: Sequence[Document], labels: Mapping[str, Labels], progress: Progress
+    team: Team, documents: Sequence[Document], assignments: Mapping[str, Labels], progress: Progress
 ) -> dict[str, Any]:
-    """Sum over tokens; `labels` are of each token."""
-    starts, num_layers = document_starts(documents), loaded.record.num_layers
-    found: dict[str, list[Floats]] = {name: [] for name in labels}
-    means: list[Floats] = []
-    with progress.stage("profile", num_layers) as advance, torch.inference_mode():
-        batches = prepare_batches(loaded, documents, starts)
-        for layer in range(num_layers):
-            shares = _layer_shares(loaded, layer, batches, int(starts[-1]))
-            means.append(shares.mean(axis=0))
-            for name, own in labels.items():
-                clusters = range(int(own.max()) + 1)
-                found[name].append(np.stack([shares[own == cluster].sum(axis=0) for cluster in clusters]))
+    """Sum over tokens; the first assignment's clusters stay together where they can."""
+    num_layers, num_clusters = team.loaded.record.num_layers, {n: int(ids.max()) + 1 for n, ids in assignments.items()}
+    texts = {
+        place: team.share(
+            _Text(
+                key=uuid4().hex,
+                documents=without_text([documents[index] for index in ids]),
+                labels={name: labels[ids] for name, labels in assignments.items()},
+                num_clusters=num_clusters,
+            )
+        )
+        for place, ids in deal(lengths_of(documents), team, next(iter(assignments.values()))).items()
+    }
+
+    def ask(layer: int) -> Pending[Arrays]:
+        parts = {place: team.call(place, _STAGE, _layer_sums, text, layer) for place, text in texts.items()}
+        return add_up(team, _STAGE, add_arrays, parts)
+
+    found: list[Arrays] = []
+    with progress.stage(_STAGE, num_layers) as advance:
+        for _, total in in_turn(team, range(num_layers), ask):
+            found.append(total.result())
             advance()
-    statistics = {f"statistic.{name}": np.stack(sums, axis=1) for name, sums in found.items()}
-    return {**statistics, "relative_energies": np.stack(means)}
+        forget(team, _STAGE, WALK)
+    sums = {name: np.stack([layer[name] for layer in found], axis=-2) for name in found[0]}
+    sums[_ENERGIES] /= sum(len(document.token_ids) for document in documents)
+    return sums
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    """One place's documents, and their clusters by each assignment; no other text has its key."""
+
+    key: str
+    documents: Sequence[Document]
+    labels: Mapping[str, Labels]
+    num_clusters: Mapping[str, int]
+
+
+class _Walk:
+    """Documents before a layer."""
+
+    def __init__(self, loaded: LoadedModel, documents: Sequence[Document]) -> None:
+        self.layer, self.starts = 0, document_starts(documents)
+        self.batches = prepare_batches(loaded, documents, self.starts)
+
+
+@torch.inference_mode()
+def _layer_sums(worker: Worker, shared: "Shared[_Text]", layer: int) -> Arrays:
+    """One layer's sums over a place's tokens: of each assignment (clusters, experts), and energies (experts,)."""
+    loaded, text = worker.loaded, shared.value()
+    begin = partial(_Walk, loaded, text.documents)
+    walk = worker.recall(WALK, text.key, begin)
+    if walk.layer > layer:
+        worker.forget(WALK)
+        walk = worker.recall(WALK, text.key, begin)
+    shares: Floats = np.zeros(0, dtype=np.float32)
+    while walk.layer <= layer:
+        shares = _layer_shares(loaded, walk.layer, walk.batches, int(walk.starts[-1]))
+        walk.layer += 1
+    sums: Arrays = {_ENERGIES: shares.sum(axis=0)}
+    for name, labels in text.labels.items():
+        own = np.repeat(labels, np.diff(walk.starts))
+        clusters = range(text.num_clusters[name])
+        sums[f"statistic.{name}"] = np.stack([shares[own == cluster].sum(axis=0) for cluster in clusters])
+    return sums
 
 
 def _layer_shares(loaded: LoadedModel, layer: int, batches: Sequence[Batch], num_tokens: int) -> Floats:

@@ -1,6 +1,6 @@
 """One layer of one assignment: what its repair is asked for, and its result in the cache."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,12 +10,14 @@ from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.quantize.rounding import Rounding
+from coreinfer.compiler.team.team import Pending, Team
 from coreinfer.compiler.text.corpus import Document
 
+from .dealt import DealtText, Find
 from .layer_results import LayerResult, arrays_of, results_of
+from .means import Moments
 from .narrow import Assignment, bf16_bits
-from .repair import CLUSTER_WEIGHTS, RIDGES, LayerTokens, MixedMoments, Repaired, RepairTask, repair_layer
-from .rows import Rows
+from .repair import CLUSTER_WEIGHTS, RIDGES, Repaired, RepairTask, repair_layer
 from .select import Choice
 from .sums import Sums
 
@@ -48,7 +50,7 @@ class NarrowInputs:
     """
 
     config: CompileConfig
-    loaded: LoadedModel
+    team: Team
     calibration: Sequence[Document]
     validation: Sequence[Document]
     assignments: Sequence[Assignment]
@@ -57,6 +59,11 @@ class NarrowInputs:
     metrics: torch.Tensor
     sums: Sums | None = None
     rounding: Rounding | None = None
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model."""
+        return self.team.loaded
 
 
 def find_results(inputs: NarrowInputs, cache: Cache, key: str) -> Results | None:
@@ -75,17 +82,17 @@ def repair_assignment(
     inputs: NarrowInputs,
     layer: int,
     name: str,
-    rows: Rows,
-    tokens: LayerTokens,
+    text: DealtText,
+    finds: Mapping[int, Find],
     clusters: LayerResult | None,
-    moments: Iterable[MixedMoments] | None = None,
+    known: Sequence[Pending[Moments]] | None = None,
 ) -> LayerResult:
     """Narrow one layer for one assignment; a control goes by what the clusters chose for themselves.
 
     Args:
-        rows: of the assignment's clusters, among the tokens.
+        text: all places' text.
+        finds, known: of `repair_layer`.
         clusters: the clusters' result, for a control.
-        moments: of `repair_layer`.
     """
     config = inputs.config
     keeps = [budgets[layer] for budgets in inputs.budgets[name]]
@@ -101,8 +108,8 @@ def repair_assignment(
         ridges, cluster_weights = (clusters.ridge,), (clusters.cluster_weight,)
     by_scores = [layers[layer] for layers in inputs.choices[name].neuron_ids]
     task = RepairTask(
-        calibration=rows.calibration,
-        validation=rows.validation,
+        calibration=text.calibration_tokens[name],
+        validation=text.validation_tokens[name],
         weights=module.weight.detach().float().T.contiguous(),
         bias=None if module.bias is None else module.bias.detach().float(),
         metric=inputs.metrics[layer].to(inputs.loaded.device),
@@ -112,7 +119,7 @@ def repair_assignment(
         ridges=ridges,
         moment_bytes=moment_bytes(config),
     )
-    return _result(repair_layer(tokens, task, moments), has_bias=module.bias is not None)
+    return _result(repair_layer(inputs.team, finds, task, known), has_bias=module.bias is not None)
 
 
 def _repair_weights(config: CompileConfig) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ __all__ = [
     "CLUSTERS",
     "Assignment",
     "Cut",
+    "CutOf",
     "NarrowModel",
     "bf16_bits",
     "choose_all",
@@ -32,6 +33,8 @@ Labels = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint16]
 Cut = Callable[[int, int], dict[str, torch.Tensor]]
 """Layer and cluster -> one layer's FFN, as `narrow_layer` returns it."""
+CutOf = Callable[[LoadedModel], Cut]
+"""Makes a cut for a model where it runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,11 @@ class Assignment:
     calibration: Labels
     validation: Labels
     held_out: Labels
+
+    @property
+    def num_clusters(self) -> int:
+        """How many clusters there are; each has calibration text."""
+        return int(self.calibration.max()) + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +75,18 @@ class NarrowModel:
     biases: list[list[npt.NDArray[np.float32] | None]]
     ridges: tuple[float | None, ...]
     inner: list[list[dict[str, Bits]]] | None = None
+
+    def only(self, cluster: int) -> "NarrowModel":
+        """One cluster of it, which then is number 0: all that has to be sent for its pack to be written."""
+        return NarrowModel(
+            choice=Choice(
+                scores=self.choice.scores[cluster : cluster + 1], neuron_ids=[self.choice.neuron_ids[cluster]]
+            ),
+            downs=[[layer[cluster]] for layer in self.downs],
+            biases=[[layer[cluster]] for layer in self.biases],
+            ridges=self.ridges,
+            inner=None if self.inner is None else [[layer[cluster]] for layer in self.inner],
+        )
 
 
 def choose_all(

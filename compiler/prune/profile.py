@@ -1,27 +1,34 @@
 """Stage `profile`: moments of the FFN activations, per cluster and layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from coreinfer.bundles.statistics import document_statistic
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.models.layerwise import LayerActivations, walk_layers
-from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.models.walking import LayerActivations
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.samples import PROFILE_TOKENS
+from coreinfer.compiler.team.adding import Arrays, add_arrays, add_up
+from coreinfer.compiler.team.dealing import deal, in_turn
+from coreinfer.compiler.team.passage import WALK, Passage, begin_passages, layer_of, lengths_of
+from coreinfer.compiler.team.team import Pending, Shared, Team, Worker, forget
 from coreinfer.compiler.text.corpus import Document
 
-__all__ = ["Profile", "Watch", "profile_model", "spread_over_clusters"]
+if TYPE_CHECKING:
+    from .sums import KeptSums
 
-Watch = Callable[[LayerActivations], None]
-"""Looks at each layer that a text runs through."""
+__all__ = ["Profile", "profile_model", "spread_over_clusters"]
+
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
+_STAGE = "profile"
+_ENERGIES = "relative_energies"
 _LEAST_DOCUMENTS = 8
 
 
@@ -48,14 +55,13 @@ class Profile:
 
 def profile_model(
     config: CompileConfig,
-    loaded: LoadedModel,
+    team: Team,
     documents: Sequence[Document],
     assignments: dict[str, Labels],
     cache: Cache,
     key: str,
     progress: Progress,
-    further: Sequence[Document] = (),
-    watch: Watch | None = None,
+    kept: "KeptSums | None" = None,
 ) -> Profile:
     """Sum up each document's statistic into the cluster that each assignment puts it in.
 
@@ -64,8 +70,8 @@ def profile_model(
     Args:
         documents: calibration text only.
         assignments: name -> (documents,) cluster ids, such as the clusters and a random control; the clusters first.
-        further: documents that are run for the sake of `watch`.
-        watch: also looks at the layers, outputs included, unless the cache has the profile.
+        kept: is made of the same run of the text, unless the cache has the profile; its text are these documents, and
+            validation text.
     """
     num_clusters = {name: int(labels.max()) + 1 for name, labels in assignments.items()}
     if config.effective_removal == "second-order":
@@ -76,14 +82,14 @@ def profile_model(
         assignments = {name: labels[picked] for name, labels in assignments.items()}
 
     def compute() -> dict[str, Any]:
-        return _sums(config, loaded, documents, assignments, num_clusters, further, watch, progress)
+        return _sums(config, team, documents, assignments, num_clusters, kept, progress)
 
     arrays = cache.arrays(key, compute)
     lengths = np.array([len(document.token_ids) for document in documents])
     return Profile(
         statistics={name: arrays[f"statistic.{name}"] for name in assignments},
         num_tokens={name: _count(labels, lengths, num_clusters[name]) for name, labels in assignments.items()},
-        relative_energies=arrays["relative_energies"],
+        relative_energies=arrays[_ENERGIES],
     )
 
 
@@ -110,31 +116,78 @@ def _count(labels: Labels, lengths: npt.NDArray[np.int64], num_clusters: int) ->
 
 def _sums(
     config: CompileConfig,
-    loaded: LoadedModel,
+    team: Team,
     documents: Sequence[Document],
-    assignments: dict[str, Labels],
-    num_clusters: dict[str, int],
-    further: Sequence[Document],
-    watch: Watch | None,
+    assignments: Mapping[str, Labels],
+    num_clusters: Mapping[str, int],
+    kept: "KeptSums | None",
     progress: Progress,
 ) -> dict[str, Any]:
-    num_layers, ffn_dim = loaded.record.num_layers, loaded.record.ffn_dim
-    sums = {name: np.zeros((num_clusters[name], num_layers, ffn_dim), dtype=np.float32) for name in assignments}
-    energies = np.zeros((num_layers, ffn_dim), dtype=np.float32)
-    with progress.stage("profile", num_layers) as advance:
-        for layer in walk_layers(loaded, [*documents, *further], advance, outputs=watch is not None):
-            for index in range(len(documents)):
-                statistic, energy = _statistics(config, layer, index)
-                for name, labels in assignments.items():
-                    sums[name][labels[index], layer.layer] += statistic
-                energies[layer.layer] += energy
-            if watch is not None:
-                watch(layer)
-    energies /= max(1, sum(len(document.token_ids) for document in documents))
-    return {
-        **{f"statistic.{name}": value for name, value in sums.items()},
-        "relative_energies": energies,
+    num_layers = team.loaded.record.num_layers
+    dealt = (
+        deal(lengths_of(documents), team, next(iter(assignments.values()))) if kept is None else kept.text.calibration
+    )
+    own = {place: [documents[index] for index in ids] for place, ids in dealt.items()}
+    passages = begin_passages(team, own) if kept is None else kept.text.passages
+    texts = {
+        place: team.share(
+            _Text(
+                passage=passages[place],
+                labels={name: labels[ids] for name, labels in assignments.items()},
+                num_clusters=num_clusters,
+                config=config,
+            )
+        )
+        for place, ids in dealt.items()
     }
+
+    def ask(layer: int) -> tuple[Pending[Arrays], list[Pending[None]]]:
+        parts = {place: team.call(place, _STAGE, _layer_sums, text, layer) for place, text in texts.items()}
+        total = add_up(team, _STAGE, add_arrays, parts)
+        return total, [] if kept is None else kept.keep(team, _STAGE, layer)
+
+    found: list[Arrays] = []
+    with progress.stage(_STAGE, num_layers) as advance:
+        for _, (total, keeping) in in_turn(team, range(num_layers), ask):
+            found.append(total.result())
+            for waiting in keeping:
+                waiting.result()
+            advance()
+        forget(team, _STAGE, WALK)
+    sums = {name: np.stack([layer[name] for layer in found], axis=-2) for name in found[0]}
+    sums[_ENERGIES] /= max(1, sum(len(document.token_ids) for document in documents))
+    return sums
+
+
+@torch.inference_mode()
+def _layer_sums(worker: Worker, shared: "Shared[_Text]", layer: int) -> Arrays:
+    """One layer's sums over a place's documents: of each assignment (clusters, ffn_dim), and energies (ffn_dim,)."""
+    text, ffn_dim = shared.value(), worker.loaded.record.ffn_dim
+    run = layer_of(worker, text.passage, layer)
+    sums = {name: np.zeros((text.num_clusters[name], ffn_dim), dtype=np.float32) for name in text.labels}
+    energies = np.zeros(ffn_dim, dtype=np.float32)
+    for index in range(len(next(iter(text.labels.values())))):
+        statistic, energy = _statistics(text.config, run, index)
+        for name, labels in text.labels.items():
+            sums[name][labels[index]] += statistic
+        energies += energy
+    return {**{f"statistic.{name}": value for name, value in sums.items()}, _ENERGIES: energies}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    """One place's part of the calibration text.
+
+    Attributes:
+        passage: its documents come first there.
+        labels: assignment name -> cluster ids of these documents.
+        num_clusters: assignment name -> clusters in all.
+    """
+
+    passage: Shared[Passage]
+    labels: Mapping[str, Labels]
+    num_clusters: Mapping[str, int]
+    config: CompileConfig
 
 
 def _statistics(config: CompileConfig, layer: LayerActivations, index: int) -> tuple[Floats, Floats]:

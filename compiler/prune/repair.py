@@ -6,28 +6,21 @@ falls back to the model's own weights where data is thin. Where the family's dow
 centred and the bias takes up the difference of the means.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from coreinfer.compiler.team.dealing import home, in_turn
+from coreinfer.compiler.team.team import Pending, Shared, Team, Worker
 
-from .products import add_products, mirror
+from .dealt import Find, LayerTokens, TokenCounts
+from .means import Moments, ask_moments, ask_overall, weighted_sum
 from .removal import System, remove_neurons, solve
 
-__all__ = [
-    "CLUSTER_WEIGHTS",
-    "RIDGES",
-    "LayerTokens",
-    "MixedMoments",
-    "Moments",
-    "RepairTask",
-    "Repaired",
-    "mean_moments",
-    "overall_moments",
-    "repair_layer",
-]
+__all__ = ["CLUSTER_WEIGHTS", "RIDGES", "RepairTask", "Repaired", "repair_layer"]
 
 RIDGES = (1e-3, 1e-2, 1e-1)
 """Candidates for "auto", relative to the mean diagonal of the Gram matrix; no repair is the last candidate."""
@@ -35,25 +28,13 @@ CLUSTER_WEIGHTS = (0.3, 0.6)
 """Candidates for "auto"; the first is best for little text, the second for 40,000 tokens per cluster."""
 _REMOVAL_RIDGE = 1e-2
 _TOKEN_CHUNK = 8192
+_STAGE = "reconstruct"
 
 Ids = npt.NDArray[np.int32]
 Solutions = list[tuple[torch.Tensor, torch.Tensor]]
-"""A (kept, hidden size) down projection, transposed, and its (hidden size,) bias for each cluster."""
-MixedMoments = tuple["Moments", "Moments | None"]
-"""A cluster's moments, and those of all text; None for the latter where there is one cluster."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerTokens:
-    """What one layer's FFN sees and should put out, token by token.
-
-    Attributes:
-        activations: (tokens, ffn_dim), input of the down projection.
-        targets: (tokens, hidden size), the wanted output of the down projection, bias included.
-    """
-
-    activations: torch.Tensor
-    targets: torch.Tensor
+"""A (kept, hidden size) down projection, transposed, and its (hidden size,) bias for each ridge or cluster."""
+Costs = list[list[list[float]]]
+"""Of one cluster: costs[chunk of tokens][cluster weight][ridge]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +42,7 @@ class RepairTask:
     """One assignment's clusters in one layer.
 
     Attributes:
-        calibration, validation: rows of each cluster's tokens.
+        calibration, validation: tokens of each cluster at each place, of the latter those that are read narrow.
         weights: (ffn_dim, hidden size) float32, the down projection transposed.
         bias: (hidden size,) float32, None where the family has none.
         metric: (hidden size, hidden size) what output errors cost.
@@ -69,11 +50,11 @@ class RepairTask:
         neuron_ids: the neurons of each cluster; None to remove by second order.
         cluster_weights: candidates for the weight of the cluster's moments against those of all text.
         ridges: candidates; None among them stands for no repair.
-        moment_bytes: moments of all clusters are held in memory up to this size, and summed twice beyond it.
+        moment_bytes: each worker holds moments in memory up to this size; beyond it they are summed twice.
     """
 
-    calibration: Sequence[torch.Tensor]
-    validation: Sequence[torch.Tensor]
+    calibration: TokenCounts
+    validation: TokenCounts
     weights: torch.Tensor
     bias: torch.Tensor | None
     metric: torch.Tensor
@@ -102,74 +83,110 @@ class Repaired:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moments:
-    """Means over tokens of h h^T, h y^T, h and y; the last two only where the down projection has a bias."""
+class _Solved:
+    """One cluster's neurons, and its solutions for each ridge, by one cluster weight."""
 
-    gram: torch.Tensor
-    cross: torch.Tensor
-    mean_activation: torch.Tensor
-    mean_target: torch.Tensor
-
-    def parts(self) -> tuple[torch.Tensor, ...]:
-        """All of them."""
-        return self.gram, self.cross, self.mean_activation, self.mean_target
+    neuron_ids: Ids
+    solutions: Solutions
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Attempt:
-    """One cluster weight's neurons, and for each ridge its solutions, as far as the clusters are through."""
-
-    cluster_weight: float
-    neuron_ids: list[Ids]
-    candidates: list[Solutions]
+_Pending = Pending[list[_Solved]]
 
 
-def repair_layer(tokens: LayerTokens, task: RepairTask, moments: Iterable[MixedMoments] | None = None) -> Repaired:
+def repair_layer(
+    team: Team, finds: Mapping[int, Find], task: RepairTask, known: Sequence[Pending[Moments]] | None = None
+) -> Repaired:
     """Choose and refit one layer's neurons for every cluster, with one cluster weight and one ridge for all of them.
-
-    Args:
-        moments: each cluster's, and those of all text, where they are known; None to sum them over the tokens.
 
     Both are the candidates with the lowest cost on the validation tokens; no repair at all is a candidate of "auto", so
     that a repair which other text rejects is never shipped. Without validation tokens they are the first.
+
+    Args:
+        finds: place -> finds the layer's tokens there.
+        known: each cluster's moments, where they are known; None to sum them over the tokens.
     """
-    attempts = [
-        _Attempt(cluster_weight=weight, neuron_ids=[], candidates=[[] for _ in task.ridges])
-        for weight in task.cluster_weights
-    ]
-    for cluster, (own, overall) in enumerate(_moments(tokens, task) if moments is None else moments):
-        for attempt in attempts:
-            weight = attempt.cluster_weight
-            mixed = own if overall is None else _weighted_sum([own, overall], [weight, 1 - weight])
-            _solve_cluster(attempt, mixed, task, cluster)
-    return _best(tokens, task, attempts)
-
-
-def _solve_cluster(attempt: _Attempt, mixed: Moments, task: RepairTask, cluster: int) -> None:
-    """Add the next cluster's neurons and solutions to an attempt."""
-    system = _system(mixed, task)
-    if task.neuron_ids is None:
-        attempt.neuron_ids.append(remove_neurons(system, task.metric, keep=task.keeps[cluster]).neuron_ids)
-    else:
-        attempt.neuron_ids.append(task.neuron_ids[cluster])
-    solutions = _solutions(system, mixed, task, attempt.neuron_ids[-1])
-    for found, solution in zip(attempt.candidates, solutions, strict=True):
-        found.append(solution)
-
-
-def _best(tokens: LayerTokens, task: RepairTask, attempts: Sequence[_Attempt]) -> Repaired:
-    """Take the attempt and the ridge that validation text likes best."""
-    best, ridge = attempts[0], 0
-    if len(attempts) * len(task.ridges) > 1 and any(len(rows) for rows in task.validation):
-        costs = [_validation_costs(tokens, task, item.neuron_ids, item.candidates) for item in attempts]
-        number = min(range(len(attempts)), key=lambda index: min(costs[index]))
-        best, ridge = attempts[number], min(range(len(task.ridges)), key=costs[number].__getitem__)
+    shared = team.share(task)
+    solved = _solve_clusters(team, finds, task, shared, known)
+    weight, ridge = _best(team, finds, task, shared, solved)
+    chosen = [team.call(home(team, c), _STAGE, _choose, one, weight, ridge) for c, one in enumerate(solved)]
+    found = [waiting.result() for waiting in chosen]
     return Repaired(
-        neuron_ids=best.neuron_ids,
-        solutions=best.candidates[ridge],
+        neuron_ids=[ids for ids, _ in found],
+        solutions=[solution for _, solution in found],
         ridge=task.ridges[ridge],
-        cluster_weight=best.cluster_weight,
+        cluster_weight=task.cluster_weights[weight],
     )
+
+
+def _solve_clusters(
+    team: Team,
+    finds: Mapping[int, Find],
+    task: RepairTask,
+    shared: Shared[RepairTask],
+    known: Sequence[Pending[Moments]] | None,
+) -> list[_Pending]:
+    """Solve each cluster at its home, as soon as its moments are there."""
+    centred, num_values = task.bias is not None, task.weights.shape[0] * sum(task.weights.shape)
+    own = partial(ask_moments, team, _STAGE, finds, task.calibration, centred=centred)
+    clusters = range(len(task.keeps))
+    if known is None and len(clusters) * num_values * 4 <= task.moment_bytes * team.size:
+        known = [own(cluster) for cluster in clusters]
+    overall = ask_overall(team, _STAGE, finds, task.calibration, known, centred=centred)
+
+    def ask(cluster: int) -> _Pending:
+        moments = own(cluster) if known is None else known[cluster]
+        return team.call(home(team, cluster), _STAGE, _solve_cluster, shared, cluster, moments, overall)
+
+    solved = []
+    for _, one in in_turn(team, clusters, ask):
+        # Not all at once: moments that are summed twice would all be there before the first is used.
+        one.wait()
+        solved.append(one)
+    return solved
+
+
+@torch.inference_mode()
+def _solve_cluster(
+    _worker: Worker, shared: Shared[RepairTask], cluster: int, own: Moments, overall: Moments | None
+) -> list[_Solved]:
+    """One cluster's neurons and solutions for each cluster weight."""
+    task, found = shared.value(), []
+    for weight in task.cluster_weights:
+        mixed = own if overall is None else weighted_sum([own, overall], [weight, 1 - weight])
+        system = _system(mixed, task)
+        if task.neuron_ids is None:
+            neuron_ids = remove_neurons(system, task.metric, keep=task.keeps[cluster]).neuron_ids
+        else:
+            neuron_ids = task.neuron_ids[cluster]
+        found.append(_Solved(neuron_ids=neuron_ids, solutions=_solutions(system, mixed, task, neuron_ids)))
+    return found
+
+
+def _choose(
+    _worker: Worker, solved: list[_Solved], weight: int, ridge: int
+) -> tuple[Ids, tuple[torch.Tensor, torch.Tensor]]:
+    return solved[weight].neuron_ids, solved[weight].solutions[ridge]
+
+
+def _best(
+    team: Team, finds: Mapping[int, Find], task: RepairTask, shared: Shared[RepairTask], solved: Sequence[_Pending]
+) -> tuple[int, int]:
+    """Numbers of the cluster weight and of the ridge that validation text likes best."""
+    shape = (len(task.cluster_weights), len(task.ridges))
+    if shape == (1, 1) or not any(task.validation):
+        return 0, 0
+    asked = {
+        (cluster, place): team.call(place, _STAGE, _validation_costs, finds[place], shared, cluster, solved[cluster])
+        for cluster, places in enumerate(task.validation)
+        for place in places
+    }
+    totals = np.zeros(shape)
+    for waiting in asked.values():
+        for chunk in waiting.result():
+            totals += np.array(chunk)
+    costs = totals.tolist()
+    weight = min(range(len(costs)), key=lambda number: min(costs[number]))
+    return weight, min(range(len(task.ridges)), key=costs[weight].__getitem__)
 
 
 def _system(moments: Moments, task: RepairTask) -> System:
@@ -199,87 +216,22 @@ def _solutions(system: System, moments: Moments, task: RepairTask, neuron_ids: I
     return solutions
 
 
-def _moments(tokens: LayerTokens, task: RepairTask) -> Iterator[MixedMoments]:
-    """Each cluster's moments, one at a time, and those of all text; None for the latter where there is one cluster."""
-    centred = task.bias is not None
-    if len(task.calibration) == 1:
-        yield mean_moments(tokens, task.calibration[0], centred=centred), None
-        return
-    num_values = task.weights.shape[0] * (task.weights.shape[0] + task.weights.shape[1])
-    own: Iterable[Moments]
-    if len(task.calibration) * num_values * 4 > task.moment_bytes:
-        overall = mean_moments(tokens, torch.cat([*task.calibration]), centred=centred)
-        own = (mean_moments(tokens, rows, centred=centred) for rows in task.calibration)
-    else:
-        own = [mean_moments(tokens, rows, centred=centred) for rows in task.calibration]
-        counts = [len(rows) for rows in task.calibration]
-        overall = _weighted_sum(own, [count / sum(counts) for count in counts])
-    for moments in own:
-        yield moments, overall
-
-
-def overall_moments(own: Sequence[Moments], counts: Sequence[int]) -> Moments | None:
-    """Moments of all text from those of its clusters; None where there is one cluster.
-
-    Args:
-        counts: tokens of each cluster.
-    """
-    return None if len(own) == 1 else _weighted_sum(own, [count / sum(counts) for count in counts])
-
-
-def _weighted_sum(moments: Sequence[Moments], weights: Sequence[float]) -> Moments:
-    columns = zip(*(item.parts() for item in moments), strict=True)
-    sums = [
-        torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum(dim=0)
-        if parts[0].ndim == 1
-        else _accumulate(parts, weights)
-        for parts in columns
-    ]
-    return Moments(gram=sums[0], cross=sums[1], mean_activation=sums[2], mean_target=sums[3])
-
-
-def _accumulate(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    total = torch.zeros_like(parts[0])
-    for part, weight in zip(parts, weights, strict=True):
-        total.add_(part, alpha=weight)
-    return total
-
-
-def mean_moments(tokens: LayerTokens, rows: torch.Tensor, *, centred: bool) -> Moments:
-    """Moments of some tokens; means are left at 0 where nothing is centred."""
-    ffn_dim, hidden_size = tokens.activations.shape[1], tokens.targets.shape[1]
-    device, count = tokens.activations.device, max(1, len(rows))
-    sums = Moments(
-        gram=torch.zeros((ffn_dim, ffn_dim), device=device),
-        cross=torch.zeros((ffn_dim, hidden_size), device=device),
-        mean_activation=torch.zeros(ffn_dim, device=device),
-        mean_target=torch.zeros(hidden_size, device=device),
-    )
-    add_products(sums.gram, sums.cross, tokens.activations, tokens.targets, rows)
-    mirror(sums.gram)
-    if centred:
-        for part in rows.split(_TOKEN_CHUNK):
-            sums.mean_activation.add_(tokens.activations[part].float().sum(dim=0))
-            sums.mean_target.add_(tokens.targets[part].float().sum(dim=0))
-    for total in sums.parts():
-        total.div_(count)
-    return sums
-
-
+@torch.inference_mode()
 def _validation_costs(
-    tokens: LayerTokens, task: RepairTask, neuron_ids: Sequence[Ids], candidates: Sequence[Solutions]
-) -> list[float]:
-    """What each candidate's output errors on the validation tokens cost."""
-    costs = [0.0] * len(candidates)
-    for cluster, (rows, ids) in enumerate(zip(task.validation, neuron_ids, strict=True)):
-        index = torch.from_numpy(ids).long().to(task.weights.device)
-        for part in rows.split(_TOKEN_CHUNK):
-            kept, target = (
-                tokens.activations.index_select(0, part).index_select(1, index).float(),
-                tokens.targets[part].float(),
-            )
-            for number, solutions in enumerate(candidates):
-                down, bias = solutions[cluster]
-                errors = target - bias - kept @ down
-                costs[number] += float(((errors @ task.metric) * errors).sum())
+    worker: Worker, find: Find, shared: Shared[RepairTask], cluster: int, solved: Sequence[_Solved]
+) -> Costs:
+    """What each candidate's output errors on a place's validation tokens of a cluster cost."""
+    seen, task = find(worker), shared.value()
+    return [_chunk_costs(seen.tokens, rows, task, solved) for rows in seen.rows.validation[cluster].split(_TOKEN_CHUNK)]
+
+
+def _chunk_costs(
+    tokens: LayerTokens, rows: torch.Tensor, task: RepairTask, solved: Sequence[_Solved]
+) -> list[list[float]]:
+    costs, target = [], tokens.targets[rows].float()
+    for one in solved:
+        index = torch.from_numpy(one.neuron_ids).long().to(task.weights.device)
+        kept = tokens.activations.index_select(0, rows).index_select(1, index).float()
+        errors = (target - bias - kept @ down for down, bias in one.solutions)
+        costs.append([float(((error @ task.metric) * error).sum()) for error in errors])
     return costs

@@ -8,11 +8,23 @@ import numpy.typing as npt
 import torch
 from coreinfer.compiler.text.corpus import split_point
 
-from .narrow import Assignment
-
-__all__ = ["Rows", "narrow_tokens", "rows_of"]
+__all__ = ["Labels", "Rows", "narrow_tokens", "rows_of"]
 
 Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """Clusters of some documents, by one assignment.
+
+    Attributes:
+        calibration, validation: (documents,) cluster ids.
+        num_clusters: of the assignment, of which these documents may lack some.
+    """
+
+    calibration: npt.NDArray[np.int64]
+    validation: npt.NDArray[np.int64]
+    num_clusters: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +51,16 @@ def narrow_tokens(starts: npt.NDArray[np.int64]) -> Bools:
     return np.concatenate([np.arange(length) >= split_point(int(length)) for length in np.diff(starts)])
 
 
-def rows_of(item: Assignment, starts: npt.NDArray[np.int64], device: torch.device) -> Rows:
+def rows_of(labels: Labels, starts: npt.NDArray[np.int64], device: torch.device) -> Rows:
     """Find the rows of an assignment's clusters.
 
     Args:
         starts: where the tokens of each document begin, those of the validation text last.
     """
-    labels = np.repeat(np.concatenate([item.calibration, item.validation]), np.diff(starts))
-    is_calibration = np.arange(starts[-1]) < starts[len(item.calibration)]
+    of_tokens = np.repeat(np.concatenate([labels.calibration, labels.validation]), np.diff(starts))
+    is_calibration = np.arange(starts[-1]) < starts[len(labels.calibration)]
     is_narrow = narrow_tokens(starts)
-    clusters = [labels == cluster for cluster in range(int(item.calibration.max()) + 1)]
+    clusters = [of_tokens == cluster for cluster in range(labels.num_clusters)]
 
     def rows(chosen: Bools) -> list[torch.Tensor]:
         return [torch.from_numpy((own & chosen).nonzero()[0]).to(device) for own in clusters]

@@ -22,11 +22,15 @@ from coreinfer.compiler.models.layerwise import (
     head_logits,
     prepare_batches,
     run_layer,
-    walk_layers,
 )
 from coreinfer.compiler.models.load import LoadedModel
-from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.progress import Advance, Progress
 from coreinfer.compiler.samples import CURVE_TOKENS, FISHER_TOKENS
+from coreinfer.compiler.team.adding import add_up
+from coreinfer.compiler.team.dealing import deal, home, in_turn
+from coreinfer.compiler.team.passage import WALK, Passage, begin_passages, layer_of, lengths_of, without_text
+from coreinfer.compiler.team.steps import Steps
+from coreinfer.compiler.team.team import Pending, Shared, Team, Worker, forget
 from coreinfer.compiler.text.corpus import SAMPLING, Document, spread_sample
 
 from .products import gram_matrix
@@ -36,6 +40,7 @@ __all__ = ["fisher_matrices", "output_metrics", "removal_curves"]
 
 Floats = npt.NDArray[np.float32]
 
+_STAGE, _CURVES = "sensitivity", "curves"
 _BATCH_TOKENS = 1024
 """Of which the hidden states between all layers are in memory."""
 _CURVE_RIDGE = 1e-2
@@ -44,7 +49,7 @@ _DAMPING = 0.05
 
 
 def fisher_matrices(
-    loaded: LoadedModel, documents: Sequence[Document], cache: Cache, key: str, progress: Progress, *, seed: int
+    team: Team, documents: Sequence[Document], cache: Cache, key: str, progress: Progress, *, seed: int
 ) -> torch.Tensor:
     """Fisher matrices of the FFN outputs, damped.
 
@@ -57,7 +62,7 @@ def fisher_matrices(
     sample = spread_sample(documents, FISHER_TOKENS)
 
     def compute() -> dict[str, Any]:
-        return {"fisher": _fisher_sums(loaded, sample, progress, seed=seed).cpu().numpy()}
+        return {"fisher": _fisher_sums(team, sample, progress, seed=seed).cpu().numpy()}
 
     fisher = torch.from_numpy(cache.arrays(key, compute)["fisher"])
     damping = _DAMPING * fisher.diagonal(dim1=1, dim2=2).mean(dim=1)
@@ -67,7 +72,7 @@ def fisher_matrices(
 def output_metrics(
     config: CompileConfig,
     keep: float,
-    loaded: LoadedModel,
+    team: Team,
     documents: Sequence[Document],
     cache: Cache,
     key: str,
@@ -76,30 +81,67 @@ def output_metrics(
     """What errors in the FFN outputs cost: Fisher matrices where anything asks for them, else identities."""
     if keep < 1 and weighs_errors(config):
         fisher_key = stage_key("fisher", upstream=key, sampling=SAMPLING, draw="sums")
-        return fisher_matrices(loaded, documents, cache, fisher_key, progress, seed=config.seed)
-    return torch.eye(loaded.record.hidden_size).expand(loaded.record.num_layers, -1, -1)
+        return fisher_matrices(team, documents, cache, fisher_key, progress, seed=config.seed)
+    record = team.loaded.record
+    return torch.eye(record.hidden_size).expand(record.num_layers, -1, -1)
 
 
-def _fisher_sums(loaded: LoadedModel, documents: Sequence[Document], progress: Progress, *, seed: int) -> torch.Tensor:
-    size = loaded.record.hidden_size
+def _fisher_sums(team: Team, documents: Sequence[Document], progress: Progress, *, seed: int) -> torch.Tensor:
+    chances, dealt = _chances(documents, team.loaded.device, seed), deal(lengths_of(documents), team)
+    with progress.stage(_STAGE, len(documents)) as advance:
+        parts, steps = {}, Steps(advance)
+        for place, ids in dealt.items():
+            own = without_text([documents[index] for index in ids])
+            parts[place] = team.call(place, _STAGE, _place_sums, own, [chances[index] for index in ids], steps)
+        sums, num_tokens = add_up(team, _STAGE, _add_sums, parts).result()
+        steps.reach(len(documents))
+    return sums / max(1, num_tokens)
+
+
+def _chances(documents: Sequence[Document], device: torch.device, seed: int) -> list[torch.Tensor]:
+    """Draw what decides on each token: (tokens, 1) of each document, whoever runs it and with which others.
+
+    Documents take their turn by length, as `prepare_batches` has them.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+    lengths = [len(document.token_ids) for document in documents]
+    drawn = {
+        index: torch.rand((lengths[index], 1), generator=generator, device=device)
+        for index in sorted(range(len(documents)), key=lengths.__getitem__)
+    }
+    return [drawn[index] for index in range(len(documents))]
+
+
+def _place_sums(
+    worker: Worker, documents: Sequence[Document], chances: Sequence[torch.Tensor], advance: Advance
+) -> tuple[torch.Tensor, int]:
+    """Sums of g g^T over a place's documents, (layers, hidden size, hidden size), and over how many tokens."""
+    loaded, size = worker.loaded, worker.loaded.record.hidden_size
     sums = torch.zeros((loaded.record.num_layers, size, size), device=loaded.device)
-    generator = torch.Generator(device=loaded.device).manual_seed(seed)
     starts, num_tokens = document_starts(documents), 0
-    with progress.stage("sensitivity", len(documents)) as advance, _parameters_fixed(loaded), torch.no_grad():
+    order = iter(sorted(range(len(documents)), key=lambda index: len(documents[index].token_ids)))
+    with _parameters_fixed(loaded), torch.no_grad():
         for batch in prepare_batches(loaded, documents, starts, batch_tokens=_BATCH_TOKENS):
             # The first token, which often only serves as an attention sink, would hide all others.
             counted = batch.mask.clone()
             counted[:, 0] = False
-            for layer, gradient in _output_gradients(loaded, batch, generator):
+            own = [chances[next(order)] for _ in range(len(batch.mask))]
+            for layer, gradient in _output_gradients(loaded, batch, own):
                 gradients = gradient[counted].float()
                 sums[layer] += gradients.T @ gradients
             num_tokens += int(counted.sum())
             advance(len(batch.mask))
-    return sums / max(1, num_tokens)
+    return sums, num_tokens
+
+
+def _add_sums(
+    _worker: Worker, first: tuple[torch.Tensor, int], second: tuple[torch.Tensor, int]
+) -> tuple[torch.Tensor, int]:
+    return first[0] + second[0], first[1] + second[1]
 
 
 def _output_gradients(
-    loaded: LoadedModel, batch: Batch, generator: torch.Generator
+    loaded: LoadedModel, batch: Batch, chances: Sequence[torch.Tensor]
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Go back through the layers one at a time, so that no more than one layer's weights are wanted at once.
 
@@ -109,33 +151,35 @@ def _output_gradients(
     entering = [batch.hidden]
     for layer in range(loaded.record.num_layers):
         entering.append(run_layer(loaded, layer, batch, entering[-1]).output)
-    gradient = _head_gradient(loaded, batch, entering.pop(), generator)
+    gradient = _head_gradient(loaded, batch, entering.pop(), chances)
     for layer in reversed(range(loaded.record.num_layers)):
         of_output, gradient = _layer_gradients(loaded, layer, batch, entering.pop(), gradient)
         yield layer, of_output
 
 
-def _head_gradient(loaded: LoadedModel, batch: Batch, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _head_gradient(
+    loaded: LoadedModel, batch: Batch, hidden: torch.Tensor, chances: Sequence[torch.Tensor]
+) -> torch.Tensor:
     """Gradient of -log p(y), y drawn from the model, by what leaves the layers; one document after another."""
     gradient = torch.zeros_like(hidden)
     for row, length in enumerate(batch.mask.sum(dim=1).tolist()):
         leaf = hidden[row : row + 1, :length].detach().requires_grad_()
         with torch.enable_grad():
             log_p = head_logits(loaded, batch.token_ids[row : row + 1, :length], leaf)[0].float().log_softmax(dim=-1)
-            drawn = _draw(log_p.detach(), generator)
+            drawn = _draw(log_p.detach(), chances[row])
             (gradient[row : row + 1, :length],) = torch.autograd.grad(-log_p.gather(1, drawn).sum(), leaf)
     return gradient
 
 
-def _draw(log_p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _draw(log_p: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
     """Draw a token of each of (tokens, vocabulary) distributions: (tokens, 1).
 
-    By one random number a distribution; `torch.multinomial` takes one for each entry of the vocabulary.
+    Args:
+        chances: (tokens, 1) random numbers in [0, 1); `torch.multinomial` takes one for each entry of the vocabulary.
     """
     sums = log_p.exp().cumsum(dim=-1)
-    chances = torch.rand((len(sums), 1), generator=generator, device=sums.device) * sums[:, -1:]
     # Rounding could put a chance on the last sum itself.
-    return torch.searchsorted(sums, chances, right=True).clamp_max(sums.shape[1] - 1)
+    return torch.searchsorted(sums, chances * sums[:, -1:], right=True).clamp_max(sums.shape[1] - 1)
 
 
 def _layer_gradients(
@@ -168,7 +212,7 @@ def _parameters_fixed(loaded: LoadedModel) -> Iterator[None]:
 
 
 def removal_curves(
-    loaded: LoadedModel,
+    team: Team,
     documents: Sequence[Document],
     fisher: torch.Tensor,
     cache: Cache,
@@ -183,14 +227,45 @@ def removal_curves(
     sample = spread_sample(documents, CURVE_TOKENS)
 
     def compute() -> dict[str, Any]:
-        curves = []
-        with progress.stage("curves", loaded.record.num_layers) as advance:
-            for layer in walk_layers(loaded, sample, advance):
-                weights = loaded.projection(layer.layer, "down").weight.detach().float().T.contiguous()
-                gram = gram_matrix(layer.activations) / max(1, len(layer.activations))
-                system = System(gram=gram, cross=gram @ weights, own=weights, ridge=_CURVE_RIDGE)
-                metric = fisher[layer.layer].to(weights.device)
-                curves.append(0.5 * remove_neurons(system, metric, keep=min(BLOCK, len(gram)), step=BLOCK).losses)
-        return {"curves": np.stack(curves).astype(np.float32)}
+        return {"curves": np.stack(_curves(team, sample, fisher, progress)).astype(np.float32)}
 
     return cache.arrays(key, compute)["curves"]
+
+
+def _curves(team: Team, sample: Sequence[Document], fisher: torch.Tensor, progress: Progress) -> list[Any]:
+    num_layers, num_tokens = team.loaded.record.num_layers, sum(len(document.token_ids) for document in sample)
+    dealt = deal(lengths_of(sample), team)
+    passages = begin_passages(team, {place: [sample[index] for index in ids] for place, ids in dealt.items()})
+
+    def ask(layer: int) -> Pending[Any]:
+        parts = {place: team.call(place, _CURVES, _gram, own, layer, num_tokens) for place, own in passages.items()}
+        total = add_up(team, _CURVES, _add, parts)
+        return team.call(home(team, layer), _CURVES, _curve, layer, total, fisher[layer])
+
+    with progress.stage(_CURVES, num_layers) as advance:
+        curves = []
+        for _, curve in in_turn(team, range(num_layers), ask):
+            curves.append(curve.result())
+            advance()
+        forget(team, _CURVES, WALK)
+    return curves
+
+
+@torch.inference_mode()
+def _gram(worker: Worker, passage: Shared[Passage], layer: int, num_tokens: int) -> torch.Tensor:
+    """A place's part of a layer's mean Gram matrix."""
+    return gram_matrix(layer_of(worker, passage, layer).activations) / max(1, num_tokens)
+
+
+@torch.inference_mode()
+def _add(_worker: Worker, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return first + second
+
+
+@torch.inference_mode()
+def _curve(worker: Worker, layer: int, gram: torch.Tensor, fisher: torch.Tensor) -> npt.NDArray[np.float64]:
+    """What removing more and more of a layer's neurons costs."""
+    weights = worker.loaded.projection(layer, "down").weight.detach().float().T.contiguous()
+    system = System(gram=gram, cross=gram @ weights, own=weights, ridge=_CURVE_RIDGE)
+    metric = fisher.to(weights.device)
+    return 0.5 * remove_neurons(system, metric, keep=min(BLOCK, len(gram)), step=BLOCK).losses

@@ -24,9 +24,8 @@ from coreinfer.compiler.models.layerwise import (
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.text.corpus import Document
 
-from .narrow import Assignment
-from .repair import LayerTokens
-from .rows import Rows, narrow_tokens, rows_of
+from .dealt import LayerTokens
+from .rows import Rows, narrow_tokens
 
 __all__ = ["Part", "Reading", "Stream", "Text", "begin_stream", "begin_text", "move", "read_dense", "read_narrow"]
 
@@ -80,11 +79,12 @@ class Stream:
     """One assignment's narrow model on its way through the layers.
 
     Attributes:
+        name: of the assignment.
         rows: of each cluster's tokens.
         hidden: of each part, (its tokens that are read narrow, hidden size); all others are the dense model's.
     """
 
-    item: Assignment
+    name: str
     rows: Rows
     hidden: list[torch.Tensor]
 
@@ -128,13 +128,9 @@ def _part(batch: Batch, is_narrow: torch.Tensor) -> Part:
     )
 
 
-def begin_stream(item: Assignment, text: Text) -> Stream:
+def begin_stream(name: str, rows: Rows, text: Text) -> Stream:
     """Let an assignment's stream begin with the dense hidden states."""
-    return Stream(
-        item=item,
-        rows=rows_of(item, text.starts, text.parts[0].batch.hidden.device),
-        hidden=[pick(part.batch.hidden, part.places) for part in text.parts],
-    )
+    return Stream(name=name, rows=rows, hidden=[pick(part.batch.hidden, part.places) for part in text.parts])
 
 
 def read_dense(loaded: LoadedModel, layer: int, part: Part, tokens: LayerTokens, *, begins: bool) -> Reading:

@@ -13,22 +13,22 @@ import numpy as np
 import torch
 from coreinfer.bundles.writer import existing_parent
 from coreinfer.compiler.cache import Cache, stage_key
-from coreinfer.compiler.models.layerwise import LayerActivations
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.samples import SUMS_BYTES
+from coreinfer.compiler.team.dealing import home
+from coreinfer.compiler.team.team import Pending, Shared, Team, Worker
 
+from .dealt import DealtText, Find, LayerTokens, PlaceText, Seen, find_dense
+from .means import Moments, ask_moments
 from .narrow import Assignment
-from .profile import Watch
-from .repair import LayerTokens, Moments, mean_moments
-from .rows import Rows, rows_of
+from .rows import Rows
 
-__all__ = ["AssignmentSums", "Sums", "find_sums", "find_validation", "sums_fit", "watch_sums"]
+__all__ = ["KeptSums", "Sums", "find_kept", "has_sums", "keep_sums", "known_moments", "sums_fit"]
 
 _FREE_SHARE = 0.5
 """Of the disk's free space, what sums may take."""
 _PARTS = ("gram", "cross", "mean_activation", "mean_target")
-
-_Arrays = Mapping[str, np.ndarray[Any, Any]]
+_STAGE = "reconstruct"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,59 +44,72 @@ class Sums:
     key: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class AssignmentSums:
-    """One layer's sums for one assignment.
-
-    Attributes:
-        moments: of each cluster.
-        counts: tokens of each cluster.
-        validation: of each cluster, rows of the tokens of `find_validation`.
-    """
-
-    moments: Sequence[Moments]
-    counts: Sequence[int]
-    validation: Sequence[torch.Tensor]
-
-
 def sums_fit(loaded: LoadedModel, assignments: Sequence[Assignment], sums: Sums) -> bool:
     """Whether there is room for all layers' sums on the disk of the scratch folder."""
     record, folder = loaded.record, sums.cache.folder
     if folder is None:
         return False
-    num_clusters = sum(int(item.calibration.max()) + 1 for item in assignments)
+    num_clusters = sum(item.num_clusters for item in assignments)
     needed = 4 * record.num_layers * num_clusters * record.ffn_dim * (record.ffn_dim + record.hidden_size)
     return needed <= min(SUMS_BYTES, _FREE_SHARE * shutil.disk_usage(existing_parent(folder)).free)
 
 
-def watch_sums(sums: Sums, loaded: LoadedModel, assignments: Sequence[Assignment]) -> Watch:
-    """Sum and keep each layer that the text runs through, calibration text first, then validation text."""
-    return partial(_keep_layer, sums, loaded, assignments)
+@dataclass(frozen=True, kw_only=True)
+class KeptSums:
+    """Sums that are made and kept while the text runs through the layers: of all assignments, and validation tokens."""
+
+    sums: Sums
+    text: DealtText
+    centred: bool
+
+    def keep(self, team: Team, stage: str, layer: int) -> list[Pending[None]]:
+        """Ask the places, which are to come to a layer next, to sum and keep it.
+
+        Returns:
+            What has to be waited for until it is all there.
+        """
+        asked = []
+        for place, text in self.text.texts.items():
+            asked.append(team.call(place, stage, _keep_validation, self.sums, text, layer))
+        for name, counts in self.text.calibration_tokens.items():
+            finds = {
+                place: partial(find_dense, text=text, name=name, layer=layer) for place, text in self.text.texts.items()
+            }
+            own = [
+                ask_moments(team, stage, finds, counts, cluster, centred=self.centred) for cluster in range(len(counts))
+            ]
+            asked.append(team.call(home(team, layer), stage, _keep_moments, self.sums, name, layer, *own))
+        return asked
 
 
-def _keep_layer(sums: Sums, loaded: LoadedModel, assignments: Sequence[Assignment], layer: LayerActivations) -> None:
-    assert layer.ffn_outputs is not None
-    tokens = LayerTokens(activations=layer.activations, targets=layer.ffn_outputs)
-    rows = {item.name: rows_of(item, layer.starts, loaded.device) for item in assignments}
-    chosen = torch.cat([*rows[assignments[0].name].validation]).sort().values
-    validation = {"activations": _array(tokens.activations[chosen]), "targets": _array(tokens.targets[chosen])}
-    sums.cache.store(_key(sums, "validation", layer.layer), validation)
-    centred = loaded.projection(layer.layer, "down").bias is not None
-    for name, own in rows.items():
-        sums.cache.store(_key(sums, name, layer.layer), _arrays(tokens, own, chosen, centred=centred))
+def keep_sums(sums: Sums, text: DealtText, loaded: LoadedModel) -> KeptSums:
+    """Prepare to sum and keep what narrowing needs of a text."""
+    return KeptSums(sums=sums, text=text, centred=loaded.projection(0, "down").bias is not None)
 
 
 def _key(sums: Sums, name: str, layer: int) -> str:
     return stage_key("sums", upstream=sums.key, of=name, layer=layer)
 
 
-def _arrays(tokens: LayerTokens, rows: Rows, chosen: torch.Tensor, *, centred: bool) -> _Arrays:
-    arrays: dict[str, np.ndarray[Any, Any]] = {"counts": np.array([len(own) for own in rows.calibration])}
-    for cluster, own in enumerate(rows.calibration):
-        moments = mean_moments(tokens, own, centred=centred)
-        arrays |= {f"{part}.{cluster}": _array(getattr(moments, part)) for part in _PARTS}
-        arrays[f"validation.{cluster}"] = torch.searchsorted(chosen, rows.validation[cluster]).cpu().numpy()
-    return arrays
+def _validation_key(sums: Sums, place: int, layer: int) -> str:
+    return stage_key("sums", upstream=sums.key, validation=place, layer=layer)
+
+
+@torch.inference_mode()
+def _keep_validation(worker: Worker, sums: Sums, text: Shared[PlaceText], layer: int) -> None:
+    seen = {name: find_dense(worker, text, name, layer) for name in text.value().labels}
+    tokens, rows = next(iter(seen.values())).tokens, {name: own.rows.validation for name, own in seen.items()}
+    chosen = torch.cat([*next(iter(rows.values()))]).sort().values
+    arrays = {"activations": _array(tokens.activations[chosen]), "targets": _array(tokens.targets[chosen])}
+    for name, clusters in rows.items():
+        for cluster, own in enumerate(clusters):
+            arrays[f"{name}.{cluster}"] = torch.searchsorted(chosen, own).cpu().numpy()
+    sums.cache.store(_validation_key(sums, worker.place, layer), arrays)
+
+
+def _keep_moments(_worker: Worker, sums: Sums, name: str, layer: int, *moments: Moments) -> None:
+    arrays = {f"{part}.{c}": _array(getattr(own, part)) for c, own in enumerate(moments) for part in _PARTS}
+    sums.cache.store(_key(sums, name, layer), arrays)
 
 
 def _array(values: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -104,27 +117,48 @@ def _array(values: torch.Tensor) -> np.ndarray[Any, Any]:
     return values.float().cpu().numpy()
 
 
-def find_sums(sums: Sums, name: str, layer: int, device: torch.device) -> AssignmentSums | None:
-    """Look up one layer's sums for an assignment; None if they were not kept."""
-    arrays = sums.cache.find_arrays(_key(sums, name, layer))
-    if arrays is None:
-        return None
-    clusters = range(len(arrays["counts"]))
-    return AssignmentSums(
-        moments=[
-            Moments(**{part: _tensor(arrays[f"{part}.{number}"], device) for part in _PARTS}) for number in clusters
-        ],
-        counts=arrays["counts"].tolist(),
-        validation=[_tensor(arrays[f"validation.{number}"], device) for number in clusters],
+def has_sums(sums: Sums, names: Sequence[str], layer: int) -> bool:
+    """Whether one layer's sums are kept for some assignments."""
+    return all(sums.cache.find_arrays(_key(sums, name, layer)) is not None for name in names)
+
+
+def known_moments(team: Team, sums: Sums, name: str, layer: int, num_clusters: int) -> list[Pending[Moments]]:
+    """Ask for a layer's moments of an assignment's clusters that are kept, each where it will be used."""
+    return [
+        team.call(home(team, cluster), _STAGE, _find_moments, sums, name, layer, cluster)
+        for cluster in range(num_clusters)
+    ]
+
+
+def _find_moments(worker: Worker, sums: Sums, name: str, layer: int, cluster: int) -> Moments:
+    arrays, device = _found(sums, _key(sums, name, layer)), worker.loaded.device
+    return Moments(**{part: _tensor(arrays[f"{part}.{cluster}"], device) for part in _PARTS})
+
+
+def find_kept(sums: Sums, text: DealtText, name: str, layer: int) -> Mapping[int, Find]:
+    """Find what each place has kept of the validation text."""
+    num_clusters = len(text.validation_tokens[name])
+    return {
+        place: partial(_find_validation, sums=sums, name=name, layer=layer, num_clusters=num_clusters)
+        for place in text.texts
+    }
+
+
+def _find_validation(worker: Worker, sums: Sums, name: str, layer: int, num_clusters: int) -> Seen:
+    arrays, device = _found(sums, _validation_key(sums, worker.place, layer)), worker.loaded.device
+    return Seen(
+        tokens=LayerTokens(
+            activations=_tensor(arrays["activations"], device), targets=_tensor(arrays["targets"], device)
+        ),
+        rows=Rows(validation=[_tensor(arrays[f"{name}.{cluster}"], device) for cluster in range(num_clusters)]),
     )
 
 
-def find_validation(sums: Sums, layer: int, device: torch.device) -> LayerTokens | None:
-    """Look up what a layer's FFN sees of the validation text; None if it was not kept."""
-    arrays = sums.cache.find_arrays(_key(sums, "validation", layer))
+def _found(sums: Sums, key: str) -> Mapping[str, np.ndarray[Any, Any]]:
+    arrays = sums.cache.find_arrays(key)
     if arrays is None:
-        return None
-    return LayerTokens(activations=_tensor(arrays["activations"], device), targets=_tensor(arrays["targets"], device))
+        raise FileNotFoundError(f"sums over the text in {sums.cache.folder} went away while they were in use")
+    return arrays
 
 
 def _tensor(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:

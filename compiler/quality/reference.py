@@ -1,15 +1,16 @@
 """Stage `reference`: what narrow models are compared with, read once and kept in files.
 
 A compile that aims at a quality scores packs several times on the same texts. What the dense model predicts on their
-second halves, and the keys and values of their first halves, are the same each time.
+second halves, and the keys and values of their first halves, are the same each time; they stay where they were read.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import count
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from uuid import uuid4
 
 import torch
 from coreinfer.bundles.manifest import Score
@@ -17,20 +18,24 @@ from coreinfer.bundles.pages import map_file
 from coreinfer.bundles.writer import disk_errors
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.models.swapping import ffn_in_use
-from coreinfer.compiler.progress import Advance, Progress
+from coreinfer.compiler.progress import Advance, Progress, ignore_steps
+from coreinfer.compiler.team.dealing import deal
+from coreinfer.compiler.team.steps import Steps
+from coreinfer.compiler.team.team import Shared, Team, Worker, forget
 from coreinfer.compiler.text.corpus import split_point
 from transformers import DynamicCache
 
 from .stored import StoredModel, base_in_use, dense_cut
 from .tally import Tally, compare_logits
 
-__all__ = ["Reference", "ReferenceText", "as_stored", "read_reference"]
+__all__ = ["PlaceTexts", "Reference", "ReferenceText", "as_stored", "read_reference", "texts_of"]
+
+_STAGE = "reference"
 
 _ALIGNMENT = 64
 
 Kept = Callable[[], list[torch.Tensor]]
 """Returns tensors that are kept: mapped from their file, as long as they are in use."""
-_Keep = Callable[[Sequence[torch.Tensor]], Kept]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +75,45 @@ class ReferenceText:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlaceTexts:
+    """One place's texts, as they are sent there.
+
+    Attributes:
+        key: no other texts have it.
+        token_ids: number of a text -> its token ids.
+        stored: the dense model as it is stored; None for the model's own weights.
+        folder: for files, of a stored model; None to keep all in memory.
+    """
+
+    key: str
+    token_ids: Mapping[int, Sequence[int]]
+    stored: StoredModel | None
+    folder: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reference:
     """Texts that the dense model has read.
 
     Attributes:
-        texts: in the order in which they were given.
+        places: place -> its texts.
+        numbers: place -> numbers of its texts.
         dense: the score of the dense model as it is stored.
     """
 
-    texts: Sequence[ReferenceText]
+    places: Mapping[int, Shared[PlaceTexts]]
+    numbers: Mapping[int, Sequence[int]]
     dense: Score
+
+    @property
+    def num_texts(self) -> int:
+        """Texts of all places."""
+        return sum(map(len, self.numbers.values()))
 
 
 @contextmanager
 def read_reference(
-    loaded: LoadedModel,
+    team: Team,
     texts: Sequence[Sequence[int]],
     progress: Progress,
     stored: StoredModel | None = None,
@@ -99,31 +128,94 @@ def read_reference(
     Raises:
         BundleError: the disk cannot take them.
     """
-    tally = Tally()
-    with _storage(stored) as keep:
-        with progress.stage("reference", (1 if stored is None else 2) * len(texts)) as advance, torch.inference_mode():
-            read = []
-            for token_ids in texts:
-                logits, halves = _dense_pass(loaded, token_ids)
-                # Of a stored model, keys and values are read below.
-                read.append(_text(loaded, token_ids, keep([logits]), keep(halves) if stored is None else list))
-                advance()
-            if stored is not None:
-                read = _read_stored(loaded, stored, read, keep, tally, advance)
-            else:
-                for number, text in enumerate(read):
-                    tally.add(text.compare(text.logits()[0], number))
-        yield Reference(texts=read, dense=tally.score("dense"))
+    key = uuid4().hex
+    with _folder(stored) as folder:
+        numbers = {place: ids.tolist() for place, ids in deal([len(ids) for ids in texts], team).items()}
+        places = {
+            place: team.share(
+                PlaceTexts(key=key, token_ids={n: tuple(texts[n]) for n in own}, stored=stored, folder=folder)
+            )
+            for place, own in numbers.items()
+        }
+        num_steps = (1 if stored is None else 2) * len(texts)
+        with progress.stage(_STAGE, num_steps) as advance:
+            steps, tally = Steps(advance), Tally()
+            asked = [team.call(place, _STAGE, _read_place, own, steps) for place, own in places.items()]
+            found = {number: text for waiting in asked for number, text in waiting.result().items()}
+            steps.reach(num_steps)
+        for number in range(len(texts)):
+            tally.add(found[number])
+        try:
+            yield Reference(places=places, numbers=numbers, dense=tally.score("dense"))
+        finally:
+            forget(team, _STAGE, _slot(key))
 
 
-def as_stored(stored: StoredModel | None) -> AbstractContextManager[None]:
+@contextmanager
+def _folder(stored: StoredModel | None) -> Iterator[Path | None]:
+    """Make a folder beside the stored model, for the time of the block."""
+    if stored is None:
+        yield None
+        return
+    with disk_errors(stored.target):
+        folder = TemporaryDirectory(dir=stored.folder, prefix="reference-")
+    with folder as root:
+        yield Path(root)
+
+
+def as_stored(loaded: LoadedModel, stored: StoredModel | None) -> AbstractContextManager[None]:
     """Run the block with a stored model's matrices in the place of the model's own, but for the FFN."""
-    return nullcontext() if stored is None else base_in_use(stored)
+    return nullcontext() if stored is None else base_in_use(loaded, stored)
 
 
-def _text(loaded: LoadedModel, token_ids: Sequence[int], logits: Kept, keys_values: Kept) -> ReferenceText:
-    ids = torch.tensor([list(token_ids)], device=loaded.device)
-    return ReferenceText(token_ids=ids, start=split_point(len(token_ids)), logits=logits, keys_values=keys_values)
+def _slot(key: str) -> str:
+    return f"reference {key}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """What a worker has read: number of a text -> the text, and how far the stored dense model is from the model."""
+
+    texts: Mapping[int, ReferenceText]
+    tallies: Mapping[int, Tally]
+
+
+def _read_place(worker: Worker, shared: Shared[PlaceTexts], advance: Advance) -> Mapping[int, Tally]:
+    own = shared.value()
+    return worker.recall(_slot(own.key), own.key, partial(_read, worker.loaded, own, advance)).tallies
+
+
+def texts_of(worker: Worker, shared: Shared[PlaceTexts]) -> Mapping[int, ReferenceText]:
+    """A place's texts by their numbers, which its worker has read, or reads now if it replaces the one that had."""
+    own = shared.value()
+    return worker.recall(_slot(own.key), own.key, partial(_read, worker.loaded, own, ignore_steps)).texts
+
+
+@torch.inference_mode()
+def _read(loaded: LoadedModel, own: PlaceTexts, advance: Advance) -> _Read:
+    texts, tallies = {}, {}
+    for number, token_ids in own.token_ids.items():
+        logits, halves = _dense_pass(loaded, token_ids)
+        ids = torch.tensor([list(token_ids)], device=loaded.device)
+        texts[number] = ReferenceText(
+            token_ids=ids,
+            start=split_point(len(token_ids)),
+            logits=_keep(own, f"{number}.logits", [logits]),
+            # Of a stored model, keys and values are read below.
+            keys_values=list if own.stored else _keep(own, f"{number}.keys", halves),
+        )
+        advance()
+    if own.stored is None:
+        return _Read(
+            texts=texts, tallies={number: text.compare(text.logits()[0], number) for number, text in texts.items()}
+        )
+    with base_in_use(loaded, own.stored), ffn_in_use(loaded, dense_cut(loaded, own.stored), 0):
+        for number, token_ids in own.token_ids.items():
+            logits, halves = _dense_pass(loaded, token_ids)
+            tallies[number] = texts[number].compare(logits, number)
+            texts[number] = replace(texts[number], keys_values=_keep(own, f"{number}.keys", halves))
+            advance()
+    return _Read(texts=texts, tallies=tallies)
 
 
 def _dense_pass(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -136,41 +228,12 @@ def _dense_pass(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Te
     return logits, halves
 
 
-def _read_stored(
-    loaded: LoadedModel,
-    stored: StoredModel,
-    texts: Sequence[ReferenceText],
-    keep: _Keep,
-    tally: Tally,
-    advance: Advance,
-) -> list[ReferenceText]:
-    """Score the stored dense model, and take its keys and values."""
-    read = []
-    with base_in_use(stored), ffn_in_use(loaded, dense_cut(stored), 0):
-        for number, text in enumerate(texts):
-            logits, halves = _dense_pass(loaded, text.token_ids[0].tolist())
-            tally.add(text.compare(logits, number))
-            read.append(replace(text, keys_values=keep(halves)))
-            advance()
-    return read
-
-
-@contextmanager
-def _storage(stored: StoredModel | None) -> Iterator[_Keep]:
-    """Make a function that keeps tensors in a file beside the stored model, or in memory where there is none."""
-    if stored is None:
-        yield lambda tensors: lambda: list(tensors)
-        return
-    with disk_errors(stored.target):
-        folder = TemporaryDirectory(dir=stored.folder, prefix="reference-")
-    with folder as root:
-        numbers = count()
-
-        def keep(tensors: Sequence[torch.Tensor]) -> Kept:
-            with disk_errors(stored.target):
-                return _in_file(tensors, Path(root) / str(next(numbers)))
-
-        yield keep
+def _keep(own: PlaceTexts, name: str, tensors: Sequence[torch.Tensor]) -> Kept:
+    """Keep tensors in a file beside the stored model, or in memory where there is none."""
+    if own.stored is None or own.folder is None:
+        return lambda: list(tensors)
+    with disk_errors(own.stored.target):
+        return _in_file(tensors, own.folder / name)
 
 
 def _in_file(tensors: Sequence[torch.Tensor], path: Path) -> Kept:

@@ -13,19 +13,23 @@ from coreinfer.bundles.manifest import ClusterQuality, Quality
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.models.swapping import ffn_in_use
 from coreinfer.compiler.progress import Advance, Progress
-from coreinfer.compiler.prune.narrow import CLUSTERS, Cut
+from coreinfer.compiler.prune.narrow import CLUSTERS, Cut, CutOf
+from coreinfer.compiler.team.steps import Steps
+from coreinfer.compiler.team.team import Shared, Team, Worker
 
-from .reference import Reference, as_stored
+from .reference import PlaceTexts, Reference, ReferenceText, as_stored, texts_of
 from .stored import StoredModel
 from .tally import Tally
 
 __all__ = ["evaluate"]
 
+_STAGE = "evaluate"
+
 
 def evaluate(
-    loaded: LoadedModel,
+    team: Team,
     reference: Reference,
-    models: Mapping[str, tuple[Cut, npt.NDArray[np.int64]]],
+    models: Mapping[str, tuple[CutOf, npt.NDArray[np.int64]]],
     progress: Progress,
     stored: StoredModel | None = None,
 ) -> Quality:
@@ -37,34 +41,69 @@ def evaluate(
         stored: what runs with the narrow FFN (attention, embedding, head) is as stored there; None for the model's own
             weights.
     """
-    with (
-        progress.stage("evaluate", len(reference.texts) * len(models)) as advance,
-        torch.inference_mode(),
-        as_stored(stored),
-    ):
-        tallies = {name: _tallies(loaded, reference, cut, labels, advance) for name, (cut, labels) in models.items()}
+    num_steps = reference.num_texts * len(models)
+    with progress.stage(_STAGE, num_steps) as advance:
+        steps = Steps(advance)
+        asked = []
+        for place, texts in reference.places.items():
+            own = {name: (cut, _members(labels, reference.numbers[place])) for name, (cut, labels) in models.items()}
+            asked.append(team.call(place, _STAGE, _place_tallies, texts, own, stored, steps))
+        by_place = [waiting.result() for waiting in asked]
+        steps.reach(num_steps)
+    tallies = {
+        name: _by_cluster(labels, {n: tally for found in by_place for n, tally in found[name].items()})
+        for name, (_, labels) in models.items()
+    }
     return _quality(reference, tallies)
 
 
+def _members(labels: npt.NDArray[np.int64], numbers: Sequence[int]) -> dict[int, list[int]]:
+    """Cluster -> numbers of its texts, among some."""
+    own = labels[list(numbers)]
+    return {
+        cluster: [number for number, label in zip(numbers, own.tolist(), strict=True) if label == cluster]
+        for cluster in np.unique(own).tolist()
+    }
+
+
+def _by_cluster(labels: npt.NDArray[np.int64], tallies: Mapping[int, Tally]) -> dict[int, Tally]:
+    """Add the texts' tallies by their clusters, in the order of the texts, whoever read them."""
+    totals = {cluster: Tally() for cluster in np.unique(labels).tolist()}
+    for number, cluster in enumerate(labels.tolist()):
+        totals[cluster].add(tallies[number])
+    return totals
+
+
+@torch.inference_mode()
+def _place_tallies(
+    worker: Worker,
+    shared: Shared[PlaceTexts],
+    models: Mapping[str, tuple[CutOf, Mapping[int, Sequence[int]]]],
+    stored: StoredModel | None,
+    advance: Advance,
+) -> dict[str, dict[int, Tally]]:
+    """Score each of a place's texts by the FFN of its cluster: assignment name -> number of the text -> tally."""
+    loaded, texts = worker.loaded, texts_of(worker, shared)
+    with as_stored(loaded, stored):
+        return {name: _tallies(loaded, texts, cut(loaded), members, advance) for name, (cut, members) in models.items()}
+
+
 def _tallies(
-    loaded: LoadedModel, reference: Reference, cut: Cut, labels: npt.NDArray[np.int64], advance: Advance
+    loaded: LoadedModel,
+    texts: Mapping[int, ReferenceText],
+    cut: Cut,
+    members: Mapping[int, Sequence[int]],
+    advance: Advance,
 ) -> dict[int, Tally]:
-    """Score each text by the FFN of its cluster: cluster -> tally."""
-    members = {cluster: np.flatnonzero(labels == cluster).tolist() for cluster in np.unique(labels).tolist()}
-    return {cluster: _narrow_tally(loaded, reference, cut, cluster, own, advance) for cluster, own in members.items()}
-
-
-def _narrow_tally(
-    loaded: LoadedModel, reference: Reference, cut: Cut, cluster: int, members: Sequence[int], advance: Advance
-) -> Tally:
-    tally = Tally()
-    with ffn_in_use(loaded, cut, cluster):
-        for number in members:
-            text = reference.texts[number]
-            logits = loaded.forward(text.token_ids[:, text.start :], text.cache())
-            tally.add(text.compare(logits[0, :-1], number))
-            advance()
-    return tally
+    tallies = {}
+    for cluster, numbers in members.items():
+        with ffn_in_use(loaded, cut, cluster):
+            for number in numbers:
+                text = texts[number]
+                logits = loaded.forward(text.token_ids[:, text.start :], text.cache())
+                tallies[number] = text.compare(logits[0, :-1], number)
+                advance()
+    return tallies
 
 
 def _quality(reference: Reference, tallies: dict[str, dict[int, Tally]]) -> Quality:

@@ -17,8 +17,10 @@ from coreinfer.bundles.writer import disk_errors
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.models.swapping import Parameters, assign_values, parameters_in_use, values_of
 from coreinfer.compiler.progress import Progress
-from coreinfer.compiler.prune.narrow import Cut, NarrowModel
+from coreinfer.compiler.prune.narrow import Cut, CutOf, NarrowModel
 from coreinfer.compiler.quantize.pack import Packer, write_base, write_cluster, write_dense
+from coreinfer.compiler.team.dealing import home, in_turn
+from coreinfer.compiler.team.team import Pending, Shared, Team, Worker
 from torch import nn
 
 __all__ = ["StoredModel", "StoredPacks", "base_in_use", "dense_cut", "stored_packs", "store_model"]
@@ -34,7 +36,6 @@ class StoredModel:
         base_tensors: dtype and shape of each tensor of the base, for the manifest.
     """
 
-    loaded: LoadedModel
     packer: Packer
     folder: Path
     target: Path
@@ -47,11 +48,11 @@ class StoredPacks:
 
     Attributes:
         folder: where they lie, as in a bundle.
-        cut: returns their layers.
+        cut: returns their layers, for a model.
     """
 
     folder: Path
-    cut: Cut
+    cut: CutOf
 
 
 def store_model(loaded: LoadedModel, packer: Packer, folder: Path, target: Path, progress: Progress) -> StoredModel:
@@ -65,12 +66,12 @@ def store_model(loaded: LoadedModel, packer: Packer, folder: Path, target: Path,
         advance()
         write_dense(folder, loaded, packer)
         advance()
-    return StoredModel(loaded=loaded, packer=packer, folder=folder, target=target, base_tensors=base_tensors)
+    return StoredModel(packer=packer, folder=folder, target=target, base_tensors=base_tensors)
 
 
 @contextmanager
 def stored_packs(
-    stored: StoredModel, models: Mapping[str, NarrowModel], progress: Progress
+    team: Team, stored: StoredModel, models: Mapping[str, NarrowModel], progress: Progress
 ) -> Iterator[dict[str, StoredPacks]]:
     """Store narrow models' packs for the time of the block.
 
@@ -81,37 +82,52 @@ def stored_packs(
         folder = TemporaryDirectory(dir=stored.folder, prefix="packs-")
     with folder as root:
         with disk_errors(stored.target):
-            packs = _write_packs(stored, Path(root), models, progress)
+            packs = _write_packs(team, stored, Path(root), models, progress)
         yield packs
 
 
 def _write_packs(
-    stored: StoredModel, root: Path, models: Mapping[str, NarrowModel], progress: Progress
+    team: Team, stored: StoredModel, root: Path, models: Mapping[str, NarrowModel], progress: Progress
 ) -> dict[str, StoredPacks]:
-    packs, dense = {}, TensorFile(stored.folder / LAYOUT.dense)
-    num_packs = sum(len(narrow.choice.neuron_ids) for narrow in models.values())
-    with progress.stage("pack", num_packs) as advance:
-        for number, (name, narrow) in enumerate(models.items()):
-            num_clusters = len(narrow.choice.neuron_ids)
-            for cluster in range(num_clusters):
-                write_cluster(root / str(number), stored.loaded, stored.packer, narrow, cluster, dense)
-                advance()
-            packs[name] = _packs(stored.loaded, root / str(number), num_clusters, dense)
-    return packs
+    shared = team.share(stored)
+    folders = {name: root / str(number) for number, name in enumerate(models)}
+    clusters = [(name, number) for name, narrow in models.items() for number in range(len(narrow.choice.neuron_ids))]
+
+    def ask(pack: tuple[str, int]) -> Pending[None]:
+        name, cluster = pack
+        path = folders[name] / LAYOUT.cluster(cluster)
+        return team.call(home(team, cluster), "pack", _write_pack, shared, path, models[name].only(cluster))
+
+    with progress.stage("pack", len(clusters)) as advance:
+        for _, written in in_turn(team, clusters, ask):
+            written.result()
+            advance()
+    return {
+        name: StoredPacks(
+            folder=folders[name],
+            cut=partial(_packs_cut, stored=stored, folder=folders[name], num_clusters=len(narrow.choice.neuron_ids)),
+        )
+        for name, narrow in models.items()
+    }
 
 
-def _packs(loaded: LoadedModel, folder: Path, num_clusters: int, dense: TensorFile) -> StoredPacks:
+def _write_pack(worker: Worker, shared: Shared[StoredModel], path: Path, narrow: NarrowModel) -> None:
+    stored = shared.value()
+    write_cluster(path, worker.loaded, stored.packer, narrow, 0, TensorFile(stored.folder / LAYOUT.dense))
+
+
+def _packs_cut(loaded: LoadedModel, stored: StoredModel, folder: Path, num_clusters: int) -> Cut:
     files = [TensorFile(folder / LAYOUT.cluster(cluster)) for cluster in range(num_clusters)]
     if loaded.record.experts is not None:
-        return StoredPacks(folder=folder, cut=partial(_stored_experts, loaded, dense, files))
-    return StoredPacks(folder=folder, cut=partial(_stored_layer, loaded, files))
+        return partial(_stored_experts, loaded, TensorFile(stored.folder / LAYOUT.dense), files)
+    return partial(_stored_layer, loaded, files)
 
 
-def dense_cut(stored: StoredModel) -> Cut:
+def dense_cut(loaded: LoadedModel, stored: StoredModel) -> Cut:
     """Return the layers of the dense FFN, as those of one cluster."""
-    if stored.loaded.record.experts is not None:
-        return partial(_stored_experts, stored.loaded, TensorFile(stored.folder / LAYOUT.dense), [None])
-    return partial(_stored_layer, stored.loaded, [TensorFile(stored.folder / LAYOUT.dense)])
+    if loaded.record.experts is not None:
+        return partial(_stored_experts, loaded, TensorFile(stored.folder / LAYOUT.dense), [None])
+    return partial(_stored_layer, loaded, [TensorFile(stored.folder / LAYOUT.dense)])
 
 
 def _stored_layer(
@@ -152,9 +168,9 @@ def _matrix(loaded: LoadedModel, file: TensorFile, name: str, shape: tuple[int, 
 
 
 @contextmanager
-def base_in_use(stored: StoredModel) -> Iterator[None]:
+def base_in_use(loaded: LoadedModel, stored: StoredModel) -> Iterator[None]:
     """Run the block with the stored matrices of everything but the FFN in the model; vectors are stored as they are."""
-    loaded, file = stored.loaded, TensorFile(stored.folder / LAYOUT.base)
+    file = TensorFile(stored.folder / LAYOUT.base)
     layers = f"{loaded.family.layers}."
     ffn = tuple(f"{path}.weight" for path in loaded.family.projections.values())
     with ExitStack() as stack:

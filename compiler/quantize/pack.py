@@ -123,7 +123,7 @@ def _dense_tensors(loaded: LoadedModel, packer: Packer) -> _Tensors:
 
 
 def write_cluster(
-    stage: Path,
+    path: Path,
     loaded: LoadedModel,
     packer: Packer,
     narrow: NarrowModel,
@@ -140,7 +140,6 @@ def write_cluster(
             so it is rounded, from the model's own weights or the repaired ones, unless it is whole. Stored neuron by
             neuron it is cut, too.
     """
-    path = stage / LAYOUT.cluster(cluster)
     path.parent.mkdir(parents=True, exist_ok=True)
     stream_tensors(path, _cluster_tensors(loaded, packer, narrow, cluster, dense))
 

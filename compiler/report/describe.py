@@ -147,7 +147,10 @@ def _provenance(compiled: Compiled) -> Provenance:
     options = {
         name: _plain(value)
         for name, value in {**asdict(compiled.config), **decided}.items()
-        if name not in _UNRECORDED_OPTIONS and (name, value) not in _UNRECORDED_VALUES
+        if name not in _UNRECORDED_OPTIONS
+        and (name, value) not in _UNRECORDED_VALUES
+        # One worker compiles what a process alone does.
+        and (name != "workers" or compiled.config.num_places > 1)
     }
     return Provenance(
         coreinfer=version("coreinfer"),
@@ -160,7 +163,7 @@ def _provenance(compiled: Compiled) -> Provenance:
 
 
 # Where a bundle was written and cached says nothing of what it is, and would make equal bundles differ.
-_UNRECORDED_OPTIONS = frozenset({"output", "force", "cache_dir", "model", "encoder"})
+_UNRECORDED_OPTIONS = frozenset({"output", "force", "cache_dir", "model", "encoder", "ray"})
 
 
 # Bundles without are as they were before there was the option.

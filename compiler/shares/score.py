@@ -1,7 +1,8 @@
 """What token shares cost, on text that nothing was set by, beside the control: equal shares at the same bytes."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -12,11 +13,14 @@ from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import ShareScore
 from coreinfer.bundles.tensors import TensorFile
 from coreinfer.bundles.token_shares import shares_at, thresholds_at
+from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.models.swapping import ffn_in_use
 from coreinfer.compiler.progress import Advance, Progress
-from coreinfer.compiler.quality.reference import Reference
+from coreinfer.compiler.quality.reference import PlaceTexts, Reference, texts_of
 from coreinfer.compiler.quality.stored import StoredModel, StoredPacks, base_in_use, dense_cut
 from coreinfer.compiler.quality.tally import Tally
+from coreinfer.compiler.team.steps import Steps
+from coreinfer.compiler.team.team import Shared, Team, Worker
 from coreinfer.runtime.engines.torch.input_masks import InputCounts
 
 from .inputs import group_weights, inputs_masked, read_norms
@@ -26,6 +30,7 @@ __all__ = ["SharedWeights", "score_token_shares"]
 
 Floats = npt.NDArray[np.float32]
 Weights = Literal["dense", "clusters"]
+_STAGE = "evaluate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,74 +47,127 @@ class SharedWeights:
     arrays: Arrays
     labels: npt.NDArray[np.int64]
 
-    def members(self, weights: Weights) -> dict[int | None, list[int]]:
-        """Cluster whose pack decodes, or None for the dense FFN -> numbers of its texts."""
+    def members(self, weights: Weights, numbers: Sequence[int]) -> dict[int | None, list[int]]:
+        """Cluster whose pack decodes, or None for the dense FFN -> its texts' numbers, of some texts."""
         if weights == "dense":
-            return {None: list(range(len(self.labels)))}
-        return {number: np.flatnonzero(self.labels == number).tolist() for number in np.unique(self.labels).tolist()}
+            return {None: list(numbers)}
+        clusters = np.unique(self.labels[list(numbers)]).tolist()
+        return {cluster: [number for number in numbers if self.labels[number] == cluster] for cluster in clusters}
 
 
 def score_token_shares(
-    reference: Reference, shared: SharedWeights, share: float, progress: Progress
+    team: Team, reference: Reference, shared: SharedWeights, share: float, progress: Progress
 ) -> tuple[ShareScore, ...]:
     """Measure a share of the layers' bytes on the reference's texts, with the dense FFN and with the packs."""
-    num_steps = 4 * len(reference.texts)
-    with progress.stage("evaluate", num_steps) as advance, torch.inference_mode(), base_in_use(shared.stored):
-        return tuple(_scores(reference, shared, share, advance))
+    rows, num_steps = _rows(team.loaded, shared, share), 4 * reference.num_texts
+    weights_known = team.share(shared)
+    with progress.stage(_STAGE, num_steps) as advance:
+        steps = Steps(advance)
+        asked = [
+            team.call(place, _STAGE, _place_rows, texts, weights_known, reference.numbers[place], rows, steps)
+            for place, texts in reference.places.items()
+        ]
+        by_place = [waiting.result() for waiting in asked]
+        steps.reach(num_steps)
+    sizes = group_weights(team.loaded)
+    return tuple(_score(row, [found[number] for found in by_place], sizes) for number, row in enumerate(rows))
 
 
-def _scores(reference: Reference, shared: SharedWeights, share: float, advance: Advance) -> Iterator[ShareScore]:
-    record, arrays = shared.stored.loaded.record, shared.arrays
-    planned = shares_at(arrays["targets"], arrays["plan"], share)
-    equal = np.full((record.num_layers, len(INPUT_GROUPS)), share, dtype=np.float32)
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """What is measured.
+
+    Attributes:
+        shares: (layers, 4) of the inputs.
+        asked: share of the layers' bytes.
+    """
+
     weights: Weights
-    for weights in ("dense", "clusters"):
-        yield _score(reference, shared, weights, planned, advance, asked=share, name="planned")
-        yield _score(reference, shared, weights, equal, advance, asked=share, name="equal")
+    name: Literal["planned", "equal"]
+    shares: Floats
+    asked: float
 
 
-def _score(
-    reference: Reference,
-    shared: SharedWeights,
-    weights: Weights,
-    shares: Floats,
-    advance: Advance,
-    *,
-    asked: float,
-    name: Literal["planned", "equal"],
-) -> ShareScore:
+@dataclass(kw_only=True)
+class _Measured:
+    """Of some texts: number of a text -> its tally, and the inputs that were wanted."""
+
+    tallies: dict[int, Tally] = field(default_factory=dict)
+    counts: InputCounts = field(default_factory=InputCounts)
+
+
+def _rows(loaded: LoadedModel, shared: SharedWeights, share: float) -> list[_Row]:
+    planned = shares_at(shared.arrays["targets"], shared.arrays["plan"], share)
+    equal = np.full((loaded.record.num_layers, len(INPUT_GROUPS)), share, dtype=np.float32)
+    kinds: tuple[Weights, ...] = ("dense", "clusters")
+    return [
+        row
+        for weights in kinds
+        for row in (
+            _Row(weights=weights, name="planned", shares=planned, asked=share),
+            _Row(weights=weights, name="equal", shares=equal, asked=share),
+        )
+    ]
+
+
+def _score(row: _Row, measured: Sequence[_Measured], sizes: Floats) -> ShareScore:
+    """Add up what all places measured, text by text."""
     tally, counts = Tally(), InputCounts()
-    for cluster, numbers in shared.members(weights).items():
-        tally.add(_tally(reference, shared, cluster, numbers, shares, counts, advance))
-    read = counts.share(group_weights(shared.stored.loaded))
-    label = "token share" if name == "planned" else "equal shares"
-    score = tally.score(f"{weights}, {label} {asked:g}")
-    return ShareScore(weights=weights, shares=name, asked=asked, read=round(read, 4), score=score)
+    tallies = {number: own for found in measured for number, own in found.tallies.items()}
+    for number in sorted(tallies):
+        tally.add(tallies[number])
+    for found in measured:
+        counts.merge(found.counts)
+    label = "token share" if row.name == "planned" else "equal shares"
+    return ShareScore(
+        weights=row.weights,
+        shares=row.name,
+        asked=row.asked,
+        read=round(counts.share(sizes), 4),
+        score=tally.score(f"{row.weights}, {label} {row.asked:g}"),
+    )
 
 
-def _tally(
-    reference: Reference,
-    shared: SharedWeights,
-    cluster: int | None,
+@torch.inference_mode()
+def _place_rows(
+    worker: Worker,
+    texts: Shared[PlaceTexts],
+    known: Shared[SharedWeights],
     numbers: Sequence[int],
-    shares: Floats,
-    counts: InputCounts,
+    rows: Sequence[_Row],
     advance: Advance,
-) -> Tally:
-    stored, tally = shared.stored, Tally()
+) -> list[_Measured]:
+    """Score each of a place's texts in each way."""
+    shared, own_texts = known.value(), texts_of(worker, texts)
+    found = []
+    with base_in_use(worker.loaded, shared.stored):
+        for row in rows:
+            measured = _Measured()
+            for cluster, members in shared.members(row.weights, numbers).items():
+                own = [own_texts[number] for number in members]
+                with _masked(worker.loaded, shared, cluster, row.shares, measured.counts):
+                    for number, text in zip(members, own, strict=True):
+                        logits = worker.loaded.forward(text.token_ids[:, text.start :], text.cache())
+                        measured.tallies[number] = text.compare(logits[0, :-1], number)
+                        advance()
+            found.append(measured)
+    return found
+
+
+@contextmanager
+def _masked(
+    loaded: LoadedModel, shared: SharedWeights, cluster: int | None, shares: Floats, counts: InputCounts
+) -> Iterator[None]:
+    """Run the block with a cluster's pack, or with None the dense FFN, without what these shares leave out."""
+    stored = shared.stored
     base = TensorFile(stored.folder / LAYOUT.base)
     if cluster is None:
-        cut, number, known = dense_cut(stored), 0, shared.arrays["thresholds.dense"]
+        cut, number, known = dense_cut(loaded, stored), 0, shared.arrays["thresholds.dense"]
         ffn = TensorFile(stored.folder / LAYOUT.dense)
     else:
-        cut, number, known = shared.packs.cut, cluster, shared.arrays[f"thresholds.{cluster}"]
+        cut, number, known = shared.packs.cut(loaded), cluster, shared.arrays[f"thresholds.{cluster}"]
         ffn = TensorFile(shared.packs.folder / LAYOUT.cluster(cluster))
-    loaded, norms = stored.loaded, read_norms(stored.loaded, base, ffn)
+    norms = read_norms(loaded, base, ffn)
     thresholds = named(loaded, thresholds_at(shared.arrays["levels"], known, shares))
     with ffn_in_use(loaded, cut, number), inputs_masked(loaded, norms, thresholds, counts):
-        for place in numbers:
-            text = reference.texts[place]
-            logits = loaded.forward(text.token_ids[:, text.start :], text.cache())
-            tally.add(text.compare(logits[0, :-1], place))
-            advance()
-    return tally
+        yield

@@ -33,7 +33,7 @@ def set_token_shares(
     material, routing, share = ground.material, ground.routing, config.token_share
     assert share is not None
     inputs = ShareInputs(
-        loaded=material.loaded,
+        loaded=material.team.loaded,
         stored=material.stored,
         packs=packs,
         documents=material.corpus.calibration,
@@ -49,5 +49,7 @@ def set_token_shares(
         clusters=(share,) * routing.clustering.num_clusters,
         num_levels=len(arrays["levels"]),
         num_targets=len(arrays["targets"]),
-        scores=score_token_shares(reference, shared, share, progress) if config.evaluate and reference else (),
+        scores=score_token_shares(material.team, reference, shared, share, progress)
+        if config.evaluate and reference
+        else (),
     )

@@ -83,7 +83,7 @@ def find_token_shares(inputs: ShareInputs, cache: Cache, upstream: str, progress
     def compute() -> dict[str, Any]:
         cost_texts = spread_sample(inputs.documents, SHARE_COST_TOKENS)
         num_steps = inputs.num_clusters + 1 + len(cost_texts)
-        with progress.stage("shares", num_steps) as advance, base_in_use(inputs.stored):
+        with progress.stage("shares", num_steps) as advance, base_in_use(inputs.loaded, inputs.stored):
             return _compute(inputs, cost_texts, advance)
 
     return cache.arrays(key, compute)
@@ -91,7 +91,7 @@ def find_token_shares(inputs: ShareInputs, cache: Cache, upstream: str, progress
 
 def _compute(inputs: ShareInputs, cost_texts: Sequence[Document], advance: Advance) -> dict[str, Any]:
     loaded, folder = inputs.loaded, inputs.stored.folder
-    base, dense = TensorFile(folder / LAYOUT.base), run_once(dense_cut(inputs.stored))
+    base, dense = TensorFile(folder / LAYOUT.base), run_once(dense_cut(loaded, inputs.stored))
     arrays: dict[str, Any] = {"levels": LEVELS, "targets": TARGETS}
     all_text, *own_texts = inputs.texts
     norms = read_norms(loaded, base, TensorFile(folder / LAYOUT.dense))
@@ -107,7 +107,7 @@ def _compute(inputs: ShareInputs, cost_texts: Sequence[Document], advance: Advan
     )
     for cluster, documents in enumerate(own_texts):
         file = TensorFile(inputs.packs.folder / LAYOUT.cluster(cluster))
-        own = _scores(inputs, inputs.packs.cut, cluster, dense, documents, read_norms(loaded, base, file))
+        own = _scores(inputs, inputs.packs.cut(loaded), cluster, dense, documents, read_norms(loaded, base, file))
         arrays[f"thresholds.{cluster}"] = thresholds_of(loaded, own)
         advance()
     return arrays

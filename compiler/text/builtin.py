@@ -11,13 +11,13 @@ from coreinfer.bundles.shared.beginnings import text_ids
 from coreinfer.bundles.shared.machine import usable_cores
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.models.tokenizer_files import chat_templates
 from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.team.team import Team
 
 from .corpus import Document
 from .seeds import Seed, load_seeds, plan_continuation
-from .writing import Sampling, dense_engine, write_continuations
+from .writing import Sampling, continue_prompts, stored_in_int8
 
 __all__ = ["Seed", "builtin_documents", "continue_seeds", "load_seeds"]
 
@@ -28,13 +28,14 @@ _WRITER = "runtime, int8, seeds by budget"
 
 
 def builtin_documents(
-    config: CompileConfig, loaded: LoadedModel, cache: Cache, model_key: str, folder: Path, progress: Progress
+    config: CompileConfig, team: Team, cache: Cache, model_key: str, folder: Path, progress: Progress
 ) -> list[Document]:
     """Let the model continue the seed prompts, unless the cache holds the texts; see `continue_seeds`.
 
     Args:
         folder: for files that are needed meanwhile.
     """
+    loaded = team.loaded
     key = stage_key(
         "builtin",
         writer=_WRITER,
@@ -54,14 +55,14 @@ def builtin_documents(
     def compute() -> list[dict[str, Any]]:
         return [
             {"text": text, "routing_text": prompt, "token_ids": list(token_ids), "has_prompt": True}
-            for prompt, text, token_ids in continue_seeds(config, loaded, folder, progress)
+            for prompt, text, token_ids in continue_seeds(config, team, folder, progress)
         ]
 
     return [Document(**{**item, "token_ids": tuple(item["token_ids"])}) for item in cache.json(key, compute)]
 
 
 def continue_seeds(
-    config: CompileConfig, loaded: LoadedModel, folder: Path, progress: Progress
+    config: CompileConfig, team: Team, folder: Path, progress: Progress
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Let the model continue seed prompts by sampling.
 
@@ -70,17 +71,17 @@ def continue_seeds(
     Yields:
         Prompt, text (prompt and continuation), and its token ids, in the order of the seeds.
     """
-    seeds = load_seeds()
-    prompts = [_prompt_ids(seed, loaded.tokenizer, config.document_tokens // 2) for seed in seeds]
+    seeds, tokenizer = load_seeds(), team.loaded.tokenizer
+    prompts = [_prompt_ids(seed, tokenizer, config.document_tokens // 2) for seed in seeds]
     plan = plan_continuation(config, [len(ids) for ids in prompts])
     seeds, prompts = tuple(seeds[index] for index in plan.seed_ids), [prompts[index] for index in plan.seed_ids]
     sampling = Sampling(num_new=plan.num_new, temperature=_TEMPERATURE, top_p=_TOP_P, seed=config.seed)
     # One step more for storing the model.
-    with progress.stage("corpus", len(prompts) + 1) as advance, dense_engine(config, loaded, folder) as engine:
+    with progress.stage("corpus", len(prompts) + 1) as advance, stored_in_int8(config, team.loaded, folder) as stored:
         advance()
-        continued = write_continuations(engine, prompts, sampling, advance)
+        continued = continue_prompts(config, team, stored, prompts, sampling, advance)
     for seed, ids, new_ids in zip(seeds, prompts, continued, strict=True):
-        answer = loaded.tokenizer.decode(new_ids, skip_special_tokens=True)
+        answer = tokenizer.decode(new_ids, skip_special_tokens=True)
         yield seed.prompt, f"{seed.prompt}\n{answer}".strip(), (*ids, *new_ids)
 
 

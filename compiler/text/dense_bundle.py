@@ -47,7 +47,7 @@ def write_dense_bundle(folder: Path, loaded: LoadedModel) -> None:
     packer = Packer(formats=_FORMATS, moments={})
     base_tensors = write_base(folder, loaded, packer)
     write_dense(folder, loaded, packer)
-    write_cluster(folder, loaded, packer, _one_neuron(loaded), 0, TensorFile(folder / LAYOUT.dense))
+    write_cluster(folder / LAYOUT.cluster(0), loaded, packer, _one_neuron(loaded), 0, TensorFile(folder / LAYOUT.dense))
     write_tokenizer(folder, loaded)
     encoder = StaticEncoder(table=np.zeros((1, 1), dtype=np.float16), tokenizer_json=Tokenizer(models.BPE()).to_str())
     write_router(folder, encoder, np.ones((1, 1), dtype=np.float32))

@@ -3,7 +3,7 @@
 It is the only place of the compiler that uses the runtime. The runtime knows nothing of the compiler.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,9 @@ from coreinfer.bundles.writer import disk_errors
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Advance
+from coreinfer.compiler.team.dealing import home
+from coreinfer.compiler.team.steps import Steps
+from coreinfer.compiler.team.team import Team, Worker
 from coreinfer.runtime import Engine, GenerationOptions, LoadOptions, Token
 from coreinfer.runtime.engine import load_engine
 from coreinfer.runtime.prompts.requests import Request
@@ -24,7 +27,7 @@ from coreinfer.runtime.scheduling import Run, prepare
 
 from .dense_bundle import write_dense_bundle
 
-__all__ = ["Sampling", "dense_engine", "write_continuations"]
+__all__ = ["Sampling", "continue_prompts", "open_engine", "stored_in_int8", "write_continuations"]
 
 _KV_SHARE = 1 / 4
 """Share of `max_memory` for keys and values."""
@@ -48,27 +51,74 @@ class Sampling:
 
 
 @contextmanager
-def dense_engine(config: CompileConfig, loaded: LoadedModel, folder: Path) -> Iterator[Engine]:
-    """Store the model in int8 in the folder, and open it with the runtime for the time of the block.
-
-    Models that the native engine does not compute are run by the torch engine, which is slower.
+def stored_in_int8(config: CompileConfig, loaded: LoadedModel, folder: Path) -> Iterator[Path]:
+    """Store the model in int8 in a folder of its own, for the time of the block.
 
     Raises:
         BundleError: the disk cannot take the files.
-        ConfigError: `max_memory` leaves no room for a document, or for the torch engine's weights.
     """
     with disk_errors(config.output):
         scratch = TemporaryDirectory(dir=folder, prefix="writing-")
     with scratch as name:
         with disk_errors(config.output):
             write_dense_bundle(Path(name), loaded)
-        engine = _open(config, Path(name))
-        if engine.loaded.max_tokens < config.document_tokens:
-            raise ConfigError(
-                f"--calibration builtin: expected memory for the keys and values of {config.document_tokens} tokens, a "
-                f"document, got room for {engine.loaded.max_tokens}; raise --max-memory, or lower --document-tokens"
-            )
-        yield engine
+        yield Path(name)
+
+
+def continue_prompts(
+    config: CompileConfig,
+    team: Team,
+    stored: Path,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    advance: Advance,
+) -> list[list[int]]:
+    """Continue prompts, given as token ids, until the model ends the text; the end is part of it.
+
+    All places write. Models that the native engine does not compute are run by the torch engine, which is slower.
+
+    Args:
+        stored: of `stored_in_int8`.
+        advance: called with each continuation that is complete.
+    Returns:
+        New token ids of each prompt.
+    Raises:
+        ConfigError: `max_memory` leaves no room for a document, or for the torch engine's weights.
+    """
+    steps, asked = Steps(advance), []
+    numbers = range(len(prompts))
+    for place in range(team.size):
+        own = {number: prompts[number] for number in numbers if home(team, number) == place}
+        asked.append(team.call(place, "corpus", _write, config, stored, own, sampling, steps))
+    written = {number: ids for waiting in asked for number, ids in waiting.result().items()}
+    steps.reach(len(prompts))
+    return [written[number] for number in numbers]
+
+
+def _write(
+    _worker: Worker,
+    config: CompileConfig,
+    stored: Path,
+    prompts: Mapping[int, Sequence[int]],
+    sampling: Sampling,
+    advance: Advance,
+) -> dict[int, list[int]]:
+    return write_continuations(open_engine(config, stored), prompts, sampling, advance)
+
+
+def open_engine(config: CompileConfig, stored: Path) -> Engine:
+    """Open what `stored_in_int8` stored with the runtime.
+
+    Raises:
+        ConfigError: `max_memory` leaves no room for a document, or for the torch engine's weights.
+    """
+    engine = _open(config, stored)
+    if engine.loaded.max_tokens < config.document_tokens:
+        raise ConfigError(
+            f"--calibration builtin: expected memory for the keys and values of {config.document_tokens} tokens, a "
+            f"document, got room for {engine.loaded.max_tokens}; raise --max-memory, or lower --document-tokens"
+        )
+    return engine
 
 
 def _open(config: CompileConfig, folder: Path) -> Engine:
@@ -92,9 +142,9 @@ def _open(config: CompileConfig, folder: Path) -> Engine:
 
 
 def write_continuations(
-    engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling, advance: Advance
-) -> list[list[int]]:
-    """Continue prompts, given as token ids, until the model ends the text; the end is part of it.
+    engine: Engine, prompts: Mapping[int, Sequence[int]], sampling: Sampling, advance: Advance
+) -> dict[int, list[int]]:
+    """Continue prompts, given by their numbers as token ids, until the model ends the text; the end is part of it.
 
     A continuation depends on its prompt, its number, the seed, and the number of threads, by which the native engine
     divides its sums; not on what else is written.
@@ -104,12 +154,12 @@ def write_continuations(
     Returns:
         New token ids of each prompt.
     """
-    runs = [_run(engine, ids, sampling, number) for number, ids in enumerate(prompts)]
-    for run in runs:
+    runs = {number: _run(engine, ids, sampling, number) for number, ids in prompts.items()}
+    for run in runs.values():
         # Tokens are dropped as they come: the run has their ids.
         run.post = partial(_note, advance)
-    engine.driver.finish(runs)
-    return [run.token_ids for run in runs]
+    engine.driver.finish([*runs.values()])
+    return {number: run.token_ids for number, run in runs.items()}
 
 
 def _run(engine: Engine, prompt_ids: Sequence[int], sampling: Sampling, number: int) -> Run:

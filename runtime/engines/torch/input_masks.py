@@ -46,6 +46,12 @@ class InputCounts:
         self.num_wanted[place] = self.num_wanted.get(place, 0) + int(is_wanted.sum())
         self.num_inputs[place] = self.num_inputs.get(place, 0) + is_wanted.numel()
 
+    def merge(self, other: "InputCounts") -> None:
+        """Add what was counted elsewhere."""
+        for own, found in ((self.num_wanted, other.num_wanted), (self.num_inputs, other.num_inputs)):
+            for place, count in found.items():
+                own[place] = own.get(place, 0) + count
+
     def share(self, weights: npt.NDArray[np.float32]) -> float:
         """Share of the layers' weights that were wanted; those of groups that were not counted all were.
 

@@ -1,0 +1,52 @@
+"""Which documents and which other work go to which place."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from .team import Team
+
+__all__ = ["deal", "home", "in_turn"]
+
+Ids = npt.NDArray[np.int64]
+Item = TypeVar("Item")
+T = TypeVar("T")
+
+
+def deal(lengths: Sequence[int], team: Team, labels: Ids | None = None) -> Mapping[int, Ids]:
+    """Deal documents to places: as many tokens to each as whole documents allow.
+
+    With labels, the documents of a cluster stay together: no more clusters are shared by places than there are cuts,
+    and of all others nothing has to be sent to be summed.
+
+    Args:
+        lengths: tokens of each document.
+        labels: (documents,) cluster ids.
+    Returns:
+        Place -> indices of its documents, ascending; without places that get none.
+    """
+    tokens = np.array(lengths, dtype=np.int64)
+    order = np.arange(len(tokens)) if labels is None else np.argsort(labels, kind="stable")
+    # A document belongs where its middle lies.
+    middles = 2 * np.cumsum(tokens[order]) - tokens[order]
+    places = np.minimum(middles * team.size // max(1, 2 * int(tokens.sum())), team.size - 1)
+    dealt = {place: np.sort(order[places == place]) for place in range(team.size)}
+    return {place: ids for place, ids in dealt.items() if len(ids)}
+
+
+def home(team: Team, number: int) -> int:
+    """Place of a cluster's or a layer's own work, which is the same for each."""
+    return number % team.size
+
+
+def in_turn(team: Team, items: Iterable[Item], ask: Callable[[Item], T]) -> Iterator[tuple[Item, T]]:
+    """Ask for each item's work, some ahead of the one that is yielded, which come in their order."""
+    asked: deque[tuple[Item, T]] = deque()
+    for item in items:
+        asked.append((item, ask(item)))
+        if len(asked) > team.ahead:
+            yield asked.popleft()
+    yield from asked

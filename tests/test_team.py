@@ -1,0 +1,176 @@
+"""A team whose places are all in this process: how work is dealt, added up, and done again."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+from coreinfer.bundles import read_manifest
+from coreinfer.compiler import CompileConfig, Progress, compile_model
+from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.team.adding import add_arrays, add_up
+from coreinfer.compiler.team.alone import Alone
+from coreinfer.compiler.team.dealing import deal, home, in_turn
+from coreinfer.compiler.team.steps import Steps
+from coreinfer.compiler.team.team import Pending, Worker
+
+from .test_carrying import load
+
+T = TypeVar("T")
+MANIFEST = "manifest.json"
+SEARCH: dict[str, Any] = {"effort": "quick", "keep": None, "max_kl": 0.02}
+
+
+class Forgetful(Alone):
+    """Loses at random all that a worker has noted, as if another process had taken its place."""
+
+    def __init__(self, loaded: LoadedModel, size: int, every: int) -> None:
+        super().__init__(loaded, size)
+        self._chances, self._every = random.Random(3), every
+        self.num_replaced = 0
+
+    def call(self, place: int, stage: str, task: Callable[..., T], *arguments: object) -> Pending[T]:
+        return super().call(place, stage, partial(self._run, task), *arguments)
+
+    def _run(self, task: Callable[..., T], worker: Worker, *arguments: object) -> T:
+        if worker.notes and self._chances.randrange(self._every) == 0:
+            worker.notes.clear()
+            self.num_replaced += 1
+        return task(worker, *arguments)
+
+
+def files_of(bundle: Path) -> dict[str, bytes]:
+    """All files but the manifest, which says by how many workers they were made."""
+    return {
+        path.relative_to(bundle).as_posix(): path.read_bytes()
+        for path in sorted(bundle.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+@pytest.fixture
+def compile_by(
+    tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """A function (make team, family, name, **options) that compiles a tiny model by a team of this process."""
+
+    def run(team: Callable[[LoadedModel], Alone], family: str = "llama", name: str = "bundle", **options: Any) -> Path:
+        monkeypatch.setattr("coreinfer.compiler.pipeline.Alone", team)
+        compile_model(replace(tiny_inputs(family), **{"threads": 1, **options, "output": tmp_path / name}), Progress())
+        return tmp_path / name
+
+    return run
+
+
+@pytest.mark.parametrize("num_places", [1, 2, 3, 7])
+def test_places_get_about_as_many_tokens_and_whole_clusters_where_they_can(num_places: int) -> None:
+    generator = np.random.default_rng(0)
+    lengths, labels = generator.integers(5, 60, 200).tolist(), generator.integers(0, 6, 200)
+    team = Alone(load("llama"), num_places)
+    for given in (None, labels):
+        dealt = deal(lengths, team, given)
+        assert sorted(np.concatenate([*dealt.values()]).tolist()) == list(range(200))
+        shares = [sum(lengths[index] for index in ids) for ids in dealt.values()]
+        assert max(shares) - min(shares) <= 2 * max(lengths)
+        assert all((np.diff(ids) > 0).all() for ids in dealt.values())
+    parts = sum(len(set(labels[ids].tolist())) for ids in deal(lengths, team, labels).values())
+    assert parts <= 6 + num_places - 1
+
+
+def test_fewer_documents_than_places_leave_places_free() -> None:
+    dealt = deal([10, 10], Alone(load("llama"), 5))
+    assert sorted(index for ids in dealt.values() for index in ids.tolist()) == [0, 1]
+    assert all(len(ids) for ids in dealt.values())
+
+
+def test_sums_are_added_as_a_tree_in_the_order_of_places() -> None:
+    team, order = Alone(load("llama"), 5), list[tuple[str, str]]()
+
+    def add(_worker: Worker, first: str, second: str) -> str:
+        order.append((first, second))
+        return first + second
+
+    parts = {place: team.call(place, "test", lambda _, name=name: name) for place, name in enumerate("abcde")}
+    assert add_up(team, "test", add, parts).result() == "abcde"
+    assert sorted(order) == [("a", "b"), ("ab", "cd"), ("abcd", "e"), ("c", "d")]
+
+
+def test_arrays_that_one_place_lacks_are_taken_from_the_other() -> None:
+    worker = Worker(place=0, loaded=load("llama"))
+    first, second = {"a": np.ones(2), "b": np.ones(1)}, {"b": np.ones(1), "c": np.zeros(1)}
+    found = add_arrays(worker, first, second)
+    assert {name: values.tolist() for name, values in found.items()} == {"a": [1, 1], "b": [2], "c": [0]}
+    assert first["b"].tolist() == [1]
+
+
+def test_items_come_in_turn_and_some_are_asked_for_in_advance() -> None:
+    class Ahead(Alone):
+        ahead = 2
+
+    asked: list[int] = []
+
+    def ask(item: int) -> int:
+        asked.append(item)
+        return item * item
+
+    seen = [(item, found, len(asked)) for item, found in in_turn(Ahead(load("llama")), range(5), ask)]
+    assert seen == [(0, 0, 3), (1, 1, 4), (2, 4, 5), (3, 9, 5), (4, 16, 5)]
+    assert [home(Alone(load("llama"), 3), number) for number in range(5)] == [0, 1, 2, 0, 1]
+
+
+def test_steps_that_are_done_elsewhere_are_reported_at_the_end() -> None:
+    import pickle
+
+    seen: list[int] = []
+    steps = Steps(lambda steps=1: seen.append(steps))
+    steps(2)
+    pickle.loads(pickle.dumps(steps))(5)
+    steps.reach(7)
+    steps.reach(7)
+    assert seen == [2, 5]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("opt", {"controls": False, "quantize": "int4"}),
+        ("llama", {"repair_rounding": True, "quantize": "int8", "controls": False}),
+        ("llama", SEARCH),
+        ("mixtral", {"budgets": "energy"}),
+    ],
+    ids=["carried", "biases", "rounded", "sums kept", "experts"],
+)
+def test_workers_that_are_replaced_change_no_byte(
+    family: str, options: dict[str, Any], compile_by: Callable[..., Path]
+) -> None:
+    teams: list[Forgetful] = []
+
+    def forgetful(loaded: LoadedModel) -> Alone:
+        teams.append(Forgetful(loaded, 2, every=2))
+        return teams[0]
+
+    expected = compile_by(partial(Alone, size=2), family, "expected", **options)
+    found = compile_by(forgetful, family, "found", **options)
+    assert teams[0].num_replaced >= 5
+    assert files_of(found) == files_of(expected)
+
+
+@pytest.mark.parametrize(("family", "options"), [("llama", {}), ("opt", {}), ("llama", SEARCH)])
+def test_other_numbers_of_places_differ_by_rounding_only(
+    family: str, options: dict[str, Any], compile_by: Callable[..., Path]
+) -> None:
+    bundles = [compile_by(partial(Alone, size=size), family, f"{size} places", **options) for size in (1, 2, 3)]
+    alone, *others = (read_manifest(bundle) for bundle in bundles)
+    for other in others:
+        assert alone.quality is not None
+        assert other.quality is not None
+        assert other.quality.clusters.kl == pytest.approx(alone.quality.clusters.kl, rel=0.02)
+        assert other.plan.layer_budgets == alone.plan.layer_budgets
+    # What does not go by sums over all text is the same to the byte.
+    for name in ("router/encoder/table.safetensors", "router/index.faiss", "tokenizer/tokenizer.json"):
+        assert len({(bundle / name).read_bytes() for bundle in bundles}) == 1
