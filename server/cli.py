@@ -60,7 +60,7 @@ def main(
     limits["api_key"] = os.environ.get(KEY_VARIABLE)
     limits["allowed_hosts"] = (*LOOPBACK_HOSTS, *limits["allowed_hosts"]) if is_loopback else ()
     config = ServerConfig(**limits)
-    names = _model_names(bundle_dirs)
+    names = _model_names(bundle_dirs, follow_links=replicas.ray is None)
     if config.any_model and len(names) > 1:
         raise ConfigError(f"--any-model: expected one DIR, got {len(names)}")
     taken = serving.bind(host, port)
@@ -121,13 +121,15 @@ def _import_serving() -> ModuleType:
     return serving
 
 
-def _model_names(bundle_dirs: Sequence[Path]) -> list[str]:
+def _model_names(bundle_dirs: Sequence[Path], *, follow_links: bool) -> list[str]:
     """Name each bundle after its folder.
 
+    Args:
+        follow_links: name it after the folder that a link points to, which is another one after an exchange.
     Raises:
         ConfigError: two folders have one name.
     """
-    names = [path.resolve().name for path in bundle_dirs]
+    names = [(path.resolve() if follow_links else path.absolute()).name for path in bundle_dirs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"DIR: a bundle is served under its folder's name, and two are called {', '.join(twice)}")
     return names

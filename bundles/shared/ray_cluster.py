@@ -33,13 +33,12 @@ def check_ray(what: str) -> None:
 
 
 @contextmanager
-def on_ray(address: str, *, num_cpus: int, verbose: bool = False) -> Iterator[None]:
+def on_ray(address: str, *, num_cpus: int) -> Iterator[None]:
     """Be connected to Ray in the block.
 
     Args:
         address: of a cluster, or `LOCAL` to start one that ends with the block.
         num_cpus: CPUs that a Ray which is started here lends out; it counts them, and binds nobody to them.
-        verbose: show what Ray logs below warnings.
     Raises:
         ConfigError: Ray is not installed, or nobody answers at the address.
     """
@@ -48,20 +47,16 @@ def on_ray(address: str, *, num_cpus: int, verbose: bool = False) -> Iterator[No
 
     # Nothing is reported to anybody who was not asked for it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    level = logging.INFO if verbose else logging.WARNING
     is_local = address == LOCAL
     started = {"num_cpus": num_cpus, "object_store_memory": _LOCAL_STORE_BYTES, "include_dashboard": False}
     with _own_signals():
         try:
-            ray.init(
-                None if is_local else address,
-                logging_level=level,
-                **(started if is_local else {}),
-            )
+            # "local" also where a Ray runs on this machine already.
+            ray.init(address, logging_level=logging.ERROR, **(started if is_local else {}))
         except (ConnectionError, RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise ConfigError(f"--ray {address}: cannot be reached ({first}); give HOST:PORT, or local") from error
-    logging.getLogger("ray").setLevel(level)
+    logging.getLogger("ray").setLevel(logging.WARNING)
     try:
         yield
     finally:

@@ -14,9 +14,9 @@ class ClusterRouter(RequestRouter):
     It also counts requests, waits when all places are taken, and notices replicas that come and go.
     """
 
-    def initialize_state(self, *, num_clusters: int) -> None:
+    def initialize_state(self, *, num_clusters: int, num_at_once: int) -> None:
         """Begin with cold replicas; Ray Serve passes what the deployment's configuration says."""
-        self._warmth = Warmth(num_clusters)
+        self._warmth, self._num_at_once = Warmth(num_clusters), num_at_once
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -29,6 +29,7 @@ class ClusterRouter(RequestRouter):
                 replica=name,
                 # Not known of one that is new or was not asked for long; Ray Serve asks it then.
                 load=self.replica_queue_len_cache.get(replica.replica_id) or 0,
+                num_at_once=self._num_at_once,
                 limit=replica.max_ongoing_requests,
             )
             for name, replica in found.items()

@@ -83,7 +83,8 @@ class Fleet:
             ConfigError: they cannot be started.
         """
         deployment = serve.deployment(Replica, name=_DEPLOYMENT).options(
-            max_ongoing_requests=self.server.parallel,
+            # As many again wait in it, so that none of its places is empty while Ray finds the next request.
+            max_ongoing_requests=2 * self.server.parallel,
             ray_actor_options=self._resources(),
             # One more for as long as an exchange lasts; of up to 100 replicas, 1% is one.
             max_surge_percent=1,
@@ -163,6 +164,6 @@ class Fleet:
             return RequestRouterConfig(max_backoff_s=_MAX_BACKOFF_SECONDS)
         return RequestRouterConfig(
             request_router_class="coreinfer.server.replicas.cluster_router:ClusterRouter",
-            request_router_kwargs={"num_clusters": num_clusters},
+            request_router_kwargs={"num_clusters": num_clusters, "num_at_once": self.server.parallel},
             max_backoff_s=_MAX_BACKOFF_SECONDS,
         )

@@ -23,6 +23,7 @@ from coreinfer.server.service import Model, Service
 from coreinfer.server.serving import serve
 from ray import serve as ray_serve
 from ray.serve.config import ProxyLocation
+from ray.serve.schema import LoggingConfig
 
 from .fleet import Fleet, cpus_of_replica
 from .hints import Hints
@@ -79,7 +80,7 @@ def serve_replicas(
     with ExitStack() as stack:
         stack.enter_context(on_ray(replicas.ray, num_cpus=num_cpus))
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        ray_serve.start(proxy_location=ProxyLocation.Disabled)
+        ray_serve.start(proxy_location=ProxyLocation.Disabled, logging_config=LoggingConfig(log_level="WARNING"))
         service = Service(config)
         served, facts = {}, {}
         for name, folder in folders.items():

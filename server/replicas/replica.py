@@ -39,9 +39,9 @@ class Replica:
         self._engine.loaded.grammars.prepare()
         self._engine.loaded.prompts.prepare()
         self._fingerprint = fingerprint(self._engine.bundle)
-        # Ray sends no more than `parallel`; a few more may come while it notices that some are over.
         metrics = ModelMetrics(metrics=Metrics(), model=name)
-        self._worker = Worker(name, self._engine, parallel=parallel, capacity=parallel, metrics=metrics)
+        # Ray sends twice `parallel`, at most; a few more may come while it notices that some are over.
+        self._worker = Worker(name, self._engine, parallel=parallel, capacity=2 * parallel, metrics=metrics)
 
     async def facts(self) -> Facts:
         """Say what the front must know."""

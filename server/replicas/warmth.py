@@ -17,12 +17,14 @@ class Place:
     """A replica that could take a request.
 
     Attributes:
-        load: requests that it answers now.
-        limit: of them, at most.
+        load: requests that it has now.
+        num_at_once: of them, those that it answers at once; the others wait in it.
+        limit: most that it takes.
     """
 
     replica: str
     load: int
+    num_at_once: int
     limit: int
 
 
@@ -66,13 +68,9 @@ class Warmth:
         self._conversations: OrderedDict[str, str] = OrderedDict()
 
     def ranked(self, places: Sequence[Place], hint: Hint) -> list[list[str]]:
-        """Sort replicas into ranks, the best first; within a rank the least load counts, and of equals the order.
-
-        A warm replica is passed over when it is full, or has more than half of its places more in use than the idlest:
-        then it is quicker to warm another one.
-        """
+        """Sort replicas into ranks, the best first; within a rank the least load counts, and of equals the order."""
         least = min((place.load for place in places), default=0)
-        able = [place for place in places if place.load < place.limit and place.load - least <= place.limit // 2]
+        able = [place for place in places if _is_able(place, least)]
         home = self._conversations.get(hint.conversation or "")
         cluster = hint.cluster
         same = [place.replica for place in able if place.replica == home]
@@ -91,3 +89,13 @@ class Warmth:
             self._conversations.move_to_end(hint.conversation)
             if len(self._conversations) > _MAX_CONVERSATIONS:
                 self._conversations.popitem(last=False)
+
+
+def _is_able(place: Place, least: int) -> bool:
+    """Whether a warm replica is better than an idler one, which is quickly warmed.
+
+    It is not when it is full, when a request would wait in it and not in the idlest, or when it has more requests than
+    the idlest by half of what it answers at once.
+    """
+    waits_needlessly = place.load >= place.num_at_once and least < place.num_at_once
+    return place.load < place.limit and not waits_needlessly and place.load - least <= max(1, place.num_at_once // 2)
