@@ -14,6 +14,9 @@ class ClusterRouter(RequestRouter):
     It also counts requests, waits when all places are taken, and notices replicas that come and go.
     """
 
+    # Its own 0.1 s are short for a process that computes on all of its cores.
+    queue_len_response_deadline_s = 1.0
+
     def initialize_state(self, *, num_clusters: int, num_at_once: int) -> None:
         """Begin with cold replicas; Ray Serve passes what the deployment's configuration says."""
         self._warmth, self._num_at_once = Warmth(num_clusters), num_at_once

@@ -31,6 +31,9 @@ _SPARE_SECONDS = 15.0
 _UPSCALE_SECONDS, _DOWNSCALE_SECONDS = 5.0, 120.0
 _COUNT_SECONDS = 1.0
 _MAX_BACKOFF_SECONDS = 0.1
+_HELD_TIMES = 3
+"""A replica holds as many times the requests that it answers at once. Those that wait in it need not find it again; where
+all are full, a freed place goes to whoever comes, and nothing stays warm."""
 
 
 def cpus_of_replica(loading: LoadOptions) -> int:
@@ -83,8 +86,7 @@ class Fleet:
             ConfigError: they cannot be started.
         """
         deployment = serve.deployment(Replica, name=_DEPLOYMENT).options(
-            # As many again wait in it, so that none of its places is empty while Ray finds the next request.
-            max_ongoing_requests=2 * self.server.parallel,
+            max_ongoing_requests=_HELD_TIMES * self.server.parallel,
             ray_actor_options=self._resources(),
             # One more for as long as an exchange lasts; of up to 100 replicas, 1% is one.
             max_surge_percent=1,

@@ -15,9 +15,6 @@ from .messages import Hint
 
 __all__ = ["Hints"]
 
-_BEGINNING_CHARACTERS = 256
-"""Of a plain text: texts that begin alike may share what the KV cache holds."""
-
 
 class Hints:
     """Reads requests of one bundle, by the bundle's own router."""
@@ -33,7 +30,8 @@ class Hints:
     def read(self, prompt: Prompt, options: GenerationOptions) -> Hint:
         """Route a request; one that a replica will refuse has no hint."""
         try:
-            return Hint(cluster=self._cluster(prompt, options), conversation=_conversation(prompt))
+            continues = not isinstance(prompt, str) and any(message["role"] == "assistant" for message in prompt)
+            return Hint(cluster=self._cluster(prompt, options), conversation=_conversation(prompt), continues=continues)
         except CoreInferError:
             return Hint()
 
@@ -48,8 +46,7 @@ class Hints:
 def _conversation(prompt: Prompt) -> str | None:
     """What all turns of a conversation have in common: all up to the user's first message."""
     if isinstance(prompt, str):
-        beginning: object = prompt[:_BEGINNING_CHARACTERS]
-    else:
-        first = next((place for place, message in enumerate(prompt) if message["role"] == "user"), len(prompt))
-        beginning = [dict(message) for message in prompt[: first + 1]]
+        return None
+    first = next((place for place, message in enumerate(prompt) if message["role"] == "user"), len(prompt))
+    beginning = [dict(message) for message in prompt[: first + 1]]
     return hashlib.sha256(json.dumps(beginning).encode()).hexdigest()

@@ -15,11 +15,13 @@ class Hint:
 
     Attributes:
         cluster: whose pack decodes it; None where the dense FFN does.
-        conversation: the same for all turns of a conversation; None where nothing follows.
+        conversation: the same for all turns of a conversation; None for a text.
+        continues: whether it is a later turn, of which the KV cache may hold the earlier ones.
     """
 
     cluster: int | None = None
     conversation: str | None = None
+    continues: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,8 +40,8 @@ class Replica:
         self._engine.loaded.prompts.prepare()
         self._fingerprint = fingerprint(self._engine.bundle)
         metrics = ModelMetrics(metrics=Metrics(), model=name)
-        # Ray sends twice `parallel`, at most; a few more may come while it notices that some are over.
-        self._worker = Worker(name, self._engine, parallel=parallel, capacity=2 * parallel, metrics=metrics)
+        # Ray bounds what comes; a few more may come while it notices that some are over.
+        self._worker = Worker(name, self._engine, parallel=parallel, capacity=4 * parallel, metrics=metrics)
 
     async def facts(self) -> Facts:
         """Say what the front must know."""

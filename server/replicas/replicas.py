@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 
 from .hints import Hints
 from .messages import Asked, Hint, Posted, State
-from .warmth import WarmPacks
+from .warmth import WarmPacks, share_of
 
 __all__ = ["ReplicaLost", "Replicas"]
 
@@ -67,7 +67,7 @@ class Replicas:
         self._tasks: dict[Job, asyncio.Task[None]] = {}
         self._placed: set[Job] = set()
         self._states: dict[str, State] = {}
-        self._warm = WarmPacks(1)
+        self._warm, self._num_clusters = WarmPacks(), 1
         # Routing must not delay the tokens of others.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
         metrics.watch_replicas(
@@ -79,7 +79,7 @@ class Replicas:
 
     def use(self, hints: Hints, num_clusters: int) -> None:
         """Read requests for another bundle from now on."""
-        self.hints, self._warm = hints, WarmPacks(num_clusters)
+        self.hints, self._warm, self._num_clusters = hints, WarmPacks(), num_clusters
 
     def count(self, num_replicas: int) -> None:
         """Note how many replicas answer now, from any thread."""
@@ -198,8 +198,8 @@ class Replicas:
 
     def _count_pack(self, replica: str, token: Token) -> None:
         if token.mode in ("similarity", "lossless"):
-            num_replicas = max(1, self._num_replicas)
-            self._metrics.pack_used(was_warm=self._warm.note(replica, token.cluster, num_replicas=num_replicas))
+            share = share_of(self._num_clusters, self._num_replicas)
+            self._metrics.pack_used(was_warm=self._warm.note(replica, token.cluster, at_most=share))
 
 
 def _client_error(error: Exception) -> Exception:
