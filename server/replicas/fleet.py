@@ -32,8 +32,8 @@ _UPSCALE_SECONDS, _DOWNSCALE_SECONDS = 5.0, 120.0
 _COUNT_SECONDS = 1.0
 _MAX_BACKOFF_SECONDS = 0.1
 _HELD_TIMES = 3
-"""A replica holds as many times the requests that it answers at once. Those that wait in it need not find it again; where
-all are full, a freed place goes to whoever comes, and nothing stays warm."""
+"""A replica holds as many times the requests that it answers at once. Those that wait in it need not find it again;
+where all are full, a freed place goes to whoever comes, and nothing stays warm."""
 
 
 def cpus_of_replica(loading: LoadOptions) -> int:
