@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from .checks import whole_number
-from .option_fields import option
+from .checks import raise_problems, whole_number
+from .option_fields import field_problems, option
 
 __all__ = ["RayOptions"]
 
@@ -23,3 +23,13 @@ class RayOptions:
     replicas: int = field(
         default=1, metadata=option("With --ray: number of engines, each with --threads.", check=whole_number(1))
     )
+
+    def __post_init__(self) -> None:
+        """Check every option.
+
+        Raises:
+            ConfigError: naming all options that are wrong.
+        """
+        raise_problems(field_problems(self))
+        if self.ray is None and self.replicas != 1:
+            raise_problems(["--replicas: it is for engines on Ray; give --ray ADDRESS, or --ray local"])
