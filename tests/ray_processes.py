@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,7 +33,6 @@ def stopped(processes: list[int]) -> Iterator[None]:
     """Stop processes in the block; those that were killed there stay dead."""
     for process in processes:
         os.kill(process, signal.SIGSTOP)
-    time.sleep(0.1)
     try:
         yield
     finally:
