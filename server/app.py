@@ -15,9 +15,9 @@ from .routes import ollama as ollama_routes
 from .routes import openai as openai_routes
 from .routes import own as own_routes
 from .server_config import ServerConfig
-from .service import VERSION, Service
+from .service import VERSION, Service, engine_service
 
-__all__ = ["create_app"]
+__all__ = ["app_of", "create_app"]
 
 
 def create_app(engines: Mapping[str, Engine], config: ServerConfig) -> FastAPI:
@@ -29,7 +29,12 @@ def create_app(engines: Mapping[str, Engine], config: ServerConfig) -> FastAPI:
     Returns:
         An ASGI application; its workers end with its lifespan. `app.state.service` is what it serves.
     """
-    service = Service(engines, config)
+    return app_of(engine_service(engines, config))
+
+
+def app_of(service: Service) -> FastAPI:
+    """Put the application of a service together; the service ends with its lifespan."""
+    config = service.config
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -27,6 +27,7 @@ class Job:
         last: its newest token.
         is_over: whether its place is free again.
         bell: rung when an event comes.
+        replica, fingerprint: which of several engines answers, and that of its bundle; known by its first token.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class Job:
         self.arrived_seconds, self.timeout_seconds = arrived_seconds, timeout_seconds
         self.run: Run | None = None
         self.last: Token | None = None
+        self.replica = ""
+        self.fingerprint: str | None = None
         self.is_over = False
         self.bell = asyncio.Event()
         self._mail, self._give_up = mail, give_up

@@ -52,6 +52,10 @@ class Metrics:
         self.active = self._gauge("active", "Requests that are read or decoded.")
         self.pages = self._gauge("kv_pages", "Pages of the KV cache.")
         self.free_pages = self._gauge("kv_free_pages", "Pages of the KV cache that hold nothing.")
+        self.replicas = self._gauge("replicas", "Engines on Ray that answer.")
+        self.asked_again = self._counter("asked_again", "Requests asked again where a replica was lost.", "model")
+        self.pack_uses = self._counter("pack_uses", "Generations by whether their pack was warm.", "model", "warm")
+        self.exchanges = self._counter("exchanges", "Exchanges of a bundle, by how they ended.", "model", "outcome")
 
     def page(self) -> bytes:
         """Write everything in Prometheus' text format."""
@@ -73,7 +77,7 @@ class ModelMetrics:
 
     metrics: Metrics
     model: str
-    _pack: int | None = field(default=None, init=False)
+    _packs: dict[str, int] = field(default_factory=dict, init=False)
 
     def watch(self, scheduler: Scheduler) -> None:
         """Show what a scheduler does and holds."""
@@ -83,6 +87,36 @@ class ModelMetrics:
         self.metrics.free_pages.labels(self.model).set_function(lambda: decoder.num_free_pages)
         scheduler.on_pass = self.metrics.batch_size.labels(self.model).observe
 
+    def watch_replicas(
+        self,
+        *,
+        num_replicas: Callable[[], int],
+        num_active: Callable[[], int],
+        num_pages: Callable[[], int],
+        num_free_pages: Callable[[], int],
+    ) -> None:
+        """Show what replicas do and hold, by functions that return it."""
+        self.metrics.replicas.labels(self.model).set_function(num_replicas)
+        self.metrics.active.labels(self.model).set_function(num_active)
+        self.metrics.pages.labels(self.model).set_function(num_pages)
+        self.metrics.free_pages.labels(self.model).set_function(num_free_pages)
+        # Both are there from the beginning.
+        self.metrics.asked_again.labels(self.model)
+        for warm in ("yes", "no"):
+            self.metrics.pack_uses.labels(self.model, warm)
+
+    def asked_again(self) -> None:
+        """Note that a request is asked again."""
+        self.metrics.asked_again.labels(self.model).inc()
+
+    def pack_used(self, *, was_warm: bool) -> None:
+        """Note a generation with a pack."""
+        self.metrics.pack_uses.labels(self.model, "yes" if was_warm else "no").inc()
+
+    def exchanged(self, outcome: Literal["done", "failed"]) -> None:
+        """Note an exchange of the bundle."""
+        self.metrics.exchanges.labels(self.model, outcome).inc()
+
     def queue_length(self, length: int) -> None:
         """Note how many requests wait."""
         self.metrics.queue.labels(self.model).set(length)
@@ -91,8 +125,12 @@ class ModelMetrics:
         """Note how long a client waited for its first token."""
         self.metrics.first_token_seconds.labels(self.model).observe(seconds)
 
-    def finished(self, outcome: Outcome, last: Token | None) -> None:
-        """Note a generation that ended, with its last token, if it had any."""
+    def finished(self, outcome: Outcome, last: Token | None, *, engine: str = "") -> None:
+        """Note a generation that ended, with its last token, if it had any.
+
+        Args:
+            engine: which of several it ran on.
+        """
         metrics, model = self.metrics, self.model
         metrics.generations.labels(model, outcome).inc()
         if last is None:
@@ -106,13 +144,13 @@ class ModelMetrics:
         metrics.distance.labels(model).observe(last.distance)
         metrics.decode_seconds.labels(model).observe(last.decode_seconds)
         if last.mode == "similarity":
-            self._count_swaps(last)
+            self._count_swaps(last, engine)
 
-    def _count_swaps(self, last: Token) -> None:
+    def _count_swaps(self, last: Token, engine: str) -> None:
         for step in last.path:
-            if self._pack is not None and step.cluster != self._pack:
+            if self._packs.get(engine, step.cluster) != step.cluster:
                 self.metrics.swaps.labels(self.model).inc()
-            self._pack = step.cluster
+            self._packs[engine] = step.cluster
 
 
 class CountRequests:

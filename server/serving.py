@@ -11,10 +11,11 @@ import uvicorn
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.runtime import Engine
 
-from .app import create_app
+from .app import app_of
 from .server_config import ServerConfig
+from .service import Service, engine_service
 
-__all__ = ["bind", "serve"]
+__all__ = ["bind", "serve", "serve_engines"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,21 +43,29 @@ def bind(host: str, port: int) -> socket.socket:
     return taken
 
 
-def serve(
+def serve_engines(
     engines: Mapping[str, Engine], config: ServerConfig, taken: socket.socket, *, on_start: Callable[[], None]
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then let running requests finish within the grace time.
+    """Serve engines of this process; see `serve`.
 
     Args:
         engines: loaded bundles by the names that clients use.
         config: limits and access.
+    """
+    serve(engine_service(engines, config), taken, on_start=on_start)
+
+
+def serve(service: Service, taken: socket.socket, *, on_start: Callable[[], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then let running requests finish within the grace time.
+
+    Args:
         taken: a bound socket.
         on_start: called when requests are answered.
     """
-    app = create_app(engines, config)
+    config = service.config
     server = _Server(
         uvicorn.Config(
-            app,
+            app_of(service),
             # What else is installed shall not change how the server behaves.
             http="h11",
             loop="asyncio",
@@ -71,7 +80,7 @@ def serve(
             timeout_graceful_shutdown=int(config.grace_seconds) + _LAST_WORDS_SECONDS,
         ),
         grace_seconds=config.grace_seconds,
-        cut=app.state.service.cut,
+        cut=service.cut,
         on_start=on_start,
     )
     try:
@@ -81,7 +90,7 @@ def serve(
         _log.info("ended by a signal")
     finally:
         # A second Ctrl-C skips the application's own end.
-        app.state.service.close()
+        service.close()
 
 
 class _Server(uvicorn.Server):

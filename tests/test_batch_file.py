@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from coreinfer import runtime
-from coreinfer.runtime.commands import batch_file
+from coreinfer.runtime.commands import batch_answering
 
 from .batch_commands import COMPLETIONS, answers, done, openai, run, user
 from .model_factory import corpus_texts
@@ -113,7 +113,7 @@ def test_openai_clients_read_the_answers(bundle: Path, write_lines: Any, out: Pa
 def test_more_lines_than_are_open_at_once(
     bundle: Path, engine: runtime.Engine, write_lines: Any, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_file, "_MAX_OPEN", 3)
+    monkeypatch.setattr(batch_answering, "_MAX_OPEN", 3)
     most = 0
     submit = runtime.Engine.submit
 

@@ -20,7 +20,7 @@ from coreinfer.runtime.prompts.prompt_format import PromptFormat
 from coreinfer.runtime.prompts.token_room import token_room
 from coreinfer.server.requests.bounds import MAX_VALUES
 from coreinfer.server.server_config import ServerConfig
-from coreinfer.server.service import Service
+from coreinfer.server.service import engine_service
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from .engine_inputs import MAX_POSITIONS, PROMPT, with_room
@@ -133,7 +133,7 @@ def test_the_first_schema_does_not_wait_for_llguidance(bundle: Path, monkeypatch
     """It takes a second of everybody's to read a large tokenizer, so that it is done before the server answers."""
     llguidance = pytest.importorskip("llguidance")
     loaded = runtime.load(bundle, threads=1)
-    service = Service({"m": loaded}, ServerConfig())
+    service = engine_service({"m": loaded}, ServerConfig())
     monkeypatch.setattr(llguidance, "LLTokenizer", None)
     try:
         assert loaded.generate(PROMPT, json_schema={"const": 7}, max_new_tokens=20).text == "7"
@@ -145,7 +145,7 @@ def test_nothing_large_is_made_of_the_tokenizer_for_a_request(bundle: Path, monk
     """To look through its vocabulary, or to make the second one of literals, holds the lock of Python for long."""
     loaded = runtime.load(bundle, threads=1)
     name = next(token.content for token in loaded.tokenizer.get_added_tokens_decoder().values() if token.special)
-    service = Service({"m": loaded}, ServerConfig())
+    service = engine_service({"m": loaded}, ServerConfig())
     monkeypatch.setattr(prompt_format, "token_room", None)
     monkeypatch.setattr(literals, "Tokenizer", None)
     try:

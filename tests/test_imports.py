@@ -1,7 +1,7 @@
 """What importing costs, and which way dependencies point: read from the source, and seen in fresh interpreters."""
 
 import ast
-import importlib
+import importlib.util
 import json
 import pkgutil
 import subprocess
@@ -39,12 +39,14 @@ FORBIDDEN = {
     "runtime": {"coreinfer.compiler", "coreinfer.evaluation", "coreinfer.server"},
     "server": {"coreinfer.compiler", "coreinfer.evaluation"},
 }
-HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "datasets", "gguf", "model2vec", "pyarrow")
+HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "datasets", "gguf", "model2vec", "pyarrow", "ray")
 MODULES = sorted(
     module.name
     for name, package in PACKAGES.items()
     for module in pkgutil.walk_packages(package.__path__, f"coreinfer.{name}.")
     if module.name.rpartition(".")[2] not in ("__main__", "_native", "_kernels", "_products")
+    # Which Ray itself is in; it is not everywhere.
+    and (importlib.util.find_spec("ray") or not module.name.startswith("coreinfer.server.replicas."))
 )
 
 

@@ -3,7 +3,7 @@
 import codecs
 import json
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -13,10 +13,24 @@ import numpy as np
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.shared.text_files import check_text
 
-__all__ = ["Line", "count_lines", "hashed", "id_of", "is_openai", "parse", "read_lines"]
+__all__ = [
+    "Line",
+    "Place",
+    "count_lines",
+    "hashed",
+    "id_of",
+    "is_openai",
+    "parse",
+    "placed_lines",
+    "read_lines",
+    "read_piece",
+]
 
 LineId = str | int
 Value = Mapping[str, Any]
+
+Place = tuple[int, int]
+"""The number of a line in its file, from 1, and its first byte, from 0."""
 
 _OPENAI_KEYS = ("custom_id", "url", "body")
 
@@ -46,11 +60,27 @@ class Line:
 
 def read_lines(path: Path) -> Iterator[Line]:
     """Read one line after another."""
+    return (line for _, line in placed_lines(path))
+
+
+def placed_lines(path: Path) -> Iterator[tuple[Place, Line]]:
+    """Read one line after another, each with its place."""
     with path.open("rb") as file:
+        start = 0
         for number, text in enumerate(file, start=1):
-            # Editors of Windows begin a file with a mark.
-            if stripped := (text.removeprefix(codecs.BOM_UTF8) if number == 1 else text).strip():
-                yield _line(number, stripped)
+            if line := _read(number, text):
+                yield (number, start), line
+            start += len(text)
+
+
+def read_piece(path: Path, places: Iterable[Place]) -> Iterator[Line]:
+    """Read the lines at some places of a file, which is the one that they were found in."""
+    with path.open("rb") as file:
+        for number, start in places:
+            file.seek(start)
+            line = _read(number, file.readline())
+            assert line is not None, f"{path} was changed meanwhile"
+            yield line
 
 
 def count_lines(path: Path) -> int:
@@ -102,6 +132,13 @@ def parse(text: bytes) -> dict[str, Any]:
     if b"\\u" in text:
         check_text(json.dumps(value, ensure_ascii=False))
     return value
+
+
+def _read(number: int, text: bytes) -> Line | None:
+    """Read a line; None if it is blank."""
+    # Editors of Windows begin a file with a mark.
+    stripped = (text.removeprefix(codecs.BOM_UTF8) if number == 1 else text).strip()
+    return _line(number, stripped) if stripped else None
 
 
 def _line(number: int, text: bytes) -> Line:

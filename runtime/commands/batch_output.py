@@ -17,12 +17,22 @@ from coreinfer.bundles.errors import ConfigError
 
 from .batch_lines import Line, hashed, parse
 
-__all__ = ["AnswerFile"]
+__all__ = ["AnswerFile", "digest_of"]
 
 Hashes = npt.NDArray[np.uint64]
 
 _DIGEST_BYTES = 8
 _ANOTHER = "give another file with -o"
+
+
+def digest_of(salt: str, line: Line) -> str:
+    """What stands for a line, the options that it gets and the bundle: the same where the answer would be.
+
+    Args:
+        salt: says by whom and how lines are answered.
+    """
+    salt_bytes = blake2b(salt.encode(), digest_size=16).digest()
+    return blake2b(line.text, digest_size=_DIGEST_BYTES, salt=salt_bytes).hexdigest()
 
 
 class AnswerFile:
@@ -40,7 +50,7 @@ class AnswerFile:
         Raises:
             ConfigError: it cannot be used, holds something else than answers, or another process writes it.
         """
-        self._path, self._salt = path, salt.encode()
+        self._path, self._salt = path, salt
         self.num_failed = 0
         self._file = _open(path)
         try:
@@ -56,8 +66,8 @@ class AnswerFile:
         self._file.close()
 
     def digest(self, line: Line) -> str:
-        """What stands for a line, the options that it gets and the bundle: the same where the answer would be."""
-        return blake2b(line.text, digest_size=_DIGEST_BYTES, salt=self._salt_bytes).hexdigest()
+        """See `digest_of`."""
+        return digest_of(self._salt, line)
 
     def has(self, line: Line) -> bool:
         """Whether a line was answered before.
@@ -87,10 +97,6 @@ class AnswerFile:
     def num_before(self) -> int:
         """Answers that were there when it was opened."""
         return len(self._keys)
-
-    @property
-    def _salt_bytes(self) -> bytes:
-        return blake2b(self._salt, digest_size=16).digest()
 
     def _read(self) -> tuple[Hashes, Hashes]:
         """Give keys in order, and the digests that go with them; drop a last line that was cut."""

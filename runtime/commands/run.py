@@ -9,6 +9,8 @@ import click
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.shared.command import EXIT_ERROR, EXIT_INTERRUPTED, command_errors, fail, start_logging
 from coreinfer.bundles.shared.command_options import field_option, field_options
+from coreinfer.bundles.shared.ray_cluster import check_ray
+from coreinfer.bundles.shared.ray_options import RayOptions
 from coreinfer.runtime.engine import Engine, Prompt, load_engine
 from coreinfer.runtime.generation import Token, collect
 from coreinfer.runtime.load_options import LoadOptions
@@ -38,6 +40,7 @@ __all__ = ["main"]
     "-o", "--output", type=click.Path(path_type=Path), default=None, help="File for a batch's answers.  [default: none]"
 )
 @field_options(LoadOptions, "loading")
+@field_options(RayOptions, "on_ray")
 @click.option("--json", "as_json", is_flag=True, help="Print the generation as one JSON object.")
 @click.option("-v", "--verbose", is_flag=True, help="Log progress on stderr.")
 @click.version_option(package_name="coreinfer")
@@ -50,6 +53,7 @@ def main(
     batch: Path | None,
     output: Path | None,
     loading: LoadOptions,
+    on_ray: RayOptions,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -71,21 +75,32 @@ def main(
         )
     if (chat or system is not None) and options.raw:
         raise ConfigError("--raw cannot be used with --chat or --system; leave one out")
-    loaded = load_engine(bundle_dir, loading)
+    if on_ray.ray is not None and batch is None:
+        raise ConfigError("--ray: it is for --batch; give a file of requests, or leave it out")
     if batch is not None and output is not None:
-        _answer_batch(loaded, options, batch, output)
-    elif chat:
+        _answer_batch(bundle_dir, loading, on_ray, options, batch, output)
+        return
+    loaded = load_engine(bundle_dir, loading)
+    if chat:
         _converse(loaded, prompt, system, options, as_json=as_json)
     else:
         _answer(loaded, _with_system(loaded, _text_of(prompt), system), options, as_json=as_json)
 
 
-def _answer_batch(engine: Engine, options: GenerationOptions, batch: Path, output: Path) -> None:
-    # Not at the top, as the chat.
-    from .batch_file import answer_file
-
+def _answer_batch(
+    bundle_dir: Path, loading: LoadOptions, on_ray: RayOptions, options: GenerationOptions, batch: Path, output: Path
+) -> None:
     try:
-        answer_file(engine, options, batch, output)
+        if on_ray.ray is None:
+            # Not at the top, as the chat.
+            from .batch_file import answer_file
+
+            answer_file(load_engine(bundle_dir, loading), options, batch, output)
+        else:
+            check_ray("--ray")
+            from .batch_ray import answer_file_on_ray
+
+            answer_file_on_ray(bundle_dir, loading, options, on_ray, batch, output)
     except KeyboardInterrupt:
         fail(f"interrupted; {output} keeps what is answered, and the same command goes on from there", EXIT_INTERRUPTED)
 

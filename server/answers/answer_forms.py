@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -38,13 +38,13 @@ class Header:
 
     Attributes:
         model: its name.
-        fingerprint: of the bundle.
+        fingerprint: returns that of the bundle; called when there are tokens.
         word: the text of a token, for log-probabilities.
         num_alike: choices of each prompt; they come one after another.
     """
 
     model: str
-    fingerprint: str
+    fingerprint: Callable[[], str]
     word: Word
     num_alike: int
     id: str = field(default_factory=lambda: secrets.token_hex(12))
@@ -56,7 +56,7 @@ class Header:
             "id": f"{prefix}-{self.id}",
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": self.fingerprint,
+            "system_fingerprint": self.fingerprint(),
         }
 
     def usage(self, lasts: Sequence[Token]) -> Usage:

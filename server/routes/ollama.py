@@ -56,7 +56,7 @@ async def list_tags(service: ServiceOf) -> Tags:
 async def show(body: ShowRequest, service: ServiceOf) -> Shown:
     """Show one of them."""
     model = _model(service, body.model)
-    record, template = model.engine.manifest.model, model.engine.chat_template
+    record, template = model.manifest.model, model.prompts.chat_template
     return Shown(
         template=template or "",
         details=_details(model),
@@ -75,21 +75,23 @@ async def show(body: ShowRequest, service: ServiceOf) -> Shown:
 async def chat(body: OllamaChatRequest, request: Request, service: ServiceOf) -> OllamaChat | OllamaText | Response:
     """Answer a conversation."""
     model, options = _model(service, body.model), ollama_options(body, service.config)
-    reader = model.engine.loaded.prompts.call_reader(options.offered_tools)
+    reader = model.prompts.call_reader(options.offered_tools)
     form = OllamaChatForm(model=body.model, reader=reader)
-    return await _answer(request, _submit(service, model, chat_prompt(body.messages), options), form, body.stream)
+    job = _submit(service, model, chat_prompt(body.messages), options, body.stream)
+    return await _answer(request, job, form, body.stream)
 
 
 @router.post("/generate", response_model=OllamaText, responses=_answers("The text, or its lines."))
 async def generate(body: OllamaTextRequest, request: Request, service: ServiceOf) -> OllamaChat | OllamaText | Response:
     """Answer a text, or continue it."""
     model, options = _model(service, body.model), ollama_options(body, service.config)
-    job = _submit(service, model, text_prompt(body), options)
+    job = _submit(service, model, text_prompt(body), options, body.stream)
     return await _answer(request, job, OllamaTextForm(model=body.model), body.stream)
 
 
-def _submit(service: Service, model: Model, prompt: Prompt, options: GenerationOptions) -> Job:
-    return service.submit(model, prompt, options, arrived_seconds=time.monotonic())
+def _submit(service: Service, model: Model, prompt: Prompt, options: GenerationOptions, stream: bool | None) -> Job:
+    streamed = stream is not False
+    return service.submit(model, prompt, options, arrived_seconds=time.monotonic(), streamed=streamed)
 
 
 async def _answer(
@@ -108,7 +110,7 @@ def _model(service: Service, name: str) -> Model:
 
 
 def _tag(model: Model) -> Tag:
-    files = model.engine.manifest.files.values()
+    files = model.manifest.files.values()
     return Tag(
         name=model.id,
         model=model.id,
@@ -120,7 +122,7 @@ def _tag(model: Model) -> Tag:
 
 
 def _details(model: Model) -> Details:
-    manifest = model.engine.manifest
+    manifest = model.manifest
     family = manifest.model.family
     return Details(
         family=family,

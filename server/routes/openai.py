@@ -50,11 +50,11 @@ async def chat(body: ChatRequest, request: Request, service: ServiceOf) -> Chat 
     """Answer a conversation."""
     model = service.model(body.model)
     options = chat_options(body, service.config)
-    jobs = _submit(service, model, [[message.plain for message in body.messages]], options, body.num_choices)
-    reader = model.engine.loaded.prompts.call_reader
+    jobs = _submit(service, model, [[message.plain for message in body.messages]], options, body)
+    reader = model.prompts.call_reader
     one_call = body.parallel_tool_calls is False
     form = ChatForm(
-        header=_header(model, body), readers=[reader(options.offered_tools, one_call=one_call) for _ in jobs]
+        header=_header(model, jobs, body), readers=[reader(options.offered_tools, one_call=one_call) for _ in jobs]
     )
     return await _answer(request, jobs, form, body)
 
@@ -64,20 +64,20 @@ async def complete(body: CompletionRequest, request: Request, service: ServiceOf
     """Continue a text, or several."""
     model = service.model(body.model)
     options = completion_options(body, service.config)
-    jobs = _submit(service, model, body.texts, options, body.num_choices)
+    jobs = _submit(service, model, body.texts, options, body)
     echoed = [text if body.echo else "" for text in body.texts for _ in range(body.num_choices)]
-    return await _answer(request, jobs, CompletionForm(header=_header(model, body), echoed=echoed), body)
+    return await _answer(request, jobs, CompletionForm(header=_header(model, jobs, body), echoed=echoed), body)
 
 
 def _submit(
-    service: Service, model: Model, prompts: Sequence[Prompt], options: GenerationOptions, num_choices: int
+    service: Service, model: Model, prompts: Sequence[Prompt], options: GenerationOptions, body: SamplingFields
 ) -> list[Job]:
     """Put the generations of an answer into the queue, all or none: each prompt's choices after one another.
 
     Raises:
         ApiError: they are more than the queue can hold, ever or now.
     """
-    arrived_seconds = time.monotonic()
+    arrived_seconds, num_choices = time.monotonic(), body.num_choices
     most = service.config.queue + 1
     if len(prompts) * num_choices > most:
         raise ApiError(400, f"n, prompt: this server returns at most {most} answers at once; ask for fewer", param="n")
@@ -87,7 +87,8 @@ def _submit(
             for number in range(num_choices):
                 seed = None if options.seed is None else options.seed + number
                 own = replace(options, seed=seed)
-                jobs.append(service.submit(model, prompt, own, arrived_seconds=arrived_seconds))
+                streamed = bool(body.stream)
+                jobs.append(service.submit(model, prompt, own, arrived_seconds=arrived_seconds, streamed=streamed))
     except BaseException:
         for job in jobs:
             job.abandon()
@@ -104,8 +105,13 @@ async def _answer(
     return await answer_streamed(request, jobs, UsageEvents(form, len(jobs), wanted=include_usage).events)
 
 
-def _header(model: Model, body: SamplingFields) -> Header:
-    return Header(model=model.id, fingerprint=model.fingerprint, word=model.word, num_alike=body.num_choices)
+def _header(model: Model, jobs: Sequence[Job], body: SamplingFields) -> Header:
+    return Header(
+        model=model.id,
+        fingerprint=lambda: jobs[0].fingerprint or model.fingerprint,
+        word=model.word,
+        num_alike=body.num_choices,
+    )
 
 
 def _card(model: Model) -> ModelCard:

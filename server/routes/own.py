@@ -71,7 +71,7 @@ async def metrics(service: ServiceOf) -> Response:
 @router.get("/coreinfer/map", responses={status: ERRORS[status] for status in (400, 401, 404)})
 async def show_map(model: Annotated[str, Query(min_length=1)], service: ServiceOf) -> ModelMap:
     """Show a bundle's clusters and their places on its map."""
-    engine = service.model(model).engine
+    served = service.model(model)
     clusters = [
         ClusterPoint(
             id=number,
@@ -81,15 +81,15 @@ async def show_map(model: Annotated[str, Query(min_length=1)], service: ServiceO
             x=cluster.map_x,
             y=cluster.map_y,
         )
-        for number, cluster in enumerate(engine.manifest.clusters)
+        for number, cluster in enumerate(served.manifest.clusters)
     ]
     return ModelMap(
         model=model,
-        name=engine.manifest.model.name,
+        name=served.manifest.model.name,
         # What is asked for must fit beside the prompt: the page leaves it as much room.
-        max_new_tokens=min(service.config.max_new_tokens, engine.loaded.max_tokens // 2),
-        has_chat_template=engine.chat_template is not None,
-        modes=list(MODES) if engine.manifest.has_dense else ["auto", "similarity"],
+        max_new_tokens=min(service.config.max_new_tokens, served.max_tokens // 2),
+        has_chat_template=served.prompts.chat_template is not None,
+        modes=list(MODES) if served.manifest.has_dense else ["auto", "similarity"],
         clusters=clusters,
     )
 
@@ -97,9 +97,9 @@ async def show_map(model: Annotated[str, Query(min_length=1)], service: ServiceO
 @router.post("/coreinfer/place", responses={status: ERRORS[status] for status in (400, 401, 404, 413, 415)})
 def show_place(body: PlaceRequest, service: ServiceOf) -> Place:
     """Return where a text is on the map, without answering it; in a thread, not in the event loop."""
-    engine = service.model(body.model).engine
-    clusters = engine.manifest.clusters
-    route, distances = engine.router.route(body.text), engine.router.distances(body.text)
+    served = service.model(body.model)
+    clusters = served.manifest.clusters
+    route, distances = served.router.route(body.text), served.router.distances(body.text)
     weights = pull_of_clusters(distances, softness=PROMPT_SOFTNESS)
     return Place(
         cluster=route.cluster,

@@ -1,0 +1,77 @@
+"""A connection to Ray, or a Ray that is started here and ends with the block."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from coreinfer.bundles.errors import ConfigError
+
+from .extras import needs_extra
+
+__all__ = ["LOCAL", "check_ray", "on_ray"]
+
+LOCAL = "local"
+"""As an address: start Ray here."""
+
+# Requests and tokens are small; Ray would take a third of the memory for large objects.
+_LOCAL_STORE_BYTES = 128 << 20
+
+
+def check_ray(what: str) -> None:
+    """Import Ray.
+
+    Args:
+        what: what needs it, for the message.
+    Raises:
+        ConfigError: it is not installed; says how to install it.
+    """
+    with needs_extra(what, "ray"):
+        import ray  # noqa: F401
+
+
+@contextmanager
+def on_ray(address: str, *, num_cpus: int) -> Iterator[None]:
+    """Be connected to Ray in the block.
+
+    Args:
+        address: of a cluster, or `LOCAL` to start one that ends with the block.
+        num_cpus: CPUs that a Ray which is started here lends out; it counts them, and binds nobody to them.
+    Raises:
+        ConfigError: Ray is not installed, or nobody answers at the address.
+    """
+    check_ray("--ray")
+    import ray
+
+    # Nothing is reported to anybody who was not asked for it.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    is_local = address == LOCAL
+    started = {"num_cpus": num_cpus, "object_store_memory": _LOCAL_STORE_BYTES, "include_dashboard": False}
+    with _own_signals():
+        try:
+            # "local" also where a Ray runs on this machine already.
+            ray.init(address, logging_level=logging.ERROR, **(started if is_local else {}))
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ConfigError(f"--ray {address}: cannot be reached ({first}); give HOST:PORT, or local") from error
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep the handlers of signals, which Ray replaces by its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
