@@ -26,6 +26,9 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "olmo2": "olmo2",
     "olmo3": "olmo2",
+    "phi3": "phi3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
 }
 VOCABULARY = 384
 HIDDEN = 64
@@ -49,6 +52,10 @@ _NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
@@ -93,6 +100,19 @@ def tiny_config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
         shape = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0, **shape}
     if family == "granite":
         shape = {**_GRANITE, **shape}
+    if family in ("phi3", "stablelm", "starcoder2"):
+        # Their configs have no field for it.
+        del shape["head_dim"]
+        shape["num_attention_heads"] = 8
+    if family in ("phi3", "stablelm"):
+        rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+        shape = {"rope_parameters": rope, **shape}
+    if family == "phi3":
+        shape = {"sliding_window": 4, "original_max_position_embeddings": 256, **shape}
+    if family == "stablelm":
+        shape = {"use_qkv_bias": True, **shape}
+    if family == "starcoder2":
+        shape = {"sliding_window": None, **shape}
     classes: dict[str, Callable[..., transformers.PreTrainedConfig]] = {
         "llama": transformers.LlamaConfig,
         "mistral": transformers.MistralConfig,
@@ -104,6 +124,9 @@ def tiny_config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
         "gemma3": transformers.Gemma3TextConfig,
         "olmo2": transformers.Olmo2Config,
         "olmo3": transformers.Olmo3Config,
+        "phi3": transformers.Phi3Config,
+        "stablelm": transformers.StableLmConfig,
+        "starcoder2": transformers.Starcoder2Config,
     }
     return classes[family](**shape)
 
@@ -182,19 +205,25 @@ def _header(config: Any, architecture: str) -> dict[str, Any]:
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.freq_base": float(rope.get("full_attention", rope)["rope_theta"]),
         "vocab_size": config.vocab_size,
     }
+    epsilons = {"stablelm": "layer_norm_eps", "starcoder2": "norm_epsilon"}
+    kind = "layer_norm_epsilon" if architecture in epsilons else "layer_norm_rms_epsilon"
+    values[f"attention.{kind}"] = float(getattr(config, epsilons.get(architecture, "rms_norm_eps")))
     if architecture in ("llama", "qwen2"):
         values["rope.dimension_count"] = head_dim
+    if architecture in ("phi3", "stablelm"):
+        values["rope.dimension_count"] = int(head_dim * rope["partial_rotary_factor"])
+    if architecture == "phi3":
+        values["rope.scaling.original_context_length"] = config.original_max_position_embeddings
     if config.model_type == "granite":
         values |= {key: float(getattr(config, field)) for key, field in _GRANITE_KEYS.items()}
     if config.model_type == "gemma2":
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             values[key] = float(getattr(config, key))
-    if config.model_type in ("mistral", "gemma2", "gemma3_text", "olmo3"):
-        values["attention.sliding_window"] = config.sliding_window
+    if config.model_type in ("mistral", "gemma2", "gemma3_text", "olmo3", "phi3"):
+        values["attention.sliding_window"] = config.sliding_window or 0
     if config.model_type in ("gemma3_text", "olmo3"):
         values["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
     return {f"{architecture}.{key}": value for key, value in values.items()}

@@ -15,6 +15,7 @@ import torch
 import transformers
 from coreinfer.bundles.errors import ConfigError, CoreInferError, UnsupportedModelError
 from coreinfer.compiler.models.gguf.config import config_fields
+from coreinfer.compiler.models.gguf.names import LAYOUTS
 from coreinfer.compiler.models.gguf.parts import read_parts
 from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
 from coreinfer.compiler.models.sources import find_source
@@ -24,6 +25,7 @@ from .gguf_factory import Contents, contents, tiny_config, tiny_model, write
 from .model_factory import build_tokenizer
 
 FAMILIES = ("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "olmo3")
+FAMILIES += ("phi3", "stablelm", "starcoder2")
 # Mistral and OLMo 3 are Llama and OLMo 2 with a window, and of their architectures.
 ARCHITECTURES = tuple(family for family in FAMILIES if family not in ("mistral", "olmo3"))
 IDS = torch.arange(3, 33)[None]
@@ -125,7 +127,7 @@ def test_a_missing_layer_contradicts_the_header(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tensor", ["blk.0.attn_q.bias", "blk.1.attn_rot_embd.weight", "rope_factors_long.weight"])
 def test_tensors_that_the_model_lacks_are_named(family: str, tensor: str, tmp_path: Path) -> None:
     what = written(family)
-    if tensor in what.tensors:
+    if tensor in what.tensors or tensor in LAYOUTS[what.architecture].factors:
         pytest.skip("the family has it")
     what.tensors[tensor] = np.ones(32, dtype=np.float32)
     with pytest.raises(ConfigError, match=rf"left over {tensor}"):
@@ -144,14 +146,19 @@ KEYS = [
     if key.startswith(f"{_contents(family).architecture}.")
 ]
 # Another key, or the tensors, say otherwise.
-CONTRADICTED = r"of another shape|value_length = 8 is not|sliding_window_pattern = \[True, False\], which is not"
+CONTRADICTED = r"of another shape|(key|value)_length = 8 is not|sliding_window_pattern = \[True, False\], which is not"
 # Without them a file still says what it is; with other families the key has to be there.
 DEFAULTS: dict[str, dict[str, Any]] = {
     # Worked out from the tensors' shapes and the vocabulary, which say the same here.
     "vocab_size": {},
     "attention.value_length": {},
     "rope.dimension_count": {},
+    # In these families heads are as wide as the hidden size says.
+    **{f"{family}.attention.key_length": {} for family in ("phi3", "stablelm", "starcoder2")},
+    # Counts where there are factors.
+    "phi3.rope.scaling.original_context_length": {},
     # As llama.cpp has it; the tiny models' own.
+    **{f"{family}.rope.freq_base": {} for family in ("phi3", "stablelm", "starcoder2")},
     "llama.rope.freq_base": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
     "granite.rope.freq_base": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
     "gemma2.rope.freq_base": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
@@ -160,6 +167,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "granite.residual_scale": {"residual_multiplier": 1.0},
     # A file without a window has none.
     "llama.attention.sliding_window": {"sliding_window": None},
+    "phi3.attention.sliding_window": {"sliding_window": None},
     "gemma3.attention.sliding_window_pattern": {"layer_types": ["sliding_attention"] * 2},
     "olmo2.attention.sliding_window_pattern": {"layer_types": ["sliding_attention"] * 2},
     # But for Gemma 2's own.
@@ -175,6 +183,9 @@ def test_no_size_is_assumed(family: str, key: str, tmp_path: Path) -> None:
     del what.metadata[key]
     path = save(what, tmp_path)
     default = DEFAULTS.get(key, DEFAULTS.get(key.partition(".")[2]))
+    if key in ("phi3.rope.dimension_count", "stablelm.rope.dimension_count"):
+        # There it says more than the shapes.
+        default = None
     if default is None:
         with pytest.raises(CoreInferError, match=rf"{key}: expected a (size|number), got|{CONTRADICTED}"):
             load(path)
@@ -227,6 +238,9 @@ CHANGES: list[tuple[str, Any]] = [
 CARRIED_OVER = {
     "granite": ("attention.scale", "embedding_scale", "logit_scale", "residual_scale"),
     "gemma2": ("attn_logit_softcapping",),
+    # Half of a head, as it is.
+    "phi3": ("rope.dimension_count",),
+    "stablelm": ("rope.dimension_count",),
 }
 
 
@@ -296,9 +310,38 @@ def test_families_follow_their_keys(family: str, keys: dict[str, Any], changes: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_epsilon_of_norms_is_carried_over(family: str, tmp_path: Path) -> None:
     what = written(family)
-    what.metadata[f"{what.architecture}.attention.layer_norm_rms_epsilon"] = 0.25
-    expected = logits(_with(_model(family), tiny_config(family, rms_norm_eps=0.25)))
+    field = {"stablelm": "layer_norm_eps", "starcoder2": "norm_epsilon"}.get(family, "rms_norm_eps")
+    kind = "layer_norm_rms_epsilon" if field == "rms_norm_eps" else "layer_norm_epsilon"
+    what.metadata[f"{what.architecture}.attention.{kind}"] = 0.25
+    expected = logits(_with(_model(family), tiny_config(family, **{field: 0.25})))
     assert torch.equal(logits(load(save(what, tmp_path)).model), expected)
+
+
+def test_factors_of_long_and_short_texts_are_carried_over(tmp_path: Path) -> None:
+    what = written("phi3")
+    factors = {"short": [1.0, 1.25], "long": [1.5, 4.0]}
+    what.metadata |= {"phi3.rope.scaling.original_context_length": 16, "phi3.rope.scaling.attn_factor": 1.25}
+    for name, values in factors.items():
+        what.tensors[f"rope_factors_{name}.weight"] = np.array(values, dtype=np.float32)
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5, "factor": 16.0}
+    rope |= {"attention_factor": 1.25, "original_max_position_embeddings": 16}
+    rope |= {f"{name}_factor": values for name, values in factors.items()}
+    config = tiny_config("phi3", rope_parameters=rope, original_max_position_embeddings=16)
+    # 30 tokens are a long text; 16 are not.
+    for count in (30, 16):
+        with torch.inference_mode():
+            got = load(save(what, tmp_path)).model(IDS[:, :count]).logits
+            assert torch.equal(got, _with(_model("phi3"), config)(IDS[:, :count]).logits)
+    del what.tensors["rope_factors_short.weight"]
+    with pytest.raises(
+        UnsupportedModelError, match=r"rope_factors_short\.weight: expected 2 factors above 0, got none"
+    ):
+        load(save(what, tmp_path))
+    del what.metadata["phi3.rope.scaling.original_context_length"]
+    with pytest.raises(
+        ConfigError, match=r"original_context_length: expected a number, as there are factors, got none"
+    ):
+        load(save(what, tmp_path))
 
 
 def test_granite_without_rotary_embeddings_is_refused(tmp_path: Path) -> None:

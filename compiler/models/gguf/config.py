@@ -9,6 +9,7 @@ from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from .header import Header
 from .keys import HeaderKeys
 from .rope import scaled_rope
+from .rotated_parts import phi3_fields, stablelm_fields, starcoder2_fields
 from .tying import table_of
 
 __all__ = ["ARCHITECTURES", "architecture_of", "config_fields"]
@@ -37,6 +38,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "embedding_scale": (1.0,),
     "use_parallel_residual": (False,),
 }
+# Architecture -> the field of the norms' epsilon, and its key: of LayerNorms.
+_EPSILONS = {
+    "stablelm": ("layer_norm_eps", "attention.layer_norm_epsilon"),
+    "starcoder2": ("norm_epsilon", "attention.layer_norm_epsilon"),
+}
+_ROTATE_PART = ("phi3", "stablelm")
+_EVEN_HEADS = ("phi3", "stablelm", "starcoder2")
 _TOKEN_ID_KEYS = {"bos_token_id": "bos_token_id", "pad_token_id": "padding_token_id"}
 _END_KEYS = ("eos_token_id", "eos_token_ids", "eot_token_id", "eot_token_ids", "eom_token_id", "eom_token_ids")
 
@@ -52,9 +60,12 @@ def config_fields(header: Header, name: str) -> dict[str, Any]:
     """
     architecture = architecture_of(header, name)
     keys = HeaderKeys(header, architecture, name)
-    fields = _shared_fields(keys, header, name)
+    fields = _shared_fields(keys, header, name, architecture)
     fields |= ARCHITECTURES[architecture](keys, header, fields)
     keys.check_all_read(_NEUTRAL)
+    if architecture in _EVEN_HEADS:
+        _check_even(keys, fields)
+        del fields["head_dim"]
     return fields
 
 
@@ -72,8 +83,9 @@ def architecture_of(header: Header, name: str) -> str:
     raise UnsupportedModelError(f"--model {name}: {what} is not supported in GGUF; supported: {supported}")
 
 
-def _shared_fields(keys: HeaderKeys, header: Header, name: str) -> dict[str, Any]:
+def _shared_fields(keys: HeaderKeys, header: Header, name: str, architecture: str) -> dict[str, Any]:
     num_heads, hidden = keys.size("attention.head_count"), keys.size("embedding_length")
+    epsilon, epsilon_key = _EPSILONS.get(architecture, ("rms_norm_eps", "attention.layer_norm_rms_epsilon"))
     num_layers = keys.size("block_count")
     blocks = {int(match[1]) for match in map(_BLOCK.match, header.tensors) if match}
     if blocks != set(range(num_layers)):
@@ -89,8 +101,8 @@ def _shared_fields(keys: HeaderKeys, header: Header, name: str) -> dict[str, Any
         "intermediate_size": keys.size("feed_forward_length"),
         "num_attention_heads": num_heads,
         "num_key_value_heads": keys.size("attention.head_count_kv"),
-        "head_dim": _head_dim(keys, hidden, num_heads),
-        "rms_norm_eps": keys.needed_number("attention.layer_norm_rms_epsilon"),
+        "head_dim": _head_dim(keys, hidden, num_heads, rotates_part=architecture in _ROTATE_PART),
+        epsilon: keys.needed_number(epsilon_key),
         "vocab_size": vocabulary,
         "tie_word_embeddings": table_of(header) is not None,
         **_token_ids(header, name, vocabulary),
@@ -108,16 +120,22 @@ def _tokens(header: Header, name: str) -> list[str]:
     return tokens
 
 
-def _head_dim(keys: HeaderKeys, hidden: int, num_heads: int) -> int:
+def _check_even(keys: HeaderKeys, fields: Mapping[str, Any]) -> None:
+    """Refuse heads of another size than the hidden size says, where the config has no field for it."""
+    if fields["head_dim"] * fields["num_attention_heads"] != fields["hidden_size"]:
+        raise keys.unsupported("attention.key_length")
+
+
+def _head_dim(keys: HeaderKeys, hidden: int, num_heads: int, *, rotates_part: bool) -> int:
     if keys.has("attention.key_length"):
         head_dim = keys.size("attention.key_length")
     elif hidden % num_heads:
         raise keys.refused("attention.key_length", f"expected a size, got none, and {num_heads} heads of {hidden}")
     else:
         head_dim = hidden // num_heads
-    # Values of another width, and rotation of a part of each head.
-    for key in ("attention.value_length", "rope.dimension_count"):
-        keys.expect(key, (head_dim,))
+    keys.expect("attention.value_length", (head_dim,))
+    if not rotates_part:
+        keys.expect("rope.dimension_count", (head_dim,))
     return head_dim
 
 
@@ -300,4 +318,7 @@ ARCHITECTURES: dict[str, Callable[[HeaderKeys, Header, Mapping[str, Any]], dict[
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "olmo2": _olmo2,
+    "phi3": phi3_fields,
+    "stablelm": stablelm_fields,
+    "starcoder2": starcoder2_fields,
 }

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LAYOUTS", "LINEARS", "SHARED", "TensorLayout", "file_name", "paired_rows"]
+from .rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
+
+__all__ = ["LAYOUTS", "SHARED", "TensorLayout", "file_name", "paired_rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +21,20 @@ class TensorLayout:
         paired: name in the file, without layer, of matrices in which rotated pairs of rows lie side by side -> field of
             the config that counts their heads.
         norm_offset: what is added to every norm.
+        linears: names of a layer's linear modules in the file -> in the model.
+        factors: tensors that the config is made of.
     """
 
     norms: Mapping[str, str]
     paired: Mapping[str, str] = field(default_factory=dict)
     norm_offset: float = 0.0
+    linears: Mapping[str, str] = field(default_factory=lambda: LINEARS)
+    factors: tuple[str, ...] = (ROPE_FACTORS,)
+
+    @property
+    def per_layer(self) -> dict[str, str]:
+        """Names of all of a layer's modules in the file -> in the model."""
+        return {**self.linears, **self.norms}
 
 
 SHARED = {
@@ -39,6 +50,17 @@ LINEARS = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+_PHI3_LINEARS = {
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_STARCODER2_LINEARS = {
+    **{name: path for name, path in LINEARS.items() if name.startswith("attn_")},
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
 }
 _TWO_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
@@ -59,6 +81,9 @@ LAYOUTS = {
     "gemma2": TensorLayout(norms=_GEMMA_NORMS, norm_offset=1.0),
     "gemma3": TensorLayout(norms={**_GEMMA_NORMS, **_HEAD_NORMS}, norm_offset=1.0),
     "olmo2": TensorLayout(norms={**_OUTPUT_NORMS, **_HEAD_NORMS}),
+    "phi3": TensorLayout(norms=_TWO_NORMS, linears=_PHI3_LINEARS, factors=(LONG_FACTORS, SHORT_FACTORS)),
+    "stablelm": TensorLayout(norms=_TWO_NORMS),
+    "starcoder2": TensorLayout(norms=_TWO_NORMS, linears=_STARCODER2_LINEARS),
 }
 
 
@@ -68,7 +93,7 @@ def file_name(parameter: str, layout: TensorLayout) -> str:
     shared = {ours: theirs for theirs, ours in SHARED.items()}
     if stem in shared:
         return f"{shared[stem]}.{kind}"
-    per_layer = {ours: theirs for theirs, ours in {**LINEARS, **layout.norms}.items()}
+    per_layer = {ours: theirs for theirs, ours in layout.per_layer.items()}
     layer, _, inner = stem.removeprefix("model.layers.").partition(".")
     return f"blk.{layer}.{per_layer[inner]}.{kind}"
 

@@ -9,10 +9,12 @@ from .header import Header
 from .keys import HeaderKeys
 from .values import read_tensor
 
-__all__ = ["ROPE_FACTORS", "scaled_rope"]
+__all__ = ["LONG_FACTORS", "ROPE_FACTORS", "SHORT_FACTORS", "scaled_rope"]
 
 ROPE_FACTORS = "rope_freqs.weight"
 """The tensor of llama.cpp that divides the inverse frequencies one by one, as Llama 3.1 does."""
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+"""The same of LongRoPE (arXiv 2402.13753), which has others where texts are long."""
 
 
 def scaled_rope(keys: HeaderKeys, header: Header, *, theta: float, head_dim: int, context: int) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import architecture_of
 from .header import Header, TensorEntry
-from .names import LAYOUTS, LINEARS, SHARED, TensorLayout, file_name, paired_rows
-from .rope import ROPE_FACTORS
+from .names import LAYOUTS, SHARED, TensorLayout, file_name, paired_rows
 from .tying import EMBEDDING, HEAD, table_of
 from .values import check_readable, read_tensor
 
@@ -48,7 +47,7 @@ def load_weights(header: Header, config: PreTrainedConfig, *, dtype: torch.dtype
 
 def _sources(header: Header, layout: TensorLayout) -> dict[str, str]:
     """Name in the model -> in the file, for tensors of names that the architecture has."""
-    per_layer = {**LINEARS, **layout.norms}
+    per_layer = layout.per_layer
     sources = {}
     for tensor in header.tensors:
         match = _BLOCK.fullmatch(tensor)
@@ -73,7 +72,7 @@ def _check_complete(header: Header, sources: Mapping[str, str], empty: PreTraine
     taken = {sources[parameter] for parameter in shapes if parameter in sources}
     if taken & {EMBEDDING, HEAD} and table_of(header):
         taken |= {EMBEDDING, HEAD}
-    left_over = [tensor for tensor in header.tensors if tensor not in taken and tensor != ROPE_FACTORS]
+    left_over = [tensor for tensor in header.tensors if tensor not in {*taken, *layout.factors}]
     other = [
         f"{tensor} is {list(header.tensors[tensor].shape)}, expected {list(shape)}"
         for parameter, shape in shapes.items()
