@@ -93,7 +93,8 @@ def test_without_ray_the_extra_is_named(bundle: Path) -> None:
 def test_answers_are_those_of_an_engine_alone(replicas: RunningServer, engine: runtime.Engine) -> None:
     def ask(number: int) -> tuple[str, str]:
         text, streamed = TEXTS[number % len(TEXTS)], number % 2 == 1
-        mode = ("similarity", "dense", "auto")[number % 3]
+        modes: tuple[runtime.Mode, ...] = ("similarity", "dense", "auto")
+        mode = modes[number % 3]
         asked = {"model": MODEL, "messages": user(text), "seed": number, "max_tokens": 12, "mode": mode}
         response = replicas.post(CHAT, json=asked | {"stream": streamed})
         expected = engine.generate(user(text), seed=number, max_new_tokens=12, temperature=1.0, mode=mode).text
@@ -213,7 +214,7 @@ def test_a_bundle_is_exchanged_while_requests_come(replicas: RunningServer, link
     point(link, bundle)
 
     def ask_on(_: int) -> list[tuple[int, str]]:
-        found = []
+        found: list[tuple[int, str]] = []
         # httpx makes a new context of SSL for each request, which takes longer than the answer.
         with httpx.Client(base_url=replicas.url, timeout=60) as client:
             while not found or not any(": exchanged coreinfer-" in line for line in replicas.lines):

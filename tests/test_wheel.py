@@ -104,7 +104,7 @@ def test_the_wheel_says_what_it_needs(wheel: Path) -> None:
     base = {name for name, rest in required if "extra ==" not in rest}
     assert base == {"click", "jinja2", "numpy", "safetensors", "tokenizers", "tqdm"}
     extras = {extra for _, rest in required for extra in re.findall(r"extra == ['\"]([\w-]+)", rest)}
-    assert extras == {"torch", "compile", "dev", "eval", "faiss", "json", "lm-eval", "remote", "serve", "unpack"}
+    assert extras == {"torch", "compile", "dev", "eval", "faiss", "json", "lm-eval", "ray", "remote", "serve", "unpack"}
     assert any(name.endswith("/licenses/LICENSE") for name in archive.namelist())
 
 

@@ -3,9 +3,11 @@
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from coreinfer.bundles.errors import ConfigError
 
@@ -18,6 +20,7 @@ LOCAL = "local"
 
 # Requests and tokens are small; Ray would take a third of the memory for large objects.
 _LOCAL_STORE_BYTES = 128 << 20
+_CONNECT_SECONDS = 5.0
 
 
 def check_ray(what: str) -> None:
@@ -47,12 +50,15 @@ def on_ray(address: str, *, num_cpus: int) -> Iterator[None]:
 
     # Nothing is reported to anybody who was not asked for it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    is_local = address == LOCAL
-    started = {"num_cpus": num_cpus, "object_store_memory": _LOCAL_STORE_BYTES, "include_dashboard": False}
+    started: dict[str, Any] = {}
+    if address == LOCAL:
+        started = {"num_cpus": num_cpus, "object_store_memory": _LOCAL_STORE_BYTES, "include_dashboard": False}
+    else:
+        _check_address(address)
     with _own_signals():
         try:
             # "local" also where a Ray runs on this machine already.
-            ray.init(address, logging_level=logging.ERROR, **(started if is_local else {}))
+            ray.init(address, logging_level=logging.ERROR, **started)
         except (ConnectionError, RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise ConfigError(f"--ray {address}: cannot be reached ({first}); give HOST:PORT, or local") from error
@@ -61,6 +67,21 @@ def on_ray(address: str, *, num_cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Find out whether somebody listens at an address: Ray itself would try for minutes.
+
+    Raises:
+        ConfigError: nobody does, or it is no address.
+    """
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdecimal() or "/" in host:
+        raise ConfigError(f"--ray {address}: expected HOST:PORT, such as 10.0.0.1:6379, or local")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--ray {address}: cannot be reached ({error}); start Ray there, or give local") from error
 
 
 @contextmanager

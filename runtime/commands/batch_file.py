@@ -3,7 +3,7 @@
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -102,6 +102,6 @@ def _new_lines(source: Path, answers: AnswerFile, skipped: Skipped) -> Iterator[
             yield line
 
 
-def _iterator(every: Iterable[Done]) -> Iterator[Done]:
+def _iterator(every: Iterable[Done]) -> Generator[Done, None, None]:
     """A generator, which can be closed, whatever the answers come from."""
     yield from every

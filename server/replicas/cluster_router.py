@@ -8,7 +8,7 @@ from .warmth import Place, Warmth
 __all__ = ["ClusterRouter"]
 
 
-class ClusterRouter(RequestRouter):
+class ClusterRouter(RequestRouter):  # type: ignore[misc]
     """Ranks replicas for a request; Ray Serve takes the least loaded of the first rank that has a place.
 
     It also counts requests, waits when all places are taken, and notices replicas that come and go.

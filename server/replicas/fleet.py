@@ -28,7 +28,7 @@ _DEPLOYMENT = "replicas"
 _FACTS_SECONDS = 60.0
 _SPARE_SECONDS = 15.0
 """After a request's own time, in which a replica that is to end may still finish it."""
-_UPSCALE_SECONDS, _DOWNSCALE_SECONDS = 5.0, 120.0
+_UPSCALE_SECONDS, _DOWNSCALE_SECONDS, _LOOK_BACK_SECONDS = 5.0, 120.0, 15.0
 _COUNT_SECONDS = 1.0
 _MAX_BACKOFF_SECONDS = 0.1
 _HELD_TIMES = 3
@@ -120,9 +120,12 @@ class Fleet:
     def end(self) -> None:
         """End all replicas."""
         self._ended.set()
-        serve.delete(self._application)
-        if self._owner is not None:
+        try:
+            serve.delete(self._application)
             ray.kill(self._owner)
+        except Exception as error:
+            # Where Ray itself has ended, so have they.
+            _log.warning("%s: Ray did not end its engines: %s", self.name, error)
 
     def num_running(self) -> int:
         """Number of replicas that answer."""
@@ -157,7 +160,7 @@ class Fleet:
             target_ongoing_requests=self.server.parallel,
             upscale_delay_s=_UPSCALE_SECONDS,
             downscale_delay_s=_DOWNSCALE_SECONDS,
-            look_back_period_s=_UPSCALE_SECONDS,
+            look_back_period_s=_LOOK_BACK_SECONDS,
         )
         return {"autoscaling_config": scaling}
 
