@@ -53,7 +53,7 @@ class Killer:
                 super().__init__(*arguments)
                 killer._team = self
 
-        on_ray.RayTeam = Watched  # type: ignore[misc]
+        on_ray.RayTeam = Watched  # type: ignore[assignment, misc]
         thread = threading.Thread(target=self._kill, args=(done,))
         thread.start()
         try:
@@ -191,7 +191,7 @@ def medians(progresses: Sequence[Progress]) -> dict[str, float]:
 def sent(progresses: Sequence[Progress], stage: str) -> float:
     """Bytes that a worker sent in a stage, on average."""
     workers = progresses[0].workers
-    return sum(worker["sent_bytes"].get(stage, 0) for worker in workers) / len(workers)
+    return float(sum(worker["sent_bytes"].get(stage, 0) for worker in workers) / len(workers))
 
 
 if __name__ == "__main__":
