@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +27,9 @@ import click
 import ray
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.compiler import CompileConfig, Progress, compile_model
+from coreinfer.compiler.checks import find_inputs
+from coreinfer.compiler.estimate.machine import measure_worker
+from coreinfer.compiler.estimate.plan import make_plan
 from coreinfer.compiler.models.primitives import keep_few_primitives
 from coreinfer.compiler.team import on_ray
 
@@ -101,32 +105,36 @@ def main(
     keep_few_primitives()
     runs: dict[int, list[tuple[str, Progress]]] = defaultdict(list)
 
+    def config_of(num_workers: int, output: Path) -> CompileConfig:
+        return CompileConfig(
+            model=model,
+            output=output,
+            clusters=clusters,
+            keep=keep,
+            effort=effort,
+            calibration=tuple(calibration),
+            calibration_tokens=tokens,
+            threads=threads,
+            ray="local",
+            workers=num_workers,
+        )
+
     def compile_once(num_workers: int) -> tuple[str, Progress]:
         with TemporaryDirectory(prefix="ray-compile-") as folder:
-            config = CompileConfig(
-                model=model,
-                output=Path(folder) / "bundle",
-                clusters=clusters,
-                keep=keep,
-                effort=effort,
-                calibration=tuple(calibration),
-                calibration_tokens=tokens,
-                threads=threads,
-                ray="local",
-                workers=num_workers,
-            )
+            config = config_of(num_workers, Path(folder) / "bundle")
             progress, start = Progress(), time.perf_counter()
             compile_model(config, progress)
             click.echo(f"{num_workers} workers: {time.perf_counter() - start:.1f} s", err=True)
             return digest(config.output), progress
 
+    plans = {number: foretold(config_of(number, Path("ray-compile-plan"))) for number in all_workers}
     for _ in range(rounds):
         for num_workers in all_workers:
             runs[num_workers].append(compile_once(num_workers))
     for num_workers, found in runs.items():
         if len({sha256 for sha256, _ in found}) != 1:
             raise click.ClickException(f"{num_workers} workers wrote other files in another round")
-    click.echo(table({number: [progress for _, progress in found] for number, found in runs.items()}))
+    click.echo(table({number: [progress for _, progress in found] for number, found in runs.items()}, plans))
     if kills:
         check_kills(kills, kill_seconds, all_workers[-1], runs[all_workers[-1]][0][0], compile_once)
     if json_path:
@@ -155,24 +163,33 @@ def digest(bundle: Path) -> str:
     return hashlib.sha256((bundle / LAYOUT.manifest).read_bytes()).hexdigest()
 
 
-def table(runs: dict[int, list[Progress]]) -> str:
-    """One row a stage: medians of seconds, efficiency, and megabytes that a worker sent."""
+def foretold(config: CompileConfig) -> dict[str, float]:
+    """Stage -> seconds, by the cost model and this machine's speeds as they are now."""
+    found: dict[str, float] = defaultdict(float)
+    for stage in make_plan(config, find_inputs(config), partial(measure_worker, config)).stages:
+        found[stage.name] += stage.seconds
+    return found
+
+
+def table(runs: dict[int, list[Progress]], plans: dict[int, dict[str, float]]) -> str:
+    """One row a stage: medians of seconds, foretold and measured, efficiency, and megabytes that a worker sent."""
     first, *others = runs
-    head = ["stage", *(f"{number} workers, s" for number in runs)]
+    head = ["stage", *(f"{number} workers, s (foretold)" for number in runs)]
     head += [text for number in others for text in (f"efficiency of {number}", f"MB sent a worker of {number}")]
     seconds = {number: medians(progresses) for number, progresses in runs.items()}
     lines = [f"| {' | '.join(head)} |", "|---|" + "---|" * (len(head) - 1)]
     divided = [stage for stage in seconds[first] if stage not in ALONE]
     for stage, taken in seconds[first].items():
         if max(found[stage] for found in seconds.values()) >= LEAST_SECONDS:
-            cells = [stage, *(f"{found[stage]:.1f}" for found in seconds.values())]
+            cells = [stage, *(f"{found[stage]:.1f} ({plans[n].get(stage, 0):.1f})" for n, found in seconds.items())]
             for number in others:
                 share = taken * first / (seconds[number][stage] * number)
                 cells += [f"{share:.2f}" if stage in divided else "", f"{sent(runs[number], stage) / 1e6:.1f}"]
             lines.append(f"| {' | '.join(cells)} |")
     for label, stages in (("divided stages", divided), ("all", [*seconds[first]])):
         totals = {number: sum(found[stage] for stage in stages) for number, found in seconds.items()}
-        cells = [label, *(f"{total:.1f}" for total in totals.values())]
+        plan = {number: sum(plans[number].get(stage, 0) for stage in stages) for number in runs}
+        cells = [label, *(f"{total:.1f} ({plan[number]:.1f})" for number, total in totals.items())]
         for number in others:
             all_sent = sum(sent(runs[number], stage) for stage in stages)
             cells += [f"{totals[first] * first / (totals[number] * number):.2f}", f"{all_sent / 1e6:.1f}"]
