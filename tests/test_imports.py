@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import json
 import pkgutil
 import subprocess
@@ -39,12 +40,14 @@ FORBIDDEN = {
     "runtime": {"coreinfer.compiler", "coreinfer.evaluation", "coreinfer.server"},
     "server": {"coreinfer.compiler", "coreinfer.evaluation"},
 }
-HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "datasets", "gguf", "model2vec", "pyarrow")
+HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "datasets", "gguf", "model2vec", "pyarrow", "ray")
 MODULES = sorted(
     module.name
     for name, package in PACKAGES.items()
     for module in pkgutil.walk_packages(package.__path__, f"coreinfer.{name}.")
     if module.name.rpartition(".")[2] not in ("__main__", "_native", "_kernels", "_products")
+    # Which Ray itself is in; it is not everywhere.
+    and (importlib.util.find_spec("ray") or module.name != "coreinfer.compiler.team.on_ray")
 )
 
 
