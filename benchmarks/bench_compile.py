@@ -19,16 +19,17 @@ from coreinfer.bundles.statistics import document_statistic, mix_scores, scores_
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.clusters.route import Routing, build_routing, control_assignments, nearest
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.models.layerwise import walk_layers
 from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
 from coreinfer.compiler.models.primitives import keep_few_primitives
 from coreinfer.compiler.models.sources import find_source
+from coreinfer.compiler.models.walking import walk_layers
 from coreinfer.compiler.progress import Progress, TqdmProgress
-from coreinfer.compiler.prune.narrow import Assignment, Cut, NarrowModel
+from coreinfer.compiler.prune.narrow import Assignment, Cut, CutOf, NarrowModel
 from coreinfer.compiler.prune.select import Choice
 from coreinfer.compiler.quality.reference import read_reference
 from coreinfer.compiler.quality.stored import StoredModel, dense_cut, stored_packs
 from coreinfer.compiler.stages import Ground, Material, gather_material, narrow_packs, prepare, score_packs
+from coreinfer.compiler.team.alone import Alone
 from coreinfer.compiler.text.corpus import Document, split_into_documents, split_point
 
 HALF_TOKENS = 100
@@ -76,8 +77,8 @@ class Bench:
         held_out = {item.name: item.held_out for item in self.assignments}
         every_text = np.arange(len(self.documents))
         with (
-            read_reference(self.loaded, self.token_ids, self.progress, self.material.stored) as reference,
-            stored_packs(self.material.stored, narrow, self.progress) as packs,
+            read_reference(self.material.team, self.token_ids, self.progress, self.material.stored) as reference,
+            stored_packs(self.material.team, self.material.stored, narrow, self.progress) as packs,
         ):
             models = {name: (pack.cut, held_out[name]) for name, pack in packs.items()}
             own = {
@@ -126,13 +127,13 @@ def open_bench(config: CompileConfig, texts: Sequence[str]) -> Iterator[Bench]:
     source = find_source(config.model)
     family, model_config = read_config(source)
     loaded = load_model(source, family, model_config, device=config.device, dtype=config.dtype)
-    cache = Cache(config.cache_dir)
+    cache, team = Cache(config.cache_dir), Alone(loaded)
     if config.cache_dir is not None:
         config.cache_dir.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=config.cache_dir, prefix="bench-") as folder:
         model_sha256 = source.sha256(model_config.to_dict())
-        material = gather_material(config, loaded, model_sha256, cache, Path(folder), progress)
-        routing = build_routing(config, config.clusters, loaded, material.corpus, cache, progress)
+        material = gather_material(config, team, model_sha256, cache, Path(folder), progress)
+        routing = build_routing(config, config.clusters, team, material.corpus, cache, progress)
         found = [split_into_documents([text], loaded.tokenizer, config.document_tokens)[:1] for text in texts]
         documents = [document for documents in found for document in documents]
         yield Bench(
@@ -160,9 +161,9 @@ def choose_each(scores: Floats, budgets: Sequence[int]) -> Choice:
     return Choice(scores=scores, neuron_ids=[select_neurons(layers, budgets) for layers in scores])
 
 
-def chosen_cut(stored: StoredModel, choice: Choice) -> Cut:
+def chosen_cut(stored: StoredModel, choice: Choice) -> CutOf:
     """Give neurons of the stored dense FFN, as modes stability and fused read them."""
-    return partial(_chosen_layer, dense_cut(stored), choice)
+    return lambda loaded: partial(_chosen_layer, dense_cut(loaded, stored), choice)
 
 
 def _chosen_layer(dense: Cut, choice: Choice, layer: int, cluster: int) -> dict[str, torch.Tensor]:

@@ -24,10 +24,11 @@ from bench_compile import Bench, choose_each, chosen_cut, open_bench
 from bench_inputs import BenchInputs, input_options
 from coreinfer.bundles.manifest import Score
 from coreinfer.compiler.config import Budgets
-from coreinfer.compiler.models.layerwise import document_starts, walk_layers
+from coreinfer.compiler.models.layerwise import document_starts
 from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.models.walking import walk_layers
 from coreinfer.compiler.progress import Progress, peak_memory_bytes
-from coreinfer.compiler.prune.narrow import CLUSTERS, Cut, NarrowModel, bf16_bits, choose_all
+from coreinfer.compiler.prune.narrow import CLUSTERS, CutOf, NarrowModel, bf16_bits, choose_all
 from coreinfer.compiler.prune.products import gram_matrix
 from coreinfer.compiler.prune.select import Choice, choose_neurons
 from coreinfer.compiler.quality.reference import read_reference
@@ -149,7 +150,7 @@ class Contest:
     def _repaired(self, own: Choice, grams: Grams, text: int) -> NarrowModel:
         return self.repair.narrow(grams, own.scores[text], own.neuron_ids[text])
 
-    def shipped(self, packs: Mapping[str, StoredPacks], text: int) -> dict[str, tuple[Cut, Any]]:
+    def shipped(self, packs: Mapping[str, StoredPacks], text: int) -> dict[str, tuple[CutOf, Any]]:
         """Name the rows that are there before the text is read, and what it chooses without a repair."""
         cluster = int(self.bench.assignments[0].held_out[text])
         return {
@@ -195,11 +196,11 @@ def measure(contest: Contest) -> dict[str, list[Score]]:
     """Score every row, text by text: the packs of all texts together would not fit into memory."""
     scores: dict[str, list[Score]] = {}
     bench, stored = contest.bench, contest.bench.material.stored
-    with stored_packs(stored, contest.packs, bench.progress) as shipped:
+    with stored_packs(bench.material.team, stored, contest.packs, bench.progress) as shipped:
         for text, ids in enumerate(bench.token_ids):
             with (
-                read_reference(bench.loaded, [ids], bench.progress, stored) as reference,
-                stored_packs(stored, contest.repaired(text), Progress()) as repaired,
+                read_reference(bench.material.team, [ids], bench.progress, stored) as reference,
+                stored_packs(bench.material.team, stored, contest.repaired(text), Progress()) as repaired,
             ):
                 own = {name: (packs.cut, ONLY_PLACE) for name, packs in repaired.items()}
                 quality = score_packs(bench.material, reference, own | contest.shipped(shipped, text), bench.progress)

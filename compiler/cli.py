@@ -20,7 +20,7 @@ from . import compile_model
 from .checks import find_inputs
 from .config import GROUPS, MACHINE, CompileConfig
 from .drawing import command_progress
-from .estimate.machine import measure_machine
+from .estimate.machine import measure_worker
 from .estimate.plan import make_plan
 from .estimate.view import plan_fields, plan_lines
 from .models.primitives import keep_few_primitives
@@ -79,14 +79,14 @@ def main(context: click.Context, /, **_options: object) -> None:
 
 def _dry_run(config: CompileConfig, *, as_json: bool) -> None:
     with needs_extra("planning a compile", "compile"):
-        plan = make_plan(config, find_inputs(config), partial(measure_machine, config.threads))
+        plan = make_plan(config, find_inputs(config), partial(measure_worker, config))
     click.echo(json.dumps(plan_fields(plan)) if as_json else "\n".join(plan_lines(plan)))
 
 
 def _forecast(config: CompileConfig) -> list[tuple[str, float]]:
     """Foretell the stages' seconds; nothing for options that cannot be planned."""
     try:
-        measure = partial(measure_machine, config.threads, seconds=_FORECAST_SECONDS)
+        measure = partial(measure_worker, config, seconds=_FORECAST_SECONDS)
         plan = make_plan(config, find_inputs(config), measure)
     except CoreInferError as error:
         _log.info("no time left is shown: %s", error)

@@ -82,10 +82,11 @@ def compile_inputs(config: CompileConfig, inputs: Inputs, identity: Identity | N
 
 
 def _for_workers(config: CompileConfig) -> CompileConfig:
-    """Fill in the threads of each worker, and paths that hold wherever a worker's own folder is."""
+    """Fill in the threads of each of several workers, and paths that hold wherever a worker's own folder is."""
+    shared = max(1, usable_cores() // config.num_places) if config.num_places > 1 else None
     return replace(
         config,
-        threads=config.threads or max(1, usable_cores() // config.num_places),
+        threads=config.threads or shared,
         output=config.output.absolute(),
         cache_dir=config.cache_dir and config.cache_dir.absolute(),
     )
@@ -107,7 +108,7 @@ def _team(
         config=config,
         source=source,
         model_sha256=identity.model_sha256 if source.path is not None and config.ray != LOCAL_RAY else None,
-        threads=config.threads or 1,
+        threads=torch.get_num_threads(),
         arithmetic=arithmetic(),
     )
     with ray_team(config.ray, config.num_places, setup, loaded, progress) as team:

@@ -120,6 +120,8 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "report_sentences": (["--report-sentences", "0"], 0),
     "seed": (["--seed", "9"], 9),
     "threads": (["--threads", "1"], 1),
+    "ray": (["--ray", "local", "--workers", "2"], "local"),
+    "workers": (["--workers", "2", "--ray", "local"], 2),
     "device": (["--device", "cuda"], "cuda"),
     "dtype": (["--dtype", "bfloat16"], "bfloat16"),
     "force": (["--force"], True),
@@ -135,7 +137,9 @@ def test_each_option_reaches_its_field(name: str, given: list[CompileConfig], tm
     assert result.exit_code == 0, result.stderr
     assert getattr(given[0], name) == value
     default = CompileConfig(model="m", output=tmp_path / "b")
-    assert replace(given[0], **{name: getattr(default, name)}) == default
+    # One of the two is nothing without the other.
+    names = ("ray", "workers") if name in ("ray", "workers") else (name,)
+    assert replace(given[0], **{name: getattr(default, name) for name in names}) == default
 
 
 def test_every_field_has_an_option_that_is_tested() -> None:

@@ -21,7 +21,7 @@ from coreinfer.compiler.estimate.machine import Machine, measure_machine
 from coreinfer.compiler.estimate.plan import Plan, make_plan
 from coreinfer.compiler.estimate.shapes import Shapes, shapes_of
 from coreinfer.compiler.estimate.sizes import base_token_bytes, ffn_token_bytes, kept_neurons, scratch_bytes
-from coreinfer.compiler.estimate.speeds import REACHED, Reached, stage_seconds
+from coreinfer.compiler.estimate.speeds import DIVIDED, REACHED, Reached, stage_seconds
 from coreinfer.compiler.estimate.text import size_text
 from coreinfer.compiler.estimate.view import plan_lines
 from coreinfer.compiler.estimate.work import Case, Work
@@ -196,6 +196,22 @@ def test_controls_double_the_packs(tiny_inputs: Callable[[str], CompileConfig]) 
     assert plan_of(config).num_packs == 9
     assert plan_of(replace(config, controls=False)).num_packs == 4
     assert plan_of(replace(config, clusters=1)).num_packs == 2
+
+
+def test_workers_divide_the_stages_that_go_by_text(tiny_inputs: Callable[[str], CompileConfig]) -> None:
+    config = replace(tiny_inputs("llama"), effort="normal")
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    alone, two = plan_of(config), plan_of(replace(config, ray="auto", workers=2, threads=2))
+    assert (alone.num_workers, two.num_workers) == (1, 2)
+    assert two.start_seconds == 2 * alone.start_seconds
+    for first, second in zip(alone.stages, two.stages, strict=True):
+        assert first.name == second.name
+        divided = first.name in DIVIDED - {"corpus"}
+        assert second.seconds == pytest.approx(first.seconds / 2 if divided else first.seconds)
+        assert second.peak_bytes <= first.peak_bytes
+    assert {"profile", "reconstruct", "evaluate"} <= DIVIDED
+    assert "workers    2 of 2 threads" in "\n".join(plan_lines(two))
+    assert "workers" not in "\n".join(plan_lines(alone))
 
 
 def test_text_is_cut_down_to_the_token_budget(tmp_path: Path) -> None:

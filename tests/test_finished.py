@@ -14,7 +14,7 @@ import pytest
 from coreinfer.bundles import BundleError, open_bundle
 from coreinfer.bundles.checksums import file_sha256
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.compiler import CompileConfig, Progress, compile_model, finished
+from coreinfer.compiler import CompileConfig, Progress, compile_model, finished, program
 from coreinfer.compiler.checks import Inputs, find_inputs
 from coreinfer.compiler.finished import identify
 from coreinfer.compiler.models import load
@@ -88,6 +88,16 @@ def test_the_same_command_again_is_a_copy(compiled: CompileConfig, tmp_path: Pat
     assert stages(replace(again, force=True)) == ["hash", "copy"]
     shutil.rmtree(tmp_path / "bundle")
     assert stages(compiled) == ["hash", "copy"]
+
+
+def test_a_bundle_is_found_by_the_number_of_workers(inputs: CompileConfig) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    alone = key_of(inputs)
+    assert key_of(replace(inputs, ray="local", workers=1)) == alone
+    assert key_of(replace(inputs, ray="local", workers=2)) != alone
+    # Not by where they are.
+    two = replace(inputs, ray="local", workers=2, threads=1)
+    assert key_of(replace(two, ray="auto")) == key_of(two)
 
 
 def test_the_same_command_again_imports_nothing_heavy(compiled: CompileConfig, tmp_path: Path) -> None:
@@ -197,7 +207,7 @@ def _change_package(config: CompileConfig, monkeypatch: pytest.MonkeyPatch) -> N
 
 def _change_program(config: CompileConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(finished.__file__).parent / "report" / "page" / "page.css"
-    monkeypatch.setattr(finished, "file_sha256", lambda path: "other" if path == page else file_sha256(path))
+    monkeypatch.setattr(program, "file_sha256", lambda path: "other" if path == page else file_sha256(path))
 
 
 def _change_arithmetic(config: CompileConfig, monkeypatch: pytest.MonkeyPatch) -> None:

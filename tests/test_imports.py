@@ -1,6 +1,7 @@
 """What importing costs, and which way dependencies point: read from the source, and seen in fresh interpreters."""
 
 import ast
+import importlib
 import importlib.util
 import json
 import pkgutil
@@ -40,7 +41,7 @@ FORBIDDEN = {
     "server": {"coreinfer.compiler", "coreinfer.evaluation"},
 }
 HEAVY = ("torch", "transformers", "sentence_transformers", "sklearn", "datasets", "gguf", "model2vec", "pyarrow", "ray")
-ON_RAY = ("coreinfer.server.replicas.", "coreinfer.runtime.commands.batch_ray")
+ON_RAY = ("coreinfer.compiler.team.on_ray", "coreinfer.runtime.commands.batch_ray", "coreinfer.server.replicas.")
 MODULES = sorted(
     module.name
     for name, package in PACKAGES.items()

@@ -12,9 +12,9 @@ import pytest
 from coreinfer.bundles import read_manifest
 from coreinfer.compiler import CompileConfig, Progress, compile_model
 from coreinfer.compiler.models.load import LoadedModel
-from coreinfer.compiler.team.adding import add_arrays, add_up
+from coreinfer.compiler.team.adding import add_arrays, add_up, pass_on
 from coreinfer.compiler.team.alone import Alone
-from coreinfer.compiler.team.dealing import deal, home, in_turn
+from coreinfer.compiler.team.dealing import deal, home, homes_of, in_turn
 from coreinfer.compiler.team.steps import Steps
 from coreinfer.compiler.team.team import Pending, Worker
 
@@ -97,6 +97,37 @@ def test_sums_are_added_as_a_tree_in_the_order_of_places() -> None:
     parts = {place: team.call(place, "test", lambda _, name=name: name) for place, name in enumerate("abcde")}
     assert add_up(team, "test", add, parts).result() == "abcde"
     assert sorted(order) == [("a", "b"), ("ab", "cd"), ("abcd", "e"), ("c", "d")]
+
+
+def test_values_are_passed_on_from_place_to_place() -> None:
+    team, asked = Alone(load("llama"), 6), list[tuple[int, object]]()
+    call = team.call
+
+    def watch(place: int, stage: str, task: Callable[..., Any], *arguments: object) -> Pending[Any]:
+        pending = call(place, stage, task, *arguments)
+        asked.append((place, arguments[0]))
+        there[place] = pending
+        return pending
+
+    there: dict[int, Pending[Any]] = {}
+    value = call(0, "test", lambda _worker: "value")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(team, "call", watch)
+        found = pass_on(team, "test", value, [0, 1, 2, 4, 5])
+    assert [place for place, _ in asked] == [0, 1, 2, 4, 5]
+    # From the one before in the tree: nobody sends it more than twice.
+    assert [source for _, source in asked] == [value, there[0], there[0], there[1], there[1]]
+    assert {place: pending.result() for place, pending in found.items()} == dict.fromkeys([0, 1, 2, 4, 5], "value")
+    assert pass_on(team, "test", value, [3]) == {3: value}
+
+
+def test_clusters_are_at_home_where_their_text_is_and_no_place_has_more_than_its_share() -> None:
+    team = Alone(load("llama"), 2)
+    homes = homes_of([{0: 90, 1: 10}, {0: 5}, {0: 9}, {1: 30}], team)
+    assert homes == {0: 0, 3: 1, 1: 0, 2: 1}
+    # Neighbours have text at different places.
+    assert [*homes] == [0, 3, 1, 2]
+    assert [*homes_of([{0: 3}] * 3, Alone(load("llama"))).items()] == [(0, 0), (1, 0), (2, 0)]
 
 
 def test_arrays_that_one_place_lacks_are_taken_from_the_other() -> None:

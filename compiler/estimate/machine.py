@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from coreinfer.bundles.shared.machine import usable_cores
 from coreinfer.bundles.shared.signals import signals_held
+from coreinfer.compiler.conflicts import LOCAL_RAY
 
 if TYPE_CHECKING:
     import torch
+    from coreinfer.compiler.config import CompileConfig
 
-__all__ = ["Machine", "measure_machine"]
+__all__ = ["Machine", "measure_machine", "measure_worker"]
 
 _TOKENS, _INPUTS, _OUTPUTS = 1024, 1024, 1536
 _PRODUCT_FLOP = 2 * _TOKENS * _INPUTS * _OUTPUTS
@@ -34,6 +36,22 @@ class Machine:
     float32_gflops: float
     bfloat16_gflops: float
     read_gbps: float
+
+
+def measure_worker(config: "CompileConfig", *, seconds: float = 2.0) -> Machine:
+    """Measure what each worker of a compile has, or the compile itself where it has none.
+
+    Workers on this machine share it; those of a cluster are taken for machines like this one.
+    """
+    num_here = config.num_places if config.ray == LOCAL_RAY else 1
+    threads = config.threads or (max(1, usable_cores() // num_here) if num_here > 1 else None)
+    whole = measure_machine(threads and min(usable_cores(), threads * num_here), seconds=seconds)
+    return Machine(
+        num_threads=threads or whole.num_threads,
+        float32_gflops=whole.float32_gflops / num_here,
+        bfloat16_gflops=whole.bfloat16_gflops / num_here,
+        read_gbps=whole.read_gbps / num_here,
+    )
 
 
 def measure_machine(num_threads: int | None, *, seconds: float = 2.0) -> Machine:

@@ -39,7 +39,7 @@ class StagePlan:
     Attributes:
         name: that `Progress.stage` is given.
         detail: what there is to do.
-        peak_bytes: most resident memory until the stage's end.
+        peak_bytes: most resident memory until the stage's end, of one worker where there are several.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Plan:
     """What a compile will take, if nothing of it is in the cache.
 
     Attributes:
+        machine: what each worker has of it.
         start_seconds: of importing what a compile needs.
         bundle_bytes: of the bundle on disk.
         scratch_bytes: on the disk besides, until the end or in the cache.
@@ -62,6 +63,7 @@ class Plan:
     """
 
     machine: Machine
+    num_workers: int
     model_dtype: str
     num_tokens: int
     num_packs: int
@@ -120,14 +122,14 @@ def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machi
     machine = measure()
     model_dtype = _model_dtype(config)
     item_bytes = 2 if model_dtype == "bfloat16" else 4
-    needs = memory_needs(config, case, item_bytes)
+    needs = memory_needs(config, _one_worker(case, config.num_places), item_bytes)
     works = [*stage_works(config, case, None if inputs.model.path is None else _file_bytes(inputs))]
     peaks = accumulate((needs.get(name, 0) for name, _, _ in works), max)
     stages = tuple(
         StagePlan(
             name=name,
             detail=detail,
-            seconds=stage_seconds(name, found, machine, model_dtype=model_dtype),
+            seconds=stage_seconds(name, found, machine, model_dtype=model_dtype, num_workers=config.num_places),
             peak_bytes=peak,
         )
         for (name, detail, found), peak in zip(works, peaks, strict=True)
@@ -137,11 +139,13 @@ def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machi
     dense = base + ffn_token_bytes(case.shapes, config.quantize, case.shapes.ffn_dim)
     return Plan(
         machine=machine,
+        num_workers=config.num_places,
         model_dtype=model_dtype,
         num_tokens=case.calibration_tokens + case.validation_tokens + case.held_out_tokens,
         num_packs=case.num_packs,
         keep=case.kept / case.shapes.ffn_dim,
-        start_seconds=IMPORT_SECONDS,
+        # Workers import it too, after the main process has.
+        start_seconds=IMPORT_SECONDS * (1 if config.ray is None else 2),
         stages=stages,
         bundle_bytes=bundle_bytes(config, case),
         scratch_bytes=scratch_bytes(config, case, item_bytes=item_bytes),
@@ -149,6 +153,16 @@ def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machi
         token_bytes_dense=dense,
         tok_s_pack=machine.read_gbps * 1e9 * _DECODE_SHARE / pack,
         tok_s_dense=machine.read_gbps * 1e9 * _DECODE_SHARE / dense,
+    )
+
+
+def _one_worker(case: Case, num_workers: int) -> Case:
+    """What one of several workers has of the text."""
+    return replace(
+        case,
+        calibration_tokens=-(-case.calibration_tokens // num_workers),
+        validation_tokens=-(-case.validation_tokens // num_workers),
+        held_out_tokens=-(-case.held_out_tokens // num_workers),
     )
 
 

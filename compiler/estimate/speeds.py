@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from .machine import Machine
 from .work import Work
 
-__all__ = ["IMPORT_SECONDS", "REACHED", "Reached", "stage_seconds"]
+__all__ = ["DIVIDED", "IMPORT_SECONDS", "REACHED", "Reached", "stage_seconds"]
 
 IMPORT_SECONDS = 5.0
 """Of torch, transformers and sentence-transformers."""
@@ -53,8 +53,21 @@ REACHED: Mapping[str, Reached] = {
 }
 
 
-def stage_seconds(stage: str, work: Work, machine: Machine, *, model_dtype: str) -> float:
-    """Reckon how long a stage takes: its parts run one after another."""
+DIVIDED = frozenset(
+    {"corpus", "moments", "reference", "embed", "profile", "sensitivity", "curves", "reconstruct", "evaluate"}
+)
+"""Stages whose work several workers share evenly. Of `pack`, packs are shared too, and the larger base is not."""
+
+
+def stage_seconds(stage: str, work: Work, machine: Machine, *, model_dtype: str, num_workers: int = 1) -> float:
+    """Reckon how long a stage takes: its parts run one after another.
+
+    Args:
+        machine: speeds that each worker has while all work.
+    """
+    if stage in DIVIDED and num_workers > 1:
+        fixed = REACHED[stage].fixed_seconds
+        return fixed + (stage_seconds(stage, work, machine, model_dtype=model_dtype) - fixed) / num_workers
     reached = REACHED[stage]
     model_gflops = machine.bfloat16_gflops if model_dtype == "bfloat16" else machine.float32_gflops
     return (

@@ -22,6 +22,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"{machine.bfloat16_gflops:.0f} in bfloat16, plain read {machine.read_gbps:.1f} GB/s; "
         f"the model runs in {plan.model_dtype}"
     )
+    if plan.num_workers > 1:
+        yield f"workers    {plan.num_workers} of {machine.num_threads} threads, each as fast as stated; GB are of one"
     yield f"text       {plan.num_tokens:,} tokens"
     yield f"           {'stage':12s} {'seconds':>8s} {'GB':>6s}"
     yield f"           {'start':12s} {plan.start_seconds:8.1f}"

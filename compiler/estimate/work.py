@@ -33,6 +33,8 @@ __all__ = [
     "profile_work",
     "reconstruct_work",
     "reference_work",
+    "removal_work",
+    "repair_flop",
     "repair_work",
     "sampled",
     "sensitivity_work",
@@ -213,7 +215,7 @@ def curves_work(case: Case) -> Work:
     """Run about 16,384 tokens; in each layer their Gram matrix, and the removal of all neurons."""
     tokens, shapes = min(case.calibration_tokens, CURVE_TOKENS), case.shapes
     grams = 2 * _GRAM_SHARE * tokens * shapes.ffn_dim**2
-    removal = _removal(shapes, 0, _CURVE_STEP)
+    removal = removal_work(shapes, 0, _CURVE_STEP)
     return Work(
         model_flop=case.token_flop * tokens + shapes.num_layers * grams,
         float_flop=shapes.num_layers * removal.float_flop,
@@ -221,7 +223,7 @@ def curves_work(case: Case) -> Work:
     )
 
 
-def _removal(shapes: Shapes, kept: int, step: int) -> Work:
+def removal_work(shapes: Shapes, kept: int, step: int = _REMOVAL_STEP) -> Work:
     """Invert f x f, multiply by f x h, and update both for each lot removed: n^3 + 2 n^2 h, then sums of 2 s m (m + h).
 
     The updates of s rows and columns, until k of f are left, are 2/3 (f^3 - k^3) + (f^2 - k^2) h; each reads and
@@ -260,7 +262,7 @@ def repair_work(case: Case) -> Work:
     shapes = case.shapes
     checked = 2 * 2 * case.validation_tokens / 2 * case.kept * shapes.hidden_size * len(case.num_assigned)
     return Work(
-        float_flop=shapes.num_layers * (case.num_packs * _repair_flop(case, 1) + checked),
+        float_flop=shapes.num_layers * (case.num_packs * repair_flop(case, 1) + checked),
         moved_bytes=shapes.num_layers * case.num_packs * _mixture_bytes(shapes),
     )
 
@@ -276,10 +278,10 @@ def reconstruct_work(case: Case, *, carries: bool, removes: bool) -> Work:
     half = tokens / 2
     narrow = 2 * half * (shapes.attention_weights + shapes.inner_weights + case.kept * shapes.hidden_size)
     sums = _sums_flop(case)
-    removal = _removal(shapes, case.kept, _REMOVAL_STEP) if removes else Work()
+    removal = removal_work(shapes, case.kept) if removes else Work()
     flop, moved, summed = 0.0, 0.0, 0.0
     for number, num_clusters in enumerate(case.num_assigned):
-        repair = _repair_flop(case, _NUM_RIDGES if number == 0 else 1)
+        repair = repair_flop(case, _NUM_RIDGES if number == 0 else 1)
         summed += sums
         flop += num_clusters * (removal.float_flop + repair)
         moved += num_clusters * (removal.moved_bytes + _mixture_bytes(shapes))
@@ -292,7 +294,7 @@ def reconstruct_work(case: Case, *, carries: bool, removes: bool) -> Work:
     )
 
 
-def _repair_flop(case: Case, num_ridges: int) -> float:
+def repair_flop(case: Case, num_ridges: int) -> float:
     """Cholesky of k x k and two triangular solves of k x h for each ridge: k^3 / 3 + 2 k^2 h."""
     return num_ridges * (case.kept**3 / 3 + 2 * case.kept**2 * case.shapes.hidden_size)
 

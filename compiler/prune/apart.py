@@ -56,7 +56,7 @@ def _narrow_layer(inputs: NarrowInputs, text: DealtText, sums: Sums | None, laye
     with torch.inference_mode():
         for item in inputs.assignments:
             finds = _dense_layer(text, item.name, layer) if sums is None else find_kept(sums, text, item.name, layer)
-            known = None if sums is None else known_moments(inputs.team, sums, item.name, layer, item.num_clusters)
+            known = None if sums is None else partial(known_moments, inputs.team, sums, item.name, layer)
             clusters = results.get(CLUSTERS)
             results[item.name] = repair_assignment(inputs, layer, item.name, text, finds, clusters, known)
     return results

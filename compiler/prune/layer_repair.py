@@ -10,14 +10,13 @@ from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.quantize.rounding import Rounding
-from coreinfer.compiler.team.team import Pending, Team
+from coreinfer.compiler.team.team import Team
 from coreinfer.compiler.text.corpus import Document
 
 from .dealt import DealtText, Find
 from .layer_results import LayerResult, arrays_of, results_of
-from .means import Moments
 from .narrow import Assignment, bf16_bits
-from .repair import CLUSTER_WEIGHTS, RIDGES, Repaired, RepairTask, repair_layer
+from .repair import CLUSTER_WEIGHTS, RIDGES, Known, Repaired, RepairTask, repair_layer
 from .select import Choice
 from .sums import Sums
 
@@ -85,7 +84,7 @@ def repair_assignment(
     text: DealtText,
     finds: Mapping[int, Find],
     clusters: LayerResult | None,
-    known: Sequence[Pending[Moments]] | None = None,
+    known: Known | None = None,
 ) -> LayerResult:
     """Narrow one layer for one assignment; a control goes by what the clusters chose for themselves.
 

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from coreinfer.compiler.team.adding import add_up
-from coreinfer.compiler.team.dealing import home
+from coreinfer.compiler.team.adding import add_up, pass_on
 from coreinfer.compiler.team.team import Pending, Team, Worker
 
 from .dealt import Find, LayerTokens, TokenCounts
@@ -51,14 +50,18 @@ def ask_overall(
     stage: str,
     finds: Mapping[int, Find],
     counts: TokenCounts,
-    known: Sequence[Pending[Moments]] | None,
+    known: Mapping[int, Pending[Moments]] | None,
+    homes: Mapping[int, int],
     *,
     centred: bool,
-) -> Pending[Moments] | None:
+) -> Mapping[int, Pending[Moments]] | None:
     """Ask for the moments of all text; None where there is one cluster.
 
     Args:
         known: each cluster's moments, from which they follow; None to sum them over the tokens.
+        homes: cluster -> place that works on it.
+    Returns:
+        Place -> the moments there.
     """
     if len(counts) == 1:
         return None
@@ -71,11 +74,12 @@ def ask_overall(
     else:
         at_home: dict[int, list[int]] = {}
         for cluster in range(len(counts)):
-            at_home.setdefault(home(team, cluster), []).append(cluster)
-        for place, clusters in at_home.items():
+            at_home.setdefault(homes[cluster], []).append(cluster)
+        for place, clusters in sorted(at_home.items()):
             weights = [totals[cluster] / all_tokens for cluster in clusters]
             parts[place] = team.call(place, stage, _weigh, weights, *(known[cluster] for cluster in clusters))
-    return add_up(team, stage, _add_moments, parts)
+    total = add_up(team, stage, _add_moments, parts)
+    return pass_on(team, stage, total, sorted({*homes.values()}))
 
 
 @torch.inference_mode()

@@ -6,21 +6,21 @@ falls back to the model's own weights where data is thin. Where the family's dow
 centred and the bias takes up the difference of the means.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from coreinfer.compiler.team.dealing import home, in_turn
+from coreinfer.compiler.team.dealing import homes_of, in_turn
 from coreinfer.compiler.team.team import Pending, Shared, Team, Worker
 
 from .dealt import Find, LayerTokens, TokenCounts
 from .means import Moments, ask_moments, ask_overall, weighted_sum
 from .removal import System, remove_neurons, solve
 
-__all__ = ["CLUSTER_WEIGHTS", "RIDGES", "RepairTask", "Repaired", "repair_layer"]
+__all__ = ["CLUSTER_WEIGHTS", "RIDGES", "Known", "RepairTask", "Repaired", "repair_layer"]
 
 RIDGES = (1e-3, 1e-2, 1e-1)
 """Candidates for "auto", relative to the mean diagonal of the Gram matrix; no repair is the last candidate."""
@@ -91,11 +91,11 @@ class _Solved:
 
 
 _Pending = Pending[list[_Solved]]
+Known = Callable[[int, int], Pending[Moments]]
+"""Asks for a cluster's moments, which are known, at a place."""
 
 
-def repair_layer(
-    team: Team, finds: Mapping[int, Find], task: RepairTask, known: Sequence[Pending[Moments]] | None = None
-) -> Repaired:
+def repair_layer(team: Team, finds: Mapping[int, Find], task: RepairTask, known: Known | None = None) -> Repaired:
     """Choose and refit one layer's neurons for every cluster, with one cluster weight and one ridge for all of them.
 
     Both are the candidates with the lowest cost on the validation tokens; no repair at all is a candidate of "auto", so
@@ -103,12 +103,12 @@ def repair_layer(
 
     Args:
         finds: place -> finds the layer's tokens there.
-        known: each cluster's moments, where they are known; None to sum them over the tokens.
+        known: cluster and place -> the cluster's moments, where they are known; None to sum them over the tokens.
     """
-    shared = team.share(task)
-    solved = _solve_clusters(team, finds, task, shared, known)
+    shared, homes = team.share(task), homes_of(task.calibration, team)
+    solved = _solve_clusters(team, finds, task, shared, known, homes)
     weight, ridge = _best(team, finds, task, shared, solved)
-    chosen = [team.call(home(team, c), _STAGE, _choose, one, weight, ridge) for c, one in enumerate(solved)]
+    chosen = [team.call(homes[c], _STAGE, _choose, solved[c], weight, ridge) for c in range(len(task.keeps))]
     found = [waiting.result() for waiting in chosen]
     return Repaired(
         neuron_ids=[ids for ids, _ in found],
@@ -123,25 +123,29 @@ def _solve_clusters(
     finds: Mapping[int, Find],
     task: RepairTask,
     shared: Shared[RepairTask],
-    known: Sequence[Pending[Moments]] | None,
-) -> list[_Pending]:
+    known: Known | None,
+    homes: Mapping[int, int],
+) -> dict[int, _Pending]:
     """Solve each cluster at its home, as soon as its moments are there."""
     centred, num_values = task.bias is not None, task.weights.shape[0] * sum(task.weights.shape)
     own = partial(ask_moments, team, _STAGE, finds, task.calibration, centred=centred)
-    clusters = range(len(task.keeps))
-    if known is None and len(clusters) * num_values * 4 <= task.moment_bytes * team.size:
-        known = [own(cluster) for cluster in clusters]
-    overall = ask_overall(team, _STAGE, finds, task.calibration, known, centred=centred)
+    found = None
+    if known is not None:
+        found = {cluster: known(cluster, place) for cluster, place in homes.items()}
+    elif len(homes) * num_values * 4 <= task.moment_bytes * team.size:
+        found = {cluster: own(cluster) for cluster in homes}
+    overall = ask_overall(team, _STAGE, finds, task.calibration, found, homes, centred=centred)
 
     def ask(cluster: int) -> _Pending:
-        moments = own(cluster) if known is None else known[cluster]
-        return team.call(home(team, cluster), _STAGE, _solve_cluster, shared, cluster, moments, overall)
+        place, moments = homes[cluster], own(cluster) if found is None else found[cluster]
+        everything = None if overall is None else overall[place]
+        return team.call(place, _STAGE, _solve_cluster, shared, cluster, moments, everything)
 
-    solved = []
-    for _, one in in_turn(team, clusters, ask):
+    solved = {}
+    for cluster, one in in_turn(team, homes, ask):
         # Not all at once: moments that are summed twice would all be there before the first is used.
         one.wait()
-        solved.append(one)
+        solved[cluster] = one
     return solved
 
 
@@ -169,7 +173,7 @@ def _choose(
 
 
 def _best(
-    team: Team, finds: Mapping[int, Find], task: RepairTask, shared: Shared[RepairTask], solved: Sequence[_Pending]
+    team: Team, finds: Mapping[int, Find], task: RepairTask, shared: Shared[RepairTask], solved: Mapping[int, _Pending]
 ) -> tuple[int, int]:
     """Numbers of the cluster weight and of the ridge that validation text likes best."""
     shape = (len(task.cluster_weights), len(task.ridges))

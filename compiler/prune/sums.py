@@ -122,12 +122,9 @@ def has_sums(sums: Sums, names: Sequence[str], layer: int) -> bool:
     return all(sums.cache.find_arrays(_key(sums, name, layer)) is not None for name in names)
 
 
-def known_moments(team: Team, sums: Sums, name: str, layer: int, num_clusters: int) -> list[Pending[Moments]]:
-    """Ask for a layer's moments of an assignment's clusters that are kept, each where it will be used."""
-    return [
-        team.call(home(team, cluster), _STAGE, _find_moments, sums, name, layer, cluster)
-        for cluster in range(num_clusters)
-    ]
+def known_moments(team: Team, sums: Sums, name: str, layer: int, cluster: int, place: int) -> Pending[Moments]:
+    """Ask for a layer's moments of one of an assignment's clusters that are kept, at the place that will use them."""
+    return team.call(place, _STAGE, _find_moments, sums, name, layer, cluster)
 
 
 def _find_moments(worker: Worker, sums: Sums, name: str, layer: int, cluster: int) -> Moments:

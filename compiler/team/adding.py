@@ -1,11 +1,11 @@
 """Sums of what the places found, in an order that depends on their number alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from .team import Pending, Team, Worker
 
-__all__ = ["Arrays", "add_arrays", "add_up"]
+__all__ = ["Arrays", "add_arrays", "add_up", "pass_on"]
 
 T = TypeVar("T")
 Arrays = dict[str, Any]
@@ -42,3 +42,21 @@ def add_arrays(_worker: Worker, first: Arrays, second: Arrays) -> Arrays:
     """Add arrays by their names; one may lack some."""
     both = {name: first[name] + second[name] for name in first.keys() & second.keys()}
     return {name: both[name] if name in both else (first | second)[name] for name in {**first, **second}}
+
+
+def pass_on(team: Team, stage: str, value: Pending[T], places: Sequence[int]) -> dict[int, Pending[T]]:
+    """Send a large value to places: each has it from another that has it, as branches of a tree, not all from one.
+
+    Returns:
+        Place -> the value there.
+    """
+    there: list[Pending[T]] = []
+    for number, place in enumerate(places):
+        nearest = there[(number - 1) // 2] if number else value
+        # What is alone, or the first, has it from where it was made.
+        there.append(team.call(place, stage, _same, nearest) if len(places) > 1 else value)
+    return dict(zip(places, there, strict=True))
+
+
+def _same(_worker: Worker, value: T) -> T:
+    return value

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from .team import Team
 
-__all__ = ["deal", "home", "in_turn"]
+__all__ = ["deal", "home", "homes_of", "in_turn"]
 
 Ids = npt.NDArray[np.int64]
 Item = TypeVar("Item")
@@ -40,6 +40,28 @@ def deal(lengths: Sequence[int], team: Team, labels: Ids | None = None) -> Mappi
 def home(team: Team, number: int) -> int:
     """Place of a cluster's or a layer's own work, which is the same for each."""
     return number % team.size
+
+
+def homes_of(counts: Sequence[Mapping[int, int]], team: Team) -> dict[int, int]:
+    """Place of each cluster's own work: where its text is, as long as no place gets more clusters than its share.
+
+    Args:
+        counts: of each cluster, place -> tokens.
+    Returns:
+        Cluster -> place, in an order in which neighbours have text at different places, so that these work at once.
+    """
+    main = [max(places, key=lambda place: (places[place], -place), default=0) for places in counts]
+    ranks = [main[:cluster].count(place) for cluster, place in enumerate(main)]
+    order = sorted(range(len(counts)), key=lambda cluster: (ranks[cluster], main[cluster]))
+    most, loads = -(-len(counts) // team.size), [0] * team.size
+    homes = {}
+    for cluster in order:
+        place = main[cluster]
+        if loads[place] >= most:
+            place = loads.index(min(loads))
+        homes[cluster] = place
+        loads[place] += 1
+    return homes
 
 
 def in_turn(team: Team, items: Iterable[Item], ask: Callable[[Item], T]) -> Iterator[tuple[Item, T]]:

@@ -98,8 +98,8 @@ class RayTeam:
     def __init__(self, size: int, setup: Setup, loaded: LoadedModel) -> None:
         """Start the actors, and wait until they have the model."""
         self.loaded, self.size = loaded, size
-        # Of each place one step in advance: nobody waits while the main process adds and stores.
-        self.ahead = size + 1
+        # Of each place two steps in advance: nobody waits while the main process adds and stores.
+        self.ahead = 2 * size
         self._reports = [WorkerReport() for _ in range(size)]
         self._unsettled: list[_Asked] = []
         actor = ray.remote(num_cpus=setup.threads, max_restarts=-1, max_task_retries=-1)(Place)
