@@ -30,7 +30,7 @@ from coreinfer.compiler.shares.plan import TARGETS, plan_shares
 from coreinfer.compiler.shares.texts import begin_texts
 from coreinfer.compiler.shares.thresholds import LEVELS
 from coreinfer.compiler.text.corpus import Document
-from coreinfer.runtime.engines.torch.input_masks import InputCounts
+from coreinfer.runtime.engines.torch.wanted_inputs import InputCounts
 
 from .engine_inputs import PROMPT
 
