@@ -179,6 +179,9 @@ def test_stages_are_those_that_run(tiny_inputs: Callable[[str], CompileConfig]) 
     assert names == [*without[:3], "moments", *without[3:8], "curves", *without[8:], "write"]
     whole = plan_of(replace(config, keep=1.0))
     assert not {"sensitivity", "curves"} & {stage.name for stage in whole.stages}
+    shared = plan_of(replace(config, token_share=0.6))
+    assert [stage.name for stage in shared.stages][-3:] == ["shares", "evaluate", "write"]
+    assert shared.stages[-3].seconds > 0
 
 
 def test_the_disk_holds_what_tries_are_compared_with_and_sums() -> None:

@@ -173,9 +173,9 @@ def test_dependencies_point_one_way(package: str) -> None:
     assert not wrong
 
 
-def test_the_compiler_uses_the_runtime_for_two_things_only() -> None:
-    """To write text, and to take apart modules and experts that transformers has as one."""
-    apart = ("coreinfer.runtime.engines.torch.joined", "coreinfer.runtime.engines.torch.mixture")
+def test_the_compiler_uses_the_runtime_for_three_things_only() -> None:
+    """To write text, to take apart modules and experts that transformers has as one, and for what a token wants."""
+    apart = tuple(f"coreinfer.runtime.engines.torch.{name}" for name in ("joined", "mixture", "wanted_inputs"))
     users = {
         path.name
         for path in sources("compiler")
@@ -207,6 +207,7 @@ def test_only_the_torch_engine_needs_torch() -> None:
     assert users == {
         "torch/decoder.py",
         "torch/host_weights.py",
+        "torch/input_masks.py",
         "torch/joined.py",
         "torch/mixture.py",
         "torch/model.py",
@@ -215,6 +216,7 @@ def test_only_the_torch_engine_needs_torch() -> None:
         "torch/sequences.py",
         "torch/static_step.py",
         "torch/transfer.py",
+        "torch/wanted_inputs.py",
     }
 
 

@@ -10,7 +10,7 @@ import torch
 from coreinfer.bundles.contract import INPUT_GROUPS
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Advance
-from coreinfer.runtime.engines.torch.input_masks import Groups
+from coreinfer.runtime.engines.torch.wanted_inputs import Groups
 
 from .inputs import Norms, groups_of, inputs_masked
 from .texts import BegunText

@@ -11,7 +11,7 @@ from coreinfer.bundles.contract import INPUT_GROUPS, norms_role, tensor_name
 from coreinfer.bundles.families import resolve
 from coreinfer.bundles.tensors import TensorFile
 from coreinfer.compiler.models.load import LoadedModel
-from coreinfer.runtime.engines.torch.input_masks import Groups, InputCounts, wanted
+from coreinfer.runtime.engines.torch.wanted_inputs import Groups, InputCounts, wanted
 
 __all__ = ["Norms", "group_weights", "groups_of", "inputs_masked", "inputs_seen", "read_norms"]
 

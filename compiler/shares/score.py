@@ -21,7 +21,7 @@ from coreinfer.compiler.quality.stored import StoredModel, StoredPacks, base_in_
 from coreinfer.compiler.quality.tally import Tally
 from coreinfer.compiler.team.steps import Steps
 from coreinfer.compiler.team.team import Shared, Team, Worker
-from coreinfer.runtime.engines.torch.input_masks import InputCounts
+from coreinfer.runtime.engines.torch.wanted_inputs import InputCounts
 
 from .inputs import group_weights, inputs_masked, read_norms
 from .token_shares import Arrays, named

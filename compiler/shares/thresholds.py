@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from coreinfer.bundles.contract import INPUT_GROUPS
 from coreinfer.compiler.models.load import LoadedModel
-from coreinfer.runtime.engines.torch.input_masks import Groups
+from coreinfer.runtime.engines.torch.wanted_inputs import Groups
 
 from .inputs import Norms, groups_of, inputs_seen
 from .texts import BegunText

@@ -20,7 +20,7 @@ from coreinfer.compiler.prune.narrow import Cut
 from coreinfer.compiler.quality.stored import StoredModel, StoredPacks, base_in_use, dense_cut
 from coreinfer.compiler.samples import SHARE_COST_TOKENS, share_tokens
 from coreinfer.compiler.text.corpus import SAMPLING, Document, spread_sample
-from coreinfer.runtime.engines.torch.input_masks import Groups
+from coreinfer.runtime.engines.torch.wanted_inputs import Groups
 
 from .costs import group_costs
 from .inputs import group_weights, groups_of, read_norms

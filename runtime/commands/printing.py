@@ -19,7 +19,7 @@ def figures(last: Token) -> str:
     path = " -> ".join(f"{step.cluster} ({step.label})" for step in last.path)
     distance = f"{last.distance:.3f}{_FALLBACKS.get(last.fallback, '')}"
     return (
-        f"[cluster {path}, distance {distance}, mode {last.mode}{_drafted(last.drafting)}; "
+        f"[cluster {path}, distance {distance}, mode {last.mode}{_drafted(last.drafting)}{_share(last)}; "
         f"{last.num_prompt_tokens} prompt tokens{cached} in {last.prefill_seconds:.2f} s, "
         f"{last.num_tokens} tokens at {last.decode_tokens_per_second:.1f} tok/s{_read(last.disk_reads)}, "
         f"{last.finish_reason}]"
@@ -31,6 +31,10 @@ def _drafted(drafting: Drafting | None) -> str:
         return ""
     off = ", off where it did not pay" if drafting.turned_off else ""
     return f" ({drafting.acceptance:.0%} of drafts accepted, {drafting.mean_length:.1f} a round{off})"
+
+
+def _share(last: Token) -> str:
+    return "" if last.token_share == 1 else f", token share {last.token_share:g}"
 
 
 def _read(reads: DiskReads | None) -> str:

@@ -1,0 +1,170 @@
+"""Token shares of a compile: costs, the plan, what is refused, kept and shown."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from coreinfer import runtime
+from coreinfer.bundles import ConfigError, open_bundle
+from coreinfer.bundles.families import ffn_tensors
+from coreinfer.bundles.inspect import describe
+from coreinfer.bundles.layout import LAYOUT
+from coreinfer.bundles.manifest import read_manifest
+from coreinfer.bundles.reader import find_problems
+from coreinfer.bundles.token_shares import token_thresholds
+from coreinfer.compiler import CompileConfig, compile_model
+from coreinfer.compiler.expert_options import check_expert_options
+from coreinfer.compiler.models.load import load_model, read_config
+from coreinfer.compiler.models.sources import find_source
+from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.shares.costs import group_costs
+from coreinfer.compiler.shares.inputs import groups_of, inputs_masked
+from coreinfer.compiler.shares.plan import TARGETS, plan_shares
+from coreinfer.compiler.shares.texts import begin_texts
+from coreinfer.compiler.shares.thresholds import LEVELS
+from coreinfer.compiler.text.corpus import Document
+from coreinfer.runtime.engines.torch.wanted_inputs import InputCounts
+
+from .engine_inputs import PROMPT
+
+SHARE = 0.6
+TOKEN_IDS = (1, 57, 200, 300, 21, 99, 140, 7, 9, 8, 77, 301)
+
+
+@pytest.fixture(scope="module")
+def shared_bundle(tiny_bundle: Callable[..., Path]) -> Callable[..., Path]:
+    return lambda family="llama", **options: tiny_bundle(family, token_share=SHARE, **options)
+
+
+def test_what_cannot_have_token_shares_is_refused(tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path) -> None:
+    given = replace(tiny_inputs("llama"), output=tmp_path / "b", token_share=0.5)
+    for options, named in (
+        ({"by_neuron": True, "quantize": "int4"}, "--token-share: expected a FFN that is not stored neuron by neuron"),
+        ({"heal_steps": 2}, "--token-share: packs that are healed"),
+        ({"max_memory": 4.0}, "--token-share: it runs the model once for every layer and group"),
+        ({"token_share": 0.2}, "token-share: expected a number in [0.3, 1], got 0.2"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(named)):
+            replace(given, **options)
+    with pytest.raises(ConfigError, match="--token-share: experts are chosen token by token already"):
+        check_expert_options(given, "olmoe")
+
+
+def test_layers_that_cost_more_read_more() -> None:
+    rng = np.random.default_rng(3)
+    levels = len(LEVELS)
+    scores = np.sort(rng.gamma(1.0, size=(3, 4, 4000)), axis=-1)
+    sums = np.concatenate([np.zeros((3, 4, 1)), np.cumsum(scores**2, axis=-1)], axis=-1)
+    energies = (sums / sums[..., -1:])[..., np.round((1 - LEVELS.astype(float)) * 4000).astype(int)]
+    assert energies.shape == (3, 4, levels)
+    weights = rng.integers(1, 9, (3, 4)).astype(np.float32) * 1000
+    costs = rng.gamma(1.0, size=(3, 4)).astype(np.float32)
+    plan = plan_shares(costs, energies.astype(np.float32), weights, measured_at=0.5)
+
+    def loss(shares: npt.NDArray[Any]) -> float:
+        at = [[np.interp(shares[i, j], LEVELS, energies[i, j]) for j in range(4)] for i in range(3)]
+        half = [[np.interp(0.5, LEVELS, energies[i, j]) for j in range(4)] for i in range(3)]
+        return float((costs * np.array(at) / np.array(half)).sum())
+
+    for target, shares in zip(TARGETS, plan, strict=True):
+        assert np.average(shares, weights=weights) == pytest.approx(float(target), abs=1e-4)
+        assert loss(shares) <= 0.9 * loss(np.full((3, 4), target))
+        for _ in range(20):
+            # Nothing is won by moving bytes from one group to another.
+            moved, (i, j), (k, m) = shares.astype(float), rng.integers([3, 4]), rng.integers([3, 4])
+            moved[i, j] += 0.02 / weights[i, j] * weights.min()
+            moved[k, m] -= 0.02 / weights[k, m] * weights.min()
+            if moved.min() > 0.15 and moved.max() < 1:
+                assert loss(moved) >= loss(shares) * (1 - 1e-2)
+    assert (plan[-1] == 1).all()
+    ones = np.ones((3, 4), dtype=np.float32)
+    even = plan_shares(ones, np.tile(energies[:1, :1], (3, 4, 1)), ones, measured_at=0.5)
+    np.testing.assert_allclose(even, np.broadcast_to(TARGETS[:, None, None], even.shape), atol=1e-3)
+
+
+def _layer_of(own: dict[int, dict[str, Any]], layer: int, _cluster: int) -> dict[str, Any]:
+    return own[layer]
+
+
+def test_the_first_layers_need_not_be_computed_again(tiny_inputs: Callable[[str], CompileConfig]) -> None:
+    for family in ("llama", "gemma2", "opt"):
+        config = tiny_inputs(family)
+        source = find_source(config.model)
+        loaded = load_model(source, *read_config(source), device="cpu", dtype="float32")
+        whole = {(layer, "down"): loaded.projection(layer, "down").weight.norm(dim=0) for layer in range(3)}
+        norms = {place: whole.get(place, torch.ones(loaded.record.hidden_size)) for place in groups_of(loaded)}
+        document = Document(text="", routing_text="", token_ids=TOKEN_IDS)
+        own = {layer: ffn_tensors(loaded.layers[layer], loaded.family) for layer in range(3)}
+        texts = begin_texts(loaded, partial(_layer_of, own), [document])
+        thresholds = dict.fromkeys(norms, 0.3)
+        costs = group_costs(loaded, texts, norms, thresholds, lambda steps=1: None)
+        with torch.inference_mode():
+            expected = loaded.head(texts[0].states(loaded)).log_softmax(-1)
+            for number, place in enumerate(norms):
+                with inputs_masked(loaded, norms, {place: 0.3}):
+                    got = loaded.head(texts[0].states(loaded)).log_softmax(-1)
+                kl = float((expected.exp() * (expected - got)).sum()) / len(expected)
+                assert costs.reshape(-1)[number] == pytest.approx(kl, rel=1e-3, abs=1e-6)
+        assert (costs > 0).any()
+
+
+def test_the_same_compile_takes_its_shares_from_the_cache(
+    tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path
+) -> None:
+    given = replace(tiny_inputs("llama"), token_share=0.6, cache_dir=tmp_path / "cache", keep=1.0, evaluate=False)
+    seen = []
+    for share in (0.6, 0.8):
+        progress = Progress()
+        compile_model(replace(given, output=tmp_path / f"{share}", token_share=share), progress)
+        seen.append("shares" in progress.stage_seconds)
+    assert seen == [True, False]
+    first, second = ((tmp_path / f"{share}" / LAYOUT.token_shares).read_bytes() for share in (0.6, 0.8))
+    assert first == second
+    assert read_manifest(tmp_path / "0.8").token_shares.default == 0.8  # type: ignore[union-attr]
+    assert_reads_less(tmp_path / "0.8")
+
+
+def assert_reads_less(folder: Path) -> None:
+    """Of packs that keep everything, too, with the prompt read by another pack's dense half."""
+    engine = runtime.load(folder, engine="torch", device="cpu", dtype="float32")
+    decoder: Any = engine.decoder
+    decoder.masks.counts = InputCounts()
+    got = engine.generate(PROMPT, raw=True, max_new_tokens=8, mode="similarity")
+    counts = decoder.masks.counts
+    assert got.token_share == 0.8
+    read = sum(counts.num_wanted.values()) / sum(counts.num_inputs.values())
+    assert 0.6 < read < 0.95
+
+
+def test_packs_alone_have_shares(shared_bundle: Callable[..., Path]) -> None:
+    folder = shared_bundle(dense=False, evaluate=False)
+    bundle = open_bundle(folder)
+    assert find_problems(folder, bundle.manifest) == []
+    engine = runtime.load(folder, engine="torch", device="cpu", dtype="float32")
+    assert engine.generate(PROMPT, raw=True, max_new_tokens=4).token_share == SHARE
+    with pytest.raises(ConfigError, match="no dense FFN"):
+        token_thresholds(bundle, None, 0.5)
+
+
+def test_scores_are_shown(shared_bundle: Callable[..., Path]) -> None:
+    bundle = open_bundle(shared_bundle())
+    record = bundle.manifest.token_shares
+    assert record is not None
+    names = [(found.weights, found.shares) for found in record.scores]
+    assert names == [("dense", "planned"), ("dense", "equal"), ("clusters", "planned"), ("clusters", "equal")]
+    for found in record.scores:
+        assert found.asked == SHARE
+        assert found.read == pytest.approx(SHARE, abs=0.1)
+        assert found.score.kl > 0
+    lines = "\n".join(describe(bundle.manifest))
+    assert "token      reads 0.6 of the layers' weights dense, 0.6 with a pack" in lines
+    report = (bundle.path / LAYOUT.report).read_text(encoding="utf-8")
+    assert "dense, equal shares 0.6" in lines
+    assert "dense, equal shares 0.6" in report
