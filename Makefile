@@ -66,7 +66,7 @@ $(VENV)/.demo: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.demo
-	$(PIP) -e '.[compile,eval,json,lm-eval,remote,serve,unpack,dev]'
+	$(PIP) -e '.[compile,eval,json,lm-eval,ray,remote,serve,unpack,dev]'
 	touch $@
 
 $(VENV)/.llm: | $(VENV)/bin/python
