@@ -17,7 +17,7 @@ import openai
 __all__ = ["JSON", "RunningServer", "serving", "user"]
 
 JSON = {"Content-Type": "application/json"}
-START_SECONDS = 60
+START_SECONDS = 120
 STOP_SECONDS = 30
 COMMAND = "from coreinfer.server.cli import main; main()"
 # A tiny model answers before anything can happen to its client: this one takes its time for each step.

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.shared.ray_cluster import on_ray
 
 from .batch_commands import answers, openai, refusal, run, user
 from .model_factory import corpus_texts
 
 COMMAND = "from coreinfer.runtime.commands.run import main; main()"
 NUM_KEPT = 5
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
 
 def start(code: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
@@ -40,7 +44,17 @@ def test_options_that_do_not_go_together(bundle: Path, write_lines: Any, tmp_pat
     )
 
 
-@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+@needs_ray
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "ray://127.0.0.1:10001"])
+def test_an_address_without_ray_is_refused_at_once(address: str) -> None:
+    with (
+        pytest.raises(ConfigError, match=f"^--ray {address}: (cannot be reached|expected HOST:PORT)"),
+        on_ray(address, num_cpus=1),
+    ):
+        pass
+
+
+@needs_ray
 def test_an_interrupted_batch_goes_on_with_two_engines(bundle: Path, write_lines: Any, tmp_path: Path) -> None:
     asked = [{"prompt": text, "id": f"line {number}"} for number, text in enumerate(corpus_texts()[:14])]
     batch = write_lines(*asked, "", {"prompt": 3}, openai("ä", messages=user("soup"), temperature=0), "wrong")

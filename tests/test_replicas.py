@@ -131,6 +131,28 @@ def test_what_else_an_answer_says(replicas: RunningServer) -> None:
 
 @needs_ray
 @pytest.mark.parametrize("stream", [False, True])
+def test_calls_and_schemas(replicas: RunningServer, stream: bool) -> None:
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"n": {"const": 7}}, "required": ["n"], "additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": schema}}
+    asked = {"model": MODEL, "messages": user("soup"), "max_tokens": 200, "stream": stream}
+    forced = replicas.post(CHAT, json=asked | {"tools": [tool], "tool_choice": "required"})
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    followed = replicas.post(CHAT, json=asked | {"response_format": form})
+    if stream:
+        ends = events(forced.text)
+        calls = [call for event in ends for call in event["choices"][0]["delta"]["tool_calls"] or []]
+        assert ends[-1]["choices"][0]["finish_reason"] == "tool_calls"
+        content = "".join(event["choices"][0]["delta"]["content"] for event in events(followed.text))
+    else:
+        calls = forced.json()["choices"][0]["message"]["tool_calls"]
+        content = followed.json()["choices"][0]["message"]["content"]
+    assert [json.loads(call["function"]["arguments"]) for call in calls] == [{"n": 7}]
+    assert json.loads(content) == {"n": 7}
+
+
+@needs_ray
+@pytest.mark.parametrize("stream", [False, True])
 def test_what_a_replica_refuses(replicas: RunningServer, stream: bool) -> None:
     response = replicas.post(COMPLETIONS, json=body(prompt="oven " * 2000, stream=stream))
     assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")

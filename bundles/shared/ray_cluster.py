@@ -15,6 +15,8 @@ from .extras import needs_extra
 
 __all__ = ["LOCAL", "check_ray", "on_ray"]
 
+_log = logging.getLogger(__name__)
+
 LOCAL = "local"
 """As an address: start Ray here."""
 
@@ -41,7 +43,8 @@ def on_ray(address: str, *, num_cpus: int) -> Iterator[None]:
 
     Args:
         address: of a cluster, or `LOCAL` to start one that ends with the block.
-        num_cpus: CPUs that a Ray which is started here lends out; it counts them, and binds nobody to them.
+        num_cpus: CPUs that will be asked for, at most. A Ray that is started here lends out so many; it counts them,
+            and binds nobody to them.
     Raises:
         ConfigError: Ray is not installed, or nobody answers at the address.
     """
@@ -59,10 +62,14 @@ def on_ray(address: str, *, num_cpus: int) -> Iterator[None]:
         try:
             # "local" also where a Ray runs on this machine already.
             ray.init(address, logging_level=logging.ERROR, **started)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ConfigError(f"--ray {address}: cannot be reached ({first}); give HOST:PORT, or local") from error
+        # Ray raises a bare Exception where it does not start in time.
+        except Exception as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"--ray {address}: no Ray there ({first}); give HOST:PORT of one, or local") from error
     logging.getLogger("ray").setLevel(logging.WARNING)
+    if (found := ray.cluster_resources().get("CPU", 0.0)) < num_cpus:
+        # Clusters may grow when they are asked for more.
+        _log.warning("--ray %s: it has %g CPUs, and up to %d are asked for", address, found, num_cpus)
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """The replicas of one bundle as an application of Ray Serve: deployed, exchanged, deleted."""
 
 import logging
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -102,10 +103,7 @@ class Fleet:
         try:
             return serve.run(application, name=self._application, route_prefix=None)
         except RuntimeError as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise ConfigError(
-                f"{self.name}: Ray could not start its engines: {lines[-1] if lines else error}"
-            ) from error
+            raise ConfigError(f"{self.name}: Ray could not start its engines: {self._reason(error)}") from error
 
     def facts(self, handle: DeploymentHandle[Any]) -> Facts:
         """Ask a replica for what the front must know."""
@@ -132,6 +130,13 @@ class Fleet:
         application = serve.status().applications.get(self._application)
         deployment = application.deployments.get(_DEPLOYMENT) if application else None
         return deployment.replica_states.get("RUNNING", 0) if deployment else 0
+
+    def _reason(self, error: RuntimeError) -> str:
+        """What an engine said of why it did not start; else what Ray says."""
+        application = serve.status().applications.get(self._application)
+        said = [deployment.message for deployment in application.deployments.values()] if application else []
+        ours = re.findall(r"coreinfer\.bundles\.errors\.\w+: (.+)", "\n".join([str(error), *said]))
+        return str(ours[-1] if ours else error).strip().splitlines()[-1]
 
     def _count(self) -> None:
         while not self._ended.wait(_COUNT_SECONDS):

@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 
 _MAX_TIMES = 3
 """A request is asked: one that kills every replica must not kill them all."""
+_KEPT_STATES = 8
 _PAUSE_SECONDS = 0.2
 """Before it is asked again, in which Ray notices more of what happened."""
 
@@ -186,6 +187,10 @@ class Replicas:
         job.replica, job.fingerprint = state.replica, state.fingerprint
         self._states.pop(state.replica, None)
         self._states[state.replica] = state
+        if len(self._states) > 2 * max(1, self._num_replicas) + _KEPT_STATES:
+            # Of a replica that ended long ago.
+            del self._states[next(iter(self._states))]
+            self._warm.keep(self._states)
         for token in posted.tokens:
             if token.num_tokens == 1:
                 self._count_pack(state.replica, token)
