@@ -26,12 +26,12 @@ IDS = np.random.default_rng(3).integers(3, VOCABULARY, 256).tolist()
 ENGINES = ("native", "torch")
 
 
-def make(engine: str, bundle: Bundle, *, num_pages: int | None = None, threads: int = 2) -> Any:
+def make(engine: str, bundle: Bundle, *, num_pages: int | None = None) -> Any:
     """A decoder whose pool has so many pages."""
     if engine == "native":
         one = NativeDecoder(bundle, threads=1, isa="portable")
         limit = None if num_pages is None else num_pages * one.page_bytes
-        return NativeDecoder(bundle, threads=threads, kv_cache_bytes=limit)
+        return NativeDecoder(bundle, threads=1, kv_cache_bytes=limit)
     model = bundle.manifest.model
     page_bytes = PAGE_TOKENS * 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
     limit = None if num_pages is None else num_pages * page_bytes
@@ -299,7 +299,7 @@ class _Plain:
 
 
 def test_ten_thousand_operations_lose_no_page(tiny_bundle: Callable[..., Path]) -> None:
-    decoder = make("native", open_bundle(tiny_bundle("llama")), num_pages=12, threads=1)
+    decoder = make("native", open_bundle(tiny_bundle("llama")), num_pages=12)
     plain, rng = _Plain(num_pages=12), random.Random(5)
     num_refused = 0
     for _ in range(10_000):
@@ -314,7 +314,7 @@ def test_ten_thousand_operations_lose_no_page(tiny_bundle: Callable[..., Path]) 
             assert (decoder.num_cached, decoder.cached.token_ids) == (len(plain.ids[number]), plain.ids[number])
     assert num_refused > 100
     # The pages hold what was read, whatever happened: calls of two tokens or more are alike.
-    fresh = make("native", open_bundle(tiny_bundle("llama")), threads=1)
+    fresh = make("native", open_bundle(tiny_bundle("llama")))
     for number in list(plain.ids):
         fresh.truncate(0)
         expected = fresh.forward([*plain.ids[number][:250], 7, 8], all_logits=True)[-2:]
