@@ -17,7 +17,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -70,8 +70,12 @@ class Killer:
     def _kill(self, done: threading.Event) -> None:
         while self.left and not done.wait(self._chances.uniform(0, 2 * self._seconds)):
             if (team := self._team) is not None:
-                ray.kill(team.actors[self._chances.randrange(team.size)], no_restart=False)
+                actor = team.actors[self._chances.randrange(team.size)]
+                ray.kill(actor, no_restart=False)
                 self.left -= 1
+                # Until another stands there, has the model, and has done what was asked before; or all is over.
+                with suppress(ray.exceptions.RayError):
+                    ray.get(actor.run.options(num_returns=2).remote("kills", id))
 
 
 @click.command()
@@ -85,7 +89,7 @@ class Killer:
 @click.option("--calibration", default=("builtin",), multiple=True, show_default=True)
 @click.option("--rounds", default=2, show_default=True)
 @click.option("--kills", default=0, show_default=True, help="Workers to kill in further compiles, by the last number.")
-@click.option("--kill-seconds", default=20.0, show_default=True, help="Mean time between kills.")
+@click.option("--kill-seconds", default=2.0, show_default=True, help="Mean time before the next kill.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write what was measured here.")
 def main(
     model: str,

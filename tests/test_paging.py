@@ -156,3 +156,6 @@ def test_too_much_text_is_told_how_much_would_fit(
     with pytest.raises(ConfigError):
         check_memory(replace(config, max_memory=bound - 0.1), loaded, corpus)
     check_memory(replace(config, max_memory=None), loaded, corpus)
+    # Of two workers each has half of the text, and the bound is of each.
+    with pytest.raises(ConfigError, match="for 2000000 tokens"):
+        check_memory(replace(config, ray="local", workers=2), loaded, corpus)

@@ -25,7 +25,9 @@ def check_memory(config: CompileConfig, loaded: LoadedModel, corpus: Corpus) -> 
     """
     if config.max_memory is None:
         return
-    num_tokens = sum(len(document.token_ids) for document in (*corpus.calibration, *corpus.validation))
+    # Of each worker, where there are several.
+    all_tokens = sum(len(document.token_ids) for document in (*corpus.calibration, *corpus.validation))
+    num_tokens = -(-all_tokens // config.num_places)
     # Moments take their share of the bound, whatever it is: the rest must do.
     usable = config.max_memory * 1e9 - moment_bytes(config)
     fixed, per_token = _fixed_bytes(config, loaded), _token_bytes(config, loaded)

@@ -34,9 +34,9 @@ def narrow_apart(inputs: NarrowInputs, cache: Cache, keys: Sequence[str], progre
 
 def _sums_of_layers(inputs: NarrowInputs, text: DealtText, num_layers: int, progress: Progress) -> Sums | None:
     """Where all layers' sums are kept, once they are; None where there is no room, and layers are summed in passing."""
-    sums, names = inputs.sums, [item.name for item in inputs.assignments]
+    sums = inputs.sums
     # Sums that are there have taken their room already.
-    if sums is None or all(has_sums(sums, names, layer) for layer in range(num_layers)):
+    if sums is None or all(has_sums(sums, inputs.assignments, layer) for layer in range(num_layers)):
         return sums
     if not sums_fit(inputs.loaded, inputs.assignments, sums):
         return None

@@ -15,7 +15,7 @@ from coreinfer.bundles.writer import existing_parent
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.samples import SUMS_BYTES
-from coreinfer.compiler.team.dealing import home
+from coreinfer.compiler.team.dealing import homes_of
 from coreinfer.compiler.team.team import Pending, Shared, Team, Worker
 
 from .dealt import DealtText, Find, LayerTokens, PlaceText, Seen, find_dense
@@ -75,10 +75,9 @@ class KeptSums:
             finds = {
                 place: partial(find_dense, text=text, name=name, layer=layer) for place, text in self.text.texts.items()
             }
-            own = [
-                ask_moments(team, stage, finds, counts, cluster, centred=self.centred) for cluster in range(len(counts))
-            ]
-            asked.append(team.call(home(team, layer), stage, _keep_moments, self.sums, name, layer, *own))
+            for cluster, place in homes_of(counts, team).items():
+                own = ask_moments(team, stage, finds, counts, cluster, centred=self.centred)
+                asked.append(team.call(place, stage, _keep_moments, self.sums, name, layer, cluster, own))
         return asked
 
 
@@ -87,8 +86,8 @@ def keep_sums(sums: Sums, text: DealtText, loaded: LoadedModel) -> KeptSums:
     return KeptSums(sums=sums, text=text, centred=loaded.projection(0, "down").bias is not None)
 
 
-def _key(sums: Sums, name: str, layer: int) -> str:
-    return stage_key("sums", upstream=sums.key, of=name, layer=layer)
+def _key(sums: Sums, name: str, layer: int, cluster: int) -> str:
+    return stage_key("sums", upstream=sums.key, of=name, layer=layer, cluster=cluster)
 
 
 def _validation_key(sums: Sums, place: int, layer: int) -> str:
@@ -107,9 +106,8 @@ def _keep_validation(worker: Worker, sums: Sums, text: Shared[PlaceText], layer:
     sums.cache.store(_validation_key(sums, worker.place, layer), arrays)
 
 
-def _keep_moments(_worker: Worker, sums: Sums, name: str, layer: int, *moments: Moments) -> None:
-    arrays = {f"{part}.{c}": _array(getattr(own, part)) for c, own in enumerate(moments) for part in _PARTS}
-    sums.cache.store(_key(sums, name, layer), arrays)
+def _keep_moments(_worker: Worker, sums: Sums, name: str, layer: int, cluster: int, moments: Moments) -> None:
+    sums.cache.store(_key(sums, name, layer, cluster), {part: _array(getattr(moments, part)) for part in _PARTS})
 
 
 def _array(values: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -117,9 +115,13 @@ def _array(values: torch.Tensor) -> np.ndarray[Any, Any]:
     return values.float().cpu().numpy()
 
 
-def has_sums(sums: Sums, names: Sequence[str], layer: int) -> bool:
+def has_sums(sums: Sums, assignments: Sequence[Assignment], layer: int) -> bool:
     """Whether one layer's sums are kept for some assignments."""
-    return all(sums.cache.find_arrays(_key(sums, name, layer)) is not None for name in names)
+    return all(
+        sums.cache.find_arrays(_key(sums, item.name, layer, cluster)) is not None
+        for item in assignments
+        for cluster in range(item.num_clusters)
+    )
 
 
 def known_moments(team: Team, sums: Sums, name: str, layer: int, cluster: int, place: int) -> Pending[Moments]:
@@ -128,8 +130,8 @@ def known_moments(team: Team, sums: Sums, name: str, layer: int, cluster: int, p
 
 
 def _find_moments(worker: Worker, sums: Sums, name: str, layer: int, cluster: int) -> Moments:
-    arrays, device = _found(sums, _key(sums, name, layer)), worker.loaded.device
-    return Moments(**{part: _tensor(arrays[f"{part}.{cluster}"], device) for part in _PARTS})
+    arrays, device = _found(sums, _key(sums, name, layer, cluster)), worker.loaded.device
+    return Moments(**{part: _tensor(arrays[part], device) for part in _PARTS})
 
 
 def find_kept(sums: Sums, text: DealtText, name: str, layer: int) -> Mapping[int, Find]:

@@ -73,15 +73,17 @@ def _connection(address: str, num_cpus: int) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if address == LOCAL_RAY:
-            ray.init(address="local", num_cpus=num_cpus, log_to_driver=False, logging_level=logging.ERROR)
+            context = ray.init(address="local", num_cpus=num_cpus, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     # Ray raises a bare Exception where it does not start in time.
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
             f"--ray {address}: no Ray there ({reason}); start one with `ray start --head`, or give --ray local"
         ) from error
+    if context.dashboard_url:
+        _log.info("Ray's dashboard: http://%s", context.dashboard_url)
     try:
         yield
     finally:
