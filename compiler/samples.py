@@ -22,7 +22,7 @@ PROFILE_TOKENS = 65_536
 """Enough for scores that no neuron is removed by; it is what modes stability and fused go by at run time."""
 VALIDATION_TOKENS = 8192
 """Ridges differ enough in their costs; of these tokens half are read narrow."""
-SHARE_COST_TOKENS = 1024
+SHARE_COST_TOKENS = 512
 """Each costs as much as half of the model for every layer and group; half of them are scored."""
 NEURON_BLOCK = GROUP_SIZE
 """Kept neurons a layer are a multiple of this, the kernels' group size."""
