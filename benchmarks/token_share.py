@@ -94,7 +94,7 @@ def main(
         rows = load_rows(bundle_dir, [float(share) for share in shares.split(",")], threads, isa)
         reads = time_rows(rows, decoded_ids(bundle_dir, tokens, is_random=is_random), rounds)
         has_kl = texts is not None and not is_random
-        if has_kl:
+        if texts is not None and has_kl:
             measure_divergence(rows, read_texts(bundle_dir, texts, num_texts, 256))
         results.append(summarize(model, rows, reads, has_kl=has_kl))
         click.echo("\n".join(table(results[-1])))

@@ -24,8 +24,10 @@ from transformers import PreTrainedModel
 from .gguf_factory import Contents, contents, tiny_config, tiny_model, write
 from .model_factory import build_tokenizer
 
-FAMILIES = ("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "olmo3")
-FAMILIES += ("phi3", "stablelm", "starcoder2")
+FAMILIES = (
+    *("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "olmo3"),
+    *("phi3", "stablelm", "starcoder2"),
+)
 # Mistral and OLMo 3 are Llama and OLMo 2 with a window, and of their architectures.
 ARCHITECTURES = tuple(family for family in FAMILIES if family not in ("mistral", "olmo3"))
 IDS = torch.arange(3, 33)[None]

@@ -12,6 +12,17 @@ from .rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 __all__ = ["LAYOUTS", "SHARED", "TensorLayout", "file_name", "paired_rows"]
 
 
+LINEARS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorLayout:
     """How an architecture names and stores what transformers has.
@@ -41,15 +52,6 @@ SHARED = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
-}
-LINEARS = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
 }
 _PHI3_LINEARS = {
     "attn_qkv": "self_attn.qkv_proj",

@@ -62,14 +62,16 @@ inline float soften(float* scores, int size, float& maximum, float& sum) {
   V::F largest = V::set1(maximum);
   for (int i = 0; i < size; i += V::kLanes) largest = V::max(largest, V::load(scores + i));
   const float next = V::reduce_max(largest);
-  V::F total = V::set1(0.0f);
-  for (int i = 0; i < size; i += V::kLanes) {
-    const V::F weight = exp_vector(V::load(scores + i) - V::set1(next));
-    V::store(scores + i, weight);
-    total = total + weight;
-  }
+  V::F total[kVectors];
+  for (auto& lanes : total) lanes = V::set1(0.0f);
+  for (int i = 0; i < size; i += kSumLanes)
+    for (int v = 0; v < kVectors; ++v) {
+      const V::F weight = exp_vector(V::load(scores + i + v * V::kLanes) - V::set1(next));
+      V::store(scores + i + v * V::kLanes, weight);
+      total[v] = total[v] + weight;
+    }
   const float shrink = maximum <= -kHuge ? 0.0f : __builtin_expf(maximum - next);
-  sum = sum * shrink + V::reduce_add(total);
+  sum = sum * shrink + V::reduce_lanes(total);
   maximum = next;
   return shrink;
 }

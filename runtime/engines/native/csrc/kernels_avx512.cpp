@@ -96,6 +96,7 @@ struct V {
     return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
   }
   static float reduce_add(F x) { return _mm512_reduce_add_ps(x); }
+  static float reduce_lanes(const F* x) { return _mm512_reduce_add_ps(x[0]); }
   static float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
 };
 

@@ -4,6 +4,9 @@
 // headers: nothing here may be shared between files, or the linker would mix instruction sets.
 
 constexpr int kVectors = kBlockRows / V::kLanes;  // vectors that hold one block of rows
+// Floats are summed in so many lanes, whatever a vector has, and these by halves (V::reduce_lanes): CPUs with fused
+// multiply-adds then have the same sums.
+constexpr int kSumLanes = kBlockRows;
 constexpr float kHuge = 3.0e38f;
 
 inline V::F exp_vector(V::F x) {
@@ -54,12 +57,14 @@ void quantize(const Activations& x, int num_values, int num_tokens) {
 
 void measure(const Activations& x, int num_values) {
   for (int g = 0; g < num_values / kGroup; ++g) {
-    V::F energy = V::set1(0.0f);
-    for (int i = 0; i < kGroup; i += V::kLanes) {
-      const V::F part = V::load(x.values + g * kGroup + i);
-      energy = V::fma(part, part, energy);
-    }
-    x.energies[g] = V::reduce_add(energy);
+    V::F energy[kVectors];
+    for (auto& lanes : energy) lanes = V::set1(0.0f);
+    for (int i = 0; i < kGroup; i += kSumLanes)
+      for (int v = 0; v < kVectors; ++v) {
+        const V::F part = V::load(x.values + g * kGroup + i + v * V::kLanes);
+        energy[v] = V::fma(part, part, energy[v]);
+      }
+    x.energies[g] = V::reduce_lanes(energy);
   }
 }
 
@@ -272,13 +277,15 @@ inline void load_tail(const float* x, int size, float* padded) {
 }
 
 void rms_norm(const float* x, const float* weight, float epsilon, int size, float* out) {
-  V::F squares = V::set1(0.0f);
+  V::F squares[kVectors];
+  for (auto& lanes : squares) lanes = V::set1(0.0f);
   int i = 0;
-  for (; i + V::kLanes <= size; i += V::kLanes) {
-    const V::F value = V::load(x + i);
-    squares = V::fma(value, value, squares);
-  }
-  float sum = V::reduce_add(squares);
+  for (; i + kSumLanes <= size; i += kSumLanes)
+    for (int v = 0; v < kVectors; ++v) {
+      const V::F value = V::load(x + i + v * V::kLanes);
+      squares[v] = V::fma(value, value, squares[v]);
+    }
+  float sum = V::reduce_lanes(squares);
   for (int j = i; j < size; ++j) sum += x[j] * x[j];
   const float scale = 1.0f / __builtin_sqrtf(sum / size + epsilon);
   for (i = 0; i + V::kLanes <= size; i += V::kLanes)

@@ -100,6 +100,11 @@ struct V {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
   }
   static float reduce_add(F x) { return vaddvq_f32(x); }
+  static float reduce_lanes(const F* x) {
+    const F four = vaddq_f32(vaddq_f32(x[0], x[2]), vaddq_f32(x[1], x[3]));
+    const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+  }
   static float reduce_max(F x) { return vmaxvq_f32(x); }
 };
 

@@ -16,7 +16,8 @@ void dot_neurons(const NeuronRows& rows, const NeuronInputs& x, float* out) {
   const int num_parts = rows.weight.num_parts();
   for (int i = 0; i < rows.count; ++i) {
     const uint8_t* part = rows.weight.row(rows.ids[i]);
-    V::F total = V::set1(0.0f);
+    V::F total[kVectors];
+    for (auto& lanes : total) lanes = V::set1(0.0f);
     const uint8_t* later = i + kRowsAhead < rows.count ? rows.weight.row(rows.ids[i + kRowsAhead]) : part;
     for (int p = 0; p < num_parts; ++p, part += kPartBytes, later += kPartBytes) {
       for (int line = 0; line < kPartBytes; line += 64) __builtin_prefetch(later + line);
@@ -32,10 +33,10 @@ void dot_neurons(const NeuronRows& rows, const NeuronInputs& x, float* out) {
         }
         V::F value = V::to_float(V::nibble_sums(V::add_nibble_sums(low_sums, high_sums)));
         value = V::fnma(V::load_u8(part + kPartZeros + lane), V::load(x.sums + group), value);
-        total = V::fma(value, V::load_half(part_scales(part) + lane) * V::load(x.scales + group), total);
+        total[v] = V::fma(value, V::load_half(part_scales(part) + lane) * V::load(x.scales + group), total[v]);
       }
     }
-    out[i] = V::reduce_add(total);
+    out[i] = V::reduce_lanes(total);
   }
 }
 

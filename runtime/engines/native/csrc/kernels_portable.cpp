@@ -132,6 +132,10 @@ struct V {
     for (int i = 0; i < kLanes; ++i) sum += x[i];
     return sum;
   }
+  static float reduce_lanes(const F* x) {
+    const F four = (x[0] + x[2]) + (x[1] + x[3]);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+  }
   static float reduce_max(F x) {
     float largest = x[0];
     for (int i = 1; i < kLanes; ++i) largest = x[i] > largest ? x[i] : largest;
