@@ -3,6 +3,7 @@
 Tasks are functions of their arguments and the model (`team.py`), so that asking again is all that a fault takes.
 """
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -134,9 +135,16 @@ class RayTeam:
         return self._reports
 
     def stop(self) -> None:
-        """End the actors."""
+        """End the actors, and let go of all that refers to them.
+
+        Where a program compiles twice, another Ray may give the same numbers again: what is let go of late would be
+        taken for what is in use there.
+        """
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
+        self.actors.clear()
+        self._unsettled.clear()
+        gc.collect()
 
     def _settle(self, *, wait: bool) -> None:
         """Take in what tasks took that are over, or wait for all."""
