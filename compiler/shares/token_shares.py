@@ -34,7 +34,7 @@ Floats = npt.NDArray[np.float32]
 Arrays = Mapping[str, Floats]
 """Tensors of the file, by name; those of the dense FFN are among them even if it is left out."""
 
-_REVISION = 2
+_REVISION = 3
 _MEASURED_SHARE = 0.5
 
 
