@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from coreinfer.bundles.shared.ray_cluster import LOCAL
+
 if TYPE_CHECKING:
     from .config import CompileConfig
 
-__all__ = ["LOCAL_RAY", "conflicts"]
-
-LOCAL_RAY = "local"
-"""In place of an address: start Ray on this machine."""
+__all__ = ["conflicts"]
 
 
 def conflicts(config: "CompileConfig") -> Iterator[str]:
@@ -53,7 +52,7 @@ def _of_ray(config: "CompileConfig") -> Iterator[str]:
         return
     if config.workers is None:
         yield f"--ray {config.ray}: expected --workers N with it, among which text and clusters are divided"
-    if config.ray != LOCAL_RAY and config.threads is None:
+    if config.ray != LOCAL and config.threads is None:
         yield f"--ray {config.ray}: expected --threads N with it, the CPU threads of each worker"
     if config.device != "cpu":
         yield f"--ray {config.ray}: expected --device cpu, got {config.device}"

@@ -12,13 +12,13 @@ import torch
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import Manifest, Quality, Score
 from coreinfer.bundles.shared.machine import usable_cores
+from coreinfer.bundles.shared.ray_cluster import LOCAL
 from coreinfer.bundles.writer import disk_errors, existing_parent, finish_manifest, stage_bundle
 from coreinfer.runtime.engines.torch.mixture import experts_of
 
 from .cache import Cache
 from .checks import Inputs
 from .config import CompileConfig
-from .conflicts import LOCAL_RAY
 from .expert_options import with_whole_experts
 from .finished import Identity, identify, keep_finished, take_finished
 from .models.load import LoadedModel, hub_revision, load_model, read_config
@@ -107,7 +107,7 @@ def _team(
     setup = Setup(
         config=config,
         source=source,
-        model_sha256=identity.model_sha256 if source.path is not None and config.ray != LOCAL_RAY else None,
+        model_sha256=identity.model_sha256 if source.path is not None and config.ray != LOCAL else None,
         threads=torch.get_num_threads(),
         arithmetic=arithmetic(),
     )

@@ -13,15 +13,18 @@ from coreinfer.bundles.errors import ConfigError
 
 from .extras import needs_extra
 
-__all__ = ["LOCAL", "check_ray", "on_ray"]
+__all__ = ["LOCAL", "THIS_CLUSTER", "check_ray", "on_ray"]
 
 _log = logging.getLogger(__name__)
 
 LOCAL = "local"
 """As an address: start Ray here."""
+THIS_CLUSTER = "auto"
+"""As an address: the Ray that this machine is part of."""
 
-# Requests and tokens are small; Ray would take a third of the memory for large objects.
-_LOCAL_STORE_BYTES = 128 << 20
+_log = logging.getLogger(__name__)
+
+_SMALL_STORE_BYTES = 128 << 20
 _CONNECT_SECONDS = 5.0
 
 
@@ -38,38 +41,43 @@ def check_ray(what: str) -> None:
 
 
 @contextmanager
-def on_ray(address: str, *, num_cpus: int) -> Iterator[None]:
-    """Be connected to Ray in the block.
+def on_ray(address: str, *, num_cpus: int, sends_arrays: bool = False) -> Iterator[None]:
+    """Be connected to Ray in the block; where the program is already, that connection serves.
 
     Args:
-        address: of a cluster, or `LOCAL` to start one that ends with the block.
-        num_cpus: CPUs that will be asked for, at most. A Ray that is started here lends out so many; it counts them,
-            and binds nobody to them.
+        address: of a cluster, `THIS_CLUSTER`, or `LOCAL` to start one that ends with the block.
+        num_cpus: CPUs that a Ray which is started here lends out; it counts them, and binds nobody to them.
+        sends_arrays: whether large objects are sent: what is started here then takes a third of the memory for them, as
+            Ray does by itself, and has its dashboard, and what workers print stays in their logs.
     Raises:
         ConfigError: Ray is not installed, or nobody answers at the address.
     """
     check_ray("--ray")
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
     # Nothing is reported to anybody who was not asked for it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    started: dict[str, Any] = {}
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": not sends_arrays}
     if address == LOCAL:
-        started = {"num_cpus": num_cpus, "object_store_memory": _LOCAL_STORE_BYTES, "include_dashboard": False}
-    else:
+        options |= {"num_cpus": num_cpus}
+        if not sends_arrays:
+            options |= {"object_store_memory": _SMALL_STORE_BYTES, "include_dashboard": False}
+    elif address != THIS_CLUSTER:
         _check_address(address)
     with _own_signals():
         try:
             # "local" also where a Ray runs on this machine already.
-            ray.init(address, logging_level=logging.ERROR, **started)
+            context = ray.init(address, **options)
         # Ray raises a bare Exception where it does not start in time.
         except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"--ray {address}: no Ray there ({first}); give HOST:PORT of one, or local") from error
+            first = str(error).strip().split("\n")[0]
+            raise ConfigError(f"--ray {address}: cannot be reached ({first}); give HOST:PORT, or local") from error
     logging.getLogger("ray").setLevel(logging.WARNING)
-    if (found := ray.cluster_resources().get("CPU", 0.0)) < num_cpus:
-        # Clusters may grow when they are asked for more.
-        _log.warning("--ray %s: it has %g CPUs, and up to %d are asked for", address, found, num_cpus)
+    if context.dashboard_url:
+        _log.info("Ray's dashboard: http://%s", context.dashboard_url)
     try:
         yield
     finally:
@@ -84,7 +92,7 @@ def _check_address(address: str) -> None:
     """
     host, separator, port = address.rpartition(":")
     if not separator or not port.isdecimal() or "/" in host:
-        raise ConfigError(f"--ray {address}: expected HOST:PORT, such as 10.0.0.1:6379, or local")
+        raise ConfigError(f"--ray {address}: expected HOST:PORT, such as 10.0.0.1:6379, auto or local")
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:

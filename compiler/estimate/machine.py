@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from coreinfer.bundles.shared.machine import usable_cores
+from coreinfer.bundles.shared.ray_cluster import LOCAL
 from coreinfer.bundles.shared.signals import signals_held
-from coreinfer.compiler.conflicts import LOCAL_RAY
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ def measure_worker(config: "CompileConfig", *, seconds: float = 2.0) -> Machine:
 
     Workers on this machine share it; those of a cluster are taken for machines like this one.
     """
-    num_here = config.num_places if config.ray == LOCAL_RAY else 1
+    num_here = config.num_places if config.ray == LOCAL else 1
     threads = config.threads or (max(1, usable_cores() // num_here) if num_here > 1 else None)
     whole = measure_machine(threads and min(usable_cores(), threads * num_here), seconds=seconds)
     return Machine(

@@ -4,7 +4,6 @@ Tasks are functions of their arguments and the model (`team.py`), so that asking
 """
 
 import gc
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import ray
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.compiler.conflicts import LOCAL_RAY
+from coreinfer.bundles.shared.ray_cluster import on_ray
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
 from ray.exceptions import RayActorError, RayTaskError
@@ -25,7 +24,6 @@ from .team import Pending, Shared
 
 __all__ = ["RayTeam", "ray_team"]
 
-_log = logging.getLogger(__name__)
 T = TypeVar("T")
 _MAIN = -1
 """The main process, among those that get what a worker sends."""
@@ -47,7 +45,7 @@ def ray_team(
         ConfigError: there is no Ray at the address, or a worker cannot load the model.
     """
     num_cpus = num_workers * setup.threads
-    with _connection(address, num_cpus):
+    with on_ray(address, num_cpus=num_cpus, sends_arrays=True):
         if (found := ray.cluster_resources().get("CPU", 0)) < num_cpus:
             raise ConfigError(
                 f"--ray {address}: expected {num_cpus} CPUs, for {num_workers} workers of {setup.threads} threads, got "
@@ -62,33 +60,6 @@ def ray_team(
             progress.workers = [report.fields() for report in team.reports()]
         finally:
             team.stop()
-
-
-@contextmanager
-def _connection(address: str, num_cpus: int) -> Iterator[None]:
-    """Connect to Ray, unless the program has done so itself."""
-    if ray.is_initialized():
-        yield
-        return
-    # Ray would report to its makers that it was started.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        if address == LOCAL_RAY:
-            context = ray.init(address="local", num_cpus=num_cpus, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    # Ray raises a bare Exception where it does not start in time.
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"--ray {address}: no Ray there ({reason}); start one with `ray start --head`, or give --ray local"
-        ) from error
-    if context.dashboard_url:
-        _log.info("Ray's dashboard: http://%s", context.dashboard_url)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 class RayTeam:
