@@ -38,7 +38,8 @@ from coreinfer.bundles.shared.option_fields import (
     switch_of,
     type_of,
 )
-from coreinfer.compiler.config import GROUPS, MAIN, CompileConfig
+from coreinfer.compiler.config import GROUPS, CompileConfig
+from coreinfer.compiler.options import MAIN
 
 NAN, INFINITY = float("nan"), float("inf")
 
