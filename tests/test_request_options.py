@@ -19,6 +19,7 @@ SAMPLING = {
     "frequency_penalty": 2.0,
     "seed": 3,
     "mode": "dense",
+    "token_share": 1.0,
     "skip_special_tokens": False,
 }
 CHAT = {"chat_template_kwargs": {"a": 1}, "continue_final_message": False, "parse_special": True}

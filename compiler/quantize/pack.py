@@ -75,11 +75,21 @@ def _base_tensors(loaded: LoadedModel, packer: Packer) -> _Tensors:
         # named_parameters leaves out the second name of a tied tensor.
         if id(parameter) not in ffn and id(parameter) not in seen:
             seen.add(id(parameter))
-            stored = _base_tensor(name, parameter.detach(), loaded, packer)
-            if name in groups:
-                norms.add(*groups[name], stored, name, (parameter.shape[0], parameter.shape[1]))
-            yield from stored.items()
+            yield from _counted(_base_tensor(name, parameter.detach(), loaded, packer), name, groups, norms, parameter)
     yield from norms.take()
+
+
+def _counted(
+    stored: Mapping[str, StoredTensor],
+    name: str,
+    groups: Mapping[str, tuple[int, str]],
+    norms: ColumnNorms,
+    parameter: torch.Tensor,
+) -> _Tensors:
+    """Pass a matrix on, counted if it has a group; nothing holds it when the next one is stored."""
+    if name in groups:
+        norms.add(*groups[name], stored, name, (parameter.shape[0], parameter.shape[1]))
+    yield from stored.items()
 
 
 def _attention_groups(loaded: LoadedModel) -> dict[str, tuple[int, str]]:

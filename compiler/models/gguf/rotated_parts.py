@@ -33,6 +33,8 @@ def phi3_fields(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> 
 def _phi3_rope(
     keys: HeaderKeys, header: Header, shared: Mapping[str, Any], context: int, original: float | None
 ) -> dict[str, Any]:
+    # Says only whether the model was trained on with the scaling.
+    keys.value("rope.scaling.finetuned")
     rotated = _rotated(keys, int(shared["head_dim"]))
     parameters = {
         "rope_theta": keys.number("rope.freq_base") or _DEFAULT_THETA,
