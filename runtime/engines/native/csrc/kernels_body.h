@@ -1,12 +1,9 @@
 // The kernels, written once over the vector type `V` that the including file defines.
-//
-// Included inside an anonymous namespace of a file whose target options differ from the rest of the program, after all
-// headers: nothing here may be shared between files, or the linker would mix instruction sets.
+// Included inside an anonymous namespace of a file with target options of its own, after all headers: nothing here may
+// be shared between files, or the linker would mix instruction sets.
 
 constexpr int kVectors = kBlockRows / V::kLanes;  // vectors that hold one block of rows
-// Floats are summed in so many lanes, whatever a vector has, and these by halves (V::reduce_lanes): CPUs with fused
-// multiply-adds then have the same sums.
-constexpr int kSumLanes = kBlockRows;
+constexpr int kSumLanes = kBlockRows;  // of sums of floats, whatever a vector has: all widths then have the same
 constexpr float kHuge = 3.0e38f;
 
 inline V::F exp_vector(V::F x) {
@@ -147,7 +144,7 @@ inline void clear_totals(V::F (&totals)[kTokens][kVectors]) {
     for (auto& value : vectors) value = V::set1(0.0f);
 }
 
-// Add a segment's totals to those of the segments before it, and begin another; `group` is the one after it.
+// Add a segment's totals to those before it; `group` is the one after it.
 template <int kTokens>
 inline void end_segment(V::F (&totals)[kTokens][kVectors], float* y, size_t y_stride, int block, int group) {
   for (int t = 0; t < kTokens; ++t)
@@ -271,7 +268,7 @@ void multiply(const Matrix& w, const Activations& x, int num_tokens, float* y, s
   }
 }
 
-// The last, partial vector of a row, so that buffers need no padding.
+// The last, partial vector of a row: buffers need no padding.
 inline void load_tail(const float* x, int size, float* padded) {
   for (int i = 0; i < V::kLanes; ++i) padded[i] = i < size ? x[i] : 0.0f;
 }
