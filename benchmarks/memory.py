@@ -7,12 +7,12 @@ page cache first, so that their pages are charged to it. Limits are shares of th
 the bundle. Needs root and a memory cgroup. A table, then one JSON line.
 """
 
+import importlib.util
 import json
 import mmap
 import os
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,11 +21,15 @@ from typing import Any
 
 import click
 from bench_models import MODELS, BenchModel, bundle_of, link_qwen, llamacpp_file, transformers_folder
+from coreinfer.bundles import open_bundle
 from coreinfer.bundles.layout import LAYOUT
+from coreinfer.bundles.manifest import ModelRecord
 from memory_group import forget_files, memory_group
+from memory_programs import build_coreinfer_worker, build_llamacpp_worker, worker_command
 
-_WORKER = Path(__file__).with_name("memory_worker.py")
 _READ_BYTES = 256 << 20
+# Of the KV cache at least; room for what is timed, in whole pages.
+_KV_BYTES = 6_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,12 @@ class Contender:
 @click.option("--quants", default="Q4_0,Q4_0-pure,Q2_K", help="Quantizations of llama.cpp.")
 @click.option("--transformers/--no-transformers", "with_transformers", default=True)
 @click.option("--bundle", "given", multiple=True, help="KEEP=DIR: a bundle that is there already.")
+@click.option(
+    "--llama-source",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="llama-cpp-python's sources, for its worker in C.",
+)
 @click.option("--qwen-gguf", type=click.Path(path_type=Path), default=None)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/memory"))
 @click.option("--texts", type=click.Path(path_type=Path), default=None, help="Folder of JSON Lines files; measures KL.")
@@ -64,6 +74,7 @@ def main(
     packs: str,
     quants: str,
     given: tuple[str, ...],
+    llama_source: Path | None,
     qwen_gguf: Path | None,
     work: Path,
     texts: Path | None,
@@ -93,13 +104,14 @@ def main(
         for keep in map(float, packs.split(",")):
             if keep not in bundles:
                 bundles[keep] = bundle_of(model, "int4", work, keep=keep)
-        found = [
-            contender
-            for contender in find_contenders(
-                model, bundles, [kind for kind in quants.split(",") if kind], work, with_transformers=with_transformers
-            )
-            if not wanted or any(part in contender.name for part in wanted.split(","))
+        files = find_files(model, [kind for kind in quants.split(",") if kind], work)
+        num_positions = prompt_tokens + timing["warm_tokens"] + num_tokens
+        all_of_them = [
+            *coreinfer_contenders(bundles, build_coreinfer_worker(work), num_positions),
+            *llamacpp_contenders(files, build_llamacpp_worker(work, llama_source) if llama_source else None),
+            *(transformers_contenders(transformers_folder(model, work)) if with_transformers else ()),
         ]
+        found = [one for one in all_of_them if not wanted or any(part in one.name for part in wanted.split(","))]
         dense_bytes = dense_size(next(iter(bundles.values())))
         disk = disk_speed(next(iter(bundles.values())) / LAYOUT.base)
         click.echo(
@@ -117,29 +129,54 @@ def dense_size(bundle_dir: Path) -> int:
     return sum((bundle_dir / name).stat().st_size for name in (LAYOUT.base, LAYOUT.dense))
 
 
-def find_contenders(
-    model: BenchModel, bundles: dict[float, Path], quants: list[str], work: Path, *, with_transformers: bool
-) -> Iterator[Contender]:
-    """Name what can run here; what is not installed is left out with a remark."""
-    first = next(iter(bundles.values()))
-    yield Contender(name="coreinfer-dense", spec={"engine": "coreinfer", "path": str(first), "variant": "dense"})
-    for keep, folder in bundles.items():
-        spec = {"engine": "coreinfer", "path": str(folder), "variant": "pack", "cluster": 0}
-        yield Contender(name=f"coreinfer-pack-{keep:g}", spec=spec)
+def find_files(model: BenchModel, quants: list[str], work: Path) -> dict[str, Path]:
+    """llama.cpp's files; none, with a remark, where it is not installed."""
     try:
-        files = {kind: llamacpp_file(model, kind, work) for kind in quants}
+        return {kind: llamacpp_file(model, kind, work) for kind in quants}
     except ImportError:
         click.echo("llama.cpp: left out, llama_cpp is not installed", err=True)
-        files = {}
+        return {}
+
+
+def coreinfer_contenders(bundles: dict[float, Path], program: Path, num_positions: int) -> Iterator[Contender]:
+    """Dense and packs, each through Python and through the C API."""
+    first = next(iter(bundles.values()))
+    cache_bytes = kv_bytes(open_bundle(first).manifest.model, num_positions)
+    specs = {"coreinfer-dense": {"path": str(first), "variant": "dense"}}
+    for keep, folder in bundles.items():
+        specs[f"coreinfer-pack-{keep:g}"] = {"path": str(folder), "variant": "pack", "cluster": 0}
+    for name, own in specs.items():
+        spec = {"engine": "coreinfer", "kv_bytes": cache_bytes, **own}
+        yield Contender(name=name, spec=spec)
+        yield Contender(name=f"{name}-c", spec={**spec, "program": str(program)})
+
+
+def llamacpp_contenders(files: dict[str, Path], program: Path | None) -> Iterator[Contender]:
+    """Each file mapped and not, repacked and not; through Python, and through its C API where there is a program."""
     for kind, path in files.items():
         for mapped in (True, False):
             for repack in (True, False):
                 name = f"llamacpp-{kind}{'' if mapped else '-no-mmap'}{'' if repack else '-no-repack'}"
                 spec = {"engine": "llamacpp", "path": str(path), "mmap": mapped, "repack": repack}
                 yield Contender(name=name, spec=spec)
-    if with_transformers:
-        folder = transformers_folder(model, work)
-        yield Contender(name="transformers-bf16", spec={"engine": "transformers", "path": str(folder)})
+                if program:
+                    yield Contender(name=f"{name}-c", spec={**spec, "program": str(program)})
+
+
+def transformers_contenders(folder: Path) -> Iterator[Contender]:
+    """transformers as it is, and with layers that accelerate reads from disk where it is installed."""
+    spec = {"engine": "transformers", "path": str(folder)}
+    yield Contender(name="transformers-bf16", spec=spec)
+    if importlib.util.find_spec("accelerate"):
+        yield Contender(name="transformers-bf16-offload", spec={**spec, "offload": True})
+    else:
+        click.echo("transformers-bf16-offload: left out, accelerate is not installed", err=True)
+
+
+def kv_bytes(model: ModelRecord, num_positions: int) -> int:
+    """Keys and values of so many tokens in float16, and a page of 64 tokens more."""
+    token_bytes = 2 * 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    return max(_KV_BYTES, token_bytes * (num_positions + 64))
 
 
 def run_all(
@@ -177,7 +214,7 @@ def run_limited(contender: Contender, limit_bytes: int | None, timing: dict[str,
     forget_files(contender.path)
     with memory_group(f"coreinfer-memory-{os.getpid()}", limit_bytes) as group:
         process = subprocess.Popen(
-            group.command([sys.executable, str(_WORKER), json.dumps(spec)]),
+            group.command(worker_command(spec)),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -224,8 +261,9 @@ def kl_of(
         key = (str(contender.path), contender.spec.get("variant", ""))
         if key not in known:
             spec = {**contender.spec, **timing, "limit_mb": None, "texts": str(folder)}
-            command = [sys.executable, str(_WORKER), json.dumps(spec)]
-            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            # A C worker computes to the bit what the Python worker does, which has logits.
+            spec.pop("program", None)
+            done = subprocess.run(worker_command(spec), check=False, capture_output=True, text=True)
             if failure := _failure(done.returncode, done.stderr):
                 raise click.ClickException(f"{contender.name}: {failure}")
             known[key] = json.loads(done.stdout)["kl"]

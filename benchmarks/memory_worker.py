@@ -15,8 +15,6 @@ from typing import Any, Protocol
 BEGIN = time.perf_counter()
 # Of what a process takes beside its weights, not yet there when it loads them: buffers of the engine, logits.
 HEADROOM_BYTES = 26_000_000
-# Of the KV cache at least; room for what is timed, in whole pages.
-KV_BYTES = 6_000_000
 
 
 class Contender(Protocol):
@@ -35,19 +33,17 @@ class CoreInfer:
     Args:
         cluster: whose pack decodes; None for the dense FFN.
         limit_mb: of the whole process.
-        num_positions: tokens that the KV cache has to hold under a limit.
+        cache_bytes: of the KV cache, under a limit.
     """
 
-    def __init__(
-        self, path: str, cluster: int | None, threads: int, limit_mb: float | None, num_positions: int
-    ) -> None:
+    def __init__(self, path: str, cluster: int | None, threads: int, limit_mb: float | None, cache_bytes: int) -> None:
         from coreinfer.bundles import open_bundle
         from coreinfer.runtime.engines.native.decoder import NativeDecoder
         from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 
         bundle = open_bundle(path, lazy_packs=True, spare_memory=limit_mb is not None)
         memory_bytes = None if limit_mb is None else int(limit_mb * 1e6) - own_bytes() - HEADROOM_BYTES
-        kv_cache_bytes = None if limit_mb is None else kv_bytes(bundle.manifest.model, num_positions)
+        kv_cache_bytes = None if limit_mb is None else cache_bytes
         self.decoder = NativeDecoder(bundle, threads=threads, memory_bytes=memory_bytes, kv_cache_bytes=kv_cache_bytes)
         self.dense, self.choice = DENSE, DENSE if cluster is None else FfnChoice(cluster=cluster)
 
@@ -109,15 +105,21 @@ class LlamaCpp:
 
 
 class Transformers:
-    """transformers in bfloat16, with a KV cache, nothing compiled."""
+    """transformers in bfloat16, with a KV cache, nothing compiled.
 
-    def __init__(self, path: str, threads: int) -> None:
+    Args:
+        limit_mb: with `offload`, of the whole process.
+        offload: accelerate decides which modules stay and reads the others from the file for each pass.
+    """
+
+    def __init__(self, path: str, threads: int, limit_mb: float | None, *, offload: bool) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
         self.torch, self.cache = torch, None
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+        options = offload_options(path, limit_mb) if offload and limit_mb else {}
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **options).eval()
 
     def read(self, token_ids: Sequence[int]) -> Any:
         """See `Contender`."""
@@ -137,10 +139,15 @@ class Transformers:
         return out.logits[0, -1].float().numpy()
 
 
-def kv_bytes(model: Any, num_positions: int) -> int:
-    """Keys and values of so many tokens in float16, and a page of 64 tokens more."""
-    token_bytes: int = 2 * 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    return max(KV_BYTES, token_bytes * (num_positions + 64))
+def offload_options(path: str, limit_mb: float) -> dict[str, Any]:
+    """What makes accelerate keep as many modules as there is room for, and read the others from disk."""
+    room_bytes = max(0, int(limit_mb * 1e6) - own_bytes() - HEADROOM_BYTES)
+    return {
+        "device_map": "auto",
+        "max_memory": {"cpu": room_bytes},
+        "offload_folder": str(Path(path).with_name("offloaded")),
+        "offload_state_dict": True,
+    }
 
 
 def own_bytes() -> int:
@@ -160,11 +167,10 @@ def make(spec: dict[str, Any]) -> Contender:
     path, threads = spec["path"], spec["threads"]
     if spec["engine"] == "coreinfer":
         cluster = None if spec["variant"] == "dense" else spec["cluster"]
-        num_positions = sum(spec[name] for name in ("prompt_tokens", "warm_tokens", "num_tokens"))
-        return CoreInfer(path, cluster, threads, spec["limit_mb"], num_positions)
+        return CoreInfer(path, cluster, threads, spec["limit_mb"], spec["kv_bytes"])
     if spec["engine"] == "llamacpp":
         return LlamaCpp(path, threads, mmap=spec["mmap"], repack=spec["repack"])
-    return Transformers(path, threads)
+    return Transformers(path, threads, spec["limit_mb"], offload=spec.get("offload", False))
 
 
 def time_it(spec: dict[str, Any]) -> dict[str, Any]:

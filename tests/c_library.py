@@ -24,7 +24,7 @@ STATUSES = (
     *("OK", "ARGUMENT", "NOT_FOUND", "VERSION", "CORRUPT", "UNSUPPORTED", "NO_ROOM", "MEMORY", "BUSY"),
     *("NOT_FINITE", "INTERNAL"),
 )
-_GETTERS = ["vocab_size", "num_clusters", "has_dense", "num_threads", "num_tokens", "max_tokens"]
+_GETTERS = ["vocab_size", "num_clusters", "has_dense", "num_threads", "num_tokens", "max_tokens", "bytes_read"]
 
 
 class Options(ctypes.Structure):
@@ -36,6 +36,7 @@ class Options(ctypes.Structure):
         ("isa", ctypes.c_char_p),
         ("kv_cache_bytes", ctypes.c_uint64),
         ("skip_checksums", ctypes.c_int),
+        ("memory_bytes", ctypes.c_uint64),
     ]
 
 
@@ -71,7 +72,9 @@ def load_library(folder: Path) -> Any:
     library.coreinfer_isa.argtypes = [ctypes.c_void_p]
     library.coreinfer_is_end.argtypes = [ctypes.c_void_p, ctypes.c_int32]
     library.coreinfer_open.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
-    library.coreinfer_use.argtypes = library.coreinfer_truncate.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    library.coreinfer_bytes_read.restype = ctypes.c_uint64
+    for name in ("use", "prepare", "truncate"):
+        getattr(library, f"coreinfer_{name}").argtypes = [ctypes.c_void_p, ctypes.c_int]
     feed: list[Any] = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     library.coreinfer_feed.argtypes = library.coreinfer_feed_greedy.argtypes = feed
     library.coreinfer_close.argtypes = [ctypes.c_void_p]
@@ -115,6 +118,9 @@ class CModel:
 
     def use(self, cluster: int) -> None:
         self._check(self._library.coreinfer_use(self._model, cluster))
+
+    def prepare(self, cluster: int) -> None:
+        self._check(self._library.coreinfer_prepare(self._model, cluster))
 
     def truncate(self, num_tokens: int) -> None:
         self._check(self._library.coreinfer_truncate(self._model, num_tokens))

@@ -36,13 +36,15 @@ std::vector<int> numbers(const Json& object, const char* key) {
 
 }  // namespace
 
-BundleFolder::BundleFolder(const std::string& folder, bool checks_sums) : folder_(folder), checks_sums_(checks_sums) {
+BundleFolder::BundleFolder(const std::string& folder, bool checks_sums, bool spares_memory)
+    : folder_(folder), checks_sums_(checks_sums), spares_memory_(spares_memory) {
   manifest_ = parse(WholeFile(folder + "/" + kManifest));
   const int version = manifest_.integer("schema_version");
   if (version != kVersion && version != kOldVersion)
     throw Failure(COREINFER_VERSION, folder + ": schema version " + std::to_string(version) + ", this library reads " +
                                          std::to_string(kOldVersion) + " and " + std::to_string(kVersion));
   model_ = read_record(manifest_.object("model"));
+  ffn_format_ = manifest_.object("quantization").object("ffn").string("format");
   read_clusters();
   read_end_ids();
 }
@@ -71,7 +73,10 @@ std::unique_ptr<const WholeFile> BundleFolder::open(const std::string& name) con
   if (file->num_bytes() != num_bytes)
     refuse(name, std::to_string(num_bytes) + " bytes", std::to_string(file->num_bytes()));
   if (checks_sums_) {
-    const std::string expected = record.string("sha256"), got = sha256(file->data(), file->num_bytes());
+    const auto passed = [&](size_t from, size_t count) {
+      if (spares_memory_) file->forget(from, count);
+    };
+    const std::string expected = record.string("sha256"), got = sha256(file->data(), file->num_bytes(), passed);
     if (got != expected) refuse(name, "sha256 " + expected.substr(0, 12) + "...", got.substr(0, 12) + "...");
   }
   return file;

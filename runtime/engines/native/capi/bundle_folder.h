@@ -27,8 +27,9 @@ struct MappedTensors {
 
 class BundleFolder {
  public:
-  // Reads the manifest. Throws Failure, and std::invalid_argument: fields of the manifest are missing or wrong.
-  BundleFolder(const std::string& folder, bool checks_sums);
+  // Reads the manifest. `spares_memory`: pages of files that are only checked are let go of. Throws Failure, and
+  // std::invalid_argument: fields of the manifest are missing or wrong.
+  BundleFolder(const std::string& folder, bool checks_sums, bool spares_memory);
 
   // Each throws as above, and where a file is not as the manifest lists it.
   std::shared_ptr<MappedTensors> base() const;
@@ -40,6 +41,7 @@ class BundleFolder {
   const std::string& folder() const { return folder_; }
   const ModelRecord& model() const { return model_; }
   const std::vector<ClusterRecord>& clusters() const { return clusters_; }
+  const std::string& ffn_format() const { return ffn_format_; }  // of the FFN's weights, as the manifest names it
   bool has_dense() const;
   bool is_end(int32_t token_id) const { return end_ids_.count(token_id) > 0; }
 
@@ -50,9 +52,10 @@ class BundleFolder {
   void read_end_ids();
 
   std::string folder_;
-  bool checks_sums_;
+  bool checks_sums_, spares_memory_;
   Json manifest_;
   ModelRecord model_;
+  std::string ffn_format_;
   std::vector<ClusterRecord> clusters_;
   std::unordered_set<int32_t> end_ids_;
 };

@@ -1,45 +1,22 @@
 // The C API: exceptions become statuses here.
 #include "coreinfer.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <cmath>
-#include <fstream>
-#include <map>
+#include <cstring>
 #include <memory>
 #include <new>
-#include <set>
 #include <string>
-#include <thread>
 
-#include "assembly.h"
-#include "bundle_folder.h"
-#include "calls.h"
 #include "failure.h"
+#include "model.h"
 #include "refusals.h"
+#include "residency.h"
 
 using namespace coreinfer;
 
-// Members are freed in the opposite order: the decoder first, what it reads last.
-struct coreinfer_model {
-  struct Pack {
-    std::shared_ptr<MappedTensors> file;
-    std::shared_ptr<const Ffn> ffn;
-  };
-
-  BundleFolder bundle;
-  std::shared_ptr<MappedTensors> base;
-  Memory memory;
-  std::map<int, Pack> packs;  // COREINFER_DENSE among them
-  std::unique_ptr<Decoder> decoder;
-  Buffer<float> logits;  // (padded vocabulary)
-  Turn turn;
-};
-
 namespace {
 
-constexpr int kMostThreads = 256;
 thread_local std::string last_error;
 
 int fail(int status, const char* message) {
@@ -78,119 +55,26 @@ int guarded(Work work) {
   }
 }
 
-// Run `work`, in which what is refused is the bundle's fault.
-template <class Work>
-auto in_bundle(const std::string& folder, Work work) {
-  try {
-    return work();
-  } catch (const Unsupported&) {
-    throw;
-  } catch (const std::invalid_argument& error) {
-    throw Failure(COREINFER_CORRUPT, "bundle " + folder + ": " + error.what() + "; copy or compile it again");
-  }
-}
-
 void check_given(const void* pointer, const char* name) {
   if (!pointer) refuse(name, "a pointer", "NULL");
 }
 
-// Physical cores that the process may run on. A second thread on a core adds no memory bandwidth.
-int num_cores() {
-#ifdef __linux__
-  cpu_set_t cpus;
-  if (sched_getaffinity(0, sizeof cpus, &cpus) == 0) {
-    std::set<std::string> cores;
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-      if (!CPU_ISSET(cpu, &cpus)) continue;
-      std::string siblings = std::to_string(cpu);
-      std::ifstream file("/sys/devices/system/cpu/cpu" + siblings + "/topology/thread_siblings_list");
-      std::getline(file, siblings);
-      cores.insert(siblings.empty() ? std::to_string(cpu) : siblings);
-    }
-    return std::clamp(static_cast<int>(cores.size()), 1, kMostThreads);
-  }
-#endif
-  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMostThreads);
-}
-
-coreinfer_options checked(const coreinfer_options* given) {
+// What this library knows of a caller's options; a caller that was built with an earlier header gives the first fields only.
+coreinfer_options known(const coreinfer_options* given) {
   coreinfer_options options = {};
-  if (given) {
-    if (given->struct_bytes != sizeof options)
-      refuse("struct_bytes", std::to_string(sizeof options), std::to_string(given->struct_bytes));
-    options = *given;
-  }
-  if (options.num_threads < 0 || options.num_threads > kMostThreads)
-    refuse("num_threads", "1 to " + std::to_string(kMostThreads) + ", or 0", std::to_string(options.num_threads));
-  if (options.num_threads == 0) options.num_threads = num_cores();
-  if (!options.isa) options.isa = "auto";
+  if (!given) return options;
+  const size_t first = offsetof(coreinfer_options, memory_bytes);
+  if (given->struct_bytes != sizeof options && given->struct_bytes != first)
+    refuse("struct_bytes", std::to_string(first) + " or " + std::to_string(sizeof options),
+           std::to_string(given->struct_bytes));
+  std::memcpy(&options, given, given->struct_bytes);
   return options;
 }
 
-int count_pages(const ModelWeights& weights, uint64_t kv_cache_bytes) {
-  const int whole = pages_of(weights.max_positions);
-  const uint64_t page_bytes = layout_for(weights).num_bytes();
-  if (kv_cache_bytes == 0) return whole;
-  if (kv_cache_bytes < page_bytes)
-    refuse("kv_cache_bytes", "at least " + std::to_string(page_bytes), std::to_string(kv_cache_bytes));
-  return static_cast<int>(std::min<uint64_t>(whole, kv_cache_bytes / page_bytes));
-}
-
-coreinfer_model::Pack load_pack(const coreinfer_model& model, int cluster) {
-  const BundleFolder& bundle = model.bundle;
-  const ModelRecord& record = bundle.model();
-  coreinfer_model::Pack pack;
-  if (record.num_experts > 0) {
-    const auto all = model.packs.find(COREINFER_DENSE);
-    if (all != model.packs.end()) {
-      pack = all->second;
-    } else {
-      pack.file = bundle.dense();
-      pack.ffn = std::make_shared<const Ffn>(assemble_experts(record, pack.file->tensors));
-    }
-    if (cluster != COREINFER_DENSE)
-      pack.ffn = std::make_shared<const Ffn>(keep_experts(*pack.ffn, bundle.experts(cluster)));
-    return pack;
-  }
-  pack.file = cluster == COREINFER_DENSE ? bundle.dense() : bundle.pack(cluster);
-  const std::vector<int> all(record.num_layers, record.ffn_dim);
-  const std::vector<int>& counts = cluster == COREINFER_DENSE ? all : bundle.clusters()[cluster].num_neurons;
-  pack.ffn = std::make_shared<const Ffn>(assemble_ffn(record, pack.file->tensors, counts));
-  return pack;
-}
-
 void use(coreinfer_model& model, int cluster) {
-  const BundleFolder& bundle = model.bundle;
-  const int num_clusters = static_cast<int>(bundle.clusters().size());
-  if (cluster < COREINFER_DENSE || cluster >= num_clusters)
-    throw Failure(COREINFER_NOT_FOUND, "cluster: expected 0 to " + std::to_string(num_clusters - 1) +
-                                           " or COREINFER_DENSE, got " + std::to_string(cluster));
-  if (!model.packs.count(cluster))
-    model.packs.emplace(cluster, in_bundle(bundle.folder(), [&] {
-                          coreinfer_model::Pack pack = load_pack(model, cluster);
-                          check_ffn(*model.decoder, *pack.ffn, bundle.model().ffn_neurons());
-                          return pack;
-                        }));
-  model.decoder->ffn = model.packs.at(cluster).ffn;
-}
-
-std::unique_ptr<coreinfer_model> open_model(const std::string& folder, const coreinfer_options& options) {
-  const Kernels& kernels = find_kernels(options.isa);
-  std::unique_ptr<coreinfer_model> model = in_bundle(folder, [&] {
-    return std::unique_ptr<coreinfer_model>(
-        new coreinfer_model{{folder, !options.skip_checksums}, {}, {}, {}, {}, {}, {}});
-  });
-  const ModelRecord& record = model->bundle.model();
-  ModelWeights weights = in_bundle(folder, [&] {
-    model->base = model->bundle.base();
-    return assemble_model(record, model->base->tensors, model->memory);
-  });
-  const int num_pages = count_pages(weights, options.kv_cache_bytes);
-  model->logits.resize(round_up(weights.vocab, kBlockRows));
-  model->decoder =
-      std::make_unique<Decoder>(std::move(weights), kernels, options.num_threads, record.ffn_neurons(), num_pages);
-  use(*model, model->bundle.has_dense() ? COREINFER_DENSE : 0);
-  return model;
+  const coreinfer_model::Pack& pack = pack_of(model, cluster);
+  model.decoder->ffn = pack.ffn;
+  model.decoder->source = pack.source;
 }
 
 // Read tokens; logits lie in the model.
@@ -222,7 +106,9 @@ int coreinfer_open(const char* folder, const coreinfer_options* options, coreinf
   return guarded([&] {
     check_given(folder, "folder");
     check_given(model, "model");
-    *model = open_model(folder, checked(options)).release();
+    std::unique_ptr<coreinfer_model> opened = open_model(folder, known(options));
+    use(*opened, opened->bundle.has_dense() ? COREINFER_DENSE : 0);
+    *model = opened.release();
   });
 }
 
@@ -253,6 +139,24 @@ int coreinfer_use(coreinfer_model* model, int cluster) {
     const std::unique_lock<std::mutex> lock = model->turn.take();
     use(*model, cluster);
   });
+}
+
+int coreinfer_prepare(coreinfer_model* model, int cluster) {
+  return guarded([&] {
+    check_given(model, "model");
+    const std::unique_lock<std::mutex> lock = model->turn.take();
+    const coreinfer_model::Pack& pack = pack_of(*model, cluster);
+    if (model->decoder->residency) model->decoder->residency->store.announce(pack.source);
+  });
+}
+
+uint64_t coreinfer_bytes_read(const coreinfer_model* model) {
+  const Residency* residency = model->decoder->residency.get();
+  if (!residency) return 0;
+  uint64_t num_bytes = residency->store.figures().num_bytes;
+  for (const PageWindow* window : {residency->embedding.get(), residency->head_lows.get()})
+    if (window) num_bytes += window->num_touched() * window->block_bytes();
+  return num_bytes;
 }
 
 int coreinfer_feed(coreinfer_model* model, const int32_t* token_ids, size_t num_ids, float* logits) {

@@ -61,6 +61,10 @@ typedef struct coreinfer_options {
       kv_cache_bytes; /* bound of keys and values; default: what the model's whole context takes. Memory is taken as
                               tokens come. */
   int skip_checksums; /* 1: compare sizes and shapes, but not what files hold with their SHA-256 */
+  uint64_t
+      memory_bytes; /* bound of weights, read buffers and KV cache in memory; default: none, files are mapped and the
+                            system decides which pages stay. Layers that do not fit are read from disk for each token. The
+                            process's own memory and some 20 MB of the engine's buffers come on top. */
 } coreinfer_options;
 
 /* Open a bundle: its manifest, base and dense FFN. Cluster packs are opened, and checked, when they are first used.
@@ -94,6 +98,13 @@ COREINFER_API int coreinfer_num_threads(const coreinfer_model* model);
 /* Decode with a cluster's pack, or with the dense FFN, from the next token on; what was read stays. CoreInfer's own runtime
  * reads a prompt with the dense FFN where there is one, and then decodes with the pack of the prompt's cluster. */
 COREINFER_API int coreinfer_use(coreinfer_model* model, int cluster);
+
+/* Say that a pack decodes soon, before a prompt is read: under a limit of memory its layers come in while the prompt is read,
+ * as far as there is room. It is opened and checked here, if it has not been. */
+COREINFER_API int coreinfer_prepare(coreinfer_model* model, int cluster);
+
+/* Bytes read from disk under a limit of memory since the model was opened; 0 without a limit. */
+COREINFER_API uint64_t coreinfer_bytes_read(const coreinfer_model* model);
 
 /* Read tokens after those that were read before.
  *

@@ -1,12 +1,13 @@
 #include "sha256.h"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 
 namespace coreinfer {
 namespace {
 
-constexpr size_t kBlockBytes = 64;
+constexpr size_t kBlockBytes = 64, kPassingBytes = 1 << 20;
 using State = std::array<uint32_t, 8>;
 using Wide = unsigned __int128;
 
@@ -65,10 +66,14 @@ void add_block(State& state, const uint8_t* block) {
 
 }  // namespace
 
-std::string sha256(const uint8_t* data, size_t num_bytes) {
+std::string sha256(const uint8_t* data, size_t num_bytes, const std::function<void(size_t, size_t)>& passed) {
   State state = constants().begin;
   const size_t num_whole = num_bytes / kBlockBytes * kBlockBytes, num_left = num_bytes - num_whole;
-  for (size_t at = 0; at < num_whole; at += kBlockBytes) add_block(state, data + at);
+  for (size_t from = 0; from < num_whole; from += kPassingBytes) {
+    const size_t to = std::min(num_whole, from + kPassingBytes);
+    for (size_t at = from; at < to; at += kBlockBytes) add_block(state, data + at);
+    if (passed) passed(from, to - from);
+  }
   // The rest, a 1 bit, zeros, and the length in bits.
   uint8_t last[2 * kBlockBytes] = {};
   if (num_left > 0) std::memcpy(last, data + num_whole, num_left);

@@ -14,6 +14,7 @@
 #include "decoder.h"
 #include "gather.h"
 #include "layer_plan.h"
+#include "memory_plan.h"
 #include "reading.h"
 #include "refusals.h"
 #include "residency.h"
@@ -328,6 +329,24 @@ FfnHandle read_in_layers(const FfnHandle& ffn, const std::string& path, const By
   return out;
 }
 
+using SizePair = std::pair<uint64_t, uint64_t>;  // FfnSizes
+
+SizePair sizes_of(const std::string& record, const std::string& format, const std::vector<int>& num_neurons) {
+  const FfnSizes sizes = ffn_sizes(read_record(Json::parse(record)), format, num_neurons);
+  return {sizes.total, sizes.largest};
+}
+
+// `parts`: of the base, its tables, a block of them, a page of the KV cache.
+std::array<uint64_t, 4> plan_parts(uint64_t limit, const std::array<uint64_t, 4>& parts,
+                                   const std::vector<SizePair>& packs, const std::optional<SizePair>& dense,
+                                   uint64_t kv_cache) {
+  WeightSizes sizes{parts[0], parts[1], parts[2], parts[3], {}, {}};
+  for (const auto& [total, largest] : packs) sizes.packs.push_back({total, largest});
+  if (dense) sizes.dense = FfnSizes{dense->first, dense->second};
+  const MemoryPlan plan = plan_memory(limit, sizes, kv_cache);
+  return {plan.base, plan.window, plan.kv_cache, plan.layers};
+}
+
 std::vector<std::string> isa_names() {
   std::vector<std::string> names;
   for (const Kernels* table : available_kernels()) names.push_back(table->name);
@@ -382,6 +401,9 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("num_threads", &Model::num_threads)
       .def_property_readonly("isa", &Model::isa);
   module.def("available_isas", &isa_names);
+  module.def("ffn_sizes", &sizes_of, py::arg("record"), py::arg("ffn_format"), py::arg("num_neurons"));
+  module.def("plan_memory", &plan_parts, py::arg("limit"), py::arg("parts"), py::arg("packs"), py::arg("dense"),
+             py::arg("kv_cache"));
   module.def("kept_layers", &kept_layers, py::arg("layer_bytes"), py::arg("room"), py::arg("streams"));
   module.def("read_bandwidth", &read_bandwidth, py::call_guard<py::gil_scoped_release>(), py::arg("num_threads"),
              py::arg("num_bytes"));

@@ -1,0 +1,105 @@
+#include "memory_plan.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <stdexcept>
+
+#include "matrix.h"
+#include "refusals.h"
+
+namespace coreinfer {
+namespace {
+
+constexpr uint64_t kSectorBytes = 4096, kAlignmentBytes = 64, kHugeBytes = 2 << 20;
+// Two of an FFN that is streamed: one is computed with while one is read.
+constexpr uint64_t kLayersAhead = 2;
+constexpr uint64_t kKvShare = 8, kWindowShare = 16, kLeastBlocks = 16;
+
+uint64_t rounded(uint64_t value, uint64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+uint64_t matrix_bytes(Format format, int rows, int cols) {
+  Matrix shape;
+  shape.format = format;
+  shape.rows = rows;
+  shape.cols = cols;
+  return shape.num_bytes();
+}
+
+uint64_t weight_bytes(const ModelRecord& record, const std::string& name, int count) {
+  const int hidden = record.hidden_size;
+  const uint64_t num_inner = record.gated ? 2 : 1;
+  // Of neurons that are read alone, which ones is known from the first matrix, which is read whole.
+  if (name == "int4-neurons")
+    return matrix_bytes(Format::int4, count, hidden) + num_inner * matrix_bytes(Format::int4_rows, count, hidden);
+  const Format format = name == "bf16"   ? Format::bf16
+                        : name == "int8" ? Format::int8
+                        : name == "int4" ? Format::int4
+                        : name == "int8-planes"
+                            ? Format::int8_planes
+                            : (refuse("FFN format", "one that the engine reads", name), Format::bf16);
+  return num_inner * matrix_bytes(format, count, hidden) + matrix_bytes(format, hidden, count);
+}
+
+uint64_t layer_bytes(const ModelRecord& record, const std::string& format, int count) {
+  const uint64_t num_inner = record.gated ? 2 : 1;
+  // Tensors that are no weights, as biases, may lie between them.
+  const uint64_t others = record.ffn_bias ? 4 * (num_inner * count + record.hidden_size) : 0;
+  const uint64_t num_tensors = 4 * (num_inner + 1);
+  const uint64_t between = others + num_tensors * kAlignmentBytes + kSectorBytes;
+  const uint64_t size = rounded(weight_bytes(record, format, count) + between, kSectorBytes);
+  // LayerSource::memory_bytes takes whole huge pages where that wastes little.
+  const uint64_t whole = rounded(size, kHugeBytes);
+  return whole - size <= size / 16 ? whole : size;
+}
+
+std::string megabytes(uint64_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f", static_cast<double>(bytes) / 1e6);
+  return text;
+}
+
+uint64_t largest_layer(const WeightSizes& sizes) {
+  uint64_t most = sizes.dense ? sizes.dense->largest : 0;
+  for (const FfnSizes& pack : sizes.packs) most = std::max(most, pack.largest);
+  return most;
+}
+
+uint64_t widest_pack(const WeightSizes& sizes) {
+  uint64_t most = 0;
+  for (const FfnSizes& pack : sizes.packs) most = std::max(most, pack.total);
+  return most;
+}
+
+}  // namespace
+
+FfnSizes ffn_sizes(const ModelRecord& record, const std::string& format, const std::vector<int>& num_neurons) {
+  if (num_neurons.empty()) refuse("layers", "at least one", "none");
+  FfnSizes sizes;
+  for (const int count : num_neurons) {
+    const uint64_t num_bytes = layer_bytes(record, format, count);
+    sizes.total += num_bytes;
+    sizes.largest = std::max(sizes.largest, num_bytes);
+  }
+  return sizes;
+}
+
+MemoryPlan plan_memory(uint64_t limit, const WeightSizes& sizes, uint64_t kv_cache) {
+  const uint64_t hot = sizes.base - sizes.tables, ahead = kLayersAhead * largest_layer(sizes);
+  uint64_t window = std::min(sizes.tables, kLeastBlocks * sizes.table_block);
+  const uint64_t least = hot + window + ahead;
+  if (kv_cache == 0) kv_cache = std::max(sizes.page, std::min(limit / kKvShare, limit > least ? limit - least : 0));
+  if (limit < least + kv_cache)
+    throw std::invalid_argument("expected at least " + megabytes(least + kv_cache) + " MB (" + megabytes(hot) +
+                                " for the base, " + megabytes(window) + " for rows of its tables, " +
+                                megabytes(kv_cache) + " for the KV cache, " + megabytes(ahead) + " for two layers; " +
+                                megabytes(widest_pack(sizes)) + " more hold a whole pack), got " + megabytes(limit) +
+                                "; raise it");
+  const uint64_t left = limit - least - kv_cache;
+  // What the widest pack leaves over is best spent on the tables: sampling needs all of them for each token.
+  const uint64_t widest = widest_pack(sizes), spare = left + ahead > widest ? left + ahead - widest : 0;
+  window = std::min(sizes.tables, window + std::max(std::min(left, limit / kWindowShare), std::min(left, spare)));
+  const bool whole = window >= sizes.tables;
+  return {whole ? sizes.base : hot, whole ? 0 : window, kv_cache, limit - hot - window - kv_cache};
+}
+
+}  // namespace coreinfer
