@@ -63,6 +63,7 @@ class Contender:
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/memory"))
 @click.option("--texts", type=click.Path(path_type=Path), default=None, help="Folder of JSON Lines files; measures KL.")
 @click.option("--num-texts", default=12)
+@click.option("--rounds", default=1, help="Runs of each contender under each limit, in turns; medians are told.")
 @click.option("--tokens", "num_tokens", default=64)
 @click.option("--prompt-tokens", default=64)
 @click.option("--seconds", default=20.0, help="Of decoding, at most.")
@@ -79,6 +80,7 @@ def main(
     work: Path,
     texts: Path | None,
     num_texts: int,
+    rounds: int,
     num_tokens: int,
     prompt_tokens: int,
     seconds: float,
@@ -90,38 +92,82 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     if qwen_gguf:
         link_qwen(qwen_gguf, work)
-    bundles = {float(keep): Path(folder) for keep, folder in (item.split("=", 1) for item in given)}
-    timing = {
-        "threads": threads,
-        "num_tokens": num_tokens,
-        "prompt_tokens": prompt_tokens,
-        "warm_tokens": 16,
-        "seconds": seconds,
-    }
-    shares = [float(share) for share in limits.split(",")]
+    settings = Settings(
+        work=work,
+        shares=[float(share) for share in limits.split(",")],
+        rounds=rounds,
+        quants=[kind for kind in quants.split(",") if kind],
+        wanted=wanted.split(","),
+        llama_source=llama_source,
+        with_transformers=with_transformers,
+        texts=texts,
+        num_texts=num_texts,
+        timing={
+            "threads": threads,
+            "num_tokens": num_tokens,
+            "prompt_tokens": prompt_tokens,
+            "warm_tokens": 16,
+            "seconds": seconds,
+        },
+    )
     results = []
     for model in (model for model in MODELS if model.name in names.split(",")):
+        bundles = {float(keep): Path(folder) for keep, folder in (item.split("=", 1) for item in given)}
         for keep in map(float, packs.split(",")):
             if keep not in bundles:
                 bundles[keep] = bundle_of(model, "int4", work, keep=keep)
-        files = find_files(model, [kind for kind in quants.split(",") if kind], work)
-        num_positions = prompt_tokens + timing["warm_tokens"] + num_tokens
-        all_of_them = [
-            *coreinfer_contenders(bundles, build_coreinfer_worker(work), num_positions),
-            *llamacpp_contenders(files, build_llamacpp_worker(work, llama_source) if llama_source else None),
-            *(transformers_contenders(transformers_folder(model, work)) if with_transformers else ()),
-        ]
-        found = [one for one in all_of_them if not wanted or any(part in one.name for part in wanted.split(","))]
-        dense_bytes = dense_size(next(iter(bundles.values())))
-        disk = disk_speed(next(iter(bundles.values())) / LAYOUT.base)
-        click.echo(
-            f"{model.name}: dense int4 {dense_bytes / 1e6:.1f} MB; disk {disk['sequential_mb_s']:.0f} MB/s in a row, "
-            f"{disk['random_mb_s']:.1f} MB/s in 4k reads"
-        )
-        divergences = kl_of(found, model, texts, num_texts, work, timing) if texts else {}
-        runs = list(run_all(found, shares, dense_bytes, timing, divergences))
-        results.append({"name": model.name, "dense_mb": dense_bytes / 1e6, "disk": disk, "runs": runs})
+        results.append(run_model(model, bundles, settings))
     click.echo(json.dumps({"models": results}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is run of each model.
+
+    Attributes:
+        shares: limits as shares of the dense int4 size; 0 for none.
+        rounds: runs of each contender under each limit, in turns; medians are told.
+        wanted: parts of names of contenders.
+        timing: what `memory_worker` takes of it.
+    """
+
+    work: Path
+    shares: list[float]
+    rounds: int
+    quants: list[str]
+    wanted: list[str]
+    llama_source: Path | None
+    with_transformers: bool
+    texts: Path | None
+    num_texts: int
+    timing: dict[str, Any]
+
+
+def run_model(model: BenchModel, bundles: dict[float, Path], settings: Settings) -> dict[str, Any]:
+    """Run all contenders of a model."""
+    found = [
+        one for one in find_contenders(model, bundles, settings) if any(part in one.name for part in settings.wanted)
+    ]
+    dense_bytes = dense_size(next(iter(bundles.values())))
+    disk = disk_speed(next(iter(bundles.values())) / LAYOUT.base)
+    click.echo(
+        f"{model.name}: dense int4 {dense_bytes / 1e6:.1f} MB; disk {disk['sequential_mb_s']:.0f} MB/s in a row, "
+        f"{disk['random_mb_s']:.1f} MB/s in 4k reads"
+    )
+    divergences = kl_of(found, model, settings) if settings.texts else {}
+    runs = list(run_all(found, dense_bytes, divergences, settings))
+    return {"name": model.name, "dense_mb": dense_bytes / 1e6, "disk": disk, "runs": runs}
+
+
+def find_contenders(model: BenchModel, bundles: dict[float, Path], settings: Settings) -> Iterator[Contender]:
+    """What can run here."""
+    work, source = settings.work, settings.llama_source
+    num_positions = sum(settings.timing[name] for name in ("prompt_tokens", "warm_tokens", "num_tokens"))
+    yield from coreinfer_contenders(bundles, build_coreinfer_worker(work), num_positions)
+    files = find_files(model, settings.quants, work)
+    yield from llamacpp_contenders(files, build_llamacpp_worker(work, source) if source else None)
+    if settings.with_transformers:
+        yield from transformers_contenders(transformers_folder(model, work))
 
 
 def dense_size(bundle_dir: Path) -> int:
@@ -164,7 +210,7 @@ def llamacpp_contenders(files: dict[str, Path], program: Path | None) -> Iterato
 
 
 def transformers_contenders(folder: Path) -> Iterator[Contender]:
-    """transformers as it is, and with layers that accelerate reads from disk where it is installed."""
+    """As transformers does it, and with layers that accelerate reads from disk where it is installed."""
     spec = {"engine": "transformers", "path": str(folder)}
     yield Contender(name="transformers-bf16", spec=spec)
     if importlib.util.find_spec("accelerate"):
@@ -180,31 +226,49 @@ def kv_bytes(model: ModelRecord, num_positions: int) -> int:
 
 
 def run_all(
-    contenders: list[Contender],
-    shares: list[float],
-    dense_bytes: int,
-    timing: dict[str, Any],
-    divergences: dict[str, float],
+    contenders: list[Contender], dense_bytes: int, divergences: dict[str, float], settings: Settings
 ) -> Iterator[dict[str, Any]]:
     """Run every contender under every limit; print a line for each."""
     click.echo(
         f"{'limit':>6s} {'MB':>6s} {'contender':32s} {'tok/s':>8s} {'first s':>8s} {'MB read':>8s} {'peak':>7s}  KL"
     )
-    for share in shares:
+    for share in settings.shares:
         limit = round(share * dense_bytes) if share else None
-        for contender in contenders:
-            run = run_limited(contender, limit, timing)
-            run |= {"name": contender.name, "limit": share or None, "kl": divergences.get(contender.name)}
-            cells = [
-                f"{run[key]:8.2f}" if run.get(key) is not None else f"{'none':>8s}"
-                for key in ("decode_tok_s", "first_token_seconds", "disk_mb_a_token")
-            ]
-            kl = "" if run["kl"] is None else f"{run['kl']:.3f}"
-            peak = f"{run['peak_mb']:7.1f}" if run["peak_mb"] is not None else f"{'':7s}"
-            size = f"{limit / 1e6:6.1f}" if limit else f"{'':6s}"
-            why = f" ({run['failure']})" if run["failure"] else ""
-            click.echo(f"{share or 'none':>6} {size} {contender.name:32s} {' '.join(cells)} {peak}  {kl}{why}")
+        rounds: list[list[dict[str, Any]]] = [[] for _ in contenders]
+        for _ in range(settings.rounds):
+            for runs, contender in zip(rounds, contenders, strict=True):
+                # What was killed or too slow once will be again.
+                if not (runs and runs[-1]["failure"]):
+                    runs.append(run_limited(contender, limit, settings.timing))
+        for runs, contender in zip(rounds, contenders, strict=True):
+            run = middle_run(runs) | {
+                "name": contender.name,
+                "limit": share or None,
+                "kl": divergences.get(contender.name),
+            }
+            click.echo(line_of(run, share, limit))
             yield run
+
+
+def middle_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Choose the one of the median speed, with the highest peak of all; a failed one where one failed."""
+    failed = [run for run in runs if run["failure"]]
+    chosen = failed[0] if failed else sorted(runs, key=lambda run: float(run["decode_tok_s"]))[len(runs) // 2]
+    peaks = [run["peak_mb"] for run in runs if run["peak_mb"] is not None]
+    return {**chosen, "peak_mb": max(peaks, default=None), "speeds": [run["decode_tok_s"] for run in runs]}
+
+
+def line_of(run: dict[str, Any], share: float, limit_bytes: int | None) -> str:
+    """A run as a line of the table."""
+    cells = [
+        f"{run[key]:8.2f}" if run.get(key) is not None else f"{'none':>8s}"
+        for key in ("decode_tok_s", "first_token_seconds", "disk_mb_a_token")
+    ]
+    kl = "" if run["kl"] is None else f"{run['kl']:.3f}"
+    peak = f"{run['peak_mb']:7.1f}" if run["peak_mb"] is not None else f"{'':7s}"
+    size = f"{limit_bytes / 1e6:6.1f}" if limit_bytes else f"{'':6s}"
+    why = f" ({run['failure']})" if run["failure"] else ""
+    return f"{share or 'none':>6} {size} {run['name']:32s} {' '.join(cells)} {peak}  {kl}{why}"
 
 
 def run_limited(contender: Contender, limit_bytes: int | None, timing: dict[str, Any]) -> dict[str, Any]:
@@ -238,21 +302,18 @@ def _failure(code: int, errors: str) -> str | None:
     return "killed: out of memory" if code == -9 else (errors.strip().splitlines() or [f"exit code {code}"])[-1]
 
 
-def kl_of(
-    contenders: list[Contender], model: BenchModel, texts: Path, num_texts: int, work: Path, timing: dict[str, Any]
-) -> dict[str, float]:
+def kl_of(contenders: list[Contender], model: BenchModel, settings: Settings) -> dict[str, float]:
     """KL of each contender to the original in float32; how it is mapped or repacked changes nothing in it."""
     import numpy as np
     from bench_models import source_of
     from kl import original_logits, read_texts
 
-    folder = work / f"{model.name}-reference-{num_texts}"
+    folder = settings.work / f"{model.name}-reference-{settings.num_texts}"
     if not (folder / "ids.json").exists():
         folder.mkdir(exist_ok=True)
-        ids = read_texts(
-            next(one.path for one in contenders if one.spec["engine"] == "coreinfer"), texts, num_texts, 96
-        )
-        for number, logits in enumerate(original_logits(str(source_of(model, work)), ids)):
+        bundle = next(one.path for one in contenders if one.spec["engine"] == "coreinfer")
+        ids = read_texts(bundle, settings.texts, settings.num_texts, 96)
+        for number, logits in enumerate(original_logits(str(source_of(model, settings.work)), ids)):
             np.save(folder / f"{number}.npy", logits)
         (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
     found: dict[str, float] = {}
@@ -260,7 +321,7 @@ def kl_of(
     for contender in contenders:
         key = (str(contender.path), contender.spec.get("variant", ""))
         if key not in known:
-            spec = {**contender.spec, **timing, "limit_mb": None, "texts": str(folder)}
+            spec = {**contender.spec, **settings.timing, "limit_mb": None, "texts": str(folder)}
             # A C worker computes to the bit what the Python worker does, which has logits.
             spec.pop("program", None)
             done = subprocess.run(worker_command(spec), check=False, capture_output=True, text=True)

@@ -20,6 +20,7 @@ void test_vectors(const coreinfer::Kernels& kernels);
 void test_columns(const coreinfer::Kernels& kernels);
 void test_attention(const coreinfer::Kernels& kernels);
 void test_experts();
+void test_hashes();
 void test_neurons(const coreinfer::Kernels& kernels);
 void test_pages();
 void test_threads();

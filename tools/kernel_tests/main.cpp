@@ -38,6 +38,7 @@ int main() {
   test_threads();
   test_pages();
   test_experts();
+  test_hashes();
   for (const Kernels* kernels : available_kernels()) {
     const int before = num_failures;
     test_products(*kernels);
