@@ -23,7 +23,9 @@ __all__ = ["MODES", "BundleSubject", "Subject"]
 
 Floats = npt.NDArray[np.float32]
 
-MODES = ("dense", "similarity", "stability", "fused", "random", "griffin", "coreinfer")
+PACK_PROMPT = "pack-prompt"
+"""Mode similarity, whose prompts are read with the pack too (`GenerationOptions.prompt_ffn`)."""
+MODES = ("dense", "similarity", PACK_PROMPT, "stability", "fused", "random", "griffin", "coreinfer")
 """How a bundle's FFN weights are chosen: the runtime's modes, and controls at the same bytes: a pack by chance, and
 GRIFFIN's (arXiv 2404.01365) and the paper's stability-guided (arXiv 2410.18311) choice by the prompt, unrepaired."""
 
@@ -100,6 +102,7 @@ class BundleSubject:
         self._check_shares()
         self.modes += tuple(self._shares)
         self._prefix: list[int] = []
+        self._read_with = DENSE
         self._text = ""
         self._statistics: dict[Selection, Floats] = {}
 
@@ -142,7 +145,7 @@ class BundleSubject:
         decoder.use(FfnChoice(cluster=0))
         manifest = self.engine.manifest
         beside = decoder.bytes_per_token(0) - manifest.clusters[0].ffn_bytes
-        if mode in ("similarity", "random"):
+        if mode in ("similarity", PACK_PROMPT, "random"):
             return beside + manifest.mean_pack_bytes
         # Of neurons that a prompt chooses only the numbers count, and that they are gathered as the engine does it.
         budgets = manifest.plan.layer_budgets
@@ -155,7 +158,8 @@ class BundleSubject:
         self._prefix, self._text = list(prefix_ids), routing_text
         self._route = self.engine.router.route(routing_text)
         decoder.truncate(0)
-        decoder.use(DENSE if manifest.has_dense else FfnChoice(cluster=self._route.cluster))
+        self._read_with = self._reader(manifest.has_dense)
+        decoder.use(self._read_with)
         if selections := {self._selection(mode) for mode in self.modes} - {None}:
             if not self._prefix:
                 raise ConfigError(f"modes {', '.join(self.modes)}: expected a context of at least 2 tokens, got 1")
@@ -164,6 +168,9 @@ class BundleSubject:
         elif self._prefix:
             decoder.forward(self._prefix)
 
+    def _reader(self, dense: bool) -> FfnChoice:
+        return DENSE if dense else FfnChoice(cluster=self._route.cluster)
+
     def _selection(self, mode: str) -> Selection | None:
         if mode in ("stability", "fused"):
             return self.engine.manifest.plan.selection
@@ -171,8 +178,14 @@ class BundleSubject:
 
     def begin(self, mode: str) -> None:
         """Go back to the end of the prefix, and put a mode's weights in place."""
-        self.engine.decoder.truncate(len(self._prefix))
-        self.engine.decoder.use(self._choice(mode))
+        decoder, reader = self.engine.decoder, self._reader(self.engine.manifest.has_dense and mode != PACK_PROMPT)
+        if reader != self._read_with and self._prefix:
+            decoder.truncate(0)
+            decoder.use(reader)
+            decoder.forward(self._prefix)
+            self._read_with = reader
+        decoder.truncate(len(self._prefix))
+        decoder.use(self._choice(mode))
 
     def _choice(self, mode: str) -> FfnChoice:
         manifest = self.engine.manifest
@@ -183,6 +196,8 @@ class BundleSubject:
         if mode in self._shares:
             base, share = self._shares[mode]
             return replace(self._choice(base), token_share=share)
+        if mode == PACK_PROMPT:
+            mode = "similarity"
         if mode in _STATISTICS:
             return FfnChoice(neuron_ids=self._unrepaired(_STATISTICS[mode]))
         plan = ModePlan(mode=cast(Mode, mode))

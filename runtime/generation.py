@@ -20,6 +20,8 @@ __all__ = [
     "collect",
 ]
 
+PromptFfn = Literal["dense", "pack"]
+"""What reads a prompt; see `GenerationOptions.prompt_ffn`."""
 Mode = Literal["auto", "similarity", "stability", "fused", "dense", "lossless"]
 MODES: tuple[Mode, ...] = ("auto", "similarity", "stability", "fused", "dense", "lossless")
 FinishReason = Literal["stop", "length", "cancelled"]

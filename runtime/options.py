@@ -11,7 +11,7 @@ from coreinfer.bundles.shared.option_fields import keyword, option
 
 from .decoding.sampling import SamplingParams
 from .decoding.text import stop_problems
-from .generation import Mode, Token
+from .generation import Mode, PromptFfn, Token
 from .prompts.tools import check_tool_choice
 
 __all__ = ["DEFAULTS", "Cancel", "GenerationKeywords", "GenerationOptions", "check_choice"]
@@ -111,6 +111,13 @@ class GenerationOptions(SamplingParams):
         ),
     )
     """Of a bundle that was compiled with --token-share. Prompts are always read with all."""
+    prompt_ffn: PromptFfn = field(
+        default="dense",
+        metadata=option("What reads the prompt: the dense FFN where the bundle has it, or the pack that decodes."),
+    )
+    """The pack costs quality (see `coreinfer-eval --mode pack-prompt`) and spares the dense FFN, which where it does not
+    fit into memory is read from disk for each 256 tokens of a prompt. Not in modes in which the dense FFN decodes or
+    verifies, or the prompt chooses its own neurons."""
     tools: Sequence[Mapping[str, Any]] | None = field(
         default=None, metadata=keyword("Functions that the model may call.", check=ANY)
     )
@@ -208,6 +215,7 @@ class GenerationKeywords(TypedDict, total=False):
     chat_template_kwargs: Mapping[str, Any] | None
     mode: Mode | None
     token_share: float | None
+    prompt_ffn: PromptFfn
     tools: Sequence[Mapping[str, Any]] | None
     tool_choice: str | Mapping[str, Any]
     drift_tokens: int

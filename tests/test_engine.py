@@ -13,6 +13,7 @@ import torch
 from coreinfer import runtime
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.generation import PromptFfn
 from coreinfer.runtime.routing.modes import largest_cluster
 
 from .bundle_factory import list_again
@@ -222,6 +223,26 @@ def test_without_the_dense_ffn_packs_do_all(tiny_bundle: Callable[..., Path]) ->
     for mode in modes:
         with pytest.raises(runtime.ConfigError, match=f"mode '{mode}' needs the dense FFN.*--dense"):
             engine.stream(PROMPT, raw=True, mode=mode)
+
+
+def test_a_pack_reads_the_prompt_where_that_is_asked_for(tiny_bundle: Callable[..., Path]) -> None:
+    engine = load(tiny_bundle("llama"))
+    answers = {}
+    # In turns: what one has read must not be taken for what the other would read.
+    turns: list[tuple[PromptFfn, FfnChoice | None]] = [("dense", DENSE), ("pack", None)]
+    for prompt_ffn, reader in turns * 2:
+        got = engine.generate(PROMPT, raw=True, prompt_ffn=prompt_ffn, max_new_tokens=10)
+        pack = FfnChoice(cluster=got.cluster)
+        assert list(got.token_ids) == greedy_ids(engine, PROMPT, reader or pack, pack, 10)[: len(got.token_ids)]
+        answers[prompt_ffn] = engine.generate(PROMPT, raw=True, prompt_ffn=prompt_ffn, logprobs=1).logprobs[0]
+    assert answers["dense"] != answers["pack"]
+    unfamiliar = engine.generate(UNFAMILIAR, raw=True, prompt_ffn="pack", max_new_tokens=10)
+    assert unfamiliar.mode == "dense"
+    assert unfamiliar.token_ids == engine.generate(UNFAMILIAR, raw=True, max_new_tokens=10).token_ids
+    modes: list[runtime.Mode] = ["stability", "fused", "dense", "lossless"]
+    for mode in modes:
+        with pytest.raises(runtime.ConfigError, match=f"^prompt_ffn: expected dense in mode '{mode}', got 'pack'"):
+            engine.stream(PROMPT, raw=True, mode=mode, prompt_ffn="pack")
 
 
 def test_unrepaired_packs_leave_long_prompts_to_their_own_neurons(tiny_bundle: Callable[..., Path]) -> None:

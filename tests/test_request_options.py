@@ -20,6 +20,7 @@ SAMPLING = {
     "seed": 3,
     "mode": "dense",
     "token_share": 1.0,
+    "prompt_ffn": "pack",
     "skip_special_tokens": False,
 }
 CHAT = {"chat_template_kwargs": {"a": 1}, "continue_final_message": False, "parse_special": True}

@@ -35,6 +35,7 @@ _SAMPLING = (
     "repetition_penalty",
     "mode",
     "token_share",
+    "prompt_ffn",
     "skip_special_tokens",
 )
 """Fields with the names of options; all but OpenAI's own are additions, as in the server."""

@@ -11,7 +11,7 @@ from coreinfer.runtime.decoding.grammar import JsonGrammars
 from coreinfer.runtime.engines.protocol import Decoder
 from coreinfer.runtime.generation import Mode
 from coreinfer.runtime.options import GenerationOptions
-from coreinfer.runtime.routing.modes import ModePlan, plan_mode, serving_cluster
+from coreinfer.runtime.routing.modes import ModePlan, check_prompt_ffn, plan_mode, serving_cluster
 from coreinfer.runtime.routing.router import Route, Router
 from coreinfer.runtime.routing.token_shares import check_token_share, leaves_out
 
@@ -135,9 +135,11 @@ def read_request(
 
 def _plan(loaded: Loaded, options: GenerationOptions, route: Route, num_tokens: int) -> ModePlan:
     mode, gathers = options.mode or loaded.mode, loaded.decoder.gathers
-    if mode == "auto" and leaves_out(options.token_share):
-        # A prompt's own neurons are all read.
+    if mode == "auto" and (leaves_out(options.token_share) or options.prompt_ffn == "pack"):
+        # A prompt's own neurons are all read, and are known of prompts that the dense FFN reads.
         gathers = False
+    if mode not in ("auto", "similarity"):
+        check_prompt_ffn(mode, options.prompt_ffn)
     plan = plan_mode(mode, loaded.bundle.manifest, route, num_tokens, gathers=gathers)
     check_token_share(loaded.bundle, plan, options.token_share)
     return plan

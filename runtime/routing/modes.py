@@ -8,11 +8,19 @@ from coreinfer.bundles import Bundle, ConfigError, Manifest
 from coreinfer.bundles.contract import tensor_name
 from coreinfer.bundles.statistics import mix_scores, scores_from_statistic, select_neurons
 from coreinfer.runtime.engines.protocol import DENSE, NO_GATHERING, FfnChoice
-from coreinfer.runtime.generation import Fallback, Mode
+from coreinfer.runtime.generation import Fallback, Mode, PromptFfn
 
 from .router import Route
 
-__all__ = ["ModePlan", "decode_choice", "largest_cluster", "plan_mode", "serving_cluster"]
+__all__ = [
+    "ModePlan",
+    "check_prompt_ffn",
+    "decode_choice",
+    "largest_cluster",
+    "plan_mode",
+    "prompt_choice",
+    "serving_cluster",
+]
 
 Floats = npt.NDArray[np.float32]
 
@@ -79,6 +87,28 @@ def _automatic(manifest: Manifest, route: Route, num_prompt_tokens: int, *, gath
     if gathers and manifest.has_dense and not manifest.plan.reconstruct and long:
         return ModePlan(mode="stability")
     return ModePlan(mode="similarity")
+
+
+def check_prompt_ffn(mode: Mode, prompt_ffn: PromptFfn) -> None:
+    """Refuse to read prompts with a pack in a mode that needs what the dense FFN makes of them.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if prompt_ffn == "pack":
+        raise ConfigError(
+            f"prompt_ffn: expected dense in mode {mode!r}, got 'pack'; use mode similarity or auto, or leave it out"
+        )
+
+
+def prompt_choice(plan: ModePlan, cluster: int, prompt_ffn: PromptFfn, *, has_dense: bool) -> FfnChoice:
+    """Choose the FFN weights that read a prompt.
+
+    Args:
+        cluster: whose pack decodes.
+    """
+    by_pack = not has_dense or (prompt_ffn == "pack" and plan.mode == "similarity")
+    return FfnChoice(cluster=cluster) if by_pack else DENSE
 
 
 def largest_cluster(manifest: Manifest) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from coreinfer.runtime.engines.cached import CachedTokens, blocks
 from coreinfer.runtime.engines.protocol import DENSE, Decoder, FfnChoice
-from coreinfer.runtime.routing.modes import decode_choice
+from coreinfer.runtime.routing.modes import decode_choice, prompt_choice
 
 from .ffn_switch import FfnSwitch
 from .kv_pool import KvPool
@@ -110,7 +110,8 @@ def read_beside(
 
 def reader(run: Run) -> FfnChoice:
     """The weights that read a run's prompt."""
-    return DENSE if run.loaded.bundle.dense else FfnChoice(cluster=run.path[0].cluster)
+    has_dense = run.loaded.bundle.dense is not None
+    return prompt_choice(run.request.plan, run.path[0].cluster, run.options.prompt_ffn, has_dense=has_dense)
 
 
 def _prepare_pack(run: Run, decoder: Decoder) -> None:

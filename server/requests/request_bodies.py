@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from coreinfer.bundles.shared.option_fields import help_of
 from coreinfer.runtime import GenerationOptions, Mode
+from coreinfer.runtime.generation import PromptFfn
 from pydantic import Field, model_validator
 
 from .fields import Fields, NoText, Nothing, Plain, Text
@@ -54,6 +55,7 @@ class SamplingFields(Fields):
     user: Plain | None = Field(default=None, description="Any text; kept nowhere, and without effect, as at OpenAI.")
     mode: Mode | None = Field(default=None, description=_ours("mode"))
     token_share: float | None = Field(default=None, gt=0, le=1, description=_ours("token_share"))
+    prompt_ffn: PromptFfn | None = Field(default=None, description=_ours("prompt_ffn"))
     top_k: int | None = Field(default=None, ge=0, lt=1 << 31, description=_ours("top_k"))
     min_p: float | None = Field(default=None, ge=0, le=1, description=_ours("min_p"))
     repetition_penalty: float | None = Field(default=None, ge=0.1, le=10, description=_ours("repetition_penalty"))
