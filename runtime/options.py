@@ -115,9 +115,9 @@ class GenerationOptions(SamplingParams):
         default="dense",
         metadata=option("What reads the prompt: the dense FFN where the bundle has it, or the pack that decodes."),
     )
-    """The pack costs quality (see `coreinfer-eval --mode pack-prompt`) and spares the dense FFN, which where it does not
-    fit into memory is read from disk for each 256 tokens of a prompt. Not in modes in which the dense FFN decodes or
-    verifies, or the prompt chooses its own neurons."""
+    """The pack costs quality (see `coreinfer-eval --mode pack-prompt`). It spares the dense FFN, which is read from
+    disk for each 256 tokens of a prompt where it does not fit into memory. Not in modes in which the dense FFN decodes
+    or verifies, or the prompt chooses its own neurons."""
     tools: Sequence[Mapping[str, Any]] | None = field(
         default=None, metadata=keyword("Functions that the model may call.", check=ANY)
     )
