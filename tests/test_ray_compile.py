@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.compiler import CompileConfig, Progress, compile_model
 from coreinfer.compiler.cli import main
+from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.team.alone import Alone
 
 from .test_team import MANIFEST, compile_by, files_of
@@ -80,8 +81,8 @@ def test_workers_that_are_killed_are_replaced_and_the_bundle_is_the_same(
     done, chances = threading.Event(), random.Random(1)
 
     class Watched(on_ray.RayTeam):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def begin(self, loaded: LoadedModel) -> None:
+            super().begin(loaded)
             teams.append(self)
 
     def kill() -> None:
