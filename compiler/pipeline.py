@@ -35,6 +35,7 @@ from .report.describe import Compiled, manifest_of
 from .report.map_points import map_points
 from .report.write import file_sizes, write_report
 from .shares.stage import set_token_shares
+from .stage_store import local_folder, store_of
 from .stages import (
     Ground,
     Material,
@@ -48,6 +49,7 @@ from .stages import (
     narrow_packs,
     score_packs,
 )
+from .storage import address_of
 from .team.alone import Alone
 from .team.folder import check_folder
 from .team.team import Team
@@ -89,12 +91,13 @@ def compile_inputs(config: CompileConfig, inputs: Inputs, identity: Identity | N
 
 def _for_workers(config: CompileConfig) -> CompileConfig:
     """Fill in the threads of each of several workers, and paths that hold wherever a worker's own folder is."""
+    cache_dir = config.cache_dir
     shared = max(1, usable_cores() // config.num_places) if config.num_places > 1 else None
     return replace(
         config,
         threads=config.threads or shared,
         output=config.output.absolute(),
-        cache_dir=config.cache_dir and config.cache_dir.absolute(),
+        cache_dir=cache_dir if cache_dir is None or address_of(cache_dir) else cache_dir.absolute(),
     )
 
 
@@ -130,7 +133,7 @@ def compile_by(config: CompileConfig, team: Team, identity: Identity, progress: 
     asked_keep = fit_budget(config, team.loaded)
     with _scratch_folder(config) as scratch:
         check_folder(team, scratch)
-        cache = Cache(_cache_folder(config, scratch))
+        cache = _cache(config, scratch)
         material = gather_material(config, team, identity.model_sha256, cache, scratch, progress)
         routing = None if config.clusters == "auto" else find_routing(config, material, config.clusters, progress)
         with held_out_reference(config, material, routing, progress) as reference:
@@ -216,11 +219,18 @@ def _scratch_folder(config: CompileConfig) -> Iterator[Path]:
         yield Path(name)
 
 
-def _cache_folder(config: CompileConfig, scratch: Path) -> Path | None:
-    """Stage results, the packs among them, are mapped from files too where memory is short, or workers read them."""
-    if config.cache_dir is None and (config.max_memory is not None or config.ray is not None):
-        return scratch / "cache"
-    return config.cache_dir
+def _cache(config: CompileConfig, scratch: Path) -> Cache:
+    """Stage results, the packs among them, are mapped from files too where memory is short, or workers read them.
+
+    Raises:
+        ConfigError: shared storage was named for them and cannot be written.
+    """
+    if config.cache_dir is None:
+        return Cache(scratch / "cache" if config.max_memory is not None or config.ray is not None else None)
+    store = store_of(config.cache_dir)
+    if store is not None:
+        store.check()
+    return Cache(local_folder(config.cache_dir), store)
 
 
 def _measure(

@@ -46,6 +46,7 @@ from .report.describe import PACKAGES, formats_of
 from .team.team import Team
 from .text.builtin import builtin_documents
 from .text.corpus import SAMPLING, Corpus, build_corpus, split_point
+from .text.given import given_documents
 
 __all__ = [
     "Ground",
@@ -138,7 +139,7 @@ def gather_material(
     loaded = team.loaded
     check_activation(config, loaded.record.activation)
     write_builtin = partial(builtin_documents, config, team, cache, model_sha256, folder, progress)
-    corpus = build_corpus(config, loaded, write_builtin, progress)
+    corpus = build_corpus(config, loaded, partial(given_documents, config, team, progress), write_builtin)
     check_memory(config, loaded, corpus)
     key = stage_key(
         "text",
