@@ -30,12 +30,13 @@ from coreinfer.compiler import CompileConfig, Progress, compile_model
 from coreinfer.compiler.checks import find_inputs
 from coreinfer.compiler.estimate.machine import measure_worker
 from coreinfer.compiler.estimate.plan import make_plan
+from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.models.primitives import keep_few_primitives
 from coreinfer.compiler.team import on_ray
 
 LEAST_SECONDS = 1.0
 """Shorter stages are not listed: starting their tasks is what they take."""
-ALONE = frozenset({"hash", "load", "workers", "distil", "write"})
+ALONE = frozenset({"hash", "load", "workers", "write"})
 """Stages that are not divided."""
 
 
@@ -53,8 +54,8 @@ class Killer:
         killer = self
 
         class Watched(made):  # type: ignore[misc, valid-type]
-            def __init__(self, *arguments: Any) -> None:
-                super().__init__(*arguments)
+            def begin(self, loaded: LoadedModel) -> None:
+                super().begin(loaded)
                 killer._team = self
 
         on_ray.RayTeam = Watched  # type: ignore[assignment, misc]

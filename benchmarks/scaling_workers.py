@@ -22,11 +22,12 @@ from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.estimate.plan import memory_needs, stage_works
 from coreinfer.compiler.estimate.sizes import ffn_token_bytes
 from coreinfer.compiler.estimate.speeds import stage_seconds
-from coreinfer.compiler.estimate.work import Case, Work, removal_work, repair_flop
+from coreinfer.compiler.estimate.work import Case, Work, moment_values, removal_work, repair_flop
 from coreinfer.compiler.prune.dealt import deal_text
 from coreinfer.compiler.prune.narrow import Assignment
 from coreinfer.compiler.prune.repair import RIDGES, RepairTask, repair_layer
 from coreinfer.compiler.samples import VALIDATION_TOKENS
+from coreinfer.compiler.team.dealing import finish
 from coreinfer.compiler.text.corpus import Document
 from scaling import DOCUMENT_TOKENS, MACHINES, MODELS, Cluster, case_of, duration
 from virtual_team import MAIN, Cost, VirtualTeam
@@ -109,7 +110,7 @@ def one_worker(case: Case, num_workers: int) -> Case:
 
 def layer_moments(case: Case) -> float:
     """Bytes of one cluster's moments in one layer."""
-    return FLOAT_BYTES * case.shapes.ffn_dim * (case.shapes.ffn_dim + case.shapes.hidden_size)
+    return FLOAT_BYTES * moment_values(case.shapes)
 
 
 def sums_twice(name: str, work: Work, config: CompileConfig, case: Case) -> Work:
@@ -130,19 +131,20 @@ def sent_bytes(name: str, case: Case, num_workers: int) -> float:
         # Statistics of all clusters, once up the tree.
         "profile": FLOAT_BYTES * layers * case.num_clusters * shapes.ffn_dim,
         "sensitivity": FLOAT_BYTES * layers * shapes.hidden_size**2,
-        # A Gram matrix of each layer up the tree, and to the place that removes.
-        "curves": FLOAT_BYTES * layers * shapes.ffn_dim**2 * (1 + 1 / num_workers),
+        # A Gram matrix of each layer up the tree, and to the place that removes: one triangle.
+        "curves": FLOAT_BYTES * layers * shapes.ffn_dim**2 / 2 * (1 + 1 / num_workers),
         # Of each layer: its share of the clusters' moments to their homes, what is cut between two places, the overall
-        # moments up the tree and back; weights and metric; solutions to the validation text, and the chosen one.
+        # moments up the tree and back; the metric; solutions to the validation text, and the chosen one in bfloat16.
         "reconstruct": layers
         * (
             (packs + 3) * layer_moments(case)
-            + FLOAT_BYTES * (shapes.ffn_dim * shapes.hidden_size + shapes.hidden_size**2)
-            + packs * FLOAT_BYTES * down * (len(RIDGES) + 2)
+            + FLOAT_BYTES * shapes.hidden_size**2
+            + packs * FLOAT_BYTES * down * (len(RIDGES) + 1 / 2)
         ),
         "pack": packs * layers * 2 * down,
-        # Held-out texts of all clusters are everywhere: each worker reads all packs from the shared folder.
-        "evaluate": case.num_clusters * ffn_token_bytes(shapes, "int4", case.kept),
+        # Held-out texts are dealt by their clusters: each worker reads its own packs from the shared folder, and one
+        # that it shares with a neighbour.
+        "evaluate": min(packs + 1, case.num_clusters) * ffn_token_bytes(shapes, "int4", case.kept),
         "load": 2 * shapes.all_weights,
     }
     return float(found.get(name, 0.0))
@@ -169,7 +171,7 @@ class LayerCosts:
             own = self.lengths[place] if name == "_place_moments" else min(tokens, self.lengths[place])
             flop = 2 * own * shapes.ffn_dim * (shapes.ffn_dim / 2 + shapes.hidden_size)
             return Cost(seconds=self._arrive(place) + self._seconds(Work(model_flop=flop)), bytes=moments)
-        if name == "_add_moments":
+        if name == "add_moments":
             return Cost(seconds=3 * moments / (MACHINE.read_gbps * 1e9), bytes=moments)
         if name == "_same":
             return Cost(seconds=2 * moments / (MACHINE.read_gbps * 1e9), bytes=moments)
@@ -178,7 +180,7 @@ class LayerCosts:
         if name == "_solve_cluster":
             down = FLOAT_BYTES * self.case.kept * shapes.hidden_size
             work = removal_work(shapes, self.case.kept) + Work(float_flop=repair_flop(self.case, len(RIDGES)))
-            return Cost(seconds=self._seconds(work), bytes=down * (len(RIDGES) + 1))
+            return Cost(seconds=self._seconds(work), bytes=down * len(RIDGES))
         if name == "_validation_costs":
             tokens = min(VALIDATION_TOKENS, self.case.validation_tokens) / 2 / self.case.num_clusters
             flop = 2 * tokens * shapes.hidden_size * (self.case.kept + shapes.hidden_size) * (len(RIDGES) + 1)
@@ -189,7 +191,7 @@ class LayerCosts:
         if name == "_choose":
             nothing = torch.zeros((0, 0))
             value = (np.zeros(0, dtype=np.int32), (nothing, nothing))
-            return Cost(seconds=0.0, bytes=FLOAT_BYTES * self.case.kept * shapes.hidden_size, value=value)
+            return Cost(seconds=0.0, bytes=2 * self.case.kept * shapes.hidden_size, value=value)
         raise ValueError(f"no cost of {name}")
 
     def _seconds(self, work: Work) -> float:
@@ -254,17 +256,18 @@ def repair_one_layer(name: str, clusters: int, tokens: int, num_workers: int) ->
     task = RepairTask(
         calibration=text.calibration_tokens["clusters"],
         validation=text.validation_tokens["clusters"],
-        # Of the right shape, and without memory.
-        weights=torch.empty((shapes.ffn_dim, shapes.hidden_size), device="meta"),
-        bias=None,
+        own=cast("Any", None),
+        shape=(shapes.ffn_dim, shapes.hidden_size),
+        has_bias=False,
         metric=torch.empty(0),
         keeps=[case.kept] * clusters,
         neuron_ids=None,
         cluster_weights=(0.3,),
         ridges=(*RIDGES, None),
+        dtype=torch.bfloat16,
     )
     finds: Any = dict.fromkeys(range(num_workers))
-    repair_layer(cast("Any", team), finds, task)
+    finish(repair_layer(cast("Any", team), finds, task))
     return team, max(math.ceil(math.log2(len(places))) for places in text.calibration_tokens["clusters"])
 
 

@@ -20,6 +20,8 @@ from coreinfer.bundles.pages import map_file
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from .stage_store import StageStore
+
 __all__ = ["Cache", "stage_key"]
 
 _log = logging.getLogger(__name__)
@@ -50,9 +52,14 @@ def stage_key(stage: str, **inputs: object) -> str:
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of stage results; with `folder` None nothing is kept, and everything is computed."""
+    """A folder of stage results; with `folder` None nothing is kept, and everything is computed.
+
+    Attributes:
+        shared: what other machines have too, to which results go and from which those come that the folder lacks.
+    """
 
     folder: Path | None
+    shared: StageStore | None = None
 
     def find_arrays(self, key: str) -> Arrays | None:
         """Return the arrays stored under a key, or None if there are none that can be read.
@@ -63,7 +70,7 @@ class Cache:
         if self.folder is None:
             return None
         path = self.folder / f"{key}.safetensors"
-        if not path.exists():
+        if not self._find(path):
             return None
         try:
             return _map_arrays(path)
@@ -105,7 +112,7 @@ class Cache:
         if self.folder is None:
             return compute()
         path = self.folder / f"{key}.json"
-        if path.exists():
+        if self._find(path):
             try:
                 return json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
@@ -115,6 +122,9 @@ class Cache:
         self._replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         # What is computed and what is read back must be the same, tuples and keys included.
         return json.loads(text)
+
+    def _find(self, path: Path) -> bool:
+        return path.exists() or (self.shared is not None and self.shared.fetch(path))
 
     def _replace(self, path: Path, write: Callable[[Path], object]) -> None:
         """Write a file under a temporary name first, so that no half result is ever read."""
@@ -134,6 +144,8 @@ class Cache:
                 f"--cache {path.parent}: cannot be written ({reason}); free some space, name another folder, "
                 "or use --no-cache"
             ) from error
+        if self.shared is not None:
+            self.shared.publish(path)
 
 
 def _map_arrays(path: Path) -> Arrays:

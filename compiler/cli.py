@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from functools import partial
@@ -25,6 +24,7 @@ from .estimate.plan import make_plan
 from .estimate.view import plan_fields, plan_lines
 from .models.primitives import keep_few_primitives
 from .progress import Progress
+from .stage_store import default_cache_dir
 
 __all__ = ["default_cache_dir", "main", "summary"]
 
@@ -101,13 +101,6 @@ def _config(options: Mapping[str, Any]) -> CompileConfig:
         raise ConfigError("--cache and --no-cache: expected one of them, got both")
     values["cache_dir"] = None if options["no_cache"] else values["cache_dir"] or default_cache_dir()
     return CompileConfig(**values)
-
-
-def default_cache_dir() -> Path:
-    """Folder of stage results: COREINFER_CACHE, else coreinfer under the user's cache folder."""
-    if folder := os.environ.get("COREINFER_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coreinfer"
 
 
 def summary(output: Path, manifest: Manifest, progress: Progress) -> Iterator[str]:

@@ -31,6 +31,7 @@ from .config import BUILTIN, CompileConfig
 from .models.primitives import PRIMITIVES_VARIABLE
 from .program import program_sha256
 from .progress import Progress
+from .stage_store import local_folder
 from .text.reading import is_local
 
 __all__ = ["Identity", "identify", "keep_finished", "take_finished"]
@@ -142,7 +143,7 @@ def take_finished(config: CompileConfig, identity: Identity, progress: Progress)
     """
     if config.cache_dir is None or identity.key is None:
         return None
-    for entry in sorted(config.cache_dir.glob(f"{identity.key}.*")):
+    for entry in sorted(local_folder(config.cache_dir).glob(f"{identity.key}.*")):
         manifest = _whole(entry)
         if manifest is not None:
             with progress.stage("copy", 1) as advance, stage_bundle(config.output, force=config.force) as stage:
@@ -177,23 +178,22 @@ def keep_finished(config: CompileConfig, identity: Identity, bundle: Path) -> No
     """
     if config.cache_dir is None or identity.key is None:
         return
+    folder = local_folder(config.cache_dir)
     try:
-        config.cache_dir.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{identity.key}.", dir=config.cache_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{identity.key}.", dir=folder))
         try:
             shutil.copytree(bundle, temporary, dirs_exist_ok=True, copy_function=_link)
-            for damaged in config.cache_dir.glob(f"{identity.key}.*"):
+            for damaged in folder.glob(f"{identity.key}.*"):
                 shutil.rmtree(damaged)
             os.utime(temporary)
-            temporary.rename(_place(temporary, config.cache_dir / identity.key))
+            temporary.rename(_place(temporary, folder / identity.key))
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for old in sorted(config.cache_dir.glob(f"{_STAGE}-*"), key=_time_of, reverse=True)[_MOST_BUNDLES:]:
+        for old in sorted(folder.glob(f"{_STAGE}-*"), key=_time_of, reverse=True)[_MOST_BUNDLES:]:
             shutil.rmtree(old)
     except OSError as error:
-        _log.warning(
-            "cache folder %s cannot keep the bundle (%s), which next time is compiled again", config.cache_dir, error
-        )
+        _log.warning("cache folder %s cannot keep the bundle (%s), which next time is compiled again", folder, error)
 
 
 def _time_of(entry: Path) -> int:

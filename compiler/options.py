@@ -119,8 +119,8 @@ class CompileOptions:
     calibration: tuple[str, ...] = field(
         default=(BUILTIN,),
         metadata=option(
-            "Text to calibrate on: builtin, a .jsonl, .parquet or text file, a folder of them, or "
-            "hf:NAME[:split[:field]]; repeatable.",
+            "Text to calibrate on: builtin, a .jsonl, .parquet or text file, a folder or pattern of them, also at an "
+            "address such as s3://BUCKET/FOLDER, or hf:NAME[:split[:field]]; repeatable.",
             group=MAIN,
             check=not_empty(tuple, "at least one source"),
         ),
@@ -336,7 +336,7 @@ class CompileOptions:
         compare=False,
         metadata=option(
             "Folder of stage results, from which an interrupted compile continues, and of bundles, which the same "
-            "compile copies.",
+            "compile copies; or an address such as s3://BUCKET/FOLDER, which shares stage results with other machines.",
             group=MACHINE,
             unset="COREINFER_CACHE, else coreinfer in the cache folder",
             switches=("--cache",),

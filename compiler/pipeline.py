@@ -1,6 +1,6 @@
 """Compile a model into a bundle: the compiler's main path."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ from coreinfer.runtime.engines.torch.mixture import experts_of
 
 from .cache import Cache
 from .checks import Inputs
+from .clusters.route import Routing
 from .config import CompileConfig
 from .expert_options import with_whole_experts
 from .finished import Identity, identify, keep_finished, take_finished
@@ -34,18 +35,21 @@ from .report.describe import Compiled, manifest_of
 from .report.map_points import map_points
 from .report.write import file_sizes, write_report
 from .shares.stage import set_token_shares
+from .stage_store import local_folder, store_of
 from .stages import (
     Ground,
     Material,
     better_packs,
     budgets_at,
     build_ground,
+    find_routing,
     gather_material,
     heal_packs,
     held_out_reference,
     narrow_packs,
     score_packs,
 )
+from .storage import address_of
 from .team.alone import Alone
 from .team.folder import check_folder
 from .team.team import Team
@@ -73,32 +77,41 @@ def compile_inputs(config: CompileConfig, inputs: Inputs, identity: Identity | N
         config, source = _for_workers(config), source.absolute()
     torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))
     faiss.omp_set_num_threads(config.threads or min(faiss.omp_get_max_threads(), usable_cores()))
-    with progress.stage("load", 1) as advance:
-        mapped = config.max_memory is not None
-        loaded = load_model(source, family, model_config, device=config.device, dtype=config.dtype, mapped=mapped)
-        advance()
-    with _team(config, loaded, source, identity, progress) as team:
+
+    def load() -> LoadedModel:
+        with progress.stage("load", 1) as advance:
+            mapped = config.max_memory is not None
+            loaded = load_model(source, family, model_config, device=config.device, dtype=config.dtype, mapped=mapped)
+            advance()
+        return loaded
+
+    with _team(config, load, source, identity, progress) as team:
         return compile_by(config, team, identity, progress)
 
 
 def _for_workers(config: CompileConfig) -> CompileConfig:
     """Fill in the threads of each of several workers, and paths that hold wherever a worker's own folder is."""
+    cache_dir = config.cache_dir
     shared = max(1, usable_cores() // config.num_places) if config.num_places > 1 else None
     return replace(
         config,
         threads=config.threads or shared,
         output=config.output.absolute(),
-        cache_dir=config.cache_dir and config.cache_dir.absolute(),
+        cache_dir=cache_dir if cache_dir is None or address_of(cache_dir) else cache_dir.absolute(),
     )
 
 
 @contextmanager
 def _team(
-    config: CompileConfig, loaded: LoadedModel, source: ModelSource, identity: Identity, progress: Progress
+    config: CompileConfig,
+    load: Callable[[], LoadedModel],
+    source: ModelSource,
+    identity: Identity,
+    progress: Progress,
 ) -> Iterator[Team]:
     """Find who does the work."""
     if config.ray is None:
-        yield Alone(loaded)
+        yield Alone(load())
         return
     # Here, not above: only the extra `ray` has it.
     from .team.on_ray import ray_team
@@ -111,7 +124,7 @@ def _team(
         threads=torch.get_num_threads(),
         arithmetic=arithmetic(),
     )
-    with ray_team(config.ray, config.num_places, setup, loaded, progress) as team:
+    with ray_team(config.ray, config.num_places, setup, load, progress) as team:
         yield team
 
 
@@ -120,28 +133,36 @@ def compile_by(config: CompileConfig, team: Team, identity: Identity, progress: 
     asked_keep = fit_budget(config, team.loaded)
     with _scratch_folder(config) as scratch:
         check_folder(team, scratch)
-        cache = Cache(_cache_folder(config, scratch))
+        cache = _cache(config, scratch)
         material = gather_material(config, team, identity.model_sha256, cache, scratch, progress)
-        with held_out_reference(config, material, progress) as reference:
-            return _compile_measured(config, material, reference, asked_keep, identity, progress)
+        routing = None if config.clusters == "auto" else find_routing(config, material, config.clusters, progress)
+        with held_out_reference(config, material, routing, progress) as reference:
+            return _compile_measured(config, material, routing, reference, asked_keep, identity, progress)
 
 
 def _compile_measured(
     config: CompileConfig,
     material: Material,
+    routing: Routing | None,
     reference: Reference | None,
     asked_keep: float,
     identity: Identity,
     progress: Progress,
 ) -> Manifest:
-    """Decide how much is kept, by measuring on the reference where that was asked for, and compile."""
+    """Decide how much is kept, by measuring on the reference where that was asked for, and compile.
+
+    Args:
+        routing: None where the number of clusters is to be found.
+    """
     clusters = fit_clusters(
         config,
         partial(_measure_clusters, config, material, reference, asked_keep, progress),
         num_documents=len(material.corpus.calibration) if reference else 0,
     )
     with_controls = config.evaluate and config.effective_controls and reference is not None
-    ground = build_ground(config, material, clusters, asked_keep, progress, with_controls=with_controls)
+    if routing is None:
+        routing = find_routing(config, material, clusters, progress)
+    ground = build_ground(config, material, routing, asked_keep, progress, with_controls=with_controls)
     keep, keeps = fit_quality(
         config,
         asked_keep,
@@ -198,11 +219,18 @@ def _scratch_folder(config: CompileConfig) -> Iterator[Path]:
         yield Path(name)
 
 
-def _cache_folder(config: CompileConfig, scratch: Path) -> Path | None:
-    """Stage results, the packs among them, are mapped from files too where memory is short, or workers read them."""
-    if config.cache_dir is None and (config.max_memory is not None or config.ray is not None):
-        return scratch / "cache"
-    return config.cache_dir
+def _cache(config: CompileConfig, scratch: Path) -> Cache:
+    """Stage results, the packs among them, are mapped from files too where memory is short, or workers read them.
+
+    Raises:
+        ConfigError: shared storage was named for them and cannot be written.
+    """
+    if config.cache_dir is None:
+        return Cache(scratch / "cache" if config.max_memory is not None or config.ray is not None else None)
+    store = store_of(config.cache_dir)
+    if store is not None:
+        store.check()
+    return Cache(local_folder(config.cache_dir), store)
 
 
 def _measure(
@@ -231,7 +259,8 @@ def _measure_clusters(
     num_clusters: int,
 ) -> Score:
     """Score the packs of a number of clusters, without controls."""
-    ground = build_ground(config, material, num_clusters, keep, progress, with_controls=False)
+    routing = find_routing(config, material, num_clusters, progress)
+    ground = build_ground(config, material, routing, keep, progress, with_controls=False)
     keeps = (keep,) * ground.routing.clustering.num_clusters
     return _measure(config, ground, reference, keep, progress, keeps).clusters
 

@@ -7,6 +7,7 @@ __all__ = [
     "FISHER_TOKENS",
     "MOMENT_TOKENS",
     "NEURON_BLOCK",
+    "PACKED_ROWS",
     "PROFILE_TOKENS",
     "SHARE_COST_TOKENS",
     "SUMS_BYTES",
@@ -26,6 +27,8 @@ SHARE_COST_TOKENS = 512
 """Each costs as much as half of the model for every layer and group; half of them are scored."""
 NEURON_BLOCK = GROUP_SIZE
 """Kept neurons a layer are a multiple of this, the kernels' group size."""
+PACKED_ROWS = 64
+"""Of a symmetric matrix, rows of a block that is packed as one: see `prune.triangle`."""
 SUMS_BYTES = 6 << 30
 """What sums over the text may take on the disk, to be kept while layers are narrowed again."""
 _ALL_SHARE_TOKENS, _LEAST_SHARE_TOKENS, _MOST_SHARE_TOKENS = 8192, 512, 2048

@@ -46,6 +46,7 @@ from .report.describe import PACKAGES, formats_of
 from .team.team import Team
 from .text.builtin import builtin_documents
 from .text.corpus import SAMPLING, Corpus, build_corpus, split_point
+from .text.given import given_documents
 
 __all__ = [
     "Ground",
@@ -53,6 +54,7 @@ __all__ = [
     "better_packs",
     "budgets_at",
     "build_ground",
+    "find_routing",
     "gather_material",
     "heal_packs",
     "held_out_reference",
@@ -137,7 +139,7 @@ def gather_material(
     loaded = team.loaded
     check_activation(config, loaded.record.activation)
     write_builtin = partial(builtin_documents, config, team, cache, model_sha256, folder, progress)
-    corpus = build_corpus(config, loaded, write_builtin, progress)
+    corpus = build_corpus(config, loaded, partial(given_documents, config, team, progress), write_builtin)
     check_memory(config, loaded, corpus)
     key = stage_key(
         "text",
@@ -164,22 +166,31 @@ def gather_material(
     return Material(team=team, corpus=corpus, moments=moments, stored=stored, cache=cache, key=key)
 
 
+def find_routing(
+    config: CompileConfig, material: Material, clusters: int | Literal["auto"], progress: Progress
+) -> Routing:
+    """Cluster the text.
+
+    Args:
+        clusters: how many; "auto" to count them by their embeddings.
+    """
+    return build_routing(config, clusters, material.team, material.corpus, material.cache, progress)
+
+
 def build_ground(
     config: CompileConfig,
     material: Material,
-    clusters: int | Literal["auto"],
+    routing: Routing,
     keep: float,
     progress: Progress,
     *,
     with_controls: bool,
 ) -> Ground:
-    """Cluster the text, and measure what narrowing needs.
+    """Measure what narrowing for the clusters, and for the controls, needs.
 
     Args:
-        clusters: how many; "auto" to count them by their embeddings.
         keep: 1 where nothing will be narrowed, which leaves out what only narrowing needs.
     """
-    routing = build_routing(config, clusters, material.team, material.corpus, material.cache, progress)
     assignments = [routing.assignment]
     if with_controls:
         assignments += control_assignments(routing.assignment, seed=config.seed)
@@ -274,13 +285,20 @@ def _rounding(config: CompileConfig, material: Material) -> Rounding:
 
 
 @contextmanager
-def held_out_reference(config: CompileConfig, material: Material, progress: Progress) -> Iterator[Reference | None]:
-    """Read the held-out text for the time of the block; None where there is none, or nothing is measured on it."""
+def held_out_reference(
+    config: CompileConfig, material: Material, routing: Routing | None, progress: Progress
+) -> Iterator[Reference | None]:
+    """Read the held-out text for the time of the block; None where there is none, or nothing is measured on it.
+
+    Args:
+        routing: puts texts of a cluster where others of it are; None where it is not known yet.
+    """
     measures = config.evaluate or searches(config) or config.clusters == "auto"
     if not (measures and material.corpus.held_out):
         yield None
         return
-    with read_reference(material.team, material.held_out_ids, progress, material.stored) as reference:
+    labels = None if routing is None else routing.assignment.held_out
+    with read_reference(material.team, material.held_out_ids, progress, material.stored, labels) as reference:
         yield reference
 
 
@@ -319,7 +337,7 @@ def better_packs(ground: Ground, narrow: NarrowModel, healed: NarrowModel, progr
         return healed
     token_ids = [document.token_ids for document in material.corpus.validation]
     with (
-        read_reference(material.team, token_ids, progress, material.stored) as reference,
+        read_reference(material.team, token_ids, progress, material.stored, labels) as reference,
         stored_packs(material.team, material.stored, {CLUSTERS: narrow, "healed": healed}, progress) as packs,
     ):
         models = {name: (pack.cut, labels) for name, pack in packs.items()}

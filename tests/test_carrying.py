@@ -96,7 +96,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[LayerTokens]:
 
     def spy(team: Team, finds: Mapping[int, Find], *given: Any) -> Any:
         team.call(0, "spy", look, finds[0]).result()
-        return repair_layer(team, finds, *given)
+        return (yield from repair_layer(team, finds, *given))
 
     monkeypatch.setattr("coreinfer.compiler.prune.layer_repair.repair_layer", spy)
     return read
@@ -219,7 +219,7 @@ def test_controls_take_the_cluster_weight_that_the_clusters_chose(monkeypatch: p
     tried, chosen = [], []
 
     def spy(team: Team, finds: Mapping[int, Find], task: RepairTask, known: Any) -> Any:
-        repaired = repair_layer(team, finds, task, known)
+        repaired = yield from repair_layer(team, finds, task, known)
         tried.append(tuple(task.cluster_weights))
         chosen.append(repaired.cluster_weight)
         # Say the second, so that a control that takes the first is seen.
@@ -285,7 +285,7 @@ def test_an_interrupted_pass_goes_on_and_ends_alike(name: str, tmp_path: Path, m
         calls.append(0)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*given)
+        return (yield from real(*given))
 
     monkeypatch.setattr("coreinfer.compiler.prune.layer_repair.repair_layer", fail_at_third)
     with pytest.raises(KeyboardInterrupt):

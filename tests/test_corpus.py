@@ -14,6 +14,7 @@ from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.team.alone import Alone
 from coreinfer.compiler.text.builtin import Seed, builtin_documents, continue_seeds, load_seeds
 from coreinfer.compiler.text.corpus import Corpus, build_corpus, split_into_documents
+from coreinfer.compiler.text.given import given_documents
 
 from .model_factory import build_model, build_tokenizer, corpus_texts, save_corpus
 from .test_config import make_config
@@ -28,8 +29,9 @@ def loaded() -> LoadedModel:
 
 def build(loaded: LoadedModel, config: CompileConfig, cache: Path | None = None) -> Corpus:
     with TemporaryDirectory() as name:
-        write_builtin = partial(builtin_documents, config, Alone(loaded), Cache(cache), "model", Path(name), Progress())
-        return build_corpus(config, loaded, write_builtin, Progress())
+        team = Alone(loaded)
+        write_builtin = partial(builtin_documents, config, team, Cache(cache), "model", Path(name), Progress())
+        return build_corpus(config, loaded, partial(given_documents, config, team, Progress()), write_builtin)
 
 
 @pytest.mark.parametrize("num_tokens", [16, 25, 1000])

@@ -10,13 +10,8 @@ from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
 from coreinfer.compiler import CompileConfig, Progress
 from coreinfer.compiler.cache import Cache
-from coreinfer.compiler.clusters.embed import (
-    StaticEncoder,
-    distill_encoder,
-    embed_sentences,
-    fit_to_sentences,
-    load_encoder,
-)
+from coreinfer.compiler.clusters.distil import distill_encoder
+from coreinfer.compiler.clusters.embed import StaticEncoder, embed_sentences, fit_to_sentences, load_encoder
 from coreinfer.compiler.models.sources import ModelSource, find_source
 from coreinfer.compiler.team.alone import Alone
 from sentence_transformers import SentenceTransformer

@@ -73,6 +73,16 @@ def run(
         return evaluate(team, reference, models, Progress())
 
 
+def test_a_place_reads_texts_of_its_own_clusters_where_these_are_known(texts: list[list[int]]) -> None:
+    labels = np.arange(len(texts)) % 3
+    team = Alone(load("llama"), 3)
+    with read_reference(team, texts, Progress(), None, labels) as reference:
+        clusters = [{int(labels[number]) for number in numbers} for numbers in reference.numbers.values()]
+    assert sorted(number for numbers in reference.numbers.values() for number in numbers) == [*range(len(texts))]
+    # Each cut between two places is through one cluster at most.
+    assert sum(map(len, clusters)) <= 3 + len(clusters) - 1
+
+
 def naive_narrow(loaded: LoadedModel, narrow: NarrowModel, cluster: int) -> torch.nn.Module:
     """A copy of the model whose dropped neurons are silent, and whose down projection is the repaired one."""
     model = copy.deepcopy(loaded.model)

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.compiler import CompileConfig, Progress, compile_model
 from coreinfer.compiler.cli import main
+from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.team.alone import Alone
 
 from .test_team import MANIFEST, compile_by, files_of
@@ -72,7 +73,10 @@ def test_one_worker_makes_the_bundle_that_a_process_alone_makes(
 
 
 def test_workers_that_are_killed_are_replaced_and_the_bundle_is_the_same(
-    compile_on_ray: Callable[..., Path], compile_by: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    compile_on_ray: Callable[..., Path],
+    compile_by: Callable[..., Path],
+    tiny_inputs: Callable[[str], CompileConfig],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from coreinfer.compiler.team import on_ray
 
@@ -80,8 +84,8 @@ def test_workers_that_are_killed_are_replaced_and_the_bundle_is_the_same(
     done, chances = threading.Event(), random.Random(1)
 
     class Watched(on_ray.RayTeam):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def begin(self, loaded: LoadedModel) -> None:
+            super().begin(loaded)
             teams.append(self)
 
     def kill() -> None:
@@ -94,11 +98,13 @@ def test_workers_that_are_killed_are_replaced_and_the_bundle_is_the_same(
                 ray.kill(teams[0].actors[chances.randrange(2)], no_restart=False)
 
     monkeypatch.setattr(on_ray, "RayTeam", Watched)
-    expected, progress = compile_by(partial(Alone, size=2), name="expected"), Progress()
+    # Text at an address, which workers read.
+    text = tuple(f"file://{source}" for source in tiny_inputs("llama").calibration)
+    expected, progress = compile_by(partial(Alone, size=2), name="expected", calibration=text), Progress()
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        found = compile_on_ray(2, progress)
+        found = compile_on_ray(2, progress, calibration=text)
     finally:
         done.set()
         killer.join()

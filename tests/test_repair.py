@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from coreinfer.compiler.prune.dealt import LayerTokens, Seen
+from coreinfer.compiler.prune.own_down import OwnDown
 from coreinfer.compiler.prune.products import gram_matrix
 from coreinfer.compiler.prune.removal import System, remove_neurons, solve
 from coreinfer.compiler.prune.repair import RIDGES, Repaired
@@ -14,6 +15,7 @@ from coreinfer.compiler.prune.repair import RepairTask as LayerTask
 from coreinfer.compiler.prune.repair import repair_layer as repair_by_team
 from coreinfer.compiler.prune.rows import Rows
 from coreinfer.compiler.team.alone import Alone
+from coreinfer.compiler.team.dealing import finish
 
 from .test_carrying import load
 
@@ -96,9 +98,11 @@ def repair_layer(tokens: LayerTokens, task: RepairTask, num_places: int = 1) -> 
         ]
         for name, places in parts.items()
     }
-    given = {item.name: getattr(task, item.name) for item in fields(task)}
+    down = OwnDown(weights=task.weights, bias=task.bias)
+    given = {item.name: getattr(task, item.name) for item in fields(task) if item.name not in ("weights", "bias")}
+    of_layer = {"own": lambda _: down, "shape": tuple(task.weights.shape), "has_bias": task.bias is not None}
     finds = {place: (lambda _, own=own: own) for place, own in enumerate(seen)}
-    return repair_by_team(team, finds, LayerTask(**{**given, **counts}))
+    return finish(repair_by_team(team, finds, LayerTask(**{**given, **of_layer, **counts}, dtype=torch.float32)))
 
 
 def task_of(*, cluster_weights: Sequence[float] = (0.3,), ridges: Sequence[float | None] = (1e-2,)) -> RepairTask:

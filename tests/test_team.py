@@ -14,7 +14,7 @@ from coreinfer.compiler import CompileConfig, Progress, compile_model
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.team.adding import add_arrays, add_up, pass_on
 from coreinfer.compiler.team.alone import Alone
-from coreinfer.compiler.team.dealing import deal, home, homes_of, in_turn
+from coreinfer.compiler.team.dealing import Stepwise, deal, home, homes_of, in_turn, overlapped
 from coreinfer.compiler.team.steps import Steps
 from coreinfer.compiler.team.team import Pending, Worker
 
@@ -151,6 +151,30 @@ def test_items_come_in_turn_and_some_are_asked_for_in_advance() -> None:
     seen = [(item, found, len(asked)) for item, found in in_turn(Ahead(load("llama")), range(5), ask)]
     assert seen == [(0, 0, 3), (1, 1, 4), (2, 4, 5), (3, 9, 5), (4, 16, 5)]
     assert [home(Alone(load("llama"), 3), number) for number in range(5)] == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("ahead", [0, 4])
+def test_an_item_begins_before_the_one_before_it_goes_on(ahead: int) -> None:
+    taken: list[str] = []
+
+    def work(item: int) -> Stepwise[int]:
+        for step in "abc"[: 1 if item == 2 else 3]:
+            taken.append(f"{item}{step}")
+            yield
+        return item * item
+
+    team = Alone(load("llama"))
+    team.ahead = ahead  # type: ignore[misc]
+    found = []
+    for item, square in overlapped(team, range(4), work):
+        found.append((item, square))
+        taken.append("|")
+    assert found == [(0, 0), (1, 1), (2, 4), (3, 9)]
+    if ahead:
+        # Of item 2 nothing is left to do, but it comes in its turn.
+        assert " ".join(taken) == "0a 1a 0b 2a 1b 0c 3a 1c | 3b | | 3c |"
+    else:
+        assert " ".join(taken) == "0a 0b 0c | 1a 1b 1c | 2a | 3a 3b 3c |"
 
 
 def test_steps_that_are_done_elsewhere_are_reported_at_the_end() -> None:

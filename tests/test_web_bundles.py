@@ -206,7 +206,8 @@ def test_no_server_there(serve: Callable[[Path], Site]) -> None:
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """A local S3 with an empty bucket."""
-    pytest.importorskip("s3fs")
+    # It keeps connections to the server that another test had.
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -12,6 +12,7 @@ from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import FileRecord
 from coreinfer.bundles.shared.extras import needs_extra
 
+from .faults import is_of_network, reason_of
 from .opening import Mirror
 from .places import WebPlace
 
@@ -109,23 +110,14 @@ def _attempted(place: WebPlace, name: str, read: Any) -> bytes:
             return bytes(read())
         except (FileNotFoundError, PermissionError) as error:
             raise BundleNotFound(
-                f"{place}: no {name} there ({_reason(error)}); check the address and its access"
+                f"{place}: no {name} there ({reason_of(error)}); check the address and its access"
             ) from error
         except Exception as error:
             # Each file system has its own, of aiohttp, botocore and others.
-            if not _is_of_network(error):
+            if not is_of_network(error):
                 raise
             problem = error
-            _log.info("%s: %s broke off (%s); trying again", place, name, _reason(error))
+            _log.info("%s: %s broke off (%s); trying again", place, name, reason_of(error))
     raise BundleError(
-        f"{place}: {name} cannot be fetched ({_reason(problem)}); check the connection and run the same again"
+        f"{place}: {name} cannot be fetched ({reason_of(problem)}); check the connection and run the same again"
     ) from problem
-
-
-def _is_of_network(error: Exception) -> bool:
-    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    return isinstance(error, OSError | TimeoutError) or bool(packages & {"aiohttp", "botocore", "fsspec"})
-
-
-def _reason(error: BaseException | None) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

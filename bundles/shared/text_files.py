@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_text", "read_records", "read_text"]
+__all__ = ["check_text", "decode_text", "parse_records", "read_records", "read_text"]
 
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -17,13 +17,21 @@ _COMPRESSED = {
 
 
 def read_text(path: Path) -> str:
-    """Read a file of UTF-8, or of UTF-16 that begins with its mark; line ends become one character.
+    """Read a file of text; see `decode_text`.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it holds something else; the message says what, and what to do.
+        ValueError: it holds something else.
     """
-    data = path.read_bytes()
+    return decode_text(path.read_bytes())
+
+
+def decode_text(data: bytes) -> str:
+    """Decode UTF-8, or UTF-16 that begins with its mark; line ends become one character.
+
+    Raises:
+        ValueError: it is something else; the message says what, and what to do.
+    """
     for start, kind in _COMPRESSED.items():
         if data.startswith(start):
             raise ValueError(f"is compressed ({kind}); unpack it first")
@@ -39,15 +47,22 @@ def read_text(path: Path) -> str:
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Read the values of JSON Lines, or of one JSON array.
+    """Read a file of JSON values; see `parse_records`.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    yield from parse_records(read_text(path))
+
+
+def parse_records(text: str) -> Iterator[tuple[str, Any]]:
+    """Parse the values of JSON Lines, or of one JSON array.
 
     Yields:
         Where a value stands, such as "line 3", and the value; blank lines are left out.
     Raises:
-        OSError: the file cannot be read.
         ValueError: it is no such text; the message says where, and what to do.
     """
-    text = read_text(path)
     if text.lstrip().startswith("["):
         values = _parsed(text, "")
         yield from ((f"item {number}", value) for number, value in enumerate(values, start=1))

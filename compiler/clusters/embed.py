@@ -1,12 +1,8 @@
 """Sentence embeddings, and the static encoder that replaces them on the device."""
 
-import copy
-import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +17,13 @@ from coreinfer.compiler.models.sources import ModelSource, check_encoder_source
 from coreinfer.compiler.progress import Advance, Progress
 from coreinfer.compiler.team.steps import Steps
 from coreinfer.compiler.team.team import Team, Worker
-from model2vec.distill import distill_from_model
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
-__all__ = ["ENCODER", "StaticEncoder", "distill_encoder", "embed_sentences", "fit_to_sentences", "load_encoder"]
+__all__ = ["ENCODER", "Encoder", "StaticEncoder", "embed_sentences", "fit_to_sentences", "load_encoder"]
 
 _log = logging.getLogger(__name__)
 _BATCH_SIZE = 64
-_TABLE_DIMENSION = 256
 _FIT_RIDGE = 0.2
 
 ENCODER = "encoder"
@@ -37,6 +31,7 @@ ENCODER = "encoder"
 
 Floats = npt.NDArray[np.float32]
 Encoder = Callable[[], SentenceTransformer]
+"""Loads a sentence encoder where it is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,51 +128,6 @@ def _embed(
         found.append(batch)
         advance(len(texts))
     return found
-
-
-def distill_encoder(team: Team, encoder: Encoder, key: str, cache: Cache, progress: Progress) -> StaticEncoder:
-    """Distil the sentence encoder into a token table (model2vec): each token's own embedding, PCA, SIF weights."""
-    distilled: list[tuple[npt.NDArray[np.float16], str]] = []
-
-    def compute() -> tuple[npt.NDArray[np.float16], str]:
-        if not distilled:
-            with progress.stage("distil", 1) as advance:
-                distilled.append(team.call(0, "distil", _distil, encoder, key).result())
-                advance()
-        return distilled[0]
-
-    table_key = stage_key("distil", encoder=key, bf16=cpu_multiplies_bf16())
-    table = cache.arrays(table_key, lambda: {"table": compute()[0]})["table"]
-    tokenizer_json = cache.json(stage_key("distil-tokenizer", encoder=key), lambda: compute()[1])
-    return StaticEncoder(table=table, tokenizer_json=tokenizer_json)
-
-
-def _distil(worker: Worker, encoder: Encoder, key: str) -> tuple[npt.NDArray[np.float16], str]:
-    """The table, and the tokenizer whose ids are its rows."""
-    model = worker.recall(ENCODER, key, encoder)
-    dimension = min(_TABLE_DIMENSION, int(model.encode(["dimension"], show_progress_bar=False).shape[1]))
-    with _quiet_bars():
-        distilled: Any = distill_from_model(
-            _quick(model), model.tokenizer, device=str(model.device), pca_dims=dimension
-        )
-    tokenizer = distilled.tokenizer
-    # What is embedded is cut by characters only, see `routing_excerpt`, and never padded.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return np.asarray(distilled.embedding, dtype=np.float16), str(tokenizer.to_str())
-
-
-def _quick(model: SentenceTransformer) -> Any:
-    """Copy the encoder's body, in bfloat16 where the CPU multiplies it: the table is rounded to float16 anyway."""
-    body = copy.deepcopy(model[0].auto_model)
-    return body.to(torch.bfloat16) if model.device.type == "cpu" and cpu_multiplies_bf16() else body
-
-
-@contextmanager
-def _quiet_bars() -> Iterator[None]:
-    """Drop what model2vec draws on stderr; tqdm takes the stream that is there when a bar starts."""
-    with quiet_transformers(), redirect_stderr(io.StringIO()):
-        yield
 
 
 def fit_to_sentences(encoder: StaticEncoder, texts: Sequence[str], targets: Floats) -> StaticEncoder:

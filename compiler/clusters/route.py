@@ -17,7 +17,8 @@ from coreinfer.compiler.team.team import Team, forget
 from coreinfer.compiler.text.corpus import Corpus, Document, split_point
 
 from .cluster import Clustering, class_centroids, cluster_embeddings
-from .embed import ENCODER, StaticEncoder, distill_encoder, embed_sentences, fit_to_sentences, load_encoder
+from .distil import TOKENS, distill_encoder
+from .embed import ENCODER, StaticEncoder, embed_sentences, fit_to_sentences, load_encoder
 
 __all__ = ["Routing", "build_routing", "control_assignments", "route"]
 
@@ -75,7 +76,8 @@ def build_routing(
     calibration, validation, held_out = np.split(embeddings, np.cumsum([len(part) for part in parts])[:2])
     clustering = cluster_embeddings(calibration, clusters, seed=config.seed)
     static = fit_to_sentences(distill_encoder(team, encoder, key, cache, progress), parts[0], calibration)
-    forget(team, "embed", ENCODER)
+    for slot in (ENCODER, TOKENS):
+        forget(team, "embed", slot)
     static_calibration = static.embed(parts[0])
     centroids = class_centroids(static_calibration, clustering.labels)
     routed = nearest(static.embed(prompts), centroids)

@@ -216,7 +216,10 @@ def memory_needs(config: CompileConfig, case: Case, item_bytes: int) -> Mapping[
         "curves": work.sampled(tokens, CURVE_TOKENS),
         "reconstruct": tokens + case.validation_tokens,
     }
-    return stage_needs(config, case, samples, item_bytes=item_bytes)
+    # Of the clusters' packs a worker reads its share, and one that it shares with a neighbour; of the controls' all.
+    first, *controls = case.num_assigned
+    num_read = min(first, -(-first // config.num_places) + 1) + sum(controls)
+    return stage_needs(config, case, samples, item_bytes=item_bytes, num_read=num_read)
 
 
 def stage_works(config: CompileConfig, case: Case, file_bytes: int | None) -> Iterator[tuple[str, str, Work]]:

@@ -11,7 +11,7 @@ from coreinfer.compiler.quality.search import searches
 from coreinfer.compiler.samples import NEURON_BLOCK, SUMS_BYTES
 
 from .shapes import Shapes
-from .work import Case
+from .work import Case, moment_values, num_kept_sums
 
 __all__ = ["base_token_bytes", "bundle_bytes", "ffn_token_bytes", "kept_neurons", "scratch_bytes", "stage_needs"]
 
@@ -146,23 +146,26 @@ def _kept_sums_bytes(config: CompileConfig, case: Case) -> int:
     shapes = case.shapes
     if not shares_profile(config) or case.kept == shapes.ffn_dim:
         return 0
-    sums = 4 * shapes.num_layers * case.num_packs * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
+    sums = 4 * shapes.num_layers * num_kept_sums(case) * moment_values(shapes)
     return sums if sums <= SUMS_BYTES else 0
 
 
-def stage_needs(config: CompileConfig, case: Case, samples: Mapping[str, int], *, item_bytes: int) -> dict[str, int]:
+def stage_needs(
+    config: CompileConfig, case: Case, samples: Mapping[str, int], *, item_bytes: int, num_read: int
+) -> dict[str, int]:
     """Most bytes of memory that each stage needs, with the model and the program.
 
     Args:
         samples: stage -> tokens whose activations it holds.
         item_bytes: of a weight and an activation.
+        num_read: packs that one worker scores.
     """
     shapes = case.shapes
     model = case.shapes.all_weights * item_bytes
     square = 4 * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
-    moments = min(moment_bytes(config), case.num_clusters * square) + 6 * square
+    moments = min(moment_bytes(config), case.num_clusters * 4 * moment_values(shapes)) + 6 * square
     logits = shapes.vocab_size * case.document_tokens * (item_bytes + 3 * 4)
-    files = case.num_packs * _pack_bytes(config, case) + shapes.all_weights
+    files = num_read * _pack_bytes(config, case) + shapes.all_weights
     extra: dict[str, float] = {
         "load": 4 * shapes.head_weights,
         "corpus": shapes.all_weights + 64 * case.document_tokens * shapes.num_layers * 2,

@@ -54,7 +54,7 @@ REACHED: Mapping[str, Reached] = {
 
 
 DIVIDED = frozenset(
-    {"corpus", "moments", "reference", "embed", "profile", "sensitivity", "curves", "reconstruct", "evaluate"}
+    {"corpus", "moments", "reference", "embed", "distil", "profile", "sensitivity", "curves", "reconstruct", "evaluate"}
 )
 """Stages whose work several workers share evenly. Of `pack`, packs are shared too, and the larger base is not."""
 

@@ -10,6 +10,7 @@ from coreinfer.compiler.samples import (
     CURVE_TOKENS,
     FISHER_TOKENS,
     MOMENT_TOKENS,
+    PACKED_ROWS,
     PROFILE_TOKENS,
     SHARE_COST_TOKENS,
     VALIDATION_TOKENS,
@@ -27,7 +28,9 @@ __all__ = [
     "embed_work",
     "evaluate_work",
     "load_work",
+    "moment_values",
     "moments_work",
+    "num_kept_sums",
     "pack_work",
     "packs_work",
     "profile_work",
@@ -242,13 +245,23 @@ def sums_work(case: Case) -> Work:
 
     Validation text, and moments in the model's dtype, which are written.
     """
-    shapes, num_packs = case.shapes, case.num_packs
-    kept = shapes.num_layers * num_packs * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
+    shapes = case.shapes
+    kept = shapes.num_layers * num_kept_sums(case) * moment_values(shapes)
     return Work(
         model_flop=case.token_flop * case.validation_tokens
         + shapes.num_layers * len(case.num_assigned) * _sums_flop(case),
         moved_bytes=3 * _FLOAT_BYTES * kept,
     )
+
+
+def num_kept_sums(case: Case) -> int:
+    """Sums of a layer: of each cluster, and of all text where an assignment has more than one."""
+    return case.num_packs + sum(num_clusters > 1 for num_clusters in case.num_assigned)
+
+
+def moment_values(shapes: Shapes) -> int:
+    """Values of one cluster's moments in one layer, as they are kept and sent: see `pack_upper`."""
+    return shapes.ffn_dim * ((shapes.ffn_dim + PACKED_ROWS) // 2 + shapes.hidden_size)
 
 
 def _sums_flop(case: Case) -> float:
@@ -300,8 +313,8 @@ def repair_flop(case: Case, num_ridges: int) -> float:
 
 
 def _mixture_bytes(shapes: Shapes) -> float:
-    """Moments of a cluster are zeroed, divided and mixed: about eight passes over f (f + h) values."""
-    return 8 * _FLOAT_BYTES * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
+    """Moments of a cluster are zeroed, packed, mixed and unpacked: about six passes over f (f + h) values."""
+    return 6 * _FLOAT_BYTES * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
 
 
 def reference_work(case: Case) -> Work:

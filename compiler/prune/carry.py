@@ -14,6 +14,7 @@ from uuid import uuid4
 import torch
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.team.dealing import finish
 from coreinfer.compiler.team.passage import WALK
 from coreinfer.compiler.team.team import Shared, forget
 
@@ -22,6 +23,7 @@ from .dealt import DealtText, deal_text
 from .layer_repair import NarrowInputs, Results, find_results, own_result, repair_assignment, store_results
 from .layer_results import LayerResult, results_of
 from .narrow import CLUSTERS
+from .own_down import OWN_DOWN
 
 __all__ = ["narrow_carried"]
 
@@ -44,7 +46,8 @@ def narrow_carried(inputs: NarrowInputs, cache: Cache, keys: Sequence[str], prog
                 found = find_results(inputs, cache, key)
                 results.append(found or store_results(cache, key, _narrow_layer(inputs, text, journey, layer)))
             advance()
-        forget(inputs.team, _STAGE, WALK)
+        for slot in (WALK, OWN_DOWN):
+            forget(inputs.team, _STAGE, slot)
     return results
 
 
@@ -84,6 +87,6 @@ def _narrow_layer(inputs: NarrowInputs, text: DealtText, journey: Shared[Journey
                 for place, own in text.texts.items()
             }
             clusters = results.get(CLUSTERS)
-            results[item.name] = repair_assignment(inputs, layer, item.name, text, finds, clusters)
+            results[item.name] = finish(repair_assignment(inputs, layer, item.name, text, finds, clusters))
             shared[item.name] = inputs.team.share(results[item.name])
     return results

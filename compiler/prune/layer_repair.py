@@ -10,12 +10,14 @@ from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.quantize.rounding import Rounding
+from coreinfer.compiler.team.dealing import Stepwise
 from coreinfer.compiler.team.team import Team
 from coreinfer.compiler.text.corpus import Document
 
 from .dealt import DealtText, Find
 from .layer_results import LayerResult, arrays_of, results_of
 from .narrow import Assignment, bf16_bits
+from .own_down import own_down
 from .repair import CLUSTER_WEIGHTS, RIDGES, Known, Repaired, RepairTask, repair_layer
 from .select import Choice
 from .sums import Sums
@@ -85,7 +87,7 @@ def repair_assignment(
     finds: Mapping[int, Find],
     clusters: LayerResult | None,
     known: Known | None = None,
-) -> LayerResult:
+) -> Stepwise[LayerResult]:
     """Narrow one layer for one assignment; a control goes by what the clusters chose for themselves.
 
     Args:
@@ -109,16 +111,20 @@ def repair_assignment(
     task = RepairTask(
         calibration=text.calibration_tokens[name],
         validation=text.validation_tokens[name],
-        weights=module.weight.detach().float().T.contiguous(),
-        bias=None if module.bias is None else module.bias.detach().float(),
+        own=partial(own_down, layer=layer),
+        shape=(inputs.loaded.record.ffn_dim, inputs.loaded.record.hidden_size),
+        has_bias=module.bias is not None,
         metric=inputs.metrics[layer].to(inputs.loaded.device),
         keeps=keeps,
         neuron_ids=None if config.effective_removal == "second-order" else by_scores,
         cluster_weights=cluster_weights,
         ridges=ridges,
+        # As they are stored.
+        dtype=torch.bfloat16,
         moment_bytes=moment_bytes(config),
     )
-    return _result(repair_layer(inputs.team, finds, task, known), has_bias=module.bias is not None)
+    repaired = yield from repair_layer(inputs.team, finds, task, known)
+    return _result(repaired, has_bias=task.has_bias)
 
 
 def _repair_weights(config: CompileConfig) -> tuple[float, ...]:

@@ -8,41 +8,60 @@ from coreinfer.compiler.team.adding import add_up, pass_on
 from coreinfer.compiler.team.team import Pending, Team, Worker
 
 from .dealt import Find, LayerTokens, TokenCounts
-from .products import add_products, mirror
+from .products import add_products
+from .triangle import pack_upper, unpack_upper
 
-__all__ = ["Moments", "ask_moments", "ask_overall", "mean_moments", "weighted_sum"]
+__all__ = ["Moments", "add_moments", "ask_moments", "ask_overall", "ask_parts", "mean_moments", "weighted_sum"]
 
 _TOKEN_CHUNK = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Means over tokens of h h^T, h y^T, h and y; the last two only where the down projection has a bias."""
+    """Means over tokens of h h^T, h y^T, h and y; the last two only where the down projection has a bias.
 
-    gram: torch.Tensor
+    Attributes:
+        upper: of h h^T what `pack_upper` returns.
+        cross: (ffn_dim, hidden size).
+        mean_activation: (ffn_dim,).
+        mean_target: (hidden size,).
+    """
+
+    upper: torch.Tensor
     cross: torch.Tensor
     mean_activation: torch.Tensor
     mean_target: torch.Tensor
 
+    @property
+    def gram(self) -> torch.Tensor:
+        """The mean of h h^T as a whole: (ffn_dim, ffn_dim)."""
+        return unpack_upper(self.upper, len(self.cross))
+
     def parts(self) -> tuple[torch.Tensor, ...]:
         """All of them."""
-        return self.gram, self.cross, self.mean_activation, self.mean_target
+        return self.upper, self.cross, self.mean_activation, self.mean_target
 
 
 def ask_moments(
     team: Team, stage: str, finds: Mapping[int, Find], counts: TokenCounts, cluster: int, *, centred: bool
 ) -> Pending[Moments]:
-    """Ask for one cluster's moments, from the places that have text of it.
+    """Ask for one cluster's moments, from the places that have text of it; see `ask_parts`."""
+    return add_up(team, stage, add_moments, ask_parts(team, stage, finds, counts, cluster, centred=centred))
+
+
+def ask_parts(
+    team: Team, stage: str, finds: Mapping[int, Find], counts: TokenCounts, cluster: int, *, centred: bool
+) -> dict[int, Pending[Moments]]:
+    """Ask for each place's part of one cluster's moments.
 
     Args:
         centred: whether means of h and y are wanted too.
     """
     total = sum(counts[cluster].values())
-    parts = {
+    return {
         place: team.call(place, stage, _cluster_moments, finds[place], cluster, total, centred)
         for place in counts[cluster]
     }
-    return add_up(team, stage, _add_moments, parts)
 
 
 def ask_overall(
@@ -78,7 +97,7 @@ def ask_overall(
         for place, clusters in sorted(at_home.items()):
             weights = [totals[cluster] / all_tokens for cluster in clusters]
             parts[place] = team.call(place, stage, _weigh, weights, *(known[cluster] for cluster in clusters))
-    total = add_up(team, stage, _add_moments, parts)
+    total = add_up(team, stage, add_moments, parts)
     return pass_on(team, stage, total, sorted({*homes.values()}))
 
 
@@ -102,26 +121,23 @@ def _weigh(_worker: Worker, weights: Sequence[float], *moments: Moments) -> Mome
 
 
 @torch.inference_mode()
-def _add_moments(_worker: Worker, first: Moments, second: Moments) -> Moments:
-    gram, cross, activation, target = (a + b for a, b in zip(first.parts(), second.parts(), strict=True))
-    return Moments(gram=gram, cross=cross, mean_activation=activation, mean_target=target)
+def add_moments(_worker: Worker, first: Moments, second: Moments) -> Moments:
+    """Add moments, or parts of them."""
+    upper, cross, activation, target = (a + b for a, b in zip(first.parts(), second.parts(), strict=True))
+    return Moments(upper=upper, cross=cross, mean_activation=activation, mean_target=target)
 
 
 def weighted_sum(moments: Sequence[Moments], weights: Sequence[float]) -> Moments:
     """Mix moments."""
-    columns = zip(*(item.parts() for item in moments), strict=True)
-    sums = [
-        torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum(dim=0)
-        if parts[0].ndim == 1
-        else _accumulate(parts, weights)
-        for parts in columns
-    ]
-    return Moments(gram=sums[0], cross=sums[1], mean_activation=sums[2], mean_target=sums[3])
+    upper, cross, activation, target = (
+        _accumulate(parts, weights) for parts in zip(*(item.parts() for item in moments), strict=True)
+    )
+    return Moments(upper=upper, cross=cross, mean_activation=activation, mean_target=target)
 
 
 def _accumulate(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    total = torch.zeros_like(parts[0])
-    for part, weight in zip(parts, weights, strict=True):
+    total = parts[0] * weights[0]
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
         total.add_(part, alpha=weight)
     return total
 
@@ -130,14 +146,14 @@ def mean_moments(tokens: LayerTokens, rows: torch.Tensor, total: int, *, centred
     """Sums over some tokens divided by the number of all; means are left at 0 where nothing is centred."""
     ffn_dim, hidden_size = tokens.activations.shape[1], tokens.targets.shape[1]
     device = tokens.activations.device
+    gram, cross = torch.zeros((ffn_dim, ffn_dim), device=device), torch.zeros((ffn_dim, hidden_size), device=device)
+    add_products(gram, cross, tokens.activations, tokens.targets, rows)
     sums = Moments(
-        gram=torch.zeros((ffn_dim, ffn_dim), device=device),
-        cross=torch.zeros((ffn_dim, hidden_size), device=device),
+        upper=pack_upper(gram),
+        cross=cross,
         mean_activation=torch.zeros(ffn_dim, device=device),
         mean_target=torch.zeros(hidden_size, device=device),
     )
-    add_products(sums.gram, sums.cross, tokens.activations, tokens.targets, rows)
-    mirror(sums.gram)
     if centred:
         for part in rows.split(_TOKEN_CHUNK):
             sums.mean_activation.add_(tokens.activations[part].float().sum(dim=0))

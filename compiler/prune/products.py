@@ -9,8 +9,9 @@ import numpy.typing as npt
 import torch
 
 from . import _products
+from .triangle import pack_upper, unpack_upper
 
-__all__ = ["add_products", "gram_matrix", "mirror"]
+__all__ = ["add_products", "gram_matrix", "packed_gram"]
 
 _TOKEN_CHUNK = 8192
 _COLUMN_BLOCKS = 6
@@ -25,13 +26,17 @@ def gram_matrix(activations: torch.Tensor) -> torch.Tensor:
     Returns:
         (n, n) float32.
     """
+    return unpack_upper(packed_gram(activations), activations.shape[1])
+
+
+def packed_gram(activations: torch.Tensor) -> torch.Tensor:
+    """Sum h h^T over tokens in float32: what `pack_upper` returns of it."""
     num_columns = activations.shape[1]
     gram = torch.zeros((num_columns, num_columns), dtype=torch.float32, device=activations.device)
     cross = gram.new_zeros((num_columns, 0))
     rows = torch.arange(len(activations), device=activations.device)
     add_products(gram, cross, activations, activations[:, :0].contiguous(), rows)
-    mirror(gram)
-    return gram
+    return pack_upper(gram)
 
 
 def add_products(
@@ -40,7 +45,7 @@ def add_products(
     """Add sums of h h^T, on and above the diagonal only, and of h y^T over some tokens.
 
     Args:
-        gram: (n, n) float32; what is below the diagonal is of no use until `mirror`.
+        gram: (n, n) float32; what is below the diagonal is of no use: see `pack_upper`.
         cross: (n, m) float32.
         activations: (tokens, n), h.
         targets: (tokens, m), y, of the same dtype.
@@ -71,9 +76,3 @@ def _add_upper(gram: torch.Tensor, values: torch.Tensor) -> None:
     step = max(64, -(-num_columns // _COLUMN_BLOCKS))
     for start in range(0, num_columns, step):
         gram[start : start + step, start:].addmm_(values[:, start : start + step].T, values[:, start:])
-
-
-def mirror(gram: torch.Tensor) -> None:
-    """Put what is above the diagonal below it as well."""
-    gram.triu_()
-    gram += gram.triu(1).T

@@ -14,9 +14,9 @@ from coreinfer.compiler.models.walking import LayerActivations
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.samples import PROFILE_TOKENS
 from coreinfer.compiler.team.adding import Arrays, add_arrays, add_up
-from coreinfer.compiler.team.dealing import deal, in_turn
+from coreinfer.compiler.team.dealing import Stepwise, deal, overlapped
 from coreinfer.compiler.team.passage import WALK, Passage, begin_passages, layer_of, lengths_of
-from coreinfer.compiler.team.team import Pending, Shared, Team, Worker, forget
+from coreinfer.compiler.team.team import Shared, Team, Worker, forget
 from coreinfer.compiler.text.corpus import Document
 
 if TYPE_CHECKING:
@@ -141,17 +141,21 @@ def _sums(
         for place, ids in dealt.items()
     }
 
-    def ask(layer: int) -> tuple[Pending[Arrays], list[Pending[None]]]:
+    def sum_layer(layer: int) -> Stepwise[Arrays]:
         parts = {place: team.call(place, _STAGE, _layer_sums, text, layer) for place, text in texts.items()}
+        keep_rest = None if kept is None else kept.keep(team, _STAGE, layer)
+        yield
         total = add_up(team, _STAGE, add_arrays, parts)
-        return total, [] if kept is None else kept.keep(team, _STAGE, layer)
+        keeping = [] if keep_rest is None else keep_rest()
+        yield
+        for waiting in keeping:
+            waiting.result()
+        return total.result()
 
     found: list[Arrays] = []
     with progress.stage(_STAGE, num_layers) as advance:
-        for _, (total, keeping) in in_turn(team, range(num_layers), ask):
-            found.append(total.result())
-            for waiting in keeping:
-                waiting.result()
+        for _, sums_of_layer in overlapped(team, range(num_layers), sum_layer):
+            found.append(sums_of_layer)
             advance()
         forget(team, _STAGE, WALK)
     sums = {name: np.stack([layer[name] for layer in found], axis=-2) for name in found[0]}

@@ -13,12 +13,14 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import torch
-from coreinfer.compiler.team.dealing import homes_of, in_turn
+from coreinfer.compiler.team.dealing import Stepwise, homes_of, in_turn
 from coreinfer.compiler.team.team import Pending, Shared, Team, Worker
 
 from .dealt import Find, LayerTokens, TokenCounts
 from .means import Moments, ask_moments, ask_overall, weighted_sum
+from .own_down import OwnDown
 from .removal import System, remove_neurons, solve
+from .triangle import num_packed
 
 __all__ = ["CLUSTER_WEIGHTS", "RIDGES", "Known", "RepairTask", "Repaired", "repair_layer"]
 
@@ -31,8 +33,8 @@ _TOKEN_CHUNK = 8192
 _STAGE = "reconstruct"
 
 Ids = npt.NDArray[np.int32]
-Solutions = list[tuple[torch.Tensor, torch.Tensor]]
-"""A (kept, hidden size) down projection, transposed, and its (hidden size,) bias for each ridge or cluster."""
+Solution = tuple[torch.Tensor, torch.Tensor]
+"""A (kept, hidden size) down projection, transposed, and its (hidden size,) bias."""
 Costs = list[list[list[float]]]
 """Of one cluster: costs[chunk of tokens][cluster weight][ridge]."""
 
@@ -43,25 +45,29 @@ class RepairTask:
 
     Attributes:
         calibration, validation: tokens of each cluster at each place, of the latter those that are read narrow.
-        weights: (ffn_dim, hidden size) float32, the down projection transposed.
-        bias: (hidden size,) float32, None where the family has none.
+        own: finds the model's down projection, where it is asked.
+        shape: of its matrix, (ffn_dim, hidden size).
+        has_bias: whether the family's has one.
         metric: (hidden size, hidden size) what output errors cost.
         keeps: how many neurons of each cluster stay. A cluster that keeps all keeps the model's own weights.
         neuron_ids: the neurons of each cluster; None to remove by second order.
         cluster_weights: candidates for the weight of the cluster's moments against those of all text.
         ridges: candidates; None among them stands for no repair.
+        dtype: of the solutions that are returned.
         moment_bytes: each worker holds moments in memory up to this size; beyond it they are summed twice.
     """
 
     calibration: TokenCounts
     validation: TokenCounts
-    weights: torch.Tensor
-    bias: torch.Tensor | None
+    own: Callable[[Worker], OwnDown]
+    shape: tuple[int, int]
+    has_bias: bool
     metric: torch.Tensor
     keeps: Sequence[int]
     neuron_ids: Sequence[Ids] | None
     cluster_weights: Sequence[float]
     ridges: Sequence[float | None]
+    dtype: torch.dtype
     moment_bytes: int = 4 << 30
 
 
@@ -77,25 +83,34 @@ class Repaired:
     """
 
     neuron_ids: list[Ids]
-    solutions: Solutions
+    solutions: list[Solution]
     ridge: float | None
     cluster_weight: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Solved:
-    """One cluster's neurons, and its solutions for each ridge, by one cluster weight."""
+    """One cluster's neurons, and its solution for each ridge, by one cluster weight; None for the model's own."""
 
     neuron_ids: Ids
-    solutions: Solutions
+    solutions: list[Solution | None]
+
+    def solution(self, ridge: int, own: Callable[[], OwnDown]) -> Solution:
+        """The one for a ridge."""
+        if (found := self.solutions[ridge]) is not None:
+            return found
+        return own().rows(torch.from_numpy(self.neuron_ids))
 
 
 _Pending = Pending[list[_Solved]]
-Known = Callable[[int, int], Pending[Moments]]
-"""Asks for a cluster's moments, which are known, at a place."""
+Known = Callable[[Worker, int | None], Moments]
+"""Finds a cluster's moments, or with None those of all text, where they are used."""
+_Source = Moments | Callable[[Worker], Moments]
 
 
-def repair_layer(team: Team, finds: Mapping[int, Find], task: RepairTask, known: Known | None = None) -> Repaired:
+def repair_layer(
+    team: Team, finds: Mapping[int, Find], task: RepairTask, known: Known | None = None
+) -> Stepwise[Repaired]:
     """Choose and refit one layer's neurons for every cluster, with one cluster weight and one ridge for all of them.
 
     Both are the candidates with the lowest cost on the validation tokens; no repair at all is a candidate of "auto", so
@@ -103,12 +118,19 @@ def repair_layer(team: Team, finds: Mapping[int, Find], task: RepairTask, known:
 
     Args:
         finds: place -> finds the layer's tokens there.
-        known: cluster and place -> the cluster's moments, where they are known; None to sum them over the tokens.
+        known: finds moments, where they are known; None to sum them over the tokens.
     """
     shared, homes = team.share(task), homes_of(task.calibration, team)
-    solved = _solve_clusters(team, finds, task, shared, known, homes)
-    weight, ridge = _best(team, finds, task, shared, solved)
-    chosen = [team.call(homes[c], _STAGE, _choose, solved[c], weight, ridge) for c in range(len(task.keeps))]
+    if known is None:
+        solved = _solve_summed(team, finds, task, shared, homes)
+    else:
+        solved = _solve_known(team, task, shared, homes, known)
+    yield
+    costs = _ask_costs(team, finds, task, shared, solved)
+    yield
+    weight, ridge = _best(task, costs)
+    chosen = [team.call(homes[c], _STAGE, _choose, shared, solved[c], weight, ridge) for c in range(len(task.keeps))]
+    yield
     found = [waiting.result() for waiting in chosen]
     return Repaired(
         neuron_ids=[ids for ids, _ in found],
@@ -118,23 +140,31 @@ def repair_layer(team: Team, finds: Mapping[int, Find], task: RepairTask, known:
     )
 
 
-def _solve_clusters(
+def _solve_known(
+    team: Team, task: RepairTask, shared: Shared[RepairTask], homes: Mapping[int, int], known: Known
+) -> dict[int, _Pending]:
+    """Solve each cluster at its home."""
+    everything = partial(known, number=None) if len(task.keeps) > 1 else None
+    return {
+        cluster: team.call(place, _STAGE, _solve_cluster, shared, cluster, partial(known, number=cluster), everything)
+        for cluster, place in homes.items()
+    }
+
+
+def _solve_summed(
     team: Team,
     finds: Mapping[int, Find],
     task: RepairTask,
     shared: Shared[RepairTask],
-    known: Known | None,
     homes: Mapping[int, int],
 ) -> dict[int, _Pending]:
     """Solve each cluster at its home, as soon as its moments are there."""
-    centred, num_values = task.bias is not None, task.weights.shape[0] * sum(task.weights.shape)
-    own = partial(ask_moments, team, _STAGE, finds, task.calibration, centred=centred)
+    num_values = num_packed(task.shape[0]) + task.shape[0] * task.shape[1]
+    own = partial(ask_moments, team, _STAGE, finds, task.calibration, centred=task.has_bias)
     found = None
-    if known is not None:
-        found = {cluster: known(cluster, place) for cluster, place in homes.items()}
-    elif len(homes) * num_values * 4 <= task.moment_bytes * team.size:
+    if len(homes) * num_values * 4 <= task.moment_bytes * team.size:
         found = {cluster: own(cluster) for cluster in homes}
-    overall = ask_overall(team, _STAGE, finds, task.calibration, found, homes, centred=centred)
+    overall = ask_overall(team, _STAGE, finds, task.calibration, found, homes, centred=task.has_bias)
 
     def ask(cluster: int) -> _Pending:
         place, moments = homes[cluster], own(cluster) if found is None else found[cluster]
@@ -151,13 +181,15 @@ def _solve_clusters(
 
 @torch.inference_mode()
 def _solve_cluster(
-    _worker: Worker, shared: Shared[RepairTask], cluster: int, own: Moments, overall: Moments | None
+    worker: Worker, shared: Shared[RepairTask], cluster: int, own: _Source, overall: _Source | None
 ) -> list[_Solved]:
     """One cluster's neurons and solutions for each cluster weight."""
     task, found = shared.value(), []
+    moments = [item if isinstance(item, Moments) else item(worker) for item in (own, overall) if item is not None]
+    down = task.own(worker)
     for weight in task.cluster_weights:
-        mixed = own if overall is None else weighted_sum([own, overall], [weight, 1 - weight])
-        system = _system(mixed, task)
+        mixed = moments[0] if len(moments) == 1 else weighted_sum(moments, [weight, 1 - weight])
+        system = _system(mixed, task, down)
         if task.neuron_ids is None:
             neuron_ids = remove_neurons(system, task.metric, keep=task.keeps[cluster]).neuron_ids
         else:
@@ -167,25 +199,30 @@ def _solve_cluster(
 
 
 def _choose(
-    _worker: Worker, solved: list[_Solved], weight: int, ridge: int
-) -> tuple[Ids, tuple[torch.Tensor, torch.Tensor]]:
-    return solved[weight].neuron_ids, solved[weight].solutions[ridge]
+    worker: Worker, shared: Shared[RepairTask], solved: list[_Solved], weight: int, ridge: int
+) -> tuple[Ids, Solution]:
+    task = shared.value()
+    down, bias = solved[weight].solution(ridge, partial(task.own, worker))
+    return solved[weight].neuron_ids, (down.to(task.dtype), bias)
 
 
-def _best(
+def _ask_costs(
     team: Team, finds: Mapping[int, Find], task: RepairTask, shared: Shared[RepairTask], solved: Mapping[int, _Pending]
-) -> tuple[int, int]:
-    """Numbers of the cluster weight and of the ridge that validation text likes best."""
-    shape = (len(task.cluster_weights), len(task.ridges))
-    if shape == (1, 1) or not any(task.validation):
-        return 0, 0
-    asked = {
-        (cluster, place): team.call(place, _STAGE, _validation_costs, finds[place], shared, cluster, solved[cluster])
+) -> list[Pending[Costs]]:
+    """Ask for what candidates cost on each place's validation text, unless there is one of each."""
+    if len(task.cluster_weights) == len(task.ridges) == 1:
+        return []
+    return [
+        team.call(place, _STAGE, _validation_costs, finds[place], shared, cluster, solved[cluster])
         for cluster, places in enumerate(task.validation)
         for place in places
-    }
-    totals = np.zeros(shape)
-    for waiting in asked.values():
+    ]
+
+
+def _best(task: RepairTask, asked: Sequence[Pending[Costs]]) -> tuple[int, int]:
+    """Numbers of the cluster weight and of the ridge that validation text likes best."""
+    totals = np.zeros((len(task.cluster_weights), len(task.ridges)))
+    for waiting in asked:
         for chunk in waiting.result():
             totals += np.array(chunk)
     costs = totals.tolist()
@@ -193,30 +230,29 @@ def _best(
     return weight, min(range(len(task.ridges)), key=costs[weight].__getitem__)
 
 
-def _system(moments: Moments, task: RepairTask) -> System:
+def _system(moments: Moments, task: RepairTask, down: OwnDown) -> System:
     gram, cross = moments.gram, moments.cross
-    if task.bias is not None:
+    if task.has_bias:
         gram = gram - torch.outer(moments.mean_activation, moments.mean_activation)
         cross = cross - torch.outer(moments.mean_activation, moments.mean_target)
-    return System(gram=gram, cross=cross, own=task.weights, ridge=_REMOVAL_RIDGE)
+    return System(gram=gram, cross=cross, own=down.weights, ridge=_REMOVAL_RIDGE)
 
 
-def _solutions(system: System, moments: Moments, task: RepairTask, neuron_ids: Ids) -> Solutions:
+def _solutions(system: System, moments: Moments, task: RepairTask, neuron_ids: Ids) -> list[Solution | None]:
     """One cluster's solution for each candidate ridge."""
-    index = torch.from_numpy(neuron_ids).long().to(task.weights.device)
-    none = torch.zeros(task.weights.shape[1], device=task.weights.device)
-    own = (task.weights[index], none if task.bias is None else task.bias)
-    if len(neuron_ids) == len(task.weights):
-        return [own] * len(task.ridges)
+    index = torch.from_numpy(neuron_ids).long().to(system.gram.device)
+    none = torch.zeros(task.shape[1], device=index.device)
+    if len(neuron_ids) == task.shape[0]:
+        return [None] * len(task.ridges)
     refitted = iter(solve(system, index, [ridge for ridge in task.ridges if ridge is not None]))
-    solutions: Solutions = []
+    solutions: list[Solution | None] = []
     for ridge in task.ridges:
         if ridge is None:
-            solutions.append(own)
+            solutions.append(None)
             continue
-        down = next(refitted)
-        bias = none if task.bias is None else moments.mean_target - moments.mean_activation[index] @ down
-        solutions.append((down, bias))
+        matrix = next(refitted)
+        bias = moments.mean_target - moments.mean_activation[index] @ matrix if task.has_bias else none
+        solutions.append((matrix, bias))
     return solutions
 
 
@@ -226,16 +262,22 @@ def _validation_costs(
 ) -> Costs:
     """What each candidate's output errors on a place's validation tokens of a cluster cost."""
     seen, task = find(worker), shared.value()
-    return [_chunk_costs(seen.tokens, rows, task, solved) for rows in seen.rows.validation[cluster].split(_TOKEN_CHUNK)]
+    own, rows = partial(task.own, worker), seen.rows.validation[cluster]
+    return [_chunk_costs(seen.tokens, part, task, own, solved) for part in rows.split(_TOKEN_CHUNK)]
 
 
 def _chunk_costs(
-    tokens: LayerTokens, rows: torch.Tensor, task: RepairTask, solved: Sequence[_Solved]
+    tokens: LayerTokens,
+    rows: torch.Tensor,
+    task: RepairTask,
+    own: Callable[[], OwnDown],
+    solved: Sequence[_Solved],
 ) -> list[list[float]]:
     costs, target = [], tokens.targets[rows].float()
     for one in solved:
-        index = torch.from_numpy(one.neuron_ids).long().to(task.weights.device)
+        index = torch.from_numpy(one.neuron_ids).long().to(rows.device)
         kept = tokens.activations.index_select(0, rows).index_select(1, index).float()
-        errors = (target - bias - kept @ down for down, bias in one.solutions)
+        solutions = (one.solution(ridge, own) for ridge in range(len(task.ridges)))
+        errors = (target - bias - kept @ down for down, bias in solutions)
         costs.append([float(((error @ task.metric) * error).sum()) for error in errors])
     return costs

@@ -27,14 +27,15 @@ from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Advance, Progress
 from coreinfer.compiler.samples import CURVE_TOKENS, FISHER_TOKENS
 from coreinfer.compiler.team.adding import add_up
-from coreinfer.compiler.team.dealing import deal, home, in_turn
+from coreinfer.compiler.team.dealing import Stepwise, deal, home, in_turn, overlapped
 from coreinfer.compiler.team.passage import WALK, Passage, begin_passages, layer_of, lengths_of, without_text
 from coreinfer.compiler.team.steps import Steps
 from coreinfer.compiler.team.team import Pending, Shared, Team, Worker, forget
 from coreinfer.compiler.text.corpus import SAMPLING, Document, spread_sample
 
-from .products import gram_matrix
+from .products import packed_gram
 from .removal import BLOCK, System, remove_neurons
+from .triangle import unpack_upper
 
 __all__ = ["fisher_matrices", "output_metrics", "removal_curves"]
 
@@ -237,14 +238,16 @@ def _curves(team: Team, sample: Sequence[Document], fisher: torch.Tensor, progre
     dealt = deal(lengths_of(sample), team)
     passages = begin_passages(team, {place: [sample[index] for index in ids] for place, ids in dealt.items()})
 
-    def ask(layer: int) -> Pending[Any]:
+    def measure(layer: int) -> Stepwise[Pending[Any]]:
         parts = {place: team.call(place, _CURVES, _gram, own, layer, num_tokens) for place, own in passages.items()}
+        yield
         total = add_up(team, _CURVES, _add, parts)
         return team.call(home(team, layer), _CURVES, _curve, layer, total, fisher[layer])
 
     with progress.stage(_CURVES, num_layers) as advance:
         curves = []
-        for _, curve in in_turn(team, range(num_layers), ask):
+        # As many layers are on their way as keep all places at work: one removes while others do.
+        for (_, curve), _ in in_turn(team, overlapped(team, range(num_layers), measure), lambda found: found):
             curves.append(curve.result())
             advance()
         forget(team, _CURVES, WALK)
@@ -253,8 +256,8 @@ def _curves(team: Team, sample: Sequence[Document], fisher: torch.Tensor, progre
 
 @torch.inference_mode()
 def _gram(worker: Worker, passage: Shared[Passage], layer: int, num_tokens: int) -> torch.Tensor:
-    """A place's part of a layer's mean Gram matrix."""
-    return gram_matrix(layer_of(worker, passage, layer).activations) / max(1, num_tokens)
+    """A place's part of a layer's mean Gram matrix, packed."""
+    return packed_gram(layer_of(worker, passage, layer).activations).div_(max(1, num_tokens))
 
 
 @torch.inference_mode()
@@ -263,9 +266,10 @@ def _add(_worker: Worker, first: torch.Tensor, second: torch.Tensor) -> torch.Te
 
 
 @torch.inference_mode()
-def _curve(worker: Worker, layer: int, gram: torch.Tensor, fisher: torch.Tensor) -> npt.NDArray[np.float64]:
+def _curve(worker: Worker, layer: int, packed: torch.Tensor, fisher: torch.Tensor) -> npt.NDArray[np.float64]:
     """What removing more and more of a layer's neurons costs."""
     weights = worker.loaded.projection(layer, "down").weight.detach().float().T.contiguous()
+    gram = unpack_upper(packed, len(weights))
     system = System(gram=gram, cross=gram @ weights, own=weights, ridge=_CURVE_RIDGE)
     metric = fisher.to(weights.device)
     return 0.5 * remove_neurons(system, metric, keep=min(BLOCK, len(gram)), step=BLOCK).losses

@@ -4,7 +4,7 @@ Without carrying, it does not depend on how much any layer keeps: a search for a
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,20 +15,20 @@ from coreinfer.bundles.writer import existing_parent
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.samples import SUMS_BYTES
-from coreinfer.compiler.team.dealing import homes_of
+from coreinfer.compiler.team.adding import add_up
 from coreinfer.compiler.team.team import Pending, Shared, Team, Worker
 
-from .dealt import DealtText, Find, LayerTokens, PlaceText, Seen, find_dense
-from .means import Moments, ask_moments
+from .dealt import DealtText, Find, LayerTokens, PlaceText, Seen, TokenCounts, find_dense
+from .means import Moments, add_moments, ask_parts, mean_moments, weighted_sum
 from .narrow import Assignment
 from .rows import Rows
+from .triangle import num_packed
 
-__all__ = ["KeptSums", "Sums", "find_kept", "has_sums", "keep_sums", "known_moments", "sums_fit"]
+__all__ = ["KeptSums", "Sums", "find_kept", "find_moments", "has_sums", "keep_sums", "sums_fit"]
 
 _FREE_SHARE = 0.5
 """Of the disk's free space, what sums may take."""
-_PARTS = ("gram", "cross", "mean_activation", "mean_target")
-_STAGE = "reconstruct"
+_PARTS = ("upper", "cross", "mean_activation", "mean_target")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,9 @@ def sums_fit(loaded: LoadedModel, assignments: Sequence[Assignment], sums: Sums)
     record, folder = loaded.record, sums.cache.folder
     if folder is None:
         return False
-    num_clusters = sum(item.num_clusters for item in assignments)
-    needed = 4 * record.num_layers * num_clusters * record.ffn_dim * (record.ffn_dim + record.hidden_size)
+    num_sums = sum(len(_numbers(item.num_clusters)) for item in assignments)
+    num_values = num_packed(record.ffn_dim) + record.ffn_dim * record.hidden_size
+    needed = 4 * record.num_layers * num_sums * num_values
     return needed <= min(SUMS_BYTES, _FREE_SHARE * shutil.disk_usage(existing_parent(folder)).free)
 
 
@@ -62,23 +63,73 @@ class KeptSums:
     text: DealtText
     centred: bool
 
-    def keep(self, team: Team, stage: str, layer: int) -> list[Pending[None]]:
-        """Ask the places, which are to come to a layer next, to sum and keep it.
+    def keep(self, team: Team, stage: str, layer: int) -> Callable[[], list[Pending[Any]]]:
+        """Ask the places, which are to come to a layer next, for what each keeps of its own text.
 
         Returns:
-            What has to be waited for until it is all there.
+            What asks them to add up and keep the rest, for which they need not be at the layer any more, and returns
+            what has to be waited for until it is all there.
         """
-        asked = []
-        for place, text in self.text.texts.items():
-            asked.append(team.call(place, stage, _keep_validation, self.sums, text, layer))
-        for name, counts in self.text.calibration_tokens.items():
-            finds = {
-                place: partial(find_dense, text=text, name=name, layer=layer) for place, text in self.text.texts.items()
-            }
-            for cluster, place in homes_of(counts, team).items():
-                own = ask_moments(team, stage, finds, counts, cluster, centred=self.centred)
-                asked.append(team.call(place, stage, _keep_moments, self.sums, name, layer, cluster, own))
-        return asked
+        asked = [
+            team.call(place, stage, _keep_validation, self.sums, text, layer) for place, text in self.text.texts.items()
+        ]
+        added = [
+            self._keep_assignment(team, stage, name, layer, counts)
+            for name, counts in self.text.calibration_tokens.items()
+        ]
+        return lambda: [*asked, *(waiting for add in added for waiting in add())]
+
+    def _keep_assignment(
+        self, team: Team, stage: str, name: str, layer: int, counts: TokenCounts
+    ) -> Callable[[], list[Pending[Any]]]:
+        """What is cut between places is added up later, and so are the places' sums over all of their text."""
+        finds: dict[int, Find] = {
+            place: partial(find_dense, text=text, name=name, layer=layer) for place, text in self.text.texts.items()
+        }
+        cut: dict[int | None, Mapping[int, Pending[Any]]] = {
+            cluster: ask_parts(team, stage, finds, counts, cluster, centred=self.centred)
+            for cluster, places in enumerate(counts)
+            if len(places) > 1
+        }
+        own = {}
+        for place in sorted({place for places in counts for place in places}):
+            parts = {cluster: asked[place] for cluster, asked in cut.items() if place in asked}
+            share = _share_of(counts, place, [*parts], centred=self.centred)
+            own[place] = team.call(
+                place, stage, _keep_own, self.sums, name, layer, finds[place], share, *parts.values()
+            )
+
+        def add() -> list[Pending[Any]]:
+            asked = [*own.values()] if len(counts) == 1 else []
+            for number, places in (cut if len(counts) == 1 else {**cut, None: own}).items():
+                total = add_up(team, stage, add_moments, places)
+                asked.append(team.call(next(iter(places)), stage, _keep_moments, self.sums, name, layer, number, total))
+            return asked
+
+        return add
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """What one place has of an assignment's text.
+
+    Attributes:
+        whole: clusters that are there alone -> their tokens.
+        cut: clusters of which other places have text too.
+        weights: of these clusters in the moments of all text.
+    """
+
+    whole: Mapping[int, int]
+    cut: Sequence[int | None]
+    weights: Sequence[float]
+    centred: bool
+
+
+def _share_of(counts: TokenCounts, place: int, cut: Sequence[int | None], *, centred: bool) -> _Share:
+    totals = [sum(places.values()) for places in counts]
+    whole = {cluster: totals[cluster] for cluster, places in enumerate(counts) if [*places] == [place]}
+    weights = [totals[cluster] / sum(totals) for cluster in (*whole, *cut) if cluster is not None]
+    return _Share(whole=whole, cut=cut, weights=weights, centred=centred)
 
 
 def keep_sums(sums: Sums, text: DealtText, loaded: LoadedModel) -> KeptSums:
@@ -86,8 +137,13 @@ def keep_sums(sums: Sums, text: DealtText, loaded: LoadedModel) -> KeptSums:
     return KeptSums(sums=sums, text=text, centred=loaded.projection(0, "down").bias is not None)
 
 
-def _key(sums: Sums, name: str, layer: int, cluster: int) -> str:
-    return stage_key("sums", upstream=sums.key, of=name, layer=layer, cluster=cluster)
+def _numbers(num_clusters: int) -> list[int | None]:
+    """Clusters, and None for all text, whose sums are those of the one cluster where there is no other."""
+    return [*range(num_clusters), *([None] if num_clusters > 1 else [])]
+
+
+def _key(sums: Sums, name: str, layer: int, number: int | None) -> str:
+    return stage_key("sums", upstream=sums.key, of=name, layer=layer, cluster=number)
 
 
 def _validation_key(sums: Sums, place: int, layer: int) -> str:
@@ -106,8 +162,37 @@ def _keep_validation(worker: Worker, sums: Sums, text: Shared[PlaceText], layer:
     sums.cache.store(_validation_key(sums, worker.place, layer), arrays)
 
 
-def _keep_moments(_worker: Worker, sums: Sums, name: str, layer: int, cluster: int, moments: Moments) -> None:
-    sums.cache.store(_key(sums, name, layer, cluster), {part: _array(getattr(moments, part)) for part in _PARTS})
+@torch.inference_mode()
+def _keep_own(
+    worker: Worker, sums: Sums, name: str, layer: int, find: Find, share: _Share, *parts: Moments
+) -> Moments | None:
+    """Keep the moments of clusters that are at this place alone.
+
+    Args:
+        parts: this place's, of the clusters that are cut.
+    Returns:
+        This place's part of the moments of all text; None where there is one cluster.
+    """
+    seen, weights, overall = find(worker), iter(share.weights), None
+    for cluster, total in share.whole.items():
+        moments = mean_moments(seen.tokens, seen.rows.calibration[cluster], total, centred=share.centred)
+        _keep_moments(worker, sums, name, layer, cluster, moments)
+        overall = _mix(overall, moments, next(weights))
+    for part in parts:
+        overall = _mix(overall, part, next(weights))
+    return overall if len(seen.rows.calibration) > 1 else None
+
+
+def _mix(overall: Moments | None, moments: Moments, weight: float) -> Moments:
+    if overall is None:
+        return weighted_sum([moments], [weight])
+    for total, part in zip(overall.parts(), moments.parts(), strict=True):
+        total.add_(part, alpha=weight)
+    return overall
+
+
+def _keep_moments(_worker: Worker, sums: Sums, name: str, layer: int, number: int | None, moments: Moments) -> None:
+    sums.cache.store(_key(sums, name, layer, number), {part: _array(getattr(moments, part)) for part in _PARTS})
 
 
 def _array(values: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -118,19 +203,19 @@ def _array(values: torch.Tensor) -> np.ndarray[Any, Any]:
 def has_sums(sums: Sums, assignments: Sequence[Assignment], layer: int) -> bool:
     """Whether one layer's sums are kept for some assignments."""
     return all(
-        sums.cache.find_arrays(_key(sums, item.name, layer, cluster)) is not None
+        sums.cache.find_arrays(_key(sums, item.name, layer, number)) is not None
         for item in assignments
-        for cluster in range(item.num_clusters)
+        for number in _numbers(item.num_clusters)
     )
 
 
-def known_moments(team: Team, sums: Sums, name: str, layer: int, cluster: int, place: int) -> Pending[Moments]:
-    """Ask for a layer's moments of one of an assignment's clusters that are kept, at the place that will use them."""
-    return team.call(place, _STAGE, _find_moments, sums, name, layer, cluster)
+def find_moments(worker: Worker, sums: Sums, name: str, layer: int, number: int | None) -> Moments:
+    """Read a layer's moments of one of an assignment's clusters, or of all text, where they are used.
 
-
-def _find_moments(worker: Worker, sums: Sums, name: str, layer: int, cluster: int) -> Moments:
-    arrays, device = _found(sums, _key(sums, name, layer, cluster)), worker.loaded.device
+    Args:
+        number: of the cluster; None for all text.
+    """
+    arrays, device = _found(sums, _key(sums, name, layer, number)), worker.loaded.device
     return Moments(**{part: _tensor(arrays[part], device) for part in _PARTS})
 
 

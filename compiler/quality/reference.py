@@ -12,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from coreinfer.bundles.manifest import Score
 from coreinfer.bundles.pages import map_file
@@ -117,11 +119,14 @@ def read_reference(
     texts: Sequence[Sequence[int]],
     progress: Progress,
     stored: StoredModel | None = None,
+    labels: npt.NDArray[np.int64] | None = None,
 ) -> Iterator[Reference]:
     """Read texts with the dense model.
 
     Args:
         texts: token ids of each.
+        labels: (texts,) clusters, by which texts are dealt: each place then needs its own clusters' packs, for packs
+            that are scored by these. None to deal them as they come.
         stored: the dense model as stored there is scored, and narrow decoding follows its keys and values. Logits, keys
             and values are kept in files beside it for the time of the block. None for the model's own weights, in
             memory.
@@ -130,7 +135,7 @@ def read_reference(
     """
     key = uuid4().hex
     with _folder(stored) as folder:
-        numbers = {place: ids.tolist() for place, ids in deal([len(ids) for ids in texts], team).items()}
+        numbers = {place: ids.tolist() for place, ids in deal([len(ids) for ids in texts], team, labels).items()}
         places = {
             place: team.share(
                 PlaceTexts(key=key, token_ids={n: tuple(texts[n]) for n in own}, stored=stored, folder=folder)

@@ -1,9 +1,9 @@
 """The model as its bundle's files hold it: what is measured are the rounded weights that a device will read."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -105,9 +105,9 @@ def _write_packs(
     return {
         name: StoredPacks(
             folder=folders[name],
-            cut=partial(_packs_cut, stored=stored, folder=folders[name], num_clusters=len(narrow.choice.neuron_ids)),
+            cut=partial(_packs_cut, stored=stored, folder=folders[name]),
         )
-        for name, narrow in models.items()
+        for name in models
     }
 
 
@@ -116,25 +116,33 @@ def _write_pack(worker: Worker, shared: Shared[StoredModel], path: Path, narrow:
     write_cluster(path, worker.loaded, stored.packer, narrow, 0, TensorFile(stored.folder / LAYOUT.dense))
 
 
-def _packs_cut(loaded: LoadedModel, stored: StoredModel, folder: Path, num_clusters: int) -> Cut:
-    files = [TensorFile(folder / LAYOUT.cluster(cluster)) for cluster in range(num_clusters)]
+def _packs_cut(loaded: LoadedModel, stored: StoredModel, folder: Path) -> Cut:
+    @cache
+    def pack(cluster: int) -> TensorFile:
+        return TensorFile(folder / LAYOUT.cluster(cluster))
+
     if loaded.record.experts is not None:
-        return partial(_stored_experts, loaded, TensorFile(stored.folder / LAYOUT.dense), files)
-    return partial(_stored_layer, loaded, files)
+        return partial(_stored_experts, loaded, TensorFile(stored.folder / LAYOUT.dense), pack)
+    return partial(_stored_layer, loaded, pack)
 
 
 def dense_cut(loaded: LoadedModel, stored: StoredModel) -> Cut:
     """Return the layers of the dense FFN, as those of one cluster."""
+    dense = TensorFile(stored.folder / LAYOUT.dense)
     if loaded.record.experts is not None:
-        return partial(_stored_experts, loaded, TensorFile(stored.folder / LAYOUT.dense), [None])
-    return partial(_stored_layer, loaded, [TensorFile(stored.folder / LAYOUT.dense)])
+        return partial(_stored_experts, loaded, dense, lambda _: None)
+    return partial(_stored_layer, loaded, lambda _: dense)
 
 
 def _stored_layer(
-    loaded: LoadedModel, files: Sequence[TensorFile], layer: int, cluster: int
+    loaded: LoadedModel, pack: Callable[[int], TensorFile], layer: int, cluster: int
 ) -> dict[str, torch.Tensor]:
-    """Read one layer's FFN, as `narrow_layer` returns it."""
-    file, tensors = files[cluster], {}
+    """Read one layer's FFN, as `narrow_layer` returns it.
+
+    Args:
+        pack: opens a cluster's, which only those do that need it.
+    """
+    file, tensors = pack(cluster), dict[str, torch.Tensor]()
     chosen = tensor_name(layer, "neuron_ids")
     num_neurons = file.shape_of(chosen)[1][0] if chosen in file else loaded.record.ffn_dim
     for role in loaded.family.projections:
@@ -148,10 +156,10 @@ def _stored_layer(
 
 
 def _stored_experts(
-    loaded: LoadedModel, dense: TensorFile, packs: Sequence[TensorFile | None], layer: int, cluster: int
+    loaded: LoadedModel, dense: TensorFile, pack_of: Callable[[int], TensorFile | None], layer: int, cluster: int
 ) -> dict[str, torch.Tensor]:
     """Read the experts of one layer that a pack has, or with None all, as `assign_ffn` takes them."""
-    record, pack = loaded.record, packs[cluster]
+    record, pack = loaded.record, pack_of(cluster)
     assert record.experts is not None
     numbers = range(record.experts.num_experts) if pack is None else pack[tensor_name(layer, "experts")].array.tolist()
     inner, size = record.unit_neurons, record.hidden_size

@@ -19,9 +19,9 @@ from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.samples import MOMENT_TOKENS
 from coreinfer.compiler.team.adding import Arrays, add_arrays, add_up
-from coreinfer.compiler.team.dealing import deal, in_turn
+from coreinfer.compiler.team.dealing import Stepwise, deal, overlapped
 from coreinfer.compiler.team.passage import WALK, lengths_of, without_text
-from coreinfer.compiler.team.team import Pending, Shared, Team, Worker, forget
+from coreinfer.compiler.team.team import Shared, Team, Worker, forget
 from coreinfer.compiler.text.corpus import Document, spread_sample
 from coreinfer.runtime.engines.torch.mixture import ExpertRun
 from torch import nn
@@ -75,14 +75,17 @@ def _sums(team: Team, documents: Sequence[Document], progress: Progress) -> Mome
         for place, ids in dealt.items()
     }
 
-    def ask(layer: int) -> Pending[Arrays]:
+    def sum_layer(layer: int) -> Stepwise[Arrays]:
         parts = {place: team.call(place, _STAGE, _layer_sums, text, layer) for place, text in texts.items()}
-        return add_up(team, _STAGE, add_arrays, parts)
+        yield
+        total = add_up(team, _STAGE, add_arrays, parts)
+        yield
+        return total.result()
 
     found: Arrays = {}
     with progress.stage(_STAGE, team.loaded.record.num_layers) as advance:
-        for _, total in in_turn(team, range(team.loaded.record.num_layers), ask):
-            found |= total.result()
+        for _, total in overlapped(team, range(team.loaded.record.num_layers), sum_layer):
+            found |= total
             advance()
         forget(team, _STAGE, WALK)
     # Of few tokens the moments say little; without, all inputs of a matrix count alike.

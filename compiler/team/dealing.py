@@ -1,7 +1,8 @@
-"""Which documents and which other work go to which place."""
+"""Which documents and which other work go to which place, and what is asked for before what."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -9,11 +10,13 @@ import numpy.typing as npt
 
 from .team import Team
 
-__all__ = ["deal", "home", "homes_of", "in_turn"]
+__all__ = ["Stepwise", "deal", "finish", "home", "homes_of", "in_turn", "overlapped"]
 
 Ids = npt.NDArray[np.int64]
 Item = TypeVar("Item")
 T = TypeVar("T")
+Stepwise = Generator[None, None, T]
+"""Work in steps: what a step asks for may have to wait for what the one before asked other places for."""
 
 
 def deal(lengths: Sequence[int], team: Team, labels: Ids | None = None) -> Mapping[int, Ids]:
@@ -72,3 +75,47 @@ def in_turn(team: Team, items: Iterable[Item], ask: Callable[[Item], T]) -> Iter
         if len(asked) > team.ahead:
             yield asked.popleft()
     yield from asked
+
+
+def finish(steps: Stepwise[T]) -> T:
+    """Take all steps, one after another."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            found: T = end.value
+            return found
+
+
+def overlapped(team: Team, items: Iterable[Item], begin: Callable[[Item], Stepwise[T]]) -> Iterator[tuple[Item, T]]:
+    """Work on items step by step; each begins before the one before it takes its second step, and so on.
+
+    Places do what they are asked for in that order: where one would wait for another's part of a sum, it has work of
+    the next item meanwhile. Where nothing is asked for in advance, each item is finished before the next begins.
+
+    Yields:
+        Items, in their order, and what came of them.
+    """
+    running: deque[tuple[Item, list[T], Iterator[None]]] = deque()
+    coming = iter(items)
+    while True:
+        for item in islice(coming, 1):
+            found: list[T] = []
+            running.append((item, found, _keep_end(begin(item), found)))
+        if not running:
+            return
+        # The newest first.
+        for _, _, steps in reversed(running):
+            next(steps, None)
+        while running and (running[0][1] or not team.ahead):
+            yield _finished(*running.popleft())
+
+
+def _keep_end(steps: Stepwise[T], found: list[T]) -> Iterator[None]:
+    found.append((yield from steps))
+
+
+def _finished(item: Item, found: list[T], steps: Iterator[None]) -> tuple[Item, T]:
+    for _ in steps:
+        pass
+    return item, found[0]

@@ -6,7 +6,8 @@ Tasks are functions of their arguments and the model (`team.py`), so that asking
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Generic, TypeVar, cast
@@ -34,44 +35,57 @@ _FETCHED = 6
 
 @contextmanager
 def ray_team(
-    address: str, num_workers: int, setup: Setup, loaded: LoadedModel, progress: Progress
+    address: str, num_workers: int, setup: Setup, load: Callable[[], LoadedModel], progress: Progress
 ) -> Iterator["RayTeam"]:
     """Start the workers, for the time of the block.
 
     Args:
         address: of a Ray cluster, or "local" to start Ray on this machine.
+        load: loads the model in this process, while Ray and the workers start.
         progress: gets what the workers took.
     Raises:
         ConfigError: there is no Ray at the address, or a worker cannot load the model.
     """
+    with ExitStack() as stack:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="coreinfer-ray") as pool:
+            starting = pool.submit(_start, stack, address, num_workers, setup)
+            loaded = load()
+            with progress.stage("workers", 1) as advance:
+                team = starting.result()
+                team.begin(loaded)
+                advance()
+        yield team
+        progress.workers = [report.fields() for report in team.reports()]
+
+
+def _start(stack: ExitStack, address: str, num_workers: int, setup: Setup) -> "RayTeam":
+    """Connect to Ray and start the actors; the stack ends both."""
     num_cpus = num_workers * setup.threads
-    with on_ray(address, num_cpus=num_cpus, sends_arrays=True):
-        if (found := ray.cluster_resources().get("CPU", 0)) < num_cpus:
-            raise ConfigError(
-                f"--ray {address}: expected {num_cpus} CPUs, for {num_workers} workers of {setup.threads} threads, got "
-                f"{found:g}; lower --workers or --threads, or add machines"
-            )
-        send_tensors()
-        with progress.stage("workers", 1) as advance:
-            team = RayTeam(num_workers, setup, loaded)
-            advance()
-        try:
-            yield team
-            progress.workers = [report.fields() for report in team.reports()]
-        finally:
-            team.stop()
+    stack.enter_context(on_ray(address, num_cpus=num_cpus, sends_arrays=True))
+    if (found := ray.cluster_resources().get("CPU", 0)) < num_cpus:
+        raise ConfigError(
+            f"--ray {address}: expected {num_cpus} CPUs, for {num_workers} workers of {setup.threads} threads, got "
+            f"{found:g}; lower --workers or --threads, or add machines"
+        )
+    send_tensors()
+    team = RayTeam(num_workers, setup)
+    stack.callback(team.stop)
+    return team
 
 
 class RayTeam:
     """One actor a place.
 
     Attributes:
+        loaded: the model in this process, since `begin`.
         actors: place -> handle of its actor.
     """
 
-    def __init__(self, size: int, setup: Setup, loaded: LoadedModel) -> None:
-        """Start the actors, and wait until they have the model."""
-        self.loaded, self.size = loaded, size
+    loaded: LoadedModel
+
+    def __init__(self, size: int, setup: Setup) -> None:
+        """Start the actors, which load the model."""
+        self.size = size
         # Of each place two steps in advance: nobody waits while the main process adds and stores.
         self.ahead = 2 * size
         self._reports = [WorkerReport() for _ in range(size)]
@@ -81,8 +95,17 @@ class RayTeam:
             actor.options(name=f"coreinfer-compile {os.getpid()}: worker {place}").remote(place, setup)
             for place in range(size)
         ]
-        for waiting in [self.call(place, "load", _nothing) for place in range(size)]:
-            waiting.result()
+        self._begun = [self.call(place, "load", _nothing) for place in range(size)]
+
+    def begin(self, loaded: LoadedModel) -> None:
+        """Wait until the actors have the model.
+
+        Args:
+            loaded: the model in this process.
+        """
+        self.loaded = loaded
+        while self._begun:
+            self._begun.pop().result()
 
     def call(self, place: int, stage: str, task: Callable[..., T], *arguments: object) -> Pending[T]:
         """See `Team`."""

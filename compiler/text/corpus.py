@@ -14,9 +14,6 @@ from coreinfer.bundles.shared.beginnings import text_spans
 from coreinfer.compiler.checks import check_document_tokens
 from coreinfer.compiler.config import BUILTIN, CompileConfig
 from coreinfer.compiler.models.load import LoadedModel
-from coreinfer.compiler.progress import Progress
-
-from .reading import read_texts
 
 __all__ = [
     "SAMPLING",
@@ -93,25 +90,22 @@ class Corpus:
 
 
 def build_corpus(
-    config: CompileConfig, loaded: LoadedModel, write_builtin: Callable[[], list[Document]], progress: Progress
+    config: CompileConfig,
+    loaded: LoadedModel,
+    read_given: Callable[[], list[Document]],
+    write_builtin: Callable[[], list[Document]],
 ) -> Corpus:
     """Gather the documents, at most `calibration_tokens` tokens of them, and split them.
 
     Args:
+        read_given: returns the documents of all other sources; see `given_documents`.
         write_builtin: returns the documents of the builtin corpus; see `builtin_documents`.
     Raises:
         CalibrationError: a source cannot be read, or there is too little text.
         ConfigError: documents are longer than the model reads.
     """
     check_document_tokens(config, loaded.record.max_positions)
-    documents: list[Document] = []
-    files = [source for source in config.calibration if source != BUILTIN]
-    if files:
-        texts = read_texts(files, config.text_field)
-        with progress.stage("corpus", len(texts)) as advance:
-            for text in texts:
-                documents += split_into_documents([text], loaded.tokenizer, config.document_tokens)
-                advance()
+    documents = read_given()
     if BUILTIN in config.calibration:
         documents += write_builtin()
     taken, left = _take(documents, config)
