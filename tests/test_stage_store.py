@@ -115,7 +115,7 @@ def test_storage_that_fails_meanwhile_is_logged_and_the_result_is_here(
 def test_stage_results_in_s3(s3: Any, tmp_path: Path) -> None:
     store = StageStore(address="s3://shelf/stages")
     store.check()
-    assert "Contents" not in s3.list_objects_v2(Bucket="shelf")
+    assert "Contents" not in s3.list_objects_v2(Bucket="shelf", Prefix="stages/")
     arrays_of(Cache(tmp_path / "here", store), lambda: ARRAYS)
     assert arrays_of(Cache(tmp_path / "there", store), not_again) == EXPECTED
     with pytest.raises(ConfigError, match=r"^--cache s3://none/stages: cannot be written \("):

@@ -13,7 +13,7 @@ from .dealt import DealtText, Find, deal_text, find_dense
 from .layer_repair import NarrowInputs, Results, find_results, repair_assignment, store_results
 from .narrow import CLUSTERS
 from .own_down import OWN_DOWN
-from .sums import KeptSums, Sums, find_kept, find_moments, has_sums, keep_sums, sums_fit
+from .sums import KeptSums, Sums, find_kept, has_sums, keep_sums, known_moments, sums_fit
 
 __all__ = ["narrow_apart"]
 
@@ -71,7 +71,7 @@ def _narrow_layer(inputs: NarrowInputs, text: DealtText, sums: Sums | None, laye
     results = Results()
     for item in inputs.assignments:
         finds = _dense_layer(text, item.name, layer) if sums is None else find_kept(sums, text, item.name, layer)
-        known = None if sums is None else partial(find_moments, sums=sums, name=item.name, layer=layer)
+        known = None if sums is None else partial(known_moments, sums, item.name, layer)
         clusters = results.get(CLUSTERS)
         results[item.name] = yield from repair_assignment(inputs, layer, item.name, text, finds, clusters, known)
     return results

@@ -103,9 +103,10 @@ class _Solved:
 
 
 _Pending = Pending[list[_Solved]]
-Known = Callable[[Worker, int | None], Moments]
-"""Finds a cluster's moments, or with None those of all text, where they are used."""
 _Source = Moments | Callable[[Worker], Moments]
+"""Moments, or what finds them where they are used."""
+Known = Callable[[int | None], Callable[[Worker], Moments]]
+"""A cluster, or None for all text -> what finds its moments where they are used."""
 
 
 def repair_layer(
@@ -144,9 +145,9 @@ def _solve_known(
     team: Team, task: RepairTask, shared: Shared[RepairTask], homes: Mapping[int, int], known: Known
 ) -> dict[int, _Pending]:
     """Solve each cluster at its home."""
-    everything = partial(known, number=None) if len(task.keeps) > 1 else None
+    everything = known(None) if len(task.keeps) > 1 else None
     return {
-        cluster: team.call(place, _STAGE, _solve_cluster, shared, cluster, partial(known, number=cluster), everything)
+        cluster: team.call(place, _STAGE, _solve_cluster, shared, cluster, known(cluster), everything)
         for cluster, place in homes.items()
     }
 

@@ -24,7 +24,7 @@ from .narrow import Assignment
 from .rows import Rows
 from .triangle import num_packed
 
-__all__ = ["KeptSums", "Sums", "find_kept", "find_moments", "has_sums", "keep_sums", "sums_fit"]
+__all__ = ["KeptSums", "Sums", "find_kept", "has_sums", "keep_sums", "known_moments", "sums_fit"]
 
 _FREE_SHARE = 0.5
 """Of the disk's free space, what sums may take."""
@@ -209,12 +209,12 @@ def has_sums(sums: Sums, assignments: Sequence[Assignment], layer: int) -> bool:
     )
 
 
-def find_moments(worker: Worker, sums: Sums, name: str, layer: int, number: int | None) -> Moments:
-    """Read a layer's moments of one of an assignment's clusters, or of all text, where they are used.
+def known_moments(sums: Sums, name: str, layer: int, number: int | None) -> Callable[[Worker], Moments]:
+    """What reads a layer's moments of a cluster, or with None those of all text, where they are used."""
+    return partial(_find_moments, sums=sums, name=name, layer=layer, number=number)
 
-    Args:
-        number: of the cluster; None for all text.
-    """
+
+def _find_moments(worker: Worker, sums: Sums, name: str, layer: int, number: int | None) -> Moments:
     arrays, device = _found(sums, _key(sums, name, layer, number)), worker.loaded.device
     return Moments(**{part: _tensor(arrays[part], device) for part in _PARTS})
 
