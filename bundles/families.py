@@ -14,6 +14,7 @@ from typing import Any
 from .errors import UnsupportedModelError
 
 __all__ = [
+    "CACHE_ARGUMENTS",
     "FAMILIES",
     "ExpertNames",
     "Family",
@@ -63,8 +64,15 @@ class Family:
         embedding: path to the token embedding, from the causal language model.
         adds_ffn_output: whether a layer ends by adding the down projection's output to the hidden state as it is,
             with no factor on it and no norm after either.
+        positions: path to the learned positions, where there are some.
         joined: paths from a layer to linear modules that transformers has as one -> the names that its parts get.
             Once they are taken apart, the parts are its submodules.
+        joined_by_head: whether rows of a joined module lie head by head, each head's parts one after another; else part
+            by part.
+        transposed: paths from a layer to modules whose weights transformers has as (inputs, outputs). They are turned
+            as soon as the model is built.
+        config_names: names of config fields that most families share -> those of this one.
+        ffn_dim_factor: neurons for each dimension of the hidden states, where `ffn_dim_field` may say nothing.
         rotates_part: whether `partial_rotary_factor` says how much of each head is rotated.
         tied_head: whether models share embedding and head where their config.json does not say.
         experts: of a family whose FFN is a mixture of experts, each of which is gated; its FFN has no modules then that
@@ -82,8 +90,13 @@ class Family:
     activation_field: str = "hidden_act"
     ffn_dim_field: str = "intermediate_size"
     embedding: str = "model.embed_tokens"
+    positions: str | None = None
     adds_ffn_output: bool = True
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    joined_by_head: bool = False
+    transposed: tuple[str, ...] = ()
+    config_names: Mapping[str, str] = field(default_factory=dict)
+    ffn_dim_factor: int | None = None
     rotates_part: bool = False
     tied_head: bool = False
     experts: ExpertNames | None = None
@@ -92,6 +105,10 @@ class Family:
     def gated(self) -> bool:
         """Whether the FFN is act(gate x) * up x rather than act(fc1 x)."""
         return self.gate is not None
+
+    def config_field(self, name: str) -> str:
+        """Name in this family's configs of a field that most families share."""
+        return self.config_names.get(name, name)
 
     @property
     def projections(self) -> dict[str, str]:
@@ -126,6 +143,7 @@ FAMILIES: tuple[Family, ...] = (
         activation_field="activation_function",
         ffn_dim_field="ffn_dim",
         embedding="model.decoder.embed_tokens",
+        positions="model.decoder.embed_positions",
         # Some OPT models norm the sum.
         adds_ffn_output=False,
         tied_head=True,
@@ -169,6 +187,45 @@ FAMILIES: tuple[Family, ...] = (
         up="mlp.c_fc",
         gate=None,
         down="mlp.c_proj",
+        tied_head=True,
+    ),
+    Family(
+        name="gpt_neox",
+        model_types=("gpt_neox",),
+        layers="gpt_neox.layers",
+        up="mlp.dense_h_to_4h",
+        gate=None,
+        down="mlp.dense_4h_to_h",
+        qkv=tuple(f"attention.query_key_value.{part}" for part in ("q_proj", "k_proj", "v_proj")),
+        o="attention.dense",
+        embedding="gpt_neox.embed_in",
+        joined={"attention.query_key_value": ("q_proj", "k_proj", "v_proj")},
+        joined_by_head=True,
+        rotates_part=True,
+    ),
+    Family(
+        name="gpt2",
+        model_types=("gpt2",),
+        layers="transformer.h",
+        up="mlp.c_fc",
+        gate=None,
+        down="mlp.c_proj",
+        qkv=tuple(f"attn.c_attn.{part}" for part in ("q_proj", "k_proj", "v_proj")),
+        o="attn.c_proj",
+        activation_field="activation_function",
+        ffn_dim_field="n_inner",
+        ffn_dim_factor=4,
+        embedding="transformer.wte",
+        positions="transformer.wpe",
+        joined={"attn.c_attn": ("q_proj", "k_proj", "v_proj")},
+        transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        config_names={
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions",
+            "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer",
+        },
         tied_head=True,
     ),
     Family(
@@ -262,10 +319,14 @@ def resolve(root: Any, path: str) -> Any:
     return reduce(getattr, path.split("."), root)
 
 
-def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
-    """Name a key-value cache as the model's forward pass does: `cache` from transformers 5.24 on."""
-    names = inspect.signature(type(model).forward).parameters
-    return {"cache" if "cache" in names else "past_key_values": cache}
+CACHE_ARGUMENTS = ("cache", "layer_past", "past_key_values")
+"""What forward passes call their key-value cache: models `cache` from transformers 5.24 on, some layers otherwise."""
+
+
+def cache_argument(module: Any, cache: Any) -> dict[str, Any]:
+    """Name a key-value cache as the forward pass of a model or a layer does."""
+    names = inspect.signature(type(module).forward).parameters
+    return {next(name for name in CACHE_ARGUMENTS if name in names): cache}
 
 
 def assign_ffn(layer: Any, family: Family, tensors: Mapping[str, Any]) -> None:

@@ -47,6 +47,7 @@ def token_bytes(manifest: Manifest) -> TokenBytes:
     """Count from a manifest alone what `NativeDecoder.bytes_per_token` counts from the loaded weights."""
     model, family = manifest.model, family_by_name(manifest.model.family)
     head = f"{family.embedding}.weight" if model.tied_head else "lm_head.weight"
+    tables = tuple(f"{path}." for path in (family.embedding, family.positions) if path is not None)
     parts: dict[str, list[TensorRecord]] = {"attention": [], "head": [], "other": []}
     for name, record in manifest.base_tensors.items():
         # A screened head leaves its low halves alone; vectors and rows that are looked up are next to nothing.
@@ -56,7 +57,7 @@ def token_bytes(manifest: Manifest) -> TokenBytes:
             parts["head"].append(record)
         elif name.startswith(f"{family.layers}."):
             parts["attention"].append(record)
-        elif "embed" not in name:
+        elif not name.startswith(tables):
             parts["other"].append(record)
     return TokenBytes(
         pack_ffn=manifest.mean_pack_bytes,

@@ -10,7 +10,7 @@ from coreinfer.bundles.writer import check_target
 from .config import CompileConfig
 from .expert_options import check_expert_options
 from .models.sources import ModelSource, find_encoder, find_source
-from .models.stated import check_mappable, stated_config
+from .models.stated import check_mappable, check_stays_mapped, stated_config
 from .text.reading import check_elsewhere, is_elsewhere, is_local, read_texts, text_sources
 
 __all__ = ["Inputs", "check_activation", "check_document_tokens", "find_inputs"]
@@ -60,12 +60,14 @@ def _check_model(config: CompileConfig, model: ModelSource) -> None:
     if stated is None:
         return
     family = family_of_config(stated, model.name)
+    if config.max_memory is not None:
+        check_stays_mapped(family, model.name)
     if family.experts is not None:
         check_expert_options(config, model.name)
     # What the files leave out has the default of the model's class, which is known when it is loaded.
     if isinstance(activation := stated.get(family.activation_field), str):
         check_activation(config, activation)
-    if isinstance(max_positions := stated.get("max_position_embeddings"), int):
+    if isinstance(max_positions := stated.get(family.config_field("max_position_embeddings")), int):
         check_document_tokens(config, max_positions)
 
 

@@ -29,7 +29,16 @@ ARCHITECTURES = {
     "phi3": "phi3",
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
+    "gpt_neox": "gptneox",
+    "gpt2": "gpt2",
 }
+EPSILONS = {
+    "stablelm": "layer_norm_eps",
+    "starcoder2": "norm_epsilon",
+    "gptneox": "layer_norm_eps",
+    "gpt2": "layer_norm_epsilon",
+}
+"""Architecture -> the config's epsilon, where norms are LayerNorms."""
 VOCABULARY = 384
 HIDDEN = 64
 _SHAPE: dict[str, Any] = {
@@ -61,6 +70,26 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_NAMES_OF_GPTS = {
+    "gpt_neox.embed_in": "token_embd",
+    "gpt_neox.final_layer_norm": "output_norm",
+    "attention.query_key_value": "attn_qkv",
+    "attention.dense": "attn_output",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
+    "transformer.wte": "token_embd",
+    "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm",
+    "lm_head": "output",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+    "ln_1": "attn_norm",
+    "ln_2": "ffn_norm",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
@@ -100,19 +129,7 @@ def tiny_config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
         shape = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0, **shape}
     if family == "granite":
         shape = {**_GRANITE, **shape}
-    if family in ("phi3", "stablelm", "starcoder2"):
-        # Their configs have no field for it.
-        del shape["head_dim"]
-        shape["num_attention_heads"] = 8
-    if family in ("phi3", "stablelm"):
-        rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
-        shape = {"rope_parameters": rope, **shape}
-    if family == "phi3":
-        shape = {"sliding_window": 4, "original_max_position_embeddings": 256, **shape}
-    if family == "stablelm":
-        shape = {"use_qkv_bias": True, **shape}
-    if family == "starcoder2":
-        shape = {"sliding_window": None, **shape}
+    shape = _with_own_fields(family, shape)
     classes: dict[str, Callable[..., transformers.PreTrainedConfig]] = {
         "llama": transformers.LlamaConfig,
         "mistral": transformers.MistralConfig,
@@ -127,8 +144,29 @@ def tiny_config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
         "phi3": transformers.Phi3Config,
         "stablelm": transformers.StableLmConfig,
         "starcoder2": transformers.Starcoder2Config,
+        "gpt_neox": transformers.GPTNeoXConfig,
+        "gpt2": transformers.GPT2Config,
     }
     return classes[family](**shape)
+
+
+def _with_own_fields(family: str, shape: dict[str, Any]) -> dict[str, Any]:
+    """Fields of families whose configs have none for the size of a head."""
+    if family not in ("phi3", "stablelm", "starcoder2", "gpt_neox", "gpt2"):
+        return shape
+    left_out = ("head_dim", "num_key_value_heads") if family in ("gpt_neox", "gpt2") else ("head_dim",)
+    shape = {key: value for key, value in shape.items() if key not in left_out} | {"num_attention_heads": 8}
+    if family in ("phi3", "stablelm", "gpt_neox"):
+        rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+        shape = {"rope_parameters": rope, **shape}
+    if family == "gpt2":
+        shape["n_inner"] = shape.pop("intermediate_size")
+    own = {
+        "phi3": {"sliding_window": 4, "original_max_position_embeddings": 256},
+        "stablelm": {"use_qkv_bias": True},
+        "starcoder2": {"sliding_window": None},
+    }
+    return {**own.get(family, {}), **shape}
 
 
 def tiny_model(config: transformers.PreTrainedConfig) -> PreTrainedModel:
@@ -137,7 +175,7 @@ def tiny_model(config: transformers.PreTrainedConfig) -> PreTrainedModel:
     model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            base = parameter if "norm" in name else torch.zeros_like(parameter)
+            base = parameter if "norm" in name or ".ln_" in name else torch.zeros_like(parameter)
             noise = torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.3)
             parameter.copy_(((base + noise) * 512).round() / 512)
     model.eval()
@@ -177,15 +215,21 @@ def contents(model: PreTrainedModel, kind: gguf.GGMLQuantizationType = gguf.GGML
 def _file_name(name: str, architecture: str) -> str:
     stem, _, kind = name.rpartition(".")
     names = _NAMES_OF_OUTPUT_NORMS if architecture in ("gemma2", "gemma3", "olmo2") else _NAMES
+    names = _NAMES_OF_GPTS if architecture in ("gptneox", "gpt2") else names
     if stem in names:
         return f"{names[stem]}.{kind}"
-    layer, _, inner = stem.removeprefix("model.layers.").partition(".")
+    layer, _, inner = stem.split(".", maxsplit=2)[2].partition(".")
     return f"blk.{layer}.{names[inner]}.{kind}"
 
 
 def _stored(name: str, values: Values, architecture: str, config: transformers.PreTrainedConfig) -> Values:
     if architecture in ("gemma2", "gemma3") and "norm" in name:
         return values + np.float32(1.0)
+    if architecture == "gptneox" and "query_key_value" in name:
+        heads = values.reshape(config.num_attention_heads, 3, -1, *values.shape[1:])
+        return heads.swapaxes(0, 1).reshape(values.shape)
+    if architecture == "gpt2" and values.ndim == 2 and ".h." in name:
+        return values.T
     if architecture in _LLAMA_LIKE and ("q_proj" in name or "k_proj" in name):
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
@@ -194,29 +238,28 @@ def _stored(name: str, values: Values, architecture: str, config: transformers.P
 
 
 def _header(config: Any, architecture: str) -> dict[str, Any]:
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None) or {}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
+        "feed_forward_length": config.n_inner if architecture == "gpt2" else config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
-        "rope.freq_base": float(rope.get("full_attention", rope)["rope_theta"]),
-        "vocab_size": config.vocab_size,
     }
-    epsilons = {"stablelm": "layer_norm_eps", "starcoder2": "norm_epsilon"}
-    kind = "layer_norm_epsilon" if architecture in epsilons else "layer_norm_rms_epsilon"
-    values[f"attention.{kind}"] = float(getattr(config, epsilons.get(architecture, "rms_norm_eps")))
-    if architecture in ("llama", "qwen2"):
-        values["rope.dimension_count"] = head_dim
-    if architecture in ("phi3", "stablelm"):
-        values["rope.dimension_count"] = int(head_dim * rope["partial_rotary_factor"])
-    if architecture == "phi3":
-        values["rope.scaling.original_context_length"] = config.original_max_position_embeddings
+    if architecture not in ("gptneox", "gpt2"):
+        values |= {
+            "attention.head_count_kv": config.num_key_value_heads,
+            "attention.key_length": head_dim,
+            "attention.value_length": head_dim,
+            "rope.freq_base": float(rope.get("full_attention", rope)["rope_theta"]),
+            "vocab_size": config.vocab_size,
+        }
+    kind = "layer_norm_epsilon" if architecture in EPSILONS else "layer_norm_rms_epsilon"
+    values[f"attention.{kind}"] = float(getattr(config, EPSILONS.get(architecture, "rms_norm_eps")))
+    if architecture == "gptneox":
+        values["use_parallel_residual"] = config.use_parallel_residual
+    values |= _rotation(config, architecture, head_dim)
     if config.model_type == "granite":
         values |= {key: float(getattr(config, field)) for key, field in _GRANITE_KEYS.items()}
     if config.model_type == "gemma2":
@@ -227,6 +270,17 @@ def _header(config: Any, architecture: str) -> dict[str, Any]:
     if config.model_type in ("gemma3_text", "olmo3"):
         values["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
     return {f"{architecture}.{key}": value for key, value in values.items()}
+
+
+def _rotation(config: Any, architecture: str, head_dim: int) -> dict[str, Any]:
+    if architecture in ("llama", "qwen2"):
+        return {"rope.dimension_count": head_dim}
+    if architecture not in ("phi3", "stablelm", "gptneox"):
+        return {}
+    keys = {"rope.dimension_count": int(head_dim * config.rope_parameters["partial_rotary_factor"])}
+    if architecture == "phi3":
+        keys["rope.scaling.original_context_length"] = config.original_max_position_embeddings
+    return keys
 
 
 def tokenizer_metadata() -> dict[str, Any]:

@@ -33,6 +33,8 @@ FAMILIES = (
     "phi3",
     "stablelm",
     "starcoder2",
+    "gpt_neox",
+    "gpt2",
 )
 """Families whose FFN is one."""
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "granitemoe")
@@ -115,6 +117,10 @@ def tiny_config(family: str) -> transformers.PreTrainedConfig:
         return transformers.OPTConfig(
             **_SHAPE, ffn_dim=96, word_embed_proj_dim=16 if post_norm else 32, do_layer_norm_before=not post_norm
         )
+    if family == "gpt_neox":
+        return transformers.GPTNeoXConfig(**_SHAPE, intermediate_size=96, rotary_pct=0.5)
+    if family == "gpt2":
+        return transformers.GPT2Config(**_SHAPE, n_inner=96)
     if family == "llama":
         return transformers.LlamaConfig(**_GROUPED, tie_word_embeddings=True)
     if family == "mistral":
@@ -127,16 +133,23 @@ def tiny_config(family: str) -> transformers.PreTrainedConfig:
     return kind(**{**_GROUPED, **settings})
 
 
-def build_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """Build a tiny random causal language model in float32, its weights exact in bfloat16."""
+def build_model(family: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Build a tiny random causal language model in float32, its weights exact in bfloat16.
+
+    Args:
+        settings: fields of the config, in the place of those of `tiny_config`.
+    """
     torch.manual_seed(seed)
-    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+    config = tiny_config(family)
+    config.update(settings)
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Larger than at the start of training, so that the FFN matters; norms stay near 1, biases are not 0.
             scale = 0.1 if parameter.ndim == 1 else 0.25
             noise = torch.randn_like(parameter) * scale
-            parameter.copy_((parameter + noise if "norm" in name else noise).bfloat16().float())
+            is_norm = "norm" in name or ".ln_" in name
+            parameter.copy_((parameter + noise if is_norm else noise).bfloat16().float())
     model.eval()
     return model
 
@@ -181,9 +194,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_model(folder: Path, family: str) -> Path:
-    """Write a tiny model and its tokenizer to a folder that `--model` takes."""
-    build_model(family).save_pretrained(folder)
+def save_model(folder: Path, family: str, **settings: Any) -> Path:
+    """Write a tiny model (see `build_model`) and its tokenizer to a folder that `--model` takes."""
+    build_model(family, **settings).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
 

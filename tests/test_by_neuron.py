@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .bundle_factory import change_tensors
-from .model_factory import VOCABULARY
+from .model_factory import VOCABULARY, save_model
 
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 70).tolist()
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
@@ -106,9 +106,16 @@ def test_what_says_which_neurons_are_zero_is_read_whole() -> None:
 # An ungated family with biases, compiled.
 
 
-@pytest.fixture(params=["opt", "opt-post-norm"])
-def compiled(request: pytest.FixtureRequest, tiny_bundle: Callable[..., Path]) -> Bundle:
-    return open_bundle(tiny_bundle(request.param, quantize="int4", by_neuron=True))
+@pytest.fixture(params=["opt", "opt-post-norm", "gpt_neox"])
+def compiled(
+    request: pytest.FixtureRequest, tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    options = {}
+    if request.param == "gpt_neox":
+        # Parallel blocks.
+        folder = tmp_path_factory.getbasetemp() / "gpt_neox-relu"
+        options["model"] = str(folder if folder.exists() else save_model(folder, request.param, hidden_act="relu"))
+    return open_bundle(tiny_bundle(request.param, quantize="int4", by_neuron=True, **options))
 
 
 def test_a_compiled_bundle_is_stored_by_neuron(compiled: Bundle) -> None:

@@ -88,6 +88,11 @@ def test_shapes_are_read_from_a_config() -> None:
     opt = {**config, "model_type": "opt", "ffn_dim": 96}
     del opt["tie_word_embeddings"], opt["num_key_value_heads"]
     assert shapes_of(opt, "m") == replace(SHAPES, gated=False, num_kv_heads=4)
+    # Names of its own, and neurons that a config need not state.
+    gpt2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 160, "n_inner": None}
+    assert shapes_of(gpt2, "m") == replace(SHAPES, gated=False, num_kv_heads=4, ffn_dim=256)
+    with pytest.raises(ConfigError, match=r"config.json: n_embd: expected a size, got 0"):
+        shapes_of({**gpt2, "n_embd": 0}, "m")
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(4000, 4000), (8192, 8192), (16383, 16383), (32000, 10666)])

@@ -28,7 +28,7 @@ def test_each_family_has_its_row() -> None:
 def test_what_is_read_and_written_as_gguf(row: list[str]) -> None:
     name, from_gguf, to_gguf = row[0], row[3], row[4]
     assert (from_gguf != "no") == (NAMED_IN_GGUF.get(name, name) in READ)
-    assert (to_gguf == "yes") == (name in WRITTEN)
+    assert (to_gguf != "no") == (name in WRITTEN)
 
 
 def test_each_model_type_is_built_by_the_tests() -> None:
@@ -43,7 +43,7 @@ def test_each_model_type_is_built_by_the_tests() -> None:
     [
         *((model_type, "a mixture of experts") for model_type in ("qwen2_moe", "granitemoeshared", "gpt_oss")),
         *((model_type, "not a transformer FFN everywhere") for model_type in ("falcon_h1", "lfm2", "granitemoehybrid")),
-        ("gpt_neox", "supported families: opt"),
+        ("bloom", "supported families: opt"),
     ],
 )
 def test_what_is_not_here_is_refused_by_name(model_type: str, reason: str) -> None:

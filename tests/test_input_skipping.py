@@ -47,7 +47,7 @@ def decoded(decoder: NativeDecoder | TorchDecoder, choice: FfnChoice = SHARED) -
     return np.concatenate([decoder.forward([token_id]) for token_id in NEXT_IDS])
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gemma2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma2", "qwen3", "gpt_neox"])
 def test_native_leaves_out_what_torch_leaves_out(family: str, shared_bundle: Callable[..., Bundle]) -> None:
     bundle = shared_bundle(family, "bf16")
     torch_decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
@@ -62,7 +62,7 @@ def test_native_leaves_out_what_torch_leaves_out(family: str, shared_bundle: Cal
 
 
 @pytest.mark.parametrize("isa", _native.available_isas())
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"])
 def test_columns_give_what_rows_give(family: str, isa: str, shared_bundle: Callable[..., Bundle]) -> None:
     bundle = shared_bundle(family)
     rows, columns = masking(bundle, isa=isa), masking(bundle, isa=isa, columns=True)

@@ -60,7 +60,7 @@ def all_logits(decoder: NativeDecoder) -> list[Any]:
 @pytest.mark.parametrize(
     ("family", "quantize"),
     [
-        *((family, "int4") for family in SHAPES),
+        *((family, "int4") for family in (*SHAPES, "gpt_neox")),
         *((family, quantize) for family in UNLIKE for quantize in ("bf16", "int8")),
     ],
 )

@@ -14,6 +14,7 @@ from coreinfer.bundles.families import family_of_config
 from coreinfer.compiler.models.load import load_model, read_config
 from coreinfer.compiler.models.sources import find_source
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -69,6 +70,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers [1], layers without experts among those with"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2, layers without experts among those with"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention true, which reads what another model puts out"),
+    ("gpt2", {"use_parallel_residual": True}, "use_parallel_residual True, which gpt2 models do not compute with"),
 ]
 
 COMPUTED: list[tuple[str, dict[str, Any]]] = [
@@ -115,6 +118,14 @@ COMPUTED: list[tuple[str, dict[str, Any]]] = [
     ("stablelm", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}),
     ("stablelm", {"layer_norm_eps": 0.5}),
     ("starcoder2", {"norm_epsilon": 0.5}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("gpt_neox", {"layer_norm_eps": 0.5}),
+    ("gpt_neox", {"hidden_act": "gelu_fast"}),
+    ("gpt_neox", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.25}}),
+    ("gpt2", {"layer_norm_epsilon": 0.5}),
+    ("gpt2", {"activation_function": "relu"}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ("gpt2", {"scale_attn_weights": False}),
     ("starcoder2", {"sliding_window": None}),
     ("mixtral", {"sliding_window": None}),
     ("qwen3_moe", {"use_sliding_window": False}),
@@ -195,7 +206,7 @@ def test_a_model_is_loaded_as_transformers_computes_it(
         torch.testing.assert_close(loaded.head(states), expected)
 
 
-NATIVE_REFUSES = {"mish", "clip_qkv"}
+NATIVE_REFUSES = {"mish", "clip_qkv", "scale_attn_by_inverse_layer_idx", "scale_attn_weights"}
 
 
 def as_saved(folder: Path) -> dict[str, Any]:
@@ -226,6 +237,43 @@ def test_engines_compute_a_setting_alike_or_the_native_one_refuses_it(
     np.testing.assert_allclose(got, expected, rtol=0, atol=0.02 * np.abs(expected).max())
 
 
+PARALLEL: list[tuple[str, dict[str, Any]]] = [
+    # One norm for attention and FFN.
+    ("stablelm", {"use_parallel_residual": True}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), named(PARALLEL))
+@pytest.mark.parametrize("quantize", ["bf16", "int4"])
+def test_models_whose_blocks_are_the_other_way(
+    family: str, settings: dict[str, Any], quantize: str, tiny_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = save_model(tmp_path, family, **settings)
+    bundle = open_bundle(tiny_bundle(family, model=str(model), quantize=quantize, evaluate=False))
+    ids = IDS[0].tolist()
+    torch_decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
+    expected = torch_decoder.forward(ids, all_logits=True)
+    if quantize == "bf16":
+        reference = logits(AutoModelForCausalLM.from_pretrained(model))[0].numpy()
+        np.testing.assert_allclose(expected, reference, rtol=1e-4, atol=2e-4)
+    for choice in (DENSE, FfnChoice(cluster=1)):
+        decoder = NativeDecoder(bundle, threads=2)
+        for each in (decoder, torch_decoder):
+            each.truncate(0)
+            each.use(choice)
+        expected = torch_decoder.forward(ids, all_logits=True)
+        got = decoder.forward(ids, all_logits=True)
+        decoder.truncate(30)
+        steps = np.concatenate([decoder.forward([token_id]) for token_id in ids[30:]])
+        for found, wanted in ((got, expected), (steps, expected[30:])):
+            # With int4 activations are rounded to int8.
+            error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+            assert error < (0.15 if quantize == "int4" else 0.01)
+        decoder.truncate(30)
+        np.testing.assert_array_equal(decoder.forward_rows([0] * len(ids[30:]), ids[30:]), steps)
+
+
 def test_rotary_factors_of_their_own_bound_the_texts(
     saved: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -236,12 +284,11 @@ def test_rotary_factors_of_their_own_bound_the_texts(
     assert "rotary factors of their own for texts beyond 128 tokens" in caplog.text
 
 
-@pytest.mark.parametrize("setting", ["use_parallel_residual", "qk_layernorm"])
-def test_the_native_engine_names_what_it_does_not_compute(setting: str, tiny_bundle: Callable[..., Path]) -> None:
+def test_the_native_engine_names_what_it_does_not_compute(tiny_bundle: Callable[..., Path]) -> None:
     bundle = open_bundle(tiny_bundle("stablelm"))
     record = bundle.manifest.model
-    record = replace(record, config={**record.config, setting: True})
-    with pytest.raises(UnsupportedModelError, match=f"the native engine has no {setting}"):
+    record = replace(record, config={**record.config, "qk_layernorm": True})
+    with pytest.raises(UnsupportedModelError, match="the native engine has no qk_layernorm"):
         NativeDecoder(replace(bundle, manifest=replace(bundle.manifest, model=record)), threads=1)
 
 

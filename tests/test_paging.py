@@ -49,7 +49,7 @@ def is_in_file(tensor: torch.Tensor, file: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [*SHAPES, "gpt2"])
 def test_mapped_weights_compute_what_loaded_ones_do(name: str, saved: Callable[[str], Path]) -> None:
     loaded, mapped = (load(saved(name), mapped=each) for each in (False, True))
     assert (loaded.dtype, mapped.dtype) == (torch.float32, torch.float32)
@@ -133,6 +133,15 @@ def test_a_gguf_file_is_unpacked_and_so_refused(tmp_path: Path, saved: Callable[
     family, config = read_config(find_source(str(saved("llama"))))
     with pytest.raises(ConfigError, match="--max-memory: expected a model in safetensors"):
         load_model(source, family, config, device="cpu", dtype="auto", mapped=True)
+
+
+def test_what_has_to_be_copied_is_refused(
+    saved: Callable[[str], Path], tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path
+) -> None:
+    config = replace(tiny_inputs("llama"), model=str(saved("gpt_neox")), output=tmp_path / "b", max_memory=8.0)
+    with pytest.raises(ConfigError, match=r"--max-memory: .* gpt_neox is a gpt_neox: its queries, keys and values lie"):
+        compile_model(config)
+    assert not list(tmp_path.iterdir())
 
 
 def test_too_much_text_is_told_how_much_would_fit(

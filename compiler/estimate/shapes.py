@@ -148,7 +148,7 @@ def shapes_of(config: Mapping[str, Any], name: str) -> Shapes:
             raise ConfigError(f"--dry-run: --model {name}: {CONFIG}: {field}: expected a size, got {value!r}")
         return value
 
-    hidden, num_heads = size("hidden_size"), size("num_attention_heads")
+    hidden, num_heads = (size(family.config_field(field)) for field in ("hidden_size", "num_attention_heads"))
     num_experts, num_chosen, dim_field = 1, 1, family.ffn_dim_field
     if family.experts is not None:
         dim_field = family.experts.dim_field
@@ -157,9 +157,9 @@ def shapes_of(config: Mapping[str, Any], name: str) -> Shapes:
         num_chosen = size("num_experts_per_tok")
     return Shapes(
         # EXAONE's makers have another name for it, which transformers takes as well.
-        num_layers=size("num_hidden_layers", config.get("num_layers")),
+        num_layers=size(family.config_field("num_hidden_layers"), config.get("num_layers")),
         hidden_size=hidden,
-        ffn_dim=num_experts * size(dim_field),
+        ffn_dim=num_experts * size(dim_field, family.ffn_dim_factor and family.ffn_dim_factor * hidden),
         num_heads=num_heads,
         num_kv_heads=size("num_key_value_heads", num_heads),
         head_dim=size("head_dim", max(1, hidden // num_heads)),

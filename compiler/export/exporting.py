@@ -9,6 +9,7 @@ from coreinfer.bundles.writer import disk_errors, stage_bundle
 
 from .chosen import ChosenModel, choose_model
 from .gguf_file import write_gguf
+from .gguf_header import export_facts
 from .hf_folder import write_hf
 
 __all__ = ["ExportedFiles", "export_model"]
@@ -69,17 +70,10 @@ def _gguf(stage: Path, chosen: ChosenModel) -> tuple[ModelCard, int, int]:
         "architecture": done.architecture,
         "tensors": ", ".join(f"{count} {kind}" for kind, count in done.types.items()),
         **_sizes(done.num_bytes, done.padding_bytes),
-        **_context_fact(chosen),
+        **export_facts(chosen),
     }
     usage = ("```", f"llama-cli -m {name}", "```")
     return _card(chosen, tags=("gguf",), facts=facts, usage=usage), done.num_bytes, done.padding_bytes
-
-
-def _context_fact(chosen: ChosenModel) -> dict[str, str]:
-    window = chosen.config.get("sliding_window")
-    if chosen.config.get("model_type") != "mistral" or not window:
-        return {}
-    return {"context": f"{window} tokens: llama.cpp does not slide Mistral's window, and further on it would differ"}
 
 
 def _hf(stage: Path, chosen: ChosenModel, dtype: str) -> tuple[ModelCard, int, int]:

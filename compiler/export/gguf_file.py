@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from coreinfer.bundles.families import Family
 from coreinfer.bundles.formats import GROUP_SIZE
 from coreinfer.compiler.models.gguf.names import LAYOUTS, TensorLayout, file_name, paired_rows
 from coreinfer.compiler.models.gguf.rope import ROPE_FACTORS
@@ -57,17 +58,30 @@ def write_gguf(path: Path, chosen: ChosenModel) -> GgufExport:
     layout = LAYOUTS[architecture]
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-    for parameter in parameters:
-        name, kind = file_name(parameter.name, layout), block_type(parameter)
-        dtype = np.dtype(np.float32)
-        writer.add_tensor_info(name, parameter.padded, dtype, block_bytes(parameter), raw_dtype=kind)
+    tensors = _tensors(parameters, chosen.family, layout)
+    for name, parts in tensors.items():
+        shape = (sum(part.padded[0] for part in parts), *parts[0].padded[1:])
+        num_bytes, dtype = sum(map(block_bytes, parts)), np.dtype(np.float32)
+        writer.add_tensor_info(name, shape, dtype, num_bytes, raw_dtype=block_type(parts[0]))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for values in _values(parameters, layout, chosen.config, factors):
+    for values in _values(tensors, layout, chosen.config, factors):
         writer.write_tensor_data(values)
     writer.close()
     return _summary(path, architecture, parameters)
+
+
+def _tensors(parameters: Sequence[Parameter], family: Family, layout: TensorLayout) -> dict[str, list[Parameter]]:
+    """Name in the file -> what lies there, row after row: several parts where transformers has one module."""
+    tensors: dict[str, list[Parameter]] = {}
+    for parameter in parameters:
+        name = parameter.name
+        for path, parts in family.joined.items():
+            for part in parts:
+                name = name.replace(f".{path}.{part}.", f".{path}.")
+        tensors.setdefault(file_name(name, layout), []).append(parameter)
+    return tensors
 
 
 def _widths(chosen: ChosenModel, architecture: str) -> list[int]:
@@ -81,19 +95,19 @@ def _is_plain(chosen: ChosenModel) -> bool:
 
 
 def _values(
-    parameters: Sequence[Parameter],
+    tensors: Mapping[str, Sequence[Parameter]],
     layout: TensorLayout,
     config: Mapping[str, Any],
     factors: npt.NDArray[np.float32] | None,
 ) -> Iterator[npt.NDArray[Any]]:
     if factors is not None:
         yield factors
-    for parameter in parameters:
-        stem = _LAYER.sub("", file_name(parameter.name, layout)).rpartition(".")[0]
+    for name, parts in tensors.items():
+        stem = _LAYER.sub("", name).rpartition(".")[0]
         is_paired = stem in layout.paired
-        rows = paired_rows(parameter.shape[0], int(config[layout.paired[stem]])) if is_paired else None
+        rows = paired_rows(parts[0].shape[0], int(config[layout.paired[stem]])) if is_paired else None
         offset = layout.norm_offset if stem in (*layout.norms, "output_norm") else 0.0
-        yield encode(parameter, rows, offset)
+        yield np.concatenate([encode(part, rows, offset) for part in parts])
 
 
 def _general_fields(chosen: ChosenModel) -> dict[str, Any]:

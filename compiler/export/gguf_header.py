@@ -1,6 +1,7 @@
 """What a GGUF file states of a model: the keys that llama.cpp reads, and refusals of what they cannot say."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from coreinfer.bundles import UnsupportedModelError
 
 from .chosen import ChosenModel
 
-__all__ = ["ARCHITECTURES", "architecture_for", "header_fields", "rope_factors"]
+__all__ = ["ARCHITECTURES", "architecture_for", "export_facts", "header_fields", "rope_factors"]
 
 _LAYERWISE = "deci"
 """The one architecture of llama.cpp that is Llama, with biases where a file has them, and reads a width per layer."""
@@ -24,11 +25,33 @@ ARCHITECTURES = {
     "gemma3": "gemma3",
     "olmo2": "olmo2",
     "olmo3": "olmo2",
+    "phi3": "phi3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
+    "gpt_neox": "gptneox",
+    "gpt2": "gpt2",
 }
 """Family -> the architecture of llama.cpp that its models are written as."""
 _LAYERWISE_FAMILIES = ("llama", "qwen2")
-_ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh", "gemma3": "gelu_pytorch_tanh"}
-_SWIGLU = "silu"
+_TANH_GELUS = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+_ACTIVATIONS = {
+    "gemma2": _TANH_GELUS,
+    "gemma3": _TANH_GELUS,
+    "starcoder2": _TANH_GELUS,
+    # llama.cpp has no other, and takes its tanh for the exact one that GPT-NeoX's models have: see `export_facts`.
+    "gpt_neox": (*_TANH_GELUS, "gelu"),
+    "gpt2": _TANH_GELUS,
+}
+_SWIGLU = ("silu",)
+_EPSILONS = {
+    "stablelm": "layer_norm_eps",
+    "starcoder2": "norm_epsilon",
+    "gpt_neox": "layer_norm_eps",
+    "gpt2": "layer_norm_epsilon",
+}
+"""Family -> the config's epsilon, where norms are LayerNorms."""
+_NOT_SLIDING = ("mistral", "phi3", "starcoder2")
+"""Model types whose window llama.cpp does not know."""
 _SLIDING_PATTERN = {"gemma2": 2, "gemma3": 6, "olmo3": 4}
 """Where a file does not say which layers slide: all but every so many."""
 _NO_ROPE_PATTERN = 4
@@ -43,7 +66,7 @@ def architecture_for(chosen: ChosenModel) -> str:
     family, activation = chosen.family.name, chosen.bundle.manifest.model.activation
     if family not in ARCHITECTURES:
         raise _refusal(f"the family {family} is not written as GGUF (it is {', '.join(ARCHITECTURES)}); use --to hf")
-    if activation != _ACTIVATIONS.get(family, _SWIGLU):
+    if activation not in _ACTIVATIONS.get(family, _SWIGLU):
         raise _refusal(f"llama.cpp's {family} has no activation {activation!r}; use --to hf")
     if len(set(chosen.widths)) > 1 and family in _LAYERWISE_FAMILIES:
         return _LAYERWISE
@@ -66,20 +89,35 @@ def header_fields(chosen: ChosenModel, architecture: str, widths: Sequence[int])
         "attention.head_count_kv": model.num_kv_heads,
         "attention.key_length": model.head_dim,
         "attention.value_length": model.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "rope.dimension_count": model.head_dim,
         "vocab_size": model.vocab_size,
     }
+    kind, setting = "layer_norm_rms_epsilon", "rms_norm_eps"
+    if chosen.family.name in _EPSILONS:
+        kind, setting = "layer_norm_epsilon", _EPSILONS[chosen.family.name]
+    fields[f"attention.{kind}"] = float(config[setting])
     fields |= _OWN_FIELDS.get(chosen.family.name, _plain_attention)(chosen)
     return {f"{architecture}.{key}": value for key, value in fields.items()}
 
 
 def _context(chosen: ChosenModel) -> int:
-    """Positions; of a window that llama.cpp's llama does not have, only as many as it spans: up to there all agree."""
-    positions, window = chosen.bundle.manifest.model.max_positions, chosen.config.get("sliding_window")
-    if window and chosen.config.get("model_type") == "mistral":
-        return min(positions, int(window))
-    return positions
+    """Positions; of a window that llama.cpp does not know, only as many as it spans: up to there all agree."""
+    return min(chosen.bundle.manifest.model.max_positions, _ignored_window(chosen) or sys.maxsize)
+
+
+def _ignored_window(chosen: ChosenModel) -> int | None:
+    window = chosen.config.get("sliding_window")
+    return int(window) if window and chosen.config.get("model_type") in _NOT_SLIDING else None
+
+
+def export_facts(chosen: ChosenModel) -> dict[str, str]:
+    """What people should know of a file that llama.cpp computes otherwise than the model was trained."""
+    facts = {}
+    if window := _ignored_window(chosen):
+        title = str(chosen.config["model_type"]).capitalize()
+        facts["context"] = f"{window} tokens: llama.cpp does not slide {title}'s window, and further on it would differ"
+    if chosen.bundle.manifest.model.activation == "gelu":
+        facts["activation"] = "llama.cpp computes GELU by tanh, which is off by 0.0005 at most"
+    return facts
 
 
 def _plain_attention(chosen: ChosenModel) -> dict[str, Any]:
@@ -121,6 +159,27 @@ def _olmo2(chosen: ChosenModel) -> dict[str, Any]:
     # llama.cpp works the size of a head out.
     _check_plain(chosen, head_dim=model.hidden_size // model.num_heads)
     return _plain_attention(chosen)
+
+
+def _stablelm(chosen: ChosenModel) -> dict[str, Any]:
+    # llama.cpp tells parallel blocks by the norm that they do without.
+    _check_plain(chosen, qk_layernorm=False, tie_word_embeddings=False)
+    return _plain_attention(chosen) | {"use_parallel_residual": bool(chosen.config.get("use_parallel_residual"))}
+
+
+def _starcoder2(chosen: ChosenModel) -> dict[str, Any]:
+    _check_plain(chosen, use_bias=True)
+    return _plain_attention(chosen)
+
+
+def _gpt_neox(chosen: ChosenModel) -> dict[str, Any]:
+    _check_plain(chosen, attention_bias=True, tie_word_embeddings=False)
+    return _plain_attention(chosen) | {"use_parallel_residual": bool(chosen.config["use_parallel_residual"])}
+
+
+def _gpt2(chosen: ChosenModel) -> dict[str, Any]:
+    _check_plain(chosen, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    return {}
 
 
 def _olmo3(chosen: ChosenModel) -> dict[str, Any]:
@@ -190,15 +249,23 @@ _OWN_FIELDS: Mapping[str, Callable[[ChosenModel], dict[str, Any]]] = {
     "gemma3": _gemma3,
     "olmo2": _olmo2,
     "olmo3": _olmo3,
+    "stablelm": _stablelm,
+    "starcoder2": _starcoder2,
+    "gpt_neox": _gpt_neox,
+    "gpt2": _gpt2,
 }
 """Family -> what it has besides the keys that all share; for others `_plain_attention`."""
 
 
 def _rope(rope: Mapping[str, Any], chosen: ChosenModel) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
-    fields: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"])}
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    share, head_dim = float(rope.get("partial_rotary_factor") or 1.0), chosen.bundle.manifest.model.head_dim
+    if share != 1.0 and not chosen.family.rotates_part:
         raise _refusal("rotation of a part of each head is not exported; use --to hf")
+    fields: dict[str, Any] = {
+        "rope.freq_base": float(rope["rope_theta"]),
+        "rope.dimension_count": int(head_dim * share),
+    }
     if kind == "linear":
         fields |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     elif kind == "yarn":

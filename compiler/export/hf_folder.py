@@ -46,8 +46,8 @@ def write_hf(folder: Path, chosen: ChosenModel, *, dtype: str) -> HfExport:
     width = max(chosen.widths)
     parameters = list_parameters(chosen, [width] * len(chosen.widths))
     parts = {parameter.name: torch.from_numpy(read_floats(parameter)).to(DTYPES[dtype]) for parameter in parameters}
-    state = put_together(parts, chosen.family)
     config = model_config(chosen, **{chosen.family.ffn_dim_field: width, "dtype": dtype})
+    state = put_together(parts, chosen.family, config)
     empty = empty_model(config)
     config.architectures = [type(empty).__name__]
     model: Any = type(empty).from_pretrained(None, config=config, state_dict=state, dtype=DTYPES[dtype])

@@ -90,6 +90,7 @@ def _holds_tensors(value: Any) -> bool:
 
 def _causal_mask(arguments: dict[str, Any], start: int, length: int) -> torch.Tensor:
     """Which of all places each later one looks at: (1, 1, later places, length) bool."""
-    device = next((part.device for part in arguments.get("position_embeddings") or ()), torch.device("cpu"))
+    parts = (*(arguments.get("position_embeddings") or ()), arguments.get("position_ids"))
+    device = next((part.device for part in parts if part is not None), torch.device("cpu"))
     places = torch.arange(length, device=device)
     return (places[None, :] <= places[start:, None])[None, None]

@@ -5,6 +5,7 @@ all. What each layer needs besides hidden states (masks, positions, rotary embed
 it is recorded by running the model's own forward pass once with its layers taken out.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from coreinfer.bundles.families import cache_argument, resolve
+from coreinfer.bundles.families import CACHE_ARGUMENTS, cache_argument, resolve
 from coreinfer.compiler.text.corpus import Document
 from torch import nn
 
@@ -119,7 +120,7 @@ class _Given(_Substitute):
         super().__init__(layer)
         self.hidden = hidden
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
         return self.hidden
 
 
@@ -129,9 +130,11 @@ class _Recorder(_Substitute):
     def __init__(self, layer: nn.Module, calls: list[dict[str, Any]]) -> None:
         super().__init__(layer)
         self.calls = calls
+        # Some models give their layers more than the hidden states by position.
+        self.names = list(inspect.signature(type(layer).forward).parameters)[1:]
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self.calls.append({"hidden_states": hidden_states, **kwargs})
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.calls.append({**dict(zip(self.names, (hidden_states, *args), strict=False)), **kwargs})
         return hidden_states
 
 
@@ -183,7 +186,7 @@ def _record_batch(
     )
 
 
-_STATE_ARGUMENTS = frozenset({"hidden_states", "cache", "past_key_values", "use_cache"})
+_STATE_ARGUMENTS = frozenset({"hidden_states", "use_cache", *CACHE_ARGUMENTS})
 
 
 def _record_calls(loaded: LoadedModel, token_ids: torch.Tensor) -> list[dict[str, Any]]:

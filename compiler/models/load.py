@@ -33,7 +33,7 @@ from .gguf.weights import load_weights
 from .mapped import convert_on_use
 from .settings import check_settings
 from .sources import ModelSource
-from .stated import CONFIG, check_mappable
+from .stated import CONFIG, check_mappable, check_stays_mapped
 from .tokenizer_files import check_templates, with_own_file
 from .unpack.asked import settings_of
 from .unpack.methods import check_quantization
@@ -203,6 +203,7 @@ def load_model(
     quantized = not source.gguf_file and settings_of(config.to_dict()) is not None
     if mapped:
         check_mappable(source)
+        check_stays_mapped(family, source.name)
     if mapped and quantized:
         raise ConfigError(
             f"--max-memory: expected plain weights, which can stay in their file, and those of {source.name} are "
@@ -314,7 +315,8 @@ def _record(model: nn.Module, family: Family, name: str, config: PreTrainedConfi
 def _num_neurons(family: Family, config: PreTrainedConfig, experts: ExpertsRecord | None) -> int:
     """Neurons of a layer, all its experts' together."""
     if family.experts is None or experts is None:
-        return int(getattr(config, family.ffn_dim_field))
+        stated = getattr(config, family.ffn_dim_field)
+        return int((family.ffn_dim_factor or 0) * config.hidden_size if stated is None else stated)
     return experts.num_experts * int(getattr(config, family.experts.dim_field))
 
 

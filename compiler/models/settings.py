@@ -86,6 +86,8 @@ def _without_effect(config: PreTrainedConfig) -> Iterator[str]:
     # transformers computes it in its own attention only, which it then takes whatever else there is.
     if cap and config.model_type != "gemma2":
         yield f"attn_logit_softcapping {cap!r}, which transformers does not compute"
+    if getattr(config, "add_cross_attention", None):
+        yield "add_cross_attention true, which reads what another model puts out"
     if getattr(config, "use_bidirectional_attention", None):
         yield "use_bidirectional_attention true, with which no text can be decoded token by token"
 

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.bundles.families import family_of_config
+from coreinfer.bundles.families import Family, family_of_config
 
 from .gguf.config import config_fields
 from .gguf.parts import read_parts
 from .sources import ModelSource
 from .unpack.asked import check_method
 
-__all__ = ["CONFIG", "check_mappable", "safetensors_files", "stated_config"]
+__all__ = ["CONFIG", "check_mappable", "check_stays_mapped", "safetensors_files", "stated_config"]
 
 CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -74,6 +74,19 @@ def check_mappable(source: ModelSource) -> None:
         raise ConfigError(
             f"{what}: --max-memory needs safetensors, whose weights can stay in their file, and found none; "
             "save it with transformers first"
+        )
+
+
+def check_stays_mapped(family: Family, name: str) -> None:
+    """Refuse a family whose weights cannot all stay in their file.
+
+    Raises:
+        ConfigError: some have to be copied.
+    """
+    if family.joined_by_head:
+        raise ConfigError(
+            f"--max-memory: expected a model whose weights can stay in their file, and {name} is a {family.name}: its "
+            "queries, keys and values lie mixed in one matrix and have to be copied; leave out --max-memory"
         )
 
 

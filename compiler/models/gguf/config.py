@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
+from coreinfer.bundles.families import family_of_config
 
 from .header import Header
 from .keys import HeaderKeys
 from .rope import scaled_rope
-from .rotated_parts import phi3_fields, stablelm_fields, starcoder2_fields
+from .rotated_parts import gpt2_fields, gpt_neox_fields, phi3_fields, stablelm_fields, starcoder2_fields
 from .tying import table_of
 
 __all__ = ["ARCHITECTURES", "architecture_of", "config_fields"]
@@ -42,9 +43,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _EPSILONS = {
     "stablelm": ("layer_norm_eps", "attention.layer_norm_epsilon"),
     "starcoder2": ("norm_epsilon", "attention.layer_norm_epsilon"),
+    "gptneox": ("layer_norm_eps", "attention.layer_norm_epsilon"),
+    "gpt2": ("layer_norm_epsilon", "attention.layer_norm_epsilon"),
 }
-_ROTATE_PART = ("phi3", "stablelm")
-_EVEN_HEADS = ("phi3", "stablelm", "starcoder2")
+_ROTATE_PART = ("phi3", "stablelm", "gptneox")
+_EVEN_HEADS = ("phi3", "stablelm", "starcoder2", "gptneox", "gpt2")
+# Each head has keys and values of its own, which files need not say.
+_UNGROUPED = ("gptneox", "gpt2")
 _TOKEN_ID_KEYS = {"bos_token_id": "bos_token_id", "pad_token_id": "padding_token_id"}
 _END_KEYS = ("eos_token_id", "eos_token_ids", "eot_token_id", "eot_token_ids", "eom_token_id", "eom_token_ids")
 
@@ -66,7 +71,10 @@ def config_fields(header: Header, name: str) -> dict[str, Any]:
     if architecture in _EVEN_HEADS:
         _check_even(keys, fields)
         del fields["head_dim"]
-    return fields
+    if architecture in _UNGROUPED:
+        del fields["num_key_value_heads"]
+    family = family_of_config(fields, name)
+    return {family.config_field(field): value for field, value in fields.items()}
 
 
 def architecture_of(header: Header, name: str) -> str:
@@ -100,7 +108,7 @@ def _shared_fields(keys: HeaderKeys, header: Header, name: str, architecture: st
         "hidden_size": hidden,
         "intermediate_size": keys.size("feed_forward_length"),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": keys.size("attention.head_count_kv"),
+        "num_key_value_heads": _num_kv_heads(keys, num_heads, ungrouped=architecture in _UNGROUPED),
         "head_dim": _head_dim(keys, hidden, num_heads, rotates_part=architecture in _ROTATE_PART),
         epsilon: keys.needed_number(epsilon_key),
         "vocab_size": vocabulary,
@@ -118,6 +126,13 @@ def _tokens(header: Header, name: str) -> list[str]:
     if not isinstance(tokens, list) or not tokens:
         raise ConfigError(f"--model {name}: tokenizer.ggml.tokens: expected the vocabulary, got none")
     return tokens
+
+
+def _num_kv_heads(keys: HeaderKeys, num_heads: int, *, ungrouped: bool) -> int:
+    if not ungrouped:
+        return keys.size("attention.head_count_kv")
+    keys.expect("attention.head_count_kv", (num_heads,))
+    return num_heads
 
 
 def _check_even(keys: HeaderKeys, fields: Mapping[str, Any]) -> None:
@@ -321,4 +336,6 @@ ARCHITECTURES: dict[str, Callable[[HeaderKeys, Header, Mapping[str, Any]], dict[
     "phi3": phi3_fields,
     "stablelm": stablelm_fields,
     "starcoder2": starcoder2_fields,
+    "gptneox": gpt_neox_fields,
+    "gpt2": gpt2_fields,
 }

@@ -58,6 +58,14 @@ class HeaderKeys:
             raise self.refused(key, "expected a number, got a header without that key; convert the model again")
         return value
 
+    def needed_flag(self, key: str) -> bool:
+        """Read a flag that has to be stated."""
+        value = self.value(key)
+        if not isinstance(value, bool):
+            got = "a header without that key; convert the model again" if value is None else repr(value)
+            raise self.refused(key, f"expected a flag, got {got}")
+        return value
+
     def value(self, key: str) -> Any:
         """Read a value as it stands, None where it is not stated."""
         self._read.add(self._prefix + key)

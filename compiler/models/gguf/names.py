@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from .rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 
-__all__ = ["LAYOUTS", "SHARED", "TensorLayout", "file_name", "paired_rows"]
+__all__ = ["LAYOUTS", "TensorLayout", "file_name", "paired_rows", "rows_by_head"]
 
 
 LINEARS = {
@@ -34,6 +34,11 @@ class TensorLayout:
         norm_offset: what is added to every norm.
         linears: names of a layer's linear modules in the file -> in the model.
         factors: tensors that the config is made of.
+        shared: names of modules outside of the layers in the file -> in the model.
+        layers: path in the model to its layers.
+        turned: names in the file, without layer, of matrices that the model has as (inputs, outputs).
+        by_head: names in the file, without layer, of modules whose rows are queries, keys and values one after another,
+            and lie head by head in the model.
     """
 
     norms: Mapping[str, str]
@@ -41,6 +46,10 @@ class TensorLayout:
     norm_offset: float = 0.0
     linears: Mapping[str, str] = field(default_factory=lambda: LINEARS)
     factors: tuple[str, ...] = (ROPE_FACTORS,)
+    shared: Mapping[str, str] = field(default_factory=lambda: SHARED)
+    layers: str = "model.layers"
+    turned: tuple[str, ...] = ()
+    by_head: tuple[str, ...] = ()
 
     @property
     def per_layer(self) -> dict[str, str]:
@@ -61,6 +70,18 @@ _PHI3_LINEARS = {
 }
 _STARCODER2_LINEARS = {
     **{name: path for name, path in LINEARS.items() if name.startswith("attn_")},
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+_GPT_NEOX_LINEARS = {
+    "attn_qkv": "attention.query_key_value",
+    "attn_output": "attention.dense",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+}
+_GPT2_LINEARS = {
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
     "ffn_up": "mlp.c_fc",
     "ffn_down": "mlp.c_proj",
 }
@@ -86,18 +107,44 @@ LAYOUTS = {
     "phi3": TensorLayout(norms=_TWO_NORMS, linears=_PHI3_LINEARS, factors=(LONG_FACTORS, SHORT_FACTORS)),
     "stablelm": TensorLayout(norms=_TWO_NORMS),
     "starcoder2": TensorLayout(norms=_TWO_NORMS, linears=_STARCODER2_LINEARS),
+    "gptneox": TensorLayout(
+        norms=_TWO_NORMS,
+        linears=_GPT_NEOX_LINEARS,
+        factors=(),
+        shared={"token_embd": "gpt_neox.embed_in", "output_norm": "gpt_neox.final_layer_norm", "output": "lm_head"},
+        layers="gpt_neox.layers",
+        by_head=("attn_qkv",),
+    ),
+    "gpt2": TensorLayout(
+        norms={"attn_norm": "ln_1", "ffn_norm": "ln_2"},
+        linears=_GPT2_LINEARS,
+        factors=(),
+        shared={
+            "token_embd": "transformer.wte",
+            "position_embd": "transformer.wpe",
+            "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+        },
+        layers="transformer.h",
+        turned=tuple(_GPT2_LINEARS),
+    ),
 }
 
 
 def file_name(parameter: str, layout: TensorLayout) -> str:
     """Name in the file of a parameter of the model."""
     stem, _, kind = parameter.rpartition(".")
-    shared = {ours: theirs for theirs, ours in SHARED.items()}
+    shared = {ours: theirs for theirs, ours in layout.shared.items()}
     if stem in shared:
         return f"{shared[stem]}.{kind}"
     per_layer = {ours: theirs for theirs, ours in layout.per_layer.items()}
-    layer, _, inner = stem.removeprefix("model.layers.").partition(".")
+    layer, _, inner = stem.removeprefix(f"{layout.layers}.").partition(".")
     return f"blk.{layer}.{per_layer[inner]}.{kind}"
+
+
+def rows_by_head(values: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
+    """Put queries, keys and values (3 x heads x head size, ...) head by head: those of a head one after another."""
+    return values.reshape(3, num_heads, -1, *values.shape[1:]).swapaxes(0, 1).reshape(values.shape)
 
 
 def paired_rows(num_rows: int, num_heads: int) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Architectures in which a part of each head is rotated, or norms are LayerNorms: Phi 3, StableLM, StarCoder2."""
+"""Architectures in which a part of each head is rotated, or norms are LayerNorms: Phi 3, StableLM, StarCoder2, GPTs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from .keys import HeaderKeys
 from .rope import LONG_FACTORS, SHORT_FACTORS, scaled_rope
 from .values import read_tensor
 
-__all__ = ["phi3_fields", "stablelm_fields", "starcoder2_fields"]
+__all__ = ["gpt2_fields", "gpt_neox_fields", "phi3_fields", "stablelm_fields", "starcoder2_fields"]
 
 # Of a file that states no base of the frequencies, llama.cpp's.
 _DEFAULT_THETA = 10_000.0
@@ -82,34 +82,51 @@ def _has_bias(header: Header, *names: str) -> bool:
 
 def stablelm_fields(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
     """Read what StableLM's config has besides the shared fields."""
-    keys.expect("use_parallel_residual", (False,))
-    head_dim = int(shared["head_dim"])
-    rope = scaled_rope(
-        keys,
-        header,
-        theta=keys.number("rope.freq_base") or _DEFAULT_THETA,
-        head_dim=head_dim,
-        context=int(shared["max_position_embeddings"]),
-    )
+    # What converters state here says little; llama.cpp, too, tells parallel blocks by the norm that they do without.
+    keys.value("use_parallel_residual")
     return {
         "model_type": "stablelm",
         "use_qkv_bias": _has_bias(header, "attn_q", "attn_k", "attn_v"),
-        "rope_parameters": {**rope, "partial_rotary_factor": _rotated(keys, head_dim) / head_dim},
+        "use_parallel_residual": not any(".ffn_norm." in tensor for tensor in header.tensors),
+        "rope_parameters": _rope_of_part(keys, header, shared),
     }
 
 
-def starcoder2_fields(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """Read what StarCoder2's config has besides the shared fields; llama.cpp knows no window of it."""
-    rope = scaled_rope(
+def _rope_of_part(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
+    head_dim = int(shared["head_dim"])
+    return {**_rope(keys, header, shared), "partial_rotary_factor": _rotated(keys, head_dim) / head_dim}
+
+
+def _rope(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
+    return scaled_rope(
         keys,
         header,
         theta=keys.number("rope.freq_base") or _DEFAULT_THETA,
         head_dim=int(shared["head_dim"]),
         context=int(shared["max_position_embeddings"]),
     )
+
+
+def starcoder2_fields(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Read what StarCoder2's config has besides the shared fields; llama.cpp knows no window of it."""
     return {
         "model_type": "starcoder2",
         "use_bias": _has_bias(header, "attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down"),
         "sliding_window": None,
-        "rope_parameters": rope,
+        "rope_parameters": _rope(keys, header, shared),
     }
+
+
+def gpt_neox_fields(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Read what GPT-NeoX's config has besides the shared fields; llama.cpp knows one activation of it."""
+    return {
+        "model_type": "gpt_neox",
+        "attention_bias": _has_bias(header, "attn_qkv", "attn_output"),
+        "use_parallel_residual": keys.needed_flag("use_parallel_residual"),
+        "rope_parameters": _rope_of_part(keys, header, shared),
+    }
+
+
+def gpt2_fields(_keys: HeaderKeys, _header: Header, _shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Read what GPT-2's config has besides the shared fields: nothing."""
+    return {"model_type": "gpt2"}

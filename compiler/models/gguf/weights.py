@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import architecture_of
 from .header import Header, TensorEntry
-from .names import LAYOUTS, SHARED, TensorLayout, file_name, paired_rows
+from .names import LAYOUTS, TensorLayout, file_name, paired_rows, rows_by_head
 from .tying import EMBEDDING, HEAD, table_of
 from .values import check_readable, read_tensor
 
@@ -52,22 +52,25 @@ def _sources(header: Header, layout: TensorLayout) -> dict[str, str]:
     for tensor in header.tensors:
         match = _BLOCK.fullmatch(tensor)
         if match and match[2] in per_layer:
-            sources[f"model.layers.{int(match[1])}.{per_layer[match[2]]}.{match[3]}"] = tensor
+            sources[f"{layout.layers}.{int(match[1])}.{per_layer[match[2]]}.{match[3]}"] = tensor
         stem, _, kind = tensor.rpartition(".")
-        if stem in SHARED:
-            sources[f"{SHARED[stem]}.{kind}"] = tensor
+        if stem in layout.shared:
+            sources[f"{layout.shared[stem]}.{kind}"] = tensor
     if HEAD in header.tensors and (table := table_of(header)):
         # The better one serves as both.
         _log.info("%s and %s are one table in other bits; %s serves as both", EMBEDDING, HEAD, table)
-        sources[f"{SHARED['token_embd']}.weight"] = table
-        del sources[f"{SHARED['output']}.weight"]
+        sources[f"{layout.shared['token_embd']}.weight"] = table
+        del sources[f"{layout.shared['output']}.weight"]
     return sources
 
 
 def _check_complete(header: Header, sources: Mapping[str, str], empty: PreTrainedModel, name: str) -> None:
     layout = LAYOUTS[architecture_of(header, name)]
     # Shared parameters come once, under the name that they have first.
-    shapes = {parameter: tuple(value.shape) for parameter, value in empty.named_parameters()}
+    shapes = {
+        parameter: tuple(value.shape)[:: -1 if _is_turned(file_name(parameter, layout), layout) else 1]
+        for parameter, value in empty.named_parameters()
+    }
     missing = [file_name(parameter, layout) for parameter in shapes if parameter not in sources]
     taken = {sources[parameter] for parameter in shapes if parameter in sources}
     if taken & {EMBEDDING, HEAD} and table_of(header):
@@ -90,6 +93,16 @@ def _check_complete(header: Header, sources: Mapping[str, str], empty: PreTraine
         )
 
 
+def _stem(tensor: str) -> str:
+    """Name of a tensor's module, without its layer."""
+    match = _BLOCK.fullmatch(tensor)
+    return match[2] if match else tensor.rpartition(".")[0]
+
+
+def _is_turned(tensor: str, layout: TensorLayout) -> bool:
+    return _stem(tensor) in layout.turned and tensor.endswith(".weight")
+
+
 def _few(names: list[str]) -> str:
     rest = len(names) - _MOST_NAMED
     return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
@@ -105,12 +118,14 @@ def _weights(
 def _convert(
     tensor: str, entry: TensorEntry, layout: TensorLayout, config: PreTrainedConfig, dtype: torch.dtype
 ) -> torch.Tensor:
-    match = _BLOCK.fullmatch(tensor)
-    stem = match[2] if match else tensor.rpartition(".")[0]
-    values = read_tensor(entry)
+    stem, values = _stem(tensor), read_tensor(entry)
     if stem in layout.paired:
         rows = paired_rows(len(values), int(getattr(config, layout.paired[stem])))
         values = values[np.argsort(rows)]
+    if stem in layout.by_head:
+        values = rows_by_head(values, int(config.num_attention_heads))
+    if _is_turned(tensor, layout):
+        values = values.T
     if layout.norm_offset and stem in (*layout.norms, "output_norm"):
         # In float32, as files have norms.
         values = values.astype(np.float32) - np.float32(layout.norm_offset)

@@ -59,8 +59,8 @@ Router router(const Parts& parts, const std::string& root) {
 }
 
 Layer assemble_layer(const Parts& parts, const ModelWeights& model, int index) {
-  const std::string root = parts.family.root + ("layers." + std::to_string(index) + ".");
-  const std::string attention_root = root + "self_attn.", inputs_root = attention_root + parts.family.inputs;
+  const std::string root = parts.family.root + (parts.family.layers + std::to_string(index) + ".");
+  const std::string attention_root = root + parts.family.attention, inputs_root = attention_root + parts.family.inputs;
   Layer layer;
   AttentionWeights& attention = layer.attention;
   attention.query = parts.linear(inputs_root + "q_proj", model.query_size(), model.hidden);
@@ -78,7 +78,8 @@ Layer assemble_layer(const Parts& parts, const ModelWeights& model, int index) {
   attention.qkv_norms = parts.base.vector(shares_root + "qkv_norms", model.hidden);
   attention.heads_norms = parts.base.vector(shares_root + "o_norms", model.query_size());
   layer.attention_norms = sublayer_norms(parts, root, parts.family.attention_norms);
-  layer.ffn_norms = sublayer_norms(parts, root, parts.family.ffn_norms);
+  const bool shares_norm = model.parallel && parts.family.one_parallel_norm;
+  layer.ffn_norms = sublayer_norms(parts, root, shares_norm ? parts.family.attention_norms : parts.family.ffn_norms);
   layer.router = router(parts, root);
   return layer;
 }
@@ -97,6 +98,7 @@ void set_scalars(ModelWeights& model, const ModelRecord& record, const Family& f
   model.residual_scale = static_cast<float>(settings.residual_scale);
   model.score_limit = static_cast<float>(settings.score_limit);
   model.logit_limit = static_cast<float>(settings.logit_limit);
+  model.parallel = settings.parallel;
   model.layer_norm = family.layer_norm;
   model.joint_head_norms = family.joint_head_norms;
   model.nonlinearity = nonlinearity_of(record.activation);
@@ -106,15 +108,15 @@ void set_scalars(ModelWeights& model, const ModelRecord& record, const Family& f
 void set_tables(ModelWeights& model, const Parts& parts) {
   const std::string root = parts.family.root;
   const int width = parts.settings.embedding_width;
-  model.embedding = parts.base.matrix(root + "embed_tokens.weight", model.vocab, width);
+  model.embedding = parts.base.matrix(root + parts.family.embedding + ".weight", model.vocab, width);
   model.head = parts.record.tied_head ? model.embedding : parts.base.matrix("lm_head.weight", model.vocab, width);
   if (width != model.hidden) {
     model.project_in = parts.base.matrix(root + "project_in.weight", model.hidden, width);
     model.project_out = parts.base.matrix(root + "project_out.weight", width, model.hidden);
   }
-  if (model.position_offset > 0)
-    model.positions =
-        parts.base.matrix(root + "embed_positions.weight", model.max_positions + model.position_offset, model.hidden);
+  if (parts.family.positions)
+    model.positions = parts.base.matrix(root + parts.family.positions + ".weight",
+                                        model.max_positions + model.position_offset, model.hidden);
 }
 
 }  // namespace

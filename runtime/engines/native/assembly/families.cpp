@@ -77,7 +77,36 @@ Family phi3() {
 Family stablelm() {
   Family family = llama("stablelm", {"layer_norm_eps", "qk_layernorm", "use_parallel_residual"});
   family.epsilon = "layer_norm_eps";
+  family.layer_norm = family.rotates_part = family.one_parallel_norm = true;
+  return family;
+}
+
+Family gpt_neox() {
+  Family family = llama("gpt_neox", {"layer_norm_eps", "use_parallel_residual"});
+  family.root = "gpt_neox.";
+  family.embedding = "embed_in";
+  family.attention = "attention.";
+  family.inputs = "query_key_value.";
+  family.output = "dense";
+  family.final_norm = "final_layer_norm";
+  family.epsilon = "layer_norm_eps";
   family.layer_norm = family.rotates_part = true;
+  return family;
+}
+
+Family gpt2() {
+  Family family = {
+      "gpt2", {"layer_norm_epsilon", "scale_attn_by_inverse_layer_idx", "scale_attn_weights"}, {"ln_1"}, {"ln_2"}};
+  family.root = "transformer.";
+  family.embedding = "wte";
+  family.positions = "wpe";
+  family.layers = "h.";
+  family.attention = "attn.";
+  family.inputs = "c_attn.";
+  family.output = "c_proj";
+  family.final_norm = "ln_f";
+  family.epsilon = "layer_norm_epsilon";
+  family.layer_norm = true;
   return family;
 }
 
@@ -96,6 +125,7 @@ Family opt() {
   family.root = "model.decoder.";
   family.output = "out_proj";
   family.final_norm = "final_layer_norm";
+  family.positions = "embed_positions";
   family.position_offset = 2;
   family.layer_norm = true;
   return family;
@@ -144,6 +174,8 @@ const std::vector<Family>& families() {
       phi3(),
       stablelm(),
       starcoder2(),
+      gpt_neox(),
+      gpt2(),
       mixtral(),
       qwen3_moe(),
       olmoe(),
@@ -163,12 +195,14 @@ bool is_given(const ModelRecord& record, const Family& family, const char* key) 
 
 void check_computed(const ModelRecord& record, const Family& family) {
   std::string unknown;
-  for (const char* key : {"attn_logit_softcapping", "clip_qkv", "qk_layernorm", "use_parallel_residual"})
+  for (const char* key : {"attn_logit_softcapping", "clip_qkv", "qk_layernorm", "scale_attn_by_inverse_layer_idx"})
     if (is_given(record, family, key) && !(family.caps_scores && std::strcmp(key, "attn_logit_softcapping") == 0))
       unknown += (unknown.empty() ? "" : ", ") + std::string(key);
-  const Json* affine = find_setting(record, family, "layer_norm_elementwise_affine");
-  if (affine && !(affine->kind == Json::Kind::boolean && affine->boolean))
-    unknown += (unknown.empty() ? "" : ", ") + std::string("layer_norm_elementwise_affine");
+  for (const char* key : {"layer_norm_elementwise_affine", "scale_attn_weights"}) {
+    const Json* setting = find_setting(record, family, key);
+    if (setting && !(setting->kind == Json::Kind::boolean && setting->boolean))
+      unknown += (unknown.empty() ? "" : ", ") + std::string(key) + " false";
+  }
   if (!unknown.empty()) throw Unsupported("model " + record.name + ": the native engine has no " + unknown);
 }
 
@@ -267,6 +301,7 @@ Settings read_settings(const ModelRecord& record, const Family& family) {
   settings.sliding_window = reader.integer("sliding_window", 0);
   const Json* before = find_setting(record, family, "do_layer_norm_before");
   settings.norms_after = before && before->kind == Json::Kind::boolean && !before->boolean;
+  settings.parallel = reader.given("use_parallel_residual");
   if (settings.embedding_width < 1) refuse("word_embed_proj_dim", "at least 1", "less");
   if (settings.sliding_window < 0) refuse("sliding_window", "at least 1", "less");
   if (settings.score_limit < 0) refuse("attn_logit_softcapping", "above 0", "less");
@@ -294,6 +329,7 @@ Nonlinearity nonlinearity_of(const std::string& activation) {
                                                                {"swish", Nonlinearity::silu},
                                                                {"gelu_pytorch_tanh", Nonlinearity::gelu_tanh},
                                                                {"gelu_new", Nonlinearity::gelu_tanh},
+                                                               {"gelu_fast", Nonlinearity::gelu_tanh},
                                                                {"gelu", Nonlinearity::gelu_erf},
                                                                {"relu", Nonlinearity::relu}};
   std::string names;

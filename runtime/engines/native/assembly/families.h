@@ -20,13 +20,17 @@ struct Family {
   const char* name;
   std::vector<const char*> settings;  // those of the config that models of this family are computed with
   NormNames attention_norms, ffn_norms;
-  const char* root = "model.";    // path to the decoder
-  const char* inputs = "";        // path to the attention's projections into it
-  const char* output = "o_proj";  // the attention's output projection
+  const char* root = "model.";  // path to the decoder
+  const char* embedding = "embed_tokens";
+  const char* positions = nullptr;       // the table of learned positions; null where none are learned
+  const char* layers = "layers.";        // path from the decoder to its layers
+  const char* attention = "self_attn.";  // path from a layer to its attention
+  const char* inputs = "";               // path to the attention's projections into it
+  const char* output = "o_proj";         // the attention's output projection
   const char* final_norm = "norm";
   const char* epsilon = "rms_norm_eps";  // the setting of norms; without it 1e-5
   float norm_offset = 0.0f;              // added to the weight of a norm
-  int position_offset = 0;               // learned positions that are free in front; 0 where none are learned
+  int position_offset = 0;               // learned positions that are free in front
   bool layer_norm = false;               // else RMS norm
   bool head_norms = false;               // of each query and key
   bool joint_head_norms = false;         // of all queries together, and of all keys
@@ -34,6 +38,7 @@ struct Family {
   bool caps_scores = false;              // where attn_logit_softcapping is set
   bool rotates_part = false;             // of a head, where partial_rotary_factor says so
   bool slides_always = false;            // in all layers, where there is a sliding_window
+  bool one_parallel_norm = false;        // of parallel blocks: the FFN's norm is the attention's
   const char* mixture = nullptr;         // path from a layer to its mixture of experts, where its FFN is one
 };
 
@@ -48,6 +53,7 @@ struct Settings {
   double score_limit, logit_limit;  // 0 for none
   int embedding_width;
   bool norms_after;           // norms of the residual stream after each sublayer, in place of those before it
+  bool parallel;              // attention and FFN both read what enters the layer
   int sliding_window;         // 0 for none
   bool slides_always;         // where the config does not say which layers do
   std::vector<bool> rotates;  // of each layer; empty where all do

@@ -104,19 +104,20 @@ class BlockPass {
   float* angles(int t) const { return shared_.angles.get() + t * weights_.rotary.size() * weights_.head_dim; }
   float* qkv(int t) const { return shared_.qkv.get() + size_t(t) * qkv_stride_; }
 
-  void normalize(const Norm& norm, const Filter& filter) {
-    own_tokens([&](int t) { prepare_inputs(weights_, kernels_, norm, residual(t), inputs_.token(t), filter); });
-    barrier();
+  void normalize(const Norm& norm, int t, const Filter& filter) {
+    prepare_inputs(weights_, kernels_, norm, residual(t), inputs_.token(t), filter);
   }
 
-  void finish(const SublayerNorms& norms, const Linear& last) {
-    own_tokens([&](int t) { finish_sublayer(weights_, kernels_, norms, last.bias, out(t), residual(t)); });
+  void finish(const SublayerNorms& norms, const float* bias, int t) {
+    finish_sublayer(weights_, kernels_, norms, bias, out(t), residual(t));
   }
 
   void attention(int layer) {
     const Layer& weights = weights_.layers[layer];
     const AttentionWeights& attention = weights.attention;
-    normalize(weights.attention_norms.before, decoder_.filter(layer, kQkv, attention.qkv_norms));
+    const Filter filter = decoder_.filter(layer, kQkv, attention.qkv_norms);
+    own_tokens([&](int t) { normalize(weights.attention_norms.before, t, filter); });
+    barrier();
     multiply_all({{&attention.query.weight, qkv(0)},
                   {&attention.key.weight, qkv(0) + key_},
                   {&attention.value.weight, qkv(0) + value_}},
@@ -126,7 +127,6 @@ class BlockPass {
     own_tokens([&](int t) { attend(layer, attention, t); });
     barrier();
     multiply_all({{&attention.output.weight, out(0)}}, inputs_, hidden_);
-    finish(weights.attention_norms, attention.output);
   }
 
   void prepare(int layer, const AttentionWeights& attention, int t) {
@@ -184,13 +184,23 @@ class BlockPass {
 
   void ffn(int layer, const FfnWeights& ffn) {
     const Layer& weights = weights_.layers[layer];
-    normalize(weights.ffn_norms.before, decoder_.filter(layer, kGateUp, ffn.gate_up_norms));
+    leave_attention(weights, decoder_.filter(layer, kGateUp, ffn.gate_up_norms));
     if (!ffn.experts.empty()) return mixture(weights, ffn);
     if (ffn.by_neuron())
       active_neurons(ffn);
     else
       all_neurons(ffn, decoder_.filter(layer, kDown, ffn.down_norms));
-    finish(weights.ffn_norms, ffn.down);
+    own_tokens([&](int t) { finish(weights.ffn_norms, ffn.down.bias, t); });
+  }
+
+  // Add the attention's output to the residual stream; the FFN reads that before or after.
+  void leave_attention(const Layer& weights, const Filter& filter) {
+    own_tokens([&](int t) {
+      if (weights_.parallel) normalize(weights.ffn_norms.before, t, filter);
+      finish(weights.attention_norms, weights.attention.output.bias, t);
+      if (!weights_.parallel) normalize(weights.ffn_norms.before, t, filter);
+    });
+    barrier();
   }
 
   void all_neurons(const FfnWeights& ffn, const Filter& filter) {
@@ -252,7 +262,7 @@ class BlockPass {
     mixture.run({});
     own_tokens([&](int t) {
       mixture.sum(t, out(t));
-      finish_sublayer(weights_, kernels_, weights.ffn_norms, nullptr, out(t), residual(t));
+      finish(weights.ffn_norms, nullptr, t);
     });
   }
 

@@ -118,7 +118,12 @@ class TokenPass {
       multiply_columns(*columns, inputs_, {shared_.attended.get()});
     else
       multiply({{&attention.output.weight, shared_.attended.get()}}, inputs_, next);
-    finish(weights.attention_norms, attention.output.bias, shared_.attended.get());
+    if (!weights_.parallel) finish_attention(weights);
+  }
+
+  // In parallel blocks after the FFN has read the residual stream; its last barrier is before any thread's next attention.
+  void finish_attention(const Layer& weights) {
+    finish(weights.attention_norms, weights.attention.output.bias, shared_.attended.get());
   }
 
   // Ask for the thread's keys and values: pieces too short for the hardware to see them coming.
@@ -180,6 +185,7 @@ class TokenPass {
       active_neurons(ffn, next);
     else
       all_neurons(layer, ffn, next);
+    if (weights_.parallel) finish_attention(weights);
     finish(weights.ffn_norms, ffn.down.bias, shared_.ffn_out.get());
   }
 
@@ -311,6 +317,7 @@ class TokenPass {
   void mixture(const Layer& weights, const FfnWeights& ffn, const Matrices& next) {
     Mixture mixture(decoder_, weights.router, ffn, {inputs_, 1, 0}, thread_);
     mixture.run(next);
+    if (weights_.parallel) finish_attention(weights);
     mixture.sum(0, inputs_.values);
     finish_sublayer(weights_, kernels_, weights.ffn_norms, nullptr, inputs_.values, x_);
   }

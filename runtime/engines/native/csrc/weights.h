@@ -72,6 +72,7 @@ struct ModelWeights {
   float epsilon = 0.0f, attention_scale = 0.0f, embedding_scale = 1.0f;
   float residual_scale = 1.0f;                   // of what a sublayer adds to the residual stream
   float score_limit = 0.0f, logit_limit = 0.0f;  // x becomes limit * tanh(x / limit); 0 for none
+  bool parallel = false;                         // attention and FFN both read what enters a layer
   bool layer_norm = false;                       // else RMS norm
   bool joint_head_norms = false;                 // norms of queries and keys take all heads together
   Nonlinearity nonlinearity = Nonlinearity::silu;
