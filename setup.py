@@ -10,7 +10,8 @@ from setuptools import setup
 WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 # COREINFER_CXXFLAGS adds options, such as those of the sanitizers (tools/sanitize.sh).
 EXTRA = os.environ.get("COREINFER_CXXFLAGS", "").split()
-
+# The engine computes, and weights are rounded to, the same bits on every CPU: no product may be fused with a sum.
+UNFUSED = ["-ffp-contract=off"]
 
 SHARED = "bundles/shared/csrc"
 
@@ -36,10 +37,9 @@ setup(
         extension(
             "coreinfer.runtime.engines.native._native",
             ["runtime/engines/native/csrc", "runtime/engines/native/assembly"],
-            [],
+            UNFUSED,
         ),
-        # Weights are rounded to the same bits on every CPU: no product may be fused with a sum.
-        extension("coreinfer.compiler.quantize._kernels", ["compiler/quantize/csrc"], ["-ffp-contract=off"]),
+        extension("coreinfer.compiler.quantize._kernels", ["compiler/quantize/csrc"], UNFUSED),
         extension("coreinfer.compiler.prune._products", ["compiler/prune/csrc"], []),
     ]
 )

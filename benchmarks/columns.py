@@ -32,7 +32,7 @@ _ENGINE = _ROOT / "runtime/engines/native/csrc"
 _OPTIONS = ("-std=c++17", "-O3", "-g0", "-pthread", "-Wall", "-Wextra")
 _QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi")
 # They belong to the Python module.
-_LEFT_OUT = ("binding.cpp", "reading.cpp")
+_LEFT_OUT = ("binding.cpp", "binding_parts.cpp", "reading.cpp")
 _DENSE = "rrrr"
 _MATRICES = ("qkv", "o", "gate/up", "down")
 

@@ -8,7 +8,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 out=${1:-$root/build/capi}
 native=$root/runtime/engines/native
 folders="$native/csrc $native/assembly $native/capi $root/bundles/shared/csrc"
-export COMMAND="${CXX:-g++} -std=c++17 -O3 -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Wno-uninitialized
+export COMMAND="${CXX:-g++} -std=c++17 -O3 -ffp-contract=off -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Wno-uninitialized
   -Wno-maybe-uninitialized -Wno-psabi ${COREINFER_CXXFLAGS:-} $(printf -- '-I%s ' $folders)"
 case $(uname) in Darwin) suffix=dylib strict= ;; *) suffix=so strict=-Wl,--no-undefined ;; esac
 
@@ -17,8 +17,8 @@ mkdir -p "$out/objects" "$out/include" "$out/lib"
 printf '%s' "$COMMAND" >"$out/command"
 
 newest=$(find $folders -name '*.h' -exec ls -t {} + | head -n 1)
-# binding.cpp and reading.cpp are the Python module's.
-for source in $(ls $native/{csrc,assembly,capi}/*.cpp | grep -v -e /binding.cpp -e /reading.cpp); do
+# binding*.cpp and reading.cpp are the Python module's.
+for source in $(ls $native/{csrc,assembly,capi}/*.cpp | grep -v -e /binding -e /reading.cpp); do
   object=$out/objects/$(basename "$source" .cpp).o
   [ "$object" -nt "$source" ] && [ "$object" -nt "$newest" ] || printf '%s %s\n' "$source" "$object"
 done | xargs -r -L 1 -P "$(getconf _NPROCESSORS_ONLN)" sh -c '$COMMAND -c "$0" -o "$1"'

@@ -65,7 +65,7 @@ install() { # folder of the device, extras
 answer_here() {
   rm -f "$edge/expected.jsonl"
   "$PYTHON" -c 'from coreinfer.runtime.commands.run import main; main()' "$root/bundle" --batch "$root/prompts.jsonl" \
-    -o "$edge/expected.jsonl" -n "$tokens" --temperature 0
+    -o "$edge/expected.jsonl" -n "$tokens" --temperature 0 --threads "$threads"
 }
 
 device() { # folder of packages, program, arguments
@@ -87,7 +87,8 @@ mount_device() {
 answer() { # folder of packages
   say "coreinfer-run, $1"
   rm -f "$root/answers.jsonl"
-  device "$1" python3 "/$1/bin/coreinfer-run" /bundle --batch /prompts.jsonl -o /answers.jsonl -n "$tokens" --temperature 0
+  device "$1" python3 "/$1/bin/coreinfer-run" /bundle --batch /prompts.jsonl -o /answers.jsonl -n "$tokens" --temperature 0 \
+    --threads "$threads"
   "$PYTHON" "$source/tools/compare_answers.py" "$edge/expected.jsonl" "$root/answers.jsonl"
 }
 
@@ -119,6 +120,8 @@ print("kernels:", names[0], "(with dot products)" if names[0] == "neon" else "(n
 }
 
 tokens=${TOKENS:-32}
+# The same on both sides: a softmax is summed in as many parts as there are threads.
+threads=${THREADS:-2}
 if [ "${1:-}" = --in-the-device ]; then
   in_the_device
   exit

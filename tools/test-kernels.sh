@@ -9,9 +9,10 @@ trap 'rm -rf "$build"' EXIT
 if [ -n "${OBJECTS:-}" ]; then
   sources=$(ls "$OBJECTS"/*.o)
 else
-  sources="$(ls runtime/engines/native/csrc/*.cpp | grep -v -e binding.cpp -e reading.cpp) $(ls runtime/engines/native/capi/sha256*.cpp)"
+  # binding*.cpp and reading.cpp are the Python module's.
+  sources=$(ls runtime/engines/native/csrc/*.cpp runtime/engines/native/capi/sha256*.cpp | grep -v -e /binding -e /reading.cpp)
 fi
 # shellcheck disable=SC2086
-${CXX:-g++} -std=c++17 -O2 -g1 -Wall -Wextra -Wno-uninitialized -Wno-unknown-warning-option -Wno-maybe-uninitialized -Wno-psabi -Ibundles/shared/csrc "$@" \
+${CXX:-g++} -std=c++17 -O2 -ffp-contract=off -g1 -Wall -Wextra -Wno-uninitialized -Wno-unknown-warning-option -Wno-maybe-uninitialized -Wno-psabi -Ibundles/shared/csrc "$@" \
   tools/kernel_tests/*.cpp $sources -pthread -o "$build/kernel_test"
 ${RUN:-} "$build/kernel_test"

@@ -2,6 +2,7 @@
 // also runs under an emulator (tools/test-aarch64.sh). Prints one line a table; the exit status says whether all agree.
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 
 #include "checks.h"
@@ -11,7 +12,7 @@ using namespace coreinfer;
 std::mt19937 generator(1);
 int num_failures = 0;
 
-float draw() { return std::uniform_real_distribution<float>(-2.0f, 2.0f)(generator); }
+float draw() { return static_cast<float>(static_cast<int32_t>(generator())) * 0x1p-30f; }
 
 void compare(const char* what, const float* got, const float* expected, size_t count, float scale) {
   for (size_t i = 0; i < count; ++i) scale = std::max(scale, std::fabs(expected[i]));
@@ -43,6 +44,7 @@ int main() {
     const int before = num_failures;
     test_products(*kernels);
     test_vectors(*kernels);
+    test_bits(*kernels);
     test_columns(*kernels);
     test_attention(*kernels);
     test_neurons(*kernels);

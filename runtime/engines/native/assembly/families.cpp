@@ -290,7 +290,7 @@ Settings read_settings(const ModelRecord& record, const Family& family) {
   Settings settings{};
   settings.epsilon = reader.has(family.epsilon) ? config.real(family.epsilon) : 1e-5;
   settings.attention_scale =
-      reader.factor("attention_multiplier", std::pow(reader.real("query_pre_attn_scalar", record.head_dim), -0.5));
+      reader.factor("attention_multiplier", 1.0 / std::sqrt(reader.real("query_pre_attn_scalar", record.head_dim)));
   settings.embedding_scale =
       reader.factor("embedding_multiplier", family.scales_embedding ? std::sqrt(double(record.hidden_size)) : 1.0);
   settings.residual_scale = reader.factor("residual_multiplier");

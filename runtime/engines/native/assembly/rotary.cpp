@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "elementary.h"
 #include "refusals.h"
 
 namespace coreinfer {
@@ -51,7 +52,7 @@ void scale_llama3(Floats& frequencies, const Json& parameters) {
 // YaRN (arXiv 2309.00071): long waves by `factor`, short ones not, a ramp between two places of the head.
 void scale_yarn(Floats& frequencies, const Json& parameters, int size) {
   const double theta = parameters.real("rope_theta"), length = parameters.real("original_max_position_embeddings");
-  const auto place_of = [&](double turns) { return size * std::log(length / (turns * kTurn)) / (2 * std::log(theta)); };
+  const auto place_of = [&](double turns) { return size * logarithm(length / (turns * kTurn)) / (2 * logarithm(theta)); };
   double first = place_of(given_or(parameters, "beta_fast", 32)), last = place_of(given_or(parameters, "beta_slow", 1));
   if (!parameters.find("truncate") || Json::is_given(parameters.find("truncate"))) {
     first = std::floor(first);
@@ -69,7 +70,7 @@ void scale_yarn(Floats& frequencies, const Json& parameters, int size) {
   }
 }
 
-double magnitude(double factor, double weight) { return factor <= 1.0 ? 1.0 : 0.1 * weight * std::log(factor) + 1.0; }
+double magnitude(double factor, double weight) { return factor <= 1.0 ? 1.0 : 0.1 * weight * logarithm(factor) + 1.0; }
 
 double yarn_magnitude(const Json& parameters) {
   const Json* stated = parameters.find("attention_factor");
@@ -86,7 +87,7 @@ double longrope_magnitude(const Json& parameters, const Context& context) {
   if (stated && stated->kind != Json::Kind::null) return parameters.real("attention_factor");
   const double original = parameters.real("original_max_position_embeddings");
   const double factor = given_or(parameters, "factor", context.stated / original);
-  return factor <= 1.0 ? 1.0 : std::sqrt(1.0 + std::log(factor) / std::log(original));
+  return factor <= 1.0 ? 1.0 : std::sqrt(1.0 + logarithm(factor) / logarithm(original));
 }
 
 void divide_each(Floats& frequencies, const std::vector<Json>& factors) {
@@ -108,7 +109,7 @@ RotaryTable rotary_table(const Json& parameters, int size, const Context& contex
   const auto theta = static_cast<float>(parameters.real("rope_theta"));
   RotaryTable table;
   for (int i = 0; i < size; i += 2)
-    table.inverse_frequencies.push_back(1.0f / std::pow(theta, static_cast<float>(i) / static_cast<float>(size)));
+    table.inverse_frequencies.push_back(1.0f / power(theta, static_cast<float>(i) / static_cast<float>(size)));
   if (kind == "linear") {
     divide(table.inverse_frequencies, parameters);
   } else if (kind == "llama3") {

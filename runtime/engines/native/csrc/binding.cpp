@@ -8,6 +8,7 @@
 #include <functional>
 
 #include "bandwidth.h"
+#include "binding_parts.h"
 #include "calls.h"
 #include "column_cache.h"
 #include "column_trial.h"
@@ -289,31 +290,6 @@ class Model {
   Turn turn_;
 };
 
-// One matrix product by one kernel table, for tests: (tokens, rows) float32.
-py::array multiply(const py::object& matrix, const Floats& inputs, const std::string& isa) {
-  Owners owners;
-  const Kernels& kernels = find_kernels(isa);
-  const Matrix w = read_matrix(matrix, "matrix", owners);
-  if (inputs.ndim() != 2 || inputs.shape(1) != w.cols) refuse("inputs", "(tokens, columns)", "another shape");
-  const int num_tokens = static_cast<int>(inputs.shape(0)), padded = round_up(w.rows, kBlockRows);
-  ActivationBuffer x;
-  x.resize(num_tokens, w.cols);
-  for (int t = 0; t < num_tokens; ++t) std::copy_n(inputs.data() + size_t(t) * w.cols, w.cols, x.view.token(t).values);
-  kernels.quantize(x.view, x.view.stride, num_tokens);
-  py::array_t<float> out({num_tokens, padded});
-  kernels.multiply(w, x.view, num_tokens, out.mutable_data(), padded, 0, w.num_blocks());
-  return out[py::make_tuple(py::ellipsis(), py::slice(0, w.rows, 1))];
-}
-
-// Rows of a matrix as float32, the way embeddings are looked up.
-py::array unpack(const py::object& matrix) {
-  Owners owners;
-  const Matrix w = read_matrix(matrix, "matrix", owners);
-  py::array_t<float> out({w.rows, w.cols});
-  for (int row = 0; row < w.rows; ++row) unpack_row(w, row, out.mutable_data() + size_t(row) * w.cols);
-  return out;
-}
-
 // A mixture's pack: the same weights, but for experts that are left out.
 FfnHandle keeping(const FfnHandle& all, const std::vector<std::vector<int>>& experts) {
   FfnHandle out = all;
@@ -407,8 +383,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("kept_layers", &kept_layers, py::arg("layer_bytes"), py::arg("room"), py::arg("streams"));
   module.def("read_bandwidth", &read_bandwidth, py::call_guard<py::gil_scoped_release>(), py::arg("num_threads"),
              py::arg("num_bytes"));
-  module.def("multiply", &multiply, py::arg("matrix"), py::arg("inputs"), py::arg("isa"));
-  module.def("unpack", &unpack, py::arg("matrix"));
+  bind_parts(module);
 }
 
 }  // namespace coreinfer

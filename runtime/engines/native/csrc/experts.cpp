@@ -1,10 +1,10 @@
 #include "experts.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "decoder.h"
+#include "elementary.h"
 
 namespace coreinfer {
 namespace {
@@ -60,7 +60,7 @@ void choose_experts(const Router& router, const FfnWeights& ffn, const float* lo
   int number = 0;
   for (int e = 0; e < num_experts; ++e) {
     if (ffn.experts[e].up.weight.empty() || (router.normalizes && !taken[e])) continue;
-    const float share = std::exp(logits[e] - most);
+    const float share = static_cast<float>(exponential(logits[e] - most));
     sum += share;
     if (taken[e]) chosen[number++] = {e, share};
   }

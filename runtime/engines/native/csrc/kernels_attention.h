@@ -57,6 +57,12 @@ inline void score_block(const AttentionTask& task, int query, int block, float (
     for (int v = 0; v < kVectors; ++v) V::store(scores[i] + column + v * V::kLanes, sums[0][i][v] + sums[1][i][v]);
 }
 
+inline float exp_one(float x) {
+  float lanes[V::kLanes];
+  V::store(lanes, exp_vector(V::set1(x)));
+  return lanes[0];
+}
+
 // Turn scores into weights relative to the running maximum; returns what earlier sums shrink by.
 inline float soften(float* scores, int size, float& maximum, float& sum) {
   V::F largest = V::set1(maximum);
@@ -70,7 +76,7 @@ inline float soften(float* scores, int size, float& maximum, float& sum) {
       V::store(scores + i + v * V::kLanes, weight);
       total[v] = total[v] + weight;
     }
-  const float shrink = maximum <= -kHuge ? 0.0f : __builtin_expf(maximum - next);
+  const float shrink = maximum <= -kHuge ? 0.0f : exp_one(maximum - next);
   sum = sum * shrink + V::reduce_lanes(total);
   maximum = next;
   return shrink;
@@ -163,30 +169,41 @@ void combine(const AttentionPart* parts, int num_parts, int num_heads, int head_
     for (int i = 0; i < head_dim; ++i) out[i] = 0.0f;
     for (int p = 0; p < num_parts; ++p) {
       if (parts[p].sums[head] == 0.0f) continue;
-      const float weight = __builtin_expf(parts[p].maxima[head] - maximum);
+      const float weight = exp_one(parts[p].maxima[head] - maximum);
       total += weight * parts[p].sums[head];
       const float* values = parts[p].values + size_t(head) * stride;
       int i = 0;
       for (; i + V::kLanes <= head_dim; i += V::kLanes)
         V::store(out + i, V::fma(V::load(values + i), V::set1(weight), V::load(out + i)));
-      for (; i < head_dim; ++i) out[i] += weight * values[i];
+      if (i == head_dim) continue;
+      float padded[V::kLanes];  // of the values there is a whole vector
+      load_tail(out + i, head_dim - i, padded);
+      V::store(padded, V::fma(V::load(values + i), V::set1(weight), V::load(padded)));
+      for (int j = 0; i < head_dim; ++i, ++j) out[i] = padded[j];
     }
     const float scale = 1.0f / total;
     for (int i = 0; i < head_dim; ++i) out[i] *= scale;
   }
 }
 
+inline void rotate_vector(float* lows, float* highs, const float* cosines, const float* sines) {
+  const V::F low = V::load(lows), high = V::load(highs), cosine = V::load(cosines), sine = V::load(sines);
+  V::store(lows, V::fnma(high, sine, low * cosine));
+  V::store(highs, V::fma(low, sine, high * cosine));
+}
+
 void rotate(float* head, const float* angles, int half) {
   int i = 0;
-  for (; i + V::kLanes <= half; i += V::kLanes) {
-    const V::F low = V::load(head + i), high = V::load(head + half + i);
-    const V::F cosine = V::load(angles + i), sine = V::load(angles + half + i);
-    V::store(head + i, V::fnma(high, sine, low * cosine));
-    V::store(head + half + i, V::fma(low, sine, high * cosine));
-  }
-  for (; i < half; ++i) {
-    const float low = head[i], high = head[half + i];
-    head[i] = low * angles[i] - high * angles[half + i];
-    head[half + i] = high * angles[i] + low * angles[half + i];
+  for (; i + V::kLanes <= half; i += V::kLanes) rotate_vector(head + i, head + half + i, angles + i, angles + half + i);
+  if (i == half) return;
+  float low[V::kLanes], high[V::kLanes], cosine[V::kLanes], sine[V::kLanes];
+  load_tail(head + i, half - i, low);
+  load_tail(head + half + i, half - i, high);
+  load_tail(angles + i, half - i, cosine);
+  load_tail(angles + half + i, half - i, sine);
+  rotate_vector(low, high, cosine, sine);
+  for (int j = 0; i < half; ++i, ++j) {
+    head[i] = low[j];
+    head[half + i] = high[j];
   }
 }

@@ -299,29 +299,7 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
   for (int i = 0; i < size; ++i) out[i] = (x[i] - mean) * scale * (weight ? weight[i] : 1.0f) + (bias ? bias[i] : 0.0f);
 }
 
-inline V::F apply(Nonlinearity kind, V::F x) {
-  const V::F one = V::set1(1.0f), zero = V::set1(0.0f);
-  if (kind == Nonlinearity::relu) return V::max(zero, x);
-  if (kind == Nonlinearity::silu) return x / (one + exp_vector(zero - x));
-  if (kind == Nonlinearity::gelu_tanh) {
-    // x * (1 + tanh(u)) / 2 = x * sigmoid(2 u), u = sqrt(2 / pi) * (x + 0.044715 x^3)
-    const V::F u = V::set1(0.7978845608f) * V::fma(V::set1(0.044715f) * x, x * x, x);
-    return x / (one + exp_vector(V::set1(-2.0f) * u));
-  }
-  float lanes[V::kLanes];
-  V::store(lanes, x);
-  for (float& value : lanes) value = 0.5f * value * (1.0f + __builtin_erff(value * 0.70710678118f));
-  return V::load(lanes);
-}
-
-void activate(Nonlinearity kind, const float* gate, const float* up, int size, int num_tokens, float* out,
-              size_t out_stride) {
-  for (int t = 0; t < num_tokens; ++t, up += size, out += out_stride)
-    for (int i = 0; i < size; i += V::kLanes) {
-      const float* gates = gate ? gate + size_t(t) * size + i : nullptr;
-      V::store(out + i, gates ? apply(kind, V::load(gates)) * V::load(up + i) : apply(kind, V::load(up + i)));
-    }
-}
+#include "kernels_activations.h"
 
 int largest(const float* values, int size) {
   constexpr int kStep = 1024;

@@ -4,6 +4,9 @@
 
 #include "columns.h"
 #include "kernels.h"
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 namespace coreinfer {
 namespace {
@@ -108,8 +111,14 @@ struct V {
   }
   static I add_int(I a, I b) { return a + b; }
   static F to_float(I x) { return __builtin_convertvector(x, F); }
+#if defined(__aarch64__)
+  static F fma(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+  static F fnma(F a, F b, F c) { return (F)vfmsq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+#else
+  // Fused, it would be a call of the C library where the CPU is not known to have the instruction.
   static F fma(F a, F b, F c) { return a * b + c; }
   static F fnma(F a, F b, F c) { return c - a * b; }
+#endif
   static F max(F a, F b) { return a > b ? a : b; }
   static F min(F a, F b) { return a < b ? a : b; }
   static F round(F x) {

@@ -1,8 +1,8 @@
 // What one token goes through besides matrix products.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
+#include "elementary.h"
 #include "layer.h"
 #include "scratch.h"
 
@@ -134,9 +134,9 @@ void fill_angles(const ModelWeights& weights, int position, float* angles) {
   for (const RotaryTable& table : weights.rotary) {
     const int half = table.half();
     for (int i = 0; i < half; ++i) {
-      const float angle = table.inverse_frequencies[i] * static_cast<float>(position);
-      angles[i] = std::cos(angle) * table.scale;
-      angles[half + i] = std::sin(angle) * table.scale;
+      const Direction direction = direction_of(table.inverse_frequencies[i] * static_cast<float>(position));
+      angles[i] = direction.cosine * table.scale;
+      angles[half + i] = direction.sine * table.scale;
     }
     angles += weights.head_dim;
   }
