@@ -19,7 +19,11 @@ _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/+(?P<rest>.+)")
 def address_of(given: str | Path) -> str | None:
     """Tell an address, without a slash at its end, from a path of this machine, which is None."""
     match = _ADDRESS.fullmatch(str(given))
-    return None if match is None else f"{match['scheme']}://{match['rest'].rstrip('/')}"
+    if match is None:
+        return None
+    # Of this machine's files the path begins with a slash of its own.
+    start = "file:///" if match["scheme"] == "file" else f"{match['scheme']}://"
+    return start + match["rest"].rstrip("/")
 
 
 def find_storage(what: str, address: str) -> tuple[Any, str]:

@@ -52,6 +52,7 @@ EXPECTED = {name: array.tolist() for name, array in ARRAYS.items()}
         ("s3://bucket/folder/", "s3://bucket/folder"),
         (Path("s3://bucket/folder"), "s3://bucket/folder"),
         ("memory://a", "memory://a"),
+        (Path("file:///tmp/a"), "file:///tmp/a"),
         ("folder/s3", None),
         ("C:/folder", None),
         ("hf:owner/name", None),
