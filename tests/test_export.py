@@ -36,7 +36,7 @@ SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 Logits = npt.NDArray[np.float32]
 IN_GGUF = (
     *("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "olmo3"),
-    *("phi3", "stablelm", "starcoder2", "gpt_neox", "gpt2"),
+    *("stablelm", "starcoder2", "gpt_neox", "gpt2"),
 )
 AS_PUBLISHED = {"smollm3": 4, "gemma2": 3, "gemma3": 3}
 """Layers of models of which a file leaves something unsaid, that must be as in all that were published."""
@@ -92,7 +92,7 @@ def bundle_of(tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPat
 # GGUF
 
 
-EACH_FORMAT = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt_neox")
+EACH_FORMAT = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt_neox")
 
 
 @pytest.mark.parametrize(
