@@ -189,7 +189,7 @@ constexpr Operation kOperations[] = {
     {"gelu_erf", activate<Nonlinearity::gelu_erf>, 0x7e2e8ec2e638f07e},
     {"relu", activate<Nonlinearity::relu>, 0x55f789247df7023a},
     {"attend", attend, 0x9cf42c00ba7c34a8},
-    {"rotate", rotate, 0x4b8bcd50dcc1d6a9},
+    {"rotate", rotate, 0x2978bbfea4d8c802},
     {"neurons", neurons, 0x9b3ce6217cfe2ec3},
     {"elementary", elementary, 0x42a4533a1e158404},
 };
