@@ -103,8 +103,10 @@ void attend(const Kernels& kernels, Digest& digest) {
     PagePool pool(PageLayout({wide}, 1, kHead), 9);
     Sequence sequence;
     extend(pool, sequence, kPast);
-    for (int position = 0; position < kPast; ++position)
-      pool.store(kernels, sequence.pages.data(), 0, 0, position, numbers(kHead).data(), numbers(kHead).data());
+    for (int position = 0; position < kPast; ++position) {
+      const std::vector<float> key = numbers(kHead), value = numbers(kHead);
+      pool.store(kernels, sequence.pages.data(), 0, 0, position, key.data(), value.data());
+    }
     const int stride = pool.layout.value_stride();
     const std::vector<float> queries = numbers(kQueries * kHead);
     std::vector<float> out(2 * kQueries * stride), maxima(2 * kQueries), sums(2 * kQueries), joined(kQueries * kHead);
@@ -188,8 +190,8 @@ constexpr Operation kOperations[] = {
     {"gelu_tanh", activate<Nonlinearity::gelu_tanh>, 0x641e75febcc3c4},
     {"gelu_erf", activate<Nonlinearity::gelu_erf>, 0x7e2e8ec2e638f07e},
     {"relu", activate<Nonlinearity::relu>, 0x55f789247df7023a},
-    {"attend", attend, 0x9cf42c00ba7c34a8},
-    {"rotate", rotate, 0x4b8bcd50dcc1d6a9},
+    {"attend", attend, 0xe11642914c1c94d1},
+    {"rotate", rotate, 0x2978bbfea4d8c802},
     {"neurons", neurons, 0x9b3ce6217cfe2ec3},
     {"elementary", elementary, 0x42a4533a1e158404},
 };
