@@ -110,7 +110,7 @@ def test_what_says_which_neurons_are_zero_is_read_whole() -> None:
 def compiled(
     request: pytest.FixtureRequest, tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
-    options = {}
+    options: dict[str, Any] = {}
     if request.param == "gpt_neox":
         # Parallel blocks.
         folder = tmp_path_factory.getbasetemp() / "gpt_neox-relu"

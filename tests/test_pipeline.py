@@ -216,9 +216,9 @@ def _no_weights(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _gpt2(folder: Path) -> dict[str, Any]:
-    transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8).save_pretrained(folder / "gpt2")
-    return {"model": str(folder / "gpt2")}
+def _bloom(folder: Path) -> dict[str, Any]:
+    transformers.BloomConfig(n_layer=1, n_head=1, hidden_size=8).save_pretrained(folder / "bloom")
+    return {"model": str(folder / "bloom")}
 
 
 def _unknown_type(folder: Path) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def _option(**options: Any) -> Callable[[Path], dict[str, Any]]:
         (_damage_weights, ConfigError, "--model llama: its weights cannot be loaded"),
         (_no_weights, ConfigError, "--model llama: its weights cannot be loaded"),
         (_no_tokenizer, ConfigError, "--model llama: its tokenizer"),
-        (_gpt2, UnsupportedModelError, "gpt2.*supported families: opt"),
+        (_bloom, UnsupportedModelError, "bloom.*supported families: opt"),
         (_unknown_type, UnsupportedModelError, "strange_lm.*supported families: opt"),
         (_option(clusters=200), CalibrationError, r"--clusters 200: more than the 96 texts .*\(120 in all\)"),
         (_option(calibration=("/missing.txt",)), CalibrationError, "--calibration /missing.txt: no such file"),

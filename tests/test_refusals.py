@@ -81,9 +81,9 @@ def _config_of_nothing(folder: Path) -> list[object]:
     return ["--model", _folder(folder / "model", "[]")]
 
 
-def _gpt2(folder: Path) -> list[object]:
-    transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8).save_pretrained(folder / "gpt2")
-    return ["--model", folder / "gpt2"]
+def _bloom(folder: Path) -> list[object]:
+    transformers.BloomConfig(n_layer=1, n_head=1, hidden_size=8).save_pretrained(folder / "bloom")
+    return ["--model", folder / "bloom"]
 
 
 def _quantized(folder: Path) -> list[object]:
@@ -141,7 +141,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "a folder without a model": (_no_config, "--model model: no model can be read there (it has no config.json)"),
     "a config that is none": (_unreadable_config, "--model model: no model can be read there (config.json: "),
     "a config of nothing": (_config_of_nothing, "(config.json has no model_type)"),
-    "an unknown family": (_gpt2, "model_type 'gpt2' is not supported; supported families: opt (opt)"),
+    "an unknown family": (_bloom, "model_type 'bloom' is not supported; supported families: opt (opt)"),
     "quantized weights": (_quantized, "quantized already (quip, 4 bits; quantization_config in config.json)"),
     "no weights": (_no_weights, "its weights cannot be loaded (there is no model.safetensors in the folder)"),
     "no GGUF": (_junk_gguf, "junk.gguf: expected a GGUF file, which starts with the bytes GGUF"),

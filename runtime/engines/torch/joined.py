@@ -62,7 +62,9 @@ def _parts(whole: nn.Linear, names: tuple[str, ...], family: Family, config: Any
     rows = [whole.out_features * share // sum(shares) for share in shares]
     by_head = _heads_of(family, config)
     weights = _apart(whole.weight.detach(), rows, by_head)
-    biases = [None] * len(rows) if whole.bias is None else _apart(whole.bias.detach(), rows, by_head)
+    biases: Sequence[torch.Tensor | None] = [None] * len(rows)
+    if whole.bias is not None:
+        biases = _apart(whole.bias.detach(), rows, by_head)
     return [_linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
