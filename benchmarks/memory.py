@@ -154,8 +154,8 @@ def run_model(model: BenchModel, bundles: dict[float, Path], settings: Settings)
         f"{model.name}: dense int4 {dense_bytes / 1e6:.1f} MB; disk {disk['sequential_mb_s']:.0f} MB/s in a row, "
         f"{disk['random_mb_s']:.1f} MB/s in 4k reads"
     )
-    divergences = kl_of(found, model, settings) if settings.texts else {}
-    runs = list(run_all(found, dense_bytes, divergences, settings))
+    divergences = kl_of(found, model, settings.texts, settings) if settings.texts else {}
+    runs = list(run_all(found, settings.shares, dense_bytes, settings.timing, divergences, rounds=settings.rounds))
     return {"name": model.name, "dense_mb": dense_bytes / 1e6, "disk": disk, "runs": runs}
 
 
@@ -188,7 +188,7 @@ def coreinfer_contenders(bundles: dict[float, Path], program: Path, num_position
     """Dense and packs, each through Python and through the C API."""
     first = next(iter(bundles.values()))
     cache_bytes = kv_bytes(open_bundle(first).manifest.model, num_positions)
-    specs = {"coreinfer-dense": {"path": str(first), "variant": "dense"}}
+    specs: dict[str, dict[str, Any]] = {"coreinfer-dense": {"path": str(first), "variant": "dense"}}
     for keep, folder in bundles.items():
         specs[f"coreinfer-pack-{keep:g}"] = {"path": str(folder), "variant": "pack", "cluster": 0}
     for name, own in specs.items():
@@ -226,21 +226,27 @@ def kv_bytes(model: ModelRecord, num_positions: int) -> int:
 
 
 def run_all(
-    contenders: list[Contender], dense_bytes: int, divergences: dict[str, float], settings: Settings
+    contenders: list[Contender],
+    shares: list[float],
+    dense_bytes: int,
+    timing: dict[str, Any],
+    divergences: dict[str, float],
+    *,
+    rounds: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """Run every contender under every limit; print a line for each."""
+    """Run every contender under every limit, in turns; print a line for each."""
     click.echo(
         f"{'limit':>6s} {'MB':>6s} {'contender':32s} {'tok/s':>8s} {'first s':>8s} {'MB read':>8s} {'peak':>7s}  KL"
     )
-    for share in settings.shares:
+    for share in shares:
         limit = round(share * dense_bytes) if share else None
-        rounds: list[list[dict[str, Any]]] = [[] for _ in contenders]
-        for _ in range(settings.rounds):
-            for runs, contender in zip(rounds, contenders, strict=True):
+        turns: list[list[dict[str, Any]]] = [[] for _ in contenders]
+        for _ in range(rounds):
+            for runs, contender in zip(turns, contenders, strict=True):
                 # What was killed or too slow once will be again.
                 if not (runs and runs[-1]["failure"]):
-                    runs.append(run_limited(contender, limit, settings.timing))
-        for runs, contender in zip(rounds, contenders, strict=True):
+                    runs.append(run_limited(contender, limit, timing))
+        for runs, contender in zip(turns, contenders, strict=True):
             run = middle_run(runs) | {
                 "name": contender.name,
                 "limit": share or None,
@@ -302,7 +308,7 @@ def _failure(code: int, errors: str) -> str | None:
     return "killed: out of memory" if code == -9 else (errors.strip().splitlines() or [f"exit code {code}"])[-1]
 
 
-def kl_of(contenders: list[Contender], model: BenchModel, settings: Settings) -> dict[str, float]:
+def kl_of(contenders: list[Contender], model: BenchModel, texts: Path, settings: Settings) -> dict[str, float]:
     """KL of each contender to the original in float32; how it is mapped or repacked changes nothing in it."""
     import numpy as np
     from bench_models import source_of
@@ -312,7 +318,7 @@ def kl_of(contenders: list[Contender], model: BenchModel, settings: Settings) ->
     if not (folder / "ids.json").exists():
         folder.mkdir(exist_ok=True)
         bundle = next(one.path for one in contenders if one.spec["engine"] == "coreinfer")
-        ids = read_texts(bundle, settings.texts, settings.num_texts, 96)
+        ids = read_texts(bundle, texts, settings.num_texts, 96)
         for number, logits in enumerate(original_logits(str(source_of(model, settings.work)), ids)):
             np.save(folder / f"{number}.npy", logits)
         (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")

@@ -58,7 +58,7 @@ class Killer:
                 super().begin(loaded)
                 killer._team = self
 
-        on_ray.RayTeam = Watched  # type: ignore[assignment, misc]
+        on_ray.RayTeam = Watched  # type: ignore[misc]
         thread = threading.Thread(target=self._kill, args=(done,))
         thread.start()
         try:

@@ -27,7 +27,7 @@ from coreinfer.bundles.layout import LAYOUT
 from coreinfer.runtime.engines.native import _native
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
-from memory import Contender, dense_size, disk_speed, run_all
+from memory import Contender, dense_size, disk_speed, kv_bytes, run_all
 from relu_bundle import SHAPES, relu_bundle
 
 _READ_BYTES = 1 << 29
@@ -243,8 +243,11 @@ _CHECKED = (("active", 7), ("covered", 8), ("logits_off", 10))
 def run_limits(bundle_dir: Path, rows: Sequence[Row], limits: str, timing: dict[str, Any]) -> dict[str, Any]:
     """Run each row under limits of memory."""
     contenders = []
+    num_positions = sum(timing[name] for name in ("prompt_tokens", "warm_tokens", "num_tokens"))
+    cache_bytes = kv_bytes(open_bundle(bundle_dir).manifest.model, num_positions)
     for row in rows:
-        spec = {"engine": "coreinfer", "path": str(bundle_dir), "variant": "dense" if row.share is None else "pack"}
+        variant = "dense" if row.share is None else "pack"
+        spec = {"engine": "coreinfer", "path": str(bundle_dir), "variant": variant, "kv_bytes": cache_bytes}
         contenders.append(Contender(name=row.name, spec=spec | {"cluster": row.choice.cluster}))
     disk, dense_bytes = disk_speed(bundle_dir / LAYOUT.base), dense_size(bundle_dir)
     click.echo(

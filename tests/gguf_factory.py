@@ -161,7 +161,7 @@ def _with_own_fields(family: str, shape: dict[str, Any]) -> dict[str, Any]:
         shape = {"rope_parameters": rope, **shape}
     if family == "gpt2":
         shape["n_inner"] = shape.pop("intermediate_size")
-    own = {
+    own: dict[str, dict[str, Any]] = {
         "phi3": {"sliding_window": 4, "original_max_position_embeddings": 256},
         "stablelm": {"use_qkv_bias": True},
         "starcoder2": {"sliding_window": None},

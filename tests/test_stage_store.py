@@ -43,7 +43,7 @@ def arrays_of(cache: Cache, compute: Callable[[], Any]) -> dict[str, Any]:
     return {name: array.tolist() for name, array in cache.arrays("key", compute).items()}
 
 
-EXPECTED = {name: array.tolist() for name, array in ARRAYS.items()}
+EXPECTED = {name: np.asarray(array).tolist() for name, array in ARRAYS.items()}
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class TensorLayout:
         return {**self.linears, **self.norms}
 
 
-SHARED = {
+SHARED: Mapping[str, str] = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",

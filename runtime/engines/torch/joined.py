@@ -71,7 +71,8 @@ def _parts(whole: nn.Linear, names: tuple[str, ...], family: Family, config: Any
 def _apart(whole: torch.Tensor, rows: list[int], num_heads: int | None) -> Sequence[torch.Tensor]:
     """Parts of (rows, ...)."""
     if num_heads is None:
-        return whole.split(rows)
+        parts: Sequence[torch.Tensor] = whole.split(rows)
+        return parts
     heads = whole.unflatten(0, (num_heads, -1)).split([count // num_heads for count in rows], dim=1)
     return [part.flatten(0, 1) for part in heads]
 
