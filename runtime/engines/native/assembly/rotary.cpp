@@ -52,7 +52,9 @@ void scale_llama3(Floats& frequencies, const Json& parameters) {
 // YaRN (arXiv 2309.00071): long waves by `factor`, short ones not, a ramp between two places of the head.
 void scale_yarn(Floats& frequencies, const Json& parameters, int size) {
   const double theta = parameters.real("rope_theta"), length = parameters.real("original_max_position_embeddings");
-  const auto place_of = [&](double turns) { return size * logarithm(length / (turns * kTurn)) / (2 * logarithm(theta)); };
+  const auto place_of = [&](double turns) {
+    return size * logarithm(length / (turns * kTurn)) / (2 * logarithm(theta));
+  };
   double first = place_of(given_or(parameters, "beta_fast", 32)), last = place_of(given_or(parameters, "beta_slow", 1));
   if (!parameters.find("truncate") || Json::is_given(parameters.find("truncate"))) {
     first = std::floor(first);
