@@ -6,7 +6,6 @@ Tasks are functions of their arguments and the model (`team.py`), so that asking
 import gc
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -41,19 +40,18 @@ def ray_team(
 
     Args:
         address: of a Ray cluster, or "local" to start Ray on this machine.
-        load: loads the model in this process, while Ray and the workers start.
+        load: loads the model in this process, while the workers load it too.
         progress: gets what the workers took.
     Raises:
         ConfigError: there is no Ray at the address, or a worker cannot load the model.
     """
     with ExitStack() as stack:
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="coreinfer-ray") as pool:
-            starting = pool.submit(_start, stack, address, num_workers, setup)
-            loaded = load()
-            with progress.stage("workers", 1) as advance:
-                team = starting.result()
-                team.begin(loaded)
-                advance()
+        # By this thread: the system ends Ray's processes with the thread that started them.
+        team = _start(stack, address, num_workers, setup)
+        loaded = load()
+        with progress.stage("workers", 1) as advance:
+            team.begin(loaded)
+            advance()
         yield team
         progress.workers = [report.fields() for report in team.reports()]
 
