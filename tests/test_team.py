@@ -164,7 +164,7 @@ def test_an_item_begins_before_the_one_before_it_goes_on(ahead: int) -> None:
         return item * item
 
     team = Alone(load("llama"))
-    team.ahead = ahead  # type: ignore[misc]
+    team.ahead = ahead
     found = []
     for item, square in overlapped(team, range(4), work):
         found.append((item, square))
