@@ -22,7 +22,7 @@ fsspec = pytest.importorskip("fsspec")
 
 __all__ = ["s3"]
 
-ARRAYS = {"a": np.arange(1000, dtype=np.float32), "b": np.ones((2, 3), dtype=np.int64)}
+ARRAYS: dict[str, Any] = {"a": np.arange(1000, dtype=np.float32), "b": np.ones((2, 3), dtype=np.int64)}
 STORE = StageStore(address="memory://stages")
 
 
