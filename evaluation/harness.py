@@ -33,7 +33,13 @@ class CoreInferLM(LM):  # type: ignore[misc]
     """Scores and generates with a bundle; all scored tokens are predicted by the mode's own FFN."""
 
     def __init__(
-        self, bundle: str, mode: str = "similarity", engine: Any = "auto", threads: int | None = None, **_harness: Any
+        self,
+        bundle: str,
+        mode: str = "similarity",
+        engine: Any = "auto",
+        dtype: Any = "auto",
+        threads: int | None = None,
+        **_harness: Any,
     ) -> None:
         """Load a bundle.
 
@@ -41,12 +47,13 @@ class CoreInferLM(LM):  # type: ignore[misc]
             bundle: folder.
             mode: of `subjects.MODES`.
             engine: "native", "torch" or "auto".
+            dtype: arithmetic of the torch engine, such as "float32"; "auto" as the runtime has it.
             threads: CPU threads; None for all cores.
             _harness: batch size, device and others that the harness hands to every model; there is no use for them.
         """
         super().__init__()
         self._subject = BundleSubject(
-            Path(bundle), modes=(mode,), engine=engine, threads=None if threads is None else int(threads)
+            Path(bundle), modes=(mode,), engine=engine, dtype=dtype, threads=None if threads is None else int(threads)
         )
         self._mode = mode
         loaded = self._subject.engine
@@ -65,7 +72,9 @@ class CoreInferLM(LM):  # type: ignore[misc]
 
     def _score(self, context: str, continuation: str) -> tuple[float, bool]:
         if context:
-            ids, rest = encode_pair(self._tools, context, continuation)
+            # As the harness's own models have it: spaces at the end are the beginning of what follows.
+            stem = context.rstrip()
+            ids, rest = encode_pair(self._tools, stem or context, (context[len(stem) :] if stem else "") + continuation)
         else:
             ids, rest = [], self._tools.encode(continuation)
         return self._score_ids(ids, rest, context)

@@ -15,7 +15,7 @@ from coreinfer.runtime import load
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.generation import Mode
-from coreinfer.runtime.load_options import EngineName, InputSkipping
+from coreinfer.runtime.load_options import Arithmetic, EngineName, InputSkipping
 from coreinfer.runtime.routing.modes import ModePlan, decode_choice
 from coreinfer.runtime.routing.token_shares import check_token_share
 
@@ -72,6 +72,7 @@ class BundleSubject:
         *,
         modes: Sequence[str],
         engine: EngineName = "auto",
+        dtype: Arithmetic = "auto",
         threads: int | None = None,
         memory_mb: float | None = None,
         token_shares: Sequence[float] = (),
@@ -87,7 +88,9 @@ class BundleSubject:
         """
         # What a share costs is measured on machines that do not gain by it, too.
         skipping: InputSkipping = "auto" if memory_mb is not None else "masked"
-        self.engine = load(bundle_dir, engine=engine, threads=threads, memory_mb=memory_mb, input_skipping=skipping)
+        self.engine = load(
+            bundle_dir, engine=engine, dtype=dtype, threads=threads, memory_mb=memory_mb, input_skipping=skipping
+        )
         self.name = bundle_dir.name
         self.vocab_size = self.engine.manifest.model.vocab_size
         self.modes = tuple(mode for mode in modes if self._has(mode))
