@@ -4,18 +4,17 @@
 #include <cstdio>
 #include <stdexcept>
 
+#include "direct_file.h"
 #include "matrix.h"
 #include "refusals.h"
 
 namespace coreinfer {
 namespace {
 
-constexpr uint64_t kSectorBytes = 4096, kAlignmentBytes = 64, kHugeBytes = 2 << 20;
+constexpr uint64_t kAlignmentBytes = 64;
 // Two of an FFN that is streamed: one is computed with while one is read.
 constexpr uint64_t kLayersAhead = 2;
 constexpr uint64_t kKvShare = 8, kWindowShare = 16, kLeastBlocks = 16;
-
-uint64_t rounded(uint64_t value, uint64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 uint64_t matrix_bytes(Format format, int rows, int cols) {
   Matrix shape;
@@ -45,11 +44,10 @@ uint64_t layer_bytes(const ModelRecord& record, const std::string& format, int c
   // Tensors that are no weights, as biases, may lie between them.
   const uint64_t others = record.ffn_bias ? 4 * (num_inner * count + record.hidden_size) : 0;
   const uint64_t num_tensors = 4 * (num_inner + 1);
-  const uint64_t between = others + num_tensors * kAlignmentBytes + kSectorBytes;
-  const uint64_t size = rounded(weight_bytes(record, format, count) + between, kSectorBytes);
-  // LayerSource::memory_bytes takes whole huge pages where that wastes little.
-  const uint64_t whole = rounded(size, kHugeBytes);
-  return whole - size <= size / 16 ? whole : size;
+  const uint64_t between = others + num_tensors * kAlignmentBytes + kSector;
+  // Ranges of files are read in whole sectors.
+  const uint64_t num_bytes = weight_bytes(record, format, count) + between;
+  return in_huge_pages((num_bytes + kSector - 1) / kSector * kSector);
 }
 
 std::string megabytes(uint64_t bytes) {

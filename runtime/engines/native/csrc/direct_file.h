@@ -10,6 +10,12 @@ namespace coreinfer {
 constexpr size_t kHugePage = 2 << 20;
 constexpr size_t kSector = 4096;  // places, sizes and memory of such reads are multiples of it
 
+// What so many bytes take in memory: whole huge pages where that wastes little.
+inline size_t in_huge_pages(size_t num_bytes) {
+  const size_t whole = (num_bytes + kHugePage - 1) / kHugePage * kHugePage;
+  return whole - num_bytes <= num_bytes / 16 ? whole : num_bytes;
+}
+
 class DirectFile {
  public:
   // Throws std::runtime_error: it cannot be opened.

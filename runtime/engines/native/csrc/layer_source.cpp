@@ -49,10 +49,7 @@ LayerSource::LayerSource(const std::string& path, const uint8_t* mapping, size_t
   }
 }
 
-size_t LayerSource::memory_bytes(int layer) const {
-  const size_t num_bytes = ranges_[layer].num_bytes, whole = (num_bytes + kHugePage - 1) / kHugePage * kHugePage;
-  return whole - num_bytes <= num_bytes / 16 ? whole : num_bytes;
-}
+size_t LayerSource::memory_bytes(int layer) const { return in_huge_pages(ranges_[layer].num_bytes); }
 
 size_t LayerSource::largest() const {
   size_t most = 0;
