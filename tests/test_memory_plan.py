@@ -65,7 +65,7 @@ def test_a_bundle_without_the_dense_ffn_needs_less() -> None:
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
 def test_sizes_are_those_of_the_stored_layers_and_some_bytes_more(kind: str) -> None:
     manifest = make_manifest(ffn_format=kind)
-    sizes = ffn_sizes(manifest, (FFN_DIM, 32))
+    (sizes,) = ffn_sizes(manifest, [(FFN_DIM, 32)])
     bits = {"bf16": 16, "int8": 8.5, "int4": 4.75}[kind]
     exact = 3 * HIDDEN_SIZE * (FFN_DIM + 32) * bits / 8
     assert exact <= sizes.total <= exact + 4 * 4096

@@ -58,11 +58,15 @@ class MemoryPlan:
     layers: int
 
 
-def ffn_sizes(manifest: Manifest, num_neurons: Sequence[int]) -> FfnSizes:
-    """Bytes of an FFN's layers by the number of neurons in each, in whole sectors; a few more than there are."""
+def ffn_sizes(manifest: Manifest, ffns: Sequence[Sequence[int]]) -> list[FfnSizes]:
+    """Bytes of the layers of FFNs, in whole sectors; a few more than there are.
+
+    Args:
+        ffns: of each, the number of neurons in its layers.
+    """
     record = json.dumps(asdict(manifest.model), allow_nan=False)
-    total, largest = _native.ffn_sizes(record, manifest.quantization["ffn"].format, num_neurons)
-    return FfnSizes(total=total, largest=largest)
+    sizes = _native.ffn_sizes(record, manifest.quantization["ffn"].format, ffns)
+    return [FfnSizes(total=total, largest=largest) for total, largest in sizes]
 
 
 def plan_memory(limit_bytes: int, sizes: WeightSizes, kv_cache_bytes: int | None) -> MemoryPlan:

@@ -152,11 +152,7 @@ int coreinfer_prepare(coreinfer_model* model, int cluster) {
 
 uint64_t coreinfer_bytes_read(const coreinfer_model* model) {
   const Residency* residency = model->decoder->residency.get();
-  if (!residency) return 0;
-  uint64_t num_bytes = residency->store.figures().num_bytes;
-  for (const PageWindow* window : {residency->embedding.get(), residency->head_lows.get()})
-    if (window) num_bytes += window->num_touched() * window->block_bytes();
-  return num_bytes;
+  return residency ? residency->store.figures().num_bytes + table_bytes_read(*residency) : 0;
 }
 
 int coreinfer_feed(coreinfer_model* model, const int32_t* token_ids, size_t num_ids, float* logits) {

@@ -102,10 +102,8 @@ class Model {
   py::object read_figures() const {
     if (!decoder_->residency) return py::none();
     const ReadFigures figures = decoder_->residency->store.figures();
-    uint64_t table_bytes = 0;
-    for (const PageWindow* window : {decoder_->residency->embedding.get(), decoder_->residency->head_lows.get()})
-      if (window) table_bytes += window->num_touched() * window->block_bytes();
-    return py::make_tuple(figures.num_bytes, figures.num_hits, figures.num_misses, figures.waited_seconds, table_bytes);
+    return py::make_tuple(figures.num_bytes, figures.num_hits, figures.num_misses, figures.waited_seconds,
+                          table_bytes_read(*decoder_->residency));
   }
 
   size_t layer_bytes_used() const { return decoder_->residency ? decoder_->residency->store.used_bytes() : 0; }
@@ -307,9 +305,16 @@ FfnHandle read_in_layers(const FfnHandle& ffn, const std::string& path, const By
 
 using SizePair = std::pair<uint64_t, uint64_t>;  // FfnSizes
 
-SizePair sizes_of(const std::string& record, const std::string& format, const std::vector<int>& num_neurons) {
-  const FfnSizes sizes = ffn_sizes(read_record(Json::parse(record)), format, num_neurons);
-  return {sizes.total, sizes.largest};
+// Of several FFNs, each by the number of neurons in its layers.
+std::vector<SizePair> sizes_of(const std::string& record, const std::string& format,
+                               const std::vector<std::vector<int>>& ffns) {
+  const ModelRecord model = read_record(Json::parse(record));
+  std::vector<SizePair> found;
+  for (const std::vector<int>& num_neurons : ffns) {
+    const FfnSizes sizes = ffn_sizes(model, format, num_neurons);
+    found.emplace_back(sizes.total, sizes.largest);
+  }
+  return found;
 }
 
 // `parts`: of the base, its tables, a block of them, a page of the KV cache.
@@ -377,7 +382,7 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("num_threads", &Model::num_threads)
       .def_property_readonly("isa", &Model::isa);
   module.def("available_isas", &isa_names);
-  module.def("ffn_sizes", &sizes_of, py::arg("record"), py::arg("ffn_format"), py::arg("num_neurons"));
+  module.def("ffn_sizes", &sizes_of, py::arg("record"), py::arg("ffn_format"), py::arg("ffns"));
   module.def("plan_memory", &plan_parts, py::arg("limit"), py::arg("parts"), py::arg("packs"), py::arg("dense"),
              py::arg("kv_cache"));
   module.def("kept_layers", &kept_layers, py::arg("layer_bytes"), py::arg("room"), py::arg("streams"));

@@ -98,6 +98,13 @@ void LimitedPass::finish() {
   residency.store.end_pass();
 }
 
+uint64_t table_bytes_read(const Residency& residency) {
+  uint64_t num_bytes = 0;
+  for (const PageWindow* window : {residency.embedding.get(), residency.head_lows.get()})
+    if (window) num_bytes += window->num_touched() * window->block_bytes();
+  return num_bytes;
+}
+
 void multiply_head(Decoder& decoder, const Batch& batch, float* logits, int thread) {
   const Matrix& head = decoder.weights.head;
   const size_t stride = round_up(decoder.weights.vocab, kBlockRows);

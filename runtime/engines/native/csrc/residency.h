@@ -81,6 +81,9 @@ class LentLayer {
   int layer_, thread_;
 };
 
+// Bytes of rows of tables that were read so far, or may have been.
+uint64_t table_bytes_read(const Residency& residency);
+
 // Logits of some tokens by the whole head, piece by piece where its low halves are not all in memory.
 void multiply_head(Decoder& decoder, const Batch& batch, float* logits, int thread);
 
