@@ -90,12 +90,12 @@ def _automatic(manifest: Manifest, route: Route, num_prompt_tokens: int, *, gath
 
 
 def check_prompt_ffn(mode: Mode, prompt_ffn: PromptFfn) -> None:
-    """Refuse to read prompts with a pack in a mode that needs what the dense FFN makes of them.
+    """Refuse to read prompts with a pack where a mode needs what the dense FFN makes of them.
 
     Raises:
         ConfigError: it does.
     """
-    if prompt_ffn == "pack":
+    if prompt_ffn == "pack" and mode not in ("auto", "similarity"):
         raise ConfigError(
             f"prompt_ffn: expected dense in mode {mode!r}, got 'pack'; use mode similarity or auto, or leave it out"
         )
