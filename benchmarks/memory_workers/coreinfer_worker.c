@@ -42,7 +42,10 @@ int main(int argc, char** argv) {
   coreinfer_options options = {.struct_bytes = sizeof options, .num_threads = spec.threads};
   if (spec.limit_bytes > 0) {
     const double own = 1024 * proc_sum("/proc/self/status", (const char*[]){"RssAnon", "RssFile", NULL});
-    options.memory_bytes = (uint64_t)(spec.limit_bytes - own - headroom_bytes);
+    const double left = spec.limit_bytes - own - headroom_bytes;
+    /* 0 would be no limit. */
+    if (left < 1) return failed("the limit is less than the process takes besides");
+    options.memory_bytes = (uint64_t)left;
     options.kv_cache_bytes = strtoull(argv[9], NULL, 10);
   }
   State state = {NULL, spec.cluster};
