@@ -16,6 +16,7 @@ from coreinfer.compiler import CompileConfig, compile_model
 
 from .browser import open_browser
 from .bundle_factory import one_at_a_time, with_more_positions, write_bundle, written_once
+from .c_library import CModel, build_library
 from .model_factory import save_corpus, save_encoder, save_model
 from .quantized_factory import CASES, Weights, save_quantized
 
@@ -29,6 +30,18 @@ if TYPE_CHECKING:
 def pytest_configure() -> None:
     """Let Ctrl-C interrupt again: shells start background jobs without it, and the commands under test inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def c_library() -> Path:
+    """Folder of the C library, with include/ and lib/."""
+    return build_library()
+
+
+@pytest.fixture
+def open_in_c(c_library: Path) -> Callable[..., CModel]:
+    """A function (bundle, **options) that opens a bundle by the C library."""
+    return lambda bundle, **options: CModel(c_library, bundle, **options)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from coreinfer.runtime.engines.protocol import DENSE as DENSE_CHOICE
 from coreinfer.runtime.engines.protocol import FfnChoice
 
 from .bundle_factory import as_version_2, change_tensors, edit_manifest, flip_bit
-from .c_library import COMPILERS, DENSE, ROOT, CError, CModel, build_library, has_compilers
+from .c_library import COMPILERS, DENSE, ROOT, CError, CModel, has_compilers
 from .engine_inputs import MAX_POSITIONS
 from .model_factory import FAMILIES, MIXTURES, UNLIKE, VOCABULARY
 
@@ -26,17 +26,6 @@ pytestmark = pytest.mark.skipif(not has_compilers(), reason="no C or C++ compile
 
 IDS = np.random.default_rng(5).integers(3, VOCABULARY, 90).tolist()
 NUM_READ, NUM_STEPS = 80, 8
-
-
-@pytest.fixture(scope="module")
-def library() -> Path:
-    return build_library()
-
-
-@pytest.fixture
-def opened(library: Path) -> Callable[..., CModel]:
-    """A function (bundle, **options) that opens a bundle by the C library."""
-    return lambda bundle, **options: CModel(library, bundle, **options)
 
 
 @pytest.fixture
@@ -72,12 +61,12 @@ def c_tokens(model: CModel) -> list[int]:
     ],
 )
 def test_logits_and_tokens_are_those_of_the_python_engine(
-    family: str, kind: str, tiny_bundle: Callable[..., Path], opened: Callable[..., CModel]
+    family: str, kind: str, tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel]
 ) -> None:
     """To the bit: dense and with each pack, a prompt as a block and tokens one by one, also after a truncation."""
     path = tiny_bundle(family, quantize=kind)
     bundle = open_bundle(path)
-    decoder, model = NativeDecoder(bundle, threads=2), opened(path, num_threads=2)
+    decoder, model = NativeDecoder(bundle, threads=2), open_in_c(path, num_threads=2)
     assert model.num_clusters == len(bundle.manifest.clusters) == 4
     seen = set()
     for cluster in (DENSE, *range(model.num_clusters)):
@@ -99,17 +88,17 @@ def test_logits_and_tokens_are_those_of_the_python_engine(
 
 
 @pytest.mark.parametrize("isa", ["portable", "auto"])
-def test_kernels_are_chosen(isa: str, tiny_bundle: Callable[..., Path], opened: Callable[..., CModel]) -> None:
+def test_kernels_are_chosen(isa: str, tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel]) -> None:
     path = tiny_bundle("qwen3", quantize="int4")
     decoder = NativeDecoder(open_bundle(path), threads=1, isa=isa)
-    model = opened(path, isa=isa.encode(), num_threads=1)
+    model = open_in_c(path, isa=isa.encode(), num_threads=1)
     assert (model.isa, model.num_threads) == (decoder.isa, 1)
     np.testing.assert_array_equal(model.feed(IDS), decoder.forward(IDS)[0])
 
 
-def test_what_a_bundle_says_of_itself(copied: Path, opened: Callable[..., CModel]) -> None:
+def test_what_a_bundle_says_of_itself(copied: Path, open_in_c: Callable[..., CModel]) -> None:
     manifest = open_bundle(copied).manifest
-    model = opened(copied)
+    model = open_in_c(copied)
     assert (model.vocab_size, model.max_tokens, model.has_dense) == (VOCABULARY, MAX_POSITIONS, 1)
     assert [model.label(c) for c in range(4)] == [cluster.label for cluster in manifest.clusters]
     assert model.label(4) is None
@@ -119,10 +108,10 @@ def test_what_a_bundle_says_of_itself(copied: Path, opened: Callable[..., CModel
 
 
 def test_a_bundle_without_the_dense_ffn_begins_with_the_first_pack(
-    tiny_bundle: Callable[..., Path], opened: Callable[..., CModel]
+    tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel]
 ) -> None:
     path = tiny_bundle("llama", dense=False)
-    decoder, model = NativeDecoder(open_bundle(path), threads=1), opened(path, num_threads=1)
+    decoder, model = NativeDecoder(open_bundle(path), threads=1), open_in_c(path, num_threads=1)
     assert not model.has_dense
     np.testing.assert_array_equal(model.feed(IDS), decoder.forward(IDS)[0])
     with pytest.raises(CError, match=r"^NOT_FOUND: bundle .* has no dense FFN; use a cluster$"):
@@ -130,11 +119,11 @@ def test_a_bundle_without_the_dense_ffn_begins_with_the_first_pack(
     model.use(3)
 
 
-def test_the_version_before_is_read(copied: Path, opened: Callable[..., CModel]) -> None:
-    expected = opened(copied).feed(IDS)
+def test_the_version_before_is_read(copied: Path, open_in_c: Callable[..., CModel]) -> None:
+    expected = open_in_c(copied).feed(IDS)
     with edit_manifest(copied) as data:
         as_version_2(data)
-    model = opened(copied)
+    model = open_in_c(copied)
     np.testing.assert_array_equal(model.feed(IDS), expected)
     model.use(2)
 
@@ -142,7 +131,7 @@ def test_the_version_before_is_read(copied: Path, opened: Callable[..., CModel])
 # What it refuses
 
 
-def test_wrong_arguments(copied: Path, opened: Callable[..., CModel]) -> None:
+def test_wrong_arguments(copied: Path, open_in_c: Callable[..., CModel]) -> None:
     for options, message in (
         ({"num_threads": 257}, r"num_threads: expected 1 to 256, or 0, got 257"),
         ({"num_threads": -1}, r"num_threads"),
@@ -151,8 +140,8 @@ def test_wrong_arguments(copied: Path, opened: Callable[..., CModel]) -> None:
         ({"kv_cache_bytes": 10}, r"kv_cache_bytes: expected at least \d+, got 10"),
     ):
         with pytest.raises(CError, match=rf"^ARGUMENT: {message}"):
-            opened(copied, **options)
-    model = opened(copied)
+            open_in_c(copied, **options)
+    model = open_in_c(copied)
     for ids in ([VOCABULARY], [-1], []):
         with pytest.raises(CError, match=r"^ARGUMENT: token id"):
             model.feed(ids)
@@ -166,15 +155,15 @@ def test_wrong_arguments(copied: Path, opened: Callable[..., CModel]) -> None:
     assert model.num_tokens == 5
 
 
-def test_there_is_no_more_room_than_there_is(copied: Path, opened: Callable[..., CModel]) -> None:
-    model = opened(copied)
+def test_there_is_no_more_room_than_there_is(copied: Path, open_in_c: Callable[..., CModel]) -> None:
+    model = open_in_c(copied)
     with pytest.raises(CError, match=rf"^NO_ROOM: token ids: expected at most {MAX_POSITIONS} more"):
         model.feed([5] * (MAX_POSITIONS + 1))
     model.feed([5] * MAX_POSITIONS)
     with pytest.raises(CError, match=r"^NO_ROOM"):
         model.feed([5])
     page_bytes = NativeDecoder(open_bundle(copied), threads=1).page_bytes
-    small = opened(copied, kv_cache_bytes=page_bytes)
+    small = open_in_c(copied, kv_cache_bytes=page_bytes)
     assert small.max_tokens == 64
     small.feed(IDS[:64])
     with pytest.raises(CError, match=r"^NO_ROOM: KV cache"):
@@ -182,14 +171,14 @@ def test_there_is_no_more_room_than_there_is(copied: Path, opened: Callable[...,
     assert small.num_tokens == 64
 
 
-def test_no_bundle_and_versions(copied: Path, opened: Callable[..., CModel], tmp_path: Path) -> None:
+def test_no_bundle_and_versions(copied: Path, open_in_c: Callable[..., CModel], tmp_path: Path) -> None:
     for path in (tmp_path / "absent", copied / "manifest.json"):
         with pytest.raises(CError, match=r"^NOT_FOUND: .*manifest\.json: cannot be read"):
-            opened(path)
+            open_in_c(path)
     with edit_manifest(copied) as data:
         data["schema_version"] = 4
     with pytest.raises(CError, match=r"^VERSION: .*schema version 4, this library reads 2 and 3"):
-        opened(copied)
+        open_in_c(copied)
 
 
 @pytest.mark.parametrize(
@@ -208,12 +197,12 @@ def test_no_bundle_and_versions(copied: Path, opened: Callable[..., CModel], tmp
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_models_that_it_does_not_compute_are_named(
-    change: dict[str, Any], message: str, copied: Path, opened: Callable[..., CModel]
+    change: dict[str, Any], message: str, copied: Path, open_in_c: Callable[..., CModel]
 ) -> None:
     with edit_manifest(copied) as data:
         data["model"] |= change
     with pytest.raises(CError, match=rf"^{message}"):
-        opened(copied)
+        open_in_c(copied)
 
 
 @pytest.mark.parametrize(
@@ -226,46 +215,46 @@ def test_models_that_it_does_not_compute_are_named(
     ids=["spiral", "number", "null"],
 )
 def test_settings_that_it_does_not_compute_are_named(
-    setting: dict[str, Any], message: str, copied: Path, opened: Callable[..., CModel]
+    setting: dict[str, Any], message: str, copied: Path, open_in_c: Callable[..., CModel]
 ) -> None:
     with edit_manifest(copied) as data:
         data["model"]["config"] |= setting
     with pytest.raises(CError, match=rf"^{message}"):
-        opened(copied)
+        open_in_c(copied)
 
 
-def test_damage_is_found(copied: Path, opened: Callable[..., CModel]) -> None:
+def test_damage_is_found(copied: Path, open_in_c: Callable[..., CModel]) -> None:
     pack = copied / "clusters" / "001.safetensors"
     flip_bit(pack, pack.stat().st_size - 100)
-    model = opened(copied)
+    model = open_in_c(copied)
     model.use(0)
     with pytest.raises(CError, match=r"^CORRUPT: bundle .*001\.safetensors: expected sha256 \w{12}\.\.\., got"):
         model.use(1)
-    opened(copied, skip_checksums=1).use(1)
+    open_in_c(copied, skip_checksums=1).use(1)
     pack.write_bytes(pack.read_bytes()[:-64])
     with pytest.raises(CError, match=r"^CORRUPT: bundle .*001\.safetensors: expected \d+ bytes, got \d+"):
-        opened(copied, skip_checksums=1).use(1)
+        open_in_c(copied, skip_checksums=1).use(1)
     pack.unlink()
     with pytest.raises(CError, match=r"^NOT_FOUND: .*001\.safetensors"):
-        opened(copied).use(1)
+        open_in_c(copied).use(1)
 
 
-def test_a_base_that_is_not_as_listed(copied: Path, opened: Callable[..., CModel]) -> None:
+def test_a_base_that_is_not_as_listed(copied: Path, open_in_c: Callable[..., CModel]) -> None:
     def put(tensors: dict[str, StoredTensor]) -> None:
         del tensors["model.norm.weight"]
 
     change_tensors(copied, LAYOUT.base, put)
     with pytest.raises(CError, match=r"^CORRUPT: .*base\.safetensors: tensor 'model\.norm\.weight' is missing"):
-        opened(copied)
+        open_in_c(copied)
 
 
 @pytest.mark.parametrize("place", ["../../etc/passwd", "/etc/passwd", "clusters/../../x"])
-def test_no_file_outside_is_opened(place: str, copied: Path, opened: Callable[..., CModel]) -> None:
+def test_no_file_outside_is_opened(place: str, copied: Path, open_in_c: Callable[..., CModel]) -> None:
     with edit_manifest(copied) as data:
         data["clusters"][1]["file"] = place
         data["files"][place] = {"sha256": "0" * 64, "bytes": 1}
     with pytest.raises(CError, match=r"^CORRUPT: .*expected paths inside the bundle"):
-        opened(copied).use(1)
+        open_in_c(copied).use(1)
 
 
 MANIFESTS = {
@@ -285,13 +274,13 @@ MANIFESTS = {
 
 
 @pytest.mark.parametrize("text", MANIFESTS.values(), ids=MANIFESTS)
-def test_manifests_that_are_not_json(text: bytes, copied: Path, opened: Callable[..., CModel]) -> None:
+def test_manifests_that_are_not_json(text: bytes, copied: Path, open_in_c: Callable[..., CModel]) -> None:
     (copied / LAYOUT.manifest).write_bytes(text)
     with pytest.raises(CError, match=r"^CORRUPT: "):
-        opened(copied)
+        open_in_c(copied)
 
 
-def test_any_cut_of_a_file_is_refused(copied: Path, opened: Callable[..., CModel]) -> None:
+def test_any_cut_of_a_file_is_refused(copied: Path, open_in_c: Callable[..., CModel]) -> None:
     """With sizes forged to match, so that the readers themselves must notice."""
     for name in (LAYOUT.base, LAYOUT.dense, LAYOUT.generation):
         whole = (copied / name).read_bytes()
@@ -301,15 +290,15 @@ def test_any_cut_of_a_file_is_refused(copied: Path, opened: Callable[..., CModel
                 with edit_manifest(copied) as data:
                     data["files"][name]["bytes"] = length
                 with pytest.raises(CError, match=r"^CORRUPT: "):
-                    opened(copied, skip_checksums=1)
+                    open_in_c(copied, skip_checksums=1)
         (copied / name).write_bytes(whole)
         with edit_manifest(copied) as data:
             data["files"][name]["bytes"] = len(whole)
-    opened(copied)
+    open_in_c(copied)
 
 
-def test_two_threads_cannot_share_a_model(copied: Path, opened: Callable[..., CModel]) -> None:
-    model = opened(copied, num_threads=1)
+def test_two_threads_cannot_share_a_model(copied: Path, open_in_c: Callable[..., CModel]) -> None:
+    model = open_in_c(copied, num_threads=1)
     outcomes: list[str] = []
 
     def work() -> None:
@@ -334,11 +323,16 @@ def test_two_threads_cannot_share_a_model(copied: Path, opened: Callable[..., CM
 
 
 @pytest.fixture(scope="module")
-def generate(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def generate(c_library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """examples/generate.c, built by the C compiler."""
     program = tmp_path_factory.mktemp("example") / "generate"
     command = [COMPILERS[1], "-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", str(ROOT / "examples/generate.c")]
-    command += [f"-I{library / 'include'}", f"-L{library / 'lib'}", "-lcoreinfer", f"-Wl,-rpath,{library / 'lib'}"]
+    command += [
+        f"-I{c_library / 'include'}",
+        f"-L{c_library / 'lib'}",
+        "-lcoreinfer",
+        f"-Wl,-rpath,{c_library / 'lib'}",
+    ]
     run = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return program
@@ -380,15 +374,15 @@ def test_the_example_says_what_is_wrong(generate: Path, copied: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file")
-def test_the_library_shows_its_own_names_only(library: Path) -> None:
+def test_the_library_shows_its_own_names_only(c_library: Path) -> None:
     """Of the C++ in it only what its standard library shares between libraries."""
     shown = subprocess.run(
-        ["nm", "-D", "--defined-only", str(library / "lib" / "libcoreinfer.so")],
+        ["nm", "-D", "--defined-only", str(c_library / "lib" / "libcoreinfer.so")],
         capture_output=True,
         text=True,
         check=True,
     ).stdout.split("\n")
     names = {line.split()[-1] for line in shown if line and not line.split()[-1].startswith("_Z")}
-    header = (library / "include" / "coreinfer.h").read_text(encoding="utf-8")
+    header = (c_library / "include" / "coreinfer.h").read_text(encoding="utf-8")
     assert names
     assert all(f"{name}(" in header for name in names)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from coreinfer.bundles import open_bundle
 
-from .c_library import DENSE, CError, CModel, build_library, has_compilers
+from .c_library import DENSE, CError, CModel, has_compilers
 from .model_factory import MIXTURES, UNLIKE, VOCABULARY
 from .page_residency import resident_bytes
 
@@ -19,20 +19,10 @@ PROMPT = np.random.default_rng(5).integers(3, VOCABULARY, 40).tolist()
 CACHE = {"num_threads": 2, "kv_cache_bytes": 400_000}
 
 
-@pytest.fixture(scope="module")
-def library() -> Path:
-    return build_library()
-
-
-@pytest.fixture
-def opened(library: Path) -> Callable[..., CModel]:
-    return lambda bundle, **options: CModel(library, bundle, **options)
-
-
-def least_bytes(opened: Callable[..., CModel], bundle: Path) -> int:
-    """The smallest limit that a bundle can be opened with, as the refusal of a smaller one says."""
+def least_bytes(open_in_c: Callable[..., CModel], bundle: Path) -> int:
+    """The smallest limit that a bundle can be open_in_c with, as the refusal of a smaller one says."""
     with pytest.raises(CError, match=r"^ARGUMENT: memory_bytes: expected at least .* got 0\.0; raise it$") as caught:
-        opened(bundle, memory_bytes=1, **CACHE)
+        open_in_c(bundle, memory_bytes=1, **CACHE)
     return round(1e6 * (float(str(caught.value).split("at least ")[1].split(" MB")[0]) + 0.06))
 
 
@@ -51,16 +41,16 @@ def all_logits(model: CModel) -> list[Any]:
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "int4"), *((family, "bf16") for family in UNLIKE)])
 def test_logits_are_those_without_a_limit(
-    family: str, kind: str, tiny_bundle: Callable[..., Path], opened: Callable[..., CModel]
+    family: str, kind: str, tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel]
 ) -> None:
     path = tiny_bundle(family, quantize=kind)
-    free = opened(path, **CACHE)
+    free = open_in_c(path, **CACHE)
     expected = all_logits(free)
     assert free.bytes_read == 0
-    least = least_bytes(opened, path)
+    least = least_bytes(open_in_c, path)
     reads = []
     for limit in (least, 13 * least // 10, 100_000_000):
-        model = opened(path, memory_bytes=limit, **CACHE)
+        model = open_in_c(path, memory_bytes=limit, **CACHE)
         for _ in range(2):
             for got, wanted in zip(all_logits(model), expected, strict=True):
                 np.testing.assert_array_equal(got, wanted)
@@ -69,7 +59,7 @@ def test_logits_are_those_without_a_limit(
 
 
 def test_pages_of_files_are_let_go(
-    tiny_bundle: Callable[..., Path], tmp_path: Path, opened: Callable[..., CModel]
+    tiny_bundle: Callable[..., Path], tmp_path: Path, open_in_c: Callable[..., CModel]
 ) -> None:
     # A copy, which no other test has in memory.
     path = Path(shutil.copytree(tiny_bundle("llama", quantize="bf16"), tmp_path / "copy"))
@@ -78,7 +68,7 @@ def test_pages_of_files_are_let_go(
     files = (bundle.pack(2), bundle.dense)
     for file in files:
         file.forget()
-    model = opened(path, memory_bytes=100_000_000, **CACHE)
+    model = open_in_c(path, memory_bytes=100_000_000, **CACHE)
     model.use(2)
     model.feed(PROMPT)
     for file in files:
@@ -86,22 +76,22 @@ def test_pages_of_files_are_let_go(
 
 
 def test_a_caller_of_the_first_header_has_no_limit(
-    tiny_bundle: Callable[..., Path], opened: Callable[..., CModel]
+    tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel]
 ) -> None:
     """Its options end before memory_bytes, whatever lies there."""
     path = tiny_bundle("llama", quantize="int4")
-    model = opened(path, struct_bytes=40, memory_bytes=1, **CACHE)
+    model = open_in_c(path, struct_bytes=40, memory_bytes=1, **CACHE)
     model.feed(PROMPT)
     assert model.bytes_read == 0
 
 
-def test_experts_are_refused(tiny_bundle: Callable[..., Path], opened: Callable[..., CModel]) -> None:
+def test_experts_are_refused(tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel]) -> None:
     with pytest.raises(CError, match=r"^UNSUPPORTED: memory_bytes: layers of experts cannot be read in parts yet"):
-        opened(tiny_bundle(next(iter(MIXTURES)), quantize="int4"), memory_bytes=100_000_000, **CACHE)
+        open_in_c(tiny_bundle(next(iter(MIXTURES)), quantize="int4"), memory_bytes=100_000_000, **CACHE)
 
 
-def test_preparing_says_what_using_says(tiny_bundle: Callable[..., Path], opened: Callable[..., CModel]) -> None:
-    model = opened(tiny_bundle("llama", quantize="int4"), memory_bytes=100_000_000, **CACHE)
+def test_preparing_says_what_using_says(tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel]) -> None:
+    model = open_in_c(tiny_bundle("llama", quantize="int4"), memory_bytes=100_000_000, **CACHE)
     for call in (model.prepare, model.use):
         with pytest.raises(CError, match=r"^NOT_FOUND: cluster: expected 0 to 3 or COREINFER_DENSE, got 4$"):
             call(4)
