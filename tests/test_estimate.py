@@ -142,6 +142,9 @@ def test_seconds_are_parts_one_after_another(monkeypatch: pytest.MonkeyPatch) ->
     done = Work(model_flop=1e11, float_flop=1e11, moved_bytes=1e9, num_calls=100)
     assert stage_seconds("profile", done, MACHINE, model_dtype="bfloat16") == pytest.approx(1 + 1 + 1 + 4 + 1)
     assert stage_seconds("profile", done, MACHINE, model_dtype="float32") == pytest.approx(1 + 1 + 2 + 4 + 1)
+    monkeypatch.setitem(REACHED, "profile", replace(reached, model_float32=1.0))
+    assert stage_seconds("profile", done, MACHINE, model_dtype="bfloat16") == pytest.approx(1 + 1 + 1 + 4 + 1)
+    assert stage_seconds("profile", done, MACHINE, model_dtype="float32") == pytest.approx(1 + 1 + 1 + 4 + 1)
 
 
 def test_kept_neurons_follow_keep_and_budget() -> None:

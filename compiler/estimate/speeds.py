@@ -18,6 +18,7 @@ class Reached:
 
     Attributes:
         model: share of the machine's products in the model's dtype.
+        model_float32: the same where that is float32, if it is another share: conversions and attention weigh less then.
         floats: share of its products in float32.
         memory: share of its plain reads.
         call_seconds: of a run of one layer, however small it is.
@@ -25,6 +26,7 @@ class Reached:
     """
 
     model: float = 0.65
+    model_float32: float | None = None
     floats: float = 0.65
     memory: float = 0.25
     call_seconds: float = 0.0
@@ -34,6 +36,7 @@ class Reached:
 # Fitted to the stages of SmolLM2-135M-Instruct Q4_1 with 40,000 tokens of builtin and 8 clusters, alone on two cores
 # with AVX-512 VNNI and bfloat16 but no AMX, whose products reach 180 and 405 GFLOP/s and whose plain reads 33 GB/s. To
 # fit them again: compile with --json, compare stage_seconds with those of --dry-run --json, and scale a row's shares.
+# `model_float32` was fitted to 20,000 tokens on two cores with AVX2 alone.
 REACHED: Mapping[str, Reached] = {
     "hash": Reached(memory=0.035),
     "load": Reached(memory=0.012, fixed_seconds=0.3),
@@ -41,7 +44,7 @@ REACHED: Mapping[str, Reached] = {
     "moments": Reached(call_seconds=0.0004),
     "pack": Reached(memory=0.06),
     "embed": Reached(),
-    "distil": Reached(model=0.4),
+    "distil": Reached(model=0.4, model_float32=0.66),
     "profile": Reached(model=0.7, memory=0.1),
     "sensitivity": Reached(model=0.55),
     "curves": Reached(model=0.58, floats=0.7),
@@ -69,11 +72,13 @@ def stage_seconds(stage: str, work: Work, machine: Machine, *, model_dtype: str,
         fixed = REACHED[stage].fixed_seconds
         return fixed + (stage_seconds(stage, work, machine, model_dtype=model_dtype) - fixed) / num_workers
     reached = REACHED[stage]
-    model_gflops = machine.bfloat16_gflops if model_dtype == "bfloat16" else machine.float32_gflops
+    narrow = model_dtype == "bfloat16"
+    model_gflops = machine.bfloat16_gflops if narrow else machine.float32_gflops
+    share = reached.model if narrow or reached.model_float32 is None else reached.model_float32
     return (
         reached.fixed_seconds
         + work.num_calls * reached.call_seconds
-        + work.model_flop / (model_gflops * 1e9 * reached.model)
+        + work.model_flop / (model_gflops * 1e9 * share)
         + work.float_flop / (machine.float32_gflops * 1e9 * reached.floats)
         + work.moved_bytes / (machine.read_gbps * 1e9 * reached.memory)
     )
