@@ -130,7 +130,8 @@ def sent_bytes(name: str, case: Case, num_workers: int) -> float:
     found = {
         # Statistics of all clusters, once up the tree.
         "profile": FLOAT_BYTES * layers * case.num_clusters * shapes.ffn_dim,
-        "sensitivity": FLOAT_BYTES * layers * shapes.hidden_size**2,
+        # Of the gradients' products of each layer one triangle, up the tree.
+        "sensitivity": FLOAT_BYTES * layers * shapes.hidden_size**2 / 2,
         # A Gram matrix of each layer up the tree, and to the place that removes: one triangle.
         "curves": FLOAT_BYTES * layers * shapes.ffn_dim**2 / 2 * (1 + 1 / num_workers),
         # Of each layer: its share of the clusters' moments to their homes, what is cut between two places, the overall

@@ -35,7 +35,7 @@ from coreinfer.compiler.text.corpus import SAMPLING, Document, spread_sample
 
 from .products import packed_gram
 from .removal import BLOCK, System, remove_neurons
-from .triangle import unpack_upper
+from .triangle import num_packed, unpack_upper
 
 __all__ = ["fisher_matrices", "output_metrics", "removal_curves"]
 
@@ -63,7 +63,8 @@ def fisher_matrices(
     sample = spread_sample(documents, FISHER_TOKENS)
 
     def compute() -> dict[str, Any]:
-        return {"fisher": _fisher_sums(team, sample, progress, seed=seed).cpu().numpy()}
+        packed, size = _fisher_sums(team, sample, progress, seed=seed), team.loaded.record.hidden_size
+        return {"fisher": torch.stack([unpack_upper(layer, size) for layer in packed]).cpu().numpy()}
 
     fisher = torch.from_numpy(cache.arrays(key, compute)["fisher"])
     damping = _DAMPING * fisher.diagonal(dim1=1, dim2=2).mean(dim=1)
@@ -81,13 +82,14 @@ def output_metrics(
 ) -> torch.Tensor:
     """What errors in the FFN outputs cost: Fisher matrices where anything asks for them, else identities."""
     if keep < 1 and weighs_errors(config):
-        fisher_key = stage_key("fisher", upstream=key, sampling=SAMPLING, draw="sums")
+        fisher_key = stage_key("fisher", upstream=key, sampling=SAMPLING, draw="sums", kept="triangles")
         return fisher_matrices(team, documents, cache, fisher_key, progress, seed=config.seed)
     record = team.loaded.record
     return torch.eye(record.hidden_size).expand(record.num_layers, -1, -1)
 
 
 def _fisher_sums(team: Team, documents: Sequence[Document], progress: Progress, *, seed: int) -> torch.Tensor:
+    """Mean g g^T of each layer, packed: (layers, `num_packed(hidden size)`)."""
     chances, dealt = _chances(documents, team.loaded.device, seed), deal(lengths_of(documents), team)
     with progress.stage(_STAGE, len(documents)) as advance:
         parts, steps = {}, Steps(advance)
@@ -116,9 +118,10 @@ def _chances(documents: Sequence[Document], device: torch.device, seed: int) -> 
 def _place_sums(
     worker: Worker, documents: Sequence[Document], chances: Sequence[torch.Tensor], advance: Advance
 ) -> tuple[torch.Tensor, int]:
-    """Sums of g g^T over a place's documents, (layers, hidden size, hidden size), and over how many tokens."""
-    loaded, size = worker.loaded, worker.loaded.record.hidden_size
-    sums = torch.zeros((loaded.record.num_layers, size, size), device=loaded.device)
+    """Sums of g g^T over a place's documents, packed: (layers, `num_packed(hidden size)`), and over how many tokens."""
+    loaded = worker.loaded
+    num_values = num_packed(loaded.record.hidden_size)
+    sums = torch.zeros((loaded.record.num_layers, num_values), device=loaded.device)
     starts, num_tokens = document_starts(documents), 0
     order = iter(sorted(range(len(documents)), key=lambda index: len(documents[index].token_ids)))
     with _parameters_fixed(loaded), torch.no_grad():
@@ -128,8 +131,7 @@ def _place_sums(
             counted[:, 0] = False
             own = [chances[next(order)] for _ in range(len(batch.mask))]
             for layer, gradient in _output_gradients(loaded, batch, own):
-                gradients = gradient[counted].float()
-                sums[layer] += gradients.T @ gradients
+                sums[layer] += packed_gram(gradient[counted])
             num_tokens += int(counted.sum())
             advance(len(batch.mask))
     return sums, num_tokens
