@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from bench_models import MODELS, BenchModel, bundle_of, link_qwen, llamacpp_file, transformers_folder
+from contenders.models import MODELS, BenchModel, bundle_of, link_qwen, llamacpp_file, transformers_folder
 from coreinfer.runtime.commands.starts import measure_starts
 
 CONTENDERS = (
@@ -67,7 +67,7 @@ class Worker:
     def __init__(self, name: str, path: Path, options: Options) -> None:
         threads = options.threads
         self.log = options.work / f"{name}.log"
-        script = Path(__file__).with_name("bench_worker.py")
+        script = Path(__file__).with_name("contenders") / "worker.py"
         command = [sys.executable, str(script), name, str(path), str(threads)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
         with self.log.open("w") as log:

@@ -17,6 +17,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 import torch
+from contenders.llama_logits import LlamaModel, find_llama_cpp
 from coreinfer.bundles import open_bundle
 from coreinfer.bundles.shared.machine import usable_cores
 from coreinfer.compiler.export.exporting import export_model
@@ -24,7 +25,6 @@ from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, Decoder, FfnChoice
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from kl import divergence, read_texts
-from llama_logits import LlamaModel, find_llama_cpp
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 

@@ -20,8 +20,8 @@ from typing import Any, get_args
 import click
 import numpy as np
 import torch
-from bench_compile import Bench, choose_each, chosen_cut, open_bench
-from bench_inputs import BenchInputs, input_options
+from choices.compiled import Bench, choose_each, chosen_cut, open_bench
+from choices.inputs import BenchInputs, input_options
 from coreinfer.bundles.manifest import Score
 from coreinfer.compiler.config import Budgets
 from coreinfer.compiler.models.layerwise import document_starts

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from bench_models import MODELS, BenchModel, bundle_of, link_qwen, llamacpp_file, transformers_folder
+from contenders.models import MODELS, BenchModel, bundle_of, link_qwen, llamacpp_file, transformers_folder
 from coreinfer.bundles import open_bundle
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import ModelRecord
-from memory_group import forget_files, memory_group
-from memory_programs import build_coreinfer_worker, build_llamacpp_worker, worker_command
+from under_limits.group import forget_files, memory_group
+from under_limits.programs import build_coreinfer_worker, build_llamacpp_worker, worker_command
 
 _READ_BYTES = 256 << 20
 # Of the KV cache at least; room for what is timed, in whole pages.
@@ -34,7 +34,7 @@ _KV_BYTES = 6_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A row of the table: what to run, as `memory_worker` takes it, and the path of its files."""
+    """A row of the table: what to run, as `under_limits/python_worker.py` takes it, and the path of its files."""
 
     name: str
     spec: dict[str, Any]
@@ -46,7 +46,7 @@ class Contender:
 
 
 @click.command()
-@click.option("--models", "names", default="qwen2.5-coder-0.5b", help="Names of bench_models.py, with commas.")
+@click.option("--models", "names", default="qwen2.5-coder-0.5b", help="Names of contenders/models.py, with commas.")
 @click.option("--limits", default="1.0,0.8,0.6,0.5,0.4", help="Shares of the dense int4 size; 0 for no limit.")
 @click.option("--contenders", "wanted", default="", help="Parts of names of contenders to run; all without.")
 @click.option("--packs", default="0.7,0.5,0.3", help="Keep ratios.")
@@ -128,7 +128,7 @@ class Settings:
         shares: limits as shares of the dense int4 size; 0 for none.
         rounds: runs of each contender under each limit, in turns; medians are told.
         wanted: parts of names of contenders.
-        timing: what `memory_worker` takes of it.
+        timing: what `under_limits/python_worker.py` takes of it.
     """
 
     work: Path
@@ -311,7 +311,7 @@ def _failure(code: int, errors: str) -> str | None:
 def kl_of(contenders: list[Contender], model: BenchModel, texts: Path, settings: Settings) -> dict[str, float]:
     """KL of each contender to the original in float32; how it is mapped or repacked changes nothing in it."""
     import numpy as np
-    from bench_models import source_of
+    from contenders.models import source_of
     from kl import original_logits, read_texts
 
     folder = settings.work / f"{model.name}-reference-{settings.num_texts}"

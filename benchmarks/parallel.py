@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from bench_llama import LlamaServer
-from bench_models import MODELS, bundle_of, link_qwen, llamacpp_file
+from contenders.llama_server import LlamaServer
+from contenders.models import MODELS, bundle_of, link_qwen, llamacpp_file
 from coreinfer.bundles.layout import LAYOUT
 from tokenizers import Tokenizer
 

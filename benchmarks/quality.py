@@ -13,8 +13,8 @@ from dataclasses import asdict, replace
 from typing import Literal, get_args
 
 import click
-from bench_compile import Bench, open_bench
-from bench_inputs import BenchInputs, input_options
+from choices.compiled import Bench, open_bench
+from choices.inputs import BenchInputs, input_options
 from coreinfer.bundles.manifest import Quality
 from coreinfer.bundles.shared.command_options import NumberOr
 from coreinfer.compiler.config import CompileConfig, HealOptimizer

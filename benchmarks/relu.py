@@ -2,12 +2,12 @@
 
     python benchmarks/relu.py [--shape 1b] [--shares 0.1,0.2,0.3] [--rounds 5] [--limits 0.6,0.4]
 
-Weights are random (relu_bundle.py). Rows by neuron read all gates, and of the other matrices what belongs to neurons
-that are not zero: nothing is lost. Packs hold the active neurons, chosen once for a prompt. An equal share of neurons
-is not an equal quality: in a trained model other neurons are active with each token, and a pack lacks some of them.
-Beside the rows stand figures of PowerInfer that were measured earlier on another machine. Contenders take turns in one
-process, in rounds that also measure the plain read bandwidth; medians. With --limits (as root) each runs in a memory
-cgroup as benchmarks/memory.py has it. A table, then one JSON line.
+Weights are random (contenders/relu_bundle.py). Rows by neuron read all gates, and of the other matrices what belongs
+to neurons that are not zero: nothing is lost. Packs hold the active neurons, chosen once for a prompt. An equal share
+of neurons is not an equal quality: in a trained model other neurons are active with each token, and a pack lacks some
+of them. Beside the rows stand figures of PowerInfer that were measured earlier on another machine. Contenders take
+turns in one process, in rounds that also measure the plain read bandwidth; medians. With --limits (as root) each runs
+in a memory cgroup as benchmarks/memory.py has it. A table, then one JSON line.
 """
 
 import json
@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 import numpy as np
+from contenders.relu_bundle import SHAPES, relu_bundle
 from coreinfer.bundles import Bundle, open_bundle
 from coreinfer.bundles.formats import NEURON_FORMAT
 from coreinfer.bundles.layout import LAYOUT
@@ -28,7 +29,6 @@ from coreinfer.runtime.engines.native import _native
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from memory import Contender, dense_size, disk_speed, kv_bytes, run_all
-from relu_bundle import SHAPES, relu_bundle
 
 _READ_BYTES = 1 << 29
 _CHECK_TOKENS = 32

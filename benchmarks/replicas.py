@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from askers.replica_clients import Question, Tally, ask_all
 from coreinfer import runtime
 from coreinfer.bundles import open_bundle
 from coreinfer.server.bundle_files import fingerprint
-from replica_clients import Question, Tally, ask_all
 
 _MODEL = "tiny"
 _NUM_REPLICAS = 2

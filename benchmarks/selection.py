@@ -15,8 +15,8 @@ from typing import Any, get_args
 
 import click
 import torch
-from bench_compile import Bench, choose_each, open_bench
-from bench_inputs import BenchInputs, input_options
+from choices.compiled import Bench, choose_each, open_bench
+from choices.inputs import BenchInputs, input_options
 from coreinfer.bundles.manifest import Quality, Score
 from coreinfer.bundles.statistics import Selection
 from coreinfer.compiler.config import Budgets, Removal

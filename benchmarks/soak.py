@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from askers.soak_clients import Question, Tally, be_direct, be_served, make_questions, settle
 from coreinfer import runtime
 from coreinfer.bundles import open_bundle
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.server.metrics import Metrics, ModelMetrics
 from coreinfer.server.worker import Worker
-from soak_clients import Question, Tally, be_direct, be_served, make_questions, settle
 
 _NUM_WARM = 2000
 _PARALLEL = 8

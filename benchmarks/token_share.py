@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 import numpy as np
-from bench_models import LARGE_MODELS, MODELS, BenchModel, link_qwen, share_bundle_of
+from contenders.models import LARGE_MODELS, MODELS, BenchModel, link_qwen, share_bundle_of
 from coreinfer.bundles import open_bundle
 from coreinfer.bundles.shared.beginnings import text_ids
 from coreinfer.runtime.engines.native import _native

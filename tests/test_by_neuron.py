@@ -174,7 +174,7 @@ def gated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     """The same weights in both formats."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPTS))
-        module = importlib.import_module("relu_bundle")
+        module = importlib.import_module("contenders.relu_bundle")
     shape, folder = module.ReluShape(name="odd", **ODD), tmp_path_factory.mktemp("relu")
     return {
         kind: open_bundle(module.relu_bundle(folder / kind, shape, SHARES, ffn_format=kind))

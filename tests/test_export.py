@@ -164,7 +164,7 @@ def test_llama_cpp_computes_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
-    llama = importlib.import_module("llama_logits")
+    llama = importlib.import_module("contenders.llama_logits")
     if llama.find_llama_cpp() is None:
         pytest.skip("needs xllamacpp or llama-cpp-python")
     bundle_dir = bundle_of(family, **UNEVEN | {"quantize": "bf16"})

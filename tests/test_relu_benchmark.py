@@ -25,7 +25,7 @@ TINY = {
 def relu(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     module = importlib.import_module("relu")
-    shapes = {"1b": importlib.import_module("relu_bundle").ReluShape(name="1b", **TINY)}
+    shapes = {"1b": importlib.import_module("contenders.relu_bundle").ReluShape(name="1b", **TINY)}
     monkeypatch.setattr(module, "SHAPES", shapes)
     return module
 

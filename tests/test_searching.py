@@ -18,7 +18,7 @@ LADDER = (1, 2, 4, 8, 16, 32)
 
 
 def kl_of(keep: float) -> float:
-    """KL of SmolLM2-135M's packs, about (docs/benchmarks.md)."""
+    """KL of SmolLM2-135M's packs, about (docs/benchmarks/quality.md)."""
     return 1.3 * (1 - keep) + 1.0 * (1 - keep) ** 3
 
 

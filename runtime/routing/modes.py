@@ -58,7 +58,7 @@ def plan_mode(
     "auto" decodes dense where the prompt is unlike the calibration text, or where the router is unsure of it;
     without a dense FFN it uses the largest pack. Otherwise it takes the nearest cluster's pack, except that a long
     prompt chooses its own neurons where packs are not repaired: a repaired pack is better than an unrepaired choice of
-    any kind (docs/benchmarks.md), an unrepaired one is not.
+    any kind (docs/benchmarks/quality.md), an unrepaired one is not.
 
     Args:
         gathers: whether the engine can run with a prompt's own neurons.

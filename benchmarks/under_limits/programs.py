@@ -12,9 +12,9 @@ import click
 
 __all__ = ["build_coreinfer_worker", "build_llamacpp_worker", "worker_command"]
 
-_ROOT = Path(__file__).parent.parent
-_SOURCES = Path(__file__).with_name("memory_workers")
-_PYTHON_WORKER = Path(__file__).with_name("memory_worker.py")
+_ROOT = Path(__file__).parents[2]
+_SOURCES = Path(__file__).with_name("c_workers")
+_PYTHON_WORKER = Path(__file__).with_name("python_worker.py")
 _LLAMA_INCLUDES = ("vendor/llama.cpp/include", "vendor/llama.cpp/ggml/include")
 
 
@@ -49,9 +49,9 @@ def _compile(name: str, work: Path, includes: list[Path], library: Path, names: 
 
 
 def worker_command(spec: dict[str, Any]) -> list[str]:
-    """The command that runs a contender; see memory_worker.py for what a spec holds.
+    """The command that runs a contender; see python_worker.py for what a spec holds.
 
-    With "program", the C worker of its engine, whose arguments memory_workers/timing.h names.
+    With "program", the C worker of its engine, whose arguments c_workers/timing.h names.
     """
     if "program" not in spec:
         return [sys.executable, str(_PYTHON_WORKER), json.dumps(spec)]

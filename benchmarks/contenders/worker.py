@@ -1,4 +1,4 @@
-"""One contender of the side-by-side benchmark, in a process of its own: python benchmarks/bench_worker.py NAME PATH N.
+"""One contender of the side-by-side benchmark, in a process of its own: python contenders/worker.py NAME PATH N.
 
 It loads, then answers each line on standard input ("decode 128", "prefill 512", "figures", "read 536870912") with a
 line of JSON on standard output, so that whoever asks decides who runs when.

@@ -1,4 +1,4 @@
-"""One contender of the memory benchmark, in a process of its own: python benchmarks/memory_worker.py JSON.
+"""One contender of the memory benchmark, in a process of its own: python under_limits/python_worker.py JSON.
 
 It loads, reads a prompt, decodes, and prints one JSON line. With "texts" it measures its KL instead, without a limit.
 """

@@ -1,4 +1,4 @@
-/* What the C workers of benchmarks/memory.py share: the same steps as memory_worker.py, and the same line of JSON. */
+/* What the C workers of benchmarks/memory.py share: the same steps as python_worker.py, and the same line of JSON. */
 #ifndef TIMING_H
 #define TIMING_H
 
