@@ -21,12 +21,12 @@ from coreinfer.compiler.export.cli import main
 from coreinfer.compiler.export.exporting import ExportedFiles, export_model
 from coreinfer.compiler.export.gguf_header import architecture_for, header_fields, rope_factors
 from coreinfer.compiler.export.gguf_vocabulary import vocabulary_fields
-from coreinfer.compiler.models.load import load_model, read_config
+from coreinfer.compiler.models.load import load_model, load_tokenizer, read_config
 from coreinfer.compiler.models.sources import find_source
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from .bundle_factory import edit_manifest
 from .gguf_factory import tiny_config, tiny_model
@@ -36,7 +36,7 @@ SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 Logits = npt.NDArray[np.float32]
 IN_GGUF = (
     *("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "olmo3"),
-    *("stablelm", "starcoder2", "gpt_neox", "gpt2"),
+    *("phi3", "stablelm", "starcoder2", "gpt_neox", "gpt2"),
 )
 AS_PUBLISHED = {"smollm3": 4, "gemma2": 3, "gemma3": 3}
 """Layers of models of which a file leaves something unsaid, that must be as in all that were published."""
@@ -92,7 +92,7 @@ def bundle_of(tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPat
 # GGUF
 
 
-EACH_FORMAT = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt_neox")
+EACH_FORMAT = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt_neox")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +174,46 @@ def test_llama_cpp_computes_the_same(
     assert model.tokenize(" ".join(corpus_texts()[:3]))[: len(ids)] == ids
     # llama.cpp rounds inputs to bfloat16; one layer that rotates and should not makes 0.04.
     assert divergence(own_logits(bundle_dir, cluster)[: len(ids)], model.logits(ids)) < 3e-3
+
+
+def phi3_tokenizer(*, strips: bool) -> PreTrainedTokenizerFast:
+    """One with the control tokens of Phi 3's; with `strips` spaces after those of turns are no part of a text."""
+    data = json.loads(build_tokenizer().backend_tokenizer.to_str())
+    vocabulary, merges = data["model"]["vocab"], data["model"]["merges"]
+    controls = ("<unk>", "<|endoftext|>", "<|user|>")
+    del merges[-len(controls) :]
+    by_id = sorted(vocabulary, key=vocabulary.__getitem__)[: -len(controls)]
+    data["model"]["vocab"] = {token: index for index, token in enumerate([*by_id, *controls])}
+    like = data["added_tokens"][0]
+    stay = {"<s>", *controls[:2]}
+    data["added_tokens"] = [
+        {**like, "id": index, "content": token, "rstrip": strips and token not in stay}
+        for index, token in [*enumerate(("<pad>", "<s>", "</s>")), *enumerate(controls, start=len(by_id))]
+    ]
+    backend = Tokenizer.from_str(json.dumps(data))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.mark.parametrize(("name", "strips"), [("phi-3-soup", True), ("soup", True), ("phi-3-soup", False)])
+def test_llama_cpp_drops_spaces_after_control_tokens_where_the_model_does(
+    name: str, strips: bool, tiny_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / name
+    tiny_model(tiny_config("phi3")).save_pretrained(folder)
+    phi3_tokenizer(strips=strips).save_pretrained(folder)
+    done = exported(tiny_bundle("phi3", model=str(folder)), tmp_path, "gguf")
+    path = done.folder / "model.gguf"
+    stated = gguf.GGUFReader(path).fields["general.name"].contents()
+    assert ("phi-3" in stated) == strips
+    text = "<|user|>\n  soup <|user|> soup</s> soup <s> soup"
+    expected = phi3_tokenizer(strips=strips)(text).input_ids
+    assert load_tokenizer(find_source(str(path)))(text).input_ids == expected
+    monkeypatch.syspath_prepend(SCRIPTS)
+    llama = importlib.import_module("contenders.llama_logits")
+    if llama.find_llama_cpp() is None:
+        pytest.skip("needs xllamacpp or llama-cpp-python")
+    model = llama.LlamaModel(path, num_positions=64, threads=1)
+    assert model.tokenize(text, special=True) == expected
 
 
 # transformers

@@ -28,7 +28,7 @@ def test_each_family_has_its_row() -> None:
 def test_what_is_read_and_written_as_gguf(row: list[str]) -> None:
     name, from_gguf, to_gguf = row[0], row[3], row[4]
     assert (from_gguf != "no") == (NAMED_IN_GGUF.get(name, name) in READ)
-    assert (to_gguf == "yes") == (name in WRITTEN)
+    assert (to_gguf != "no") == (name in WRITTEN)
 
 
 def test_each_model_type_is_built_by_the_tests() -> None:

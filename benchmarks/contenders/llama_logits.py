@@ -42,8 +42,7 @@ class _Batch(ctypes.Structure):
 
 
 _Log = ctypes.CFUNCTYPE(None, _INT, ctypes.c_char_p, _POINTER)
-# Kept, because the library calls it later.
-_SILENCE = _Log(lambda level, text, data: None)
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 # Function of llama.h -> what it returns, and what it takes.
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_backend_init": (None, ()),
@@ -94,23 +93,30 @@ class LlamaModel:
         if library_path is None:
             raise RuntimeError("llama.cpp is not installed: pip install xllamacpp")
         self._library = _bound(library_path)
-        self._library.llama_log_set(_SILENCE, None)
+        errors: list[str] = []
+        # Kept, because the library calls it later.
+        self._log = _Log(lambda level, text, data: errors.append(text.decode().strip()) if level == _ERROR else None)
+        self._library.llama_log_set(self._log, None)
         self._library.llama_backend_init()
         model = self._library.llama_model_load_from_file(str(path).encode(), self._library.llama_model_default_params())
         parameters = self._library.llama_context_default_params()
         parameters.numbers[:3] = (num_positions,) * 3
         self._context = self._library.llama_init_from_model(model, parameters) if model else None
         if not self._context:
-            raise RuntimeError(f"llama.cpp does not load {path}")
+            raise RuntimeError(f"llama.cpp does not load {path}: {'; '.join(errors)}")
         self._library.llama_set_n_threads(self._context, threads, threads)
         self._vocabulary = self._library.llama_model_get_vocab(model)
         self._num_tokens: int = self._library.llama_vocab_n_tokens(self._vocabulary)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Turn a text into token ids, beginning as the model's texts begin."""
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Turn a text into token ids, beginning as the model's texts begin.
+
+        Args:
+            special: find control tokens in it.
+        """
         raw = text.encode()
         ids = (_INT * (len(raw) + 8))()
-        count = self._library.llama_tokenize(self._vocabulary, raw, len(raw), ids, len(ids), True, False)
+        count = self._library.llama_tokenize(self._vocabulary, raw, len(raw), ids, len(ids), True, special)
         return list(ids[:count])
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:

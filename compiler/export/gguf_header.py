@@ -25,6 +25,7 @@ ARCHITECTURES = {
     "gemma3": "gemma3",
     "olmo2": "olmo2",
     "olmo3": "olmo2",
+    "phi3": "phi3",
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
     "gpt_neox": "gptneox",
@@ -49,7 +50,7 @@ _EPSILONS = {
     "gpt2": "layer_norm_epsilon",
 }
 """Family -> the config's epsilon, where norms are LayerNorms."""
-_NOT_SLIDING = ("mistral", "starcoder2")
+_NOT_SLIDING = ("mistral", "phi3", "starcoder2")
 """Model types whose window llama.cpp does not know."""
 _SLIDING_PATTERN = {"gemma2": 2, "gemma3": 6, "olmo3": 4}
 """Where a file does not say which layers slide: all but every so many."""

@@ -5,7 +5,9 @@ on texts of many scripts. A tokenizer that they do not describe is refused.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from coreinfer.bundles import UnsupportedModelError
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.compiler.models.gguf.header import Header
 from coreinfer.compiler.models.gguf.splits import SPLITS
-from coreinfer.compiler.models.gguf.tokenizer import build_tokenizer
+from coreinfer.compiler.models.gguf.tokenizer import PHI3_NAMES, build_tokenizer, drops_spaces
 from tokenizers import Tokenizer
 
 from .chosen import ChosenModel
@@ -37,7 +39,7 @@ PROBES = (
 
 
 def vocabulary_fields(chosen: ChosenModel) -> dict[str, Any]:
-    """Return the tokenizer's keys.
+    """Return the tokenizer's keys, and the model's name, by which llama.cpp knows some tokenizers.
 
     Raises:
         UnsupportedModelError: no keys describe this tokenizer.
@@ -50,10 +52,9 @@ def vocabulary_fields(chosen: ChosenModel) -> dict[str, Any]:
     fields |= _special(ours, data, defaults)
     kinds = _pieces(data, fields) if _is_pieces(data) else _byte_level(data)
     templates = _templates(chosen)
-    architecture = chosen.family.name
-    for kind in kinds:
-        found = {f"{_PREFIX}{key}": value for key, value in {**fields, **kind}.items()}
-        if _reads_alike(ours, found, architecture, str(bundle.path)):
+    for name, kind in product(_names(chosen.title, fields["tokens"]), kinds):
+        found = {f"{_PREFIX}{key}": value for key, value in {**fields, **kind}.items()} | {"general.name": name}
+        if _reads_alike(ours, found, chosen.family.name, str(bundle.path)):
             return {**found, **templates}
     raise UnsupportedModelError(
         f"--to gguf: {bundle.path / LAYOUT.tokenizer}: llama.cpp has no tokenizer that splits text as this one; "
@@ -126,6 +127,19 @@ def _templates(chosen: ChosenModel) -> dict[str, Any]:
         found[f"{_TEMPLATE}.tool_use"] = bundle.read_bytes(LAYOUT.tool_template).decode()
         return {**found, "tokenizer.chat_templates": ["tool_use"]}
     return found
+
+
+def _names(title: str, tokens: Sequence[str]) -> Iterator[str]:
+    """The model's title, and another by which llama.cpp drops spaces after control tokens, or does not."""
+    other = re.sub("|".join(PHI3_NAMES), "Phi 3", title, flags=re.IGNORECASE)
+    if other != title:
+        if drops_spaces(title, set(tokens)):
+            yield title
+        yield other
+        return
+    yield title
+    if drops_spaces(named := f"{title} ({PHI3_NAMES[0]})", set(tokens)):
+        yield named
 
 
 def _reads_alike(ours: Tokenizer, fields: Mapping[str, Any], architecture: str, where: str) -> bool:

@@ -1,6 +1,6 @@
 """A tokenizer from the header of a GGUF file, as the model that it was made from has it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from .header import Header
 from .splits import SPLITS
 
-__all__ = ["build_tokenizer"]
+__all__ = ["PHI3_NAMES", "build_tokenizer", "drops_spaces"]
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
@@ -30,6 +30,9 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "precompiled_charsmap": ([],),
     "add_sep_token": (False,),
 }
+PHI3_NAMES = ("phi-3", "phi3")
+"""llama.cpp knows Phi 3's tokenizers by these in the model's name, in capitals or not."""
+_SPACES_STAY, _PHI3_TOKENS = ("<s>", "<unk>", "<|endoftext|>"), ("<s>", "<unk>", "<|endoftext|>", "</s>")
 _Keys = Mapping[str, Any]
 
 
@@ -65,7 +68,7 @@ def build_tokenizer(header: Header, name: str) -> PreTrainedTokenizerFast:
         if type(error) is not Exception:
             raise
         raise ConfigError(f"{where}merges: they do not fit the vocabulary ({error})") from error
-    _add_tokens(backend, keys, where)
+    _add_tokens(backend, keys, where, drops=drops_spaces(str(header.metadata.get("general.name", "")), keys["tokens"]))
     return _wrap(backend, keys, where, begins=begins, chat_template=_chat_template(header.metadata))
 
 
@@ -200,14 +203,30 @@ def _typed(keys: _Keys) -> list[tuple[str, int]]:
     return list(zip(tokens, kinds, strict=True))
 
 
-def _add_tokens(backend: Tokenizer, keys: _Keys, where: str) -> None:
+def drops_spaces(name: str, tokens: Collection[str]) -> bool:
+    """Whether spaces after a control token are no part of a text.
+
+    No key of a file says so. llama.cpp goes by the model's name, and does not load a file with such a name that lacks
+    one of four tokens.
+
+    Args:
+        name: "general.name".
+        tokens: all of the vocabulary.
+    """
+    is_named = any(part in name.lower() for part in PHI3_NAMES)
+    return is_named and all(token in tokens for token in _PHI3_TOKENS)
+
+
+def _add_tokens(backend: Tokenizer, keys: _Keys, where: str, *, drops: bool) -> None:
     """Have text searched for control tokens, such as the end of a turn, and for those that its maker added."""
     present = backend.get_vocab()
     typed = _typed(keys)
-    backend.add_special_tokens([AddedToken(token, normalized=False) for token, kind in typed if kind == _CONTROL])
-    backend.add_tokens(
-        [AddedToken(token, normalized=False) for token, kind in typed if kind == _USER_DEFINED and token in present]
-    )
+
+    def added(token: str) -> AddedToken:
+        return AddedToken(token, normalized=False, rstrip=drops and token not in _SPACES_STAY)
+
+    backend.add_special_tokens([added(token) for token, kind in typed if kind == _CONTROL])
+    backend.add_tokens([added(token) for token, kind in typed if kind == _USER_DEFINED and token in present])
     if backend.get_vocab_size() != len(typed):
         raise ConfigError(
             f"{where}token_type: {backend.get_vocab_size() - len(typed)} tokens are not in the vocabulary"
