@@ -18,7 +18,7 @@ class Reached:
 
     Attributes:
         model: share of the machine's products in the model's dtype.
-        model_float32: the same where that is float32, if it is another share: conversions and attention weigh less then.
+        model_float32: the same where that is float32, if it is another share: what is no product weighs less then.
         floats: share of its products in float32.
         memory: share of its plain reads.
         call_seconds: of a run of one layer, however small it is.
