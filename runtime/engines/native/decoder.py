@@ -14,6 +14,7 @@ from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, CoreInferError
 from coreinfer.bundles.contract import kept_experts
 from coreinfer.bundles.shared.machine import usable_cores
 from coreinfer.bundles.statistics import Selection, document_statistic
+from coreinfer.bundles.tensors import TensorFile
 from coreinfer.runtime.engines.cached import CachedTokens
 from coreinfer.runtime.engines.kv_limits import count_pages
 from coreinfer.runtime.engines.protocol import DENSE, NO_GATHERING, FfnChoice, KvPoolFull
@@ -227,16 +228,23 @@ class NativeDecoder:
         return self._ffns[cluster]
 
     def _mixture(self, cluster: int | None) -> Any:
-        """The experts of a pack, or all of them: their weights are the dense FFN's."""
-        file = self._bundle.dense
-        if file is None:
-            raise ConfigError(f"bundle {self._bundle.path} has no experts; compile it again")
-        with _corrupt(self._bundle, file.path.name):
-            if None not in self._ffns:
-                self._ffns[None] = _native.Ffn.of_experts(self._record, str(file.path), file.mapped_bytes)
+        """The experts of a pack, or all of them: whole ones' weights are the dense FFN's."""
+        manifest = self._bundle.manifest
+        if cluster is not None and manifest.narrows_experts:
+            return self._experts(self._bundle.pack(cluster), manifest.clusters[cluster].layer_budgets)
+        if self._bundle.dense is None:
+            raise ConfigError(f"bundle {self._bundle.path} has no dense FFN; compile it with --dense or use a cluster")
+        if None not in self._ffns:
+            whole = (manifest.model.ffn_dim,) * manifest.model.num_layers
+            self._ffns[None] = self._experts(self._bundle.dense, whole)
+        with _corrupt(self._bundle, self._bundle.dense.path.name):
             if cluster is None:
                 return self._ffns[None]
-            return self._ffns[None].keeping(kept_experts(self._bundle.pack(cluster), self._bundle.manifest))
+            return self._ffns[None].keeping(kept_experts(self._bundle.pack(cluster), manifest))
+
+    def _experts(self, file: TensorFile, num_neurons: Sequence[int]) -> Any:
+        with _corrupt(self._bundle, file.path.name):
+            return _native.Ffn.of_experts(self._record, str(file.path), file.mapped_bytes, num_neurons)
 
     def truncate(self, num_tokens: int) -> None:
         """Keep only the first tokens; see `Decoder.truncate`."""
