@@ -229,7 +229,10 @@ def test_packs_do_without_the_dense_ffn(
     for each in (made, whole):
         each.decoder.use(FfnChoice(cluster=0))
     np.testing.assert_array_equal(blocks(made.decoder), blocks(whole.decoder))
-    assert made.generate("The kitchen text", mode="similarity", max_new_tokens=5).token_ids
+    prompt = "The kitchen text number 3 speaks of"
+    assert made.generate(prompt, mode="similarity", max_new_tokens=5).token_ids
+    dense = whole.generate(prompt, mode="dense", max_new_tokens=12)
+    assert whole.generate(prompt, mode="lossless", max_new_tokens=12).text == dense.text
     with pytest.raises(ConfigError, match="has no dense FFN"):
         made.decoder.use(DENSE)
 
