@@ -113,7 +113,7 @@ def test_another_word_for_experts_is_refused(
     with edit_manifest(folder) as data:
         assert "experts" not in data["plan"]
         data["plan"]["experts"] = "some"
-    with pytest.raises(CError, match="plan.experts: expected whole or narrow, got 'some'"):
+    with pytest.raises(CError, match=r"plan\.experts: expected whole or narrow, got 'some'"):
         open_in_c(folder).use(0)
     with pytest.raises(BundleCorrupt, match=r"manifest\.plan\.experts: expected"):
         open_bundle(folder)
