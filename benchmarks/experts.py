@@ -4,7 +4,8 @@
 
 The default shape is that of OLMoE-1B-7B: 1.3 billion weights a token. Both models have the same layers but for their
 FFN, and are decoded in turns. Prints a Markdown table: bytes that a token reads, tokens a second, and the share of
-what a plain read of as many bytes reaches in the same seconds. Then one line of JSON.
+what a plain read of as many bytes reaches in the same seconds. Then one line of JSON. With --narrow a pack whose
+experts have fewer neurons is decoded too.
 """
 
 import json
@@ -24,6 +25,7 @@ from coreinfer.bundles.formats import GROUP_SIZE, stored_shapes
 from coreinfer.bundles.manifest import (
     GROUPS,
     ClusterRecord,
+    ExpertPacks,
     ExpertsRecord,
     Manifest,
     ModelRecord,
@@ -49,6 +51,7 @@ _KIND = "int4"
 @click.option("--hidden-size", default=2048)
 @click.option("--layers", "num_layers", default=16)
 @click.option("--kept", default=40, help="Experts of each layer that the pack has.")
+@click.option("--narrow", default=0, help="Neurons of each expert in a pack of narrow ones; 0 for no such pack.")
 @click.option("--tokens", "num_tokens", default=24, help="Decoded in a round.")
 @click.option("--rounds", default=5)
 @click.option("--threads", default=2)
@@ -59,6 +62,7 @@ def main(
     hidden_size: int,
     num_layers: int,
     kept: int,
+    narrow: int,
     num_tokens: int,
     rounds: int,
     threads: int,
@@ -67,13 +71,16 @@ def main(
     experts = ExpertsRecord(num_experts=num_experts, num_chosen=num_chosen, normalizes=True)
     mixed = _record(num_layers, hidden_size, num_experts * expert_dim, experts)
     plain = _record(num_layers, hidden_size, num_chosen * expert_dim, None)
+    contenders = {
+        "experts": _manifest(mixed, kept * expert_dim),
+        "one FFN": _manifest(plain, 32),
+        **({"narrow experts": _manifest(mixed, num_experts * narrow, "narrow")} if narrow else {}),
+    }
     folder = Path(tempfile.mkdtemp(prefix="coreinfer-experts-"))
     try:
         decoders = {
-            name: NativeDecoder(
-                _write(folder / name, record, kept * expert_dim if record.experts else 32), threads=threads
-            )
-            for name, record in (("experts", mixed), ("one FFN", plain))
+            name: NativeDecoder(_write(folder / name, manifest), threads=threads)
+            for name, manifest in contenders.items()
         }
         rows = _measure(decoders, num_tokens, rounds)
     finally:
@@ -108,7 +115,7 @@ def _record(num_layers: int, hidden: int, ffn_dim: int, experts: ExpertsRecord |
     )
 
 
-def _manifest(record: ModelRecord, budget: int) -> Manifest:
+def _manifest(record: ModelRecord, budget: int, experts: ExpertPacks = "whole") -> Manifest:
     budgets, packed = (budget,) * record.num_layers, QuantizationRecord(format=_KIND, group_size=GROUP_SIZE)
     cluster = ClusterRecord(
         file="pack.safetensors",
@@ -132,9 +139,11 @@ def _manifest(record: ModelRecord, budget: int) -> Manifest:
         layer_budgets=budgets,
         reconstruct=False,
         ridges=(None,) * record.num_layers,
-        dense=True,
+        # Whole experts are those of the dense FFN.
+        dense=experts == "whole",
         stability_min_tokens=0,
         fused_half_tokens=0,
+        experts=experts,
     )
     return Manifest(
         model=record,
@@ -163,19 +172,17 @@ def _base_tensors(record: ModelRecord) -> dict[str, TensorRecord]:
     return records | {name: TensorRecord(dtype="F32", shape=(size,)) for name in vectors}
 
 
-def _write(folder: Path, record: ModelRecord, budget: int) -> Bundle:
+def _write(folder: Path, manifest: Manifest) -> Bundle:
     """Write the files that a decoder reads, and open them without the checks of a whole bundle."""
     folder.mkdir()
-    manifest, random = _manifest(record, budget), np.random.default_rng(0)
-    files = {
-        "base.safetensors": manifest.base_tensors,
-        "dense.safetensors": dense_tensors(manifest),
-        "pack.safetensors": cluster_tensors(manifest, 0),
-    }
+    random = np.random.default_rng(0)
+    files = {"base.safetensors": manifest.base_tensors, "pack.safetensors": cluster_tensors(manifest, 0)}
+    if manifest.plan.dense:
+        files["dense.safetensors"] = dense_tensors(manifest)
     for name, tensors in files.items():
         stream_tensors(folder / name, _tensors(tensors, random))
-    base, dense, pack = (TensorFile(folder / name) for name in files)
-    return Bundle(path=folder, manifest=manifest, base=base, dense=dense, mapped={0: pack})
+    base, pack, *dense = (TensorFile(folder / name) for name in files)
+    return Bundle(path=folder, manifest=manifest, base=base, dense=dense[0] if dense else None, mapped={0: pack})
 
 
 def _tensors(records: Mapping[str, TensorRecord], random: np.random.Generator) -> Iterator[tuple[str, StoredTensor]]:
@@ -205,7 +212,7 @@ def _measure(decoders: Mapping[str, NativeDecoder], num_tokens: int, rounds: int
         (f"{name}, {what}", decoder, choice)
         for name, decoder in decoders.items()
         for what, choice in (("dense", DENSE), ("pack", FfnChoice(cluster=0)))
-        if name == "experts" or choice == DENSE
+        if what in {"experts": ("dense", "pack"), "narrow experts": ("pack",)}.get(name, ("dense",))
     ]
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name, _, _ in cases}
     sizes = {}

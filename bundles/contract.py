@@ -81,10 +81,16 @@ def cluster_tensors(manifest: Manifest, cluster: int) -> dict[str, TensorRecord]
     """List the tensors of a cluster's pack: narrow weights, biases, neuron ids and the cluster's scores.
 
     Of a mixture of experts, which experts the cluster has, and its scores of all: their weights are the dense FFN's.
+    Where experts are narrowed, the narrow weights of each, and neuron ids and scores of all experts' neurons together.
     """
     records: dict[str, TensorRecord] = {}
     experts = manifest.model.experts
     for layer, budget in enumerate(manifest.clusters[cluster].layer_budgets):
+        if experts is not None and manifest.narrows_experts:
+            for expert in range(experts.num_experts):
+                records |= _matrices(manifest, layer, expert_role(expert, ""), budget // experts.num_experts)
+            records |= _chosen_neurons(manifest, layer, budget)
+            continue
         if experts is not None:
             kept = budget // manifest.model.unit_neurons
             records[tensor_name(layer, _EXPERTS)] = TensorRecord(dtype="I32", shape=(kept,))
@@ -92,9 +98,15 @@ def cluster_tensors(manifest: Manifest, cluster: int) -> dict[str, TensorRecord]
             continue
         records |= _ffn_tensors(manifest, layer, budget)
         records |= _input_norms(manifest, layer, budget)
-        records[tensor_name(layer, "neuron_ids")] = TensorRecord(dtype="I32", shape=(budget,))
-        records[tensor_name(layer, "scores")] = TensorRecord(dtype="F32", shape=(manifest.model.ffn_dim,))
+        records |= _chosen_neurons(manifest, layer, budget)
     return records
+
+
+def _chosen_neurons(manifest: Manifest, layer: int, budget: int) -> dict[str, TensorRecord]:
+    return {
+        tensor_name(layer, "neuron_ids"): TensorRecord(dtype="I32", shape=(budget,)),
+        tensor_name(layer, "scores"): TensorRecord(dtype="F32", shape=(manifest.model.ffn_dim,)),
+    }
 
 
 def _matrices(manifest: Manifest, layer: int, prefix: str, num_neurons: int) -> dict[str, TensorRecord]:
@@ -149,11 +161,13 @@ def _record(file: TensorFile, name: str) -> TensorRecord:
 def check_neuron_ids(file: TensorFile, manifest: Manifest) -> list[str]:
     """Check that every layer's neuron ids, or experts, ascend within what a layer has.
 
-    Of experts there must be as many as a token uses.
+    Of experts there must be as many as a token uses, and of narrow ones each must have as many neurons.
 
     Returns:
         One line for each layer where not.
     """
+    if manifest.narrows_experts:
+        return _check_narrow_experts(file, manifest)
     experts = manifest.model.experts
     role, count = ("neuron_ids", manifest.model.ffn_dim) if experts is None else (_EXPERTS, experts.num_experts)
     least = 1 if experts is None else experts.num_chosen
@@ -164,6 +178,21 @@ def check_neuron_ids(file: TensorFile, manifest: Manifest) -> list[str]:
         if ids.size < least or ids[0] < 0 or ids[-1] >= count or np.any(np.diff(ids) <= 0):
             at_least = "" if least == 1 else f"{least} or more "
             problems.append(f"{file.path}: {name}: expected {at_least}ascending ids below {count}")
+    return problems
+
+
+def _check_narrow_experts(file: TensorFile, manifest: Manifest) -> list[str]:
+    model = manifest.model
+    assert model.experts is not None
+    problems = []
+    for layer in range(model.num_layers):
+        name = tensor_name(layer, "neuron_ids")
+        ids = file[name].array.astype(np.int64)
+        width = ids.size // model.experts.num_experts
+        owners = np.repeat(np.arange(model.experts.num_experts), width)
+        if not np.array_equal(ids // model.unit_neurons, owners) or np.any(np.diff(ids) <= 0):
+            expected = f"ascending ids below {model.ffn_dim}, {width} of each {model.unit_neurons}"
+            problems.append(f"{file.path}: {name}: expected {expected}")
     return problems
 
 

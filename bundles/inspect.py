@@ -59,7 +59,7 @@ def describe(manifest: Manifest) -> Iterator[str]:
         f"{'with' if plan.dense else 'without'} the dense FFN"
     )
     own = ", on average; clusters have their own" if manifest.has_own_budgets else ""
-    yield f"budgets    {_units(model, plan.layer_budgets)} of {_all_units(model)}{own}"
+    yield f"budgets    {_units(manifest, plan.layer_budgets)} of {_all_units(manifest)}{own}"
     yield from _describe_clusters(manifest)
     yield from _describe_token_shares(manifest)
     yield from _describe_quality(manifest.quality)
@@ -75,12 +75,15 @@ def _ffn(model: ModelRecord) -> str:
     return f"{model.experts.num_experts} experts of {model.unit_neurons}, {model.experts.num_chosen} a token"
 
 
-def _units(model: ModelRecord, layer_budgets: Sequence[int]) -> str:
-    """Neurons, or experts, of each layer."""
-    return " ".join(str(budget // model.unit_neurons) for budget in layer_budgets)
+def _units(manifest: Manifest, layer_budgets: Sequence[int]) -> str:
+    """Neurons of each layer, experts, or neurons of each expert."""
+    return " ".join(str(budget // manifest.unit_neurons) for budget in layer_budgets)
 
 
-def _all_units(model: ModelRecord) -> str:
+def _all_units(manifest: Manifest) -> str:
+    model = manifest.model
+    if manifest.narrows_experts:
+        return f"{model.unit_neurons} neurons of each expert"
     return str(model.ffn_dim) if model.experts is None else f"{model.experts.num_experts} experts"
 
 
@@ -95,7 +98,7 @@ def _describe_clusters(manifest: Manifest) -> Iterator[str]:
             f"keep {cluster.keep_ratio:.2f}, {cluster.ffn_bytes / 1e6:.1f} MB"
         )
         if manifest.has_own_budgets:
-            yield f"         budgets {_units(manifest.model, cluster.layer_budgets)}"
+            yield f"         budgets {_units(manifest, cluster.layer_budgets)}"
         yield from (f"         - {example}" for example in cluster.examples)
 
 

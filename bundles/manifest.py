@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import BundleCorrupt, BundleNotFound, BundleVersionError, join_problems
 from .formats import FORMATS, NEURON_FORMAT, ffn_layer_bytes
@@ -19,6 +19,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "ClusterQuality",
     "ClusterRecord",
+    "ExpertPacks",
     "ExpertsRecord",
     "FileRecord",
     "Manifest",
@@ -41,6 +42,8 @@ __all__ = [
 SCHEMA_VERSION = 3
 _READ_VERSIONS = (2, SCHEMA_VERSION)
 _CHECKSUM = "sha256"
+ExpertPacks = Literal["whole", "narrow"]
+"""What the packs of a mixture have: some of its experts, or all of them with fewer neurons each."""
 GROUPS = ("embedding", "attention", "norm", "head", "ffn")
 """Tensor groups that are quantized separately."""
 
@@ -88,7 +91,7 @@ class ModelRecord:
 
     @property
     def unit_neurons(self) -> int:
-        """Neurons that are kept or left out together: one, or those of an expert."""
+        """Neurons of an expert; 1 where the FFN is one."""
         return 1 if self.experts is None else self.ffn_dim // self.experts.num_experts
 
 
@@ -113,7 +116,8 @@ class ClusterRecord:
         file: the pack, relative to the bundle.
         num_sentences, num_tokens: calibration text in the cluster.
         examples: its most typical sentences, shortened.
-        layer_budgets: kept neurons of each layer; of a mixture of experts those of whole experts.
+        layer_budgets: kept neurons of each layer; of a mixture of experts those of whole experts, or where experts are
+            narrowed as many of each.
         keep_ratio: kept neurons / all neurons over all layers.
         ffn_bytes: bytes of FFN weights read for one decoded token; of a mixture those of the experts that it uses.
         map_x, map_y: where the centroid lies on the two-dimensional map of the report.
@@ -165,6 +169,7 @@ class Plan:
             rejected or not asked for.
         stability_min_tokens: prompts of at least this many tokens may choose their own neurons in mode "auto".
         fused_half_tokens: n0 of the fused mode: a prompt of n0 tokens counts as much as its cluster.
+        experts: of a mixture, what packs have; "whole" of other models.
     """
 
     selection: Selection
@@ -179,6 +184,7 @@ class Plan:
     dense: bool
     stability_min_tokens: int
     fused_half_tokens: int
+    experts: ExpertPacks = "whole"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +237,18 @@ class Manifest:
         return LAYOUT.dense in self.files
 
     @property
+    def narrows_experts(self) -> bool:
+        """Whether packs of a mixture have weights of their own, of all experts with fewer neurons each."""
+        return self.model.experts is not None and self.plan.experts == "narrow"
+
+    @property
+    def unit_neurons(self) -> int:
+        """Neurons of a layer that are kept or left out together: one, those of an expert, or one of each expert."""
+        if self.model.experts is not None and self.narrows_experts:
+            return self.model.experts.num_experts
+        return self.model.unit_neurons
+
+    @property
     def ffn_bytes(self) -> int:
         """Bytes of FFN weights that the dense model reads for one token, at the stored width."""
         kind = self.quantization["ffn"].format
@@ -249,10 +267,13 @@ class Manifest:
         return round(total / num_tokens) if num_tokens else self.clusters[0].ffn_bytes
 
 
-def ffn_bytes(model: ModelRecord, kind: str, layer_budgets: Sequence[int]) -> int:
+def ffn_bytes(model: ModelRecord, kind: str, layer_budgets: Sequence[int], experts: ExpertPacks = "whole") -> int:
     """Bytes of FFN weights that are read for one token, by each layer's number of neurons, if none is left out."""
     if model.experts is None:
         return sum(_layer_bytes(model, kind, budget) for budget in layer_budgets)
+    if experts == "narrow":
+        widths = (budget // model.experts.num_experts for budget in layer_budgets)
+        return model.experts.num_chosen * sum(_layer_bytes(model, kind, width) for width in widths)
     chosen = (min(model.experts.num_chosen, budget // model.unit_neurons) for budget in layer_budgets)
     return sum(chosen) * _layer_bytes(model, kind, model.unit_neurons)
 
@@ -267,6 +288,8 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     if manifest.token_shares is None:
         # Bundles without them are as they were before there were any.
         del data["token_shares"]
+    if not manifest.narrows_experts:
+        del data["plan"]["experts"]
     text = json.dumps({**data, _CHECKSUM: content_sha256(data)}, indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 

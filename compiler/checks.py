@@ -8,7 +8,7 @@ from coreinfer.bundles.shared.extras import require_package
 from coreinfer.bundles.writer import check_target
 
 from .config import CompileConfig
-from .expert_options import check_expert_options
+from .expert_options import check_expert_options, check_no_expert_options
 from .models.sources import ModelSource, find_encoder, find_source
 from .models.stated import check_mappable, check_stays_mapped, stated_config
 from .text.reading import check_elsewhere, is_elsewhere, is_local, read_texts, text_sources
@@ -64,6 +64,8 @@ def _check_model(config: CompileConfig, model: ModelSource) -> None:
         check_stays_mapped(family, model.name)
     if family.experts is not None:
         check_expert_options(config, model.name)
+    else:
+        check_no_expert_options(config, model.name)
     # What the files leave out has the default of the model's class, which is known when it is loaded.
     if isinstance(activation := stated.get(family.activation_field), str):
         check_activation(config, activation)

@@ -107,9 +107,9 @@ def summary(output: Path, manifest: Manifest, progress: Progress) -> Iterator[st
     """Summarise what was compiled: sizes, quality, seconds and memory of each stage."""
     total = sum(record.bytes for record in manifest.files.values())
     keeps = [cluster.keep_ratio for cluster in manifest.clusters]
-    # A token reads as many experts whatever is kept of them.
-    mixes = manifest.model.experts is not None
-    mean_keep = sum(keeps) / len(keeps) if mixes else manifest.mean_pack_bytes / manifest.ffn_bytes
+    # A token reads as many experts whatever is kept of whole ones.
+    names_experts = manifest.model.experts is not None and not manifest.narrows_experts
+    mean_keep = sum(keeps) / len(keeps) if names_experts else manifest.mean_pack_bytes / manifest.ffn_bytes
     spread = "" if min(keeps) == max(keeps) else f", clusters {min(keeps):.3f} to {max(keeps):.3f}"
     yield f"bundle     {output}, {total / 1e6:.1f} MB, {len(manifest.clusters)} clusters"
     yield (

@@ -1,4 +1,4 @@
-"""What the options of a compile mean for a mixture of experts, of which whole experts are kept or left out."""
+"""What the options of a compile mean for a mixture of experts, whose packs have some experts, or narrower ones."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,7 +7,7 @@ from coreinfer.bundles.errors import ConfigError, join_problems
 
 from .config import CompileConfig
 
-__all__ = ["check_expert_options", "with_whole_experts"]
+__all__ = ["check_expert_options", "check_no_expert_options", "with_expert_options"]
 
 
 def check_expert_options(config: CompileConfig, name: str) -> None:
@@ -20,16 +20,31 @@ def check_expert_options(config: CompileConfig, name: str) -> None:
     """
     if wrong := [*_not_applying(config)]:
         raise ConfigError(
-            f"--model {name} is a mixture of experts, of which clusters keep whole ones: {join_problems(wrong)}; "
-            "leave these options out"
+            f"--model {name} is a mixture of experts, for which some options do not apply: {join_problems(wrong)}; "
+            "leave these out"
+        )
+
+
+def check_no_expert_options(config: CompileConfig, name: str) -> None:
+    """Refuse options that are for mixtures of experts alone.
+
+    Args:
+        name: of a model that is none, in an error.
+    Raises:
+        ConfigError: they were given.
+    """
+    if config.experts != "whole":
+        raise ConfigError(
+            f"--experts {config.experts}: expected a mixture of experts, and --model {name} is none; leave it out, its "
+            "FFN is narrowed as it is"
         )
 
 
 def _not_applying(config: CompileConfig) -> Iterator[str]:
-    if not config.dense:
-        yield "--no-dense: packs name experts of the dense FFN"
-    if config.budget_mb is not None:
-        yield "--budget-mb: a token reads as many experts whatever is kept"
+    if config.experts == "whole":
+        yield from _not_of_whole_experts(config)
+    elif config.budget_mb is not None:
+        yield "--budget-mb: bytes of narrow experts are not counted beforehand yet; use --keep"
     if config.max_memory is not None:
         yield "--max-memory: transformers puts a layer's experts together in memory"
     if config.selection != "output-aware":
@@ -47,11 +62,18 @@ def _not_applying(config: CompileConfig) -> Iterator[str]:
         "--heal-steps": bool(config.heal_steps),
         "--heal-cluster-steps": bool(config.heal_cluster_steps),
     }
-    yield from (f"{option}: whole experts are not repaired or healed" for option, is_given in given.items() if is_given)
+    yield from (f"{option}: experts are not repaired or healed" for option, is_given in given.items() if is_given)
 
 
-def with_whole_experts(config: CompileConfig, num_chosen: int, num_experts: int, name: str) -> CompileConfig:
-    """Fill in the options of a compile that keeps whole experts: by scores, without repair and healing.
+def _not_of_whole_experts(config: CompileConfig) -> Iterator[str]:
+    if not config.dense:
+        yield "--no-dense: packs name experts of the dense FFN, unless --experts narrow is given"
+    if config.budget_mb is not None:
+        yield "--budget-mb: a token reads as many experts whatever is kept"
+
+
+def with_expert_options(config: CompileConfig, num_chosen: int, num_experts: int, name: str) -> CompileConfig:
+    """Fill in the options of a compile of a mixture: by scores, without repair and healing.
 
     Args:
         num_chosen, num_experts: of a layer's experts those that a token uses, and all.
@@ -60,11 +82,12 @@ def with_whole_experts(config: CompileConfig, num_chosen: int, num_experts: int,
         ConfigError: options were given that do not apply.
     """
     check_expert_options(config, name)
+    # No layer can do with fewer whole ones.
+    least = num_chosen / num_experts if config.experts == "whole" else 0.0
     return replace(
         config,
         budgets=config.budgets or "energy",
-        # No layer can do with fewer.
-        min_layer_keep=max(config.min_layer_keep, num_chosen / num_experts),
+        min_layer_keep=max(config.min_layer_keep, least),
         removal="top-k",
         reconstruct=False,
         carry=False,

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from coreinfer.bundles.manifest import ExpertPacks
 from coreinfer.bundles.shared.checks import between, not_empty, number, share, whole_number
 from coreinfer.bundles.shared.option_fields import option
 from coreinfer.bundles.statistics import Selection
@@ -77,6 +78,14 @@ class CompileOptions:
             check=number(above=0),
             unset="none",
             metavar="MB",
+        ),
+    )
+    experts: ExpertPacks = field(
+        default="whole",
+        metadata=option(
+            "What a mixture of experts keeps: whole: some experts, which saves memory; narrow: all, with fewer neurons "
+            "each, so that a token reads less.",
+            group=SIZE,
         ),
     )
     max_kl: float | None = field(

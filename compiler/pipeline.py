@@ -20,7 +20,7 @@ from .cache import Cache
 from .checks import Inputs
 from .clusters.route import Routing
 from .config import CompileConfig
-from .expert_options import with_whole_experts
+from .expert_options import check_no_expert_options, with_expert_options
 from .finished import Identity, identify, keep_finished, take_finished
 from .models.load import LoadedModel, hub_revision, load_model, read_config
 from .models.sources import ModelSource
@@ -68,7 +68,9 @@ def compile_inputs(config: CompileConfig, inputs: Inputs, identity: Identity | N
     family, model_config = read_config(source)
     asked = config
     if (experts := experts_of(family, model_config)) is not None:
-        config = with_whole_experts(config, experts.num_chosen, experts.num_experts, source.name)
+        config = with_expert_options(config, experts.num_chosen, experts.num_experts, source.name)
+    else:
+        check_no_expert_options(config, source.name)
     if identity is None:
         identity = identify(asked, inputs, {**model_config.to_dict(), "revision": hub_revision(source)})
         if (manifest := take_finished(asked, identity, progress)) is not None:

@@ -129,7 +129,7 @@ class Ground:
     def layer_budgets(self, config: CompileConfig, keep: float) -> list[int]:
         """Layer budgets at a keep ratio."""
         loaded = self.material.loaded
-        return layer_budgets(config, keep, self.profile, loaded.column_norms, self.curves, loaded.record.experts)
+        return layer_budgets(config, keep, self.profile, loaded.column_norms, self.curves, loaded.record)
 
 
 def gather_material(
@@ -211,7 +211,7 @@ def prepare(
     labels = {item.name: item.calibration for item in assignments}
     sums = Sums(cache=Cache(material.stored.folder / "sums"), key=key)
     if team.loaded.record.experts is not None:
-        profile = profile_experts(team, calibration, labels, cache, key, progress)
+        profile = profile_experts(config, team, calibration, labels, cache, key, progress)
     else:
         kept = None
         if keep < 1 and shares_profile(config) and sums_fit(team.loaded, assignments, sums):
@@ -369,4 +369,5 @@ def _profile_key(config: CompileConfig, material: Material, routing: Routing, na
         removal=config.effective_removal,
         # Once their profile was that of rounded experts, which the model had kept from its comparison with itself.
         **({"experts": "own"} if material.loaded.record.experts is not None else {}),
+        **({"narrowed": "experts"} if config.experts == "narrow" else {}),
     )

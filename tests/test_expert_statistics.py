@@ -19,6 +19,7 @@ from coreinfer.runtime.engines.torch.mixture import ExpertRun
 
 from .model_factory import VOCABULARY, build_model
 from .test_carrying import load
+from .test_config import make_config
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,9 @@ def test_moments_are_of_the_tokens_that_chose_an_expert(loaded: LoadedModel, doc
 
 def test_a_profile_sums_what_experts_add_to_the_stream(loaded: LoadedModel, documents: list[Document]) -> None:
     labels = np.array([1, 0, 1])
-    profile = profile_experts(Alone(loaded), documents, {"clusters": labels}, Cache(None), "key", Progress())
+    profile = profile_experts(
+        make_config(), Alone(loaded), documents, {"clusters": labels}, Cache(None), "key", Progress()
+    )
     energies: list[torch.Tensor] = []
     expected = np.zeros((2, 6))
 

@@ -22,7 +22,7 @@ from coreinfer.compiler import CompileConfig, compile_model
 from coreinfer.compiler.checks import find_inputs
 from coreinfer.compiler.estimate.machine import Machine
 from coreinfer.compiler.estimate.plan import make_plan
-from coreinfer.compiler.expert_options import with_whole_experts
+from coreinfer.compiler.expert_options import with_expert_options
 from coreinfer.compiler.export.chosen import choose_model
 from coreinfer.compiler.models.load import read_config
 from coreinfer.compiler.models.sources import find_source
@@ -210,7 +210,7 @@ def test_texts_of_all_modes(engine: Literal["native", "torch"], tiny_bundle: Cal
 
 
 def test_experts_that_contribute_least_are_left_out(tiny_inputs: Callable[[str], CompileConfig]) -> None:
-    config = with_whole_experts(replace(tiny_inputs("olmoe"), budgets=None), 2, 4, "tiny")
+    config = with_expert_options(replace(tiny_inputs("olmoe"), budgets=None), 2, 4, "tiny")
     record = ExpertsRecord(num_experts=4, num_chosen=2, normalizes=False)
     energies = np.array([[1, 9, 1, 9], [5, 6, 7, 8], [1, 1, 1, 1]], dtype=np.float32)
     assert expert_budgets(config, 1.0, energies, record) == [4, 4, 4]
@@ -228,8 +228,8 @@ def test_experts_that_contribute_least_are_left_out(tiny_inputs: Callable[[str],
         ({"keep": None, "budget_mb": 1.0}, "--budget-mb"),
         ({"selection": "griffin"}, "--selection griffin"),
         ({"budgets": "sensitivity"}, "--budgets sensitivity"),
-        ({"removal": "second-order"}, "--removal second-order: whole experts are not repaired or healed"),
-        ({"carry": True, "heal_steps": 3}, r"2 problems: \(1\) --carry: whole.* \(2\) --heal-steps: whole"),
+        ({"removal": "second-order"}, "--removal second-order: experts are not repaired or healed"),
+        ({"carry": True, "heal_steps": 3}, r"2 problems: \(1\) --carry: exp.* \(2\) --heal-steps: exp"),
         ({"max_memory": 4.0}, "--max-memory"),
     ],
     ids=lambda value: str(value)[:20],
@@ -237,7 +237,9 @@ def test_experts_that_contribute_least_are_left_out(tiny_inputs: Callable[[str],
 def test_options_that_do_not_apply_are_refused_by_name(
     options: dict[str, Any], named: str, tiny_inputs: Callable[[str], CompileConfig]
 ) -> None:
-    with pytest.raises(ConfigError, match=f"olmoe is a mixture of experts, of which clusters keep whole ones: {named}"):
+    with pytest.raises(
+        ConfigError, match=f"olmoe is a mixture of experts, for which some options do not apply: {named}"
+    ):
         compile_model(replace(tiny_inputs("olmoe"), **options))
 
 

@@ -197,8 +197,9 @@ def test_steps_that_are_done_elsewhere_are_reported_at_the_end() -> None:
         ("llama", {"repair_rounding": True, "quantize": "int8", "controls": False}),
         ("llama", SEARCH),
         ("mixtral", {"budgets": "energy"}),
+        ("mixtral", {"budgets": "energy", "experts": "narrow", "controls": False}),
     ],
-    ids=["carried", "biases", "rounded", "sums kept", "experts"],
+    ids=["carried", "biases", "rounded", "sums kept", "experts", "narrow experts"],
 )
 def test_workers_that_are_replaced_change_no_byte(
     family: str, options: dict[str, Any], compile_by: Callable[..., Path]

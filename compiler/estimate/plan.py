@@ -9,7 +9,7 @@ from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
 from coreinfer.compiler.checks import Inputs
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import Effort, shares_profile, weighs_errors
-from coreinfer.compiler.expert_options import with_whole_experts
+from coreinfer.compiler.expert_options import with_expert_options
 from coreinfer.compiler.quality.search import searches
 from coreinfer.compiler.samples import CURVE_TOKENS, PROFILE_TOKENS
 
@@ -117,7 +117,7 @@ def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machi
         )
     shapes = stated_shapes(inputs.model)
     if shapes.num_experts > 1:
-        config = with_whole_experts(config, shapes.num_chosen, shapes.num_experts, inputs.model.name)
+        config = with_expert_options(config, shapes.num_chosen, shapes.num_experts, inputs.model.name)
     case = case_of(config, inputs, shapes)
     machine = measure()
     model_dtype = _model_dtype(config)
@@ -135,7 +135,7 @@ def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machi
         for (name, detail, found), peak in zip(works, peaks, strict=True)
     )
     base = base_token_bytes(config, case.shapes)
-    pack = base + ffn_token_bytes(case.shapes, config.quantize, case.kept)
+    pack = base + ffn_token_bytes(case.shapes, config.quantize, case.kept, config.experts)
     dense = base + ffn_token_bytes(case.shapes, config.quantize, case.shapes.ffn_dim)
     return Plan(
         machine=machine,
@@ -281,7 +281,10 @@ def _narrowing(config: CompileConfig, case: Case, *, narrows: bool) -> Iterator[
         else:
             found = work.reconstruct_work(case, carries=config.effective_carry, removes=removes)
         yield "reconstruct", f"{case.num_packs} packs, {len(case.num_assigned) - 1} controls", found
-    yield "pack", f"{case.num_packs} packs", work.packs_work(case, rounds=config.quantize != "bf16")
+    # Whole experts are only named.
+    packed = case.shapes.num_experts == 1 or config.experts == "narrow"
+    packs = work.packs_work(case, rounds=config.quantize != "bf16") if packed else Work()
+    yield "pack", f"{case.num_packs} packs", packs
     if config.evaluate or _num_tries(config):
         yield "evaluate", f"{case.held_out_tokens:,} tokens", work.evaluate_work(case)
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 from coreinfer.bundles.formats import ffn_layer_bytes, matrix_bytes, stored_shapes
+from coreinfer.bundles.manifest import ExpertPacks
 from coreinfer.compiler.budget import keep_of_budget, moment_bytes
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import shares_profile
@@ -30,11 +31,12 @@ _ROUNDED_WEIGHT_BYTES = 24
 """While the largest matrix is rounded, for each of its weights: in float32, as codes, and what becomes of both."""
 
 
-def ffn_token_bytes(shapes: Shapes, kind: str, kept: int) -> int:
+def ffn_token_bytes(shapes: Shapes, kind: str, kept: int, experts: ExpertPacks = "whole") -> int:
     """Bytes of FFN weights that one token reads where each layer keeps so many neurons, or so many of experts."""
     if shapes.num_experts == 1:
         return shapes.num_layers * _ffn_bytes(shapes, kind, kept)
-    return shapes.num_layers * shapes.num_chosen * _ffn_bytes(shapes, kind, shapes.expert_dim)
+    width = kept // shapes.num_experts if experts == "narrow" else shapes.expert_dim
+    return shapes.num_layers * shapes.num_chosen * _ffn_bytes(shapes, kind, width)
 
 
 def _ffn_bytes(shapes: Shapes, kind: str, num_neurons: int) -> int:
@@ -90,13 +92,15 @@ def kept_neurons(config: CompileConfig, shapes: Shapes) -> int:
     )
     if searches(config):
         keep = _FOUND_KEEP
-    if shapes.num_experts > 1:
+    if shapes.num_experts > 1 and config.experts == "whole":
         return max(shapes.num_chosen, round(keep * shapes.num_experts)) * shapes.expert_dim
-    if keep == 1 or shapes.ffn_dim <= NEURON_BLOCK:
+    if keep == 1 or shapes.expert_dim <= NEURON_BLOCK:
         return shapes.ffn_dim
     if config.effective_budgets != "uniform":
         return round(keep * shapes.ffn_dim)
-    return max(NEURON_BLOCK, round(keep * num_blocks) * NEURON_BLOCK)
+    # Of each expert where there are some.
+    num_blocks /= shapes.num_experts
+    return max(NEURON_BLOCK, round(keep * num_blocks) * NEURON_BLOCK) * shapes.num_experts
 
 
 def bundle_bytes(config: CompileConfig, case: Case) -> int:
@@ -114,10 +118,11 @@ def bundle_bytes(config: CompileConfig, case: Case) -> int:
 
 def _pack_bytes(config: CompileConfig, case: Case) -> int:
     """A pack's matrices, its neuron ids and the scores of all neurons."""
-    if case.shapes.num_experts > 1:
-        return 4 * case.shapes.num_layers * (case.kept // case.shapes.expert_dim + case.shapes.num_experts)
-    values = case.shapes.num_layers * (case.kept + case.shapes.ffn_dim)
-    return ffn_token_bytes(case.shapes, config.quantize, case.kept) + 4 * values
+    shapes = case.shapes
+    if shapes.num_experts > 1 and config.experts == "whole":
+        return 4 * shapes.num_layers * (case.kept // shapes.expert_dim + shapes.num_experts)
+    weights = shapes.num_experts * _ffn_bytes(shapes, config.quantize, case.kept // shapes.num_experts)
+    return shapes.num_layers * (weights + 4 * (case.kept + shapes.ffn_dim))
 
 
 def scratch_bytes(config: CompileConfig, case: Case, *, item_bytes: int) -> int:

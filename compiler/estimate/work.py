@@ -170,9 +170,6 @@ def pack_work(case: Case, *, rounds: bool) -> Work:
 def packs_work(case: Case, *, rounds: bool) -> Work:
     """Cut the inner matrices of each pack, and round its down projections."""
     shapes, share = case.shapes, case.kept / case.shapes.ffn_dim
-    if shapes.num_experts > 1:
-        # Packs name experts of the dense FFN.
-        return Work()
     down = case.num_packs * shapes.num_layers * shapes.down_weights * share
     inner = case.num_packs * shapes.num_layers * shapes.inner_weights * share
     moved = 2 * _FLOAT_BYTES * down + inner

@@ -1,7 +1,8 @@
 """Stages `profile` and `select` of a mixture of experts: which experts of a layer a cluster hardly uses.
 
-An expert is kept or left out as a whole. Its statistic is what it adds to the residual stream: the squared norm of its
-weighted output, divided token by token by that of the hidden state that leaves the layer. Expert by expert is run, so
+Where experts are narrowed, `expert_neurons` says what is summed. Otherwise an expert is kept or left out as a whole,
+and its statistic is what it adds to the residual stream: the squared norm of its weighted output, divided token by
+token by that of the hidden state that leaves the layer. Expert by expert is run, so
 that of activations no more than one expert's of one batch are in memory.
 """
 
@@ -29,6 +30,7 @@ from coreinfer.compiler.team.team import Pending, Shared, Team, Worker, forget
 from coreinfer.compiler.text.corpus import Document
 from coreinfer.runtime.engines.torch.mixture import ExpertRun
 
+from .expert_neurons import neuron_sums
 from .profile import Profile
 
 __all__ = ["expert_budgets", "profile_experts"]
@@ -41,6 +43,7 @@ Labels = npt.NDArray[np.int64]
 
 
 def profile_experts(
+    config: CompileConfig,
     team: Team,
     documents: Sequence[Document],
     assignments: Mapping[str, Labels],
@@ -54,12 +57,13 @@ def profile_experts(
         documents: calibration text only.
         assignments: name -> (documents,) cluster ids.
     Returns:
-        A profile whose neurons are the experts.
+        A profile whose neurons are the experts; where these are narrowed, all experts' neurons, with relative energies
+        (layers, 1) of all of a layer's together.
     """
     lengths = np.array([len(document.token_ids) for document in documents])
 
     def compute() -> dict[str, Any]:
-        return _sums(team, documents, assignments, progress)
+        return _sums(config, team, documents, assignments, progress)
 
     arrays = cache.arrays(key, compute)
     return Profile(
@@ -73,7 +77,11 @@ def profile_experts(
 
 
 def _sums(
-    team: Team, documents: Sequence[Document], assignments: Mapping[str, Labels], progress: Progress
+    config: CompileConfig,
+    team: Team,
+    documents: Sequence[Document],
+    assignments: Mapping[str, Labels],
+    progress: Progress,
 ) -> dict[str, Any]:
     """Sum over tokens; the first assignment's clusters stay together where they can."""
     num_layers, num_clusters = team.loaded.record.num_layers, {n: int(ids.max()) + 1 for n, ids in assignments.items()}
@@ -84,6 +92,7 @@ def _sums(
                 documents=without_text([documents[index] for index in ids]),
                 labels={name: labels[ids] for name, labels in assignments.items()},
                 num_clusters=num_clusters,
+                narrows=config.experts == "narrow",
             )
         )
         for place, ids in deal(lengths_of(documents), team, next(iter(assignments.values()))).items()
@@ -106,12 +115,17 @@ def _sums(
 
 @dataclass(frozen=True, kw_only=True)
 class _Text:
-    """One place's documents, and their clusters by each assignment; no other text has its key."""
+    """One place's documents, and their clusters by each assignment; no other text has its key.
+
+    Attributes:
+        narrows: whether neurons are looked at, not experts.
+    """
 
     key: str
     documents: Sequence[Document]
     labels: Mapping[str, Labels]
     num_clusters: Mapping[str, int]
+    narrows: bool
 
 
 class _Walk:
@@ -124,23 +138,38 @@ class _Walk:
 
 @torch.inference_mode()
 def _layer_sums(worker: Worker, shared: "Shared[_Text]", layer: int) -> Arrays:
-    """One layer's sums over a place's tokens: of each assignment (clusters, experts), and energies (experts,)."""
+    """One layer's sums over a place's tokens: of each assignment (clusters, units), and energies (units,) or (1,)."""
     loaded, text = worker.loaded, shared.value()
     begin = partial(_Walk, loaded, text.documents)
     walk = worker.recall(WALK, text.key, begin)
     if walk.layer > layer:
         worker.forget(WALK)
         walk = worker.recall(WALK, text.key, begin)
-    shares: Floats = np.zeros(0, dtype=np.float32)
+    labels = {name: np.repeat(own, np.diff(walk.starts)) for name, own in text.labels.items()}
+    sums: Arrays = {}
     while walk.layer <= layer:
-        shares = _layer_shares(loaded, walk.layer, walk.batches, int(walk.starts[-1]))
+        sums = (_neuron_sums if text.narrows else _expert_sums)(loaded, walk, labels, text.num_clusters)
         walk.layer += 1
+    return sums
+
+
+def _expert_sums(
+    loaded: LoadedModel, walk: _Walk, labels: Mapping[str, Labels], num_clusters: Mapping[str, int]
+) -> Arrays:
+    shares = _layer_shares(loaded, walk.layer, walk.batches, int(walk.starts[-1]))
     sums: Arrays = {_ENERGIES: shares.sum(axis=0)}
-    for name, labels in text.labels.items():
-        own = np.repeat(labels, np.diff(walk.starts))
-        clusters = range(text.num_clusters[name])
+    for name, own in labels.items():
+        clusters = range(num_clusters[name])
         sums[f"statistic.{name}"] = np.stack([shares[own == cluster].sum(axis=0) for cluster in clusters])
     return sums
+
+
+def _neuron_sums(
+    loaded: LoadedModel, walk: _Walk, labels: Mapping[str, Labels], num_clusters: Mapping[str, int]
+) -> Arrays:
+    found = neuron_sums(loaded, walk.layer, walk.batches, labels, num_clusters)
+    statistics = {f"statistic.{name}": values for name, values in found.statistics.items()}
+    return {_ENERGIES: np.array([found.energy], dtype=np.float32), **statistics}
 
 
 def _layer_shares(loaded: LoadedModel, layer: int, batches: Sequence[Batch], num_tokens: int) -> Floats:

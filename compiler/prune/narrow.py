@@ -101,13 +101,18 @@ def choose_all(
     Args:
         budgets: budgets[name][cluster][layer].
     """
+    experts, norms = loaded.record.experts, loaded.column_norms
+    if experts is not None:
+        # Statistics of mixtures have them in them, of experts or of their neurons.
+        norms = np.ones((loaded.record.num_layers, 1), dtype=np.float32)
     return {
         item.name: choose_neurons(
             config,
             profile.statistics[item.name],
             profile.num_tokens[item.name],
-            loaded.column_norms,
+            norms,
             budgets[item.name],
+            num_parts=experts.num_experts if experts is not None and config.experts == "narrow" else 1,
         )
         for item in assignments
     }

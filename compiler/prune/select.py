@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.bundles.manifest import ExpertsRecord
+from coreinfer.bundles.manifest import ModelRecord
 from coreinfer.bundles.statistics import scores_from_statistic, select_neurons
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.samples import NEURON_BLOCK
@@ -27,12 +28,16 @@ class Choice:
 
     Attributes:
         scores: (clusters, layers, ffn_dim), root mean square 1 over each layer.
-        neuron_ids: neuron_ids[cluster][layer] is an ascending int32 array; of a mixture, numbers of whole experts, as
-            `ffn_dim` is their number.
+        neuron_ids: neuron_ids[cluster][layer] is an ascending int32 array; of a mixture whose experts stay whole, their
+            numbers, as `ffn_dim` is how many there are.
     """
 
     scores: Floats
     neuron_ids: list[list[npt.NDArray[np.int32]]]
+
+    def keeps_whole_experts(self, record: ModelRecord) -> bool:
+        """Whether what is kept of a mixture are experts, not neurons of each."""
+        return record.experts is not None and self.scores.shape[-1] == record.experts.num_experts
 
 
 def layer_budgets(
@@ -41,20 +46,29 @@ def layer_budgets(
     profile: Profile,
     column_norms: Floats,
     curves: Floats | None = None,
-    experts: ExpertsRecord | None = None,
+    record: ModelRecord | None = None,
 ) -> list[int]:
     """Decide how many neurons each layer keeps: multiples of 32 that together make the keep ratio.
 
     Args:
         keep: the keep ratio in all; that of the options is what was asked for.
         curves: of `removal_curves`; only for budgets "sensitivity".
-        experts: of a mixture, whose budgets are numbers of experts.
+        record: of the model; budgets of a mixture are numbers of experts, or neurons of all its experts together.
     Raises:
         ConfigError: the floor leaves no room for the keep ratio.
     """
-    if experts is not None:
-        return expert_budgets(config, keep, profile.relative_energies, experts)
-    num_layers, ffn_dim = column_norms.shape
+    if record is None or record.experts is None:
+        energies = (profile.relative_energies * np.square(column_norms)).sum(axis=1)
+        return _budgets(config, keep, energies, column_norms.shape[1], curves)
+    if config.experts == "whole":
+        return expert_budgets(config, keep, profile.relative_energies, record.experts)
+    widths = _budgets(config, keep, profile.relative_energies.sum(axis=1), record.unit_neurons, None)
+    return [width * record.experts.num_experts for width in widths]
+
+
+def _budgets(config: CompileConfig, keep: float, energies: Floats, ffn_dim: int, curves: Floats | None) -> list[int]:
+    """Budget layers of `ffn_dim` neurons, or the experts of each; `energies` (layers,) are what FFNs put out."""
+    num_layers = len(energies)
     if keep == 1 or ffn_dim <= NEURON_BLOCK:
         return [ffn_dim] * num_layers
     if config.effective_budgets == "uniform":
@@ -66,7 +80,6 @@ def layer_budgets(
     if config.effective_budgets == "sensitivity":
         assert curves is not None
         return cheapest_budgets(curves, keep, config.min_layer_keep, ffn_dim)
-    energies = (profile.relative_energies * np.square(column_norms)).sum(axis=1)
     # Every layer keeps a block at least, which must not come on top of the keep ratio.
     floor = max(config.min_layer_keep, min(keep, NEURON_BLOCK / ffn_dim))
     shares = _proportional_shares(np.sqrt(energies.astype(np.float64)), keep, floor)
@@ -160,12 +173,28 @@ def cluster_scores(config: CompileConfig, statistic: Floats, num_tokens: Any, co
 
 
 def choose_neurons(
-    config: CompileConfig, statistic: Floats, num_tokens: Any, norms: Floats, budgets: Sequence[Sequence[int]]
+    config: CompileConfig,
+    statistic: Floats,
+    num_tokens: Any,
+    norms: Floats,
+    budgets: Sequence[Sequence[int]],
+    *,
+    num_parts: int = 1,
 ) -> Choice:
     """Pick each cluster's neurons: the highest scores within each layer's budget.
 
     Args:
         budgets: budgets[cluster][layer].
+        num_parts: equal parts of a layer, its experts, each of which keeps as many.
     """
     scores = cluster_scores(config, statistic, num_tokens, norms)
-    return Choice(scores=scores, neuron_ids=list(map(select_neurons, scores, budgets)))
+    return Choice(scores=scores, neuron_ids=[*map(partial(_select, num_parts), scores, budgets)])
+
+
+def _select(num_parts: int, scores: Floats, budgets: Sequence[int]) -> list[npt.NDArray[np.int32]]:
+    """Pick one cluster's neurons by their scores (layers, ffn_dim)."""
+    parts = scores.reshape(len(scores) * num_parts, -1)
+    chosen = select_neurons(parts, [budget // num_parts for budget in budgets for _ in range(num_parts)])
+    starts = parts.shape[1] * np.arange(num_parts, dtype=np.int32)
+    layers = [chosen[first : first + num_parts] for first in range(0, len(chosen), num_parts)]
+    return [np.concatenate([ids + start for ids, start in zip(layer, starts, strict=True)]) for layer in layers]

@@ -158,14 +158,21 @@ def _stored_layer(
 def _stored_experts(
     loaded: LoadedModel, dense: TensorFile, pack_of: Callable[[int], TensorFile | None], layer: int, cluster: int
 ) -> dict[str, torch.Tensor]:
-    """Read the experts of one layer that a pack has, or with None all, as `assign_ffn` takes them."""
+    """Read the experts of one layer that a pack has, or with None all, as `assign_ffn` takes them.
+
+    Narrow ones are in the pack, whole ones in the dense FFN.
+    """
     record, pack = loaded.record, pack_of(cluster)
     assert record.experts is not None
-    numbers = range(record.experts.num_experts) if pack is None else pack[tensor_name(layer, "experts")].array.tolist()
-    inner, size = record.unit_neurons, record.hidden_size
+    numbers, inner, file = range(record.experts.num_experts), record.unit_neurons, dense
+    if pack is not None and (chosen := tensor_name(layer, "neuron_ids")) in pack:
+        inner, file = pack.shape_of(chosen)[1][0] // record.experts.num_experts, pack
+    elif pack is not None:
+        numbers = pack[tensor_name(layer, "experts")].array.tolist()
+    size = record.hidden_size
     shapes = {"gate": (inner, size), "up": (inner, size), "down": (size, inner)}
     return {
-        expert_role(number, role): _matrix(loaded, dense, tensor_name(layer, expert_role(number, role)), shape)
+        expert_role(number, role): _matrix(loaded, file, tensor_name(layer, expert_role(number, role)), shape)
         for number in numbers
         for role, shape in shapes.items()
     }

@@ -60,10 +60,9 @@ def ffn_moments(
     Args:
         neuron_ids: the neurons that are the inputs of a narrow down projection; None for all.
     """
-    if family.experts is not None:
-        return moments.get(f"{family.layers}.{layer}.{role}")
-    found = moments.get(f"{family.layers}.{layer}.{family.projections[role]}")
-    if found is None or role != "down" or neuron_ids is None:
+    path = role if family.experts is not None else family.projections[role]
+    found = moments.get(f"{family.layers}.{layer}.{path}")
+    if found is None or role.rpartition(".")[2] != "down" or neuron_ids is None:
         return found
     return found[torch.from_numpy(neuron_ids).long()]
 

@@ -10,7 +10,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 import torch
-from coreinfer.bundles.contract import tensor_name
+from coreinfer.bundles.contract import expert_role, tensor_name
 from coreinfer.bundles.families import ffn_tensors
 from coreinfer.bundles.formats import cut_columns, cut_rows, ffn_formats
 from coreinfer.bundles.layout import LAYOUT
@@ -142,7 +142,7 @@ def write_cluster(
 ) -> None:
     """Write one cluster pack: narrow weights, neuron ids and scores of every layer.
 
-    Of a mixture, which experts there are, whose weights are the dense FFN's, and the scores of all.
+    Of a mixture whose experts stay whole, which there are, whose weights are the dense FFN's, and the scores of all.
 
     Args:
         dense: tensors that `write_dense` wrote. Each row is rounded by itself, so gate and up are cut from them unless
@@ -159,11 +159,14 @@ def _cluster_tensors(
 ) -> _Tensors:
     for index in range(loaded.record.num_layers):
         neuron_ids = narrow.choice.neuron_ids[cluster][index]
-        if loaded.record.experts is not None:
+        if loaded.record.experts is not None and narrow.choice.keeps_whole_experts(loaded.record):
             yield tensor_name(index, "experts"), StoredTensor("I32", neuron_ids)
             yield tensor_name(index, "scores"), StoredTensor("F32", narrow.choice.scores[cluster][index])
             continue
-        tensors = _narrow_layer(loaded, packer, narrow, cluster, index, dense)
+        if loaded.record.experts is not None:
+            tensors = _narrow_experts(loaded, packer, index, neuron_ids, dense)
+        else:
+            tensors = _narrow_layer(loaded, packer, narrow, cluster, index, dense)
         yield from _with_norms(loaded, packer, index, len(neuron_ids), tensors)
         yield tensor_name(index, "neuron_ids"), StoredTensor("I32", neuron_ids)
         yield tensor_name(index, "scores"), StoredTensor("F32", narrow.choice.scores[cluster][index])
@@ -190,6 +193,29 @@ def _narrow_layer(
         elif narrow.downs[layer][cluster] is None and len(neuron_ids) == loaded.record.ffn_dim:
             yield from cut_rows(dense, tensor_name(layer, "down"), np.arange(len(weights.pop("down")))).items()
     yield from _ffn_layer(loaded, packer, layer, weights, neuron_ids)
+
+
+def _narrow_experts(
+    loaded: LoadedModel,
+    packer: Packer,
+    layer: int,
+    neuron_ids: npt.NDArray[np.int32],
+    dense: Mapping[str, StoredTensor],
+) -> _Tensors:
+    """Store each expert of a layer with the neurons that it keeps, by their numbers among those of all experts."""
+    assert loaded.record.experts is not None
+    own = ffn_tensors(loaded.layers[layer], loaded.family)
+    inner = loaded.record.unit_neurons
+    for expert, ids in enumerate(np.split(neuron_ids % inner, loaded.record.experts.num_experts)):
+        for role in ("gate", "up"):
+            yield from cut_rows(dense, tensor_name(layer, expert_role(expert, role)), ids).items()
+        down = expert_role(expert, "down")
+        if len(ids) == inner:
+            rows = np.arange(loaded.record.hidden_size)
+            yield from cut_rows(dense, tensor_name(layer, down), rows).items()
+        else:
+            columns = torch.from_numpy(ids).long().to(loaded.device)
+            yield from _ffn_layer(loaded, packer, layer, {down: own[down][:, columns]}, ids)
 
 
 def _with_norms(loaded: LoadedModel, packer: Packer, layer: int, num_neurons: int, tensors: _Tensors) -> _Tensors:

@@ -12,7 +12,6 @@ from coreinfer.bundles.manifest import (
     GROUPS,
     ClusterRecord,
     Manifest,
-    ModelRecord,
     Plan,
     Provenance,
     Quality,
@@ -74,12 +73,13 @@ def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
             beta=config.beta,
             cluster_weight=config.effective_cluster_weight,
             budgets=config.effective_budgets,
-            layer_budgets=_in_neurons(compiled.loaded.record, compiled.sizes.layer_budgets),
+            layer_budgets=_in_neurons(compiled, compiled.sizes.layer_budgets),
             reconstruct=config.reconstruct,
             ridges=compiled.narrow.ridges,
             dense=config.dense,
             stability_min_tokens=_STABILITY_MIN_TOKENS,
             fused_half_tokens=_FUSED_HALF_TOKENS,
+            experts=config.experts,
         ),
         quality=compiled.quality,
         provenance=_provenance(compiled),
@@ -114,7 +114,7 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
     examples = typical_texts(texts, compiled.routing.embeddings, clustering)
     positions = map_positions(clustering.centroids)
     record, kind = compiled.loaded.record, formats_of(compiled.config).ffn
-    budgets = [_in_neurons(record, map(len, layers)) for layers in compiled.narrow.choice.neuron_ids]
+    budgets = [_in_neurons(compiled, map(len, layers)) for layers in compiled.narrow.choice.neuron_ids]
     return tuple(
         ClusterRecord(
             file=LAYOUT.cluster(cluster),
@@ -126,7 +126,7 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
             examples=examples[cluster],
             layer_budgets=budgets[cluster],
             keep_ratio=round(sum(budgets[cluster]) / (record.num_layers * record.ffn_dim), 5),
-            ffn_bytes=ffn_bytes(record, kind, budgets[cluster]),
+            ffn_bytes=ffn_bytes(record, kind, budgets[cluster], compiled.config.experts),
             map_x=float(positions[cluster][0]),
             map_y=float(positions[cluster][1]),
         )
@@ -134,8 +134,10 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
     )
 
 
-def _in_neurons(record: ModelRecord, budgets: Iterable[int]) -> tuple[int, ...]:
-    return tuple(budget * record.unit_neurons for budget in budgets)
+def _in_neurons(compiled: Compiled, budgets: Iterable[int]) -> tuple[int, ...]:
+    """Turn what layers keep, neurons or whole experts, into neurons."""
+    whole = compiled.config.experts == "whole"
+    return tuple(budget * (compiled.loaded.record.unit_neurons if whole else 1) for budget in budgets)
 
 
 def _provenance(compiled: Compiled) -> Provenance:
@@ -166,8 +168,8 @@ def _provenance(compiled: Compiled) -> Provenance:
 _UNRECORDED_OPTIONS = frozenset({"output", "force", "cache_dir", "model", "encoder", "ray"})
 
 
-# Bundles without are as they were before there was the option.
-_UNRECORDED_VALUES = (("token_share", None),)
+# Bundles without are as they were before there were the options.
+_UNRECORDED_VALUES = (("token_share", None), ("experts", "whole"))
 
 
 def _plain(value: Any) -> Any:

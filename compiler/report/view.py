@@ -29,7 +29,7 @@ def report_view(manifest: Manifest, points: Sequence[MapPoint], file_bytes: Mapp
         "metrics": list(_metrics(manifest, quality)) if quality else [],
         "chart": _chart(manifest),
         "noun": _noun(manifest),
-        "unit": manifest.model.unit_neurons,
+        "unit": manifest.unit_neurons,
         "ridges": [_ridge(value) for value in manifest.plan.ridges],
         "weights": weights,
         "screened": manifest.quantization["head"].format == "int8-planes",
@@ -115,7 +115,7 @@ def _share(value: float, greatest: float) -> float:
 
 
 def _chart(manifest: Manifest) -> dict[str, Any]:
-    unit, noun = manifest.model.unit_neurons, _noun(manifest)
+    unit, noun = manifest.unit_neurons, _noun(manifest)
     budgets = [budget // unit for budget in manifest.plan.layer_budgets]
     ffn_dim = manifest.model.ffn_dim // unit
     pitch = _CHART_WIDTH / len(budgets)
@@ -137,6 +137,8 @@ def _chart(manifest: Manifest) -> dict[str, Any]:
 
 
 def _noun(manifest: Manifest) -> str:
+    if manifest.narrows_experts:
+        return "neurons of each expert"
     return "neurons" if manifest.model.experts is None else "experts"
 
 

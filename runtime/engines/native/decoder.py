@@ -209,34 +209,32 @@ class NativeDecoder:
             return self._loaded_ffn(cluster)
 
     def _loaded_ffn(self, cluster: int | None) -> Any:
-        if cluster not in self._ffns and self._bundle.manifest.model.experts is not None:
-            self._ffns[cluster] = self._mixture(cluster)
         if cluster not in self._ffns:
             manifest = self._bundle.manifest
-            if cluster is not None:
-                file, num_neurons = self._bundle.pack(cluster), manifest.clusters[cluster].layer_budgets
-            elif self._bundle.dense is not None:
-                file, num_neurons = self._bundle.dense, (manifest.model.ffn_dim,) * manifest.model.num_layers
+            if cluster is None or manifest.model.experts is None or manifest.narrows_experts:
+                self._ffns[cluster] = self._read_ffn(cluster)
             else:
-                raise ConfigError(
-                    f"bundle {self._bundle.path} has no dense FFN; compile it with --dense or use a cluster"
-                )
-            with _corrupt(self._bundle, file.path.name):
-                ffn = _native.Ffn(self._record, str(file.path), file.mapped_bytes, num_neurons)
-                self._ffns[cluster] = ffn if self._residency is None else self._residency.in_layers(ffn, file)
+                self._ffns[cluster] = self._some_experts(cluster)
         return self._ffns[cluster]
 
-    def _mixture(self, cluster: int | None) -> Any:
-        """The experts of a pack, or all of them: their weights are the dense FFN's."""
-        file = self._bundle.dense
-        if file is None:
-            raise ConfigError(f"bundle {self._bundle.path} has no experts; compile it again")
+    def _some_experts(self, cluster: int) -> Any:
+        """Those of the dense FFN's experts that a pack names."""
+        every, pack = self._loaded_ffn(None), self._bundle.pack(cluster)
+        with _corrupt(self._bundle, pack.path.name):
+            return every.keeping(kept_experts(pack, self._bundle.manifest))
+
+    def _read_ffn(self, cluster: int | None) -> Any:
+        manifest = self._bundle.manifest
+        if cluster is not None:
+            file, num_neurons = self._bundle.pack(cluster), manifest.clusters[cluster].layer_budgets
+        elif self._bundle.dense is not None:
+            file, num_neurons = self._bundle.dense, (manifest.model.ffn_dim,) * manifest.model.num_layers
+        else:
+            raise ConfigError(f"bundle {self._bundle.path} has no dense FFN; compile it with --dense or use a cluster")
+        read = _native.Ffn if manifest.model.experts is None else _native.Ffn.of_experts
         with _corrupt(self._bundle, file.path.name):
-            if None not in self._ffns:
-                self._ffns[None] = _native.Ffn.of_experts(self._record, str(file.path), file.mapped_bytes)
-            if cluster is None:
-                return self._ffns[None]
-            return self._ffns[None].keeping(kept_experts(self._bundle.pack(cluster), self._bundle.manifest))
+            ffn = read(self._record, str(file.path), file.mapped_bytes, num_neurons)
+            return ffn if self._residency is None else self._residency.in_layers(ffn, file)
 
     def truncate(self, num_tokens: int) -> None:
         """Keep only the first tokens; see `Decoder.truncate`."""

@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,7 @@ class FfnReader:
     def layer(self, cluster: int | None, layer: int, *, packed: bool | None = None) -> Tensors:
         """Read a layer of a pack, or with None of the dense FFN. Values that need no conversion are not copied.
 
-        A pack of a mixture names experts of the dense FFN.
+        A pack of a mixture names experts of the dense FFN, or has narrower ones of its own.
 
         Raises:
             ConfigError: the bundle has no dense FFN.
@@ -85,7 +85,7 @@ class FfnReader:
         return torch.nn.functional.pad(bias, (0, tensors[f"{role}_grid"].shape[1] - len(bias)))
 
     def _file(self, cluster: int | None) -> TensorFile:
-        if cluster is not None and self.family.experts is None:
+        if cluster is not None and (self.family.experts is None or self.bundle.manifest.narrows_experts):
             return self.bundle.pack(cluster)
         if self.bundle.dense is None:
             raise ConfigError(f"bundle {self.bundle.path} has no dense FFN; compile it with --dense or use a cluster")
@@ -95,15 +95,24 @@ class FfnReader:
         manifest = self.bundle.manifest
         hidden = manifest.model.hidden_size
         if self.family.experts is not None:
-            pack = None if cluster is None else self.bundle.pack(cluster)
-            wide = manifest.model.unit_neurons
+            numbers, wide = self._experts(cluster, layer)
             return {
                 expert_role(number, role): (hidden, wide) if role == "down" else (wide, hidden)
-                for number in kept_experts(pack, manifest)[layer]
+                for number in numbers
                 for role in ("gate", "up", "down")
             }
         wide = manifest.model.ffn_dim if cluster is None else manifest.clusters[cluster].layer_budgets[layer]
         return {role: (hidden, wide) if role == "down" else (wide, hidden) for role in self.family.projections}
+
+    def _experts(self, cluster: int | None, layer: int) -> tuple[Sequence[int], int]:
+        """Which experts a layer has, and the neurons of each."""
+        manifest = self.bundle.manifest
+        experts = manifest.model.experts
+        assert experts is not None
+        if cluster is not None and manifest.narrows_experts:
+            return range(experts.num_experts), manifest.clusters[cluster].layer_budgets[layer] // experts.num_experts
+        pack = None if cluster is None else self.bundle.pack(cluster)
+        return kept_experts(pack, manifest)[layer], manifest.model.unit_neurons
 
 
 class HostWeights:

@@ -30,13 +30,15 @@ class ExpertRun:
         rows: (chosen,) ascending places of its tokens among all that the mixture was given.
         inputs: (chosen, hidden size).
         activations: (chosen, neurons), input of the down projection.
-        outputs: (chosen, hidden size), weighted as the router does.
+        weights: (chosen,) what the router multiplies its outputs by.
+        outputs: (chosen, hidden size), weighted.
     """
 
     expert: int
     rows: torch.Tensor
     inputs: torch.Tensor
     activations: torch.Tensor
+    weights: torch.Tensor
     outputs: torch.Tensor
 
 
@@ -99,9 +101,13 @@ class Mixture(nn.Module):
             gate, up, down = (self.tensors[expert_role(expert, role)] for role in ROLES)
             inputs = rows[row]
             activations = self._activation(functional.linear(inputs, gate)) * functional.linear(inputs, up)
-            outputs = functional.linear(activations, down) * weights[row, rank, None]
+            own = weights[row, rank]
+            outputs = functional.linear(activations, down) * own[:, None]
             if self.watch is not None:
-                self.watch(ExpertRun(expert=expert, rows=row, inputs=inputs, activations=activations, outputs=outputs))
+                run = ExpertRun(
+                    expert=expert, rows=row, inputs=inputs, activations=activations, weights=own, outputs=outputs
+                )
+                self.watch(run)
             mixed.index_add_(0, row, outputs)
         return mixed.reshape(hidden.shape)
 

@@ -119,6 +119,14 @@ void set_tables(ModelWeights& model, const Parts& parts) {
                                         model.max_positions + model.position_offset, model.hidden);
 }
 
+void check_neurons(const ModelRecord& record, const std::vector<int>& num_neurons) {
+  if (num_neurons.size() != static_cast<size_t>(record.num_layers))
+    refuse("layers", std::to_string(record.num_layers), std::to_string(num_neurons.size()));
+  for (const int count : num_neurons)
+    if (count < 1 || count > record.ffn_dim)
+      refuse("neurons of a layer", "1 to " + std::to_string(record.ffn_dim), std::to_string(count));
+}
+
 }  // namespace
 
 ModelWeights assemble_model(const ModelRecord& record, const TensorFile& base, Memory& memory) {
@@ -140,12 +148,9 @@ ModelWeights assemble_model(const ModelRecord& record, const TensorFile& base, M
 
 Ffn assemble_ffn(const ModelRecord& record, const TensorFile& file, const std::vector<int>& num_neurons) {
   if (record.num_experts > 0) refuse("FFN", "experts", "none");
-  if (num_neurons.size() != static_cast<size_t>(record.num_layers))
-    refuse("layers", std::to_string(record.num_layers), std::to_string(num_neurons.size()));
+  check_neurons(record, num_neurons);
   Ffn ffn;
   for (const int count : num_neurons) {
-    if (count < 1 || count > record.ffn_dim)
-      refuse("neurons of a layer", "1 to " + std::to_string(record.ffn_dim), std::to_string(count));
     const std::string root = "layers." + std::to_string(ffn.size()) + ".";
     const bool by_neuron = file.has(root + "down.columns4");
     if (by_neuron && nonlinearity_of(record.activation) != Nonlinearity::relu)
@@ -174,11 +179,16 @@ Ffn assemble_ffn(const ModelRecord& record, const TensorFile& file, const std::v
   return ffn;
 }
 
-Ffn assemble_experts(const ModelRecord& record, const TensorFile& file) {
+Ffn assemble_experts(const ModelRecord& record, const TensorFile& file, const std::vector<int>& num_neurons) {
   if (record.num_experts == 0) refuse("experts", "none", "some");
-  const int neurons = record.ffn_neurons(), hidden = record.hidden_size;
+  check_neurons(record, num_neurons);
+  const int hidden = record.hidden_size;
   Ffn ffn(record.num_layers);
-  for (int index = 0; index < record.num_layers; ++index)
+  for (int index = 0; index < record.num_layers; ++index) {
+    const int neurons = num_neurons[index] / record.num_experts;
+    if (num_neurons[index] % record.num_experts)
+      refuse("neurons of a layer", "a multiple of " + std::to_string(record.num_experts),
+             std::to_string(num_neurons[index]));
     for (int number = 0; number < record.num_experts; ++number) {
       const std::string root = "layers." + std::to_string(index) + ".experts." + std::to_string(number) + ".";
       FfnWeights expert;
@@ -187,6 +197,7 @@ Ffn assemble_experts(const ModelRecord& record, const TensorFile& file) {
       expert.down.weight = file.matrix(root + "down", hidden, neurons);
       ffn[index].experts.push_back(expert);
     }
+  }
   return ffn;
 }
 

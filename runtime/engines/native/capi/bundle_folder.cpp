@@ -65,6 +65,14 @@ void BundleFolder::read_end_ids() {
 
 bool BundleFolder::has_dense() const { return manifest_.object("files").find(kDense) != nullptr; }
 
+bool BundleFolder::narrows_experts() const {
+  const Json* experts = manifest_.object("plan").find("experts");
+  if (!Json::is_given(experts)) return false;
+  const std::string kind = manifest_.object("plan").string("experts");
+  if (kind != "whole" && kind != "narrow") refuse("plan.experts", "whole or narrow", "'" + kind + "'");
+  return kind == "narrow";
+}
+
 std::unique_ptr<const WholeFile> BundleFolder::open(const std::string& name) const {
   if (!is_inside(name)) refuse("manifest", "paths inside the bundle", "'" + name + "'");
   const Json& record = manifest_.object("files").object(name);

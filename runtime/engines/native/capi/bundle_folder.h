@@ -43,6 +43,7 @@ class BundleFolder {
   const std::vector<ClusterRecord>& clusters() const { return clusters_; }
   const std::string& ffn_format() const { return ffn_format_; }  // of the FFN's weights, as the manifest names it
   bool has_dense() const;
+  bool narrows_experts() const;  // whether packs of a mixture have weights of their own, of narrower experts
   bool is_end(int32_t token_id) const { return end_ids_.count(token_id) > 0; }
 
  private:

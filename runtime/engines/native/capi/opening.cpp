@@ -91,12 +91,19 @@ MemoryPlan plan_for(const coreinfer_model& model, const ModelWeights& weights, c
 coreinfer_model::Pack mixture_pack(const coreinfer_model& model, int cluster) {
   const BundleFolder& bundle = model.bundle;
   coreinfer_model::Pack pack;
+  if (cluster != COREINFER_DENSE && bundle.narrows_experts()) {
+    pack.file = bundle.pack(cluster);
+    pack.ffn =
+        std::make_shared<const Ffn>(assemble_experts(bundle.model(), pack.file->tensors, neurons_of(bundle, cluster)));
+    return pack;
+  }
   const auto all = model.packs.find(COREINFER_DENSE);
   if (all != model.packs.end()) {
     pack = all->second;
   } else {
     pack.file = bundle.dense();
-    pack.ffn = std::make_shared<const Ffn>(assemble_experts(bundle.model(), pack.file->tensors));
+    pack.ffn = std::make_shared<const Ffn>(
+        assemble_experts(bundle.model(), pack.file->tensors, neurons_of(bundle, COREINFER_DENSE)));
   }
   if (cluster != COREINFER_DENSE)
     pack.ffn = std::make_shared<const Ffn>(keep_experts(*pack.ffn, bundle.experts(cluster)));

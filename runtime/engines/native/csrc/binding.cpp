@@ -345,7 +345,8 @@ PYBIND11_MODULE(_native, module) {
   py::register_exception<NoAddressSpace>(module, "NoAddressSpace", PyExc_RuntimeError);
   py::class_<FfnHandle>(module, "Ffn")
       .def(py::init(&read_ffn), py::arg("record"), py::arg("name"), py::arg("mapping"), py::arg("num_neurons"))
-      .def_static("of_experts", &read_experts, py::arg("record"), py::arg("name"), py::arg("mapping"))
+      .def_static("of_experts", &read_experts, py::arg("record"), py::arg("name"), py::arg("mapping"),
+                  py::arg("num_neurons"))
       .def("keeping", &keeping, py::arg("experts"))
       .def("in_layers", &read_in_layers, py::arg("path"), py::arg("mapping"))
       .def_property_readonly("max_neurons", [](const FfnHandle& ffn) { return most_neurons(*ffn.ffn); });

@@ -58,10 +58,11 @@ FfnHandle read_ffn(const std::string& record, const std::string& name, const Byt
   return handle;
 }
 
-FfnHandle read_experts(const std::string& record, const std::string& name, const Bytes& mapping) {
+FfnHandle read_experts(const std::string& record, const std::string& name, const Bytes& mapping,
+                       const std::vector<int>& num_neurons) {
   FfnHandle handle;
   const TensorFile file = open_mapped(name, mapping, handle.owners);
-  *handle.ffn = assemble_experts(read_record(Json::parse(record)), file);
+  *handle.ffn = assemble_experts(read_record(Json::parse(record)), file, num_neurons);
   return handle;
 }
 

@@ -42,7 +42,8 @@ TensorFile open_mapped(const std::string& name, const Bytes& mapping, Owners& ow
 FfnHandle read_ffn(const std::string& record, const std::string& name, const Bytes& mapping,
                    const std::vector<int>& num_neurons);
 // The dense FFN of a mixture of experts.
-FfnHandle read_experts(const std::string& record, const std::string& name, const Bytes& mapping);
+FfnHandle read_experts(const std::string& record, const std::string& name, const Bytes& mapping,
+                       const std::vector<int>& num_neurons);
 
 // (layers, groups of inputs): below which inputs are not wanted. Throws std::invalid_argument: another shape.
 std::shared_ptr<TokenShares> read_shares(const py::array_t<float, py::array::c_style>& thresholds, size_t num_layers);

@@ -1,0 +1,53 @@
+"""Narrow experts in the C library, beside the Python engine."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from coreinfer.bundles import BundleCorrupt, open_bundle
+from coreinfer.runtime.engines.native.decoder import NativeDecoder
+from coreinfer.runtime.engines.protocol import DENSE as DENSE_CHOICE
+from coreinfer.runtime.engines.protocol import FfnChoice
+
+from .bundle_factory import edit_manifest
+from .c_library import DENSE, CError, CModel, has_compilers
+from .model_factory import VOCABULARY
+
+pytestmark = pytest.mark.skipif(not has_compilers(), reason="no C or C++ compiler here")
+
+IDS = np.random.default_rng(5).integers(3, VOCABULARY, 90).tolist()
+NUM_READ = 80
+
+
+def test_logits_are_those_of_the_python_engine(
+    tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel]
+) -> None:
+    """With packs' own weights, beside the dense FFN and without it."""
+    for dense in (True, False):
+        path = tiny_bundle("mixtral", quantize="int4", experts="narrow", dense=dense)
+        bundle = open_bundle(path)
+        assert bundle.manifest.clusters[0].layer_budgets == (6 * 64,) * 3
+        decoder, model = NativeDecoder(bundle, threads=2), open_in_c(path, num_threads=2)
+        assert bool(model.has_dense) is dense
+        for cluster in (*([DENSE] if dense else []), 1, 0):
+            decoder.use(DENSE_CHOICE if cluster == DENSE else FfnChoice(cluster=cluster))
+            model.use(cluster)
+            decoder.truncate(0)
+            model.truncate(0)
+            for part in (IDS[:NUM_READ], *([token_id] for token_id in IDS[NUM_READ:])):
+                np.testing.assert_array_equal(model.feed(part), decoder.forward(part)[0])
+
+
+def test_another_word_for_experts_is_refused(
+    tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_bundle("mixtral", quantize="int4"), tmp_path / "copy"))
+    with edit_manifest(folder) as data:
+        assert "experts" not in data["plan"]
+        data["plan"]["experts"] = "some"
+    with pytest.raises(CError, match=r"plan\.experts: expected whole or narrow, got 'some'"):
+        open_in_c(folder).use(0)
+    with pytest.raises(BundleCorrupt, match=r"manifest\.plan\.experts: expected"):
+        open_bundle(folder)
