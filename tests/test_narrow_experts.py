@@ -206,8 +206,9 @@ def test_layers_share_neurons_by_what_they_put_out(narrow_bundle: Callable[..., 
 
 def test_more_neurons_cost_less(narrow_inputs: Callable[[str], CompileConfig], tmp_path: Path) -> None:
     """And what a search finds is between them."""
+    asked: list[dict[str, Any]] = [{"keep": 0.4}, {"keep": None, "max_kl": 0.3}, {"keep": 1.0}]
     losses = []
-    for number, options in enumerate(({"keep": 0.4}, {"keep": None, "max_kl": 0.3}, {"keep": 1.0})):
+    for number, options in enumerate(asked):
         config = replace(narrow_inputs("qwen3_moe"), output=tmp_path / str(number), controls=True, **options)
         manifest = compile_model(config)
         assert manifest.quality is not None
