@@ -1,6 +1,7 @@
 """Bundles on the Hub, against a stand-in of it: what is fetched when, connections that break, damage, uploads."""
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -229,6 +230,13 @@ def test_loading_from_a_hub_that_cannot_be_reached(hub: Hub, monkeypatch: pytest
     with pytest.raises(BundleError, match=rf"hf:{REPO}: manifest.json cannot be fetched \(.*refused") as caught:
         runtime.load(f"hf:{REPO}")
     assert not isinstance(caught.value, BundleNotFound)
+
+
+def test_an_older_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Releases of huggingface_hub before 2, which tokenizers takes too, come with httpx.
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    with pytest.raises(ConfigError, match=rf"hf:{REPO} needs the package httpx2; pip install 'coreinfer\[remote\]'"):
+        runtime.load(f"hf:{REPO}")
 
 
 # Pushing

@@ -24,7 +24,7 @@ for processor in "${@:-x86_64}"; do
   [ "$processor" = "$(uname -m)" ] || run=qemu-$processor-static
   [ -z "$run" ] || command -v "$run" >/dev/null || refuse "no program $run; apt-get install qemu-user-static"
   out=$PWD/build/musl/$processor
-  target="-target $processor-linux-musl -fno-sanitize=undefined"
+  target="-target $processor-linux-musl -fno-sanitize=undefined -Wno-unknown-warning-option"
   printf '\n== %s\n' "$processor-linux-musl"
   CXX="$ZIG c++ $target" tools/build-capi.sh "$out"
   CXX="$ZIG c++ $target" OBJECTS=$out/objects RUN=$run tools/test-kernels.sh -static
