@@ -11,6 +11,7 @@ from .errors import BundleCorrupt, BundleNotFound, BundleVersionError, join_prob
 from .formats import FORMATS, NEURON_FORMAT, ffn_layer_bytes
 from .layout import LAYOUT
 from .quality_records import ClusterQuality, Quality, Score, ShareScore, TokenSharesRecord
+from .remote.places import is_address
 from .schema import parse
 from .statistics import Selection
 
@@ -352,6 +353,8 @@ def _read_json(bundle_dir: Path, path: Path) -> dict[str, Any]:
 def _why_no_bundle(bundle_dir: Path) -> str:
     if bundle_dir.is_dir():
         return f"is not a bundle (it has no {LAYOUT.manifest})"
+    if is_address(bundle_dir):
+        return "is an address, which only coreinfer-run, coreinfer-serve and runtime.load fetch bundles from"
     return "is a file, not a folder" if bundle_dir.exists() else "does not exist"
 
 

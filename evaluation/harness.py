@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer.bundles.shared.command import command_errors
+from coreinfer.bundles.shared.extras import needs_extra
 from coreinfer.runtime.decoding.text import text_after
 from coreinfer.runtime.prompts.chat_template import render_chat
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from .logits import greedy_ids, log_likelihood
 from .subjects import BundleSubject
 from .tasks import Tools, encode_pair
+
+with needs_extra("lm-evaluation-harness", "lm-eval"):
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
 
 __all__ = ["CoreInferLM", "main"]
 

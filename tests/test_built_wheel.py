@@ -154,6 +154,14 @@ def test_exporting_names_the_extra(installed: Path, tmp_path: Path) -> None:
     assert re.fullmatch(r"error: exporting needs the package \w+; pip install 'coreinfer\[compile\]'\n", done.stderr)
 
 
+def test_the_harness_names_the_extra(installed: Path) -> None:
+    done = execute(installed / "coreinfer-lm-eval", "--help", check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(
+        r"error: lm-evaluation-harness needs the package lm_eval; pip install 'coreinfer\[lm-eval\]'\n", done.stderr
+    )
+
+
 def test_running_needs_no_extra(installed: Path, tiny_bundle: Callable[..., Path]) -> None:
     done = execute(installed / "coreinfer-run", tiny_bundle("llama"), corpus_texts()[0], "-n", 8)
     assert done.stdout.strip()

@@ -375,6 +375,15 @@ def test_which_model_must_be_said(
         exported(tiny_bundle("llama"), tmp_path, "gguf", **options)
 
 
+def test_an_option_of_the_other_form_is_refused(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = CliRunner().invoke(main, [str(tmp_path), "--to", "gguf", "--dense", "-o", str(output), "--dtype", "float32"])
+    assert (done.exit_code, output.exists()) == (2, False)
+    assert done.stderr == (
+        "error: --dtype float32: --to gguf keeps the bundle's own rounding; leave it out, or use --to hf\n"
+    )
+
+
 def test_the_command(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
     arguments = [str(tiny_bundle("llama")), "--to", "gguf", "--cluster", "0", "-o", str(tmp_path / "out")]
     done = CliRunner().invoke(main, [*arguments, "--json"])

@@ -1,6 +1,7 @@
 """Bundles on the Hub, against a stand-in of it: what is fetched when, connections that break, damage, uploads."""
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from coreinfer import runtime
 from coreinfer.bundles import BundleCorrupt, BundleError, BundleNotFound, ConfigError, read_manifest
+from coreinfer.bundles.inspect import main as inspect_main
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.remote.opening import find_bundle
 from coreinfer.bundles.remote.places import HubPlace, WebPlace, parse_place
@@ -80,6 +82,27 @@ def test_addresses(text: str | Path, place: HubPlace | WebPlace | None) -> None:
 def test_addresses_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="expected hf:USER/NAME"):
         parse_place(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["gs://bucket/b", Path("file:///b"), "HTTPS://a.org/b", "HF:me/tiny", "https://", Path("s3://"), "https:///"],
+)
+def test_addresses_that_bundles_are_not_fetched_from(text: str | Path) -> None:
+    with pytest.raises(ConfigError, match=rf"{text}: expected a folder, hf:USER/NAME, https://HOST/PATH or s3://"):
+        parse_place(text)
+
+
+def test_a_folder_with_the_name_of_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gs:/bucket").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert parse_place("gs:/bucket") is None
+
+
+def test_commands_that_take_folders_know_addresses() -> None:
+    shown = CliRunner().invoke(inspect_main, ["https://a.org/b"])
+    assert shown.exit_code == 2
+    assert shown.stderr.startswith("error: https:/a.org/b is an address, which only coreinfer-run, coreinfer-serve and")
 
 
 # Loading
@@ -188,6 +211,31 @@ def test_what_is_not_there(place: str, hub: Hub, packs_only: Path) -> None:
 def test_a_repository_that_holds_no_bundle(hub: Hub) -> None:
     hub.repos[REPO] = {"model.safetensors": b"weights"}
     with pytest.raises(BundleNotFound, match=f"hf:{REPO}: no manifest.json there"):
+        runtime.load(f"hf:{REPO}")
+
+
+@pytest.mark.parametrize("repo", ["me--you/tiny", "-me/tiny", "me/tiny.git", "me/ti..ny"])
+def test_names_that_the_hub_does_not_have(repo: str, hub: Hub, bundle: Path) -> None:
+    with pytest.raises(ConfigError, match=f"hf:{repo}: .*'{repo}'"):
+        runtime.load(f"hf:{repo}")
+    with pytest.raises(ConfigError, match=f"hf:{repo}: .*'{repo}'"):
+        push_bundle(bundle, HubPlace(repo=repo), private=False)
+    assert hub.repos == {}
+
+
+def test_loading_from_a_hub_that_cannot_be_reached(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
+    with pytest.raises(BundleError, match=rf"hf:{REPO}: manifest.json cannot be fetched \(.*refused") as caught:
+        runtime.load(f"hf:{REPO}")
+    assert not isinstance(caught.value, BundleNotFound)
+
+
+def test_an_older_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Releases of huggingface_hub before 2, which tokenizers takes too, come with httpx.
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    with pytest.raises(ConfigError, match=rf"hf:{REPO} needs the package httpx2; pip install 'coreinfer\[remote\]'"):
         runtime.load(f"hf:{REPO}")
 
 

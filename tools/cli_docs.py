@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from coreinfer.bundles import ConfigError
 from coreinfer.bundles.shared.command_options import GroupedCommand
 from coreinfer.bundles.shared.subcommands import SUBCOMMANDS, SubcommandGroup
 
@@ -64,7 +65,7 @@ def _import(name: str, target: str) -> Script:
             # Of coreinfer.bundles.shared.starting, which imports the command itself when it is called.
             entry = importlib.import_module(*entry.args).main
         return Script(name=name, entry=entry)
-    except ImportError as error:
+    except (ImportError, ConfigError) as error:
         return Script(name=name, entry=None, missing=str(error))
 
 

@@ -4,11 +4,12 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from coreinfer.bundles.errors import BundleError, BundleNotFound
+from coreinfer.bundles.errors import BundleError, BundleNotFound, ConfigError
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import FileRecord
 from coreinfer.bundles.shared.extras import needs_extra
 
+from .faults import reason_of
 from .opening import Mirror
 from .places import HubPlace
 
@@ -26,9 +27,11 @@ def mirror_hub(place: HubPlace) -> Mirror:
     Raises:
         BundleNotFound: there is no such repository, revision or bundle, or it may not be read.
         BundleError: the Hub cannot be reached.
-        ConfigError: huggingface_hub is not installed.
+        ConfigError: huggingface_hub is not installed, or the Hub has no such names.
     """
     with needs_extra(f"a bundle at {place}", "remote"):
+        # Releases of huggingface_hub before 2, which tokenizers takes too, have another HTTP library.
+        import httpx2  # noqa: F401
         import huggingface_hub
     manifest = _tried(place, LAYOUT.manifest, lambda: _download(place, LAYOUT.manifest, place.revision, anew=False))
     # .../snapshots/COMMIT/manifest.json
@@ -53,27 +56,31 @@ def _tried(place: HubPlace, name: str, download: Callable[[], Path]) -> Path:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    problem: Exception | None = None
+    problem: BaseException | None = None
     for _ in range(_NUM_TRIES):
         try:
             return download()
+        except HFValidationError as error:
+            raise ConfigError(f"{place}: {reason_of(error)}") from error
+        except LocalEntryNotFoundError as error:
+            # The Hub was not reached, and nothing was fetched before; its cause says why.
+            problem = error.__cause__ or error
+            break
         except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise BundleNotFound(
-                f"{place}: no {name} there ({_first_line(error)}); check name, revision and token"
+                f"{place}: no {name} there ({reason_of(error)}); check name, revision and token"
             ) from error
         except HfHubHTTPError as error:
-            raise BundleError(f"{place}: {name} cannot be fetched ({_first_line(error)}); try again later") from error
+            raise BundleError(f"{place}: {name} cannot be fetched ({reason_of(error)}); try again later") from error
         except (OSError, TransportError) as error:
             problem = error
             _log.info("%s: %s broke off (%s); trying again", place, name, error)
     raise BundleError(
-        f"{place}: {name} cannot be fetched ({_first_line(problem)}); check the connection and run the same again"
+        f"{place}: {name} cannot be fetched ({reason_of(problem)}); check the connection and run the same again"
     ) from problem
-
-
-def _first_line(error: BaseException | None) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

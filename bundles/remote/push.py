@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from coreinfer.bundles.errors import BundleCorrupt, BundleError, join_problems
+from coreinfer.bundles.errors import BundleCorrupt, BundleError, ConfigError, join_problems
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import Manifest, read_manifest
 from coreinfer.bundles.model_card import ModelCard, write_card
 from coreinfer.bundles.reader import find_problems
 from coreinfer.bundles.shared.extras import needs_extra
 
+from .faults import reason_of
 from .places import HubPlace
 
 __all__ = ["Pushed", "push_bundle"]
@@ -39,7 +40,7 @@ def push_bundle(bundle_dir: Path, place: HubPlace, *, private: bool, message: st
 
     Raises:
         BundleError: there is no bundle, it is damaged, or the Hub does not take it.
-        ConfigError: huggingface_hub is not installed.
+        ConfigError: huggingface_hub is not installed, or the Hub takes no such names.
     """
     manifest = read_manifest(bundle_dir)
     if problems := find_problems(bundle_dir, manifest):
@@ -47,7 +48,7 @@ def push_bundle(bundle_dir: Path, place: HubPlace, *, private: bool, message: st
     with needs_extra("pushing a bundle", "remote"):
         from httpx2 import TransportError
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     api, names = HfApi(library_name="coreinfer"), [LAYOUT.manifest, *manifest.files]
     card = write_card(manifest, _card(manifest, place)).encode()
     try:
@@ -66,11 +67,12 @@ def push_bundle(bundle_dir: Path, place: HubPlace, *, private: bool, message: st
             commit_message=message or f"Bundle of {manifest.model.name}",
             revision=place.revision,
         )
+    except HFValidationError as error:
+        raise ConfigError(f"{place}: {reason_of(error)}") from error
     except (HfHubHTTPError, LocalTokenNotFoundError, TransportError, OSError, RuntimeError) as error:
         # A RuntimeError is what a failed upload of one file becomes.
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise BundleError(
-            f"{place}: cannot be pushed ({reason}); check name, token (HF_TOKEN) and connection"
+            f"{place}: cannot be pushed ({reason_of(error)}); check name, token (HF_TOKEN) and connection"
         ) from error
     num_bytes = sum(record.bytes for record in manifest.files.values())
     return Pushed(commit=done.oid, num_files=len(names), num_bytes=num_bytes)

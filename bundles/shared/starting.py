@@ -41,9 +41,8 @@ def start(module: str) -> None:
         # A shell that starts a job in the background has it ignore Ctrl-C, which is meant for others.
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, leave)
-    main = import_module(module).main
     with import_module("coreinfer.bundles.shared.command").errors_on_one_line():
-        main()
+        import_module(module).main()
 
 
 def leave(signum: int, frame: Any) -> NoReturn:

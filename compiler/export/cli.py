@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import click
+from coreinfer.bundles import ConfigError
 from coreinfer.bundles.shared.command import command_errors, start_logging
 from coreinfer.bundles.shared.extras import needs_extra
 from coreinfer.bundles.shared.signals import signals_held
@@ -26,8 +27,8 @@ __all__ = ["main"]
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
-    default="bfloat16",
-    help="Of the weights with --to hf.",
+    default=None,
+    help="Of the weights with --to hf.  [default: bfloat16]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Log progress on stderr.")
@@ -39,7 +40,7 @@ def main(
     cluster: int | None,
     dense: bool,
     output: Path,
-    dtype: str,
+    dtype: str | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -48,9 +49,11 @@ def main(
     The folder also gets a model card, README.md; tokenizer, chat template and stop tokens are part of the export.
     """
     start_logging(verbose=verbose)
+    if dtype is not None and form != "hf":
+        raise ConfigError(f"--dtype {dtype}: --to {form} keeps the bundle's own rounding; leave it out, or use --to hf")
     with needs_extra("exporting", "compile"), signals_held():
         from .exporting import export_model
-    done = export_model(bundle_dir, output, form=form, cluster=cluster, dense=dense, dtype=dtype)
+    done = export_model(bundle_dir, output, form=form, cluster=cluster, dense=dense, dtype=dtype or "bfloat16")
     if as_json:
         sizes = {"num_bytes": done.num_bytes, "padding_bytes": done.padding_bytes}
         click.echo(json.dumps({"folder": str(done.folder), "title": done.title, **sizes, "facts": done.facts}))
