@@ -25,8 +25,8 @@ def c_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tools/logits.c, linked with the C library."""
     library, made = build_library(), tmp_path_factory.mktemp("logits") / "logits"
     paths = [f"-I{library / 'include'}", f"-L{library / 'lib'}", f"-Wl,-rpath,{library / 'lib'}"]
-    command = [*COMPILERS[1].split(), "-Wall", "-Wextra", "-Werror", *paths, ROOT / "tools" / "logits.c"]
-    subprocess.run([*command, "-lcoreinfer", "-o", made], check=True)
+    command = [*COMPILERS[1].split(), "-Wall", "-Wextra", "-Werror", *paths, str(ROOT / "tools" / "logits.c")]
+    subprocess.run([*command, "-lcoreinfer", "-o", str(made)], check=True)
     return made
 
 
