@@ -14,6 +14,8 @@ __all__ = ["address_of", "find_storage", "storage_errors"]
 
 # A Path has one slash where the address had two. A drive of Windows is one letter.
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/+(?P<rest>.+)")
+_OF_EXTRA = ("s3:", "http:", "https:")
+"""Kinds of storage whose packages the extra `remote` has."""
 
 
 def address_of(given: str | Path) -> str | None:
@@ -41,7 +43,9 @@ def find_storage(what: str, address: str) -> tuple[Any, str]:
         options = {"auto_mkdir": True} if address.startswith("file:") else {}
         files, path = fsspec.url_to_fs(address, use_listings_cache=False, **options)
     except ImportError as error:
-        raise ConfigError(f"{what} {address}: {error}; pip install 'coreinfer[remote]'") from error
+        # Of what other kinds need, fsspec names the package.
+        advice = "; pip install 'coreinfer[remote]'" if address.startswith(_OF_EXTRA) else ""
+        raise ConfigError(f"{what} {address}: {error}{advice}") from error
     except ValueError as error:
         raise ConfigError(f"{what} {address}: expected an address such as s3://BUCKET/FOLDER ({error})") from error
     return files, str(path)

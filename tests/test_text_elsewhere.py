@@ -1,5 +1,6 @@
 """Calibration text at addresses: Parquet, JSON Lines and text in S3, read by the places of a team."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,14 @@ def test_an_address_without_text_is_refused(source: str, in_memory: str) -> None
 def test_storage_that_there_is_not_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^--calibration nowhere://x: expected an address such as s3://BUCKET"):
         text_sources(["nowhere://x"])
+
+
+def test_the_package_of_another_kind_of_storage_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whether it is installed or not.
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ConfigError, match=r"^--calibration gs://x/y: .*gcsfs") as caught:
+        text_sources(["gs://x/y"])
+    assert "coreinfer[remote]" not in str(caught.value)
 
 
 def test_documents_are_the_same_whoever_reads_them(in_memory: str, folder: Path) -> None:
