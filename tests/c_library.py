@@ -19,7 +19,8 @@ __all__ = ["DENSE", "CError", "CModel", "build_library", "has_compilers"]
 
 ROOT = Path(__file__).parent.parent
 DENSE = -1
-COMPILERS = (os.environ.get("CXX", "g++"), os.environ.get("CC", "cc"))
+COMPILERS = tuple(os.environ.get(name, usual).split() for name, usual in (("CXX", "g++"), ("CC", "cc")))
+"""Of C++ and C: commands, which may have several words."""
 STATUSES = (
     *("OK", "ARGUMENT", "NOT_FOUND", "VERSION", "CORRUPT", "UNSUPPORTED", "NO_ROOM", "MEMORY", "BUSY"),
     *("NOT_FINITE", "INTERNAL"),
@@ -45,7 +46,7 @@ class CError(Exception):
 
 
 def has_compilers() -> bool:
-    return all(shutil.which(compiler.split()[0]) for compiler in COMPILERS)
+    return all(shutil.which(compiler[0]) for compiler in COMPILERS)
 
 
 def build_library() -> Path:

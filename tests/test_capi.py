@@ -326,7 +326,15 @@ def test_two_threads_cannot_share_a_model(copied: Path, open_in_c: Callable[...,
 def generate(c_library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """examples/generate.c, built by the C compiler."""
     program = tmp_path_factory.mktemp("example") / "generate"
-    command = [COMPILERS[1], "-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", str(ROOT / "examples/generate.c")]
+    command = [
+        *COMPILERS[1],
+        "-std=c99",
+        "-Wall",
+        "-Wextra",
+        "-Wpedantic",
+        "-Werror",
+        str(ROOT / "examples/generate.c"),
+    ]
     command += [
         f"-I{c_library / 'include'}",
         f"-L{c_library / 'lib'}",

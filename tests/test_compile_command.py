@@ -109,6 +109,7 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "by_neuron": (["--by-neuron"], True),
     "token_share": (["--token-share", "0.6"], 0.6),
     "repair_rounding": (["--repair-rounding"], True),
+    "experts": (["--experts", "narrow"], "narrow"),
     "heal_steps": (["--heal-steps", "7"], 7),
     "heal_cluster_steps": (["--heal-cluster-steps", "3"], 3),
     "heal_rate": (["--heal-rate", "0.01"], 0.01),

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from .c_library import ROOT, build_library, has_compilers
+from .c_library import COMPILERS, ROOT, build_library, has_compilers
 
 # They find the same in code that is hardly optimized, which is compiled in half the time.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"]
-COMPILER = os.environ.get("CXX", "g++")
 
 pytestmark = pytest.mark.skipif(not has_compilers(), reason="no C or C++ compiler here")
 
@@ -17,7 +16,7 @@ def builds(options: list[str], folder: Path) -> bool:
     """Whether the compiler has these options and what they link."""
     source = folder / "nothing.cpp"
     source.write_text("int main() {}", encoding="utf-8")
-    command = [COMPILER, *options, str(source), "-o", str(folder / "nothing")]
+    command = [*COMPILERS[0], *options, str(source), "-o", str(folder / "nothing")]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
@@ -38,5 +37,5 @@ def test_optimized_kernels_and_threads_pass_the_kernel_test() -> None:
 
 def test_sanitized_kernels_and_threads_pass_the_kernel_test(tmp_path: Path) -> None:
     if not builds(SANITIZERS, tmp_path):
-        pytest.skip(f"{COMPILER} does not build with {' '.join(SANITIZERS)}")
+        pytest.skip(f"{COMPILERS[0][0]} does not build with {' '.join(SANITIZERS)}")
     check_kernels(*SANITIZERS)

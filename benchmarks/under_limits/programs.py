@@ -44,7 +44,9 @@ def _compile(name: str, work: Path, includes: list[Path], library: Path, names: 
     # The library's own libraries lie beside it.
     paths = [f"-Wl,-rpath,{library}", f"-Wl,-rpath-link,{library}"]
     source = str(_SOURCES / f"{name}.c")
-    subprocess.run([os.environ.get("CC", "cc"), "-O2", source, *options, *paths, "-o", str(program)], check=True)
+    subprocess.run(
+        [*os.environ.get("CC", "cc").split(), "-O2", source, *options, *paths, "-o", str(program)], check=True
+    )
     return program
 
 
