@@ -43,6 +43,18 @@ class _Batch(ctypes.Structure):
 
 _Log = ctypes.CFUNCTYPE(None, _INT, ctypes.c_char_p, _POINTER)
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_errors: list[str] = []
+
+
+def _keep_error(level: int, text: bytes, data: Any) -> None:
+    if level == _ERROR:
+        _errors.append(text.decode(errors="replace").strip())
+
+
+_LOG = _Log(_keep_error)
+"""The library has one log for all models, and calls it as long as any of them lives."""
+
+
 # Function of llama.h -> what it returns, and what it takes.
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_backend_init": (None, ()),
@@ -93,17 +105,15 @@ class LlamaModel:
         if library_path is None:
             raise RuntimeError("llama.cpp is not installed: pip install xllamacpp")
         self._library = _bound(library_path)
-        errors: list[str] = []
-        # Kept, because the library calls it later.
-        self._log = _Log(lambda level, text, data: errors.append(text.decode().strip()) if level == _ERROR else None)
-        self._library.llama_log_set(self._log, None)
+        _errors.clear()
+        self._library.llama_log_set(_LOG, None)
         self._library.llama_backend_init()
         model = self._library.llama_model_load_from_file(str(path).encode(), self._library.llama_model_default_params())
         parameters = self._library.llama_context_default_params()
         parameters.numbers[:3] = (num_positions,) * 3
         self._context = self._library.llama_init_from_model(model, parameters) if model else None
         if not self._context:
-            raise RuntimeError(f"llama.cpp does not load {path}: {'; '.join(errors)}")
+            raise RuntimeError(f"llama.cpp does not load {path}: {'; '.join(_errors)}")
         self._library.llama_set_n_threads(self._context, threads, threads)
         self._vocabulary = self._library.llama_model_get_vocab(model)
         self._num_tokens: int = self._library.llama_vocab_n_tokens(self._vocabulary)
