@@ -32,7 +32,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 PHI3_NAMES = ("phi-3", "phi3")
 """llama.cpp knows Phi 3's tokenizers by these in the model's name, in capitals or not."""
-_SPACES_STAY, _PHI3_TOKENS = ("<s>", "<unk>", "<|endoftext|>"), ("<s>", "<unk>", "<|endoftext|>", "</s>")
+_SPACES_STAY = ("<s>", "<unk>", "<|endoftext|>")
+_PHI3_TOKENS = (*_SPACES_STAY, "</s>")
 _Keys = Mapping[str, Any]
 
 
