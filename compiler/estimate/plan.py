@@ -17,7 +17,15 @@ from . import work
 from .encoder import encoder_size
 from .machine import Machine
 from .shapes import Shapes, stated_shapes
-from .sizes import base_token_bytes, bundle_bytes, ffn_token_bytes, kept_neurons, scratch_bytes, stage_needs
+from .sizes import (
+    base_token_bytes,
+    bundle_bytes,
+    ffn_token_bytes,
+    kept_neurons,
+    names_experts,
+    scratch_bytes,
+    stage_needs,
+)
 from .speeds import IMPORT_SECONDS, stage_seconds
 from .text import size_text
 from .work import Case, Work
@@ -281,9 +289,8 @@ def _narrowing(config: CompileConfig, case: Case, *, narrows: bool) -> Iterator[
         else:
             found = work.reconstruct_work(case, carries=config.effective_carry, removes=removes)
         yield "reconstruct", f"{case.num_packs} packs, {len(case.num_assigned) - 1} controls", found
-    # Whole experts are only named.
-    packed = case.shapes.num_experts == 1 or config.experts == "narrow"
-    packs = work.packs_work(case, rounds=config.quantize != "bf16") if packed else Work()
+    named = names_experts(config, case.shapes)
+    packs = Work() if named else work.packs_work(case, rounds=config.quantize != "bf16")
     yield "pack", f"{case.num_packs} packs", packs
     if config.evaluate or _num_tries(config):
         yield "evaluate", f"{case.held_out_tokens:,} tokens", work.evaluate_work(case)

@@ -14,7 +14,15 @@ from coreinfer.compiler.samples import NEURON_BLOCK, SUMS_BYTES
 from .shapes import Shapes
 from .work import Case, moment_values, num_kept_sums
 
-__all__ = ["base_token_bytes", "bundle_bytes", "ffn_token_bytes", "kept_neurons", "scratch_bytes", "stage_needs"]
+__all__ = [
+    "base_token_bytes",
+    "bundle_bytes",
+    "ffn_token_bytes",
+    "kept_neurons",
+    "names_experts",
+    "scratch_bytes",
+    "stage_needs",
+]
 
 _FOUND_KEEP = 0.93
 """What a search for KL 0.1 usually ends with; other qualities are taken for it."""
@@ -74,6 +82,11 @@ def _head_format(config: CompileConfig) -> str:
     return "int8-planes" if kind == "int8" else kind
 
 
+def names_experts(config: CompileConfig, shapes: Shapes) -> bool:
+    """Whether packs only name experts of the dense FFN, and have no weights."""
+    return shapes.num_experts > 1 and config.experts == "whole"
+
+
 def kept_neurons(config: CompileConfig, shapes: Shapes) -> int:
     """Mean neurons that a layer keeps, in whole blocks where all are alike; with `budget_mb` as many as fit.
 
@@ -92,7 +105,7 @@ def kept_neurons(config: CompileConfig, shapes: Shapes) -> int:
     )
     if searches(config):
         keep = _FOUND_KEEP
-    if shapes.num_experts > 1 and config.experts == "whole":
+    if names_experts(config, shapes):
         return max(shapes.num_chosen, round(keep * shapes.num_experts)) * shapes.expert_dim
     if keep == 1 or shapes.expert_dim <= NEURON_BLOCK:
         return shapes.ffn_dim
@@ -119,7 +132,7 @@ def bundle_bytes(config: CompileConfig, case: Case) -> int:
 def _pack_bytes(config: CompileConfig, case: Case) -> int:
     """A pack's matrices, its neuron ids and the scores of all neurons."""
     shapes = case.shapes
-    if shapes.num_experts > 1 and config.experts == "whole":
+    if names_experts(config, shapes):
         return 4 * shapes.num_layers * (case.kept // shapes.expert_dim + shapes.num_experts)
     weights = shapes.num_experts * _ffn_bytes(shapes, config.quantize, case.kept // shapes.num_experts)
     return shapes.num_layers * (weights + 4 * (case.kept + shapes.ffn_dim))
