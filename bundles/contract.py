@@ -69,7 +69,7 @@ def dense_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
     for layer in range(manifest.model.num_layers):
         if experts is not None:
             for expert in range(experts.num_experts):
-                records |= _matrices(manifest, layer, expert_role(expert, ""), manifest.model.unit_neurons)
+                records |= _matrices(manifest, layer, expert_role(expert, ""), manifest.model.expert_neurons)
             continue
         records |= _ffn_tensors(manifest, layer, manifest.model.ffn_dim)
         records[tensor_name(layer, "column_norms")] = TensorRecord(dtype="F32", shape=(manifest.model.ffn_dim,))
@@ -92,7 +92,7 @@ def cluster_tensors(manifest: Manifest, cluster: int) -> dict[str, TensorRecord]
             records |= _chosen_neurons(manifest, layer, budget)
             continue
         if experts is not None:
-            kept = budget // manifest.model.unit_neurons
+            kept = budget // manifest.model.expert_neurons
             records[tensor_name(layer, _EXPERTS)] = TensorRecord(dtype="I32", shape=(kept,))
             records[tensor_name(layer, "scores")] = TensorRecord(dtype="F32", shape=(experts.num_experts,))
             continue
@@ -190,8 +190,8 @@ def _check_narrow_experts(file: TensorFile, manifest: Manifest) -> list[str]:
         ids = file[name].array.astype(np.int64)
         width = ids.size // model.experts.num_experts
         owners = np.repeat(np.arange(model.experts.num_experts), width)
-        if not np.array_equal(ids // model.unit_neurons, owners) or np.any(np.diff(ids) <= 0):
-            expected = f"ascending ids below {model.ffn_dim}, {width} of each {model.unit_neurons}"
+        if not np.array_equal(ids // model.expert_neurons, owners) or np.any(np.diff(ids) <= 0):
+            expected = f"ascending ids below {model.ffn_dim}, {width} of each {model.expert_neurons}"
             problems.append(f"{file.path}: {name}: expected {expected}")
     return problems
 

@@ -72,7 +72,7 @@ def describe(manifest: Manifest) -> Iterator[str]:
 def _ffn(model: ModelRecord) -> str:
     if model.experts is None:
         return f"ffn {model.ffn_dim}"
-    return f"{model.experts.num_experts} experts of {model.unit_neurons}, {model.experts.num_chosen} a token"
+    return f"{model.experts.num_experts} experts of {model.expert_neurons}, {model.experts.num_chosen} a token"
 
 
 def _units(manifest: Manifest, layer_budgets: Sequence[int]) -> str:
@@ -83,7 +83,7 @@ def _units(manifest: Manifest, layer_budgets: Sequence[int]) -> str:
 def _all_units(manifest: Manifest) -> str:
     model = manifest.model
     if manifest.narrows_experts:
-        return f"{model.unit_neurons} neurons of each expert"
+        return f"{model.expert_neurons} neurons of each expert"
     return str(model.ffn_dim) if model.experts is None else f"{model.experts.num_experts} experts"
 
 

@@ -91,8 +91,8 @@ class ModelRecord:
     experts: ExpertsRecord | None = None
 
     @property
-    def unit_neurons(self) -> int:
-        """Neurons of an expert; 1 where the FFN is one."""
+    def expert_neurons(self) -> int:
+        """Neurons of an expert; 1 where the FFN is one, of which each neuron is kept or left out by itself."""
         return 1 if self.experts is None else self.ffn_dim // self.experts.num_experts
 
 
@@ -247,7 +247,7 @@ class Manifest:
         """Neurons of a layer that are kept or left out together: one, those of an expert, or one of each expert."""
         if self.model.experts is not None and self.narrows_experts:
             return self.model.experts.num_experts
-        return self.model.unit_neurons
+        return self.model.expert_neurons
 
     @property
     def ffn_bytes(self) -> int:
@@ -275,8 +275,8 @@ def ffn_bytes(model: ModelRecord, kind: str, layer_budgets: Sequence[int], exper
     if experts == "narrow":
         widths = (budget // model.experts.num_experts for budget in layer_budgets)
         return model.experts.num_chosen * sum(_layer_bytes(model, kind, width) for width in widths)
-    chosen = (min(model.experts.num_chosen, budget // model.unit_neurons) for budget in layer_budgets)
-    return sum(chosen) * _layer_bytes(model, kind, model.unit_neurons)
+    chosen = (min(model.experts.num_chosen, budget // model.expert_neurons) for budget in layer_budgets)
+    return sum(chosen) * _layer_bytes(model, kind, model.expert_neurons)
 
 
 def _layer_bytes(model: ModelRecord, kind: str, num_neurons: int) -> int:

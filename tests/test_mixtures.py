@@ -173,7 +173,7 @@ def test_a_token_reads_the_chosen_experts_alone(family: str, tiny_bundle: Callab
     bundle = open_bundle(tiny_bundle(family, quantize="int4"))
     decoder, manifest = NativeDecoder(bundle, threads=1), bundle.manifest
     counted = token_bytes(manifest)
-    assert manifest.model.unit_neurons == manifest.model.ffn_dim // 6
+    assert manifest.model.expert_neurons == manifest.model.ffn_dim // 6
     assert counted.pack_ffn == counted.dense_ffn
     for choice in (DENSE, FfnChoice(cluster=0)):
         decoder.use(choice)

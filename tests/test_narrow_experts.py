@@ -84,7 +84,7 @@ def narrow_bundle(
 def kept_neurons(bundle: Bundle, cluster: int, layer: int) -> list[np.ndarray]:
     """The neurons that each expert has in a pack."""
     ids = bundle.pack(cluster)[tensor_name(layer, "neuron_ids")].array
-    dim = bundle.manifest.model.unit_neurons
+    dim = bundle.manifest.model.expert_neurons
     return [ids[ids // dim == expert] % dim for expert in range(6)]
 
 

@@ -62,7 +62,7 @@ def layer_budgets(
         return _budgets(config, keep, energies, column_norms.shape[1], curves)
     if config.experts == "whole":
         return expert_budgets(config, keep, profile.relative_energies, record.experts)
-    widths = _budgets(config, keep, profile.relative_energies.sum(axis=1), record.unit_neurons, None)
+    widths = _budgets(config, keep, profile.relative_energies.sum(axis=1), record.expert_neurons, None)
     return [width * record.experts.num_experts for width in widths]
 
 

@@ -164,7 +164,7 @@ def _stored_experts(
     """
     record, pack = loaded.record, pack_of(cluster)
     assert record.experts is not None
-    numbers, inner, file = range(record.experts.num_experts), record.unit_neurons, dense
+    numbers, inner, file = range(record.experts.num_experts), record.expert_neurons, dense
     if pack is not None and (chosen := tensor_name(layer, "neuron_ids")) in pack:
         inner, file = pack.shape_of(chosen)[1][0] // record.experts.num_experts, pack
     elif pack is not None:

@@ -205,7 +205,7 @@ def _narrow_experts(
     """Store each expert of a layer with the neurons that it keeps, by their numbers among those of all experts."""
     assert loaded.record.experts is not None
     own = ffn_tensors(loaded.layers[layer], loaded.family)
-    inner = loaded.record.unit_neurons
+    inner = loaded.record.expert_neurons
     for expert, ids in enumerate(np.split(neuron_ids % inner, loaded.record.experts.num_experts)):
         for role in ("gate", "up"):
             yield from cut_rows(dense, tensor_name(layer, expert_role(expert, role)), ids).items()

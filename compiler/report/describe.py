@@ -137,7 +137,7 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
 def _in_neurons(compiled: Compiled, budgets: Iterable[int]) -> tuple[int, ...]:
     """Turn what layers keep, neurons or whole experts, into neurons."""
     whole = compiled.config.experts == "whole"
-    return tuple(budget * (compiled.loaded.record.unit_neurons if whole else 1) for budget in budgets)
+    return tuple(budget * (compiled.loaded.record.expert_neurons if whole else 1) for budget in budgets)
 
 
 def _provenance(compiled: Compiled) -> Provenance:

@@ -74,7 +74,7 @@ def _num_units(record: ModelRecord) -> int:
 
 def _manifest(loaded: LoadedModel, base_tensors: dict[str, TensorRecord]) -> Manifest:
     record = loaded.record
-    budget = _num_units(record) * record.unit_neurons
+    budget = _num_units(record) * record.expert_neurons
     layer_budgets = (budget,) * record.num_layers
     return Manifest(
         model=record,

@@ -112,7 +112,7 @@ class FfnReader:
         if cluster is not None and manifest.narrows_experts:
             return range(experts.num_experts), manifest.clusters[cluster].layer_budgets[layer] // experts.num_experts
         pack = None if cluster is None else self.bundle.pack(cluster)
-        return kept_experts(pack, manifest)[layer], manifest.model.unit_neurons
+        return kept_experts(pack, manifest)[layer], manifest.model.expert_neurons
 
 
 class HostWeights:
