@@ -59,10 +59,34 @@ def reference_logits(family: str, *, keep: list[list[int]] | None = None) -> np.
     return logits
 
 
+def token_errors(got: Any, expected: Any) -> Any:
+    """Of each token's logits, (..., tokens), beside the size of all."""
+    return np.sqrt(np.square(got - expected).mean(axis=-1) / np.square(expected).mean())
+
+
+def near(got: Any, expected: Any) -> bool:
+    """Whether most tokens are about right: rounding makes another expert the better one here and there."""
+    return float(np.median(token_errors(got, expected))) < 0.1
+
+
 def close(got: Any, expected: Any, most: float) -> bool:
-    """Whether tokens have the expected logits, but for a few in which rounding made another expert the better one."""
-    errors = np.sqrt(np.square(got - expected).mean(axis=1) / np.square(expected).mean())
-    return float(np.quantile(errors, 0.8)) < most and float(np.median(errors)) < most / 2
+    """Whether most of many short texts have the expected logits (see `pieces`).
+
+    A token that goes to another expert changes all tokens after it: in one long text, most of them.
+    """
+    assert got.shape[:2] == (12, 12)
+    return float(np.quantile(token_errors(got, expected).max(axis=1), 0.6)) < most
+
+
+def pieces(decoder: Decoder, num_at_once: int = 12) -> Any:
+    """Logits of 12 texts of 12 tokens, the last of which are read one by one."""
+    logits = []
+    for start in range(0, 144, 12):
+        ids = IDS[start : start + 12]
+        decoder.truncate(0)
+        logits.append(decoder.forward(ids[:num_at_once], all_logits=True))
+        logits.extend(decoder.forward([token_id]) for token_id in ids[num_at_once:])
+    return np.concatenate(logits).reshape(12, 12, -1)
 
 
 def blocks(decoder: Decoder) -> Any:
@@ -99,12 +123,14 @@ def test_bf16_logits_are_those_of_torch(family: str, choice: FfnChoice, tiny_bun
     bundle = open_bundle(tiny_bundle(family))
     torch_decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
     torch_decoder.use(choice)
-    expected = blocks(torch_decoder)
+    expected, expected_pieces = blocks(torch_decoder), pieces(torch_decoder)
     for threads in (1, 3):
         decoder = NativeDecoder(bundle, threads=threads)
         decoder.use(choice)
-        assert close(blocks(decoder), expected, 4e-3)
-        assert close(in_steps(decoder), expected[130:], 4e-3)
+        assert near(blocks(decoder), expected)
+        assert near(in_steps(decoder), expected[130:])
+        assert close(pieces(decoder), expected_pieces, 4e-3)
+        assert close(pieces(decoder, 8), expected_pieces, 4e-3)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -119,7 +145,7 @@ def test_packed_logits_are_those_of_torch(family: str, kind: str, tiny_bundle: C
         decoder.use(choice)
         expected = blocks(torch_decoder)
         for got, reference in ((blocks(decoder), expected), (in_steps(decoder), expected[130:])):
-            assert close(got, reference, 0.15)
+            assert near(got, reference)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int4"])

@@ -39,7 +39,7 @@ from coreinfer.runtime.engines.torch.mixture import ExpertRun
 from .bundle_factory import change_tensors
 from .model_factory import MIXTURES, VOCABULARY, build_model, save_model
 from .test_config import make_config
-from .test_mixtures import IDS, blocks, close, in_steps
+from .test_mixtures import IDS, blocks, close, in_steps, near, pieces
 
 NEURONS = {"mixtral": 96, "qwen3_moe": 72, "olmoe": 128, "granitemoe": 100}
 """Of each expert; the last block of 32 is cut short in two."""
@@ -129,9 +129,10 @@ def test_bf16_logits_are_those_of_torch(family: str, narrow_bundle: Callable[...
             choice = FfnChoice(cluster=cluster)
             decoder.use(choice)
             torch_decoder.use(choice)
-            expected = blocks(torch_decoder)
-            assert close(blocks(decoder), expected, 4e-3)
-            assert close(in_steps(decoder), expected[130:], 4e-3)
+            assert near(blocks(decoder), blocks(torch_decoder))
+            expected = pieces(torch_decoder)
+            assert close(pieces(decoder), expected, 4e-3)
+            assert close(pieces(decoder, 8), expected, 4e-3)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -144,9 +145,9 @@ def test_packed_logits_are_those_of_torch(family: str, kind: str, narrow_bundle:
     for cluster in range(2):
         for each in (torch_decoder, decoder):
             each.use(FfnChoice(cluster=cluster))
-        got = blocks(decoder)
-        assert close(got, blocks(torch_decoder), 0.15)
-        np.testing.assert_allclose(in_steps(decoder), got[130:], atol=1e-4)
+        assert near(blocks(decoder), blocks(torch_decoder))
+        # Routers' sums are as wide as a vector for several tokens, and rounding makes steps of such differences.
+        assert close(pieces(decoder, 8), pieces(decoder), 1e-3)
 
 
 def cut_into(decoder: Decoder, *cuts: int) -> np.ndarray:
