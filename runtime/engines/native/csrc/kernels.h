@@ -74,12 +74,12 @@ struct NeuronRows {
 inline int num_sums(const Matrix& w) { return w.num_parts() * kPartGroups * kGroup; }
 
 struct ColumnMatrix;
-// Some groups of inputs of one panel of a matrix that lies input by input, and one token's inputs.
+// Some groups of inputs and some tiles of one panel of a matrix that lies input by input, and one token's inputs.
 struct ColumnTask {
   const ColumnMatrix& weight;
   const Activations& x;
-  int panel, group_begin, group_end;
-  float* sums;  // (panel_outputs): what these inputs give
+  int panel, group_begin, group_end, tile_begin, tile_end;
+  float* sums;  // (panel_outputs): what these inputs give, for these tiles
 };
 
 struct Kernels {
