@@ -15,8 +15,12 @@ std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> tables;
 #if defined(__x86_64__)
   const X86Features cpu;
-  if (cpu.avx512vnni && cpu.avx512bf16 && cpu.amx_bf16 && cpu.amx_int8 && may_use_amx())
-    tables.push_back(&amx_kernels());
+#if defined(COREINFER_EMULATE_TILES)  // tools/kernel_tests/emulated_tiles.h
+  const bool has_tiles = true;
+#else
+  const bool has_tiles = cpu.amx_bf16 && cpu.amx_int8 && may_use_amx();
+#endif
+  if (cpu.avx512vnni && cpu.avx512bf16 && has_tiles) tables.push_back(&amx_kernels());
   if (cpu.avx512vnni) tables.push_back(&avx512_kernels());
   if (cpu.avxvnni) tables.push_back(&avxvnni_kernels());
   if (cpu.avx2) tables.push_back(&avx2_kernels());
