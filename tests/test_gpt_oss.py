@@ -6,6 +6,7 @@ compute is compared number by number. tests/test_mixtures.py has those that choo
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from coreinfer import runtime
-from coreinfer.bundles import Bundle, ConfigError, UnsupportedModelError, open_bundle
+from coreinfer.bundles import Bundle, UnsupportedModelError, open_bundle
 from coreinfer.bundles.contract import expert_role
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.tensors import StoredTensor
@@ -51,7 +52,6 @@ def sure_bundle(
     sure_model: Path, tiny_inputs: Callable[[str], CompileConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """A function (quantize) that compiles it with narrow experts, once each."""
-    from dataclasses import replace
 
     @cache
     def compiled(quantize: str = "bf16") -> Path:
@@ -97,7 +97,7 @@ def check_engines(bundle: Bundle, isa: str, most: float) -> None:
 
 
 @pytest.mark.parametrize("isa", _native.available_isas())
-@pytest.mark.parametrize(("kind", "most"), [("bf16", 0.01), ("int8", 0.04), ("int4", 0.1)])
+@pytest.mark.parametrize(("kind", "most"), [("bf16", 0.003), ("int8", 0.06), ("int4", 0.06)])
 def test_all_paths_are_those_of_torch(isa: str, kind: str, most: float, sure_bundle: Callable[..., Path]) -> None:
     """Rounding of activations to int8 is what differs where weights are quantized."""
     check_engines(open_bundle(sure_bundle(kind)), isa, most)
@@ -116,15 +116,13 @@ def test_sinks_take_their_share(size: float, isa: str, sure_bundle: Callable[...
     """From none of the softmax to all of it."""
     plain = open_bundle(sure_bundle())
     bundle = with_base(plain.path, ".sinks", lambda values: np.full_like(values, size), tmp_path / "bundle")
-    check_engines(bundle, isa, 0.01)
+    check_engines(bundle, isa, 0.003)
     assert error(blocks(NativeDecoder(bundle, threads=1)), blocks(NativeDecoder(plain, threads=1))) > 0.05
 
 
 def test_sinks_beside_a_wide_cache(sure_bundle: Callable[..., Path], tmp_path: Path) -> None:
-    bundle = with_base(
-        sure_bundle(), "k_proj.bias", lambda values: 3000 * np.sign(values), to=tmp_path / "bundle"
-    )
-    check_engines(bundle, "auto", 0.01)
+    bundle = with_base(sure_bundle(), "k_proj.bias", lambda values: 3000 * np.sign(values), to=tmp_path / "bundle")
+    check_engines(bundle, "auto", 0.003)
     assert NativeDecoder(bundle, threads=1).wide_layers == [0, 1, 2]
 
 
@@ -138,7 +136,7 @@ def test_experts_add_their_biases(role: str, sure_bundle: Callable[..., Path], t
 
     for file in (LAYOUT.dense, LAYOUT.cluster(1)):
         change_tensors(folder, file, grow)
-    check_engines(open_bundle(folder), "auto", 0.01)
+    check_engines(open_bundle(folder), "auto", 0.003)
     plain = NativeDecoder(open_bundle(sure_bundle()), threads=1)
     assert error(blocks(NativeDecoder(open_bundle(folder), threads=1)), blocks(plain)) > 0.02
 
@@ -248,8 +246,10 @@ def test_packed_experts_that_do_not_fit_are_named(packed: tuple[Path, dict[str, 
 
 def test_other_models_in_mxfp4_are_refused(tmp_path: Path) -> None:
     method = {"quant_method": "mxfp4"}
-    for family, reason in (("llama", "read of mixtures of experts alone, and llama models are none"),
-                           ("mixtral", "of mixtures of experts only plain ones are read")):
+    for family, reason in (
+        ("llama", "read of mixtures of experts alone, and llama models are none"),
+        ("mixtral", "of mixtures of experts only plain ones are read"),
+    ):
         save_model(tmp_path / family, family)
         change_json(tmp_path / family / "config.json", quantization_config=method)
         with pytest.raises(UnsupportedModelError, match=reason):
@@ -264,8 +264,6 @@ def test_other_models_in_mxfp4_are_refused(tmp_path: Path) -> None:
 def test_a_packed_model_is_compiled(
     packed: tuple[Path, dict[str, torch.Tensor]], tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path
 ) -> None:
-    from dataclasses import replace
-
     folder, plain = packed
     config = replace(tiny_inputs("gpt_oss"), model=str(folder), output=tmp_path / "bundle", evaluate=False)
     compile_model(config)
@@ -275,5 +273,3 @@ def test_a_packed_model_is_compiled(
     got = stored[f"layers.2.{expert_role(3, 'up')}"].array
     expected = both[1::2].bfloat16().contiguous().view(torch.int16).numpy()
     np.testing.assert_array_equal(got.view(np.int16), expected)
-    with pytest.raises(ConfigError, match="does not"):
-        compile_model(replace(config, max_memory=4.0))

@@ -136,7 +136,7 @@ COMPUTED: list[tuple[str, dict[str, Any]]] = [
     ("granitemoe", {"residual_multiplier": 1.0}),
     ("gpt_oss", {"layer_types": [FULL, SLIDING, FULL]}),
     ("gpt_oss", {"sliding_window": 7}),
-    ("gpt_oss", {"swiglu_alpha": 0.5}),
+    ("gpt_oss", {"swiglu_alpha": 1.0}),
     ("gpt_oss", {"swiglu_limit": 0.4}),
     ("gpt_oss", {"rope_parameters": YARN}),
     ("gpt_oss", {"rope_parameters": THETA}),

@@ -128,7 +128,8 @@ void attend(const Kernels& kernels, Digest& digest) {
 
 void sinks(const Kernels& kernels, Digest& digest) {
   constexpr int kHead = 40, kHeads = 6, kStride = 48;
-  const std::vector<float> values = numbers(2 * kHeads * kStride), maxima = numbers(2 * kHeads), sinks = numbers(kHeads);
+  const std::vector<float> values = numbers(2 * kHeads * kStride), maxima = numbers(2 * kHeads),
+                           sinks = numbers(kHeads);
   std::vector<float> sums = numbers(2 * kHeads), joined(kHeads * kHead);
   for (float& sum : sums) sum = 1.0f + sum * sum;
   const AttentionPart parts[] = {{values.data(), maxima.data(), sums.data()},
@@ -203,9 +204,9 @@ constexpr Operation kOperations[] = {
     {"gelu_tanh", activate<Nonlinearity::gelu_tanh>, 0x641e75febcc3c4},
     {"gelu_erf", activate<Nonlinearity::gelu_erf>, 0x7e2e8ec2e638f07e},
     {"relu", activate<Nonlinearity::relu>, 0x55f789247df7023a},
-    {"clamped_swiglu", activate<Nonlinearity::clamped_swiglu>, 0},
+    {"clamped_swiglu", activate<Nonlinearity::clamped_swiglu>, 0xdc8aac75921a6b07},
     {"attend", attend, 0xe11642914c1c94d1},
-    {"sinks", sinks, 0},
+    {"sinks", sinks, 0x42149924ba0ca367},
     {"rotate", rotate, 0x2978bbfea4d8c802},
     {"neurons", neurons, 0x9b3ce6217cfe2ec3},
     {"elementary", elementary, 0x42a4533a1e158404},

@@ -60,10 +60,9 @@ Router router(const Parts& parts, const std::string& root) {
     refuse("experts", parts.family.mixture ? "some in a layer" : "none", std::to_string(record.num_experts));
   if (record.num_experts == 0) return {};
   const std::string path = root + parts.family.mixture + "router";
-  const Linear linear = parts.linear(path, record.num_experts, record.hidden_size);
-  if (parts.family.router_bias && !linear.bias) parts.vector(path + ".bias", record.num_experts);
-  return {linear.weight, parts.family.router_bias ? linear.bias : nullptr, record.num_chosen,
-          record.normalizes_experts};
+  const Matrix weight = parts.base.matrix(path + ".weight", record.num_experts, record.hidden_size);
+  const float* bias = parts.family.router_bias ? parts.vector(path + ".bias", record.num_experts) : nullptr;
+  return {weight, bias, record.num_chosen, record.normalizes_experts};
 }
 
 Layer assemble_layer(const Parts& parts, const ModelWeights& model, int index) {

@@ -52,7 +52,7 @@ struct Settings {
   double epsilon;
   double attention_scale, embedding_scale, residual_scale;
   double logits_divisor;
-  double score_limit, logit_limit;  // 0 for none
+  double score_limit, logit_limit;    // 0 for none
   double swiglu_alpha, swiglu_limit;  // of the activation clamped_swiglu
   int embedding_width;
   bool norms_after;           // norms of the residual stream after each sublayer, in place of those before it

@@ -113,8 +113,8 @@ struct Kernels {
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int size, float* out);
   // out = act(gate) * up, or act(up) where gate is null, both (num_tokens, size); `size` is a multiple of 16. There is a
   // gate for clamped_swiglu.
-  void (*activate)(const NeuronFunction& function, const float* gate, const float* up, int size, int num_tokens, float* out,
-                   size_t out_stride);
+  void (*activate)(const NeuronFunction& function, const float* gate, const float* up, int size, int num_tokens,
+                   float* out, size_t out_stride);
   // Index of the first of the largest values.
   int (*largest)(const float* values, int size);
   void (*attend)(const AttentionTask& task);
