@@ -57,7 +57,8 @@ def check_family(family: Family, config: Mapping[str, Any], what: str) -> None:
     if family.experts is None and METHODS[settings["quant_method"]].of_experts:
         raise UnsupportedModelError(
             f"{what}: its weights are quantized already ({describe(settings)}; {FIELD} in config.json), which is read "
-            f"of mixtures of experts alone, and {family.name} models are none; give the model that it was quantized from"
+            f"of mixtures of experts alone, and {family.name} models are none; "
+            "give the model that it was quantized from"
         )
     if family.experts is not None and settings["quant_method"] not in family.experts.unpacked:
         read = " or ".join(("plain ones", *family.experts.unpacked))
