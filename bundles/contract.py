@@ -33,7 +33,7 @@ def tensor_name(layer: int, role: str) -> str:
 
 
 def expert_role(expert: int, role: str) -> str:
-    """Name a matrix ("gate", "up", "down") of one of a layer's experts, as in `experts.5.down`."""
+    """Name a matrix ("gate", "up", "down"), or a bias, of one of a layer's experts, as in `experts.5.down_bias`."""
     return f"experts.{expert}.{role}"
 
 
@@ -62,14 +62,14 @@ def token_share_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
 def dense_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
     """List the tensors of the dense FFN file: weights, biases, and the norms of the down projection's columns.
 
-    Of a mixture of experts, the matrices of each expert, and no norms.
+    Of a mixture of experts, the matrices and biases of each expert, and no norms.
     """
     records: dict[str, TensorRecord] = {}
     experts = manifest.model.experts
     for layer in range(manifest.model.num_layers):
         if experts is not None:
             for expert in range(experts.num_experts):
-                records |= _matrices(manifest, layer, expert_role(expert, ""), manifest.model.expert_neurons)
+                records |= _ffn_tensors(manifest, layer, manifest.model.expert_neurons, expert_role(expert, ""))
             continue
         records |= _ffn_tensors(manifest, layer, manifest.model.ffn_dim)
         records[tensor_name(layer, "column_norms")] = TensorRecord(dtype="F32", shape=(manifest.model.ffn_dim,))
@@ -88,7 +88,7 @@ def cluster_tensors(manifest: Manifest, cluster: int) -> dict[str, TensorRecord]
     for layer, budget in enumerate(manifest.clusters[cluster].layer_budgets):
         if experts is not None and manifest.narrows_experts:
             for expert in range(experts.num_experts):
-                records |= _matrices(manifest, layer, expert_role(expert, ""), budget // experts.num_experts)
+                records |= _ffn_tensors(manifest, layer, budget // experts.num_experts, expert_role(expert, ""))
             records |= _chosen_neurons(manifest, layer, budget)
             continue
         if experts is not None:
@@ -119,14 +119,15 @@ def _matrices(manifest: Manifest, layer: int, prefix: str, num_neurons: int) -> 
     return records
 
 
-def _ffn_tensors(manifest: Manifest, layer: int, num_neurons: int) -> dict[str, TensorRecord]:
+def _ffn_tensors(manifest: Manifest, layer: int, num_neurons: int, prefix: str = "") -> dict[str, TensorRecord]:
+    """An FFN's matrices and biases, or an expert's, whose roles begin with a prefix."""
     model = manifest.model
-    records = _matrices(manifest, layer, "", num_neurons)
+    records = _matrices(manifest, layer, prefix, num_neurons)
     if model.ffn_bias:
-        if model.gated:
-            records[tensor_name(layer, "gate_bias")] = TensorRecord(dtype="F32", shape=(num_neurons,))
-        records[tensor_name(layer, "up_bias")] = TensorRecord(dtype="F32", shape=(num_neurons,))
-        records[tensor_name(layer, "down_bias")] = TensorRecord(dtype="F32", shape=(model.hidden_size,))
+        sizes = {"gate_bias": num_neurons} if model.gated else {}
+        sizes |= {"up_bias": num_neurons, "down_bias": model.hidden_size}
+        for role, size in sizes.items():
+            records[tensor_name(layer, prefix + role)] = TensorRecord(dtype="F32", shape=(size,))
     return records
 
 

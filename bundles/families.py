@@ -15,6 +15,7 @@ from .errors import UnsupportedModelError
 
 __all__ = [
     "CACHE_ARGUMENTS",
+    "CLAMPED_SWIGLU",
     "FAMILIES",
     "ExpertNames",
     "Family",
@@ -25,6 +26,11 @@ __all__ = [
     "ffn_tensors",
     "resolve",
 ]
+
+
+CLAMPED_SWIGLU = "clamped_swiglu"
+"""Activation of gpt_oss: (up + 1) * gate * sigmoid(alpha * gate), where gate is `swiglu_limit` at most and up within
+plus and minus that; alpha is `swiglu_alpha`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,12 @@ class ExpertNames:
         router: path from there to the router.
         num_field, dim_field: config fields of the number of experts, and of the neurons of each.
         normalizes: whether weights are normalized; None where the config's `norm_topk_prob` says so.
+        biased: whether the router and each expert's matrices have biases.
+        interleaved: whether rows of gate and up take turns in transformers' matrix of both; else those of gate come
+            first.
+        transposed: whether transformers has the experts' matrices as (inputs, outputs).
+        returns_weights: whether layers expect the router's weights beside what the mixture puts out.
+        unpacked: methods of quantization whose packed experts can be read (`compiler/models/unpack`).
     """
 
     module: str = "mlp"
@@ -47,6 +59,11 @@ class ExpertNames:
     num_field: str = "num_experts"
     dim_field: str = "intermediate_size"
     normalizes: bool | None = None
+    biased: bool = False
+    interleaved: bool = False
+    transposed: bool = False
+    returns_weights: bool = False
+    unpacked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +78,7 @@ class Family:
         gate: path to the gate projection, None for an ungated FFN.
         qkv, o: paths from a layer to the linear modules into and out of the attention.
         activation_field, ffn_dim_field: config fields that name the activation and the intermediate dimension.
+        activation: name of the activation, of a family whose configs do not say it.
         embedding: path to the token embedding, from the causal language model.
         adds_ffn_output: whether a layer ends by adding the down projection's output to the hidden state as it is,
             with no factor on it and no norm after either.
@@ -88,6 +106,7 @@ class Family:
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     o: str = "self_attn.o_proj"
     activation_field: str = "hidden_act"
+    activation: str | None = None
     ffn_dim_field: str = "intermediate_size"
     embedding: str = "model.embed_tokens"
     positions: str | None = None
@@ -241,11 +260,24 @@ FAMILIES: tuple[Family, ...] = (
         adds_ffn_output=False,
         experts=ExpertNames(module="block_sparse_moe", router="router", num_field="num_local_experts", normalizes=True),
     ),
+    Family(
+        name="gpt_oss",
+        model_types=("gpt_oss",),
+        activation=CLAMPED_SWIGLU,
+        experts=ExpertNames(
+            router="router",
+            num_field="num_local_experts",
+            normalizes=True,
+            biased=True,
+            interleaved=True,
+            transposed=True,
+            returns_weights=True,
+            unpacked=("mxfp4",),
+        ),
+    ),
 )
 
 _REFUSALS: Mapping[str, tuple[str, ...]] = {
-    "its FFN is a mixture of experts with clamped activations and biases, its weights are MXFP4, and its attention has "
-    "sinks": ("gpt_oss",),
     "its FFN is a mixture of experts with parts that no row describes yet, such as shared experts or another router": (
         "qwen2_moe",
         "qwen3_5_moe",
@@ -335,7 +367,8 @@ def assign_ffn(layer: Any, family: Family, tensors: Mapping[str, Any]) -> None:
     Args:
         layer: a decoder layer.
         tensors: role ("gate", "up", "down", and "up_bias" and so on where the family has biases) -> torch tensor. Of
-            a mixture `expert_role` of the experts that there are; the router does without the others.
+            a mixture `expert_role` of the experts that there are, of matrices and biases; the router does without the
+            others.
     """
     if family.experts is not None:
         resolve(layer, family.experts.module).assign(tensors)

@@ -67,7 +67,7 @@ def _check_model(config: CompileConfig, model: ModelSource) -> None:
     else:
         check_no_expert_options(config, model.name)
     # What the files leave out has the default of the model's class, which is known when it is loaded.
-    if isinstance(activation := stated.get(family.activation_field), str):
+    if isinstance(activation := family.activation or stated.get(family.activation_field), str):
         check_activation(config, activation)
     if isinstance(max_positions := stated.get(family.config_field("max_position_embeddings")), int):
         check_document_tokens(config, max_positions)

@@ -37,7 +37,7 @@ FAMILIES = (
     "gpt2",
 )
 """Families whose FFN is one."""
-MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "granitemoe")
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss")
 """Families whose FFN is a mixture of experts."""
 SHAPES = ("opt", "opt-post-norm", "llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")
 """Families whose parts are unlike: for tests of what is stored and moved, whatever a model's arithmetic is."""
@@ -107,6 +107,26 @@ _CONFIGS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] 
             "intermediate_size": 48,
         },
     ),
+    # A limit that the tiny model's gates and ups reach.
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        {
+            **_SLIDING,
+            "layer_types": _MIXED,
+            "num_local_experts": 6,
+            "intermediate_size": 40,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
 }
 
 
@@ -147,8 +167,9 @@ def build_model(family: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
     model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Larger than at the start of training, so that the FFN matters; norms stay near 1, biases are not 0.
-            scale = 0.1 if parameter.ndim == 1 else 0.25
+            # Larger than at the start of training, so that the FFN matters; norms stay near 1, biases are not 0, and
+            # sinks are as unlike as scores.
+            scale = 1.0 if name.endswith("sinks") else 0.1 if parameter.ndim == 1 else 0.25
             noise = torch.randn_like(parameter) * scale
             is_norm = "norm" in name or ".ln_" in name
             parameter.copy_((parameter + noise if is_norm else noise).bfloat16().float())

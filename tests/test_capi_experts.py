@@ -21,14 +21,15 @@ IDS = np.random.default_rng(5).integers(3, VOCABULARY, 90).tolist()
 NUM_READ = 80
 
 
+@pytest.mark.parametrize(("family", "width"), [("mixtral", 64), ("gpt_oss", 32)])
 def test_logits_are_those_of_the_python_engine(
-    tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel]
+    family: str, width: int, tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel]
 ) -> None:
     """With packs' own weights, beside the dense FFN and without it."""
     for dense in (True, False):
-        path = tiny_bundle("mixtral", quantize="int4", experts="narrow", dense=dense)
+        path = tiny_bundle(family, quantize="int4", experts="narrow", dense=dense)
         bundle = open_bundle(path)
-        assert bundle.manifest.clusters[0].layer_budgets == (6 * 64,) * 3
+        assert bundle.manifest.clusters[0].layer_budgets == (6 * width,) * 3
         decoder, model = NativeDecoder(bundle, threads=2), open_in_c(path, num_threads=2)
         assert bool(model.has_dense) is dense
         for cluster in (*([DENSE] if dense else []), 1, 0):

@@ -306,8 +306,9 @@ def test_a_pack_with_too_few_experts_is_named(tiny_bundle: Callable[..., Path], 
         open_bundle(folder)
 
 
-def test_a_device_with_little_memory_runs_experts(tiny_bundle: Callable[..., Path]) -> None:
-    bundle = open_bundle(tiny_bundle("qwen3_moe"))
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_device_with_little_memory_runs_experts(family: str, tiny_bundle: Callable[..., Path]) -> None:
+    bundle = open_bundle(tiny_bundle(family))
     plain = TorchDecoder(bundle, device="cpu", dtype="float32")
     for limit in (100.0, 0.62):
         placed = TorchDecoder(bundle, device="cpu", dtype="float32", gpu_memory_mb=limit)

@@ -70,6 +70,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers [1], layers without experts among those with"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2, layers without experts among those with"),
+    ("mixtral", {"swiglu_limit": 7.0}, "swiglu_limit 7.0, which mixtral models do not compute with"),
+    ("gpt_oss", {"sliding_window": None}, "layer_types with sliding_attention, and no sliding_window"),
+    ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act 'gelu', where gpt_oss models compute clamped_swiglu"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention true, which reads what another model puts out"),
     ("gpt2", {"use_parallel_residual": True}, "use_parallel_residual True, which gpt2 models do not compute with"),
 ]
@@ -131,6 +134,12 @@ COMPUTED: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {"use_sliding_window": False}),
     ("olmoe", {"clip_qkv": 0.5}),
     ("granitemoe", {"residual_multiplier": 1.0}),
+    ("gpt_oss", {"layer_types": [FULL, SLIDING, FULL]}),
+    ("gpt_oss", {"sliding_window": 7}),
+    ("gpt_oss", {"swiglu_alpha": 1.0}),
+    ("gpt_oss", {"swiglu_limit": 0.4}),
+    ("gpt_oss", {"rope_parameters": YARN}),
+    ("gpt_oss", {"rope_parameters": THETA}),
 ]
 """Each of these changes what transformers computes."""
 
@@ -140,6 +149,7 @@ HARMLESS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"use_mrope": False, "sliding_window": 4096, "max_window_layers": 1}),
     ("gemma3", {"final_logit_softcapping": None, "attn_logit_softcapping": None, "cache_implementation": "hybrid"}),
     ("opt", {"prefix": "</s>", "rope_theta": 10000.0}),
+    ("gpt_oss", {"experts_per_token": 2, "initial_context_length": 4096, "router_aux_loss_coef": 0.5}),
 ]
 
 
@@ -221,8 +231,9 @@ def test_engines_compute_a_setting_alike_or_the_native_one_refuses_it(
 ) -> None:
     bundle = open_bundle(tiny_bundle(family))
     config = as_saved(saved(family, **settings))
-    field = family_of_config(config, family).activation_field
-    record = replace(bundle.manifest.model, config=config, activation=config[field])
+    row = family_of_config(config, family)
+    activation = row.activation or config[row.activation_field]
+    record = replace(bundle.manifest.model, config=config, activation=activation)
     record = replace(
         record, max_positions=min(record.max_positions, config.get("original_max_position_embeddings", 256))
     )

@@ -41,8 +41,8 @@ from .model_factory import MIXTURES, VOCABULARY, build_model, save_model
 from .test_config import make_config
 from .test_mixtures import IDS, blocks, close, in_steps, near, pieces
 
-NEURONS = {"mixtral": 96, "qwen3_moe": 72, "olmoe": 128, "granitemoe": 100}
-"""Of each expert; the last block of 32 is cut short in two."""
+NEURONS = {"mixtral": 96, "qwen3_moe": 72, "olmoe": 128, "granitemoe": 100, "gpt_oss": 104}
+"""Of each expert; the last block of 32 is cut short in three."""
 
 
 def wide_settings(family: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def zeroed_logits(family: str, bundle: Bundle, cluster: int) -> np.ndarray:
         for expert, kept in enumerate(kept_neurons(bundle, cluster, number)):
             absent = np.setdiff1d(np.arange(NEURONS[family]), kept)
             assert 0 < len(absent) < NEURONS[family]
-            down[expert][:, torch.from_numpy(absent)] = 0
+            (down[expert] if row.experts.transposed else down[expert].T)[torch.from_numpy(absent)] = 0
     with torch.inference_mode():
         logits: np.ndarray = model(torch.tensor([IDS])).logits[0].numpy()
     return logits

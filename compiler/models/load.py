@@ -36,7 +36,7 @@ from .sources import ModelSource
 from .stated import CONFIG, check_mappable, check_stays_mapped
 from .tokenizer_files import check_templates, with_own_file
 from .unpack.asked import settings_of
-from .unpack.methods import check_quantization
+from .unpack.methods import check_family, check_quantization
 from .unpack.weights import load_unpacked
 from .vocabulary import fit_tokenizer
 
@@ -155,11 +155,7 @@ def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
         ) from error
     family = family_of_config(config.to_dict(), source.name)
     check_quantization(config.to_dict(), f"--model {source.name}")
-    if family.experts is not None and settings_of(config.to_dict()) is not None:
-        raise UnsupportedModelError(
-            f"--model {source.name}: its weights are quantized already, and of mixtures of experts only plain ones are "
-            "read; give the model that it was quantized from"
-        )
+    check_family(family, config.to_dict(), f"--model {source.name}")
     check_settings(family, config, source.name)
     return family, config
 
@@ -290,7 +286,6 @@ def _column_norms(model: nn.Module, family: Family, record: ModelRecord) -> np.n
 def _record(model: nn.Module, family: Family, name: str, config: PreTrainedConfig) -> ModelRecord:
     heads = int(config.num_attention_heads)
     experts = experts_of(family, config)
-    has_bias = experts is None and resolve(next(iter(resolve(model, family.layers))), family.up).bias is not None
     data = {key: value for key, value in config.to_dict().items() if key not in _DROPPED_FIELDS}
     return ModelRecord(
         name=name,
@@ -303,13 +298,19 @@ def _record(model: nn.Module, family: Family, name: str, config: PreTrainedConfi
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         max_positions=_positions(config, name),
-        activation=str(getattr(config, family.activation_field)),
+        activation=family.activation or str(getattr(config, family.activation_field)),
         gated=family.gated,
-        ffn_bias=has_bias,
+        ffn_bias=_has_ffn_bias(model, family),
         tied_head=bool(config.tie_word_embeddings),
         config=data,
         experts=experts,
     )
+
+
+def _has_ffn_bias(model: nn.Module, family: Family) -> bool:
+    if family.experts is not None:
+        return family.experts.biased
+    return resolve(next(iter(resolve(model, family.layers))), family.up).bias is not None
 
 
 def _num_neurons(family: Family, config: PreTrainedConfig, experts: ExpertsRecord | None) -> int:

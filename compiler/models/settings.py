@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from coreinfer.bundles.errors import UnsupportedModelError, join_problems
-from coreinfer.bundles.families import Family
+from coreinfer.bundles.families import CLAMPED_SWIGLU, Family
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -39,11 +39,15 @@ _OF_OTHER_MODELS: dict[str, tuple[Any, ...]] = {
     "scale_depth": (None,),
     "scale_emb": _FACTORS,
     "sliding_window": _OFF,
+    "swiglu_alpha": (None,),
+    "swiglu_limit": (None,),
     "use_parallel_residual": _OFF,
     "use_qk_norm": _OFF,
     "word_embed_proj_dim": (None,),
 }
 """Setting -> values that change nothing, of settings that some architectures compute with."""
+_STATED = {CLAMPED_SWIGLU: "silu"}
+"""Activations that configs have no name for -> what they state in their place."""
 
 
 def check_settings(family: Family, config: PreTrainedConfig, name: str) -> None:
@@ -94,7 +98,9 @@ def _without_effect(config: PreTrainedConfig) -> Iterator[str]:
 
 def _unknown(family: Family, config: PreTrainedConfig) -> Iterator[str]:
     activation = getattr(config, family.activation_field)
-    if activation not in ACT2FN:
+    if family.activation is not None and activation != _STATED[family.activation]:
+        yield f"{family.activation_field} {activation!r}, where {config.model_type} models compute {family.activation}"
+    if family.activation is None and activation not in ACT2FN:
         yield f"{family.activation_field} {activation!r}, an activation that transformers does not know"
     for parameters in _rotary(config):
         kind, share = parameters.get("rope_type", "default"), parameters.get("partial_rotary_factor", 1)

@@ -150,8 +150,7 @@ def _stored_layer(
         shape = (size, num_neurons) if role == "down" else (num_neurons, size)
         tensors[role] = _matrix(loaded, file, tensor_name(layer, role), shape)
         if loaded.projection(layer, role).bias is not None:
-            bias = torch.tensor(file[tensor_name(layer, f"{role}_bias")].array)
-            tensors[f"{role}_bias"] = bias.to(loaded.device, loaded.dtype)
+            tensors[f"{role}_bias"] = _vector(loaded, file, tensor_name(layer, f"{role}_bias"))
     return tensors
 
 
@@ -171,11 +170,16 @@ def _stored_experts(
         numbers = pack[tensor_name(layer, "experts")].array.tolist()
     size = record.hidden_size
     shapes = {"gate": (inner, size), "up": (inner, size), "down": (size, inner)}
-    return {
-        expert_role(number, role): _matrix(loaded, file, tensor_name(layer, expert_role(number, role)), shape)
-        for number in numbers
-        for role, shape in shapes.items()
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    for role, shape in ((expert_role(number, role), shape) for number in numbers for role, shape in shapes.items()):
+        tensors[role] = _matrix(loaded, file, tensor_name(layer, role), shape)
+        if record.ffn_bias:
+            tensors[f"{role}_bias"] = _vector(loaded, file, tensor_name(layer, f"{role}_bias"))
+    return tensors
+
+
+def _vector(loaded: LoadedModel, file: TensorFile, name: str) -> torch.Tensor:
+    return torch.tensor(file[name].array).to(loaded.device, loaded.dtype)
 
 
 def _matrix(loaded: LoadedModel, file: TensorFile, name: str, shape: tuple[int, int]) -> torch.Tensor:

@@ -207,11 +207,13 @@ def _narrow_experts(
     own = ffn_tensors(loaded.layers[layer], loaded.family)
     inner = loaded.record.expert_neurons
     for expert, ids in enumerate(np.split(neuron_ids % inner, loaded.record.experts.num_experts)):
-        for role in ("gate", "up"):
+        biased, rows = loaded.record.ffn_bias, np.arange(loaded.record.hidden_size)
+        for role in ("gate", "up", *(("gate_bias", "up_bias") if biased else ())):
             yield from cut_rows(dense, tensor_name(layer, expert_role(expert, role)), ids).items()
+        if biased:
+            yield from cut_rows(dense, tensor_name(layer, expert_role(expert, "down_bias")), rows).items()
         down = expert_role(expert, "down")
         if len(ids) == inner:
-            rows = np.arange(loaded.record.hidden_size)
             yield from cut_rows(dense, tensor_name(layer, down), rows).items()
         else:
             columns = torch.from_numpy(ids).long().to(loaded.device)

@@ -71,6 +71,44 @@ void test_attend(const Kernels& kernels, bool wide, float limit) {
       }
 }
 
+// A sink is one more score, whose value is 0: however large, and also of parts that are not first.
+void test_sinks(const Kernels& kernels) {
+  for (const float size : {0.0f, 1.0f, 40.0f})
+    for (int head_dim : {8, 24, 64}) {
+      const int num_heads = 3, stride = round_up(head_dim, 16);
+      std::vector<float> values[2], maxima(2 * num_heads), sums(2 * num_heads), sinks(num_heads);
+      std::vector<AttentionPart> parts;
+      for (int part = 0; part < 2; ++part) {
+        values[part].resize(num_heads * stride);
+        for (float& value : values[part]) value = draw();
+        for (int head = 0; head < num_heads; ++head) {
+          maxima[part * num_heads + head] = 3 * draw();
+          // The second part of the second head is empty.
+          sums[part * num_heads + head] = part == 1 && head == 1 ? 0.0f : 2.5f + draw();
+        }
+        parts.push_back({values[part].data(), maxima.data() + part * num_heads, sums.data() + part * num_heads});
+      }
+      maxima[num_heads + 1] = -std::numeric_limits<float>::infinity();
+      for (float& sink : sinks) sink = size * draw();
+      std::vector<float> out(num_heads * head_dim), expected(num_heads * head_dim);
+      for (int num_parts : {1, 2}) {
+        kernels.combine(parts.data(), num_parts, num_heads, head_dim, sinks.data(), out.data());
+        for (int head = 0; head < num_heads; ++head)
+          for (int d = 0; d < head_dim; ++d) {
+            double total = std::exp(double(sinks[head])), sum = 0;
+            for (int p = 0; p < num_parts; ++p) {
+              const double weight = std::exp(double(parts[p].maxima[head]));
+              if (parts[p].sums[head] == 0.0f) continue;
+              total += weight * parts[p].sums[head];
+              sum += weight * values[p][head * stride + d];
+            }
+            expected[head * head_dim + d] = static_cast<float>(sum / total);
+          }
+        compare("combine with sinks", out.data(), expected.data(), out.size());
+      }
+    }
+}
+
 // Attending to two ranges of positions and combining them is attending to both at once; a part may be empty.
 void test_combine(const Kernels& kernels) {
   for (int head_dim : {2, 8, 24, 64, 80})
@@ -95,8 +133,8 @@ void test_combine(const Kernels& kernels) {
       const AttentionPart parts[3] = {{values[0].get(), maxima[0].get(), sums[0].get()},
                                       {values[1].get(), maxima[1].get(), sums[1].get()},
                                       {values[2].get(), maxima[2].get(), sums[2].get()}};
-      kernels.combine(parts, 2, num_heads, head_dim, out.get());
-      portable_kernels().combine(parts + 2, 1, num_heads, head_dim, expected.get());
+      kernels.combine(parts, 2, num_heads, head_dim, nullptr, out.get());
+      portable_kernels().combine(parts + 2, 1, num_heads, head_dim, nullptr, expected.get());
       compare("combine", out.get(), expected.get(), num_heads * head_dim);
     }
 }
@@ -107,4 +145,5 @@ void test_attention(const Kernels& kernels) {
   for (bool wide : {false, true})
     for (float limit : {0.0f, 1.5f}) test_attend(kernels, wide, limit);
   test_combine(kernels);
+  test_sinks(kernels);
 }

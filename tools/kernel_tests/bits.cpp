@@ -93,7 +93,9 @@ void activate(const Kernels& kernels, Digest& digest) {
   std::vector<float> gate = numbers(kSize), out(kSize);
   const std::vector<float> up = numbers(kSize);
   for (float& value : gate) value *= 5.0f;
-  kernels.activate(kKind, gate.data(), up.data(), kSize, 1, out.data(), kSize);
+  NeuronFunction function = kKind;
+  function.alpha = 1.702f, function.most = 0.75f;
+  kernels.activate(function, gate.data(), up.data(), kSize, 1, out.data(), kSize);
   digest.add(out.data(), kSize);
 }
 
@@ -119,9 +121,21 @@ void attend(const Kernels& kernels, Digest& digest) {
       parts.push_back({values, most, totals});
     }
     for (const std::vector<float>* found : {&out, &maxima, &sums}) digest.add(found->data(), found->size());
-    kernels.combine(parts.data(), 2, kQueries, kHead, joined.data());
+    kernels.combine(parts.data(), 2, kQueries, kHead, nullptr, joined.data());
     digest.add(joined.data(), joined.size());
   }
+}
+
+void sinks(const Kernels& kernels, Digest& digest) {
+  constexpr int kHead = 40, kHeads = 6, kStride = 48;
+  const std::vector<float> values = numbers(2 * kHeads * kStride), maxima = numbers(2 * kHeads),
+                           sinks = numbers(kHeads);
+  std::vector<float> sums = numbers(2 * kHeads), joined(kHeads * kHead);
+  for (float& sum : sums) sum = 1.0f + sum * sum;
+  const AttentionPart parts[] = {{values.data(), maxima.data(), sums.data()},
+                                 {values.data() + kHeads * kStride, maxima.data() + kHeads, sums.data() + kHeads}};
+  kernels.combine(parts, 2, kHeads, kHead, sinks.data(), joined.data());
+  digest.add(joined.data(), joined.size());
 }
 
 void rotate(const Kernels& kernels, Digest& digest) {
@@ -190,7 +204,9 @@ constexpr Operation kOperations[] = {
     {"gelu_tanh", activate<Nonlinearity::gelu_tanh>, 0x641e75febcc3c4},
     {"gelu_erf", activate<Nonlinearity::gelu_erf>, 0x7e2e8ec2e638f07e},
     {"relu", activate<Nonlinearity::relu>, 0x55f789247df7023a},
+    {"clamped_swiglu", activate<Nonlinearity::clamped_swiglu>, 0xdc8aac75921a6b07},
     {"attend", attend, 0xe11642914c1c94d1},
+    {"sinks", sinks, 0x42149924ba0ca367},
     {"rotate", rotate, 0x2978bbfea4d8c802},
     {"neurons", neurons, 0x9b3ce6217cfe2ec3},
     {"elementary", elementary, 0x42a4533a1e158404},

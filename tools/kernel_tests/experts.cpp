@@ -12,11 +12,12 @@ namespace {
 
 // As many experts as there are logits, of which some are left out.
 std::vector<ChosenExpert> choose(const std::vector<float>& logits, int num_chosen, bool normalizes,
-                                 const std::vector<int>& absent = {}) {
+                                 const std::vector<int>& absent = {}, const float* bias = nullptr) {
   const int num_experts = static_cast<int>(logits.size());
   Router router;
   router.weight.rows = num_experts;
   router.num_chosen = num_chosen;
+  router.bias = bias;
   router.normalizes = normalizes;
   FfnWeights ffn;
   ffn.experts.resize(num_experts);
@@ -43,6 +44,9 @@ void test_experts() {
   const auto without = choose(logits, 2, false, {2});
   expect("experts: expected no share of one that is left out",
          is(without[0], 0, 1.0 / 4) && is(without[1], 1, 2.0 / 4));
+  const float bias[] = {std::log(8.0f), 0.0f, -100.0f, 0.0f};
+  const auto biased = choose(logits, 2, true, {}, bias);
+  expect("experts: expected shares by logits and biases", is(biased[0], 0, 8.0 / 10) && is(biased[1], 1, 2.0 / 10));
   const auto tied = choose({1.0f, 1.0f, 1.0f}, 2, true);
   expect("experts: expected the first of equal ones", is(tied[0], 0, 0.5) && is(tied[1], 1, 0.5));
   const float nan = std::numeric_limits<float>::quiet_NaN();

@@ -68,6 +68,14 @@ void test_norms_and_activations(const Kernels& kernels) {
       }
       for (int t = 0; t < 2; ++t) compare("activate", pair.get() + t * stride, expected.get(), size, 1.0f);
     }
+    NeuronFunction clamped = Nonlinearity::clamped_swiglu;
+    clamped.alpha = 1.702f, clamped.most = 1.5f;
+    kernels.activate(clamped, x.get(), y.get(), round_up(size, 16), 1, pair.get(), stride);
+    for (int i = 0; i < size; ++i) {
+      const double gate = std::min(double(x.get()[i]), 1.5), up = std::clamp(double(y.get()[i]), -1.5, 1.5);
+      expected.get()[i] = static_cast<float>((up + 1) * gate / (1 + std::exp(-double(clamped.alpha) * gate)));
+    }
+    compare("clamped_swiglu", pair.get(), expected.get(), size, 1.0f);
     uint16_t halves[112];
     kernels.to_half(x.get(), size, halves);
     for (int i = 0; i < size; ++i)

@@ -15,6 +15,7 @@ PACKAGES: Mapping[str, str | None] = {
     "compressed-tensors": "compressed-tensors",
     "fp8": None,
     "gptq": None,
+    "mxfp4": None,
 }
 """`quant_method` of each method that can be undone -> the package that this takes, if any."""
 FIELD = "quantization_config"

@@ -53,11 +53,18 @@ class Method:
         parts: names, after the module's, of all tensors that packed weights consist of.
         problem: settings -> what of them cannot be read, None where all can.
         packings: settings and model -> how each of its modules would be packed; None for modules that must not be.
+        joint: what stands between a module's name and a part's.
+        weight: what is after a module's name in the name of its weight; nothing where it is the parameter itself that
+            is named.
+        of_experts: whether it is the experts of a mixture that are packed, in tensors of three dimensions.
     """
 
     parts: Collection[str]
     problem: Callable[[Settings], str | None]
     packings: Callable[[Settings, nn.Module], Callable[[str], Packing | None]]
+    joint: str = "."
+    weight: str = ".weight"
+    of_experts: bool = False
 
 
 def unlike(settings: Settings, known: Mapping[str, Collection[Any]]) -> str | None:

@@ -46,12 +46,14 @@ class _Plan:
     """What becomes of the tensors.
 
     Attributes:
+        method: how the weights are quantized.
         plain: tensors that are the model's as they are.
         packed: module -> how its weight is packed, and the parts of it.
         problems: as `check_loaded` takes them.
         unread: tensors of a type that is not expected of them, with what is.
     """
 
+    method: Method
     plain: list[_Stored] = field(default_factory=list)
     packed: dict[str, tuple[Packing, dict[str, _Stored]]] = field(default_factory=dict)
     problems: dict[str, list[Any]] = field(
@@ -118,17 +120,17 @@ def _headers(folder: Path, what: str) -> Iterator[_Stored]:
 def _plan(
     stored: Collection[_Stored], method: Method, packings: Callable[[str], Packing | None], empty: nn.Module
 ) -> _Plan:
-    plan, parameters = _Plan(), empty.state_dict()
+    plan, parameters = _Plan(method=method), empty.state_dict()
     modules: dict[str, dict[str, _Stored]] = {}
     for tensor in stored:
-        module, part = _split(tensor.name, method.parts)
+        module, part = _split(tensor.name, method)
         if part:
             modules.setdefault(module, {})[part] = tensor
         else:
             _keep(plan, tensor, parameters)
     for module, parts in modules.items():
-        weight = parameters.get(f"{module}.{_WEIGHT}")
-        is_matrix = weight is not None and weight.ndim == 2
+        weight = parameters.get(f"{module}{method.weight}")
+        is_matrix = weight is not None and weight.ndim == (3 if method.of_experts else 2)
         packing = packings(module) if is_matrix and not _is_plain(parts) else None
         if packing is None:
             for tensor in parts.values():
@@ -148,11 +150,12 @@ def _pass_over_zeros(plan: _Plan, stored: Collection[_Stored]) -> None:
             left_over.remove(tensor.name)
 
 
-def _split(name: str, parts: Collection[str]) -> tuple[str, str]:
+def _split(name: str, method: Method) -> tuple[str, str]:
     """Module and part of a tensor's name; the part is empty where it is none."""
-    for part in sorted([*parts, _WEIGHT], key=len, reverse=True):
-        if name.endswith(f".{part}"):
-            return name.removesuffix(f".{part}"), part
+    parts = [*method.parts, *([_WEIGHT] if method.weight else [])]
+    for part in sorted(parts, key=len, reverse=True):
+        if name.endswith(f"{method.joint}{part}"):
+            return name.removesuffix(f"{method.joint}{part}"), part
     return name, ""
 
 
@@ -176,7 +179,8 @@ def _take_apart(plan: _Plan, module: str, packing: Packing, parts: Mapping[str, 
     used = {part: tensor for part, tensor in parts.items() if part in known}
     plan.packed[module] = packing, used
     problems = plan.problems
-    problems["missing_keys"] += [f"{module}.{part}" for part in packing.needed if part not in parts]
+    joint = plan.method.joint
+    problems["missing_keys"] += [f"{module}{joint}{part}" for part in packing.needed if part not in parts]
     problems["unexpected_keys"] += [
         tensor.name for part, tensor in parts.items() if part not in known and part not in packing.passed_over
     ]
@@ -200,7 +204,7 @@ def _weights(plan: _Plan, dtype: torch.dtype, what: str) -> Iterator[tuple[str, 
         except _UNPACKING_ERRORS as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise ConfigError(f"{what}: {module} cannot be unpacked ({reason}); give a whole checkpoint") from error
-        yield f"{module}.{_WEIGHT}", weight.to(dtype).contiguous()
+        yield f"{module}{plan.method.weight}", weight.to(dtype).contiguous()
 
 
 def _read(tensor: _Stored) -> torch.Tensor:

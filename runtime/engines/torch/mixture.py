@@ -6,11 +6,12 @@ for itself, and a cluster's pack may lack experts.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from coreinfer.bundles.contract import expert_role
-from coreinfer.bundles.families import Family, resolve
+from coreinfer.bundles.families import CLAMPED_SWIGLU, ExpertNames, Family, resolve
 from coreinfer.bundles.manifest import ExpertsRecord
 from torch import nn
 from torch.nn import functional
@@ -19,6 +20,8 @@ from transformers.activations import ACT2FN
 __all__ = ["ExpertRun", "Mixture", "Router", "experts_of", "take_experts"]
 
 ROLES = ("gate", "up", "down")
+Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""What gate and up give -> the neurons."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +48,10 @@ class ExpertRun:
 class Router(nn.Module):
     """Says which experts each token uses, and what their outputs are multiplied by."""
 
-    def __init__(self, weight: torch.Tensor, record: ExpertsRecord) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, record: ExpertsRecord) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._record = record
 
     def forward(self, rows: torch.Tensor, absent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +62,7 @@ class Router(nn.Module):
         Returns:
             Numbers of experts, and weights: (tokens, chosen experts) both.
         """
-        logits = functional.linear(rows, self.weight).float().index_fill(1, absent, -torch.inf)
+        logits = functional.linear(rows, self.weight, self.bias).float().index_fill(1, absent, -torch.inf)
         weights, chosen = logits.softmax(dim=-1).topk(self._record.num_chosen, dim=-1)
         if self._record.normalizes:
             weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -70,17 +74,26 @@ class Mixture(nn.Module):
 
     Attributes:
         router: the base's; all else is the FFN.
-        tensors: `expert_role` -> matrix, as `assign_ffn` takes them. Not parameters of the module.
+        tensors: `expert_role` -> matrix or bias, as `assign_ffn` takes them. Not parameters of the module.
         watch: called with what each expert did; None to leave it out.
     """
 
-    def __init__(self, router: Router, record: ExpertsRecord, activation: str, tensors: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        router: Router,
+        record: ExpertsRecord,
+        combine: Combine,
+        tensors: Mapping[str, Any],
+        *,
+        returns_weights: bool,
+    ) -> None:
         super().__init__()
         self.router = router
         self.watch: Callable[[ExpertRun], None] | None = None
         self.tensors: Mapping[str, Any] = {}
         self._num_experts = record.num_experts
-        self._activation = ACT2FN[activation]
+        self._combine = combine
+        self._returns_weights = returns_weights
         self._absent = torch.empty(0, dtype=torch.long)
         self.assign(tensors)
 
@@ -91,25 +104,32 @@ class Mixture(nn.Module):
         device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
         self._absent = torch.tensor(absent, dtype=torch.long, device=device)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Mix (..., hidden size) -> the same shape; outputs are added in the order of the experts' numbers."""
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Mix (..., hidden size) -> the same shape; outputs are added in the order of the experts' numbers.
+
+        Where the family's layers expect them, the router's weights (tokens, chosen experts) are returned too.
+        """
         rows = hidden.reshape(-1, hidden.shape[-1])
         chosen, weights = self.router(rows, self._absent)
         mixed = torch.zeros_like(rows)
         for expert in chosen.unique().tolist():
             row, rank = (chosen == expert).nonzero(as_tuple=True)
-            gate, up, down = (self.tensors[expert_role(expert, role)] for role in ROLES)
             inputs = rows[row]
-            activations = self._activation(functional.linear(inputs, gate)) * functional.linear(inputs, up)
+            activations = self._combine(self._multiply(inputs, expert, "gate"), self._multiply(inputs, expert, "up"))
             own = weights[row, rank]
-            outputs = functional.linear(activations, down) * own[:, None]
+            outputs = self._multiply(activations, expert, "down") * own[:, None]
             if self.watch is not None:
                 run = ExpertRun(
                     expert=expert, rows=row, inputs=inputs, activations=activations, weights=own, outputs=outputs
                 )
                 self.watch(run)
             mixed.index_add_(0, row, outputs)
-        return mixed.reshape(hidden.shape)
+        mixed = mixed.reshape(hidden.shape)
+        return (mixed, weights) if self._returns_weights else mixed
+
+    def _multiply(self, inputs: torch.Tensor, expert: int, role: str) -> torch.Tensor:
+        bias = self.tensors.get(expert_role(expert, f"{role}_bias"))
+        return functional.linear(inputs, self.tensors[expert_role(expert, role)], bias)
 
 
 def experts_of(family: Family, config: Any) -> ExpertsRecord | None:
@@ -127,25 +147,58 @@ def experts_of(family: Family, config: Any) -> ExpertsRecord | None:
 def take_experts(model: Any, family: Family) -> None:
     """Put a `Mixture` in the place of each layer's own; its matrices are views of what transformers has in one.
 
+    Where rows of gate and up take turns, or matrices are turned, they are copied, a layer at a time.
+
     Args:
         model: that transformers built, with or without memory; one that has them already stays as it is.
     """
     record = experts_of(family, model.config)
     if record is None or family.experts is None:
         return
-    activation = str(getattr(model.config, family.activation_field))
+    names, combine = family.experts, _combine(family, model.config)
     for layer in resolve(model, family.layers):
-        whole = layer.get_submodule(family.experts.module)
+        whole = layer.get_submodule(names.module)
         if not isinstance(whole, Mixture):
-            router = Router(resolve(whole, family.experts.router).weight.detach(), record)
-            tensors = _matrices(whole.experts, record)
-            layer.set_submodule(family.experts.module, Mixture(router, record, activation, tensors))
+            own = resolve(whole, names.router)
+            router = Router(own.weight.detach(), own.bias.detach() if names.biased else None, record)
+            tensors = _tensors(whole.experts, record, names)
+            mixture = Mixture(router, record, combine, tensors, returns_weights=names.returns_weights)
+            layer.set_submodule(names.module, mixture)
 
 
-def _matrices(experts: Any, record: ExpertsRecord) -> dict[str, torch.Tensor]:
+def _combine(family: Family, config: Any) -> Combine:
+    if family.activation == CLAMPED_SWIGLU:
+        return partial(_clamped_swiglu, float(config.swiglu_alpha), float(config.swiglu_limit))
+    return partial(_gated, ACT2FN[str(getattr(config, family.activation_field))])
+
+
+def _gated(activation: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return activation(gate) * up
+
+
+def _clamped_swiglu(alpha: float, limit: float, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
+def _tensors(experts: Any, record: ExpertsRecord, names: ExpertNames) -> dict[str, torch.Tensor]:
+    """Each expert's matrices (outputs, inputs), and biases, by `expert_role`."""
     tensors: dict[str, torch.Tensor] = {}
     for number in range(record.num_experts):
-        gate, up = experts.gate_up_proj.detach()[number].chunk(2)
-        matrices = (gate, up, experts.down_proj.detach()[number])
-        tensors |= {expert_role(number, role): matrix for role, matrix in zip(ROLES, matrices, strict=True)}
+        both, down = (matrix.detach()[number] for matrix in (experts.gate_up_proj, experts.down_proj))
+        if names.transposed:
+            both, down = both.T, down.T
+        parts = dict(zip(ROLES, (*_apart(both, names), down), strict=True))
+        if names.biased:
+            gate_bias, up_bias = _apart(experts.gate_up_proj_bias.detach()[number], names)
+            parts |= {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": experts.down_proj_bias.detach()[number]}
+        tensors |= {expert_role(number, role): part.contiguous() for role, part in parts.items()}
     return tensors
+
+
+def _apart(both: torch.Tensor, names: ExpertNames) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of gate and those of up among the rows of both."""
+    if names.interleaved:
+        return both[::2], both[1::2]
+    gate, up = both.chunk(2)
+    return gate, up

@@ -22,11 +22,16 @@ struct Parts {
     return {base.matrix(path + ".weight", rows, cols), base.vector(path + ".bias", rows)};
   }
 
+  // One that must be there.
+  const float* vector(const std::string& name, int size) const {
+    const float* values = base.vector(name, size);
+    if (!values) throw std::invalid_argument(base.name() + ": tensor '" + name + "' is missing");
+    return values;
+  }
+
   // `divisor`: of what comes out.
   Norm norm(const std::string& path, int size, float divisor = 1.0f) const {
-    const float* weight = base.vector(path + ".weight", size);
-    if (!weight) throw std::invalid_argument(base.name() + ": tensor '" + path + ".weight' is missing");
-    return {changed(weight, size, family.norm_offset, divisor),
+    return {changed(vector(path + ".weight", size), size, family.norm_offset, divisor),
             changed(base.vector(path + ".bias", size), size, 0.0f, divisor)};
   }
 
@@ -54,8 +59,10 @@ Router router(const Parts& parts, const std::string& root) {
   if (!parts.family.mixture != (record.num_experts == 0))
     refuse("experts", parts.family.mixture ? "some in a layer" : "none", std::to_string(record.num_experts));
   if (record.num_experts == 0) return {};
-  return {parts.linear(root + parts.family.mixture + "router", record.num_experts, record.hidden_size).weight,
-          record.num_chosen, record.normalizes_experts};
+  const std::string path = root + parts.family.mixture + "router";
+  const Matrix weight = parts.base.matrix(path + ".weight", record.num_experts, record.hidden_size);
+  const float* bias = parts.family.router_bias ? parts.vector(path + ".bias", record.num_experts) : nullptr;
+  return {weight, bias, record.num_chosen, record.normalizes_experts};
 }
 
 Layer assemble_layer(const Parts& parts, const ModelWeights& model, int index) {
@@ -72,6 +79,7 @@ Layer assemble_layer(const Parts& parts, const ModelWeights& model, int index) {
     attention.query_norm = parts.norm(attention_root + "q_norm", joint ? model.query_size() : model.head_dim);
     attention.key_norm = parts.norm(attention_root + "k_norm", joint ? model.kv_size() : model.head_dim);
   }
+  if (parts.family.sinks) attention.sinks = parts.vector(attention_root + "sinks", model.num_heads);
   attention.rope = parts.settings.rotary_of(index);
   attention.window = parts.settings.window_of(index);
   const std::string shares_root = "layers." + std::to_string(index) + ".";
@@ -101,7 +109,11 @@ void set_scalars(ModelWeights& model, const ModelRecord& record, const Family& f
   model.parallel = settings.parallel;
   model.layer_norm = family.layer_norm;
   model.joint_head_norms = family.joint_head_norms;
-  model.nonlinearity = nonlinearity_of(record.activation);
+  model.neuron_function = nonlinearity_of(record.activation);
+  model.neuron_function.alpha = static_cast<float>(settings.swiglu_alpha);
+  model.neuron_function.most = static_cast<float>(settings.swiglu_limit);
+  if (model.neuron_function.kind == Nonlinearity::clamped_swiglu && !record.gated)
+    refuse("activation", "one of an FFN without gates", record.activation);
   model.rotary = settings.rotary;
 }
 
@@ -125,6 +137,12 @@ void check_neurons(const ModelRecord& record, const std::vector<int>& num_neuron
   for (const int count : num_neurons)
     if (count < 1 || count > record.ffn_dim)
       refuse("neurons of a layer", "1 to " + std::to_string(record.ffn_dim), std::to_string(count));
+}
+
+// Null where the FFN, or each expert, has none.
+const float* ffn_bias(const ModelRecord& record, const TensorFile& file, const std::string& name, int size) {
+  if (file.has(name) != record.ffn_bias) refuse(file.name(), record.ffn_bias ? name : "no " + name, "the opposite");
+  return file.vector(name, size);
 }
 
 }  // namespace
@@ -156,11 +174,7 @@ Ffn assemble_ffn(const ModelRecord& record, const TensorFile& file, const std::v
     if (by_neuron && nonlinearity_of(record.activation) != Nonlinearity::relu)
       refuse(file.name() + ": " + root + "down.columns4", "an activation that is zero for many neurons (relu)",
              record.activation);
-    const auto bias = [&](const char* role, int size) {
-      const std::string name = root + role + "_bias";
-      if (file.has(name) != record.ffn_bias) refuse(file.name(), record.ffn_bias ? name : "no " + name, "the opposite");
-      return file.vector(name, size);
-    };
+    const auto bias = [&](const char* role, int size) { return ffn_bias(record, file, root + role + "_bias", size); };
     const auto inner = [&](const char* role, bool rows) {
       return Linear{rows ? file.neurons(root + role + ".rows4", count, record.hidden_size)
                          : file.matrix(root + role, count, record.hidden_size),
@@ -191,10 +205,13 @@ Ffn assemble_experts(const ModelRecord& record, const TensorFile& file, const st
              std::to_string(num_neurons[index]));
     for (int number = 0; number < record.num_experts; ++number) {
       const std::string root = "layers." + std::to_string(index) + ".experts." + std::to_string(number) + ".";
+      const auto linear = [&](const char* role, int rows, int cols) {
+        return Linear{file.matrix(root + role, rows, cols), ffn_bias(record, file, root + role + "_bias", rows)};
+      };
       FfnWeights expert;
-      expert.gate.weight = file.matrix(root + "gate", neurons, hidden);
-      expert.up.weight = file.matrix(root + "up", neurons, hidden);
-      expert.down.weight = file.matrix(root + "down", hidden, neurons);
+      expert.gate = linear("gate", neurons, hidden);
+      expert.up = linear("up", neurons, hidden);
+      expert.down = linear("down", hidden, neurons);
       ffn[index].experts.push_back(expert);
     }
   }

@@ -158,6 +158,13 @@ Family granitemoe() {
   return family;
 }
 
+Family gpt_oss() {
+  Family family = llama("gpt_oss", {"layer_types", "swiglu_alpha", "swiglu_limit"});
+  family.mixture = "mlp.";
+  family.router_bias = family.sinks = true;
+  return family;
+}
+
 const std::vector<Family>& families() {
   static const std::vector<Family> table = {
       opt(),
@@ -180,6 +187,7 @@ const std::vector<Family>& families() {
       qwen3_moe(),
       olmoe(),
       granitemoe(),
+      gpt_oss(),
   };
   return table;
 }
@@ -297,6 +305,8 @@ Settings read_settings(const ModelRecord& record, const Family& family) {
   settings.logits_divisor = reader.factor("logits_scaling");
   settings.score_limit = reader.real("attn_logit_softcapping", 0.0);
   settings.logit_limit = reader.real("final_logit_softcapping", 0.0);
+  settings.swiglu_alpha = reader.factor("swiglu_alpha", 1.702);
+  settings.swiglu_limit = reader.factor("swiglu_limit", 7.0);
   settings.embedding_width = reader.integer("word_embed_proj_dim", record.hidden_size);
   settings.sliding_window = reader.integer("sliding_window", 0);
   const Json* before = find_setting(record, family, "do_layer_norm_before");
@@ -306,6 +316,7 @@ Settings read_settings(const ModelRecord& record, const Family& family) {
   if (settings.sliding_window < 0) refuse("sliding_window", "at least 1", "less");
   if (settings.score_limit < 0) refuse("attn_logit_softcapping", "above 0", "less");
   if (settings.logit_limit < 0) refuse("final_logit_softcapping", "above 0", "less");
+  if (settings.swiglu_limit < 0) refuse("swiglu_limit", "above 0", "less");
   read_layer_kinds(record, family, reader, settings);
   read_rotary(record, family, settings);
   return settings;
@@ -331,7 +342,8 @@ Nonlinearity nonlinearity_of(const std::string& activation) {
                                                                {"gelu_new", Nonlinearity::gelu_tanh},
                                                                {"gelu_fast", Nonlinearity::gelu_tanh},
                                                                {"gelu", Nonlinearity::gelu_erf},
-                                                               {"relu", Nonlinearity::relu}};
+                                                               {"relu", Nonlinearity::relu},
+                                                               {"clamped_swiglu", Nonlinearity::clamped_swiglu}};
   std::string names;
   for (const auto& [name, nonlinearity] : known) {
     if (activation == name) return nonlinearity;

@@ -40,6 +40,8 @@ struct Family {
   bool slides_always = false;            // in all layers, where there is a sliding_window
   bool one_parallel_norm = false;        // of parallel blocks: the FFN's norm is the attention's
   const char* mixture = nullptr;         // path from a layer to its mixture of experts, where its FFN is one
+  bool router_bias = false;              // of that mixture
+  bool sinks = false;                    // of each head, in the softmax over positions
 };
 
 // Throws Unsupported: the engine has no such family.
@@ -50,7 +52,8 @@ struct Settings {
   double epsilon;
   double attention_scale, embedding_scale, residual_scale;
   double logits_divisor;
-  double score_limit, logit_limit;  // 0 for none
+  double score_limit, logit_limit;    // 0 for none
+  double swiglu_alpha, swiglu_limit;  // of the activation clamped_swiglu
   int embedding_width;
   bool norms_after;           // norms of the residual stream after each sublayer, in place of those before it
   bool parallel;              // attention and FFN both read what enters the layer

@@ -35,7 +35,7 @@ void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neuron
   scratch.qkv.resize(size_t(kBlockTokens) * qkv);
   scratch.inputs.resize(kBlockTokens, widest, bf16);
   scratch.neurons.resize(kBlockTokens, max_neurons, bf16);
-  if (weights.nonlinearity == Nonlinearity::relu) {
+  if (weights.neuron_function.kind == Nonlinearity::relu) {
     const int num_parts = weights.num_neuron_parts(), size = num_parts * kPartGroups * kGroup;
     scratch.neuron_inputs.resize(kBlockTokens);
     for (NeuronInputBuffer& inputs : scratch.neuron_inputs) inputs.resize(num_parts);
@@ -169,6 +169,7 @@ class BlockPass {
   void attend_at_once(int layer, const AttentionWeights& attention, int t, int head, float* out) {
     const int position = rows_[t].position, size = weights_.head_dim, stride = decoder_.pool.layout.value_stride();
     attend_part(layer, t, head, 0, first_position(attention, position), position + 1);
+    if (attention.sinks) return combine_parts(attention, head, 1, out);
     for (int query = 0; query < weights_.group_size(); ++query, out += size)
       for (int i = 0; i < size; ++i) out[i] = own_.heads.get()[query * stride + i] / own_.sums.get()[query];
   }
@@ -179,7 +180,13 @@ class BlockPass {
       const Range positions = attention_share(attention, rows_[t].position, part, num_threads_);
       attend_part(layer, t, head, part, positions.begin, positions.end);
     }
-    kernels_.combine(own_.parts.data(), num_threads_, weights_.group_size(), weights_.head_dim, out);
+    combine_parts(attention, head, num_threads_, out);
+  }
+
+  void combine_parts(const AttentionWeights& attention, int head, int num_parts, float* out) {
+    const int group = weights_.group_size();
+    const float* sinks = attention.sinks ? attention.sinks + head * group : nullptr;
+    kernels_.combine(own_.parts.data(), num_parts, group, weights_.head_dim, sinks, out);
   }
 
   void ffn(int layer, const FfnWeights& ffn) {

@@ -9,9 +9,13 @@
 namespace coreinfer {
 namespace {
 
-// A function of its own: both passes must add in the same way, to the bit.
-void add_weighted(float* sum, const float* values, float weight, int size) {
-  for (int i = 0; i < size; ++i) sum[i] += weight * values[i];
+// A function of its own: both passes must add in the same way, to the bit. `bias` may be null.
+void add_weighted(float* sum, const float* values, const float* bias, float weight, int size) {
+  if (!bias) {
+    for (int i = 0; i < size; ++i) sum[i] += weight * values[i];
+    return;
+  }
+  for (int i = 0; i < size; ++i) sum[i] += weight * (values[i] + bias[i]);
 }
 
 }  // namespace
@@ -49,18 +53,19 @@ void allocate(ExpertScratch& scratch, const ModelWeights& weights, int expert_ne
 void choose_experts(const Router& router, const FfnWeights& ffn, const float* logits, ChosenExpert* chosen) {
   const int num_experts = router.weight.rows, num_chosen = router.num_chosen;
   std::vector<bool> taken(num_experts);
+  const auto logit = [&](int e) { return router.bias ? logits[e] + router.bias[e] : logits[e]; };
   float most = 0.0f, sum = 0.0f;
   for (int number = 0; number < num_chosen; ++number) {
     int best = -1;
     for (int e = 0; e < num_experts; ++e)
-      if (!taken[e] && !ffn.experts[e].up.weight.empty() && (best < 0 || logits[e] > logits[best])) best = e;
+      if (!taken[e] && !ffn.experts[e].up.weight.empty() && (best < 0 || logit(e) > logit(best))) best = e;
     taken[best] = true;
-    if (number == 0) most = logits[best];
+    if (number == 0) most = logit(best);
   }
   int number = 0;
   for (int e = 0; e < num_experts; ++e) {
     if (ffn.experts[e].up.weight.empty() || (router.normalizes && !taken[e])) continue;
-    const float share = static_cast<float>(exponential(logits[e] - most));
+    const float share = static_cast<float>(exponential(logit(e) - most));
     sum += share;
     if (taken[e]) chosen[number++] = {e, share};
   }
@@ -101,8 +106,8 @@ void Mixture::sum(int token, float* out) const {
   std::fill(out, out + decoder_.weights.hidden, 0.0f);
   for (int i = 0; i < router_.num_chosen; ++i) {
     const int place = token * router_.num_chosen + i;
-    add_weighted(out, shared_.outputs.get() + size_t(own_.slots[place]) * hidden_, chosen_[place].weight,
-                 decoder_.weights.hidden);
+    add_weighted(out, shared_.outputs.get() + size_t(own_.slots[place]) * hidden_,
+                 ffn_.experts[chosen_[place].expert].down.bias, chosen_[place].weight, decoder_.weights.hidden);
   }
 }
 

@@ -8,7 +8,15 @@
 
 namespace coreinfer {
 
-enum class Nonlinearity { silu, gelu_tanh, gelu_erf, relu };
+enum class Nonlinearity { silu, gelu_tanh, gelu_erf, relu, clamped_swiglu };
+
+// What gate and up become: act(gate) * up. For clamped_swiglu (up + 1) * gate * sigmoid(alpha * gate), where gate is at most
+// `most` and up within plus and minus that.
+struct NeuronFunction {
+  NeuronFunction(Nonlinearity nonlinearity = Nonlinearity::silu) : kind(nonlinearity) {}
+  Nonlinearity kind;
+  float alpha = 1.0f, most = 0.0f;  // of clamped_swiglu alone
+};
 
 constexpr int kPositions = 16;   // positions whose keys are interleaved
 constexpr int kPageTokens = 64;  // positions of one page of the cache
@@ -103,14 +111,17 @@ struct Kernels {
   // RMS norm (no bias) or layer norm.
   void (*rms_norm)(const float* x, const float* weight, float epsilon, int size, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int size, float* out);
-  // out = act(gate) * up, or act(up) where gate is null, both (num_tokens, size); `size` is a multiple of 16.
-  void (*activate)(Nonlinearity kind, const float* gate, const float* up, int size, int num_tokens, float* out,
-                   size_t out_stride);
+  // out = act(gate) * up, or act(up) where gate is null, both (num_tokens, size); `size` is a multiple of 16. There is a
+  // gate for clamped_swiglu.
+  void (*activate)(const NeuronFunction& function, const float* gate, const float* up, int size, int num_tokens,
+                   float* out, size_t out_stride);
   // Index of the first of the largest values.
   int (*largest)(const float* values, int size);
   void (*attend)(const AttentionTask& task);
-  // Put parts of the softmax over different positions together: (num_heads, head_dim).
-  void (*combine)(const AttentionPart* parts, int num_parts, int num_heads, int head_dim, float* out);
+  // Put parts of the softmax over different positions together: (num_heads, head_dim). `sinks` (num_heads) are scores that
+  // take their share and have no value; null where there are none.
+  void (*combine)(const AttentionPart* parts, int num_parts, int num_heads, int head_dim, const float* sinks,
+                  float* out);
   // Rotate the first 2 * half dimensions of one head in place by (half) cosines, then as many sines.
   void (*rotate)(float* head, const float* angles, int half);
   void (*add)(float* x, const float* y, int size);  // x += y

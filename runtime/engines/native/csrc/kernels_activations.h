@@ -27,11 +27,24 @@ inline V::F apply(Nonlinearity kind, V::F x) {
   return gelu_erf(x);
 }
 
-void activate(Nonlinearity kind, const float* gate, const float* up, int size, int num_tokens, float* out,
+inline V::F clamped_swiglu(const NeuronFunction& function, V::F gate, V::F up) {
+  const V::F one = V::set1(1.0f), zero = V::set1(0.0f), most = V::set1(function.most);
+  // In this order of operands a NaN stays one.
+  gate = V::min(most, gate);
+  up = V::max(zero - most, V::min(most, up));
+  return (up + one) * (gate / (one + exp_vector(V::set1(-function.alpha) * gate)));
+}
+
+void activate(const NeuronFunction& function, const float* gate, const float* up, int size, int num_tokens, float* out,
               size_t out_stride) {
+  const Nonlinearity kind = function.kind;
   for (int t = 0; t < num_tokens; ++t, up += size, out += out_stride)
     for (int i = 0; i < size; i += V::kLanes) {
       const float* gates = gate ? gate + size_t(t) * size + i : nullptr;
+      if (kind == Nonlinearity::clamped_swiglu) {
+        V::store(out + i, clamped_swiglu(function, V::load(gates), V::load(up + i)));
+        continue;
+      }
       V::store(out + i, gates ? apply(kind, V::load(gates)) * V::load(up + i) : apply(kind, V::load(up + i)));
     }
 }

@@ -160,12 +160,13 @@ inline void attend_all(const AttentionTask& task) {
 
 void attend(const AttentionTask& task) { task.head.wide ? attend_all<float>(task) : attend_all<uint16_t>(task); }
 
-void combine(const AttentionPart* parts, int num_parts, int num_heads, int head_dim, float* out) {
+void combine(const AttentionPart* parts, int num_parts, int num_heads, int head_dim, const float* sinks, float* out) {
   const int stride = (head_dim + kPositions - 1) / kPositions * kPositions;
   for (int head = 0; head < num_heads; ++head, out += head_dim) {
     float maximum = -__builtin_inff(), total = 0.0f;
     for (int p = 0; p < num_parts; ++p)
       if (parts[p].maxima[head] > maximum) maximum = parts[p].maxima[head];
+    if (sinks && sinks[head] > maximum) maximum = sinks[head];
     for (int i = 0; i < head_dim; ++i) out[i] = 0.0f;
     for (int p = 0; p < num_parts; ++p) {
       if (parts[p].sums[head] == 0.0f) continue;
@@ -181,6 +182,7 @@ void combine(const AttentionPart* parts, int num_parts, int num_heads, int head_
       V::store(padded, V::fma(V::load(values + i), V::set1(weight), V::load(padded)));
       for (int j = 0; i < head_dim; ++i, ++j) out[i] = padded[j];
     }
+    if (sinks) total += exp_one(sinks[head] - maximum);
     const float scale = 1.0f / total;
     for (int i = 0; i < head_dim; ++i) out[i] *= scale;
   }

@@ -165,7 +165,7 @@ void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const F
     if (ffn.up.bias) kernels.add(up + size_t(t) * size, ffn.up.bias + first, last - first);
     if (ffn.gate.bias) kernels.add(gate + size_t(t) * size, ffn.gate.bias + first, last - first);
   }
-  kernels.activate(weights.nonlinearity, ffn.gate.weight.empty() ? nullptr : gate, up, size, num_tokens,
+  kernels.activate(weights.neuron_function, ffn.gate.weight.empty() ? nullptr : gate, up, size, num_tokens,
                    out.x.values + first, out.x.stride);
   for (int t = 0; t < num_tokens; ++t) keep_wanted(kernels, filter, out.token(t).values, first, last - first);
   if (last < end * kUnit)

@@ -25,7 +25,7 @@ void allocate(TokenScratch& scratch, const ModelWeights& weights, int max_neuron
     own.maxima.resize(weights.num_heads);
     own.sums.resize(weights.num_heads);
     own.inputs.resize(1, widest);
-    if (weights.nonlinearity == Nonlinearity::relu) own.neuron_inputs.resize(weights.num_neuron_parts());
+    if (weights.neuron_function.kind == Nonlinearity::relu) own.neuron_inputs.resize(weights.num_neuron_parts());
     scratch.parts.push_back({own.partial.get(), own.maxima.get(), own.sums.get()});
   }
   scratch.qkv.resize(round_up(weights.query_size(), kGroup) + 2 * round_up(weights.kv_size(), kGroup));
@@ -34,7 +34,7 @@ void allocate(TokenScratch& scratch, const ModelWeights& weights, int max_neuron
   scratch.up.resize(round_up(max_neurons, kUnit));
   scratch.ffn_out.resize(hidden);
   scratch.neurons.resize(1, max_neurons);
-  if (weights.nonlinearity == Nonlinearity::relu)
+  if (weights.neuron_function.kind == Nonlinearity::relu)
     scratch.chunk_sums.resize(size_t(num_chunks(max_neurons)) * weights.num_neuron_parts() * kPartGroups * kGroup);
 }
 
@@ -113,7 +113,7 @@ class TokenPass {
     attend(layer, attention, rotation, positions);
     prefetch_share({&attention.output.weight}, thread_, num_threads_);
     decoder_.threads.barrier(thread_);
-    combine(decoder_.filter(layer, kHeads, attention.heads_norms));
+    combine(attention, decoder_.filter(layer, kHeads, attention.heads_norms));
     if (const Columns* columns = columns_of(layer, kHeads))
       multiply_columns(*columns, inputs_, {shared_.attended.get()});
     else
@@ -168,9 +168,10 @@ class TokenPass {
   }
 
   // Put the threads' parts of the softmax together; every thread does it for itself.
-  void combine(const Filter& filter) {
+  void combine(const AttentionWeights& attention, const Filter& filter) {
     const int size = weights_.query_size(), padded = round_up(size, kGroup);
-    kernels_.combine(shared_.parts.data(), num_threads_, weights_.num_heads, weights_.head_dim, inputs_.values);
+    kernels_.combine(shared_.parts.data(), num_threads_, weights_.num_heads, weights_.head_dim, attention.sinks,
+                     inputs_.values);
     std::fill(inputs_.values + size, inputs_.values + padded, 0.0f);
     keep_wanted(kernels_, filter, inputs_.values, 0, size);
     kernels_.quantize(inputs_, padded, 1);

@@ -22,9 +22,10 @@ struct Linear {
 
 struct AttentionWeights {
   Linear query, key, value, output;
-  Norm query_norm, key_norm;  // of each head, or of all of them together
-  int rope = -1;              // which rotary table, -1 for none
-  int window = 0;             // positions that a token sees, itself included; 0 for all
+  Norm query_norm, key_norm;     // of each head, or of all of them together
+  const float* sinks = nullptr;  // (heads): scores that take their share of the softmax and have no value; may be null
+  int rope = -1;                 // which rotary table, -1 for none
+  int window = 0;                // positions that a token sees, itself included; 0 for all
   // Norms of the columns of query, key and value together, and of output's; null where no input is ever left out.
   const float *qkv_norms = nullptr, *heads_norms = nullptr;
 };
@@ -49,7 +50,8 @@ using Ffn = std::vector<FfnWeights>;  // one a layer
 
 // Which experts a token uses; no weight where the FFN is one.
 struct Router {
-  Matrix weight;  // (experts, hidden)
+  Matrix weight;                // (experts, hidden)
+  const float* bias = nullptr;  // (experts); may be null
   int num_chosen = 0;
   bool normalizes = false;  // whether the weights of those that are chosen are divided by their sum
 };
@@ -75,7 +77,7 @@ struct ModelWeights {
   bool parallel = false;                         // attention and FFN both read what enters a layer
   bool layer_norm = false;                       // else RMS norm
   bool joint_head_norms = false;                 // norms of queries and keys take all heads together
-  Nonlinearity nonlinearity = Nonlinearity::silu;
+  NeuronFunction neuron_function;
   Matrix embedding, positions, project_in, project_out, head;  // positions and projections may be empty
   int position_offset = 0;
   Norm final_norm;
