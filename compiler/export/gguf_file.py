@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles.families import Family
 from coreinfer.bundles.formats import GROUP_SIZE
-from coreinfer.compiler.models.gguf.names import LAYOUTS, TensorLayout, file_name, paired_rows
+from coreinfer.compiler.models.gguf.names import LAYOUTS, TensorLayout, file_names, paired_rows
 from coreinfer.compiler.models.gguf.rope import ROPE_FACTORS
 from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -80,7 +80,7 @@ def _tensors(parameters: Sequence[Parameter], family: Family, layout: TensorLayo
         for path, parts in family.joined.items():
             for part in parts:
                 name = name.replace(f".{path}.{part}.", f".{path}.")
-        tensors.setdefault(file_name(name, layout), []).append(parameter)
+        tensors.setdefault(file_names(name, layout)[0], []).append(parameter)
     return tensors
 
 
