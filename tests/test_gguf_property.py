@@ -100,7 +100,7 @@ def _rounded(values: np.ndarray[Any, np.dtype[np.float32]]) -> torch.Tensor:
 
 
 def check_equal(loaded: Any, expected: Any) -> None:
-    """Compare logits to the bit; GPTs' linear modules and experts are multiplied otherwise where they are taken apart."""
+    """Compare logits to the bit; GPTs' linear modules, and experts, are multiplied otherwise where taken apart."""
     tolerance = 1e-4 if expected.config.model_type in ("gpt_neox", "gpt2", *MIXTURES) else 0.0
     torch.testing.assert_close(logits(loaded), logits(expected), rtol=tolerance, atol=tolerance)
 
