@@ -12,7 +12,11 @@ import pytest
 import torch
 from coreinfer.bundles import open_bundle
 from coreinfer.bundles.errors import CoreInferError
+from coreinfer.bundles.token_bytes import token_bytes
 from coreinfer.compiler import CompileConfig, compile_model
+from coreinfer.compiler.checks import find_inputs
+from coreinfer.compiler.estimate.machine import Machine
+from coreinfer.compiler.estimate.plan import make_plan
 from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
 from coreinfer.compiler.models.sources import find_source
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
@@ -66,9 +70,13 @@ def test_a_file_is_read_as_llama_cpp_reads_it(family: str, tmp_path: Path, monke
 def test_a_file_is_compiled(family: str, tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path) -> None:
     paths = write(tmp_path / "model.gguf", contents(tiny_model(tiny_config(family)).bfloat16().float()), parts=2)
     config = replace(tiny_inputs("olmoe"), evaluate=False, controls=False, report_sentences=0)
-    compile_model(replace(config, model=str(paths[0]), output=tmp_path / "bundle"))
+    config = replace(config, model=str(paths[0]), output=tmp_path / "bundle")
+    machine = Machine(num_threads=1, float32_gflops=1.0, bfloat16_gflops=1.0, read_gbps=1.0)
+    plan = make_plan(config, find_inputs(config), lambda: machine)
+    counted = token_bytes(compile_model(config))
+    assert (plan.token_bytes_pack, plan.token_bytes_dense) == (counted.pack, counted.dense)
     expected = logits(load(paths[0]).model)
-    bundle = open_bundle(tmp_path / "bundle")
+    bundle = open_bundle(config.output)
     errors = []
     for decoder in (TorchDecoder(bundle, device="cpu", dtype="float32"), NativeDecoder(bundle, threads=1)):
         errors.append(token_errors(decoder.forward(IDS, all_logits=True), expected))

@@ -1,17 +1,13 @@
-"""Mixtures of experts in GGUF files: what a header states of them, and their matrices, which lie all in one tensor."""
+"""Mixtures of experts in GGUF files: what a header states of them, and which files are refused."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from coreinfer.bundles.errors import UnsupportedModelError
 from coreinfer.bundles.families import family_by_name
 
-from .header import TensorEntry
 from .keys import HeaderKeys
-from .values import read_rows
 
-__all__ = ["expert_fields", "read_experts", "refuse_single_experts"]
+__all__ = ["expert_fields", "refuse_single_experts"]
 
 _SOFTMAX = 1
 """The router that takes a softmax over all experts, among llama.cpp's."""
@@ -67,20 +63,3 @@ def refuse_single_experts(tensor: str, name: str) -> None:
         f"--model {name}: {tensor}: a file of before April 2024, in which each expert has tensors of its own; neither "
         "this nor llama.cpp reads these; download a newer file, or compile the model in safetensors"
     )
-
-
-def read_experts(entries: Sequence[TensorEntry], dtype: torch.dtype) -> torch.Tensor:
-    """Put tensors (experts, rows, columns) together, each expert's rows one after another.
-
-    Only one expert is unpacked at a time.
-
-    Returns:
-        (experts, rows of all, columns) in `dtype`.
-    """
-    num_experts, _, columns = entries[0].shape
-    whole = torch.empty((num_experts, sum(entry.shape[1] for entry in entries), columns), dtype=dtype)
-    for expert in range(num_experts):
-        parts = whole[expert].split([entry.shape[1] for entry in entries])
-        for entry, part in zip(entries, parts, strict=True):
-            part.copy_(torch.from_numpy(read_rows(entry, slice(expert, expert + 1))[0]))
-    return whole

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,11 +11,11 @@ from coreinfer.compiler.models.empty import empty_model
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import architecture_of
-from .experts import read_experts, refuse_single_experts
+from .experts import refuse_single_experts
 from .header import Header, TensorEntry
 from .names import TensorLayout, file_names, layout_of, paired_rows, rows_by_head
 from .tying import EMBEDDING, HEAD, table_of
-from .values import check_readable, read_tensor
+from .values import check_readable, read_rows, read_tensor
 
 __all__ = ["load_weights"]
 
@@ -141,7 +141,7 @@ def _weights(
     for parameter, tensors in sources.items():
         entries = [header.tensors[tensor] for tensor in tensors]
         if len(entries[0].shape) == 3:
-            yield parameter, read_experts(entries, dtype)
+            yield parameter, _experts(entries, dtype)
         else:
             yield parameter, _convert(tensors[0], entries[0], layout, config, dtype)
 
@@ -161,3 +161,20 @@ def _convert(
         # In float32, as files have norms.
         values = values.astype(np.float32) - np.float32(layout.norm_offset)
     return torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
+
+
+def _experts(entries: Sequence[TensorEntry], dtype: torch.dtype) -> torch.Tensor:
+    """Put tensors (experts, rows, columns) together, each expert's rows one after another.
+
+    Only one expert is unpacked at a time.
+
+    Returns:
+        (experts, rows of all, columns) in `dtype`.
+    """
+    num_experts, _, columns = entries[0].shape
+    whole = torch.empty((num_experts, sum(entry.shape[1] for entry in entries), columns), dtype=dtype)
+    for expert in range(num_experts):
+        parts = whole[expert].split([entry.shape[1] for entry in entries])
+        for entry, part in zip(entries, parts, strict=True):
+            part.copy_(torch.from_numpy(read_rows(entry, slice(expert, expert + 1))[0]))
+    return whole
