@@ -225,7 +225,7 @@ def contents(model: PreTrainedModel, kind: gguf.GGMLQuantizationType = gguf.GGML
     """What llama.cpp's converter would write of a model; matrices are stored as `kind`."""
     config = model.config
     architecture = ARCHITECTURES[config.model_type]
-    tensors = {}
+    tensors: dict[str, Values] = {}
     for name, value in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue

@@ -79,7 +79,8 @@ def _values(parts: Sequence[Parameter], dtype: torch.dtype) -> torch.Tensor:
     if parts[0].role is None:
         return values[0]
     num_experts = sum(part.role == parts[0].role for part in parts)
-    return torch.cat(values).unflatten(0, (num_experts, -1))
+    whole: torch.Tensor = torch.cat(values).unflatten(0, (num_experts, -1))
+    return whole
 
 
 def _defaults(chosen: ChosenModel) -> dict[str, Any]:

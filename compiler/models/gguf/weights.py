@@ -106,7 +106,7 @@ def _shapes(
     sources: Mapping[str, tuple[str, ...]], layout: TensorLayout, empty: PreTrainedModel
 ) -> dict[str, tuple[int, ...]]:
     """Tensors that the file has to hold -> their shapes."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     # Shared parameters come once, under the name that they have first.
     for parameter, value in empty.named_parameters():
         tensors, shape = sources.get(parameter) or file_names(parameter, layout), tuple(value.shape)
