@@ -43,8 +43,6 @@ def check_no_expert_options(config: CompileConfig, name: str) -> None:
 def _not_applying(config: CompileConfig) -> Iterator[str]:
     if config.experts == "whole":
         yield from _not_of_whole_experts(config)
-    elif config.budget_mb is not None:
-        yield "--budget-mb: bytes of narrow experts are not counted beforehand yet; use --keep"
     if config.max_memory is not None:
         yield "--max-memory: transformers puts a layer's experts together in memory"
     if config.selection != "output-aware":

@@ -31,6 +31,10 @@ ARCHITECTURES = {
     "starcoder2": "starcoder2",
     "gpt_neox": "gptneox",
     "gpt2": "gpt2",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "olmoe": "olmoe",
+    "granitemoe": "granitemoe",
 }
 EPSILONS = {
     "stablelm": "layer_norm_eps",
@@ -72,6 +76,8 @@ _NAMES = {
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "mlp.gate": "ffn_gate_inp",
+    "block_sparse_moe.router": "ffn_gate_inp",
 }
 _NAMES_OF_GPTS = {
     "gpt_neox.embed_in": "token_embd",
@@ -99,7 +105,14 @@ _NAMES_OF_OUTPUT_NORMS = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-_LLAMA_LIKE = ("llama", "smollm3", "granite")
+_LLAMA_LIKE = ("llama", "smollm3", "granite", "granitemoe")
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 6, "sliding_window": 4},
+    "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 6},
+    "granitemoe": {"num_local_experts": 6},
+}
+"""Families of mixtures -> the fields of theirs, with the weights of the chosen experts as llama.cpp has them."""
 _GRANITE = {
     "attention_multiplier": 0.25,
     "embedding_multiplier": 6.0,
@@ -127,8 +140,10 @@ def tiny_config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
         shape = {"query_pre_attn_scalar": shape["head_dim"], **shape}
     if family == "gemma2":
         shape = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0, **shape}
-    if family == "granite":
+    if family in ("granite", "granitemoe"):
         shape = {**_GRANITE, **shape}
+    if family in MIXTURES:
+        shape = {"num_experts_per_tok": 2, **MIXTURES[family], **shape}
     shape = _with_own_fields(family, shape)
     classes: dict[str, Callable[..., transformers.PreTrainedConfig]] = {
         "llama": transformers.LlamaConfig,
@@ -146,12 +161,20 @@ def tiny_config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
         "starcoder2": transformers.Starcoder2Config,
         "gpt_neox": transformers.GPTNeoXConfig,
         "gpt2": transformers.GPT2Config,
+        "mixtral": transformers.MixtralConfig,
+        "qwen3_moe": transformers.Qwen3MoeConfig,
+        "olmoe": transformers.OlmoeConfig,
+        "granitemoe": transformers.GraniteMoeConfig,
     }
     return classes[family](**shape)
 
 
 def _with_own_fields(family: str, shape: dict[str, Any]) -> dict[str, Any]:
     """Fields of families whose configs have none for the size of a head."""
+    if family == "olmoe":
+        # As many heads of keys as of queries, or llama.cpp has no norms for them.
+        shape = {key: value for key, value in shape.items() if key != "head_dim"}
+        return shape | {"num_attention_heads": 8, "num_key_value_heads": 8}
     if family not in ("phi3", "stablelm", "starcoder2", "gpt_neox", "gpt2"):
         return shape
     left_out = ("head_dim", "num_key_value_heads") if family in ("gpt_neox", "gpt2") else ("head_dim",)
@@ -202,14 +225,27 @@ def contents(model: PreTrainedModel, kind: gguf.GGMLQuantizationType = gguf.GGML
     """What llama.cpp's converter would write of a model; matrices are stored as `kind`."""
     config = model.config
     architecture = ARCHITECTURES[config.model_type]
-    tensors = {}
+    tensors: dict[str, Values] = {}
     for name, value in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        tensors[_file_name(name, architecture)] = _stored(name, value.float().numpy(), architecture, config)
-    kinds = {name: kind for name, values in tensors.items() if values.ndim == 2}
+        values = value.float().numpy()
+        if ".experts." in name:
+            tensors |= _experts(name, values)
+        else:
+            tensors[_file_name(name, architecture)] = _stored(name, values, architecture, config)
+    kinds = {name: kind for name, values in tensors.items() if values.ndim > 1 and "ffn_gate_inp" not in name}
     metadata = {**_header(config, architecture), **tokenizer_metadata()}
     return Contents(architecture=architecture, metadata=metadata, tensors=tensors, kinds=kinds)
+
+
+def _experts(name: str, values: Values) -> dict[str, Values]:
+    """Tensors (experts, rows, columns); gates and ups are in two."""
+    layer = name.split(".")[2]
+    if name.endswith("down_proj"):
+        return {f"blk.{layer}.ffn_down_exps.weight": values}
+    gates, ups = np.split(values, 2, axis=1)
+    return {f"blk.{layer}.ffn_gate_exps.weight": gates, f"blk.{layer}.ffn_up_exps.weight": ups}
 
 
 def _file_name(name: str, architecture: str) -> str:
@@ -260,12 +296,19 @@ def _header(config: Any, architecture: str) -> dict[str, Any]:
     if architecture == "gptneox":
         values["use_parallel_residual"] = config.use_parallel_residual
     values |= _rotation(config, architecture, head_dim)
-    if config.model_type == "granite":
+    if config.model_type in MIXTURES:
+        values |= {
+            "expert_count": getattr(config, "num_local_experts", None) or config.num_experts,
+            "expert_used_count": config.num_experts_per_tok,
+        }
+    if config.model_type == "qwen3_moe":
+        values["expert_feed_forward_length"] = config.moe_intermediate_size
+    if config.model_type in ("granite", "granitemoe"):
         values |= {key: float(getattr(config, field)) for key, field in _GRANITE_KEYS.items()}
     if config.model_type == "gemma2":
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             values[key] = float(getattr(config, key))
-    if config.model_type in ("mistral", "gemma2", "gemma3_text", "olmo3", "phi3"):
+    if config.model_type in ("mistral", "gemma2", "gemma3_text", "olmo3", "phi3", "mixtral"):
         values["attention.sliding_window"] = config.sliding_window or 0
     if config.model_type in ("gemma3_text", "olmo3"):
         values["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]

@@ -15,18 +15,19 @@ import torch
 import transformers
 from coreinfer.bundles.errors import ConfigError, CoreInferError, UnsupportedModelError
 from coreinfer.compiler.models.gguf.config import config_fields
-from coreinfer.compiler.models.gguf.names import LAYOUTS
+from coreinfer.compiler.models.gguf.names import layout_of
 from coreinfer.compiler.models.gguf.parts import read_parts
 from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
 from coreinfer.compiler.models.sources import find_source
 from transformers import PreTrainedModel
 
-from .gguf_factory import EPSILONS, Contents, contents, tiny_config, tiny_model, write
+from .gguf_factory import EPSILONS, MIXTURES, Contents, contents, tiny_config, tiny_model, write
 from .model_factory import build_tokenizer
 
 FAMILIES = (
     *("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "olmo3"),
     *("phi3", "stablelm", "starcoder2", "gpt_neox", "gpt2"),
+    *MIXTURES,
 )
 # Mistral and OLMo 3 are Llama and OLMo 2 with a window, and of their architectures.
 ARCHITECTURES = tuple(family for family in FAMILIES if family not in ("mistral", "olmo3"))
@@ -85,7 +86,7 @@ def test_quantized_tensors_are_what_they_unpack_to(family: str, tmp_path: Path) 
     loaded = load(save(contents(model, Q8_0), tmp_path))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim > 1 and not name.endswith((".gate.weight", ".router.weight")):
                 # Blocks lie within rows, so that their order does not matter; GPT-2 has columns for rows.
                 values = parameter.numpy()
                 parameter.copy_(_rounded(values.T).T if family == "gpt2" and ".h." in name else _rounded(values))
@@ -99,8 +100,8 @@ def _rounded(values: np.ndarray[Any, np.dtype[np.float32]]) -> torch.Tensor:
 
 
 def check_equal(loaded: Any, expected: Any) -> None:
-    """Compare logits to the bit; GPTs' linear modules are multiplied otherwise where they are taken apart."""
-    tolerance = 1e-4 if expected.config.model_type in ("gpt_neox", "gpt2") else 0.0
+    """Compare logits to the bit; GPTs' linear modules, and experts, are multiplied otherwise where taken apart."""
+    tolerance = 1e-4 if expected.config.model_type in ("gpt_neox", "gpt2", *MIXTURES) else 0.0
     torch.testing.assert_close(logits(loaded), logits(expected), rtol=tolerance, atol=tolerance)
 
 
@@ -140,7 +141,7 @@ def test_a_missing_layer_contradicts_the_header(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tensor", ["blk.0.attn_q.bias", "blk.1.attn_rot_embd.weight", "rope_factors_long.weight"])
 def test_tensors_that_the_model_lacks_are_named(family: str, tensor: str, tmp_path: Path) -> None:
     what = written(family)
-    if tensor in what.tensors or tensor in LAYOUTS[what.architecture].factors:
+    if tensor in what.tensors or tensor in layout_of(what.architecture, has_experts=family in MIXTURES).factors:
         pytest.skip("the family has it")
     what.tensors[tensor] = np.ones(32, dtype=np.float32)
     with pytest.raises(ConfigError, match=rf"left over {tensor}"):
@@ -159,7 +160,11 @@ KEYS = [
     if key.startswith(f"{_contents(family).architecture}.")
 ]
 # Another key, or the tensors, say otherwise.
-CONTRADICTED = r"of another shape|(key|value)_length = 8 is not|sliding_window_pattern = \[True, False\], which is not"
+CONTRADICTED = (
+    r"of another shape|(key|value)_length = 8 is not|sliding_window_pattern = \[True, False\], which is not"
+    # Experts of another number, or some without a number.
+    r"|expert_used_count: expected|expert_used_count = 2, which is not carried over|expert_count: expected"
+)
 # Without them a file still says what it is; with other families the key has to be there.
 DEFAULTS: dict[str, dict[str, Any]] = {
     # Worked out from the tensors' shapes and the vocabulary, which say the same here.
@@ -167,17 +172,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "attention.value_length": {},
     "rope.dimension_count": {},
     # In these families heads are as wide as the hidden size says.
-    **{f"{family}.attention.key_length": {} for family in ("phi3", "stablelm", "starcoder2")},
+    **{f"{family}.attention.key_length": {} for family in ("phi3", "stablelm", "starcoder2", "olmoe")},
     # Counts where there are factors.
     "phi3.rope.scaling.original_context_length": {},
     # As llama.cpp has it; the tiny models' own.
     **{f"{family}.rope.freq_base": {} for family in ("phi3", "stablelm", "starcoder2")},
     "llama.rope.freq_base": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
-    "granite.rope.freq_base": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+    **{
+        f"{family}.rope.freq_base": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+        for family in ("granite", "granitemoe", "olmoe")
+    },
     "gemma2.rope.freq_base": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
-    "granite.attention.scale": {"attention_multiplier": 8**-0.5},
-    "granite.embedding_scale": {"embedding_multiplier": 1.0},
-    "granite.residual_scale": {"residual_multiplier": 1.0},
+    **{f"{family}.attention.scale": {"attention_multiplier": 8**-0.5} for family in ("granite", "granitemoe")},
+    **{f"{family}.embedding_scale": {"embedding_multiplier": 1.0} for family in ("granite", "granitemoe")},
+    **{f"{family}.residual_scale": {"residual_multiplier": 1.0} for family in ("granite", "granitemoe")},
     # A file without a window has none.
     "llama.attention.sliding_window": {"sliding_window": None},
     "phi3.attention.sliding_window": {"sliding_window": None},
@@ -257,6 +265,11 @@ CARRIED_OVER = {
     # The shapes of their tensors do not depend on it.
     "gpt_neox": ("rope.dimension_count", "use_parallel_residual", "attention.head_count"),
     "gpt2": ("attention.head_count",),
+    "mixtral": ("expert_used_count",),
+    # No layer has an FFN of that width.
+    "qwen3_moe": ("expert_used_count", "feed_forward_length"),
+    "olmoe": ("expert_used_count",),
+    "granitemoe": ("expert_used_count", "attention.scale", "embedding_scale", "logit_scale", "residual_scale"),
 }
 
 
@@ -265,7 +278,7 @@ CARRIED_OVER = {
 def test_what_is_not_carried_over_is_refused(family: str, key: str, value: Any, tmp_path: Path) -> None:
     what = written(family)
     what.metadata[f"{what.architecture}.{key}"] = value
-    if key in CARRIED_OVER.get(family, ()):
+    if key in CARRIED_OVER.get(family, ()) and not isinstance(value, list):
         assert config_fields(read_parts(save(what, tmp_path)), family)
         return
     with pytest.raises(CoreInferError, match=rf"{what.architecture}\.{key}|missing|{CONTRADICTED}") as caught:
@@ -288,6 +301,15 @@ def test_a_window_of_unknown_layers_is_refused(family: str, tmp_path: Path) -> N
         ("granite", {"embedding_scale": 2.0}, {"embedding_multiplier": 2.0}),
         ("granite", {"logit_scale": 4.0}, {"logits_scaling": 4.0}),
         ("granite", {"residual_scale": 0.75}, {"residual_multiplier": 0.75}),
+        (
+            "granitemoe",
+            {"logit_scale": 4.0, "embedding_scale": 2.0},
+            {"logits_scaling": 4.0, "embedding_multiplier": 2.0},
+        ),
+        ("mixtral", {"expert_used_count": 3}, {"num_experts_per_tok": 3}),
+        ("mixtral", {"attention.sliding_window": 0}, {"sliding_window": None}),
+        ("olmoe", {"expert_used_count": 1, "expert_weights_norm": False}, {"num_experts_per_tok": 1}),
+        ("qwen3_moe", {"expert_used_count": 6, "expert_gating_func": 1}, {"num_experts_per_tok": 6}),
         ("gemma2", {"attn_logit_softcapping": 0.5}, {"attn_logit_softcapping": 0.5}),
         ("gemma2", {"attn_logit_softcapping": 0.0}, {"attn_logit_softcapping": None}),
         ("gemma2", {"final_logit_softcapping": 0.0}, {"final_logit_softcapping": None}),

@@ -23,7 +23,6 @@ from coreinfer.compiler.checks import find_inputs
 from coreinfer.compiler.estimate.machine import Machine
 from coreinfer.compiler.estimate.plan import make_plan
 from coreinfer.compiler.expert_options import with_expert_options
-from coreinfer.compiler.export.chosen import choose_model
 from coreinfer.compiler.models.load import read_config
 from coreinfer.compiler.models.sources import find_source
 from coreinfer.compiler.prune.experts import expert_budgets
@@ -322,8 +321,6 @@ def test_what_mixtures_lack_is_refused(tiny_bundle: Callable[..., Path], tmp_pat
     folder = tiny_bundle("olmoe")
     with pytest.raises(ConfigError, match="memory_mb: layers of experts cannot be read in parts yet"):
         runtime.load(folder, engine="native", memory_mb=100)
-    with pytest.raises(UnsupportedModelError, match="models of family olmoe are not exported yet"):
-        choose_model(folder, cluster=None, dense=True)
     save_model(tmp_path / "quantized", "olmoe")
     method = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     change_json(tmp_path / "quantized" / "config.json", quantization_config=method)

@@ -322,7 +322,6 @@ def test_each_expert_keeps_as_many(loaded: LoadedModel, profile: Profile) -> Non
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"keep": None, "budget_mb": 1.0}, "--budget-mb: bytes of narrow experts"),
         ({"removal": "second-order"}, "--removal second-order: experts are not repaired or healed"),
         ({"max_memory": 4.0}, "--max-memory"),
     ],
@@ -333,6 +332,29 @@ def test_options_that_do_not_apply_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"mixture of experts, for which some options do not apply: {named}"):
         compile_model(replace(narrow_inputs("olmoe"), **options))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int4"])
+def test_a_budget_of_bytes_is_kept(
+    kind: Any, narrow_inputs: Callable[[str], CompileConfig], narrow_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = open_bundle(narrow_bundle("olmoe", kind))
+    # Of the three layers' twelve blocks of 32 neurons of each expert four and a half do not fit.
+    most = NativeDecoder(dense, threads=1).bytes_per_token(0) - dense.manifest.ffn_bytes * 4.5 / 12
+    given: dict[str, Any] = {"keep": None, "budget_mb": most / 1e6, "min_layer_keep": 0.0, "quantize": kind}
+    config = replace(narrow_inputs("olmoe"), output=tmp_path / "bundle", evaluate=False, controls=False, **given)
+    plan = make_plan(
+        config,
+        find_inputs(config),
+        lambda: Machine(num_threads=1, float32_gflops=1.0, bfloat16_gflops=1.0, read_gbps=1.0),
+    )
+    assert plan.keep == pytest.approx(7 / 12)
+    compile_model(config)
+    decoder = NativeDecoder(open_bundle(config.output), threads=1)
+    decoder.use(FfnChoice(cluster=0))
+    assert most - dense.manifest.ffn_bytes / 12 < decoder.bytes_per_token(0) <= most
+    with pytest.raises(ConfigError, match=r"--budget-mb: expected at least .* got 0\.001"):
+        compile_model(replace(config, output=tmp_path / "other", budget_mb=0.001))
 
 
 def test_other_models_have_no_experts(tiny_inputs: Callable[[str], CompileConfig]) -> None:

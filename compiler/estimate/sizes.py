@@ -95,11 +95,13 @@ def kept_neurons(config: CompileConfig, shapes: Shapes) -> int:
     """
     # A budget counts the whole head.
     head = matrix_bytes(config.effective_head_quantize, (shapes.vocab_size, shapes.hidden_size))
-    num_blocks = shapes.ffn_dim / NEURON_BLOCK
+    # Of a mixture those of one expert, as all keep as many.
+    num_blocks = shapes.ffn_dim / shapes.num_experts / NEURON_BLOCK
+    block = NEURON_BLOCK * shapes.num_experts
     keep = keep_of_budget(
         config,
         fixed_bytes=_attention_bytes(shapes, config.quantize) + head,
-        block_bytes=ffn_token_bytes(shapes, config.quantize, NEURON_BLOCK) // shapes.num_layers,
+        block_bytes=ffn_token_bytes(shapes, config.quantize, block, "narrow") // shapes.num_layers,
         num_layers=shapes.num_layers,
         blocks_per_layer=num_blocks,
     )
@@ -111,8 +113,6 @@ def kept_neurons(config: CompileConfig, shapes: Shapes) -> int:
         return shapes.ffn_dim
     if config.effective_budgets != "uniform":
         return round(keep * shapes.ffn_dim)
-    # Of each expert where there are some.
-    num_blocks /= shapes.num_experts
     return max(NEURON_BLOCK, round(keep * num_blocks) * NEURON_BLOCK) * shapes.num_experts
 
 

@@ -28,8 +28,8 @@ Rows = npt.NDArray[np.integer[Any]]
 
 
 def block_type(parameter: Parameter) -> GGMLQuantizationType:
-    """Return the type that holds what the bundle holds; float32 for rows that are not whole blocks."""
-    if len(parameter.shape) == 1:
+    """Return the type that holds what the bundle holds; float32 for rows that are not whole blocks, and for routers."""
+    if len(parameter.shape) == 1 or parameter.rows is not None:
         return GGMLQuantizationType.F32
     kind = _TYPES[stored_parts(parameter.file, parameter.stored)[0]]
     return GGMLQuantizationType.F32 if parameter.padded[-1] % GGML_QUANT_SIZES[kind][0] else kind

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer.bundles import Bundle, ConfigError, UnsupportedModelError, open_bundle
+from coreinfer.bundles.contract import kept_experts
 from coreinfer.bundles.families import Family, family_by_name
 from coreinfer.bundles.tensors import TensorFile
 
@@ -16,15 +17,17 @@ class ChosenModel:
     """One of the models that a bundle holds.
 
     Attributes:
-        ffn: the dense FFN or a cluster pack.
-        widths: neurons of each layer.
+        ffn: the dense FFN or a cluster pack; of a pack that names experts the dense FFN, in which they are.
+        widths: neurons of each layer, of a mixture those of each of its experts.
         cluster: whose pack it is; None for the dense model.
+        experts: of a mixture, the numbers of each layer's experts, as many in each layer; else None.
     """
 
     bundle: Bundle
     ffn: TensorFile
     widths: tuple[int, ...]
     cluster: int | None
+    experts: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def family(self) -> Family:
@@ -51,20 +54,44 @@ def choose_model(bundle_dir: Path, *, cluster: int | None, dense: bool) -> Chose
     Raises:
         BundleError: there is no bundle, or it is damaged.
         ConfigError: it is not said which model, or the bundle does not hold it.
-        UnsupportedModelError: its FFN is a mixture of experts.
+        UnsupportedModelError: it is a mixture whose layers have unlike numbers of experts.
     """
     if dense == (cluster is not None):
         raise ConfigError("expected --cluster N or --dense, got both or neither; coreinfer-inspect lists clusters")
     bundle = open_bundle(bundle_dir, lazy_packs=True)
     manifest = bundle.manifest
-    if manifest.model.experts is not None:
-        raise UnsupportedModelError(f"{bundle_dir}: models of family {manifest.model.family} are not exported yet")
-    if cluster is None:
-        if bundle.dense is None:
-            raise ConfigError(f"--dense: {bundle_dir} lacks the dense FFN; compile it with --dense, or give --cluster")
-        widths = (manifest.model.ffn_dim,) * manifest.model.num_layers
-        return ChosenModel(bundle=bundle, ffn=bundle.dense, widths=widths, cluster=None)
-    if not 0 <= cluster < len(manifest.clusters):
+    if cluster is not None and not 0 <= cluster < len(manifest.clusters):
         raise ConfigError(f"--cluster: expected 0 to {len(manifest.clusters) - 1}, got {cluster}")
+    if manifest.model.experts is not None:
+        return _choose_mixture(bundle, cluster, manifest.model.experts.num_experts)
+    if cluster is None:
+        widths = (manifest.model.ffn_dim,) * manifest.model.num_layers
+        return ChosenModel(bundle=bundle, ffn=_dense_ffn(bundle), widths=widths, cluster=None)
     widths = manifest.clusters[cluster].layer_budgets
     return ChosenModel(bundle=bundle, ffn=bundle.pack(cluster), widths=widths, cluster=cluster)
+
+
+def _dense_ffn(bundle: Bundle) -> TensorFile:
+    if bundle.dense is None:
+        raise ConfigError(f"--dense: {bundle.path} lacks the dense FFN; compile it with --dense, or give --cluster")
+    return bundle.dense
+
+
+def _choose_mixture(bundle: Bundle, cluster: int | None, num_experts: int) -> ChosenModel:
+    manifest = bundle.manifest
+    if cluster is not None and manifest.narrows_experts:
+        ffn, budgets = bundle.pack(cluster), manifest.clusters[cluster].layer_budgets
+        widths = [budget // num_experts for budget in budgets]
+        experts = [list(range(num_experts))] * len(widths)
+    else:
+        experts = kept_experts(None if cluster is None else bundle.pack(cluster), manifest)
+        ffn, widths = _dense_ffn(bundle), [manifest.model.expert_neurons] * len(experts)
+    counts = sorted({len(layer) for layer in experts})
+    if len(counts) > 1:
+        # No row of a router makes an expert that is never chosen, so that layers cannot be filled up.
+        raise UnsupportedModelError(
+            f"--cluster {cluster}: its layers have {counts[0]} to {counts[-1]} experts, and an exported model has as "
+            "many in each layer; compile with --budgets uniform, or give --dense"
+        )
+    numbers = tuple(map(tuple, experts))
+    return ChosenModel(bundle=bundle, ffn=ffn, widths=tuple(widths), cluster=cluster, experts=numbers)

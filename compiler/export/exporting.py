@@ -78,7 +78,8 @@ def _gguf(stage: Path, chosen: ChosenModel) -> tuple[ModelCard, int, int]:
 
 def _hf(stage: Path, chosen: ChosenModel, dtype: str) -> tuple[ModelCard, int, int]:
     done = write_hf(stage, chosen, dtype=dtype)
-    facts = {"width": f"{done.width} neurons in each layer", "dtype": dtype}
+    experts = "" if chosen.experts is None else f"{len(chosen.experts[0])} experts of "
+    facts = {"width": f"{experts}{done.width} neurons in each layer", "dtype": dtype}
     facts |= _sizes(done.num_bytes, done.padding_bytes)
     usage = (
         "```python",
@@ -101,8 +102,11 @@ def _summary(chosen: ChosenModel) -> str:
     if chosen.cluster is None:
         return f"The model {manifest.model.name}, as a CoreInfer bundle holds it: quantized, with all of its neurons."
     cluster = manifest.clusters[chosen.cluster]
+    what = "its FFN's neurons" if chosen.experts is None else "its experts"
+    if manifest.narrows_experts:
+        what = "the neurons of its experts"
     return (
-        f"The model {manifest.model.name} with {cluster.keep_ratio:.0%} of its FFN's neurons, those that text like "
+        f"The model {manifest.model.name} with {cluster.keep_ratio:.0%} of {what}, those that text like "
         f'"{cluster.label}" needs. It is one of the {len(manifest.clusters)} cluster packs of a CoreInfer bundle; on '
         "other text it is worse than the figures below, and nothing chooses another pack."
     )

@@ -1,5 +1,6 @@
 """A chosen model as one GGUF file, written tensor by tensor."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles.families import Family
 from coreinfer.bundles.formats import GROUP_SIZE
-from coreinfer.compiler.models.gguf.names import LAYOUTS, TensorLayout, file_name, paired_rows
+from coreinfer.compiler.models.gguf.names import TensorLayout, file_names, layout_of, paired_rows
 from coreinfer.compiler.models.gguf.rope import ROPE_FACTORS
 from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -55,12 +56,14 @@ def write_gguf(path: Path, chosen: ChosenModel) -> GgufExport:
     parameters, factors = list_parameters(chosen, widths), rope_factors(chosen)
     writer = GGUFWriter(path, architecture)
     _add_fields(writer, fields)
-    layout = LAYOUTS[architecture]
+    layout = layout_of(architecture, has_experts=chosen.experts is not None)
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
     tensors = _tensors(parameters, chosen.family, layout)
     for name, parts in tensors.items():
-        shape = (sum(part.padded[0] for part in parts), *parts[0].padded[1:])
+        shape: tuple[int, ...] = (sum(part.padded[0] for part in parts), *parts[0].padded[1:])
+        if parts[0].role is not None:
+            shape = (len(parts), *parts[0].padded)
         num_bytes, dtype = sum(map(block_bytes, parts)), np.dtype(np.float32)
         writer.add_tensor_info(name, shape, dtype, num_bytes, raw_dtype=block_type(parts[0]))
     writer.write_header_to_file()
@@ -69,18 +72,19 @@ def write_gguf(path: Path, chosen: ChosenModel) -> GgufExport:
     for values in _values(tensors, layout, chosen.config, factors):
         writer.write_tensor_data(values)
     writer.close()
-    return _summary(path, architecture, parameters)
+    return _summary(path, architecture, tensors)
 
 
 def _tensors(parameters: Sequence[Parameter], family: Family, layout: TensorLayout) -> dict[str, list[Parameter]]:
-    """Name in the file -> what lies there, row after row: several parts where transformers has one module."""
+    """Name in the file -> what lies there, row after row: several parts where transformers has one module or tensor."""
     tensors: dict[str, list[Parameter]] = {}
     for parameter in parameters:
         name = parameter.name
         for path, parts in family.joined.items():
             for part in parts:
                 name = name.replace(f".{path}.{part}.", f".{path}.")
-        tensors.setdefault(file_name(name, layout), []).append(parameter)
+        names = file_names(name, layout)
+        tensors.setdefault(names[-1] if parameter.role == "up" else names[0], []).append(parameter)
     return tensors
 
 
@@ -136,12 +140,16 @@ def _add_fields(writer: GGUFWriter, fields: Mapping[str, Any]) -> None:
             writer.add_array(key, value)
 
 
-def _summary(path: Path, architecture: str, parameters: Sequence[Parameter]) -> GgufExport:
+def _summary(path: Path, architecture: str, tensors: Mapping[str, Sequence[Parameter]]) -> GgufExport:
     types: dict[str, int] = {}
     padding = 0
-    for parameter in parameters:
-        kind: GGMLQuantizationType = block_type(parameter)
+    for parts in tensors.values():
+        kind: GGMLQuantizationType = block_type(parts[0])
         types[kind.name] = types.get(kind.name, 0) + 1
-        num_bytes, whole = block_bytes(parameter), int(np.prod(parameter.padded, dtype=np.int64))
-        padding += num_bytes - num_bytes * int(np.prod(parameter.shape, dtype=np.int64)) // whole
+        padding += sum(map(_padding_bytes, parts))
     return GgufExport(architecture=architecture, types=types, num_bytes=path.stat().st_size, padding_bytes=padding)
+
+
+def _padding_bytes(parameter: Parameter) -> int:
+    num_bytes, whole = block_bytes(parameter), math.prod(parameter.padded)
+    return num_bytes - num_bytes * (whole - parameter.num_added) // whole

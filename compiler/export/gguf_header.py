@@ -30,6 +30,10 @@ ARCHITECTURES = {
     "starcoder2": "starcoder2",
     "gpt_neox": "gptneox",
     "gpt2": "gpt2",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "olmoe": "olmoe",
+    "granitemoe": "granitemoe",
 }
 """Family -> the architecture of llama.cpp that its models are written as."""
 _LAYERWISE_FAMILIES = ("llama", "qwen2")
@@ -50,11 +54,13 @@ _EPSILONS = {
     "gpt2": "layer_norm_epsilon",
 }
 """Family -> the config's epsilon, where norms are LayerNorms."""
-_NOT_SLIDING = ("mistral", "phi3", "starcoder2")
+_NOT_SLIDING = ("mistral", "phi3", "starcoder2", "mixtral", "qwen3_moe")
 """Model types whose window llama.cpp does not know."""
 _SLIDING_PATTERN = {"gemma2": 2, "gemma3": 6, "olmo3": 4}
 """Where a file does not say which layers slide: all but every so many."""
 _NO_ROPE_PATTERN = 4
+_NOT_NORMALIZING = ("olmoe",)
+"""Mixtures of which llama.cpp leaves the weights of experts as the softmax over all has them."""
 
 
 def architecture_for(chosen: ChosenModel) -> str:
@@ -95,8 +101,28 @@ def header_fields(chosen: ChosenModel, architecture: str, widths: Sequence[int])
     if chosen.family.name in _EPSILONS:
         kind, setting = "layer_norm_epsilon", _EPSILONS[chosen.family.name]
     fields[f"attention.{kind}"] = float(config[setting])
+    fields |= _expert_fields(chosen, widths[0])
     fields |= _OWN_FIELDS.get(chosen.family.name, _plain_attention)(chosen)
     return {f"{architecture}.{key}": value for key, value in fields.items()}
+
+
+def _expert_fields(chosen: ChosenModel, width: int) -> dict[str, Any]:
+    record, family = chosen.bundle.manifest.model.experts, chosen.family.name
+    if record is None or chosen.experts is None:
+        return {}
+    # Which llama.cpp does by architecture, whatever a file says.
+    normalizes = family not in _NOT_NORMALIZING
+    if record.normalizes != normalizes:
+        does = "divides" if normalizes else "does not divide"
+        raise _refusal(
+            f"llama.cpp's {family} {does} the weights of a token's experts by their sum (norm_topk_prob), and with "
+            "this model it is the other way; use --to hf"
+        )
+    fields: dict[str, Any] = {"expert_count": len(chosen.experts[0]), "expert_used_count": record.num_chosen}
+    if family == "qwen3_moe":
+        # The other key is the width of layers without experts, of which there are none.
+        fields |= {"expert_feed_forward_length": width, "feed_forward_length": int(chosen.config["intermediate_size"])}
+    return fields
 
 
 def _context(chosen: ChosenModel) -> int:
@@ -124,8 +150,8 @@ def _plain_attention(chosen: ChosenModel) -> dict[str, Any]:
     config = chosen.config
     if "sliding_attention" in (config.get("layer_types") or []):
         raise _refusal(f"llama.cpp's {chosen.family.name} has no sliding window; use --to hf")
-    if chosen.family.name == "qwen3" and config.get("attention_bias"):
-        raise _refusal("llama.cpp's qwen3 has no attention biases; use --to hf")
+    if chosen.family.name in ("qwen3", "qwen3_moe") and config.get("attention_bias"):
+        raise _refusal(f"llama.cpp's {chosen.family.name} has no attention biases; use --to hf")
     return _rope(config["rope_parameters"], chosen)
 
 
@@ -152,6 +178,19 @@ def _granite(chosen: ChosenModel) -> dict[str, Any]:
         "residual_scale": "residual_multiplier",
     }
     return _plain_attention(chosen) | {key: float(chosen.config[setting]) for key, setting in keys.items()}
+
+
+def _olmoe(chosen: ChosenModel) -> dict[str, Any]:
+    model = chosen.bundle.manifest.model
+    # llama.cpp has a norm of keys of the hidden size, and a head in every file.
+    _check_plain(
+        chosen,
+        head_dim=model.hidden_size // model.num_heads,
+        num_key_value_heads=model.num_heads,
+        clip_qkv=None,
+        tie_word_embeddings=False,
+    )
+    return _plain_attention(chosen)
 
 
 def _olmo2(chosen: ChosenModel) -> dict[str, Any]:
@@ -245,9 +284,11 @@ def _sliding(chosen: ChosenModel, rope: Mapping[str, Any], *, always: bool = Fal
 _OWN_FIELDS: Mapping[str, Callable[[ChosenModel], dict[str, Any]]] = {
     "smollm3": _smollm3,
     "granite": _granite,
+    "granitemoe": _granite,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "olmo2": _olmo2,
+    "olmoe": _olmoe,
     "olmo3": _olmo3,
     "stablelm": _stablelm,
     "starcoder2": _starcoder2,

@@ -1,7 +1,9 @@
 """A chosen model as a folder that transformers loads without our code: one width for all layers, floats."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ from coreinfer.runtime.engines.torch.joined import put_together
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from .chosen import ChosenModel
-from .parameters import list_parameters, model_config, read_floats
+from .parameters import Parameter, list_parameters, model_config, read_floats
 
 __all__ = ["DTYPES", "HfExport", "write_hf"]
 
 
+_NUM_EXPERTS = {"num_experts", "num_local_experts"}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -25,7 +28,7 @@ class HfExport:
     """What was written.
 
     Attributes:
-        width: neurons of every layer.
+        width: neurons of every layer, or of each of its experts.
         padding_bytes: bytes of neurons that are all zeros.
     """
 
@@ -45,8 +48,9 @@ def write_hf(folder: Path, chosen: ChosenModel, *, dtype: str) -> HfExport:
     """
     width = max(chosen.widths)
     parameters = list_parameters(chosen, [width] * len(chosen.widths))
-    parts = {parameter.name: torch.from_numpy(read_floats(parameter)).to(DTYPES[dtype]) for parameter in parameters}
-    config = model_config(chosen, **{chosen.family.ffn_dim_field: width, "dtype": dtype})
+    named = groupby(parameters, key=lambda parameter: parameter.name)
+    parts = {name: _values(list(group), DTYPES[dtype]) for name, group in named}
+    config = model_config(chosen, **_sizes(chosen, width), dtype=dtype)
     state = put_together(parts, chosen.family, config)
     empty = empty_model(config)
     config.architectures = [type(empty).__name__]
@@ -54,14 +58,29 @@ def write_hf(folder: Path, chosen: ChosenModel, *, dtype: str) -> HfExport:
     model.generation_config = _generation(chosen)
     model.save_pretrained(folder)
     _write_tokenizer(folder, chosen)
-    item = DTYPES[dtype].itemsize
-    added = sum(_size(parameter.padded) - _size(parameter.shape) for parameter in parameters)
+    added = sum(parameter.num_added for parameter in parameters)
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return HfExport(width=width, num_bytes=num_bytes, padding_bytes=added * item)
+    return HfExport(width=width, num_bytes=num_bytes, padding_bytes=added * DTYPES[dtype].itemsize)
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
+def _sizes(chosen: ChosenModel, width: int) -> dict[str, int]:
+    """Fields of the config that the export changes."""
+    names = chosen.family.experts
+    if names is None or chosen.experts is None:
+        return {chosen.family.ffn_dim_field: width}
+    # Of which a config may have transformers' other name.
+    numbers = dict.fromkeys({names.num_field, *_NUM_EXPERTS & chosen.config.keys()}, len(chosen.experts[0]))
+    return {names.dim_field: width, **numbers}
+
+
+def _values(parts: Sequence[Parameter], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of transformers: a parameter, or the matrices of experts (experts, rows, columns)."""
+    values = [torch.from_numpy(read_floats(part)).to(dtype) for part in parts]
+    if parts[0].role is None:
+        return values[0]
+    num_experts = sum(part.role == parts[0].role for part in parts)
+    whole: torch.Tensor = torch.cat(values).unflatten(0, (num_experts, -1))
+    return whole
 
 
 def _defaults(chosen: ChosenModel) -> dict[str, Any]:

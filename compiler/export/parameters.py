@@ -1,14 +1,15 @@
 """The parameters of an exported model, under transformers' names, and where the bundle holds each."""
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import UnsupportedModelError
-from coreinfer.bundles.contract import is_norms, tensor_name
+from coreinfer.bundles.contract import expert_role, is_norms, tensor_name
 from coreinfer.bundles.formats import float_matrix
 from coreinfer.bundles.tensors import StoredTensor
 from coreinfer.compiler.models.empty import empty_model
@@ -19,6 +20,8 @@ from .chosen import ChosenModel
 
 __all__ = ["Parameter", "list_parameters", "model_config", "read_floats"]
 
+_EXPERT_TENSORS = {"experts.gate_up_proj": ("gate", "up"), "experts.down_proj": ("down",)}
+"""Paths from a mixture to transformers' tensors of all experts -> the matrices of each."""
 _PACKED_PARTS = re.compile(r"\.(q4|q8|high|low|scale|zero)$")
 
 
@@ -27,11 +30,14 @@ class Parameter:
     """One tensor of the model.
 
     Attributes:
-        name: transformers' name, or of a part of a module that it has as one.
+        name: transformers' name, or of a part of a module that it has as one. Matrices of a layer's experts have the
+            name of the tensor in which transformers has them, one after another, each one's gate before its up.
         file: the file of the bundle that holds it.
         stored: its name there.
         shape: as it is stored.
         padded: the shape that it is exported with; neurons that are added are zeros.
+        role: of an expert's matrix "gate", "up" or "down".
+        rows: of a router, the numbers of the experts that are there; it is exported in float32, as it computes.
     """
 
     name: str
@@ -39,6 +45,13 @@ class Parameter:
     stored: str
     shape: tuple[int, ...]
     padded: tuple[int, ...]
+    role: str | None = None
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def num_added(self) -> int:
+        """Values that are added to fill up, all of them zeros."""
+        return 0 if self.rows is not None else math.prod(self.padded) - math.prod(self.shape)
 
 
 def model_config(chosen: ChosenModel, **changes: Any) -> PreTrainedConfig:
@@ -51,12 +64,12 @@ def list_parameters(chosen: ChosenModel, widths: Sequence[int]) -> list[Paramete
     """List all parameters.
 
     Args:
-        widths: neurons of each layer in the export, at least those that the bundle has.
+        widths: neurons of each layer in the export, or of each expert there, at least those that the bundle has.
     Raises:
         UnsupportedModelError: the bundle holds tensors that the model does not have.
     """
-    base, ffn_names = chosen.bundle.base, _ffn_names(chosen)
-    parameters = []
+    base, ffn_names, mixtures = chosen.bundle.base, _ffn_names(chosen), _mixture_names(chosen, widths)
+    parameters: list[Parameter] = []
     model = empty_model(model_config(chosen))
     take_apart(model, chosen.family)
     for name, value in model.named_parameters():
@@ -66,6 +79,8 @@ def list_parameters(chosen: ChosenModel, widths: Sequence[int]) -> list[Paramete
             narrow, padded = (_resized(shape, role, width) for width in (chosen.widths[layer], widths[layer]))
             stored = tensor_name(layer, role)
             parameters.append(Parameter(name=name, file=chosen.ffn, stored=stored, shape=narrow, padded=padded))
+        elif name in mixtures:
+            parameters.extend(mixtures[name])
         else:
             parameters.append(Parameter(name=name, file=base, stored=name, shape=shape, padded=shape))
     _check_all_used({_PACKED_PARTS.sub("", name) for name in base if not is_norms(name)}, parameters, chosen)
@@ -80,6 +95,45 @@ def _ffn_names(chosen: ChosenModel) -> dict[str, tuple[int, str]]:
             stem = f"{chosen.family.layers}.{layer}.{path}"
             names |= {f"{stem}.weight": (layer, role), f"{stem}.bias": (layer, f"{role}_bias")}
     return names
+
+
+def _mixture_names(chosen: ChosenModel, widths: Sequence[int]) -> dict[str, list[Parameter]]:
+    """Transformers' name -> what is exported of it, of all that a mixture has in the place of an FFN."""
+    names: dict[str, list[Parameter]] = {}
+    paths, record = chosen.family.experts, chosen.bundle.manifest.model.experts
+    if chosen.experts is None or paths is None or record is None:
+        return names
+    hidden = chosen.bundle.manifest.model.hidden_size
+    for layer, experts in enumerate(chosen.experts):
+        module = f"{chosen.family.layers}.{layer}.{paths.module}"
+        router = f"{module}.{paths.router}.weight"
+        names[router] = [
+            Parameter(
+                name=router,
+                file=chosen.bundle.base,
+                stored=f"{module}.router.weight",
+                shape=(record.num_experts, hidden),
+                padded=(len(experts), hidden),
+                rows=experts,
+            )
+        ]
+        for path, roles in _EXPERT_TENSORS.items():
+            name = f"{module}.{path}"
+            names[name] = list(_expert_matrices(chosen, name, layer, roles, widths[layer]))
+    return names
+
+
+def _expert_matrices(
+    chosen: ChosenModel, name: str, layer: int, roles: tuple[str, ...], width: int
+) -> Iterator[Parameter]:
+    assert chosen.experts is not None
+    hidden = chosen.bundle.manifest.model.hidden_size
+    for expert in chosen.experts[layer]:
+        for role in roles:
+            shape = (hidden, 0) if role == "down" else (0, hidden)
+            narrow, padded = (_resized(shape, role, neurons) for neurons in (chosen.widths[layer], width))
+            stored = tensor_name(layer, expert_role(expert, role))
+            yield Parameter(name=name, file=chosen.ffn, stored=stored, shape=narrow, padded=padded, role=role)
 
 
 def _resized(shape: tuple[int, ...], role: str, width: int) -> tuple[int, ...]:
@@ -97,10 +151,12 @@ def _check_all_used(stored: set[str], parameters: Sequence[Parameter], chosen: C
 
 
 def read_floats(parameter: Parameter) -> npt.NDArray[np.float32]:
-    """Read a parameter as float32 of its padded shape."""
+    """Read a parameter as float32 of the shape that it is exported with."""
     if len(parameter.shape) == 1:
         values = np.asarray(parameter.file[parameter.stored].array, dtype=np.float32)
     else:
         values = float_matrix(parameter.file, parameter.stored, (parameter.shape[0], parameter.shape[1]))
-    grown = [(0, more - has) for has, more in zip(parameter.shape, parameter.padded, strict=True)]
+    if parameter.rows is not None:
+        values = values[list(parameter.rows)]
+    grown = [(0, more - has) for has, more in zip(values.shape, parameter.padded, strict=True)]
     return np.pad(values, grown)

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from coreinfer.bundles.formats import matrix_bytes
+from coreinfer.bundles.formats import ffn_layer_bytes, matrix_bytes
 from coreinfer.compiler.budget import keep_of_budget
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.samples import NEURON_BLOCK
+from coreinfer.runtime.engines.torch.mixture import Router
 from torch import nn
 
 __all__ = ["Sizes", "base_bytes", "block_bytes", "fit_budget"]
@@ -43,26 +44,34 @@ def fit_budget(config: CompileConfig, loaded: LoadedModel) -> float:
         fixed_bytes=base_bytes(config, loaded),
         block_bytes=block_bytes(config, loaded),
         num_layers=loaded.record.num_layers,
-        blocks_per_layer=loaded.record.ffn_dim / NEURON_BLOCK,
+        blocks_per_layer=_block_neurons(loaded) / NEURON_BLOCK,
     )
 
 
+def _block_neurons(loaded: LoadedModel) -> int:
+    """Neurons of a layer that are divided into blocks: of a mixture those of one expert, as all keep as many."""
+    return loaded.record.ffn_dim if loaded.record.experts is None else loaded.record.expert_neurons
+
+
 def base_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
-    """Bytes of attention, other linear layers and the whole head that one decoded token reads, as they are stored."""
+    """Bytes of attention, routers, other linear layers and the whole head that a token reads, as they are stored."""
     ffn = {id(loaded.projection(layer, role)) for layer in range(loaded.record.num_layers) for role in _roles(loaded)}
     total = 0
     for path, module in loaded.model.named_modules():
         if isinstance(module, nn.Linear) and id(module) not in ffn:
             kind = config.effective_head_quantize if path == "lm_head" else config.quantize
             total += matrix_bytes(kind, (module.weight.shape[0], module.weight.shape[1]))
+        elif isinstance(module, Router):
+            total += matrix_bytes("bf16", (module.weight.shape[0], module.weight.shape[1]))
     return total
 
 
 def block_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
-    """Bytes of 32 neurons of one layer."""
-    size = loaded.record.hidden_size
-    shapes = [(size, NEURON_BLOCK) if role == "down" else (NEURON_BLOCK, size) for role in _roles(loaded)]
-    return sum(matrix_bytes(config.quantize, shape) for shape in shapes)
+    """Bytes of 32 neurons of one layer that a token reads, of a mixture 32 of each expert that it uses."""
+    experts = loaded.record.experts
+    num_chosen = 1 if experts is None else experts.num_chosen
+    size, gated = loaded.record.hidden_size, loaded.record.gated
+    return num_chosen * ffn_layer_bytes(config.quantize, size, NEURON_BLOCK, gated=gated)
 
 
 def _roles(loaded: LoadedModel) -> tuple[str, ...]:

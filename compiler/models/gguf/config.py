@@ -7,6 +7,7 @@ from typing import Any
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from coreinfer.bundles.families import family_of_config
 
+from .experts import expert_fields
 from .header import Header
 from .keys import HeaderKeys
 from .rope import scaled_rope
@@ -47,7 +48,7 @@ _EPSILONS = {
     "gpt2": ("layer_norm_epsilon", "attention.layer_norm_epsilon"),
 }
 _ROTATE_PART = ("phi3", "stablelm", "gptneox")
-_EVEN_HEADS = ("phi3", "stablelm", "starcoder2", "gptneox", "gpt2")
+_EVEN_HEADS = ("phi3", "stablelm", "starcoder2", "gptneox", "gpt2", "olmoe")
 # Each head has keys and values of its own, which files need not say.
 _UNGROUPED = ("gptneox", "gpt2")
 _TOKEN_ID_KEYS = {"bos_token_id": "bos_token_id", "pad_token_id": "padding_token_id"}
@@ -184,6 +185,11 @@ def _llama(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[
         "mlp_bias": _has_biases(header, "ffn_gate", "ffn_up", "ffn_down"),
         "rope_parameters": _rope(keys, header, shared, keys.number("rope.freq_base") or _DEFAULT_THETA),
     }
+    if keys.value("expert_count"):
+        # Mixtral is Mistral with experts, and in llama.cpp Llama with them.
+        experts = expert_fields(keys, "mixtral", normalizes=True)
+        rope = fields["rope_parameters"]
+        return {"model_type": "mixtral", "sliding_window": window or None, "rope_parameters": rope, **experts}
     if not window:
         return {"model_type": "llama", **fields}
     if fields.pop("attention_bias") or fields.pop("mlp_bias"):
@@ -219,6 +225,31 @@ def _granite(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dic
     }
 
 
+def _granite_moe(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
+    fields = _granite(keys, header, shared)
+    # Experts have no biases.
+    del fields["mlp_bias"]
+    return fields | {"model_type": "granitemoe", **expert_fields(keys, "granitemoe", normalizes=True)}
+
+
+def _olmoe(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "model_type": "olmoe",
+        "rope_parameters": _rope(keys, header, shared, keys.number("rope.freq_base") or _DEFAULT_THETA),
+        # Of the four mixtures llama.cpp leaves this one's weights as the softmax over all experts has them.
+        **expert_fields(keys, "olmoe", normalizes=False),
+    }
+
+
+def _qwen3_moe(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
+    experts = expert_fields(keys, "qwen3_moe", normalizes=True)
+    # As llama.cpp has it where a file does not say.
+    width = int(shared["intermediate_size"]) // experts["num_experts_per_tok"]
+    if keys.value("expert_feed_forward_length"):
+        width = keys.size("expert_feed_forward_length")
+    return {**_qwen("qwen3_moe")(keys, header, shared), "moe_intermediate_size": width, **experts}
+
+
 def _olmo2(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
     scaled = _rope(keys, header, shared, keys.needed_number("rope.freq_base"))
     window, num_layers = _window(keys), int(shared["num_hidden_layers"])
@@ -242,7 +273,7 @@ def _qwen(model_type: str) -> Callable[[HeaderKeys, Header, Mapping[str, Any]], 
             "model_type": model_type,
             "rope_parameters": _rope(keys, header, shared, keys.needed_number("rope.freq_base")),
         }
-        if model_type == "qwen3":
+        if model_type.startswith("qwen3"):
             found["attention_bias"] = _has_biases(header, "attn_q", "attn_k", "attn_v", "attn_output")
         return found
 
@@ -333,6 +364,9 @@ ARCHITECTURES: dict[str, Callable[[HeaderKeys, Header, Mapping[str, Any]], dict[
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "olmo2": _olmo2,
+    "granitemoe": _granite_moe,
+    "olmoe": _olmoe,
+    "qwen3moe": _qwen3_moe,
     "phi3": phi3_fields,
     "stablelm": stablelm_fields,
     "starcoder2": starcoder2_fields,

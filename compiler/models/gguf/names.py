@@ -1,7 +1,7 @@
 """What llama.cpp's converters call the tensors of a model, and what they do to their values."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from .rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 
-__all__ = ["LAYOUTS", "TensorLayout", "file_name", "paired_rows", "rows_by_head"]
+__all__ = ["LAYOUTS", "TensorLayout", "file_names", "layout_of", "paired_rows", "rows_by_head"]
 
 
 LINEARS = {
@@ -39,6 +39,8 @@ class TensorLayout:
         turned: names in the file, without layer, of matrices that the model has as (inputs, outputs).
         by_head: names in the file, without layer, of modules whose rows are queries, keys and values one after another,
             and lie head by head in the model.
+        experts: of a mixture, paths from a layer to parameters (experts, rows, columns) -> names in the file, without
+            layer, of tensors that hold their rows one after another.
     """
 
     norms: Mapping[str, str]
@@ -50,6 +52,7 @@ class TensorLayout:
     layers: str = "model.layers"
     turned: tuple[str, ...] = ()
     by_head: tuple[str, ...] = ()
+    experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def per_layer(self) -> dict[str, str]:
@@ -131,15 +134,43 @@ LAYOUTS = {
 }
 
 
-def file_name(parameter: str, layout: TensorLayout) -> str:
-    """Name in the file of a parameter of the model."""
+def _mixture(layout: TensorLayout, router: str = "gate", module: str = "mlp") -> TensorLayout:
+    """The same model with a mixture of experts for an FFN."""
+    linears = {name: path for name, path in LINEARS.items() if name.startswith("attn_")}
+    return replace(
+        layout,
+        linears={**linears, "ffn_gate_inp": f"{module}.{router}"},
+        experts={
+            f"{module}.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+            f"{module}.experts.down_proj": ("ffn_down_exps",),
+        },
+    )
+
+
+MIXTURE_LAYOUTS = {
+    "llama": _mixture(_LLAMA),
+    "granitemoe": _mixture(_LLAMA, router="router", module="block_sparse_moe"),
+    "qwen3moe": _mixture(LAYOUTS["qwen3"]),
+    "olmoe": _mixture(TensorLayout(norms={**_TWO_NORMS, **_HEAD_NORMS})),
+}
+
+
+def layout_of(architecture: str, *, has_experts: bool) -> TensorLayout:
+    """Return how models of an architecture are stored."""
+    return (MIXTURE_LAYOUTS if has_experts else LAYOUTS)[architecture]
+
+
+def file_names(parameter: str, layout: TensorLayout) -> tuple[str, ...]:
+    """Name what a file has for a parameter of the model: one tensor, or for gates and ups of experts two."""
     stem, _, kind = parameter.rpartition(".")
     shared = {ours: theirs for theirs, ours in layout.shared.items()}
     if stem in shared:
-        return f"{shared[stem]}.{kind}"
+        return (f"{shared[stem]}.{kind}",)
+    layer, _, path = parameter.removeprefix(f"{layout.layers}.").partition(".")
+    if path in layout.experts:
+        return tuple(f"blk.{layer}.{name}.weight" for name in layout.experts[path])
     per_layer = {ours: theirs for theirs, ours in layout.per_layer.items()}
-    layer, _, inner = stem.removeprefix(f"{layout.layers}.").partition(".")
-    return f"blk.{layer}.{per_layer[inner]}.{kind}"
+    return (f"blk.{layer}.{per_layer[path.rpartition('.')[0]]}.{kind}",)
 
 
 def rows_by_head(values: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:

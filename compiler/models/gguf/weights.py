@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,15 +11,17 @@ from coreinfer.compiler.models.empty import empty_model
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import architecture_of
+from .experts import refuse_single_experts
 from .header import Header, TensorEntry
-from .names import LAYOUTS, TensorLayout, file_name, paired_rows, rows_by_head
+from .names import TensorLayout, file_names, layout_of, paired_rows, rows_by_head
 from .tying import EMBEDDING, HEAD, table_of
-from .values import check_readable, read_tensor
+from .values import check_readable, read_rows, read_tensor
 
 __all__ = ["load_weights"]
 
 _log = logging.getLogger(__name__)
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
+_SINGLE_EXPERT = re.compile(r"ffn_(gate|up|down)\.\d+")
 _MOST_NAMED = 5
 
 
@@ -34,10 +36,10 @@ def load_weights(header: Header, config: PreTrainedConfig, *, dtype: torch.dtype
         ConfigError: a tensor is missing, left over or of another shape.
         UnsupportedModelError: a tensor's type cannot be unpacked.
     """
-    layout = LAYOUTS[architecture_of(header, name)]
-    sources = _sources(header, layout)
+    layout = _layout(header, name)
+    sources = _sources(header, layout, name)
     empty = empty_model(config)
-    _check_complete(header, sources, empty, name)
+    _check_complete(header, layout, sources, empty, name)
     for tensor, entry in header.tensors.items():
         check_readable(tensor, entry)
     weights = dict(_weights(header, sources, layout, config, dtype))
@@ -45,41 +47,48 @@ def load_weights(header: Header, config: PreTrainedConfig, *, dtype: torch.dtype
     return model
 
 
-def _sources(header: Header, layout: TensorLayout) -> dict[str, str]:
+def _layout(header: Header, name: str) -> TensorLayout:
+    architecture = architecture_of(header, name)
+    return layout_of(architecture, has_experts=bool(header.metadata.get(f"{architecture}.expert_count")))
+
+
+def _sources(header: Header, layout: TensorLayout, name: str) -> dict[str, tuple[str, ...]]:
     """Name in the model -> in the file, for tensors of names that the architecture has."""
-    per_layer = layout.per_layer
-    sources = {}
+    per_layer, paths = layout.per_layer, {part: path for path, parts in layout.experts.items() for part in parts}
+    sources: dict[str, tuple[str, ...]] = {}
     for tensor in header.tensors:
         match = _BLOCK.fullmatch(tensor)
         if match and match[2] in per_layer:
-            sources[f"{layout.layers}.{int(match[1])}.{per_layer[match[2]]}.{match[3]}"] = tensor
+            sources[f"{layout.layers}.{int(match[1])}.{per_layer[match[2]]}.{match[3]}"] = (tensor,)
+        elif match and match[2] in paths:
+            parameter = f"{layout.layers}.{int(match[1])}.{paths[match[2]]}"
+            sources[parameter] = file_names(parameter, layout)
+        elif match and _SINGLE_EXPERT.fullmatch(match[2]):
+            refuse_single_experts(tensor, name)
         stem, _, kind = tensor.rpartition(".")
         if stem in layout.shared:
-            sources[f"{layout.shared[stem]}.{kind}"] = tensor
+            sources[f"{layout.shared[stem]}.{kind}"] = (tensor,)
     if HEAD in header.tensors and (table := table_of(header)):
         # The better one serves as both.
         _log.info("%s and %s are one table in other bits; %s serves as both", EMBEDDING, HEAD, table)
-        sources[f"{layout.shared['token_embd']}.weight"] = table
+        sources[f"{layout.shared['token_embd']}.weight"] = (table,)
         del sources[f"{layout.shared['output']}.weight"]
     return sources
 
 
-def _check_complete(header: Header, sources: Mapping[str, str], empty: PreTrainedModel, name: str) -> None:
-    layout = LAYOUTS[architecture_of(header, name)]
-    # Shared parameters come once, under the name that they have first.
-    shapes = {
-        parameter: tuple(value.shape)[:: -1 if _is_turned(file_name(parameter, layout), layout) else 1]
-        for parameter, value in empty.named_parameters()
-    }
-    missing = [file_name(parameter, layout) for parameter in shapes if parameter not in sources]
-    taken = {sources[parameter] for parameter in shapes if parameter in sources}
+def _check_complete(
+    header: Header, layout: TensorLayout, sources: Mapping[str, tuple[str, ...]], empty: PreTrainedModel, name: str
+) -> None:
+    shapes = _shapes(sources, layout, empty)
+    missing = [tensor for tensor in shapes if tensor not in header.tensors]
+    taken = set(shapes)
     if taken & {EMBEDDING, HEAD} and table_of(header):
         taken |= {EMBEDDING, HEAD}
     left_over = [tensor for tensor in header.tensors if tensor not in {*taken, *layout.factors}]
     other = [
         f"{tensor} is {list(header.tensors[tensor].shape)}, expected {list(shape)}"
-        for parameter, shape in shapes.items()
-        if (tensor := sources.get(parameter, "")) and header.tensors[tensor].shape != shape
+        for tensor, shape in shapes.items()
+        if tensor in header.tensors and header.tensors[tensor].shape != shape
     ]
     problems = [
         f"{what} {_few(tensors)}"
@@ -91,6 +100,20 @@ def _check_complete(header: Header, sources: Mapping[str, str], empty: PreTraine
             f"--model {name}: its tensors are not those of the {empty.config.model_type} model of its header: "
             f"{'; '.join(problems)}; download or convert it again"
         )
+
+
+def _shapes(
+    sources: Mapping[str, tuple[str, ...]], layout: TensorLayout, empty: PreTrainedModel
+) -> dict[str, tuple[int, ...]]:
+    """Tensors that the file has to hold -> their shapes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    # Shared parameters come once, under the name that they have first.
+    for parameter, value in empty.named_parameters():
+        tensors, shape = sources.get(parameter) or file_names(parameter, layout), tuple(value.shape)
+        if len(tensors) > 1:
+            shape = (shape[0], shape[1] // len(tensors), *shape[2:])
+        shapes |= {tensor: shape[:: -1 if _is_turned(tensor, layout) else 1] for tensor in tensors}
+    return shapes
 
 
 def _stem(tensor: str) -> str:
@@ -109,10 +132,18 @@ def _few(names: list[str]) -> str:
 
 
 def _weights(
-    header: Header, sources: Mapping[str, str], layout: TensorLayout, config: PreTrainedConfig, dtype: torch.dtype
+    header: Header,
+    sources: Mapping[str, tuple[str, ...]],
+    layout: TensorLayout,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    for parameter, tensor in sources.items():
-        yield parameter, _convert(tensor, header.tensors[tensor], layout, config, dtype)
+    for parameter, tensors in sources.items():
+        entries = [header.tensors[tensor] for tensor in tensors]
+        if len(entries[0].shape) == 3:
+            yield parameter, _experts(entries, dtype)
+        else:
+            yield parameter, _convert(tensors[0], entries[0], layout, config, dtype)
 
 
 def _convert(
@@ -130,3 +161,20 @@ def _convert(
         # In float32, as files have norms.
         values = values.astype(np.float32) - np.float32(layout.norm_offset)
     return torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
+
+
+def _experts(entries: Sequence[TensorEntry], dtype: torch.dtype) -> torch.Tensor:
+    """Put tensors (experts, rows, columns) together, each expert's rows one after another.
+
+    Only one expert is unpacked at a time.
+
+    Returns:
+        (experts, rows of all, columns) in `dtype`.
+    """
+    num_experts, _, columns = entries[0].shape
+    whole = torch.empty((num_experts, sum(entry.shape[1] for entry in entries), columns), dtype=dtype)
+    for expert in range(num_experts):
+        parts = whole[expert].split([entry.shape[1] for entry in entries])
+        for entry, part in zip(entries, parts, strict=True):
+            part.copy_(torch.from_numpy(read_rows(entry, slice(expert, expert + 1))[0]))
+    return whole
