@@ -106,7 +106,7 @@ _NAMES_OF_OUTPUT_NORMS = {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 _LLAMA_LIKE = ("llama", "smollm3", "granite", "granitemoe")
-MIXTURES: dict[str, dict[str, Any]] = {
+MIXTURE_SHAPES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 6, "sliding_window": 4},
     "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 64, "norm_topk_prob": True},
     "olmoe": {"num_experts": 6},
@@ -142,8 +142,8 @@ def tiny_config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
         shape = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0, **shape}
     if family in ("granite", "granitemoe"):
         shape = {**_GRANITE, **shape}
-    if family in MIXTURES:
-        shape = {"num_experts_per_tok": 2, **MIXTURES[family], **shape}
+    if family in MIXTURE_SHAPES:
+        shape = {"num_experts_per_tok": 2, **MIXTURE_SHAPES[family], **shape}
     shape = _with_own_fields(family, shape)
     classes: dict[str, Callable[..., transformers.PreTrainedConfig]] = {
         "llama": transformers.LlamaConfig,
@@ -296,7 +296,7 @@ def _header(config: Any, architecture: str) -> dict[str, Any]:
     if architecture == "gptneox":
         values["use_parallel_residual"] = config.use_parallel_residual
     values |= _rotation(config, architecture, head_dim)
-    if config.model_type in MIXTURES:
+    if config.model_type in MIXTURE_SHAPES:
         values |= {
             "expert_count": getattr(config, "num_local_experts", None) or config.num_experts,
             "expert_used_count": config.num_experts_per_tok,

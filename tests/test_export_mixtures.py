@@ -22,7 +22,8 @@ from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .bundle_factory import change_tensors, edit_manifest
-from .model_factory import MIXTURES, corpus_texts, save_model
+from .gguf_factory import MIXTURE_SHAPES
+from .model_factory import corpus_texts, save_model
 from .test_export import LLAMA_CPP_READS, SCRIPTS, Logits, divergence, exported, model_logits, own_logits, token_ids
 from .test_narrow_experts import wide_settings
 
@@ -57,7 +58,7 @@ def token_divergences(expected: Logits, got: Logits) -> np.ndarray:
 @pytest.mark.parametrize(
     ("family", "quantize"),
     [
-        *((family, "bf16") for family in MIXTURES),
+        *((family, "bf16") for family in MIXTURE_SHAPES),
         ("qwen3_moe", "int4"),
         ("granitemoe", "int4"),
         ("mixtral", "int8"),
@@ -101,7 +102,7 @@ def test_experts_are_filled_up_to_one_width(bundle_of: Callable[..., Path], tmp_
 
 
 @pytest.mark.parametrize("which", CLUSTERS)
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", MIXTURE_SHAPES)
 def test_llama_cpp_computes_the_same(
     family: str, which: str, bundle_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +124,7 @@ def test_llama_cpp_computes_the_same(
 
 
 @pytest.mark.parametrize("which", CLUSTERS)
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", MIXTURE_SHAPES)
 def test_a_folder_for_transformers(family: str, which: str, bundle_of: Callable[..., Path], tmp_path: Path) -> None:
     bundle_dir, cluster = bundle_of(family, "narrow" if which == "narrow" else "whole"), CLUSTERS[which]
     done = exported(bundle_dir, tmp_path, "hf", cluster=cluster, dense=cluster is None)
@@ -184,3 +185,10 @@ def test_an_olmoe_that_llama_cpp_does_not_load_is_refused(tiny_bundle: Callable[
     with pytest.raises(UnsupportedModelError, match="olmoe has no num_key_value_heads of 2; use --to hf"):
         exported(tiny_bundle("olmoe"), tmp_path, "gguf")
     assert exported(tiny_bundle("olmoe"), tmp_path, "hf").num_bytes
+
+
+@pytest.mark.parametrize("form", ["gguf", "hf"])
+def test_gpt_oss_is_refused(form: str, tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="models of family gpt_oss are not exported yet"):
+        exported(tiny_bundle("gpt_oss"), tmp_path / "out", form)
+    assert not (tmp_path / "out").exists()

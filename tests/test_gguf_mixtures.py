@@ -22,7 +22,7 @@ from coreinfer.compiler.models.sources import find_source
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
-from .gguf_factory import MIXTURES, Contents, contents, tiny_config, tiny_model, write
+from .gguf_factory import MIXTURE_SHAPES, Contents, contents, tiny_config, tiny_model, write
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 IDS = list(range(3, 43))
@@ -51,7 +51,7 @@ def token_errors(got: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return errors
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", MIXTURE_SHAPES)
 def test_a_file_is_read_as_llama_cpp_reads_it(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether weights are divided by their sum, which no file says, and the factors of Granite."""
     monkeypatch.syspath_prepend(SCRIPTS)
@@ -66,7 +66,7 @@ def test_a_file_is_read_as_llama_cpp_reads_it(family: str, tmp_path: Path, monke
     assert np.median(token_errors(logits(load(path).model), theirs)) < 5e-3
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", MIXTURE_SHAPES)
 def test_a_file_is_compiled(family: str, tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path) -> None:
     paths = write(tmp_path / "model.gguf", contents(tiny_model(tiny_config(family)).bfloat16().float()), parts=2)
     config = replace(tiny_inputs("olmoe"), evaluate=False, controls=False, report_sentences=0)
@@ -101,8 +101,8 @@ def test_experts_that_are_tensors_of_their_own_are_refused(role: str, tmp_path: 
         ("mixtral", "expert_weights_norm", False),
         ("qwen3_moe", "expert_weights_norm", False),
         ("olmoe", "expert_weights_norm", True),
-        *((family, "expert_gating_func", 2) for family in MIXTURES),
-        *((family, "expert_weights_scale", 2.5) for family in MIXTURES),
+        *((family, "expert_gating_func", 2) for family in MIXTURE_SHAPES),
+        *((family, "expert_weights_scale", 2.5) for family in MIXTURE_SHAPES),
         ("granitemoe", "expert_shared_feed_forward_length", 64),
         ("mixtral", "expert_used_count", 7),
         ("mixtral", "expert_used_count", 0),

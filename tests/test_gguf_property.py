@@ -21,13 +21,13 @@ from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
 from coreinfer.compiler.models.sources import find_source
 from transformers import PreTrainedModel
 
-from .gguf_factory import EPSILONS, MIXTURES, Contents, contents, tiny_config, tiny_model, write
+from .gguf_factory import EPSILONS, MIXTURE_SHAPES, Contents, contents, tiny_config, tiny_model, write
 from .model_factory import build_tokenizer
 
 FAMILIES = (
     *("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "olmo3"),
     *("phi3", "stablelm", "starcoder2", "gpt_neox", "gpt2"),
-    *MIXTURES,
+    *MIXTURE_SHAPES,
 )
 # Mistral and OLMo 3 are Llama and OLMo 2 with a window, and of their architectures.
 ARCHITECTURES = tuple(family for family in FAMILIES if family not in ("mistral", "olmo3"))
@@ -101,7 +101,7 @@ def _rounded(values: np.ndarray[Any, np.dtype[np.float32]]) -> torch.Tensor:
 
 def check_equal(loaded: Any, expected: Any) -> None:
     """Compare logits to the bit; GPTs' linear modules, and experts, are multiplied otherwise where taken apart."""
-    tolerance = 1e-4 if expected.config.model_type in ("gpt_neox", "gpt2", *MIXTURES) else 0.0
+    tolerance = 1e-4 if expected.config.model_type in ("gpt_neox", "gpt2", *MIXTURE_SHAPES) else 0.0
     torch.testing.assert_close(logits(loaded), logits(expected), rtol=tolerance, atol=tolerance)
 
 
@@ -141,7 +141,7 @@ def test_a_missing_layer_contradicts_the_header(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tensor", ["blk.0.attn_q.bias", "blk.1.attn_rot_embd.weight", "rope_factors_long.weight"])
 def test_tensors_that_the_model_lacks_are_named(family: str, tensor: str, tmp_path: Path) -> None:
     what = written(family)
-    if tensor in what.tensors or tensor in layout_of(what.architecture, has_experts=family in MIXTURES).factors:
+    if tensor in what.tensors or tensor in layout_of(what.architecture, has_experts=family in MIXTURE_SHAPES).factors:
         pytest.skip("the family has it")
     what.tensors[tensor] = np.ones(32, dtype=np.float32)
     with pytest.raises(ConfigError, match=rf"left over {tensor}"):
