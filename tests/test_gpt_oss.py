@@ -54,7 +54,7 @@ def sure_bundle(
     """A function (quantize) that compiles it with narrow experts, once each."""
 
     @cache
-    def compiled(quantize: str = "bf16") -> Path:
+    def compiled(quantize: Any = "bf16") -> Path:
         output = tmp_path_factory.mktemp("bundles") / quantize
         options: dict[str, Any] = {"experts": "narrow", "clusters": 2, "budgets": None, "keep": 0.6}
         config = replace(tiny_inputs("gpt_oss"), model=str(sure_model), output=output, quantize=quantize, **options)
