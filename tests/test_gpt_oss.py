@@ -54,8 +54,8 @@ def sure_bundle(
     """A function (quantize) that compiles it with narrow experts, once each."""
 
     @cache
-    def compiled(quantize: str = "bf16") -> Path:
-        output = tmp_path_factory.mktemp("bundles") / quantize
+    def compiled(quantize: Any = "bf16") -> Path:
+        output: Path = tmp_path_factory.mktemp("bundles") / quantize
         options: dict[str, Any] = {"experts": "narrow", "clusters": 2, "budgets": None, "keep": 0.6}
         config = replace(tiny_inputs("gpt_oss"), model=str(sure_model), output=output, quantize=quantize, **options)
         compile_model(config)
@@ -108,6 +108,12 @@ def test_torch_is_transformers(sure_model: Path, sure_bundle: Callable[..., Path
     with torch.inference_mode():
         expected = AutoModelForCausalLM.from_pretrained(sure_model, dtype=torch.float32)(torch.tensor([IDS])).logits
     np.testing.assert_allclose(blocks(decoder), expected[0].numpy(), atol=2e-4, rtol=1e-4)
+
+
+def test_torch_in_bfloat16(sure_bundle: Callable[..., Path]) -> None:
+    bundle = open_bundle(sure_bundle())
+    expected, got = (blocks(TorchDecoder(bundle, device="cpu", dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    assert 0 < error(got, expected) < 0.1
 
 
 @pytest.mark.parametrize("isa", _native.available_isas())

@@ -1,7 +1,8 @@
 """MXFP4, as OpenAI publishes the experts of gpt-oss: floats of 4 bits, 32 of which share a power of two.
 
-The format is that of the OCP Microscaling Formats specification 1.0: elements E2M1, scales E8M0. All of its numbers are
-numbers of bfloat16 too, so that nothing is rounded.
+The format is that of the OCP Microscaling Formats specification 1.0: elements E2M1, scales E8M0. All of its numbers
+below 2^128 are numbers of bfloat16 too, so that nothing is rounded; larger ones become infinite, and are refused with
+all weights that are not finite.
 """
 
 from collections.abc import Mapping
