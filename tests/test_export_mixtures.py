@@ -184,6 +184,17 @@ def test_weights_that_llama_cpp_would_normalize_are_refused(
         exported(folder, tmp_path / "out", "gguf")
 
 
+def test_what_a_bundle_does_not_hold_is_named(copied: Callable[[str], Path], tmp_path: Path) -> None:
+    """Such as biases of experts and routers, which other mixtures have."""
+    folder = copied("granitemoe")
+    with edit_manifest(folder) as data:
+        data["model"]["config"]["attention_bias"] = True
+    with pytest.raises(
+        UnsupportedModelError, match=r"it has no tensor model\.layers\.0\.self_attn\.k_proj\.bias, which"
+    ):
+        exported(folder, tmp_path / "out", "hf")
+
+
 def test_an_olmoe_that_llama_cpp_does_not_load_is_refused(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="olmoe has no num_key_value_heads of 2; use --to hf"):
         exported(tiny_bundle("olmoe"), tmp_path, "gguf")
