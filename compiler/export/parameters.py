@@ -66,7 +66,7 @@ def list_parameters(chosen: ChosenModel, widths: Sequence[int]) -> list[Paramete
     Args:
         widths: neurons of each layer in the export, or of each expert there, at least those that the bundle has.
     Raises:
-        UnsupportedModelError: the bundle holds tensors that the model does not have.
+        UnsupportedModelError: the bundle holds tensors that the model does not have, or lacks some that it has.
     """
     base, ffn_names, mixtures = chosen.bundle.base, _ffn_names(chosen), _mixture_names(chosen, widths)
     parameters: list[Parameter] = []
@@ -83,7 +83,7 @@ def list_parameters(chosen: ChosenModel, widths: Sequence[int]) -> list[Paramete
             parameters.extend(mixtures[name])
         else:
             parameters.append(Parameter(name=name, file=base, stored=name, shape=shape, padded=shape))
-    _check_all_used({_PACKED_PARTS.sub("", name) for name in base if not is_norms(name)}, parameters, chosen)
+    _check_same_tensors({_PACKED_PARTS.sub("", name) for name in base if not is_norms(name)}, parameters, chosen)
     return parameters
 
 
@@ -142,11 +142,18 @@ def _resized(shape: tuple[int, ...], role: str, width: int) -> tuple[int, ...]:
     return (shape[0], width) if role == "down" else (width, *shape[1:])
 
 
-def _check_all_used(stored: set[str], parameters: Sequence[Parameter], chosen: ChosenModel) -> None:
+def _check_same_tensors(stored: set[str], parameters: Sequence[Parameter], chosen: ChosenModel) -> None:
+    model_type = chosen.config.get("model_type")
     if unknown := sorted(stored - {parameter.stored for parameter in parameters}):
         raise UnsupportedModelError(
-            f"bundle {chosen.bundle.path}: transformers' {chosen.config.get('model_type')} model has no tensor "
-            f"{unknown[0]}; compile the bundle again with this coreinfer and transformers"
+            f"bundle {chosen.bundle.path}: transformers' {model_type} model has no tensor {unknown[0]}; "
+            "compile the bundle again with this coreinfer and transformers"
+        )
+    asked = {parameter.stored for parameter in parameters if parameter.file is chosen.bundle.base}
+    if missing := sorted(asked - stored):
+        raise UnsupportedModelError(
+            f"bundle {chosen.bundle.path}: it has no tensor {missing[0]}, which transformers' {model_type} model has; "
+            f"models of family {chosen.family.name} with it are not exported"
         )
 
 
