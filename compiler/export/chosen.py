@@ -66,5 +66,7 @@ def choose_model(bundle_dir: Path, *, cluster: int | None, dense: bool) -> Chose
         return ChosenModel(bundle=bundle, ffn=bundle.dense, widths=widths, cluster=None)
     if not 0 <= cluster < len(manifest.clusters):
         raise ConfigError(f"--cluster: expected 0 to {len(manifest.clusters) - 1}, got {cluster}")
+    if manifest.clusters[cluster].file is None:
+        raise ConfigError(f"--cluster {cluster}: it is thin, and its weights are the dense FFN's; give --dense")
     widths = manifest.clusters[cluster].layer_budgets
     return ChosenModel(bundle=bundle, ffn=bundle.pack(cluster), widths=widths, cluster=cluster)

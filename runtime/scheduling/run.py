@@ -208,12 +208,18 @@ def path_step(loaded: Loaded, cluster: int, *, first_token: int, distance: float
 
 
 def decoding(run: Run, choice: FfnChoice) -> FfnChoice:
-    """The same weights, with the share of them that a decoded token of the run reads."""
+    """The same weights, with the share of them that a decoded token of the run reads.
+
+    A thin cluster that reads all is the dense FFN, so that its runs share a pass with others.
+    """
     loaded = run.loaded
     share = decoding_share(
         loaded.bundle.manifest, run.options.token_share, choice, pays=loaded.decoder.token_shares_pay
     )
-    return choice if share == 1 else replace(choice, token_share=share)
+    if share < 1:
+        return replace(choice, token_share=share)
+    is_dense = choice.neuron_ids is None and loaded.bundle.weights_of(choice.cluster) is None
+    return DENSE if is_dense else choice
 
 
 def _draft_length(loaded: Loaded, options: GenerationOptions) -> DraftLength:

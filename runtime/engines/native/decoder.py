@@ -204,9 +204,9 @@ class NativeDecoder:
             self._model.announce(self._ffn(cluster))
 
     def _ffn(self, cluster: int | None) -> Any:
-        """The weights of a pack, or with None of the dense FFN, ready to be pointed at."""
+        """The weights of a cluster, or with None of the dense FFN, ready to be pointed at."""
         with self._loading:
-            return self._loaded_ffn(cluster)
+            return self._loaded_ffn(self._bundle.weights_of(cluster))
 
     def _loaded_ffn(self, cluster: int | None) -> Any:
         if cluster not in self._ffns:
