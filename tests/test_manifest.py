@@ -171,7 +171,9 @@ def test_another_schema_version_says_what_to_do(folder: Path, version: object, a
         del data["plan"]  # What else differs in another version is no problem of its own.
     with pytest.raises(BundleVersionError) as caught:
         read_manifest(folder)
-    assert f"schema version {version!r}, this coreinfer reads 2, {SCHEMA_VERSION} and {THIN_VERSION}; {advice}" in str(caught.value)
+    assert f"schema version {version!r}, this coreinfer reads 2, {SCHEMA_VERSION} and {THIN_VERSION}; {advice}" in str(
+        caught.value
+    )
 
 
 def test_a_bundle_of_version_2_is_read(folder: Path) -> None:

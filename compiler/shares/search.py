@@ -23,7 +23,7 @@ _FIRST_TRY, _FINE, _NUM_TRIES = 0.65, 0.005, 6
 _POWER = 3.4
 """What is lost grows as this power of the share that is left out (docs/token_shares.md)."""
 _DENSE = "the dense FFN"
-_POOL = "all clusters at one share"
+_POOL = "clusters with little text, at one share"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,8 @@ def fit_shares(
 ) -> Shares:
     """Turn `max_kl` and `min_top1` into token shares where `token_share` is auto; else it is all clusters' share.
 
-    A cluster with little held-out text takes the share at which all clusters together hold.
+    Clusters with little held-out text are judged together, by one share; where even together they have little, by all
+    clusters' text at one share, and they read no less than any other.
 
     Args:
         num_tokens: (clusters,) held-out tokens of each cluster that are decoded.
@@ -65,9 +66,9 @@ def fit_shares(
         raise ConfigError(rounding_problem(config, reference.dense))
     search = _Search(config, team, reference, shared, num_tokens, progress)
     found = dict(zip(search.names, search.least(), strict=True))
-    clusters = [
-        found[name] if (name := _name(cluster)) in found else found[_POOL] for cluster in range(len(num_tokens))
-    ]
+    others = max((share for name, share in found.items() if name != _DENSE), default=1.0)
+    pooled = others if search.pools_all else found.get(_POOL, others)
+    clusters = [found.get(_name(cluster), pooled) for cluster in range(len(num_tokens))]
     return Shares(dense=found[_DENSE], clusters=tuple(clusters))
 
 
@@ -79,7 +80,8 @@ class _Search:
     """Searches shares for several things at once, each try being one measurement of all of them.
 
     Attributes:
-        names: what is searched for: clusters with enough text, all together for the others, and the dense FFN.
+        names: what is searched for: clusters with enough text, the others together, and the dense FFN.
+        pools_all: whether the others have too little text even together, so that all clusters' stands for it.
     """
 
     def __init__(
@@ -95,8 +97,10 @@ class _Search:
         self._progress, self._members = progress, shared.members()
         own = [cluster for cluster, count in enumerate(num_tokens) if count >= LEAST_TOKENS]
         self._clusters = {_name(cluster): (cluster,) for cluster in own}
-        if len(own) < len(num_tokens):
-            self._clusters[_POOL] = tuple(self._members)
+        others = [cluster for cluster, count in enumerate(num_tokens) if count < LEAST_TOKENS]
+        self.pools_all = bool(others) and sum(num_tokens[cluster] for cluster in others) < LEAST_TOKENS
+        if others:
+            self._clusters[_POOL] = tuple(c for c in self._members if self.pools_all or c in others)
         self.names = (*self._clusters, _DENSE)
         self._known: dict[tuple[str, float], float] = {}
 
