@@ -117,8 +117,27 @@ def test_without_gain_all_is_read_and_said(thin_bundle: Callable[..., Path]) -> 
     dense = engine.generate(PROMPT, raw=True, max_new_tokens=8, mode="dense")
     got = engine.generate(PROMPT, raw=True, max_new_tokens=8, mode="similarity")
     assert (got.token_share, got.token_ids) == (1, dense.token_ids)
+    assert got.bytes_read is None
     on = runtime.load(thin_bundle(quantize="int4"), engine="native", threads=1, input_skipping="on")
     assert on.generate(PROMPT, raw=True, max_new_tokens=8, mode="similarity").token_share == SHARE
+
+
+def test_what_tokens_read_is_counted(tiny_bundle: Callable[..., Path]) -> None:
+    """Of columns that are long enough to be left out, fewer bytes alone than in company."""
+    engine = runtime.load(tiny_bundle("llama", token_share=0.5, quantize="int4"), threads=1, input_skipping="on")
+    decoder = engine.decoder
+    options = {"raw": True, "mode": "similarity", "max_new_tokens": 6}
+    (alone,) = [engine.generate(PROMPT, **options)]
+    read = alone.bytes_read
+    assert read is not None
+    assert read.num_tokens == len(alone.token_ids) - 1
+    decoder.use(FfnChoice(cluster=alone.cluster, token_share=0.5))
+    whole = decoder.weight_bytes(greedy=True, alone=False)
+    assert 0 < read.mean <= read.p95 <= whole
+    together = engine.generate([PROMPT, PROMPT], **options)
+    assert [got.bytes_read.mean for got in together] == [whole] * 2
+    assert engine.generate(PROMPT, **options, token_share=1).bytes_read is None
+    assert engine.generate(PROMPT, **{**options, "mode": "lossless"}).bytes_read is None
 
 
 def test_what_needs_packs_is_refused(thin_bundle: Callable[..., Path]) -> None:

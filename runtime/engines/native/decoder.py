@@ -167,6 +167,10 @@ class NativeDecoder:
         """
         return int(self._model.bytes_per_token(num_cached, greedy))
 
+    def weight_bytes(self, *, greedy: bool, alone: bool) -> int | None:
+        """Bytes of weights that the last pass over decoded tokens read; see `Decoder.weight_bytes`."""
+        return int(self._model.bytes_per_token(0, greedy, alone))
+
     def prepare(self, choice: FfnChoice) -> None:
         """Have a pack read ahead; under a limit, into the place of the pack that decodes no more."""
         if self._residency is not None:

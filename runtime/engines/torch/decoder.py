@@ -174,6 +174,10 @@ class TorchDecoder:
         """Number of the selected sequence."""
         return self._sequences.selected
 
+    def weight_bytes(self, *, greedy: bool, alone: bool) -> int | None:
+        """Not counted: it computes with zeros, and reads all."""
+        return None
+
     def prepare(self, choice: FfnChoice) -> None:
         """Begin to load a pack that will soon be used; see `Decoder.prepare`."""
         self._placement.prepare(self._weights(choice))
