@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from coreinfer.compiler.progress import Progress
 from coreinfer.evaluation.subjects import BundleSubject
 from coreinfer.runtime.engines.protocol import FfnChoice
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
+from coreinfer.runtime.generation import Mode
 
 from .bundle_factory import edit_manifest
 from .engine_inputs import PROMPT
@@ -63,11 +65,12 @@ def test_clusters_take_next_to_no_space(thin_bundle: Callable[..., Path], tiny_b
 
 
 @pytest.mark.parametrize("engine", ["torch", "native"])
-def test_at_share_1_the_text_is_the_dense_models(engine: str, thin_bundle: Callable[..., Path]) -> None:
-    dtype = {"dtype": "float32", "device": "cpu"} if engine == "torch" else {"threads": 1}
-    loaded = runtime.load(thin_bundle(quantize="int4"), engine=engine, **dtype)
+def test_at_share_1_the_text_is_the_dense_models(engine: Any, thin_bundle: Callable[..., Path]) -> None:
+    options: dict[str, Any] = {"dtype": "float32", "device": "cpu"} if engine == "torch" else {"threads": 1}
+    loaded = runtime.load(thin_bundle(quantize="int4"), engine=engine, **options)
     dense = loaded.generate(PROMPT, raw=True, max_new_tokens=12, mode="dense", token_share=1)
-    for mode in ("similarity", "lossless"):
+    modes: tuple[Mode, ...] = ("similarity", "lossless")
+    for mode in modes:
         got = loaded.generate(PROMPT, raw=True, max_new_tokens=12, mode=mode, token_share=1)
         assert got.token_ids == dense.token_ids
         assert (got.mode, got.token_share) == (mode, 1)
@@ -126,24 +129,26 @@ def test_what_tokens_read_is_counted(tiny_bundle: Callable[..., Path]) -> None:
     """Of columns that are long enough to be left out, fewer bytes alone than in company."""
     engine = runtime.load(tiny_bundle("llama", token_share=0.5, quantize="int4"), threads=1, input_skipping="on")
     decoder = engine.decoder
-    options = {"raw": True, "mode": "similarity", "max_new_tokens": 6}
-    (alone,) = [engine.generate(PROMPT, **options)]
+    options: dict[str, Any] = {"raw": True, "max_new_tokens": 6}
+    alone = engine.generate(PROMPT, mode="similarity", **options)
     read = alone.bytes_read
     assert read is not None
     assert read.num_tokens == len(alone.token_ids) - 1
     decoder.use(FfnChoice(cluster=alone.cluster, token_share=0.5))
     whole = decoder.weight_bytes(greedy=True, alone=False)
+    assert whole is not None
     assert 0 < read.mean <= read.p95 <= whole
-    together = engine.generate([PROMPT, PROMPT], **options)
-    assert [got.bytes_read.mean for got in together] == [whole] * 2
-    assert engine.generate(PROMPT, **options, token_share=1).bytes_read is None
-    assert engine.generate(PROMPT, **{**options, "mode": "lossless"}).bytes_read is None
+    together = engine.generate([PROMPT, PROMPT], mode="similarity", **options)
+    assert [got.bytes_read and got.bytes_read.mean for got in together] == [whole] * 2
+    assert engine.generate(PROMPT, mode="similarity", token_share=1, **options).bytes_read is None
+    assert engine.generate(PROMPT, mode="lossless", **options).bytes_read is None
 
 
 def test_what_needs_packs_is_refused(thin_bundle: Callable[..., Path]) -> None:
     folder = thin_bundle()
     engine = runtime.load(folder, engine="torch", device="cpu", dtype="float32")
-    for mode in ("stability", "fused"):
+    modes: tuple[Mode, ...] = ("stability", "fused")
+    for mode in modes:
         with pytest.raises(ConfigError, match=f"mode '{mode}' chooses as many neurons as packs have, and the clusters"):
             engine.generate(PROMPT, raw=True, mode=mode)
     with pytest.raises(ConfigError, match="prompt_ffn: expected dense with this bundle, whose clusters are thin"):

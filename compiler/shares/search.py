@@ -96,7 +96,7 @@ class _Search:
         self._config, self._team, self._reference, self._shared = config, team, reference, shared
         self._progress, self._members = progress, shared.members()
         own = [cluster for cluster, count in enumerate(num_tokens) if count >= LEAST_TOKENS]
-        self._clusters = {_name(cluster): (cluster,) for cluster in own}
+        self._clusters: dict[str, tuple[int, ...]] = {_name(cluster): (cluster,) for cluster in own}
         others = [cluster for cluster, count in enumerate(num_tokens) if count < LEAST_TOKENS]
         self.pools_all = bool(others) and sum(num_tokens[cluster] for cluster in others) < LEAST_TOKENS
         if others:
