@@ -14,6 +14,7 @@ from .quality_records import ClusterQuality, Quality, Score, ShareScore, TokenSh
 from .remote.places import is_address
 from .schema import parse
 from .statistics import Selection
+from .thin_clusters import thin_problems
 
 __all__ = [
     "GROUPS",
@@ -337,28 +338,10 @@ def read_manifest(bundle_dir: Path) -> Manifest:
         problems.append("its values do not match its own checksum")
     if manifest is not None:
         problems += _unknown_formats(manifest.quantization, manifest.model.activation)
-        problems += _thin_problems(manifest)
+        problems += thin_problems(manifest, version=THIN_VERSION)
     if manifest is None or problems:
         raise BundleCorrupt(f"{path}: {join_problems(problems)}; compile the bundle again")
     return manifest
-
-
-def _thin_problems(manifest: Manifest) -> list[str]:
-    """What thin clusters lack, which decode with the dense FFN by thresholds of their own."""
-    if not manifest.has_thin:
-        return []
-    first = next(number for number, cluster in enumerate(manifest.clusters) if cluster.file is None)
-    lacking = {
-        f"schema_version {THIN_VERSION}": manifest.schema_version == THIN_VERSION,
-        "token_shares": manifest.token_shares is not None,
-        "the dense FFN": manifest.plan.dense,
-        "a model without experts": manifest.model.experts is None,
-    }
-    return [
-        f"manifest.clusters[{first}].file: a cluster without one needs {name}"
-        for name, has in lacking.items()
-        if not has
-    ]
 
 
 def _upgraded(data: dict[str, Any]) -> dict[str, Any]:

@@ -180,7 +180,7 @@ class TorchDecoder:
 
     def prepare(self, choice: FfnChoice) -> None:
         """Begin to load a pack that will soon be used; see `Decoder.prepare`."""
-        self._placement.prepare(self._weights(choice))
+        self._placement.prepare(self._reader.weights_of(choice))
 
     def use(self, choice: FfnChoice) -> None:
         """Run with other FFN weights from the next token on.
@@ -196,16 +196,11 @@ class TorchDecoder:
         if choice.neuron_ids is not None and not self.gathers:
             raise ConfigError(NO_GATHERING)
         thresholds = self.masks.thresholds(choice)
-        weights = self._weights(choice)
-        if self._choice is None or not weights.is_same(self._weights(self._choice)):
+        weights = self._reader.weights_of(choice)
+        if self._choice is None or not weights.is_same(self._reader.weights_of(self._choice)):
             self._placement.use(weights)
         self.masks.use(choice, thresholds)
         self._choice = choice
-
-    def _weights(self, choice: FfnChoice) -> FfnChoice:
-        """The FFN weights of a choice, all of which are read: of a thin cluster the dense FFN's."""
-        whole = choice.whole
-        return DENSE if whole.neuron_ids is None and self._bundle.weights_of(whole.cluster) is None else whole
 
     def truncate(self, num_tokens: int) -> None:
         """Keep only the first `num_tokens` tokens of the KV cache."""
@@ -394,14 +389,7 @@ def _needs(model: nn.Module, reader: FfnReader) -> MemoryNeeds:
     has_dense = reader.bundle.dense is not None
     return MemoryNeeds(
         base=base_bytes(model),
-        pack=max(
-            (
-                reader.num_bytes(number)
-                for number, cluster in enumerate(reader.bundle.manifest.clusters)
-                if cluster.file is not None
-            ),
-            default=0,
-        ),
+        pack=reader.largest_pack_bytes,
         dense=reader.num_bytes(None) if has_dense else 0,
         layer=layer_bytes(reader.shapes(None, 0)),
         kv_per_token=kv_bytes_per_token(record, reader.dtype.itemsize),
