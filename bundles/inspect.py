@@ -13,6 +13,7 @@ from .layout import LAYOUT
 from .manifest import Manifest, ModelRecord, Quality, Score, read_manifest
 from .reader import find_problems
 from .shared.command import EXIT_ERROR, command_errors
+from .token_shares import default_share, mean_share
 
 __all__ = ["describe", "main", "unlisted_files"]
 
@@ -53,16 +54,20 @@ def describe(manifest: Manifest) -> Iterator[str]:
     yield f"           {model.family}, {model.num_layers} layers, hidden {model.hidden_size}, {_ffn(model)}"
     formats = ", ".join(f"{group} {record.format}" for group, record in manifest.quantization.items())
     yield f"formats    {formats}"
-    yield (
-        f"plan       {plan.selection}, keep {plan.keep:g}, budgets {plan.budgets}, "
-        f"cluster weight {plan.cluster_weight:g}, {'repaired' if plan.reconstruct else 'not repaired'}, "
-        f"{'with' if plan.dense else 'without'} the dense FFN"
-    )
-    own = ", on average; clusters have their own" if manifest.has_own_budgets else ""
-    yield f"budgets    {_units(manifest, plan.layer_budgets)} of {_all_units(manifest)}{own}"
+    if manifest.has_thin:
+        yield "plan       thin clusters: each decodes with the dense FFN, by thresholds and a share of its own"
+    else:
+        yield (
+            f"plan       {plan.selection}, keep {plan.keep:g}, budgets {plan.budgets}, "
+            f"cluster weight {plan.cluster_weight:g}, {'repaired' if plan.reconstruct else 'not repaired'}, "
+            f"{'with' if plan.dense else 'without'} the dense FFN"
+        )
+        own = ", on average; clusters have their own" if manifest.has_own_budgets else ""
+        yield f"budgets    {_units(manifest, plan.layer_budgets)} of {_all_units(manifest)}{own}"
     yield from _describe_clusters(manifest)
     yield from _describe_token_shares(manifest)
     yield from _describe_quality(manifest.quality)
+    yield from _describe_spread(manifest)
     yield from _describe_files(manifest)
     origin = manifest.provenance
     yield f"origin     coreinfer {origin.coreinfer}, model sha256 {origin.model_sha256[:12]}, encoder {origin.encoder}"
@@ -95,19 +100,28 @@ def _describe_clusters(manifest: Manifest) -> Iterator[str]:
     for index, cluster in enumerate(manifest.clusters):
         yield (
             f"  {index:3d}  {cluster.label}: {cluster.num_sentences} sentences, {cluster.num_tokens} tokens, "
-            f"keep {cluster.keep_ratio:.2f}, {cluster.ffn_bytes / 1e6:.1f} MB"
+            f"{_what_decodes(manifest, index)}"
         )
         if manifest.has_own_budgets:
             yield f"         budgets {_units(manifest, cluster.layer_budgets)}"
         yield from (f"         - {example}" for example in cluster.examples)
 
 
+def _what_decodes(manifest: Manifest, index: int) -> str:
+    cluster = manifest.clusters[index]
+    if cluster.file is None:
+        return f"thin, share {default_share(manifest, index):g}"
+    return f"keep {cluster.keep_ratio:.2f}, {cluster.ffn_bytes / 1e6:.1f} MB"
+
+
 def _describe_token_shares(manifest: Manifest) -> Iterator[str]:
     if (record := manifest.token_shares) is not None:
-        own = ", ".join(f"{share:g}" for share in dict.fromkeys(record.clusters))
-        yield f"token      reads {record.default:g} of the layers' weights dense, {own} with a pack"
+        shares = [f"{share:g}" for share in sorted(set(record.clusters))]
+        own = shares[0] if len(shares) == 1 else f"{shares[0]} to {shares[-1]}, {mean_share(manifest):.3g} on average,"
+        how = "by a thin cluster" if manifest.has_thin else "with a pack"
+        yield f"token      reads {record.default:g} of the layers' weights dense, {own} {how}"
         if record.scores:
-            yield f"  {'':24s} {'perplexity':>10s} {'KL':>7s} {'top-1':>6s}   read"
+            yield f"  {'':30s} {'perplexity':>10s} {'KL':>7s} {'top-1':>6s}   read"
         yield from (f"{_score_line(found.score)}  {found.read:.3f}" for found in record.scores)
 
 
@@ -116,13 +130,21 @@ def _describe_quality(quality: Quality | None) -> Iterator[str]:
         yield "quality    not measured"
         return
     yield f"quality    on {quality.clusters.num_texts} held-out texts, {quality.clusters.num_tokens} tokens"
-    yield f"  {'':24s} {'perplexity':>10s} {'KL':>7s} {'top-1':>6s}"
+    yield f"  {'':30s} {'perplexity':>10s} {'KL':>7s} {'top-1':>6s}"
     yield from (_score_line(score) for score in (quality.dense, quality.clusters, *quality.controls))
     yield from (_score_line(entry.score) for entry in quality.per_cluster)
 
 
+def _describe_spread(manifest: Manifest) -> Iterator[str]:
+    """Of thin clusters, whose shares are to keep each of them within a quality: the mean over them, and the worst."""
+    if manifest.has_thin and manifest.quality is not None and manifest.quality.per_cluster:
+        worst = max(manifest.quality.per_cluster, key=lambda entry: entry.score.kl)
+        mean = sum(entry.score.kl for entry in manifest.quality.per_cluster) / len(manifest.quality.per_cluster)
+        yield f"           KL over clusters: mean {mean:.3f}, worst {worst.score.kl:.3f} (cluster {worst.cluster})"
+
+
 def _score_line(score: Score) -> str:
-    return f"  {score.name[:24]:24s} {score.perplexity:10.2f} {score.kl:7.3f} {score.top1:6.3f}"
+    return f"  {score.name[:30]:30s} {score.perplexity:10.2f} {score.kl:7.3f} {score.top1:6.3f}"
 
 
 def _describe_files(manifest: Manifest) -> Iterator[str]:

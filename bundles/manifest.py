@@ -14,10 +14,12 @@ from .quality_records import ClusterQuality, Quality, Score, ShareScore, TokenSh
 from .remote.places import is_address
 from .schema import parse
 from .statistics import Selection
+from .thin_clusters import thin_problems
 
 __all__ = [
     "GROUPS",
     "SCHEMA_VERSION",
+    "THIN_VERSION",
     "ClusterQuality",
     "ClusterRecord",
     "ExpertPacks",
@@ -41,7 +43,9 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 3
-_READ_VERSIONS = (2, SCHEMA_VERSION)
+THIN_VERSION = 4
+"""Of bundles with thin clusters; what reads up to version 3 would look for their packs."""
+_READ_VERSIONS = (2, SCHEMA_VERSION, THIN_VERSION)
 _CHECKSUM = "sha256"
 ExpertPacks = Literal["whole", "narrow"]
 """What the packs of a mixture have: some of its experts, or all of them with fewer neurons each."""
@@ -114,7 +118,8 @@ class ClusterRecord:
     """One cluster: what it holds and what its pack costs.
 
     Attributes:
-        file: the pack, relative to the bundle.
+        file: the pack, relative to the bundle; None of a thin cluster, which has no weights of its own: it decodes with
+            the dense FFN, at its own share and by its own thresholds.
         num_sentences, num_tokens: calibration text in the cluster.
         examples: its most typical sentences, shortened.
         layer_budgets: kept neurons of each layer; of a mixture of experts those of whole experts, or where experts are
@@ -124,7 +129,7 @@ class ClusterRecord:
         map_x, map_y: where the centroid lies on the two-dimensional map of the report.
     """
 
-    file: str
+    file: str | None
     label: str
     num_sentences: int
     num_tokens: int
@@ -238,6 +243,16 @@ class Manifest:
         return LAYOUT.dense in self.files
 
     @property
+    def has_thin(self) -> bool:
+        """Whether there are clusters without weights of their own."""
+        return any(cluster.file is None for cluster in self.clusters)
+
+    @property
+    def pack_files(self) -> tuple[str, ...]:
+        """The packs of all clusters that have one."""
+        return tuple(cluster.file for cluster in self.clusters if cluster.file is not None)
+
+    @property
     def narrows_experts(self) -> bool:
         """Whether packs of a mixture have weights of their own, of all experts with fewer neurons each."""
         return self.model.experts is not None and self.plan.experts == "narrow"
@@ -313,16 +328,17 @@ def read_manifest(bundle_dir: Path) -> Manifest:
     data = _read_json(bundle_dir, path)
     version = data.get("schema_version")
     if version not in _READ_VERSIONS:
-        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        newer = isinstance(version, int) and version > max(_READ_VERSIONS)
         advice = "upgrade coreinfer" if newer else "compile the bundle again with this coreinfer"
-        known = " and ".join(map(str, _READ_VERSIONS))
+        known = f"{', '.join(map(str, _READ_VERSIONS[:-1]))} and {_READ_VERSIONS[-1]}"
         raise BundleVersionError(f"{path}: schema version {version!r}, this coreinfer reads {known}; {advice}")
     problems: list[str] = []
-    manifest = parse(Manifest, data if version == SCHEMA_VERSION else _upgraded(data), "manifest", problems)
+    manifest = parse(Manifest, _upgraded(data) if version < SCHEMA_VERSION else data, "manifest", problems)
     if manifest is not None and data.get(_CHECKSUM) != content_sha256(data):
         problems.append("its values do not match its own checksum")
     if manifest is not None:
         problems += _unknown_formats(manifest.quantization, manifest.model.activation)
+        problems += thin_problems(manifest, version=THIN_VERSION)
     if manifest is None or problems:
         raise BundleCorrupt(f"{path}: {join_problems(problems)}; compile the bundle again")
     return manifest

@@ -68,7 +68,8 @@ def _clusters(manifest: Manifest, here: int | None) -> Iterator[str]:
     yield from ("## Clusters", "", "| | label | keep ratio | calibration tokens |", "|---|---|---|---|")
     for number, cluster in enumerate(manifest.clusters):
         place = f"{number} (here)" if number == here else str(number)
-        yield f"| {place} | {cluster.label} | {cluster.keep_ratio:.2f} | {cluster.num_tokens} |"
+        kept = "thin" if cluster.file is None else f"{cluster.keep_ratio:.2f}"
+        yield f"| {place} | {cluster.label} | {kept} | {cluster.num_tokens} |"
     yield ""
 
 

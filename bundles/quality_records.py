@@ -48,13 +48,14 @@ class ShareScore:
 
     Attributes:
         weights: what decodes: the dense FFN, or each text's cluster.
-        shares: "planned", or the control, equal shares of all layers and groups.
-        asked: share of the layers' bytes; 1 for all.
+        shares: "planned", or a control: equal shares of all layers and groups; of thin clusters also one share for all
+            texts by thresholds of all text, and clusters that texts were dealt to by chance.
+        asked: share of the layers' bytes, 1 for all; of clusters with shares of their own the mean over the text.
         read: share that was read: other text has other inputs than what thresholds were set by.
     """
 
     weights: Literal["dense", "clusters"]
-    shares: Literal["planned", "equal"]
+    shares: Literal["planned", "equal", "one", "random"]
     asked: float
     read: float
     score: Score
@@ -66,7 +67,7 @@ class TokenSharesRecord:
 
     Attributes:
         default: share of their bytes where a generation does not say; 1 reads all.
-        clusters: the same of each cluster's pack.
+        clusters: the same of each cluster, with its pack or, where it is thin, with the dense FFN.
         num_levels, num_targets: lengths of `levels` and `targets` of the file.
         scores: of the default; empty where it was not measured.
     """

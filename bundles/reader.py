@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .checksums import mapped_sha256, passing_sha256
 from .contract import check_neuron_ids, check_tensors, cluster_tensors, dense_tensors, token_share_tensors
-from .errors import BundleCorrupt, BundleError, join_problems
+from .errors import BundleCorrupt, BundleError, ConfigError, join_problems
 from .layout import LAYOUT
 from .manifest import Manifest, TensorRecord, read_manifest
 from .tensors import TensorFile
@@ -47,27 +47,42 @@ class Bundle:
     @property
     def packs(self) -> tuple[TensorFile, ...]:
         """The packs of all clusters, each checked."""
-        return tuple(self.pack(cluster) for cluster in range(len(self.manifest.clusters)))
+        return tuple(
+            self.pack(number) for number, cluster in enumerate(self.manifest.clusters) if cluster.file is not None
+        )
+
+    def weights_of(self, cluster: int | None) -> int | None:
+        """The pack that a cluster decodes with; None of the dense FFN, which a thin cluster decodes with too."""
+        return None if cluster is None or self.manifest.clusters[cluster].file is None else cluster
 
     def pack(self, cluster: int) -> TensorFile:
         """Return a cluster pack; a lazily opened one is checked first, and fetched before if it is not here.
 
         Raises:
+            ConfigError: the cluster is thin.
             BundleCorrupt: it does not fit the manifest.
             BundleError: it cannot be fetched.
         """
         if cluster in self.unchecked:
             self.bring(cluster)
-            name = self.manifest.clusters[cluster].file
+            name = self._pack_name(cluster)
             problem = _file_problem(self.path / name, name, self.manifest, self._hash)
             problems = [problem] if problem else check_neuron_ids(self.mapped[cluster], self.manifest)
             if problems:
                 raise BundleCorrupt(f"bundle {self.path}: {join_problems(problems)}; {_advice(self.fetch)}")
             self.unchecked.discard(cluster)
+        elif cluster not in self.mapped:
+            self._pack_name(cluster)
         return self.mapped[cluster]
 
+    def _pack_name(self, cluster: int) -> str:
+        name = self.manifest.clusters[cluster].file
+        if name is None:
+            raise ConfigError(f"bundle {self.path}: cluster {cluster} is thin and has no pack; use the dense FFN")
+        return name
+
     def bring(self, cluster: int) -> None:
-        """Have a cluster's pack here: fetch it if it is not.
+        """Have a cluster's pack here: fetch it if it is not. A thin cluster has none to fetch.
 
         Raises:
             BundleError: it cannot be fetched, or is not what the manifest describes.
@@ -75,6 +90,8 @@ class Bundle:
         if cluster in self.mapped or self.fetch is None:
             return
         name = self.manifest.clusters[cluster].file
+        if name is None:
+            return
         self.fetch(name)
         file = TensorFile(self.path / name)
         problems = _tensor_problems(file, name, cluster_tensors(self.manifest, cluster), self.manifest, with_ids=False)
@@ -140,9 +157,13 @@ def open_bundle(
         base=files[LAYOUT.base],
         dense=files[LAYOUT.dense] if manifest.has_dense else None,
         mapped={
-            number: files[cluster.file] for number, cluster in enumerate(manifest.clusters) if cluster.file in files
+            number: files[cluster.file]
+            for number, cluster in enumerate(manifest.clusters)
+            if cluster.file is not None and cluster.file in files
         },
-        unchecked=set(range(len(manifest.clusters))) if lazy_packs else set(),
+        unchecked={number for number, cluster in enumerate(manifest.clusters) if cluster.file is not None}
+        if lazy_packs
+        else set(),
         fetch=fetch,
         spares_memory=spare_memory,
         token_shares=files[LAYOUT.token_shares] if manifest.token_shares is not None else None,
@@ -151,7 +172,7 @@ def open_bundle(
 
 def later_files(manifest: Manifest) -> set[str]:
     """Name the files that a bundle can be opened without: cluster packs, and the report, which only people read."""
-    return {LAYOUT.report, *(cluster.file for cluster in manifest.clusters)}
+    return {LAYOUT.report, *manifest.pack_files}
 
 
 def find_problems(
@@ -180,7 +201,7 @@ def _examine(
     """List what is wrong, and map the tensor files by name: all but `absent` ones where nothing is."""
     if problems := _outside_paths(manifest) or _unlisted_parts(manifest):
         return problems, {}
-    packs = {cluster.file for cluster in manifest.clusters}
+    packs = set(manifest.pack_files)
     unread = packs if lazy_packs else set()
     present = [name for name in manifest.files if name not in absent]
     hashes = {name: None if name in unread else hash_with for name in present}
@@ -200,7 +221,7 @@ def _examine(
 
 
 def _outside_paths(manifest: Manifest) -> list[str]:
-    names = [*manifest.files, *(cluster.file for cluster in manifest.clusters)]
+    names = [*manifest.files, *manifest.pack_files]
     return [
         f"manifest names {name!r}, which is no path inside the bundle"
         for name in dict.fromkeys(names)
@@ -216,7 +237,7 @@ def _outside_paths(manifest: Manifest) -> list[str]:
 def _unlisted_parts(manifest: Manifest) -> list[str]:
     """Name the parts that every bundle must have and this manifest does not list."""
     required = [LAYOUT.base, LAYOUT.tokenizer, LAYOUT.generation, LAYOUT.router_index, LAYOUT.router_tokenizer]
-    required += [LAYOUT.router_table, *(cluster.file for cluster in manifest.clusters)]
+    required += [LAYOUT.router_table, *manifest.pack_files]
     if manifest.plan.dense:
         required.append(LAYOUT.dense)
     if manifest.token_shares is not None:
@@ -270,7 +291,9 @@ def _tensor_files(manifest: Manifest) -> Sequence[tuple[str, Callable[[], dict[s
     if manifest.token_shares is not None:
         files.append((LAYOUT.token_shares, partial(token_share_tensors, manifest)))
     return files + [
-        (cluster.file, partial(cluster_tensors, manifest, number)) for number, cluster in enumerate(manifest.clusters)
+        (cluster.file, partial(cluster_tensors, manifest, number))
+        for number, cluster in enumerate(manifest.clusters)
+        if cluster.file is not None
     ]
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "check_token_shares",
     "default_share",
     "least_share",
+    "mean_share",
     "shares_at",
     "thresholds_at",
     "token_thresholds",
@@ -44,6 +45,14 @@ def default_share(manifest: Manifest, cluster: int | None) -> float:
     if record is None:
         return 1.0
     return record.default if cluster is None else record.clusters[cluster]
+
+
+def mean_share(manifest: Manifest) -> float:
+    """Return the share of the layers' bytes that a cluster reads: the mean over the clusters' calibration tokens."""
+    record, counts = manifest.token_shares, [cluster.num_tokens for cluster in manifest.clusters]
+    if record is None:
+        return 1.0
+    return float(np.average(record.clusters, weights=counts if sum(counts) else None))
 
 
 def least_share(bundle: "Bundle") -> float:

@@ -47,9 +47,13 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
         with signals_held():
             from . import pipeline
     if config.max_kl is None and config.effective_max_kl is not None:
+        found, saved_by = ("token share", "a share") if config.searches_share else ("keep ratio", "--keep")
         _log.warning(
-            "each pack may lose KL %g on held-out text (--max-kl); the keep ratio that this takes is found in "
-            "several tries, which --keep would save",
+            "each %s may lose KL %g on held-out text (--max-kl); the %s that this takes is found in several tries, "
+            "which %s would save",
+            "cluster" if config.packs == "thin" else "pack",
             config.effective_max_kl,
+            found,
+            saved_by,
         )
     return pipeline.compile_inputs(config, inputs, identity, progress)

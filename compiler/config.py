@@ -42,13 +42,30 @@ class CompileConfig(CompileOptions):
     @property
     def effective_keep(self) -> float:
         """The keep ratio, or where a search begins."""
+        if self.packs == "thin":
+            return 1.0
         return _FIRST_KEEP if self.keep is None else self.keep
 
     @property
     def effective_max_kl(self) -> float | None:
-        """What packs may lose: without any other word about size or quality, little."""
-        says_nothing = self.keep is None and self.budget_mb is None and self.min_top1 is None
+        """What packs, or shares, may lose: without any other word about size or quality, little."""
+        if self.searches_share:
+            says_nothing = self.min_top1 is None
+        elif self.packs == "thin":
+            says_nothing = False
+        else:
+            says_nothing = self.keep is None and self.budget_mb is None and self.min_top1 is None
         return DEFAULT_MAX_KL if self.max_kl is None and says_nothing else self.max_kl
+
+    @property
+    def searches_share(self) -> bool:
+        """Whether token shares are found by a quality to aim at."""
+        return self.token_share == "auto"
+
+    @property
+    def aims_at_quality(self) -> bool:
+        """Whether a quality decides how much is kept, or read."""
+        return self.effective_max_kl is not None or self.min_top1 is not None
 
     @property
     def effective_cluster_weight(self) -> float:
@@ -112,7 +129,7 @@ class CompileConfig(CompileOptions):
     @property
     def heals(self) -> bool:
         """Whether packs are healed."""
-        return bool(self.effective_heal_steps or self.heal_cluster_steps)
+        return self.packs == "own" and bool(self.effective_heal_steps or self.heal_cluster_steps)
 
     @property
     def effective_head_quantize(self) -> Format:

@@ -13,12 +13,7 @@ __all__ = ["conflicts"]
 
 def conflicts(config: "CompileConfig") -> Iterator[str]:
     """Options that are right one by one, and do not go together."""
-    has_quality = config.max_kl is not None or config.min_top1 is not None
-    aims = [name for name in ("budget_mb", "max_kl", "min_top1") if getattr(config, name) is not None]
-    if config.keep is not None and aims:
-        yield f"--keep and --{aims[0].replace('_', '-')}: expected one of them, got both"
-    if config.budget_mb is not None and has_quality:
-        yield "--budget-mb and --max-kl or --min-top1: expected bytes or a quality to aim at, got both"
+    yield from _of_aims(config)
     if config.keep is not None and config.effective_budgets != "uniform" and config.min_layer_keep > config.keep:
         yield f"--min-layer-keep {config.min_layer_keep:g}: expected at most --keep {config.keep:g}; lower one of them"
     if config.cluster_weight == "auto" and not config.reconstruct:
@@ -29,11 +24,26 @@ def conflicts(config: "CompileConfig") -> Iterator[str]:
         yield f"--by-neuron: expected --quantize int4, got {config.quantize}"
     if config.token_share is not None:
         yield from _not_with_token_shares(config)
+    if config.packs == "thin":
+        yield from _not_with_thin_clusters(config)
     yield from _of_ray(config)
     if config.max_memory is not None and config.heals:
         yield "--max-memory: healing trains all layers at once; give --heal-steps 0, and no --heal-cluster-steps"
     elif config.max_memory is not None and config.device != "cpu":
         yield f"--max-memory: expected --device cpu, where weights can stay in their file, got {config.device}"
+
+
+def _of_aims(config: "CompileConfig") -> Iterator[str]:
+    """Sizes and qualities that would decide the same thing."""
+    # A quality may choose token shares instead of keep ratios.
+    names = ("budget_mb",) if config.searches_share else ("budget_mb", "max_kl", "min_top1")
+    aims = [name for name in names if getattr(config, name) is not None]
+    if config.keep is not None and aims:
+        yield f"--keep and --{aims[0].replace('_', '-')}: expected one of them, got both"
+    if config.budget_mb is not None and len(aims) > 1:
+        yield "--budget-mb and --max-kl or --min-top1: expected bytes or a quality to aim at, got both"
+    if config.packs == "own" and config.searches_share and config.keep is None and config.budget_mb is None:
+        yield "--token-share auto: expected --keep or --budget-mb with it, which size the packs, or --packs thin"
 
 
 def _not_with_token_shares(config: "CompileConfig") -> Iterator[str]:
@@ -43,6 +53,35 @@ def _not_with_token_shares(config: "CompileConfig") -> Iterator[str]:
         yield "--token-share: packs that are healed are not measured with it yet; give --heal-steps 0"
     if config.max_memory is not None:
         yield "--token-share: it runs the model once for every layer and group; leave out --max-memory"
+
+
+def _not_with_thin_clusters(config: "CompileConfig") -> Iterator[str]:
+    """Options that say how packs are made, or that need packs."""
+    if config.token_share is None:
+        yield "--packs thin: expected --token-share with it, a share or auto, by which clusters differ"
+    elif not config.searches_share and (config.max_kl is not None or config.min_top1 is not None):
+        yield f"--max-kl, --min-top1: expected --token-share auto with --packs thin, got {config.token_share:g}"
+    if config.clusters == "auto":
+        yield "--clusters auto: it compares packs, of which --packs thin has none; expected a number"
+    if not config.dense:
+        yield "--no-dense: thin clusters decode with the dense FFN; leave it out"
+    given = {
+        "--keep": config.keep is not None,
+        "--budget-mb": config.budget_mb is not None,
+        "--budgets": config.budgets is not None,
+        f"--selection {config.selection}": config.selection != "output-aware",
+        "--cluster-weight": config.cluster_weight is not None,
+        "--removal": config.removal is not None,
+        "--no-reconstruct": not config.reconstruct,
+        "--carry": bool(config.carry),
+        "--repair-rounding": config.repair_rounding,
+        "--ridge": config.ridge is not None,
+        "--heal-steps": bool(config.heal_steps),
+        "--heal-cluster-steps": bool(config.heal_cluster_steps),
+    }
+    if wrong := [name for name, is_given in given.items() if is_given]:
+        them = "it" if len(wrong) == 1 else "them"
+        yield f"{', '.join(wrong)}: with --packs thin nothing is narrowed; leave {them} out"
 
 
 def _of_ray(config: "CompileConfig") -> Iterator[str]:

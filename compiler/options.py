@@ -21,9 +21,11 @@ __all__ = [
     "DType",
     "Format",
     "HealOptimizer",
+    "Packs",
     "Removal",
 ]
 
+Packs = Literal["own", "thin"]
 HealOptimizer = Literal["adamw", "muon"]
 DType = Literal["auto", "float32", "bfloat16"]
 Format = Literal["int4", "int8", "bf16"]
@@ -92,7 +94,8 @@ class CompileOptions:
         default=None,
         metadata=option(
             "Instead of --keep: maximum KL per cluster on held-out text, in nats per token, of packs as "
-            "stored, before healing; each cluster gets the lowest keep ratio that meets it.",
+            "stored, before healing; each cluster gets the lowest keep ratio that meets it, or with --token-share auto "
+            "the smallest share.",
             group=MAIN,
             check=number(above=0),
             unset="0.1, unless --keep, --budget-mb or --min-top1 is given",
@@ -110,7 +113,8 @@ class CompileOptions:
     min_top1: float | None = field(
         default=None,
         metadata=option(
-            "Instead of --keep: minimum top-1 agreement per cluster on held-out text, as a share of its tokens.",
+            "Instead of --keep, or for --token-share auto: minimum top-1 agreement per cluster on held-out text, as a "
+            "share of its tokens.",
             group=SIZE,
             check=share(),
             unset="none",
@@ -258,11 +262,20 @@ class CompileOptions:
         default=False,
         metadata=option("Store a relu model's FFN neuron by neuron, in int4: what is zero is not read.", group=SIZE),
     )
-    token_share: float | None = field(
+    packs: Packs = field(
+        default="own",
+        metadata=option(
+            "What a cluster has: own FFN weights, narrowed for it, or with --token-share nothing but its share and "
+            "thresholds (thin): it decodes with the dense FFN, and any number of clusters takes next to no space.",
+            group=SIZE,
+        ),
+    )
+    token_share: float | Literal["auto"] | None = field(
         default=None,
         metadata=option(
             "Let each decoded token leave out the inputs that matter least to it: mean share of the layers' weights "
-            "that it reads, where a generation does not say (docs/token_shares.md).",
+            "that it reads, where a generation does not say (docs/token_shares.md); auto: for each cluster the "
+            "smallest with which --max-kl and --min-top1 hold.",
             group=SIZE,
             check=between(0.3, 1),
             unset="a token reads all",

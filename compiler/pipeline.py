@@ -34,7 +34,7 @@ from .quantize.pack import write_router, write_tokenizer
 from .report.describe import Compiled, manifest_of
 from .report.map_points import map_points
 from .report.write import file_sizes, write_report
-from .shares.stage import set_token_shares
+from .shares.stage import set_token_shares, thin_key
 from .stage_store import local_folder, store_of
 from .stages import (
     Ground,
@@ -139,7 +139,42 @@ def compile_by(config: CompileConfig, team: Team, identity: Identity, progress: 
         material = gather_material(config, team, identity.model_sha256, cache, scratch, progress)
         routing = None if config.clusters == "auto" else find_routing(config, material, config.clusters, progress)
         with held_out_reference(config, material, routing, progress) as reference:
+            if config.packs == "thin":
+                assert routing is not None
+                return _compile_thin(config, material, routing, reference, identity, progress)
             return _compile_measured(config, material, routing, reference, asked_keep, identity, progress)
+
+
+def _compile_thin(
+    config: CompileConfig,
+    material: Material,
+    routing: Routing,
+    reference: Reference | None,
+    identity: Identity,
+    progress: Progress,
+) -> Manifest:
+    """Set the clusters' token shares and write: nothing is narrowed."""
+    record, num_clusters = material.loaded.record, routing.clustering.num_clusters
+    key = thin_key(material, routing)
+    found = set_token_shares(config, material, routing, reference, None, key, progress)
+    sizes = Sizes(
+        clusters=config.clusters,
+        keep=1.0,
+        keeps=(1.0,) * num_clusters,
+        layer_budgets=(record.ffn_dim,) * record.num_layers,
+    )
+    compiled = Compiled(
+        config=config,
+        sizes=sizes,
+        loaded=material.loaded,
+        corpus=material.corpus,
+        routing=routing,
+        narrow=None,
+        quality=found.quality,
+        model_sha256=identity.model_sha256,
+        token_shares=found.record,
+    )
+    return write_bundle(compiled, identity, material.stored, None, progress)
 
 
 def _compile_measured(
@@ -195,7 +230,8 @@ def _compile_at(
     with stored_packs(material.team, material.stored, narrow, progress) as packs:
         shares = None
         if config.token_share is not None:
-            shares = set_token_shares(config, ground, reference, packs[CLUSTERS], narrow_key, progress)
+            found = set_token_shares(config, material, ground.routing, reference, packs[CLUSTERS], narrow_key, progress)
+            shares = found.record
         compiled = Compiled(
             config=config,
             sizes=sizes,
@@ -279,15 +315,20 @@ def _final_quality(
 
 
 def write_bundle(
-    compiled: Compiled, identity: Identity, stored: StoredModel, packs: StoredPacks, progress: Progress
+    compiled: Compiled, identity: Identity, stored: StoredModel, packs: StoredPacks | None, progress: Progress
 ) -> Manifest:
-    """Write the bundle next to its target, keep it in the cache, and move it to its place when it is complete."""
+    """Write the bundle next to its target, keep it in the cache, and move it to its place when it is complete.
+
+    Args:
+        packs: None where clusters are thin.
+    """
     config, loaded = compiled.config, compiled.loaded
     with progress.stage("write", 2) as advance, stage_bundle(config.output, force=config.force) as stage:
         (stored.folder / LAYOUT.base).rename(stage / LAYOUT.base)
         if config.dense:
             (stored.folder / LAYOUT.dense).rename(stage / LAYOUT.dense)
-        (packs.folder / LAYOUT.clusters).rename(stage / LAYOUT.clusters)
+        if packs is not None:
+            (packs.folder / LAYOUT.clusters).rename(stage / LAYOUT.clusters)
         if compiled.token_shares is not None:
             (stored.folder / LAYOUT.token_shares).rename(stage / LAYOUT.token_shares)
         write_tokenizer(stage, loaded)

@@ -9,6 +9,8 @@ __all__ = [
     "NEURON_BLOCK",
     "PACKED_ROWS",
     "PROFILE_TOKENS",
+    "NUM_SHARE_LEVELS",
+    "NUM_SHARE_TARGETS",
     "SHARE_COST_TOKENS",
     "SUMS_BYTES",
     "VALIDATION_TOKENS",
@@ -25,6 +27,8 @@ VALIDATION_TOKENS = 8192
 """Ridges differ enough in their costs; of these tokens half are read narrow."""
 SHARE_COST_TOKENS = 512
 """Each costs as much as half of the model for every layer and group; half of them are scored."""
+NUM_SHARE_LEVELS, NUM_SHARE_TARGETS = 33, 15
+"""Shares of inputs that there are thresholds for, and shares of the layers' bytes that there are plans for."""
 NEURON_BLOCK = GROUP_SIZE
 """Kept neurons a layer are a multiple of this, the kernels' group size."""
 PACKED_ROWS = 64

@@ -58,6 +58,7 @@ __all__ = [
     "gather_material",
     "heal_packs",
     "held_out_reference",
+    "held_out_tokens",
     "narrow_packs",
     "prepare",
     "score_packs",
@@ -120,16 +121,21 @@ class Ground:
 
     @property
     def num_held_out_tokens(self) -> list[int]:
-        """Held-out tokens of each cluster that are decoded narrow and scored: (clusters,)."""
-        counts = [max(0, len(ids) - split_point(len(ids)) - 1) for ids in self.material.held_out_ids]
-        routed, num_clusters = self.routing.assignment.held_out, self.routing.clustering.num_clusters
-        totals = np.bincount(routed, weights=counts, minlength=num_clusters)
-        return [int(total) for total in totals]
+        """Of each cluster; see `held_out_tokens`."""
+        return held_out_tokens(self.material, self.routing)
 
     def layer_budgets(self, config: CompileConfig, keep: float) -> list[int]:
         """Layer budgets at a keep ratio."""
         loaded = self.material.loaded
         return layer_budgets(config, keep, self.profile, loaded.column_norms, self.curves, loaded.record)
+
+
+def held_out_tokens(material: Material, routing: Routing) -> list[int]:
+    """Count the held-out tokens of each cluster that are decoded and scored: (clusters,)."""
+    counts = [max(0, len(ids) - split_point(len(ids)) - 1) for ids in material.held_out_ids]
+    routed, num_clusters = routing.assignment.held_out, routing.clustering.num_clusters
+    totals = np.bincount(routed, weights=counts, minlength=num_clusters)
+    return [int(total) for total in totals]
 
 
 def gather_material(
@@ -293,7 +299,8 @@ def held_out_reference(
     Args:
         routing: puts texts of a cluster where others of it are; None where it is not known yet.
     """
-    measures = config.evaluate or searches(config) or config.clusters == "auto"
+    searched = searches(config) or config.searches_share
+    measures = config.evaluate or searched or config.clusters == "auto"
     if not (measures and material.corpus.held_out):
         yield None
         return

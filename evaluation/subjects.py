@@ -11,6 +11,7 @@ import numpy.typing as npt
 from coreinfer.bundles import ConfigError
 from coreinfer.bundles.statistics import SELECTIONS, Selection, scores_from_statistic, select_neurons
 from coreinfer.bundles.token_bytes import token_bytes
+from coreinfer.bundles.token_shares import default_share, mean_share
 from coreinfer.runtime import load
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
@@ -97,22 +98,28 @@ class BundleSubject:
         if not self.modes:
             raise ConfigError(f"bundle {bundle_dir}: it has none of the modes {', '.join(modes)}")
         self._shares = {
-            f"{mode}, share {share:g}": (mode, share)
+            f"{mode}, {f'share {share:g}' if share is not None else 'own shares'}": (mode, share)
             for mode in self.modes
             for share in token_shares or self._own_share(mode)
             if mode in ("dense", "similarity")
         }
         self._check_shares()
+        if self._shares and self.engine.manifest.has_thin:
+            # A thin cluster that reads all is the dense FFN.
+            self.modes = tuple(mode for mode in self.modes if mode != "similarity")
         self.modes += tuple(self._shares)
         self._prefix: list[int] = []
         self._read_with = DENSE
         self._text = ""
         self._statistics: dict[Selection, Floats] = {}
 
-    def _own_share(self, mode: str) -> tuple[float, ...]:
+    def _own_share(self, mode: str) -> tuple[float | None, ...]:
+        """The bundle's share; None where clusters have different ones, of which each text's counts."""
         record = self.engine.manifest.token_shares
         if record is None or not self.engine.decoder.token_shares_pay:
             return ()
+        if mode != "dense" and len(set(record.clusters)) > 1:
+            return (None,)
         share = record.default if mode == "dense" else record.clusters[0]
         return (share,) if share < 1 else ()
 
@@ -124,6 +131,8 @@ class BundleSubject:
 
     def _has(self, mode: str) -> bool:
         manifest = self.engine.manifest
+        if manifest.has_thin:
+            return mode in ("dense", "similarity")
         if mode == "random":
             return len(manifest.clusters) > 1
         return mode == "similarity" or manifest.has_dense
@@ -138,6 +147,7 @@ class BundleSubject:
             return None
         if mode in self._shares:
             base, share = self._shares[mode]
+            share = mean_share(self.engine.manifest) if share is None else share
             counts, whole = token_bytes(self.engine.manifest), self.bytes_per_token(base)
             layers = counts.attention + (counts.dense_ffn if base == "dense" else counts.pack_ffn)
             return None if whole is None else round(whole - (1 - share) * layers)
@@ -198,7 +208,9 @@ class BundleSubject:
             return FfnChoice(cluster=drawn % len(manifest.clusters))
         if mode in self._shares:
             base, share = self._shares[mode]
-            return replace(self._choice(base), token_share=share)
+            choice = self._choice(base)
+            share = default_share(manifest, choice.cluster) if share is None else share
+            return replace(choice, token_share=share)
         if mode == PACK_PROMPT:
             mode = "similarity"
         if mode in _STATISTICS:

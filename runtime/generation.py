@@ -8,6 +8,7 @@ from .prompts.tools import CallReader, ToolCall
 
 __all__ = [
     "MODES",
+    "BytesRead",
     "DiskReads",
     "Drafting",
     "Fallback",
@@ -81,6 +82,23 @@ class DiskReads:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BytesRead:
+    """Bytes of weights that the passes read which decoded a generation's tokens, of a token share below 1.
+
+    A token that is decoded alone reads what it wants. Tokens that share a pass share a read of all weights, which is
+    counted for each of them. Of an int8 head that greedy decoding screens, what is scored again is not counted.
+
+    Attributes:
+        mean, p95: over the tokens.
+        num_tokens: that were decoded by passes; the first comes from the prompt's.
+    """
+
+    mean: int
+    p95: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Drafting:
     """Measurements of drafting in lossless decoding.
 
@@ -137,6 +155,8 @@ class Token:
         disk_reads: what was read from disk since this generation began to be read; None where memory is not limited.
         finish_reason: on the last token "stop" (end of text or stop string), "length" or "cancelled", before it None.
         token_share: share of the layers' weights that each token reads; in mode lossless that of drafts.
+        bytes_read: on the last token what tokens read; None before it, at share 1, in mode lossless, and where the
+            engine does not count it.
     """
 
     token_id: int
@@ -159,6 +179,7 @@ class Token:
     disk_reads: DiskReads | None
     finish_reason: FinishReason | None
     token_share: float = 1.0
+    bytes_read: BytesRead | None = None
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -197,6 +218,7 @@ class Generation:
     finish_reason: FinishReason
     tool_calls: tuple[ToolCall, ...] = ()
     token_share: float = 1.0
+    bytes_read: BytesRead | None = None
 
 
 def collect(tokens: Sequence[Token], calls: CallReader | None = None) -> Generation:
@@ -233,4 +255,5 @@ def collect(tokens: Sequence[Token], calls: CallReader | None = None) -> Generat
         disk_reads=last.disk_reads,
         finish_reason=last.finish_reason,
         token_share=last.token_share,
+        bytes_read=last.bytes_read,
     )

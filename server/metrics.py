@@ -15,6 +15,7 @@ Outcome = Literal["stop", "length", "cancelled", "error"]
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_WEIGHT_BYTES = tuple(1e6 * 2**step for step in range(4, 15))
 _DISTANCES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 
 Message = MutableMapping[str, Any]
@@ -47,6 +48,12 @@ class Metrics:
             "first_token_seconds", "From a request's arrival to its first token.", _SECONDS, "model"
         )
         self.decode_seconds = self._histogram("decode_seconds", "Decoding of one answer.", _SECONDS, "model")
+        self.weight_bytes = self._histogram(
+            "token_weight_bytes",
+            "Weights that a token reads of a share below 1, the mean of a generation.",
+            _WEIGHT_BYTES,
+            "model",
+        )
         self.batch_size = self._histogram("batch_size", "Generations that share a pass.", _BATCH_SIZES, "model")
         self.queue = self._gauge("queue_length", "Requests that wait.")
         self.active = self._gauge("active", "Requests that are read or decoded.")
@@ -143,6 +150,8 @@ class ModelMetrics:
         metrics.modes.labels(model, last.mode).inc()
         metrics.distance.labels(model).observe(last.distance)
         metrics.decode_seconds.labels(model).observe(last.decode_seconds)
+        if last.bytes_read is not None:
+            metrics.weight_bytes.labels(model).observe(last.bytes_read.mean)
         if last.mode == "similarity":
             self._count_swaps(last, engine)
 

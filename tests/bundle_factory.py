@@ -177,8 +177,8 @@ def _tensor_records(manifest: Manifest) -> Iterator[tuple[str, Mapping[str, Tens
     yield LAYOUT.router_table, {"table": TensorRecord(dtype="F32", shape=(VOCAB_SIZE, manifest.router.dimension))}
     if manifest.plan.dense:
         yield LAYOUT.dense, dense_tensors(manifest)
-    for number, cluster in enumerate(manifest.clusters):
-        yield cluster.file, cluster_tensors(manifest, number)
+    for number, name in enumerate(manifest.pack_files):
+        yield name, cluster_tensors(manifest, number)
 
 
 def _random_tensor(name: str, record: TensorRecord, rng: np.random.Generator) -> StoredTensor:

@@ -73,6 +73,9 @@ class FakeDecoder:
         assert sequence in self._states
         self.sequence = sequence
 
+    def weight_bytes(self, *, greedy: bool, alone: bool) -> int | None:
+        return round(1000 * (self._choice.token_share if alone else 1))
+
     def prepare(self, choice: FfnChoice) -> None:
         """Nothing is to be brought."""
 

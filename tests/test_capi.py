@@ -176,8 +176,8 @@ def test_no_bundle_and_versions(copied: Path, open_in_c: Callable[..., CModel], 
         with pytest.raises(CError, match=r"^NOT_FOUND: .*manifest\.json: cannot be read"):
             open_in_c(path)
     with edit_manifest(copied) as data:
-        data["schema_version"] = 4
-    with pytest.raises(CError, match=r"^VERSION: .*schema version 4, this library reads 2 and 3"):
+        data["schema_version"] = 5
+    with pytest.raises(CError, match=r"^VERSION: .*schema version 5, this library reads 2 to 4"):
         open_in_c(copied)
 
 

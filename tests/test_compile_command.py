@@ -108,6 +108,7 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "carry": (["--no-carry"], False),
     "by_neuron": (["--by-neuron"], True),
     "token_share": (["--token-share", "0.6"], 0.6),
+    "packs": (["--packs", "own"], "own"),
     "repair_rounding": (["--repair-rounding"], True),
     "experts": (["--experts", "narrow"], "narrow"),
     "heal_steps": (["--heal-steps", "7"], 7),

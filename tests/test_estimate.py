@@ -192,6 +192,22 @@ def test_stages_are_those_that_run(tiny_inputs: Callable[[str], CompileConfig]) 
     assert shared.stages[-3].seconds > 0
 
 
+def test_thin_clusters_are_planned(tiny_inputs: Callable[[str], CompileConfig]) -> None:
+    config = replace(tiny_inputs("llama"), keep=None, budgets=None, token_share=0.6, packs="thin", quantize="int4")
+    one, many = (plan_of(replace(config, clusters=count)) for count in (1, 64))
+    names = [stage.name for stage in many.stages]
+    before = ["hash", "load", "corpus", "moments", "pack", "reference", "embed", "distil"]
+    assert names == [*before, "shares", "evaluate", "write"]
+    assert many.bundle_bytes - one.bundle_bytes == 63 * 4 * 4 * 3 * 33
+    found = plan_of(replace(config, token_share="auto"))
+    assert [stage.name for stage in found.stages] == [*before, "shares", "evaluate", "evaluate", "write"]
+    lines = "\n".join(plan_lines(many))
+    assert "with a pack" not in lines
+    assert "where the engine gains by it 0.60 of the layers' weights" in lines
+    own = plan_of(replace(config, keep=0.67, packs="own", clusters=64))
+    assert own.bundle_bytes > many.bundle_bytes + 64 * 10_000
+
+
 def test_the_disk_holds_what_tries_are_compared_with_and_sums() -> None:
     config = replace(CONFIG, keep=0.5, controls=False, cache_dir=None)
     case = replace(CASE, num_assigned=(3,), held_out_tokens=1000)

@@ -116,7 +116,7 @@ def test_only_what_the_first_prompt_needs_is_fetched(hub: Hub, packs_only: Path)
     ours = runtime.load(packs_only, threads=1).generate(prompt, max_new_tokens=8, seed=1)
     assert engine.generate(prompt, max_new_tokens=8, seed=1).text == ours.text
     manifest = read_manifest(packs_only)
-    pack = manifest.clusters[ours.cluster].file
+    pack = manifest.pack_files[ours.cluster]
     assert fetched_packs(hub) == [pack]
     # Base, router, tokenizer, manifest and one pack; not the report.
     others = {cluster.file for cluster in manifest.clusters} - {pack} | {LAYOUT.report}
@@ -129,7 +129,7 @@ def test_other_packs_come_with_their_prompts(hub: Hub, packs_only: Path) -> None
     engine = runtime.load(f"hf:{REPO}", threads=1)
     clusters = {engine.generate(prompt, max_new_tokens=2, mode="similarity").cluster for prompt in corpus_texts()[:4]}
     manifest = read_manifest(packs_only)
-    assert fetched_packs(hub) == sorted(manifest.clusters[cluster].file for cluster in clusters)
+    assert fetched_packs(hub) == sorted(manifest.pack_files[cluster] for cluster in clusters)
     assert all(hub.sent[name] == manifest.files[name].bytes for name in fetched_packs(hub))
 
 
@@ -180,8 +180,8 @@ def test_damage_on_the_way_is_fetched_again(hub: Hub, packs_only: Path) -> None:
 def test_a_damaged_file_is_refused_before_it_is_used(hub: Hub, packs_only: Path) -> None:
     put(hub, packs_only)
     manifest = read_manifest(packs_only)
-    for cluster in manifest.clusters:
-        hub.damaged[cluster.file] = 2
+    for pack in manifest.pack_files:
+        hub.damaged[pack] = 2
     engine = runtime.load(f"hf:{REPO}", threads=1)
     with pytest.raises(BundleCorrupt, match=r"hf:me/tiny: clusters/00\d.safetensors: expected sha256"):
         engine.generate(corpus_texts()[0], max_new_tokens=2)

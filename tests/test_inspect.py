@@ -160,7 +160,7 @@ def spoil(bundle_dir: Path, kind: str) -> Path:
         (bundle_dir / "manifest.json").write_text(f'{{"schema_version": {SCHEMA_VERSION}}}')
     elif kind == "another version":
         with edit_manifest(bundle_dir) as data:
-            data["schema_version"] += 1
+            data["schema_version"] += 2
     else:
         shutil.rmtree(bundle_dir)
     if kind == "file":

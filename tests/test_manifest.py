@@ -8,6 +8,7 @@ import pytest
 from coreinfer.bundles.errors import BundleCorrupt, BundleNotFound, BundleVersionError
 from coreinfer.bundles.manifest import (
     SCHEMA_VERSION,
+    THIN_VERSION,
     FileRecord,
     Manifest,
     content_sha256,
@@ -158,7 +159,7 @@ def test_unknown_formats_and_groups_without_a_format_are_all_named(folder: Path)
 @pytest.mark.parametrize(
     ("version", "advice"),
     [
-        (SCHEMA_VERSION + 1, "upgrade coreinfer"),
+        (THIN_VERSION + 1, "upgrade coreinfer"),
         (SCHEMA_VERSION - 2, "compile the bundle again"),
         (None, "compile the bundle again"),
         ("2", "compile the bundle again"),
@@ -170,7 +171,9 @@ def test_another_schema_version_says_what_to_do(folder: Path, version: object, a
         del data["plan"]  # What else differs in another version is no problem of its own.
     with pytest.raises(BundleVersionError) as caught:
         read_manifest(folder)
-    assert f"schema version {version!r}, this coreinfer reads 2 and {SCHEMA_VERSION}; {advice}" in str(caught.value)
+    assert f"schema version {version!r}, this coreinfer reads 2, {SCHEMA_VERSION} and {THIN_VERSION}; {advice}" in str(
+        caught.value
+    )
 
 
 def test_a_bundle_of_version_2_is_read(folder: Path) -> None:

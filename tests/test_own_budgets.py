@@ -166,7 +166,7 @@ def test_a_search_gives_each_cluster_its_ratio(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("coreinfer.compiler.quality.search._LEAST_TOKENS", 1)
+    monkeypatch.setattr("coreinfer.compiler.quality.search.LEAST_TOKENS", 1)
     options: dict[str, Any] = {"budgets": "sensitivity", "min_layer_keep": 0.1}
     quality = open_bundle(tiny_bundle("llama", keep=0.34, **options)).manifest.quality
     assert quality is not None

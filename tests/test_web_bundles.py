@@ -100,7 +100,7 @@ def test_a_bundle_on_a_web_server(serve: Callable[[Path], Site], packs_only: Pat
         assert theirs.text == ours.text
         # The second time all but the manifest is there.
         manifest = read_manifest(packs_only)
-        pack = manifest.clusters[ours.cluster].file
+        pack = manifest.pack_files[ours.cluster]
         assert [name for name in site.sent if name.startswith(LAYOUT.clusters)] == [pack]
         assert site.sent[pack] == manifest.files[pack].bytes
         assert LAYOUT.report not in site.sent
@@ -232,6 +232,6 @@ def test_a_bundle_in_s3(s3: Any, packs_only: Path, tmp_path: Path) -> None:
     ours = runtime.load(packs_only, threads=1).generate(prompt, max_new_tokens=8, seed=1)
     assert runtime.load("s3://shelf/tiny", threads=1).generate(prompt, max_new_tokens=8, seed=1).text == ours.text
     packs = [path.name for path in (tmp_path / "cache").rglob("clusters/*")]
-    assert packs == [Path(read_manifest(packs_only).clusters[ours.cluster].file).name]
+    assert packs == [Path(read_manifest(packs_only).pack_files[ours.cluster]).name]
     with pytest.raises(BundleNotFound, match=r"s3://shelf/none: no manifest.json there"):
         runtime.load("s3://shelf/none")

@@ -36,6 +36,10 @@ _PART_SHARE = 0.1
 """Of the text, for validation, and as much to hold out."""
 _TRIES: Mapping[Effort, int] = {"quick": 3, "normal": 4, "best": 5}
 """Of a search for a quality."""
+_FOUND_SHARE = 0.64
+"""What a search for KL 0.1 usually ends with (docs/token_shares.md)."""
+_SHARE_TRIES = 5
+"""Of a search for token shares."""
 _DECODE_SHARE = 0.92
 """Of a plain read that decoding reaches, the median of docs/benchmarks.md."""
 
@@ -68,6 +72,9 @@ class Plan:
         token_bytes_pack, token_bytes_dense: weights that a decoded token reads.
         tok_s_pack, tok_s_dense: to expect on this machine of one generation.
         keep: kept neurons / all neurons.
+        token_share: of the layers' weights, that a token reads where the engine gains by it; tok_s count all. Where it
+            is to be found, what KL 0.1 usually takes; None where all is read.
+        is_thin: whether clusters have no packs, but decode with the dense FFN.
     """
 
     machine: Machine
@@ -84,6 +91,8 @@ class Plan:
     token_bytes_dense: int
     tok_s_pack: float
     tok_s_dense: float
+    token_share: float | None = None
+    is_thin: bool = False
 
     @property
     def seconds(self) -> float:
@@ -161,6 +170,8 @@ def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machi
         token_bytes_dense=dense,
         tok_s_pack=machine.read_gbps * 1e9 * _DECODE_SHARE / pack,
         tok_s_dense=machine.read_gbps * 1e9 * _DECODE_SHARE / dense,
+        token_share=_FOUND_SHARE if config.token_share == "auto" else config.token_share,
+        is_thin=config.packs == "thin",
     )
 
 
@@ -207,7 +218,7 @@ def case_of(config: CompileConfig, inputs: Inputs, shapes: Shapes) -> Case:
 
 def _assigned(config: CompileConfig, num_clusters: int) -> tuple[int, ...]:
     """Clusters of the packs, of the one static mask and of the random control."""
-    if not (config.evaluate and config.effective_controls):
+    if config.packs == "thin" or not (config.evaluate and config.effective_controls):
         return (num_clusters,)
     return (num_clusters, 1) if num_clusters == 1 else (num_clusters, 1, num_clusters)
 
@@ -242,10 +253,19 @@ def stage_works(config: CompileConfig, case: Case, file_bytes: int | None) -> It
     if rounds:
         yield "moments", "", work.moments_work(case)
     yield "pack", "base and dense FFN", work.pack_work(case, rounds=rounds)
-    if config.evaluate or searches(config):
+    if config.evaluate or searches(config) or config.searches_share:
         yield "reference", f"{case.held_out_tokens:,} tokens", work.reference_work(case)
     yield "embed", f"{case.num_texts:,.0f} texts", work.embed_work(case)
     yield "distil", f"{case.encoder_vocabulary:,} tokens", work.distil_work(case)
+    if config.packs == "own":
+        yield from _packing(config, case, narrows=narrows)
+    if config.token_share is not None:
+        yield from _sharing(config, case)
+    yield "write", "", work.write_work(bundle_bytes(config, case))
+
+
+def _packing(config: CompileConfig, case: Case, *, narrows: bool) -> Iterator[tuple[str, str, Work]]:
+    """Profile the clusters' text, and narrow, store and score their packs."""
     profile = work.profile_work(case, samples=_samples(config))
     if narrows and shares_profile(config):
         profile += work.sums_work(case)
@@ -262,9 +282,6 @@ def stage_works(config: CompileConfig, case: Case, file_bytes: int | None) -> It
     elif config.evaluate:
         # The packs are those of the last try.
         yield "evaluate", f"{case.held_out_tokens:,} tokens", work.evaluate_work(case)
-    if config.token_share is not None:
-        yield from _sharing(config, case)
-    yield "write", "", work.write_work(bundle_bytes(config, case))
 
 
 def _loading(case: Case, file_bytes: int | None) -> Iterator[tuple[str, str, Work]]:
@@ -275,9 +292,19 @@ def _loading(case: Case, file_bytes: int | None) -> Iterator[tuple[str, str, Wor
 
 def _sharing(config: CompileConfig, case: Case) -> Iterator[tuple[str, str, Work]]:
     """Set token shares, and score them."""
-    yield "shares", f"4 groups in {case.shapes.num_layers} layers", work.shares_work(case)
+    shares = work.shares_work(case, thin=config.packs == "thin")
+    yield "shares", f"4 groups in {case.shapes.num_layers} layers", shares
+    is_thin = config.packs == "thin"
+    if config.searches_share:
+        # Each try reads the text by clusters and by the dense FFN; of packs, once more with all weights.
+        num_passes = 2 * (_SHARE_TRIES + (0 if is_thin else 1))
+        detail = f"{case.held_out_tokens:,} tokens, {num_passes} times, for shares"
+        yield "evaluate", detail, work.share_scores_work(case, num_passes=num_passes, thin=is_thin)
     if config.evaluate:
-        yield "evaluate", f"{case.held_out_tokens:,} tokens, 4 times", work.share_scores_work(case)
+        # Of thin clusters there are two controls more.
+        num_passes = 6 if is_thin else 4
+        detail = f"{case.held_out_tokens:,} tokens, {num_passes} times"
+        yield "evaluate", detail, work.share_scores_work(case, num_passes=num_passes, thin=is_thin)
 
 
 def _narrowing(config: CompileConfig, case: Case, *, narrows: bool) -> Iterator[tuple[str, str, Work]]:

@@ -9,7 +9,7 @@ from coreinfer.compiler.budget import keep_of_budget, moment_bytes
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import shares_profile
 from coreinfer.compiler.quality.search import searches
-from coreinfer.compiler.samples import NEURON_BLOCK, SUMS_BYTES
+from coreinfer.compiler.samples import NEURON_BLOCK, NUM_SHARE_LEVELS, NUM_SHARE_TARGETS, SUMS_BYTES
 
 from .shapes import Shapes
 from .work import Case, moment_values, num_kept_sums
@@ -126,12 +126,23 @@ def bundle_bytes(config: CompileConfig, case: Case) -> int:
     router = case.encoder_vocabulary * (2 * _ROUTER_DIMENSION + _TOKENIZER_TOKEN_BYTES)
     tokenizer = shapes.vocab_size * _TOKENIZER_TOKEN_BYTES
     packs = case.num_clusters * _pack_bytes(config, case)
-    return _attention_bytes(shapes, config.quantize) + tables + dense + packs + router + tokenizer
+    shares = _shares_bytes(case) if config.token_share is not None else 0
+    return _attention_bytes(shapes, config.quantize) + tables + dense + packs + shares + router + tokenizer
+
+
+def _shares_bytes(case: Case) -> int:
+    """Thresholds of the dense FFN and of each cluster, the plan, and the norms of columns."""
+    shapes = case.shapes
+    groups = 4 * shapes.num_layers
+    norms = shapes.num_layers * (2 * shapes.hidden_size + shapes.hidden_size + shapes.ffn_dim)
+    return 4 * (groups * ((case.num_clusters + 1) * NUM_SHARE_LEVELS + NUM_SHARE_TARGETS) + norms)
 
 
 def _pack_bytes(config: CompileConfig, case: Case) -> int:
-    """A pack's matrices, its neuron ids and the scores of all neurons."""
+    """A pack's matrices, its neuron ids and the scores of all neurons; nothing of a thin cluster (`_shares_bytes`)."""
     shapes = case.shapes
+    if config.packs == "thin":
+        return 0
     if names_experts(config, shapes):
         return 4 * shapes.num_layers * (case.kept // shapes.expert_dim + shapes.num_experts)
     weights = shapes.num_experts * _ffn_bytes(shapes, config.quantize, case.kept // shapes.num_experts)
@@ -148,12 +159,14 @@ def scratch_bytes(config: CompileConfig, case: Case, *, item_bytes: int) -> int:
     """
     shapes = case.shapes
     found = (case.num_packs - case.num_clusters) * _pack_bytes(config, case)
-    if config.evaluate or searches(config):
+    if config.evaluate or searches(config) or config.searches_share:
         cached = 2 * shapes.num_layers * shapes.num_kv_heads * shapes.head_dim
         # Logits of the second halves; keys and values of the first.
         found += case.held_out_tokens // 2 * (shapes.vocab_size + cached) * item_bytes
     found += _kept_sums_bytes(config, case)
     if config.cache_dir is None and config.max_memory is None:
+        return found
+    if config.packs == "thin":
         return found
     repaired = 2 * case.num_packs * shapes.num_layers * case.kept * shapes.hidden_size if config.reconstruct else 0
     fisher = 4 * shapes.num_layers * shapes.hidden_size**2
@@ -162,7 +175,7 @@ def scratch_bytes(config: CompileConfig, case: Case, *, item_bytes: int) -> int:
 
 def _kept_sums_bytes(config: CompileConfig, case: Case) -> int:
     shapes = case.shapes
-    if not shares_profile(config) or case.kept == shapes.ffn_dim:
+    if config.packs == "thin" or not shares_profile(config) or case.kept == shapes.ffn_dim:
         return 0
     sums = 4 * shapes.num_layers * num_kept_sums(case) * moment_values(shapes)
     return sums if sums <= SUMS_BYTES else 0

@@ -32,8 +32,9 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield f"           {stage.name:12s} {stage.seconds:8.1f} {stage.peak_bytes / 1e9:6.2f}{detail}"
     yield f"           {'in all':12s} {plan.seconds:8.1f} {plan.peak_bytes / 1e9:6.2f}  with nothing in the cache"
     yield f"disk       {plan.bundle_bytes / 1e6:.1f} MB bundle, and {plan.scratch_bytes / 1e6:.1f} MB for stage results"
-    yield (
-        f"a token    {plan.token_bytes_pack / 1e6:.1f} MB with a pack (keep {plan.keep:.3f}), "
-        f"{plan.token_bytes_dense / 1e6:.1f} MB dense"
-    )
-    yield f"tok/s      about {plan.tok_s_pack:.0f} with a pack, {plan.tok_s_dense:.0f} dense, on this machine"
+    with_pack = "" if plan.is_thin else f"{plan.token_bytes_pack / 1e6:.1f} MB with a pack (keep {plan.keep:.3f}), "
+    yield f"a token    {with_pack}{plan.token_bytes_dense / 1e6:.1f} MB dense"
+    if plan.token_share is not None:
+        yield f"           where the engine gains by it {plan.token_share:.2f} of the layers' weights, not in tok/s"
+    pack = "" if plan.is_thin else f"{plan.tok_s_pack:.0f} with a pack, "
+    yield f"tok/s      about {pack}{plan.tok_s_dense:.0f} dense, on this machine"

@@ -67,6 +67,8 @@ def choose_model(bundle_dir: Path, *, cluster: int | None, dense: bool) -> Chose
     if cluster is None:
         widths = (manifest.model.ffn_dim,) * manifest.model.num_layers
         return ChosenModel(bundle=bundle, ffn=_dense_ffn(bundle), widths=widths, cluster=None)
+    if manifest.clusters[cluster].file is None:
+        raise ConfigError(f"--cluster {cluster}: it is thin, and its weights are the dense FFN's; give --dense")
     widths = manifest.clusters[cluster].layer_budgets
     return ChosenModel(bundle=bundle, ffn=bundle.pack(cluster), widths=widths, cluster=cluster)
 

@@ -12,7 +12,17 @@ from coreinfer.bundles.manifest import Quality, Score
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import METHODS
 
-__all__ = ["fewest_clusters", "fit_clusters", "fit_quality", "least_keeps", "searches"]
+__all__ = [
+    "LEAST_TOKENS",
+    "excess_of",
+    "fewest_clusters",
+    "fit_clusters",
+    "fit_quality",
+    "least_keeps",
+    "rounding_problem",
+    "searches",
+    "too_little_text",
+]
 
 _log = logging.getLogger(__name__)
 _NUM_TRIES = 6
@@ -23,7 +33,7 @@ _CLUSTER_MARGIN = 0.02
 _CLUSTER_DOCUMENTS = 8
 """Fewer documents a cluster on average are not worth a try."""
 
-_LEAST_TOKENS = 128
+LEAST_TOKENS = 128
 """Of a cluster's held-out text: with fewer, the score of all clusters together stands for its own."""
 
 Measure = Callable[[Sequence[float]], Quality]
@@ -55,15 +65,12 @@ def fit_quality(
     if not searches(config):
         return keep, (keep,) * len(num_tokens)
     if dense is None or not sum(num_tokens):
-        raise ConfigError(
-            "--max-kl, --min-top1: expected calibration text enough to hold some out, got too little; give more text, "
-            "or --keep"
-        )
+        raise ConfigError(f"--max-kl, --min-top1: {too_little_text()}, or --keep")
 
-    if (dense_excess := _excess(config, dense)) > 0:
-        raise ConfigError(_rounding_problem(config, dense))
+    if (dense_excess := excess_of(config, dense)) > 0:
+        raise ConfigError(rounding_problem(config, dense))
 
-    judged_by_all = {cluster for cluster, count in enumerate(num_tokens) if count < _LEAST_TOKENS}
+    judged_by_all = {cluster for cluster, count in enumerate(num_tokens) if count < LEAST_TOKENS}
 
     def excesses(keeps: Sequence[float]) -> list[float]:
         quality = measure(keeps)
@@ -73,7 +80,7 @@ def fit_quality(
                 scores[found.cluster] = found.score
         for cluster, (keep, score) in enumerate(zip(keeps, scores, strict=True)):
             _log.info("cluster %d: keep %.3f, held-out KL %.4f, top-1 %.4f", cluster, keep, score.kl, score.top1)
-        return [_excess(config, score) for score in scores]
+        return [excess_of(config, score) for score in scores]
 
     least, method = max(config.min_layer_keep, 0.05), METHODS[config.effort]
     keeps = least_keeps(
@@ -88,10 +95,16 @@ def fit_quality(
     return round(float(np.average(keeps, weights=num_tokens)), 4), keeps
 
 
-def _rounding_problem(config: CompileConfig, dense: Score) -> str:
+def too_little_text() -> str:
+    """Say that nothing can be held out to measure on."""
+    return "expected calibration text enough to hold some out, got too little; give more text"
+
+
+def rounding_problem(config: CompileConfig, dense: Score) -> str:
+    """Say that rounding alone loses more than may be lost."""
     by_default = config.max_kl is None and config.min_top1 is None
     asked = f"--max-kl {config.effective_max_kl:g}, the default" if by_default else "--max-kl, --min-top1"
-    way_out = "give --keep" if by_default else "ask for less"
+    way_out = f"give {'a share' if config.searches_share else '--keep'}" if by_default else "ask for less"
     if config.quantize != "bf16":
         way_out += ", or --quantize more bits"
     return (
@@ -102,11 +115,11 @@ def _rounding_problem(config: CompileConfig, dense: Score) -> str:
 
 def searches(config: CompileConfig) -> bool:
     """Whether keep ratios are found by a quality to aim at."""
-    return config.effective_max_kl is not None or config.min_top1 is not None
+    return config.aims_at_quality and not config.searches_share
 
 
-def _excess(config: CompileConfig, score: Score) -> float:
-    """What is lost against what may be lost: 0 where it is just that, -1 for the dense model."""
+def excess_of(config: CompileConfig, score: Score) -> float:
+    """Return what is lost against what may be lost: 0 where it is just that, -1 for the dense model."""
     limits = []
     if (max_kl := config.effective_max_kl) is not None:
         limits.append(score.kl / max_kl - 1)
@@ -125,6 +138,9 @@ def least_keeps(
     later: Collection[int] = (),
     tolerance: float = 0.05,
     num_tries: int = _NUM_TRIES,
+    first_try: float = _FIRST_TRY,
+    power: float = 1.5,
+    fine: float = _FINE,
 ) -> tuple[float, ...]:
     """Find each cluster's lowest keep ratio that holds, for all clusters at once.
 
@@ -135,11 +151,17 @@ def least_keeps(
         dense_excess: that of ratio 1, the dense model, which holds.
         later: clusters whose excess depends on the others' ratios: they take the mean of these until these are found.
         tolerance: share of the limit that may be left.
+        first_try: the ratio that is tried first.
+        power: as which power of what goes the loss grows.
+        fine: ratios that are nearer to each other are as good.
     Returns:
-        Ratios that meet the limit: each leaves no more of it than the tolerance, or is at most 0.015 above one that
+        Ratios that meet the limit: each leaves no more of it than the tolerance, or is at most `fine` above one that
         does not meet it, unless the tries ended before.
     """
-    brackets = [_Bracket(low=least, high_excess=dense_excess, tolerance=tolerance) for _ in range(num_clusters)]
+    brackets = [
+        _Bracket(low=least, high_excess=dense_excess, tolerance=tolerance, first_try=first_try, power=power, fine=fine)
+        for _ in range(num_clusters)
+    ]
     first = [cluster for cluster in range(num_clusters) if cluster not in later]
     for _ in range(num_tries):
         keeps = [bracket.high if bracket.done else bracket.middle for bracket in brackets]
@@ -164,11 +186,15 @@ class _Bracket:
         low_excess, high_excess: what they lose too much.
         tolerance: how far below the limit is good enough.
         held: whether the last try held; None before the first.
+        first_try, power, fine: of `least_keeps`.
         done: whether the higher is good enough.
     """
 
     low: float
     tolerance: float
+    first_try: float
+    power: float
+    fine: float
     low_excess: float = math.inf
     high: float = 1.0
     high_excess: float = -1.0
@@ -179,16 +205,16 @@ class _Bracket:
     def middle(self) -> float:
         """Where a straight line would have no excess, but not next to an end; what is likely before a line is known.
 
-        What is lost grows about as the power 3/2 of the share of neurons that go.
+        What is lost grows about as the power 3/2 of the share of neurons that go (`power`).
         """
         if math.isfinite(self.low_excess):
             share = self.low_excess / (self.low_excess - self.high_excess)
             return round(self.low + (self.high - self.low) * min(max(share, 0.1), 0.9), 4)
         if self.held is None:
-            return max(_FIRST_TRY, (self.low + self.high) / 2)
+            return max(self.first_try, (self.low + self.high) / 2)
         lost = max(1 + self.high_excess, 1e-3)
-        wanted = 1 - (1 - self.high) * float(lost ** (-2 / 3))
-        return round(min(max(wanted, self.low + 0.1 * (self.high - self.low)), self.high - _FINE), 4)
+        wanted = 1 - (1 - self.high) * float(lost ** (-1 / self.power))
+        return round(min(max(wanted, self.low + 0.1 * (self.high - self.low)), self.high - self.fine), 4)
 
     def narrow(self, keep: float, excess: float) -> None:
         """Take in what a ratio in between loses too much."""
@@ -199,7 +225,7 @@ class _Bracket:
         else:
             self.low_excess *= 0.5 if self.held is True else 1
             self.high, self.high_excess, self.held = keep, excess, True
-        self.done = -self.tolerance <= excess <= 0 or self.high - self.low <= _FINE
+        self.done = -self.tolerance <= excess <= 0 or self.high - self.low <= self.fine
 
 
 def fit_clusters(config: CompileConfig, measure: MeasureClusters, *, num_documents: int) -> int | Literal["auto"]:

@@ -10,6 +10,8 @@ from coreinfer.bundles.formats import GROUP_SIZE
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import (
     GROUPS,
+    SCHEMA_VERSION,
+    THIN_VERSION,
     ClusterRecord,
     Manifest,
     Plan,
@@ -39,14 +41,18 @@ _FUSED_HALF_TOKENS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """All that a bundle is written from."""
+    """All that a bundle is written from.
+
+    Attributes:
+        narrow: None where clusters are thin.
+    """
 
     config: CompileConfig
     sizes: Sizes
     loaded: LoadedModel
     corpus: Corpus
     routing: Routing
-    narrow: NarrowModel
+    narrow: NarrowModel | None
     quality: Quality | None
     model_sha256: str
     token_shares: TokenSharesRecord | None = None
@@ -54,9 +60,9 @@ class Compiled:
 
 def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
     """Describe a bundle whose files are written but for the manifest."""
-    config, routing = compiled.config, compiled.routing
+    config, routing, record = compiled.config, compiled.routing, compiled.loaded.record
     return Manifest(
-        model=compiled.loaded.record,
+        model=record,
         quantization=quantization_records(formats_of(config)),
         clusters=_cluster_records(compiled),
         router=RouterRecord(
@@ -72,10 +78,10 @@ def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
             alpha=config.alpha,
             beta=config.beta,
             cluster_weight=config.effective_cluster_weight,
-            budgets=config.effective_budgets,
+            budgets="uniform" if compiled.narrow is None else config.effective_budgets,
             layer_budgets=_in_neurons(compiled, compiled.sizes.layer_budgets),
-            reconstruct=config.reconstruct,
-            ridges=compiled.narrow.ridges,
+            reconstruct=config.reconstruct and compiled.narrow is not None,
+            ridges=(None,) * record.num_layers if compiled.narrow is None else compiled.narrow.ridges,
             dense=config.dense,
             stability_min_tokens=_STABILITY_MIN_TOKENS,
             fused_half_tokens=_FUSED_HALF_TOKENS,
@@ -85,6 +91,7 @@ def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
         provenance=_provenance(compiled),
         base_tensors=base_tensors,
         token_shares=compiled.token_shares,
+        schema_version=THIN_VERSION if compiled.narrow is None else SCHEMA_VERSION,
     )
 
 
@@ -114,10 +121,13 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
     examples = typical_texts(texts, compiled.routing.embeddings, clustering)
     positions = map_positions(clustering.centroids)
     record, kind = compiled.loaded.record, formats_of(compiled.config).ffn
-    budgets = [_in_neurons(compiled, map(len, layers)) for layers in compiled.narrow.choice.neuron_ids]
+    if compiled.narrow is None:
+        budgets = [compiled.sizes.layer_budgets] * clustering.num_clusters
+    else:
+        budgets = [_in_neurons(compiled, map(len, layers)) for layers in compiled.narrow.choice.neuron_ids]
     return tuple(
         ClusterRecord(
-            file=LAYOUT.cluster(cluster),
+            file=None if compiled.narrow is None else LAYOUT.cluster(cluster),
             label=labels[cluster],
             num_sentences=int((clustering.labels == cluster).sum()),
             num_tokens=sum(
@@ -169,7 +179,7 @@ _UNRECORDED_OPTIONS = frozenset({"output", "force", "cache_dir", "model", "encod
 
 
 # Bundles without are as they were before there were the options.
-_UNRECORDED_VALUES = (("token_share", None), ("experts", "whole"))
+_UNRECORDED_VALUES = (("token_share", None), ("experts", "whole"), ("packs", "own"))
 
 
 def _plain(value: Any) -> Any:

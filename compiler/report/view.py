@@ -5,6 +5,7 @@ from typing import Any
 
 from coreinfer.bundles.manifest import Manifest, Quality, Score
 from coreinfer.bundles.token_bytes import TokenBytes, token_bytes
+from coreinfer.bundles.token_shares import default_share, mean_share
 
 from .map_points import MapPoint
 
@@ -86,7 +87,9 @@ def _clusters(manifest: Manifest) -> Iterator[dict[str, Any]]:
     kl = {entry.cluster: entry.score.kl for entry in manifest.quality.per_cluster} if manifest.quality else {}
     for index, record in enumerate(manifest.clusters):
         share = _share(kl.get(index, 0.0), max(kl.values(), default=0.0))
-        yield {"record": record, "hue": _hue(index), "kl": kl.get(index), "share": share}
+        token_share = default_share(manifest, index) if record.file is None else None
+        found = {"record": record, "hue": _hue(index), "kl": kl.get(index), "share": share}
+        yield {**found, "token_share": token_share}
 
 
 def _metrics(manifest: Manifest, quality: Quality) -> Iterator[dict[str, Any]]:
@@ -147,21 +150,27 @@ def _ridge(value: float | None) -> str:
 
 
 def _reads(manifest: Manifest, weights: TokenBytes) -> list[dict[str, Any]]:
-    """Return bytes and speeds with a pack and dense, as shares of the larger of both."""
-    shared = (weights.attention, weights.head, weights.other)
+    """Return bytes and speeds with a pack, or a thin cluster's share, and dense, as shares of the larger of both."""
+    beside = weights.head + weights.other
     widest = max(weights.pack, weights.dense)
+    share = mean_share(manifest) if manifest.has_thin else 1.0
+    name = (
+        f"With a thin cluster, which reads {share:.2f} of the layers on average" if share < 1 else "With a cluster pack"
+    )
     dense = "with the dense FFN" if manifest.plan.dense else "with the dense FFN (not in this bundle)"
     return [
         {
             "name": name,
             "short": short,
-            "total": total,
-            "parts": [{"bytes": size, "share": size / widest} for size in (ffn, *shared)],
-            "speeds": [_speed(rate * 1e9 / total) for rate in _RATES],
+            "total": ffn + attention + beside,
+            "parts": [
+                {"bytes": size, "share": size / widest} for size in (ffn, attention, weights.head, weights.other)
+            ],
+            "speeds": [_speed(rate * 1e9 / (ffn + attention + beside)) for rate in _RATES],
         }
-        for name, short, ffn, total in (
-            ("With a cluster pack", "pack", weights.pack_ffn, weights.pack),
-            (dense.capitalize().replace("ffn", "FFN"), "dense", weights.dense_ffn, weights.dense),
+        for name, short, ffn, attention in (
+            (name, "cluster" if manifest.has_thin else "pack", share * weights.pack_ffn, share * weights.attention),
+            (dense.capitalize().replace("ffn", "FFN"), "dense", weights.dense_ffn, weights.attention),
         )
     ]
 

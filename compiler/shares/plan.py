@@ -2,6 +2,7 @@
 
 import numpy as np
 import numpy.typing as npt
+from coreinfer.compiler.samples import NUM_SHARE_TARGETS
 
 from .thresholds import LEVELS
 
@@ -9,7 +10,7 @@ __all__ = ["TARGETS", "plan_shares"]
 
 Floats = npt.NDArray[np.float32]
 
-TARGETS = np.linspace(0.3, 1, 15, dtype=np.float32)
+TARGETS = np.linspace(0.3, 1, NUM_SHARE_TARGETS, dtype=np.float32)
 """Shares of the layers' bytes that there is a plan for."""
 _LEAST = 0.15
 """Of a group: what is measured at half says little of what is lost below."""

@@ -1,37 +1,62 @@
 """Token shares of a compile: found, measured, and written beside the model's files."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.bundles.manifest import TokenSharesRecord
+from coreinfer.bundles.manifest import Quality, TokenSharesRecord
 from coreinfer.bundles.writer import disk_errors
+from coreinfer.compiler.cache import stage_key
+from coreinfer.compiler.clusters.route import Routing
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.quality.reference import Reference
 from coreinfer.compiler.quality.stored import StoredPacks
-from coreinfer.compiler.stages import Ground
+from coreinfer.compiler.stages import Material, held_out_tokens
 
-from .score import SharedWeights, score_token_shares
+from .measure import SharedWeights
+from .score import ScoredShares, score_token_shares
+from .search import fit_shares
 from .token_shares import ShareInputs, find_token_shares, write_token_shares
 
-__all__ = ["set_token_shares"]
+__all__ = ["FoundShares", "set_token_shares", "thin_key"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundShares:
+    """What a compile's token shares are.
+
+    Attributes:
+        quality: of thin clusters; None where packs have their own, or nothing was measured.
+    """
+
+    record: TokenSharesRecord
+    quality: Quality | None
+
+
+def thin_key(material: Material, routing: Routing) -> str:
+    """Key of all that the thresholds of thin clusters depend on."""
+    return stage_key("thin", upstream=material.key, clusters=routing.clustering.labels.tolist())
 
 
 def set_token_shares(
     config: CompileConfig,
-    ground: Ground,
+    material: Material,
+    routing: Routing,
     reference: Reference | None,
-    packs: StoredPacks,
+    packs: StoredPacks | None,
     upstream: str,
     progress: Progress,
-) -> TokenSharesRecord:
-    """Find the token shares of the clusters' packs, and write their file into the stored model's folder.
+) -> FoundShares:
+    """Find the token shares of the clusters, and write their file into the stored model's folder.
 
     Args:
-        upstream: key of the packs.
+        packs: of the clusters; None where they are thin.
+        upstream: key of the packs; of thin clusters `thin_key`.
     Raises:
         BundleError: the disk cannot take the file.
+        ConfigError: shares were to be found by a quality that cannot be had.
     """
-    material, routing, share = ground.material, ground.routing, config.token_share
-    assert share is not None
     inputs = ShareInputs(
         loaded=material.team.loaded,
         stored=material.stored,
@@ -44,12 +69,18 @@ def set_token_shares(
     with disk_errors(config.output):
         write_token_shares(material.stored.folder / LAYOUT.token_shares, arrays, with_dense=config.dense)
     shared = SharedWeights(stored=material.stored, packs=packs, arrays=arrays, labels=routing.assignment.held_out)
-    return TokenSharesRecord(
-        default=share,
-        clusters=(share,) * routing.clustering.num_clusters,
+    num_tokens: Sequence[int] = held_out_tokens(material, routing)
+    shares = fit_shares(config, material.team, reference, shared, num_tokens, progress)
+    scored = ScoredShares(scores=(), quality=None)
+    if config.evaluate and reference:
+        scored = score_token_shares(
+            material.team, reference, shared, shares, num_tokens, seed=config.seed, progress=progress
+        )
+    record = TokenSharesRecord(
+        default=shares.dense,
+        clusters=shares.clusters,
         num_levels=len(arrays["levels"]),
         num_targets=len(arrays["targets"]),
-        scores=score_token_shares(material.team, reference, shared, share, progress)
-        if config.evaluate and reference
-        else (),
+        scores=scored.scores,
     )
+    return FoundShares(record=record, quality=scored.quality)

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from coreinfer.bundles.contract import INPUT_GROUPS
 from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.samples import NUM_SHARE_LEVELS
 from coreinfer.runtime.engines.torch.wanted_inputs import Groups
 
 from .inputs import Norms, groups_of, inputs_seen
@@ -18,7 +19,7 @@ __all__ = ["LEVELS", "lost_energies", "sample_scores", "thresholds_of"]
 Floats = npt.NDArray[np.float32]
 Scores = Mapping[Groups, Floats]
 
-LEVELS = np.linspace(0, 1, 33, dtype=np.float32)
+LEVELS = np.linspace(0, 1, NUM_SHARE_LEVELS, dtype=np.float32)
 """Shares of inputs that thresholds are stored for."""
 _TEXT_SCORES = 8192
 """Of a text, a layer and a group; a share settles soon."""

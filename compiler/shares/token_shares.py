@@ -45,19 +45,19 @@ class ShareInputs:
     Attributes:
         documents: calibration text.
         labels: (documents,) their clusters.
-        packs: of the clusters.
+        packs: of the clusters; None where they are thin and decode with the dense FFN.
     """
 
     loaded: LoadedModel
     stored: StoredModel
-    packs: StoredPacks
+    packs: StoredPacks | None
     documents: Sequence[Document]
     labels: npt.NDArray[np.int64]
     seed: int
 
     @property
     def num_clusters(self) -> int:
-        """Number of packs."""
+        """Number of clusters."""
         return int(self.labels.max()) + 1
 
     @property
@@ -75,7 +75,7 @@ def find_token_shares(inputs: ShareInputs, cache: Cache, upstream: str, progress
     """Set thresholds on calibration text, and plan shares by what each group alone costs the model.
 
     Args:
-        upstream: key of the packs.
+        upstream: key of the packs, or of all that thin clusters depend on.
     """
     formats = asdict(inputs.stored.packer.formats)
     key = stage_key("shares", upstream=upstream, revision=_REVISION, sampling=SAMPLING, formats=formats)
@@ -112,8 +112,11 @@ def _compute(inputs: ShareInputs, cost_texts: Sequence[Document], advance: Advan
         costs, lost_energies(loaded, scores), group_weights(loaded), measured_at=_MEASURED_SHARE
     )
     for cluster, documents in enumerate(own_texts):
-        file = TensorFile(inputs.packs.folder / LAYOUT.cluster(cluster))
-        own = _scores(inputs, inputs.packs.cut(loaded), cluster, dense, documents, read_norms(loaded, base, file))
+        if inputs.packs is None:
+            own = _scores(inputs, dense, 0, dense, documents, norms)
+        else:
+            file = TensorFile(inputs.packs.folder / LAYOUT.cluster(cluster))
+            own = _scores(inputs, inputs.packs.cut(loaded), cluster, dense, documents, read_norms(loaded, base, file))
         arrays[f"thresholds.{cluster}"] = thresholds_of(loaded, own)
         advance()
     return arrays

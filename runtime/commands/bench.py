@@ -174,7 +174,7 @@ def bench(bundle_dir: Path, options: BenchOptions) -> BenchResult:
         NativeDecoder(bundle, threads=options.threads, isa=isa, memory_bytes=bytes_of(options.memory_mb))
         for isa in options.isas
     ]
-    ffns = ("dense", "pack") if bundle.dense else ("pack",)
+    ffns = tuple(ffn for ffn, has in (("dense", bundle.dense), ("pack", not bundle.manifest.has_thin)) if has)
     vocab_size = bundle.manifest.model.vocab_size
     subjects = [_Subject(decoder, ffn, options, vocab_size) for decoder in decoders for ffn in ffns]
     for subject in subjects:
@@ -223,7 +223,10 @@ def _check_fit(options: BenchOptions, bundle: Bundle) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line after the table.")
 @click.version_option(package_name="coreinfer")
 def main(bundle_dir: Path, options: BenchOptions, as_json: bool) -> None:
-    """Measure how fast the native engine decodes the bundle in DIR, with its dense FFN and with its first pack."""
+    """Measure how fast the native engine decodes the bundle in DIR, with its dense FFN and with its first pack.
+
+    A bundle of thin clusters has no packs; all weights are read.
+    """
     start_logging(verbose=False)
     result = bench(bundle_dir, options)
     click.echo("\n".join(_table(result, options)))

@@ -34,7 +34,11 @@ def _drafted(drafting: Drafting | None) -> str:
 
 
 def _share(last: Token) -> str:
-    return "" if last.token_share == 1 else f", token share {last.token_share:g}"
+    if last.token_share == 1:
+        return ""
+    read = last.bytes_read
+    said = "" if read is None else f" ({read.mean / 1e6:.1f} MB of weights a token, 95% at most {read.p95 / 1e6:.1f})"
+    return f", token share {last.token_share:g}{said}"
 
 
 def _read(reads: DiskReads | None) -> str:

@@ -139,6 +139,14 @@ class Decoder(Protocol):
     def token_shares_pay(self) -> bool:
         """Whether it leaves inputs out where the choice says so; else it reads all as fast, and is not asked to."""
 
+    def weight_bytes(self, *, greedy: bool, alone: bool) -> int | None:
+        """Bytes of weights that the last pass over decoded tokens read; None where they are not counted.
+
+        Args:
+            greedy: as the pass was called.
+            alone: whether it had one token; several share a read of all weights.
+        """
+
     @property
     def disk_reads(self) -> DiskReads | None:
         """What it has read from disk since it was loaded; None where its memory is not limited."""

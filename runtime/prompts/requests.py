@@ -138,7 +138,7 @@ def _plan(loaded: Loaded, options: GenerationOptions, route: Route, num_tokens: 
     if mode == "auto" and (leaves_out(options.token_share) or options.prompt_ffn == "pack"):
         # A prompt's own neurons are all read, and are known of prompts that the dense FFN reads.
         gathers = False
-    check_prompt_ffn(mode, options.prompt_ffn)
+    check_prompt_ffn(mode, options.prompt_ffn, loaded.bundle.manifest)
     plan = plan_mode(mode, loaded.bundle.manifest, route, num_tokens, gathers=gathers)
     check_token_share(loaded.bundle, plan, options.token_share)
     return plan

@@ -70,6 +70,11 @@ def plan_mode(
     if mode != "similarity" and not manifest.has_dense:
         raise ConfigError(f"mode {mode!r} needs the dense FFN, which this bundle lacks; compile it with --dense")
     plan = ModePlan(mode=mode)
+    if plan.needs_statistic and manifest.has_thin:
+        raise ConfigError(
+            f"mode {mode!r} chooses as many neurons as packs have, and the clusters of this bundle are thin; use mode "
+            "similarity, dense, lossless or auto"
+        )
     if plan.needs_statistic and manifest.model.experts is not None:
         raise ConfigError(f"mode {mode!r}: {NO_GATHERING}")
     if plan.needs_statistic and not gathers:
@@ -84,13 +89,14 @@ def _automatic(manifest: Manifest, route: Route, num_prompt_tokens: int, *, gath
     if fallback:
         return ModePlan(mode="similarity", fallback=fallback, cluster=largest_cluster(manifest))
     long = num_prompt_tokens >= manifest.plan.stability_min_tokens
-    if gathers and manifest.has_dense and not manifest.plan.reconstruct and long:
+    packs_unrepaired = not manifest.plan.reconstruct and not manifest.has_thin
+    if gathers and manifest.has_dense and packs_unrepaired and long:
         return ModePlan(mode="stability")
     return ModePlan(mode="similarity")
 
 
-def check_prompt_ffn(mode: Mode, prompt_ffn: PromptFfn) -> None:
-    """Refuse to read prompts with a pack where a mode needs what the dense FFN makes of them.
+def check_prompt_ffn(mode: Mode, prompt_ffn: PromptFfn, manifest: Manifest) -> None:
+    """Refuse to read prompts with a pack where a mode needs what the dense FFN makes of them, or there is no pack.
 
     Raises:
         ConfigError: it does.
@@ -98,6 +104,11 @@ def check_prompt_ffn(mode: Mode, prompt_ffn: PromptFfn) -> None:
     if prompt_ffn == "pack" and mode not in ("auto", "similarity"):
         raise ConfigError(
             f"prompt_ffn: expected dense in mode {mode!r}, got 'pack'; use mode similarity or auto, or leave it out"
+        )
+    if prompt_ffn == "pack" and manifest.has_thin:
+        raise ConfigError(
+            "prompt_ffn: expected dense with this bundle, whose clusters are thin and have no packs, got 'pack'; leave "
+            "it out"
         )
 
 

@@ -40,7 +40,9 @@ def decode_group(decoder: Decoder, switch: FfnSwitch, group: Group) -> Logits:
     _start_clocks(runs, begin)
     if len(runs) > 1:
         rows, last_ids = [_number(run) for run in runs], [run.token_ids[-1] for run in runs]
-        logits = decoder.forward_rows(rows, last_ids, greedy=all(run.chooser.greedy for run in runs))
+        greedy = all(run.chooser.greedy for run in runs)
+        logits = decoder.forward_rows(rows, last_ids, greedy=greedy)
+        _note_bytes(decoder, runs, choice, greedy=greedy, alone=False)
     else:
         logits = decode_alone(decoder, runs[0])
     _note_plain(runs, time.perf_counter() - begin if len(runs) == 1 else None)
@@ -51,7 +53,10 @@ def decode_alone(decoder: Decoder, run: Run) -> Logits:
     """Run a run's last token through the weights in use: (1, vocab)."""
     if decoder.sequence != (number := _number(run)):
         decoder.select(number)
-    return decoder.forward(run.token_ids[-1:], greedy=run.chooser.greedy)
+    logits = decoder.forward(run.token_ids[-1:], greedy=run.chooser.greedy)
+    if run.lengths is None:
+        _note_bytes(decoder, [run], run.choice, greedy=run.chooser.greedy, alone=True)
+    return logits
 
 
 def decode_beside(decoder: Decoder, switch: FfnSwitch, group: Group, block: Block) -> tuple[Logits | None, Logits]:
@@ -63,7 +68,18 @@ def decode_beside(decoder: Decoder, switch: FfnSwitch, group: Group, block: Bloc
     greedy = all(run.chooser.greedy for run in (block.run, *runs))
     result = read_beside(block, decoder, rows, [run.token_ids[-1] for run in runs], greedy=greedy)
     _note_plain(runs, None)
+    _note_bytes(decoder, runs, choice, greedy=greedy, alone=False)
     return result
+
+
+def _note_bytes(decoder: Decoder, runs: Sequence[Run], choice: FfnChoice, *, greedy: bool, alone: bool) -> None:
+    """Note what the pass of some tokens read, where a share of the weights was asked for."""
+    if choice.token_share == 1:
+        return
+    num_bytes = decoder.weight_bytes(greedy=greedy, alone=alone)
+    if num_bytes is not None:
+        for run in runs:
+            run.weight_bytes.append(num_bytes)
 
 
 def _note_plain(runs: Sequence[Run], seconds: float | None) -> None:

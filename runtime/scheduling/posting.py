@@ -3,9 +3,10 @@
 import logging
 import time
 
+import numpy as np
 from coreinfer.runtime.decoding.choosing import Chosen
 from coreinfer.runtime.engines.protocol import FfnChoice
-from coreinfer.runtime.generation import DiskReads, FinishReason, Token
+from coreinfer.runtime.generation import BytesRead, DiskReads, FinishReason, Token
 
 from .run import Row, Run, decoding, path_step
 
@@ -71,6 +72,15 @@ def _disk_reads(run: Run) -> DiskReads | None:
     return None if reads is None else reads.since(run.reads_before)
 
 
+def _bytes_read(run: Run) -> BytesRead | None:
+    if not run.weight_bytes:
+        return None
+    found = np.array(run.weight_bytes)
+    return BytesRead(
+        mean=round(float(found.mean())), p95=int(np.percentile(found, 95, method="higher")), num_tokens=len(found)
+    )
+
+
 def _token(run: Run, chosen: Chosen, piece: str, reason: FinishReason | None) -> Token:
     request, serving = run.request, run.path[-1]
     return Token(
@@ -93,5 +103,6 @@ def _token(run: Run, chosen: Chosen, piece: str, reason: FinishReason | None) ->
         drafting=run.lengths.report() if run.lengths else None,
         disk_reads=_disk_reads(run),
         token_share=run.choice.token_share,
+        bytes_read=None if reason is None else _bytes_read(run),
         finish_reason=reason,
     )

@@ -61,6 +61,7 @@ class Run:
         token_ids: the decoded tokens.
         rows: verified rows that no token was chosen from yet, in mode lossless.
         num_to_draft: length of the next round, decided and not yet drafted, in mode lossless.
+        weight_bytes: that the pass of each decoded token read, of a token share below 1.
         read_start, decode_start: by `time.perf_counter`.
         reads_before: what had been read from disk at `read_start`; None where memory is not limited.
         ended: it is no longer needed; the next step frees what it holds.
@@ -85,6 +86,7 @@ class Run:
     num_cached_tokens: int = 0
     statistic: Logits | None = None
     token_ids: list[int] = field(default_factory=list)
+    weight_bytes: list[int] = field(default_factory=list)
     rows: deque[Row] = field(default_factory=deque)
     num_to_draft: int | None = None
     tokens: deque[Token] = field(default_factory=deque)
@@ -208,12 +210,18 @@ def path_step(loaded: Loaded, cluster: int, *, first_token: int, distance: float
 
 
 def decoding(run: Run, choice: FfnChoice) -> FfnChoice:
-    """The same weights, with the share of them that a decoded token of the run reads."""
+    """The same weights, with the share of them that a decoded token of the run reads.
+
+    A thin cluster that reads all is the dense FFN, so that its runs share a pass with others.
+    """
     loaded = run.loaded
     share = decoding_share(
         loaded.bundle.manifest, run.options.token_share, choice, pays=loaded.decoder.token_shares_pay
     )
-    return choice if share == 1 else replace(choice, token_share=share)
+    if share < 1:
+        return replace(choice, token_share=share)
+    is_dense = choice.neuron_ids is None and loaded.bundle.weights_of(choice.cluster) is None
+    return DENSE if is_dense else choice
 
 
 def _draft_length(loaded: Loaded, options: GenerationOptions) -> DraftLength:

@@ -167,6 +167,10 @@ class NativeDecoder:
         """
         return int(self._model.bytes_per_token(num_cached, greedy))
 
+    def weight_bytes(self, *, greedy: bool, alone: bool) -> int | None:
+        """Bytes of weights that the last pass over decoded tokens read; see `Decoder.weight_bytes`."""
+        return int(self._model.bytes_per_token(0, greedy, alone))
+
     def prepare(self, choice: FfnChoice) -> None:
         """Have a pack read ahead; under a limit, into the place of the pack that decodes no more."""
         if self._residency is not None:
@@ -204,17 +208,15 @@ class NativeDecoder:
             self._model.announce(self._ffn(cluster))
 
     def _ffn(self, cluster: int | None) -> Any:
-        """The weights of a pack, or with None of the dense FFN, ready to be pointed at."""
+        """The weights of a cluster, or with None of the dense FFN, ready to be pointed at."""
         with self._loading:
-            return self._loaded_ffn(cluster)
+            return self._loaded_ffn(self._bundle.weights_of(cluster))
 
     def _loaded_ffn(self, cluster: int | None) -> Any:
         if cluster not in self._ffns:
             manifest = self._bundle.manifest
-            if cluster is None or manifest.model.experts is None or manifest.narrows_experts:
-                self._ffns[cluster] = self._read_ffn(cluster)
-            else:
-                self._ffns[cluster] = self._some_experts(cluster)
+            has_weights = cluster is None or manifest.model.experts is None or manifest.narrows_experts
+            self._ffns[cluster] = self._read_ffn(cluster) if has_weights else self._some_experts(cluster)
         return self._ffns[cluster]
 
     def _some_experts(self, cluster: int) -> Any:

@@ -32,13 +32,15 @@ def weight_sizes(bundle: Bundle, page_bytes: int, table_bytes: int, table_block_
     """Count what there is to hold; see `WeightSizes`."""
     manifest = bundle.manifest
     dense = (manifest.model.ffn_dim,) * manifest.model.num_layers
-    *packs, whole = ffn_sizes(manifest, [*(cluster.layer_budgets for cluster in manifest.clusters), dense])
+    own = [cluster.layer_budgets for cluster in manifest.clusters if cluster.file is not None]
+    *packs, whole = ffn_sizes(manifest, [*own, dense])
     return WeightSizes(
         base=len(bundle.base.mapped_bytes),
         tables=table_bytes,
         table_block=table_block_bytes,
         page=page_bytes,
-        packs=packs,
+        # Thin clusters decode with the dense FFN.
+        packs=[*packs, whole] if manifest.has_thin else packs,
         dense=whole if bundle.dense else None,
     )
 

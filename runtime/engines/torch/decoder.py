@@ -174,9 +174,13 @@ class TorchDecoder:
         """Number of the selected sequence."""
         return self._sequences.selected
 
+    def weight_bytes(self, *, greedy: bool, alone: bool) -> int | None:
+        """Not counted: it computes with zeros, and reads all."""
+        return None
+
     def prepare(self, choice: FfnChoice) -> None:
         """Begin to load a pack that will soon be used; see `Decoder.prepare`."""
-        self._placement.prepare(choice.whole)
+        self._placement.prepare(self._reader.weights_of(choice))
 
     def use(self, choice: FfnChoice) -> None:
         """Run with other FFN weights from the next token on.
@@ -192,8 +196,9 @@ class TorchDecoder:
         if choice.neuron_ids is not None and not self.gathers:
             raise ConfigError(NO_GATHERING)
         thresholds = self.masks.thresholds(choice)
-        if self._choice is None or not choice.whole.is_same(self._choice.whole):
-            self._placement.use(choice.whole)
+        weights = self._reader.weights_of(choice)
+        if self._choice is None or not weights.is_same(self._reader.weights_of(self._choice)):
+            self._placement.use(weights)
         self.masks.use(choice, thresholds)
         self._choice = choice
 
@@ -384,7 +389,7 @@ def _needs(model: nn.Module, reader: FfnReader) -> MemoryNeeds:
     has_dense = reader.bundle.dense is not None
     return MemoryNeeds(
         base=base_bytes(model),
-        pack=max(reader.num_bytes(cluster) for cluster in range(len(reader.bundle.manifest.clusters))),
+        pack=reader.largest_pack_bytes,
         dense=reader.num_bytes(None) if has_dense else 0,
         layer=layer_bytes(reader.shapes(None, 0)),
         kv_per_token=kv_bytes_per_token(record, reader.dtype.itemsize),

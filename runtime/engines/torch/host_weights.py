@@ -12,6 +12,7 @@ from coreinfer.bundles import Bundle, ConfigError
 from coreinfer.bundles.contract import expert_role, kept_experts, tensor_name
 from coreinfer.bundles.families import Family
 from coreinfer.bundles.tensors import TensorFile
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 
 from .model import matrix_to_torch, to_torch
 from .packed_linear import Shapes, Tensors, pack_matrix, packed_shapes
@@ -77,6 +78,17 @@ class FfnReader:
         """Memory that all layers take."""
         num_layers = self.bundle.manifest.model.num_layers
         return sum(layer_bytes(self.shapes(cluster, layer)) for layer in range(num_layers))
+
+    @property
+    def largest_pack_bytes(self) -> int:
+        """Memory that the largest pack takes; 0 where all clusters are thin."""
+        clusters = enumerate(self.bundle.manifest.clusters)
+        return max((self.num_bytes(number) for number, cluster in clusters if cluster.file is not None), default=0)
+
+    def weights_of(self, choice: FfnChoice) -> FfnChoice:
+        """The FFN weights of a choice, all of which are read: of a thin cluster the dense FFN's."""
+        whole = choice.whole
+        return DENSE if whole.neuron_ids is None and self.bundle.weights_of(whole.cluster) is None else whole
 
     def _bias(self, file: TensorFile, name: str, tensors: Tensors, role: str) -> torch.Tensor:
         bias = to_torch(file[f"{name}_bias"]).to(self.dtype)

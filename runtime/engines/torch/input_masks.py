@@ -57,7 +57,7 @@ class InputMasks:
         """Mask by what `thresholds` returned from the next token on; the choice's weights are in place."""
         if thresholds is not None:
             self._thresholds.copy_(thresholds)
-            self._fill_norms(choice.cluster)
+            self._fill_norms(self._bundle.weights_of(choice.cluster))
         self._is_on = thresholds is not None
 
     def _fill_norms(self, cluster: int | None) -> None:

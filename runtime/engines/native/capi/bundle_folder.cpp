@@ -12,6 +12,7 @@ namespace {
 const std::string kManifest = "manifest.json", kBase = "base.safetensors", kDense = "dense.safetensors",
                   kGeneration = "tokenizer/generation.json";
 constexpr int kVersion = 3, kOldVersion = 2;  // in the old one all clusters have the plan's layer budgets
+constexpr int kThinVersion = 4;               // clusters may have no pack of their own
 
 Json parse(const WholeFile& file) {
   return Json::parse({reinterpret_cast<const char*>(file.data()), file.num_bytes()});
@@ -40,9 +41,9 @@ BundleFolder::BundleFolder(const std::string& folder, bool checks_sums, bool spa
     : folder_(folder), checks_sums_(checks_sums), spares_memory_(spares_memory) {
   manifest_ = parse(WholeFile(folder + "/" + kManifest));
   const int version = manifest_.integer("schema_version");
-  if (version != kVersion && version != kOldVersion)
+  if (version < kOldVersion || version > kThinVersion)
     throw Failure(COREINFER_VERSION, folder + ": schema version " + std::to_string(version) + ", this library reads " +
-                                         std::to_string(kOldVersion) + " and " + std::to_string(kVersion));
+                                         std::to_string(kOldVersion) + " to " + std::to_string(kThinVersion));
   model_ = read_record(manifest_.object("model"));
   ffn_format_ = manifest_.object("quantization").object("ffn").string("format");
   read_clusters();
@@ -50,10 +51,13 @@ BundleFolder::BundleFolder(const std::string& folder, bool checks_sums, bool spa
 }
 
 void BundleFolder::read_clusters() {
-  const bool has_plan_budgets = manifest_.integer("schema_version") == kOldVersion;
-  for (const Json& cluster : manifest_.array("clusters"))
-    clusters_.push_back({cluster.string("file"), cluster.string("label"),
-                         numbers(has_plan_budgets ? manifest_.object("plan") : cluster, "layer_budgets")});
+  const int version = manifest_.integer("schema_version");
+  for (const Json& cluster : manifest_.array("clusters")) {
+    const bool is_thin = version == kThinVersion && !Json::is_given(cluster.find("file"));
+    if (is_thin && !has_dense()) refuse("clusters", "a file of each, or a dense FFN", "neither");
+    clusters_.push_back({is_thin ? std::string() : cluster.string("file"), cluster.string("label"),
+                         numbers(version == kOldVersion ? manifest_.object("plan") : cluster, "layer_budgets")});
+  }
   if (clusters_.empty()) refuse("clusters", "at least one", "none");
 }
 
@@ -111,6 +115,10 @@ std::shared_ptr<MappedTensors> BundleFolder::dense() const {
 }
 
 std::shared_ptr<MappedTensors> BundleFolder::pack(int cluster) const { return open_tensors(clusters_[cluster].file); }
+
+int BundleFolder::weights_of(int cluster) const {
+  return cluster == COREINFER_DENSE || clusters_[cluster].file.empty() ? COREINFER_DENSE : cluster;
+}
 
 std::vector<std::vector<int>> BundleFolder::experts(int cluster) const {
   const auto file = pack(cluster);

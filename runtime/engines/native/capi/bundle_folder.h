@@ -13,7 +13,7 @@
 namespace coreinfer {
 
 struct ClusterRecord {
-  std::string file, label;
+  std::string file, label;       // no file: thin, it decodes with the dense FFN
   std::vector<int> num_neurons;  // of each layer
 };
 
@@ -35,6 +35,8 @@ class BundleFolder {
   std::shared_ptr<MappedTensors> base() const;
   std::shared_ptr<MappedTensors> dense() const;
   std::shared_ptr<MappedTensors> pack(int cluster) const;
+  // The pack that a cluster decodes with, or COREINFER_DENSE.
+  int weights_of(int cluster) const;
   // Of a mixture: the experts of each layer that a cluster has.
   std::vector<std::vector<int>> experts(int cluster) const;
 

@@ -95,7 +95,8 @@ COREINFER_API int coreinfer_is_end(const coreinfer_model* model, int32_t token_i
 COREINFER_API const char* coreinfer_isa(const coreinfer_model* model);
 COREINFER_API int coreinfer_num_threads(const coreinfer_model* model);
 
-/* Decode with a cluster's pack, or with the dense FFN, from the next token on; what was read stays. CoreInfer's own runtime
+/* Decode with a cluster's pack, or with the dense FFN, from the next token on; what was read stays. Of a thin cluster that is the
+ * dense FFN, of which this library leaves nothing out. CoreInfer's own runtime
  * reads a prompt with the dense FFN where there is one, and then decodes with the pack of the prompt's cluster. */
 COREINFER_API int coreinfer_use(coreinfer_model* model, int cluster);
 

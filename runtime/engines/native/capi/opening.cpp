@@ -79,7 +79,8 @@ MemoryPlan plan_for(const coreinfer_model& model, const ModelWeights& weights, c
   const TableBytes tables = table_bytes(weights);
   WeightSizes sizes{model.base->file->num_bytes(), tables.all, tables.block, layout_for(weights).num_bytes(), {}, {}};
   const auto size = [&](int cluster) { return ffn_sizes(record, bundle.ffn_format(), neurons_of(bundle, cluster)); };
-  for (size_t cluster = 0; cluster < bundle.clusters().size(); ++cluster) sizes.packs.push_back(size(int(cluster)));
+  for (size_t cluster = 0; cluster < bundle.clusters().size(); ++cluster)
+    sizes.packs.push_back(size(bundle.weights_of(static_cast<int>(cluster))));
   if (bundle.has_dense()) sizes.dense = size(COREINFER_DENSE);
   try {
     return plan_memory(options.memory_bytes, sizes, options.kv_cache_bytes);
@@ -132,6 +133,7 @@ const coreinfer_model::Pack& pack_of(coreinfer_model& model, int cluster) {
   if (cluster < COREINFER_DENSE || cluster >= num_clusters)
     throw Failure(COREINFER_NOT_FOUND, "cluster: expected 0 to " + std::to_string(num_clusters - 1) +
                                            " or COREINFER_DENSE, got " + std::to_string(cluster));
+  cluster = bundle.weights_of(cluster);
   const auto found = model.packs.find(cluster);
   if (found != model.packs.end()) return found->second;
   coreinfer_model::Pack pack = in_bundle(bundle.folder(), [&] {

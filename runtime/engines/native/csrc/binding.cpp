@@ -214,9 +214,9 @@ class Model {
   }
   int num_threads() const { return decoder_->threads.size(); }
   std::string isa() const { return decoder_->kernels.name; }
-  size_t bytes_per_token(int num_tokens, bool screened) const {
+  size_t bytes_per_token(int num_tokens, bool screened, bool alone) const {
     if (!decoder_->ffn) refuse("FFN", "one in use", "none");
-    return decoder_->bytes_per_token(num_tokens, screened);
+    return decoder_->bytes_per_token(num_tokens, screened, alone);
   }
 
  private:
@@ -373,7 +373,8 @@ PYBIND11_MODULE(_native, module) {
       .def("fork_sequence", &Model::fork_sequence, py::arg("source"), py::arg("num_tokens"))
       .def("drop_sequence", &Model::drop_sequence, py::arg("sequence"))
       .def("truncate", &Model::truncate, py::arg("num_tokens"), py::arg("sequence") = 0)
-      .def("bytes_per_token", &Model::bytes_per_token, py::arg("num_tokens"), py::arg("screened") = false)
+      .def("bytes_per_token", &Model::bytes_per_token, py::arg("num_tokens"), py::arg("screened") = false,
+           py::arg("alone") = true)
       .def("num_cached", &Model::num_cached, py::arg("sequence") = 0)
       .def_property_readonly("layer_bytes_used", &Model::layer_bytes_used)
       .def_property_readonly("num_pages", &Model::num_pages)

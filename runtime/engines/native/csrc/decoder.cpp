@@ -170,13 +170,14 @@ size_t read_columns(const TokenScratch& token, const TokenShares& shares) {
 
 }  // namespace
 
-size_t Decoder::bytes_per_token(int num_tokens, bool screened) const {
+size_t Decoder::bytes_per_token(int num_tokens, bool screened, bool alone) const {
+  const TokenShares* used = alone ? shares.get() : nullptr;
   // What is scored again after screening is not counted.
   screened = screened && weights.head.format == Format::int8_planes;
   size_t total = (screened ? weights.head.screening_bytes() : weights.head.num_bytes()) +
                  weights.project_in.num_bytes() + weights.project_out.num_bytes();
   const double active = active_share(token);
-  if (shares) total += read_columns(token, *shares);
+  if (used) total += read_columns(token, *used);
   const auto by_rows = [&](size_t layer, const std::shared_ptr<const LayerColumns>& columns, int group) {
     return !columns || (*columns)[layer][group].empty();
   };
@@ -189,7 +190,7 @@ size_t Decoder::bytes_per_token(int num_tokens, bool screened) const {
          {&layer.gate, &layer.up},
          {&layer.down}}};
     for (int group = 0; group < kNumInputGroups; ++group)
-      if (!shares || by_rows(i, group < kGateUp ? shares->attention : shares->ffn, group % 2))
+      if (!used || by_rows(i, group < kGateUp ? used->attention : used->ffn, group % 2))
         for (const Linear* linear : groups[group])
           total += linear->weight.format == Format::int4_rows ? static_cast<size_t>(active * linear->weight.num_bytes())
                                                               : linear->weight.num_bytes();

@@ -63,8 +63,8 @@ struct Decoder {
                       const int32_t* ids, int num_rows, bool screened, float* logits);
   void use_shares(std::shared_ptr<const TokenShares> shares);
   // Bytes of weights and cache that one more token reads. Of weights that lie neuron by neuron or input by input, what the
-  // last single token read; all before the first one.
-  size_t bytes_per_token(int num_tokens, bool screened) const;
+  // last single token read; all before the first one. Tokens that share a pass, not `alone`, read all inputs' weights.
+  size_t bytes_per_token(int num_tokens, bool screened, bool alone = true) const;
 
   const ModelWeights weights;
   const Kernels& kernels;

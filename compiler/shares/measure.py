@@ -1,0 +1,169 @@
+"""What is lost and read where tokens leave inputs out: held-out texts, some of them in one way, others in another."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import cache as run_once
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from coreinfer.bundles.layout import LAYOUT
+from coreinfer.bundles.tensors import TensorFile
+from coreinfer.bundles.token_shares import shares_at, thresholds_at
+from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.models.swapping import ffn_in_use
+from coreinfer.compiler.progress import Advance, Progress
+from coreinfer.compiler.prune.narrow import Cut
+from coreinfer.compiler.quality.reference import PlaceTexts, Reference, texts_of
+from coreinfer.compiler.quality.stored import StoredModel, StoredPacks, base_in_use, dense_cut
+from coreinfer.compiler.quality.tally import Tally
+from coreinfer.compiler.team.steps import Steps
+from coreinfer.compiler.team.team import Shared, Team, Worker
+from coreinfer.runtime.engines.torch.wanted_inputs import InputCounts
+
+from .inputs import inputs_masked, read_norms
+from .token_shares import Arrays, named
+
+__all__ = ["Measured", "Part", "SharedWeights", "measure_parts"]
+
+Floats = npt.NDArray[np.float32]
+_STAGE = "evaluate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedWeights:
+    """What is read, and what of it a token leaves out.
+
+    Attributes:
+        packs: of the clusters; None where they are thin.
+        arrays: of `find_token_shares`.
+        labels: (texts,) the cluster of each held-out text.
+    """
+
+    stored: StoredModel
+    packs: StoredPacks | None
+    arrays: Arrays
+    labels: npt.NDArray[np.int64]
+
+    def planned(self, share: float) -> Floats:
+        """Each group's share of its inputs where the layers have a share of their bytes: (layers, 4)."""
+        return shares_at(self.arrays["targets"], self.arrays["plan"], share)
+
+    def members(self, labels: npt.NDArray[np.int64] | None = None) -> dict[int, tuple[int, ...]]:
+        """Cluster -> numbers of its texts, ascending, by their own labels or by others."""
+        labels = self.labels if labels is None else labels
+        return {cluster: tuple(np.flatnonzero(labels == cluster).tolist()) for cluster in np.unique(labels).tolist()}
+
+    def part(self, cluster: int, numbers: Sequence[int], shares: Floats) -> "Part":
+        """Texts that decode as a cluster's do."""
+        ffn = None if self.packs is None else cluster
+        return Part(ffn=ffn, thresholds=str(cluster), shares=shares, numbers=tuple(numbers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some texts, and what decodes them.
+
+    Attributes:
+        ffn: cluster whose pack does; None for the dense FFN.
+        thresholds: whose: "dense", or a cluster's number.
+        shares: (layers, 4) of the inputs.
+        numbers: of the texts.
+    """
+
+    ffn: int | None
+    thresholds: str
+    shares: Floats
+    numbers: tuple[int, ...]
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """Number of a text -> its tally, and the inputs that were wanted."""
+
+    tallies: dict[int, Tally] = field(default_factory=dict)
+    counts: InputCounts = field(default_factory=InputCounts)
+
+    def merge(self, other: "Measured") -> None:
+        """Add what was measured elsewhere, of other texts."""
+        self.tallies.update(other.tallies)
+        self.counts.merge(other.counts)
+
+    @property
+    def tally(self) -> Tally:
+        """All texts, added in their order, whoever read them."""
+        total = Tally()
+        for number in sorted(self.tallies):
+            total.add(self.tallies[number])
+        return total
+
+
+def measure_parts(
+    team: Team, reference: Reference, shared: SharedWeights, parts: Sequence[Part], progress: Progress
+) -> list[Measured]:
+    """Measure each part on the reference's texts."""
+    num_steps = sum(len(part.numbers) for part in parts)
+    weights_known = team.share(shared)
+    with progress.stage(_STAGE, num_steps) as advance:
+        steps = Steps(advance)
+        asked = [
+            team.call(place, _STAGE, _place_parts, texts, weights_known, reference.numbers[place], parts, steps)
+            for place, texts in reference.places.items()
+        ]
+        by_place = [waiting.result() for waiting in asked]
+        steps.reach(num_steps)
+    found = [Measured() for _ in parts]
+    for place_parts in by_place:
+        for total, own in zip(found, place_parts, strict=True):
+            total.merge(own)
+    return found
+
+
+@torch.inference_mode()
+def _place_parts(
+    worker: Worker,
+    texts: Shared[PlaceTexts],
+    known: Shared[SharedWeights],
+    numbers: Sequence[int],
+    parts: Sequence[Part],
+    advance: Advance,
+) -> list[Measured]:
+    """Score a place's texts of each part."""
+    shared, here = known.value(), texts_of(worker, texts)
+    reading, own_numbers = _reading(worker.loaded, shared), frozenset(numbers)
+    found = []
+    with base_in_use(worker.loaded, shared.stored):
+        for part in parts:
+            measured = Measured()
+            if own := [number for number in part.numbers if number in own_numbers]:
+                with reading(part, measured.counts):
+                    for number in own:
+                        text = here[number]
+                        logits = worker.loaded.forward(text.token_ids[:, text.start :], text.cache())
+                        measured.tallies[number] = text.compare(logits[0, :-1], number)
+                        advance()
+            found.append(measured)
+    return found
+
+
+def _reading(loaded: LoadedModel, shared: SharedWeights) -> Callable[[Part, InputCounts], AbstractContextManager[None]]:
+    """A function that runs a block with what a part reads, counting its inputs; the dense FFN is unpacked once."""
+    stored, packs = shared.stored, shared.packs
+    base, dense = TensorFile(stored.folder / LAYOUT.base), run_once(dense_cut(loaded, stored))
+
+    @contextmanager
+    def reading(part: Part, counts: InputCounts) -> Iterator[None]:
+        cut: Cut
+        if part.ffn is None or packs is None:
+            cut, ffn = dense, TensorFile(stored.folder / LAYOUT.dense)
+        else:
+            cut, ffn = packs.cut(loaded), TensorFile(packs.folder / LAYOUT.cluster(part.ffn))
+        known = shared.arrays[f"thresholds.{part.thresholds}"]
+        thresholds = named(loaded, thresholds_at(shared.arrays["levels"], known, part.shares))
+        # The dense FFN's layers are known by the cluster 0, as those of one cluster.
+        number = 0 if cut is dense or part.ffn is None else part.ffn
+        with ffn_in_use(loaded, cut, number), inputs_masked(loaded, read_norms(loaded, base, ffn), thresholds, counts):
+            yield
+
+    return reading

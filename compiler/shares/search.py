@@ -1,0 +1,165 @@
+"""From a quality to token shares: of each cluster the smallest share that holds, measured on the stored files."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coreinfer.bundles.errors import ConfigError
+from coreinfer.compiler.config import CompileConfig
+from coreinfer.compiler.efforts import METHODS
+from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.quality.reference import Reference
+from coreinfer.compiler.quality.search import LEAST_TOKENS, excess_of, least_keeps, rounding_problem, too_little_text
+from coreinfer.compiler.quality.tally import Tally
+from coreinfer.compiler.team.team import Team
+
+from .measure import Part, SharedWeights, measure_parts
+from .plan import TARGETS
+
+__all__ = ["Shares", "fit_shares"]
+
+_log = logging.getLogger(__name__)
+_FIRST_TRY, _FINE, _NUM_TRIES = 0.65, 0.005, 6
+_POWER = 3.4
+"""What is lost grows as this power of the share that is left out (docs/token_shares.md)."""
+_DENSE = "the dense FFN"
+_POOL = "clusters with little text, at one share"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """Of the layers' bytes.
+
+    Attributes:
+        dense: with the dense FFN.
+        clusters: of each cluster.
+    """
+
+    dense: float
+    clusters: tuple[float, ...]
+
+
+def fit_shares(
+    config: CompileConfig,
+    team: Team,
+    reference: Reference | None,
+    shared: SharedWeights,
+    num_tokens: Sequence[int],
+    progress: Progress,
+) -> Shares:
+    """Turn `max_kl` and `min_top1` into token shares where `token_share` is auto; else it is all clusters' share.
+
+    Clusters with little held-out text are judged together, by one share; where even together they have little, by all
+    clusters' text at one share, and they read no less than any other.
+
+    Args:
+        num_tokens: (clusters,) held-out tokens of each cluster that are decoded.
+    Raises:
+        ConfigError: there is no held-out text to measure on, or all weights together lose more than may be lost.
+    """
+    if config.token_share != "auto":
+        assert config.token_share is not None
+        return Shares(dense=config.token_share, clusters=(config.token_share,) * len(num_tokens))
+    if reference is None or not sum(num_tokens):
+        raise ConfigError(f"--token-share auto: {too_little_text()}, or a share")
+    if excess_of(config, reference.dense) > 0:
+        raise ConfigError(rounding_problem(config, reference.dense))
+    search = _Search(config, team, reference, shared, num_tokens, progress)
+    found = dict(zip(search.names, search.least(), strict=True))
+    others = max((share for name, share in found.items() if name != _DENSE), default=1.0)
+    pooled = others if search.pools_all else found.get(_POOL, others)
+    clusters = [found.get(_name(cluster), pooled) for cluster in range(len(num_tokens))]
+    return Shares(dense=found[_DENSE], clusters=tuple(clusters))
+
+
+def _name(cluster: int) -> str:
+    return f"cluster {cluster}"
+
+
+class _Search:
+    """Searches shares for several things at once, each try being one measurement of all of them.
+
+    Attributes:
+        names: what is searched for: clusters with enough text, the others together, and the dense FFN.
+        pools_all: whether the others have too little text even together, so that all clusters' stands for it.
+    """
+
+    def __init__(
+        self,
+        config: CompileConfig,
+        team: Team,
+        reference: Reference,
+        shared: SharedWeights,
+        num_tokens: Sequence[int],
+        progress: Progress,
+    ) -> None:
+        self._config, self._team, self._reference, self._shared = config, team, reference, shared
+        self._progress, self._members = progress, shared.members()
+        own = [cluster for cluster, count in enumerate(num_tokens) if count >= LEAST_TOKENS]
+        self._clusters: dict[str, tuple[int, ...]] = {_name(cluster): (cluster,) for cluster in own}
+        others = [cluster for cluster, count in enumerate(num_tokens) if count < LEAST_TOKENS]
+        self.pools_all = bool(others) and sum(num_tokens[cluster] for cluster in others) < LEAST_TOKENS
+        if others:
+            self._clusters[_POOL] = tuple(c for c in self._members if self.pools_all or c in others)
+        self.names = (*self._clusters, _DENSE)
+        self._known: dict[tuple[str, float], float] = {}
+
+    def least(self) -> tuple[float, ...]:
+        """Find the smallest share of each.
+
+        Raises:
+            ConfigError: packs lose more than may be lost where all of them is read.
+        """
+        highest = self._highest_excess()
+        tolerance = -_straight(-METHODS[self._config.effort].tolerance)
+        return least_keeps(
+            lambda shares: [_straight(excess) for excess in self.excesses(shares)],
+            num_clusters=len(self.names),
+            least=float(TARGETS[0]),
+            dense_excess=_straight(highest),
+            tolerance=tolerance,
+            num_tries=_NUM_TRIES,
+            first_try=_FIRST_TRY,
+            power=1.0,
+            fine=_FINE,
+        )
+
+    def _highest_excess(self) -> float:
+        """What is lost too much, -1 for nothing, where all is read."""
+        if self._shared.packs is None:
+            return excess_of(self._config, self._reference.dense)
+        found = self.excesses([1.0] * len(self.names))
+        for name, excess in zip(self.names, found, strict=True):
+            if excess > 0:
+                raise ConfigError(
+                    f"--token-share auto: {name} loses more than asked for on held-out text with all weights read "
+                    f"({excess + 1:.2f} times as much as may be lost); give a higher --keep, or ask for less"
+                )
+        return max(found)
+
+    def excesses(self, shares: Sequence[float]) -> list[float]:
+        """Tell of each thing's share how much more is lost than may be (`excess_of`); what is known is kept."""
+        asked = [key for key in zip(self.names, shares, strict=True) if key not in self._known]
+        parts = [self._parts(*key) for key in asked]
+        flat = [part for own in parts for part in own]
+        measured = iter(measure_parts(self._team, self._reference, self._shared, flat, self._progress))
+        for key, own in zip(asked, parts, strict=True):
+            tally = Tally()
+            for _ in own:
+                tally.add(next(measured).tally)
+            score = tally.score(key[0])
+            _log.info("%s: share %.4f, held-out KL %.4f, top-1 %.4f", *key, score.kl, score.top1)
+            self._known[key] = excess_of(self._config, score)
+        return [self._known[key] for key in zip(self.names, shares, strict=True)]
+
+    def _parts(self, name: str, share: float) -> list[Part]:
+        planned = self._shared.planned(share)
+        if name == _DENSE:
+            numbers = tuple(range(self._reference.num_texts))
+            return [Part(ffn=None, thresholds="dense", shares=planned, numbers=numbers)]
+        return [self._shared.part(cluster, self._members[cluster], planned) for cluster in self._clusters[name]]
+
+
+def _straight(excess: float) -> float:
+    """Bend an excess so that it grows about in a straight line with the share that is left out; its sign stays."""
+    return float(max(1 + excess, 0.0) ** (1 / _POWER)) - 1
