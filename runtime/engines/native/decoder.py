@@ -215,8 +215,10 @@ class NativeDecoder:
     def _loaded_ffn(self, cluster: int | None) -> Any:
         if cluster not in self._ffns:
             manifest = self._bundle.manifest
-            has_weights = cluster is None or manifest.model.experts is None or manifest.narrows_experts
-            self._ffns[cluster] = self._read_ffn(cluster) if has_weights else self._some_experts(cluster)
+            if cluster is None or manifest.model.experts is None or manifest.narrows_experts:
+                self._ffns[cluster] = self._read_ffn(cluster)
+            else:
+                self._ffns[cluster] = self._some_experts(cluster)
         return self._ffns[cluster]
 
     def _some_experts(self, cluster: int) -> Any:
