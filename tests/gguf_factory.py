@@ -114,16 +114,10 @@ MIXTURE_SHAPES: dict[str, dict[str, Any]] = {
 }
 """Families of mixtures -> the fields of theirs, with the weights of the chosen experts as llama.cpp has them."""
 _GRANITE = {
-    "attention_multiplier": 0.25,
-    "embedding_multiplier": 6.0,
-    "logits_scaling": 0.5,
-    "residual_multiplier": 0.4,
-}
-_GRANITE_KEYS = {
-    "attention.scale": "attention_multiplier",
-    "embedding_scale": "embedding_multiplier",
-    "logit_scale": "logits_scaling",
-    "residual_scale": "residual_multiplier",
+    "attention.scale": ("attention_multiplier", 0.25),
+    "embedding_scale": ("embedding_multiplier", 6.0),
+    "logit_scale": ("logits_scaling", 0.5),
+    "residual_scale": ("residual_multiplier", 0.4),
 }
 Values = npt.NDArray[Any]
 
@@ -141,7 +135,7 @@ def tiny_config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
     if family == "gemma2":
         shape = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0, **shape}
     if family in ("granite", "granitemoe"):
-        shape = {**_GRANITE, **shape}
+        shape = {**dict(_GRANITE.values()), **shape}
     if family in MIXTURE_SHAPES:
         shape = {"num_experts_per_tok": 2, **MIXTURE_SHAPES[family], **shape}
     shape = _with_own_fields(family, shape)
@@ -304,7 +298,7 @@ def _header(config: Any, architecture: str) -> dict[str, Any]:
     if config.model_type == "qwen3_moe":
         values["expert_feed_forward_length"] = config.moe_intermediate_size
     if config.model_type in ("granite", "granitemoe"):
-        values |= {key: float(getattr(config, field)) for key, field in _GRANITE_KEYS.items()}
+        values |= {key: float(getattr(config, field)) for key, (field, _) in _GRANITE.items()}
     if config.model_type == "gemma2":
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             values[key] = float(getattr(config, key))

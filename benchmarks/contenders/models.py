@@ -121,7 +121,7 @@ _SHAPES = {
     "7b": _Shape(
         hidden_size=4096,
         intermediate_size=14336,
-        num_hidden_layers=4,
+        num_hidden_layers=10,
         num_attention_heads=32,
         num_key_value_heads=8,
         head_dim=128,
