@@ -203,8 +203,7 @@ class NativeDecoder:
             self._model.use(ffn, self._skipping.thresholds(choice))
 
     def _announce(self, cluster: int | None) -> None:
-        # What is wrong with a pack is said to whoever uses it.
-        with suppress(CoreInferError):
+        with suppress(CoreInferError):  # what is wrong with a pack is said to whoever uses it
             self._model.announce(self._ffn(cluster))
 
     def _ffn(self, cluster: int | None) -> Any:
@@ -293,8 +292,7 @@ class NativeDecoder:
     def forward_rows(self, sequences: Sequence[int], token_ids: Sequence[int], *, greedy: bool = False) -> Floats:
         """Append tokens to several sequences in one pass over the weights; see `Decoder.forward_rows`.
 
-        A row's logits are bit-identical to those of `forward` for the token alone. With `greedy` the head is screened
-        as there.
+        A row's logits are bit-identical to those of `forward` for the token alone; `greedy` screens the head as there.
 
         Raises:
             ConfigError: there is no such sequence, a token id is out of range, or there is no position left.
