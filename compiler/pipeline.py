@@ -34,6 +34,7 @@ from .quantize.pack import write_router, write_tokenizer
 from .report.describe import Compiled, manifest_of
 from .report.map_points import map_points
 from .report.write import file_sizes, write_report
+from .shares.gains import warn_of_no_gain
 from .shares.stage import set_token_shares, thin_key
 from .stage_store import local_folder, store_of
 from .stages import (
@@ -133,6 +134,8 @@ def _team(
 def compile_by(config: CompileConfig, team: Team, identity: Identity, progress: Progress) -> Manifest:
     """Compile a model that a team has in memory; `identity` stands for it in the cache and in the manifest."""
     asked_keep = fit_budget(config, team.loaded)
+    if config.token_share is not None:
+        warn_of_no_gain(config, team.loaded)
     with _scratch_folder(config) as scratch:
         check_folder(team, scratch)
         cache = _cache(config, scratch)

@@ -1,0 +1,49 @@
+"""Whether leaving inputs out can save time: said before a compile spends any on it."""
+
+import logging
+
+import numpy as np
+from coreinfer.bundles.contract import INPUT_GROUPS
+from coreinfer.bundles.families import resolve
+from coreinfer.compiler.config import CompileConfig
+from coreinfer.compiler.models.load import LoadedModel
+
+from .inputs import group_weights
+
+__all__ = ["short_share", "warn_of_no_gain"]
+
+_log = logging.getLogger(__name__)
+
+_LEAST_OUTPUTS = 2048
+"""Of a group whose columns the native engine may leave out: 1 kB in int4 (kLeastColumnBytes in columns.h)."""
+
+
+def short_share(loaded: LoadedModel) -> float:
+    """Return the share of the layers' weights in groups that the native engine reads whole in int4.
+
+    A column of one input over all outputs of its group is shorter than 1 kB there, and holes that short save no time
+    (docs/dev/token_shares.md).
+    """
+    layer = loaded.layers[0]
+    outputs = [
+        sum(resolve(layer, path).weight.shape[0] for path in loaded.family.input_groups[group])
+        for group in INPUT_GROUPS
+    ]
+    weights = group_weights(loaded).sum(axis=0)
+    return float(np.sum(weights, where=np.array(outputs) < _LEAST_OUTPUTS) / np.sum(weights))
+
+
+def warn_of_no_gain(config: CompileConfig, loaded: LoadedModel) -> None:
+    """Say what of a model the native engine will read whatever its token share is."""
+    if config.quantize != "int4":
+        _log.warning(
+            "--token-share: the native engine leaves inputs out of int4 matrices alone; with --quantize %s it reads "
+            "all weights",
+            config.quantize,
+        )
+    elif (share := short_share(loaded)) > 0:
+        _log.warning(
+            "--token-share: columns of %.0f%% of the layers' weights are shorter than 1 kB, and the native engine "
+            "reads these weights whole: inputs that they leave out cost quality and save nothing",
+            100 * share,
+        )
