@@ -13,7 +13,7 @@ from .layout import LAYOUT
 from .manifest import Manifest, ModelRecord, Quality, Score, read_manifest
 from .reader import find_problems
 from .shared.command import EXIT_ERROR, command_errors
-from .token_shares import default_share, mean_share
+from .token_shares import default_share, shares_in_words
 
 __all__ = ["describe", "main", "unlisted_files"]
 
@@ -116,10 +116,7 @@ def _what_decodes(manifest: Manifest, index: int) -> str:
 
 def _describe_token_shares(manifest: Manifest) -> Iterator[str]:
     if (record := manifest.token_shares) is not None:
-        shares = [f"{share:g}" for share in sorted(set(record.clusters))]
-        own = shares[0] if len(shares) == 1 else f"{shares[0]} to {shares[-1]}, {mean_share(manifest):.3g} on average,"
-        how = "by a thin cluster" if manifest.has_thin else "with a pack"
-        yield f"token      reads {record.default:g} of the layers' weights dense, {own} {how}"
+        yield f"token      {shares_in_words(manifest, record)}"
         if record.scores:
             yield f"  {'':30s} {'perplexity':>10s} {'KL':>7s} {'top-1':>6s}   read"
         yield from (f"{_score_line(found.score)}  {found.read:.3f}" for found in record.scores)

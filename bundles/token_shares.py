@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ConfigError
-from .manifest import Manifest
+from .manifest import Manifest, TokenSharesRecord
 from .tensors import TensorFile
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "least_share",
     "mean_share",
     "shares_at",
+    "shares_in_words",
     "thresholds_at",
     "token_thresholds",
 ]
@@ -53,6 +54,14 @@ def mean_share(manifest: Manifest) -> float:
     if record is None:
         return 1.0
     return float(np.average(record.clusters, weights=counts if sum(counts) else None))
+
+
+def shares_in_words(manifest: Manifest, record: TokenSharesRecord) -> str:
+    """Say what tokens read of the layers' weights: dense, and by the clusters, smallest to largest share."""
+    shares = [f"{share:g}" for share in sorted(set(record.clusters))]
+    own = shares[0] if len(shares) == 1 else f"{shares[0]} to {shares[-1]}, {mean_share(manifest):.3g} on average,"
+    how = "by a thin cluster" if manifest.has_thin else "with a pack"
+    return f"reads {record.default:g} of the layers' weights dense, {own} {how}"
 
 
 def least_share(bundle: "Bundle") -> float:

@@ -14,6 +14,7 @@ from coreinfer.bundles.manifest import Manifest
 from coreinfer.bundles.shared.command import command_errors, start_logging
 from coreinfer.bundles.shared.command_options import GroupedCommand, GroupedOption, click_options
 from coreinfer.bundles.shared.extras import needs_extra
+from coreinfer.bundles.token_shares import shares_in_words
 
 from . import compile_model
 from .checks import find_inputs
@@ -106,16 +107,10 @@ def _config(options: Mapping[str, Any]) -> CompileConfig:
 def summary(output: Path, manifest: Manifest, progress: Progress) -> Iterator[str]:
     """Summarise what was compiled: sizes, quality, seconds and memory of each stage."""
     total = sum(record.bytes for record in manifest.files.values())
-    keeps = [cluster.keep_ratio for cluster in manifest.clusters]
-    # A token reads as many experts whatever is kept of whole ones.
-    names_experts = manifest.model.experts is not None and not manifest.narrows_experts
-    mean_keep = sum(keeps) / len(keeps) if names_experts else manifest.mean_pack_bytes / manifest.ffn_bytes
-    spread = "" if min(keeps) == max(keeps) else f", clusters {min(keeps):.3f} to {max(keeps):.3f}"
     yield f"bundle     {output}, {total / 1e6:.1f} MB, {len(manifest.clusters)} clusters"
-    yield (
-        f"FFN        {manifest.mean_pack_bytes / 1e6:.1f} MB a token with a pack, {manifest.ffn_bytes / 1e6:.1f} MB "
-        f"dense (keep {mean_keep:.3f}{spread})"
-    )
+    yield f"FFN        {_ffn_bytes(manifest)}"
+    if manifest.token_shares is not None:
+        yield f"token      {shares_in_words(manifest, manifest.token_shares)}"
     if manifest.quality:
         yield f"           {'':20s} {'perplexity':>10s} {'KL':>7s} {'top-1':>6s}"
         for score in (manifest.quality.dense, manifest.quality.clusters, *manifest.quality.controls):
@@ -132,3 +127,15 @@ def summary(output: Path, manifest: Manifest, progress: Progress) -> Iterator[st
             f"worker {number:<3d} {sum(seconds.values()):.1f} s: {stages}; {worker['peak_bytes'] / 1e9:.2f} GB, "
             f"{sum(worker['sent_bytes'].values()) / 1e6:.1f} MB sent, {replaced} times replaced"
         )
+
+
+def _ffn_bytes(manifest: Manifest) -> str:
+    dense = f"{manifest.ffn_bytes / 1e6:.1f} MB"
+    if manifest.has_thin:
+        return f"{dense} a token, the dense FFN with all clusters"
+    keeps = [cluster.keep_ratio for cluster in manifest.clusters]
+    # A token reads as many experts whatever is kept of whole ones.
+    names_experts = manifest.model.experts is not None and not manifest.narrows_experts
+    mean_keep = sum(keeps) / len(keeps) if names_experts else manifest.mean_pack_bytes / manifest.ffn_bytes
+    spread = "" if min(keeps) == max(keeps) else f", clusters {min(keeps):.3f} to {max(keeps):.3f}"
+    return f"{manifest.mean_pack_bytes / 1e6:.1f} MB a token with a pack, {dense} dense (keep {mean_keep:.3f}{spread})"
