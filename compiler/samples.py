@@ -35,7 +35,7 @@ PACKED_ROWS = 64
 """Of a symmetric matrix, rows of a block that is packed as one: see `prune.triangle`."""
 SUMS_BYTES = 6 << 30
 """What sums over the text may take on the disk, to be kept while layers are narrowed again."""
-_ALL_SHARE_TOKENS, _LEAST_SHARE_TOKENS, _MOST_SHARE_TOKENS = 8192, 512, 2048
+_ALL_SHARE_TOKENS, _LEAST_SHARE_TOKENS, _MOST_SHARE_TOKENS = 8192, 256, 2048
 
 
 def share_tokens(num_clusters: int) -> int:
