@@ -35,6 +35,7 @@ from .report.describe import Compiled, manifest_of
 from .report.map_points import map_points
 from .report.write import file_sizes, write_report
 from .shares.gains import warn_of_no_gain
+from .shares.search import check_aim
 from .shares.stage import set_token_shares, thin_key
 from .stage_store import local_folder, store_of
 from .stages import (
@@ -142,6 +143,8 @@ def compile_by(config: CompileConfig, team: Team, identity: Identity, progress: 
         material = gather_material(config, team, identity.model_sha256, cache, scratch, progress)
         routing = None if config.clusters == "auto" else find_routing(config, material, config.clusters, progress)
         with held_out_reference(config, material, routing, progress) as reference:
+            # Thresholds take minutes, and packs hours.
+            check_aim(config, reference)
             if config.packs == "thin":
                 assert routing is not None
                 return _compile_thin(config, material, routing, reference, identity, progress)

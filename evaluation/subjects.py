@@ -1,6 +1,7 @@
 """What is evaluated: anything that reads a prefix and continues it, in one or several modes."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from coreinfer.runtime.routing.token_shares import check_token_share
 
 __all__ = ["MODES", "BundleSubject", "Subject"]
 
+_log = logging.getLogger(__name__)
+
 Floats = npt.NDArray[np.float32]
 
 PACK_PROMPT = "pack-prompt"
@@ -30,6 +33,8 @@ MODES = ("dense", "similarity", PACK_PROMPT, "stability", "fused", "random", "gr
 """How a bundle's FFN weights are chosen: the runtime's modes, and controls at the same bytes: a pack by chance, and
 GRIFFIN's (arXiv 2404.01365) and the paper's stability-guided (arXiv 2410.18311) choice by the prompt, unrepaired."""
 
+_OF_PROMPTS = ("stability", "fused", "griffin", "coreinfer")
+"""Modes in which a prompt chooses its own neurons."""
 _STATISTICS: dict[str, Selection] = {"griffin": "griffin", "coreinfer": "coreinfer"}
 
 
@@ -81,7 +86,8 @@ class BundleSubject:
         """Load a bundle.
 
         Args:
-            modes: of `MODES`; those that this bundle cannot have (no dense FFN, one cluster only) are left out.
+            modes: of `MODES`; those that this bundle cannot have (no dense FFN, one cluster only) are left out, and
+                named in the log.
             token_shares: at which dense and similarity are run too; none for the bundle's own, where it has any.
         Raises:
             BundleError: there is no bundle, or it is damaged.
@@ -96,7 +102,10 @@ class BundleSubject:
         self.vocab_size = self.engine.manifest.model.vocab_size
         self.modes = tuple(mode for mode in modes if self._has(mode))
         if not self.modes:
-            raise ConfigError(f"bundle {bundle_dir}: it has none of the modes {', '.join(modes)}")
+            known = ", ".join(mode for mode in MODES if self._has(mode))
+            raise ConfigError(f"bundle {bundle_dir}: expected modes of {known}, got {', '.join(modes)}")
+        if lacking := [mode for mode in modes if mode not in self.modes]:
+            _log.warning("bundle %s: left out modes that it cannot have: %s", bundle_dir, ", ".join(lacking))
         self._shares = {
             f"{mode}, {f'share {share:g}' if share is not None else 'own shares'}": (mode, share)
             for mode in self.modes
@@ -133,6 +142,8 @@ class BundleSubject:
         manifest = self.engine.manifest
         if manifest.has_thin:
             return mode in ("dense", "similarity")
+        if mode in _OF_PROMPTS and not self.engine.decoder.gathers:
+            return False
         if mode == "random":
             return len(manifest.clusters) > 1
         return mode == "similarity" or manifest.has_dense

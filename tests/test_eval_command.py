@@ -218,8 +218,20 @@ def test_a_bundle_without_dense_needs_the_original(tiny_bundle: Callable[..., Pa
         evaluate(EvaluationConfig(bundles=(bundle,), data=(str(data),)))
     subject = BundleSubject(bundle, modes=("dense", "similarity", "griffin"))
     assert subject.modes == ("similarity",)
-    with pytest.raises(ConfigError, match="none of the modes"):
+    with pytest.raises(ConfigError, match="expected modes of similarity, random, got dense"):
         BundleSubject(bundle, modes=("dense",))
+
+
+def test_modes_that_a_bundle_cannot_have_are_named(
+    tiny_bundle: Callable[..., Path], data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mixture = tiny_bundle("mixtral", token_share=None)
+    assert BundleSubject(mixture, modes=MODES).modes == ("dense", "similarity", "pack-prompt", "random")
+    assert "left out modes that it cannot have: stability, fused, griffin, coreinfer" in caplog.text
+    # With the command's own modes, too.
+    evaluate(EvaluationConfig(bundles=(mixture,), data=(str(data),), limit=1))
+    limited = BundleSubject(tiny_bundle("llama"), modes=MODES, memory_mb=16)
+    assert limited.modes == ("dense", "similarity", "pack-prompt", "random")
 
 
 def test_what_does_not_fit_is_left_out_and_counted(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:

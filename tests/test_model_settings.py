@@ -70,6 +70,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers [1], layers without experts among those with"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2, layers without experts among those with"),
+    ("gpt_oss", {"swiglu_limit": -1.0}, "swiglu_limit -1.0, expected above 0"),
     ("mixtral", {"swiglu_limit": 7.0}, "swiglu_limit 7.0, which mixtral models do not compute with"),
     ("gpt_oss", {"sliding_window": None}, "layer_types with sliding_attention, and no sliding_window"),
     ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act 'gelu', where gpt_oss models compute clamped_swiglu"),

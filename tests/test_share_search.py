@@ -10,6 +10,7 @@ from coreinfer import runtime
 from coreinfer.bundles import ConfigError
 from coreinfer.bundles.manifest import read_manifest
 from coreinfer.compiler import CompileConfig, compile_model
+from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.quality.search import least_keeps
 from coreinfer.compiler.shares import search
 from coreinfer.compiler.shares.search import Shares, fit_shares
@@ -81,6 +82,13 @@ def test_packs_of_own_weights_have_their_shares_searched(
 def test_without_held_out_text_or_too_much_rounding_it_is_refused(thin_inputs: CompileConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rounding to int4 alone costs KL"):
         compile_model(replace(thin_inputs, output=tmp_path / "b", quantize="int4", max_kl=1e-7))
+    # At once: no thresholds are found for it, and no packs made.
+    own = replace(thin_inputs, packs="own", keep=0.9, output=tmp_path / "c", quantize="int4", max_kl=1e-7)
+    for config in (own, replace(own, packs="thin", keep=None)):
+        progress = Progress()
+        with pytest.raises(ConfigError, match="rounding to int4 alone costs KL"):
+            compile_model(config, progress)
+        assert not {"moments", "profile", "shares"} & progress.stage_seconds.keys()
     with pytest.raises(ConfigError, match="--token-share auto: expected calibration text enough to hold some out"):
         fit_shares(thin_inputs, None, None, None, [0, 0], None)  # type: ignore[arg-type]
     given = replace(thin_inputs, token_share=0.5)

@@ -111,11 +111,14 @@ def _unknown(family: Family, config: PreTrainedConfig) -> Iterator[str]:
 
 
 def _experts(config: PreTrainedConfig) -> Iterator[str]:
-    """Layers of a mixture whose FFN is one."""
+    """Layers of a mixture whose FFN is one, and limits that no engine computes with."""
     if layers := getattr(config, "mlp_only_layers", None):
         yield f"mlp_only_layers {layers!r}, layers without experts among those with"
     if (step := getattr(config, "decoder_sparse_step", None)) not in (None, 1):
         yield f"decoder_sparse_step {step!r}, layers without experts among those with"
+    # Limits of 0 and below leave no gate anything, and the native engine refuses them.
+    if (limit := getattr(config, "swiglu_limit", None)) is not None and limit <= 0:
+        yield f"swiglu_limit {limit!r}, expected above 0"
 
 
 def _rotary(config: PreTrainedConfig) -> list[Mapping[str, Any]]:

@@ -16,7 +16,7 @@ from coreinfer.compiler.team.team import Team
 from .measure import Part, SharedWeights, measure_parts
 from .plan import TARGETS
 
-__all__ = ["Shares", "fit_shares"]
+__all__ = ["Shares", "check_aim", "fit_shares"]
 
 _log = logging.getLogger(__name__)
 _FIRST_TRY, _FINE, _NUM_TRIES = 0.65, 0.005, 6
@@ -37,6 +37,20 @@ class Shares:
 
     dense: float
     clusters: tuple[float, ...]
+
+
+def check_aim(config: CompileConfig, reference: Reference | None) -> None:
+    """Refuse, where shares are to be found by a quality, what no share can have: before anything is made for it.
+
+    Raises:
+        ConfigError: there is no held-out text to measure on, or rounding alone loses more than may be lost.
+    """
+    if not config.searches_share:
+        return
+    if reference is None:
+        raise ConfigError(f"--token-share auto: {too_little_text()}, or a share")
+    if excess_of(config, reference.dense) > 0:
+        raise ConfigError(rounding_problem(config, reference.dense))
 
 
 def fit_shares(
@@ -60,10 +74,9 @@ def fit_shares(
     if config.token_share != "auto":
         assert config.token_share is not None
         return Shares(dense=config.token_share, clusters=(config.token_share,) * len(num_tokens))
+    check_aim(config, reference)
     if reference is None or not sum(num_tokens):
         raise ConfigError(f"--token-share auto: {too_little_text()}, or a share")
-    if excess_of(config, reference.dense) > 0:
-        raise ConfigError(rounding_problem(config, reference.dense))
     search = _Search(config, team, reference, shared, num_tokens, progress)
     found = dict(zip(search.names, search.least(), strict=True))
     others = max((share for name, share in found.items() if name != _DENSE), default=1.0)
