@@ -364,3 +364,10 @@ def test_a_quantized_sentence_encoder_is_refused(tmp_path: Path) -> None:
     change_json(folder / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
     with pytest.raises(UnsupportedModelError, match="--encoder encoder: its weights are quantized already; expected"):
         load_encoder(find_source(str(folder), option="--encoder"), "cpu")
+
+
+def test_a_field_of_another_type_is_named(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "gpt_oss")
+    change_json(folder / "config.json", swiglu_limit="seven")
+    with pytest.raises(ConfigError, match=r"no model can be read there \(.*swiglu_limit.* expected float, got str"):
+        read_config(find_source(str(folder)))

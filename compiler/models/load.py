@@ -18,6 +18,7 @@ from coreinfer.compiler.config import DType
 from coreinfer.runtime.engines.torch.joined import take_apart
 from coreinfer.runtime.engines.torch.mixture import Mixture, experts_of, take_experts
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel
@@ -144,7 +145,7 @@ def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(source.location)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         reason = _first_line(error)
         if "not supported" in reason or "does not recognize" in reason:
             supported = ", ".join(family.name for family in FAMILIES)
@@ -178,11 +179,10 @@ def _build_config(fields: Mapping[str, Any], name: str) -> PreTrainedConfig:
     """Build the config that the header of a GGUF file describes."""
     try:
         with quiet_transformers():
-            config: PreTrainedConfig = AutoConfig.for_model(**fields)
-    except (ValueError, TypeError) as error:
+            return cast("PreTrainedConfig", AutoConfig.for_model(**fields))
+    except (ValueError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--model {name}: its header describes no model that can be ({reason})") from error
-    return config
 
 
 def load_model(
@@ -254,7 +254,8 @@ def _folder(source: ModelSource) -> Path:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    first, rest = (*str(error).strip().split("\n", 1), "")[:2]
+    return f"{first} {rest.strip()}" if first.endswith(":") else first
 
 
 def wrap_model(model: nn.Module, tokenizer: Any, *, family: Family, name: str, config: PreTrainedConfig) -> LoadedModel:
