@@ -179,7 +179,7 @@ def _build_config(fields: Mapping[str, Any], name: str) -> PreTrainedConfig:
     """Build the config that the header of a GGUF file describes."""
     try:
         with quiet_transformers():
-            return cast("PreTrainedConfig", AutoConfig.for_model(**fields))
+            return AutoConfig.for_model(**fields)
     except (ValueError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--model {name}: its header describes no model that can be ({reason})") from error
