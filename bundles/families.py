@@ -312,6 +312,7 @@ _REFUSALS: Mapping[str, tuple[str, ...]] = {
         "qwen3_next",
         "olmo_hybrid",
     ),
+    "its layers have several streams (AltUp), embeddings of their own and shared caches": ("gemma3n", "gemma3n_text"),
 }
 """What keeps a model out of the table -> the model types that it is true of."""
 
