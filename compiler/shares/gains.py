@@ -7,6 +7,7 @@ from coreinfer.bundles.contract import INPUT_GROUPS
 from coreinfer.bundles.families import resolve
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.runtime.engines.native import _native
 
 from .inputs import group_weights
 
@@ -14,8 +15,8 @@ __all__ = ["short_share", "warn_of_no_gain"]
 
 _log = logging.getLogger(__name__)
 
-_LEAST_OUTPUTS = 2048
-"""Of a group whose columns the native engine may leave out: 1 kB in int4 (kLeastColumnBytes in columns.h)."""
+_LEAST_OUTPUTS = 2 * _native.LEAST_COLUMN_BYTES
+"""Of a group whose columns the native engine may leave out: half a byte each in int4."""
 
 
 def short_share(loaded: LoadedModel) -> float:

@@ -6,6 +6,8 @@ import numpy.typing as npt
 
 BLOCK_TOKENS: int
 """Tokens of a prompt that share one read of the weights."""
+LEAST_COLUMN_BYTES: int
+"""Of an int4 group of matrices whose columns may be left out; shorter ones are read whole."""
 PAGE_TOKENS: int
 """Tokens that a page of the KV cache has room for."""
 

@@ -339,6 +339,7 @@ std::vector<std::string> isa_names() {
 PYBIND11_MODULE(_native, module) {
   module.doc() = "The native engine: decoding of packed weights on the CPU.";
   module.attr("BLOCK_TOKENS") = kBlockTokens;
+  module.attr("LEAST_COLUMN_BYTES") = kLeastColumnBytes;
   module.attr("PAGE_TOKENS") = kPageTokens;
   py::register_exception<PoolFull>(module, "PoolFull", PyExc_RuntimeError);
   py::register_exception<Unsupported>(module, "Unsupported", PyExc_ValueError);

@@ -184,16 +184,19 @@ size_t Decoder::bytes_per_token(int num_tokens, bool screened, bool alone) const
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     const AttentionWeights& attention = weights.layers[i].attention;
     const FfnWeights& layer = (*ffn)[i];
-    const std::array<std::vector<const Linear*>, kNumInputGroups> groups = {
-        {{&attention.query, &attention.key, &attention.value},
-         {&attention.output},
-         {&layer.gate, &layer.up},
-         {&layer.down}}};
-    for (int group = 0; group < kNumInputGroups; ++group)
-      if (!used || by_rows(i, group < kGateUp ? used->attention : used->ffn, group % 2))
-        for (const Linear* linear : groups[group])
-          total += linear->weight.format == Format::int4_rows ? static_cast<size_t>(active * linear->weight.num_bytes())
-                                                              : linear->weight.num_bytes();
+    // No more than three a group; null where there are fewer.
+    const Linear* groups[kNumInputGroups][3] = {{&attention.query, &attention.key, &attention.value},
+                                                {&attention.output},
+                                                {&layer.gate, &layer.up},
+                                                {&layer.down}};
+    for (int group = 0; group < kNumInputGroups; ++group) {
+      if (used && !by_rows(i, group < kGateUp ? used->attention : used->ffn, group % 2)) continue;
+      for (const Linear* linear : groups[group]) {
+        if (!linear) continue;
+        const size_t num_bytes = linear->weight.num_bytes();
+        total += linear->weight.format == Format::int4_rows ? static_cast<size_t>(active * num_bytes) : num_bytes;
+      }
+    }
     if (!layer.experts.empty()) total += mixture_bytes(weights.layers[i].router, layer);
     const int seen = attention.window > 0 ? std::min(num_tokens, attention.window) : num_tokens;
     total += pool.layout.bytes_per_token(static_cast<int>(i)) * seen;
