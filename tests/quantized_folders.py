@@ -7,21 +7,14 @@ from typing import Any
 
 import pytest
 from coreinfer.bundles import ConfigError, CoreInferError
-from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
-from coreinfer.compiler.models.sources import ModelSource, find_source
 from safetensors.torch import load_file, save_file
 
+from .loading import load
 from .quantized_factory import WEIGHTS, Weights
 
-__all__ = ["MODULE", "change_settings", "change_weights", "load", "refusal"]
+__all__ = ["MODULE", "change_settings", "change_weights", "refusal"]
 
 MODULE = "model.layers.1.mlp.down_proj"
-
-
-def load(folder: Path, *, mapped: bool = False, source: ModelSource | None = None) -> LoadedModel:
-    source = source or find_source(str(folder))
-    family, config = read_config(source)
-    return load_model(source, family, config, device="cpu", dtype="float32", mapped=mapped)
 
 
 def refusal(folder: Path, kind: type[CoreInferError] = ConfigError) -> str:

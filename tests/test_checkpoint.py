@@ -10,10 +10,11 @@ import pytest
 import torch
 from coreinfer.bundles import ConfigError, CoreInferError, UnsupportedModelError
 from coreinfer.compiler.clusters.embed import load_encoder
-from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
+from coreinfer.compiler.models.load import load_model, read_config
 from coreinfer.compiler.models.sources import find_source
 from safetensors.torch import load_file, save_file
 
+from .loading import load
 from .model_factory import SHAPES, build_model, save_encoder, save_model
 
 IDS = torch.arange(5, 45)[None]
@@ -44,12 +45,6 @@ def copy(saved: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
-
-
-def load(folder: Path, *, mapped: bool = False) -> LoadedModel:
-    source = find_source(str(folder))
-    family, config = read_config(source)
-    return load_model(source, family, config, device="cpu", dtype="float32", mapped=mapped)
 
 
 def refusal(folder: Path, *, mapped: bool = False) -> str:

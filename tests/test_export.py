@@ -154,6 +154,20 @@ def test_families_without_widths_by_layer_are_filled_up(tiny_bundle: Callable[..
     assert divergence(own_logits(bundle_dir, 0), model_logits(loaded.model, token_ids(bundle_dir))) < 1e-5
 
 
+def llama_cpp_logits(bundle_dir: Path, cluster: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Logits:
+    """Export to GGUF; llama.cpp's logits of the first tokens, which its tokenizer finds too."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    llama = importlib.import_module("contenders.llama_logits")
+    if llama.find_llama_cpp() is None:
+        pytest.skip("needs xllamacpp or llama-cpp-python")
+    done = exported(bundle_dir, tmp_path, "gguf", cluster=cluster, dense=cluster is None)
+    ids = token_ids(bundle_dir)[:LLAMA_CPP_READS]
+    model = llama.LlamaModel(done.folder / "model.gguf", num_positions=64, threads=1)
+    assert model.tokenize(" ".join(corpus_texts()[:3]))[: len(ids)] == ids
+    logits: Logits = model.logits(ids)
+    return logits
+
+
 @pytest.mark.parametrize("cluster", [None, 1])
 @pytest.mark.parametrize("family", IN_GGUF)
 def test_llama_cpp_computes_the_same(
@@ -163,17 +177,10 @@ def test_llama_cpp_computes_the_same(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    llama = importlib.import_module("contenders.llama_logits")
-    if llama.find_llama_cpp() is None:
-        pytest.skip("needs xllamacpp or llama-cpp-python")
     bundle_dir = bundle_of(family, **UNEVEN | {"quantize": "bf16"})
-    done = exported(bundle_dir, tmp_path, "gguf", cluster=cluster, dense=cluster is None)
-    ids = token_ids(bundle_dir)[:LLAMA_CPP_READS]
-    model = llama.LlamaModel(done.folder / "model.gguf", num_positions=64, threads=1)
-    assert model.tokenize(" ".join(corpus_texts()[:3]))[: len(ids)] == ids
+    theirs = llama_cpp_logits(bundle_dir, cluster, tmp_path, monkeypatch)
     # llama.cpp rounds inputs to bfloat16; one layer that rotates and should not makes 0.04.
-    assert divergence(own_logits(bundle_dir, cluster)[: len(ids)], model.logits(ids)) < 3e-3
+    assert divergence(own_logits(bundle_dir, cluster)[: len(theirs)], theirs) < 3e-3
 
 
 def phi3_tokenizer(*, strips: bool) -> PreTrainedTokenizerFast:

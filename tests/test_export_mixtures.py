@@ -1,6 +1,5 @@
 """Exports of mixtures of experts: dense, with fewer experts and with narrower ones, beside the bundle's own logits."""
 
-import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .bundle_factory import change_tensors, edit_manifest
 from .gguf_factory import MIXTURE_SHAPES
 from .model_factory import corpus_texts, save_model
-from .test_export import LLAMA_CPP_READS, SCRIPTS, Logits, divergence, exported, model_logits, own_logits, token_ids
+from .test_export import Logits, divergence, exported, llama_cpp_logits, model_logits, own_logits, token_ids
 from .test_narrow_experts import wide_settings
 
 STORED = (
@@ -109,17 +108,9 @@ def test_llama_cpp_computes_the_same(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    llama = importlib.import_module("contenders.llama_logits")
-    if llama.find_llama_cpp() is None:
-        pytest.skip("needs xllamacpp or llama-cpp-python")
-    bundle_dir = bundle_of(family, "narrow" if which == "narrow" else "whole", quantize)
-    cluster = CLUSTERS[which]
-    done = exported(bundle_dir, tmp_path, "gguf", cluster=cluster, dense=cluster is None)
-    ids = token_ids(bundle_dir)[:LLAMA_CPP_READS]
-    model = llama.LlamaModel(done.folder / "model.gguf", num_positions=64, threads=1)
-    assert model.tokenize(" ".join(corpus_texts()[:3]))[: len(ids)] == ids
-    theirs = model.logits(ids)
+    bundle_dir, cluster = bundle_of(family, "narrow" if which == "narrow" else "whole", quantize), CLUSTERS[which]
+    theirs = llama_cpp_logits(bundle_dir, cluster, tmp_path, monkeypatch)
+    ids = token_ids(bundle_dir)[: len(theirs)]
     native = NativeDecoder(open_bundle(bundle_dir), threads=1)
     native.use(DENSE if cluster is None else FfnChoice(cluster=cluster))
     # Both round inputs; where two experts are almost equally likely that chooses the other one.

@@ -17,12 +17,12 @@ from coreinfer.compiler import CompileConfig, compile_model
 from coreinfer.compiler.checks import find_inputs
 from coreinfer.compiler.estimate.machine import Machine
 from coreinfer.compiler.estimate.plan import make_plan
-from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
-from coreinfer.compiler.models.sources import find_source
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
 from .gguf_factory import MIXTURE_SHAPES, Contents, contents, tiny_config, tiny_model, write
+from .loading import load
+from .test_mixtures import token_errors
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 IDS = list(range(3, 43))
@@ -33,22 +33,10 @@ def save(what: Contents, folder: Path) -> Path:
     return write(folder / "model.gguf", what)[0]
 
 
-def load(path: Path) -> LoadedModel:
-    source = find_source(str(path))
-    family, config = read_config(source)
-    return load_model(source, family, config, device="cpu", dtype="float32")
-
-
 def logits(model: Any) -> np.ndarray:
     with torch.inference_mode():
         found: np.ndarray = model(torch.tensor([IDS])).logits[0].numpy()
     return found
-
-
-def token_errors(got: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Of each token's logits, beside the size of all."""
-    errors: np.ndarray = np.sqrt(np.square(got - expected).mean(axis=1) / np.square(expected).mean())
-    return errors
 
 
 @pytest.mark.parametrize("family", MIXTURE_SHAPES)

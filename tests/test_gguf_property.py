@@ -17,11 +17,10 @@ from coreinfer.bundles.errors import ConfigError, CoreInferError, UnsupportedMod
 from coreinfer.compiler.models.gguf.config import config_fields
 from coreinfer.compiler.models.gguf.names import layout_of
 from coreinfer.compiler.models.gguf.parts import read_parts
-from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
-from coreinfer.compiler.models.sources import find_source
 from transformers import PreTrainedModel
 
 from .gguf_factory import EPSILONS, MIXTURE_SHAPES, Contents, contents, tiny_config, tiny_model, write
+from .loading import load
 from .model_factory import build_tokenizer
 
 FAMILIES = (
@@ -33,12 +32,6 @@ FAMILIES = (
 ARCHITECTURES = tuple(family for family in FAMILIES if family not in ("mistral", "olmo3"))
 IDS = torch.arange(3, 33)[None]
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
-
-
-def load(path: Path) -> LoadedModel:
-    source = find_source(str(path))
-    family, config = read_config(source)
-    return load_model(source, family, config, device="cpu", dtype="float32")
 
 
 def logits(model: Any) -> torch.Tensor:

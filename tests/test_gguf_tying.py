@@ -10,10 +10,9 @@ import torch
 from coreinfer.compiler.models.gguf.parts import read_parts
 from coreinfer.compiler.models.gguf.tying import EMBEDDING, HEAD, table_of
 from coreinfer.compiler.models.gguf.values import read_rows, read_tensor
-from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
-from coreinfer.compiler.models.sources import find_source
 
 from .gguf_factory import Contents, contents, tiny_config, tiny_model, write
+from .loading import load
 
 Q: TypeAlias = gguf.GGMLQuantizationType
 
@@ -24,12 +23,6 @@ def twice(embedding: Q, head: Q) -> Contents:
     what.tensors[HEAD] = what.tensors[EMBEDDING]
     what.kinds |= {EMBEDDING: embedding, HEAD: head}
     return what
-
-
-def load(path: Path) -> LoadedModel:
-    source = find_source(str(path))
-    family, config = read_config(source)
-    return load_model(source, family, config, device="cpu", dtype="float32")
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from .bundle_factory import change_tensors
+from .loading import load
 from .model_factory import VOCABULARY, save_model
-from .quantized_folders import change_settings, change_weights, load, refusal
+from .quantized_folders import change_settings, change_weights, refusal
 from .test_checkpoint import change_json
 from .test_mixtures import blocks, in_steps
 

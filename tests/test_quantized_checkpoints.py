@@ -18,9 +18,10 @@ from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .loading import load
 from .model_factory import build_model
 from .quantized_factory import CASES, WEIGHTS, Weights, save_quantized
-from .quantized_folders import MODULE, change_settings, change_weights, load, refusal
+from .quantized_folders import MODULE, change_settings, change_weights, refusal
 
 IDS = torch.arange(5, 45)[None]
 

@@ -10,9 +10,10 @@ import torch
 from coreinfer.bundles import ConfigError, UnsupportedModelError
 from safetensors.torch import load_file, save_file
 
+from .loading import load
 from .model_factory import save_model
 from .quantized_factory import CASES, WEIGHTS, Weights
-from .quantized_folders import MODULE, change_settings, change_weights, load, refusal
+from .quantized_folders import MODULE, change_settings, change_weights, refusal
 
 # Tensors
 
