@@ -9,7 +9,8 @@ import torch
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 
 from .gguf_factory import tiny_config
-from .test_gguf_property import FAMILIES, _model, _with, load, logits, save, written
+from .loading import load
+from .test_gguf_property import FAMILIES, _model, _with, logits, save, written
 
 
 def rope_of(family: str, parameters: dict[str, Any]) -> dict[str, Any]:

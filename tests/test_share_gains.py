@@ -8,7 +8,8 @@ import pytest
 from coreinfer.bundles.families import family_by_name
 from coreinfer.compiler import CompileConfig, compile_model
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
-from coreinfer.compiler.shares.gains import short_share, warn_of_no_gain
+from coreinfer.compiler.shares.gains import LEAST_OUTPUTS, short_share, warn_of_no_gain
+from coreinfer.runtime.engines.native import _native
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from .test_config import make_config
@@ -25,6 +26,10 @@ def model_of(hidden_size: int, intermediate_size: int) -> LoadedModel:
     )
     family = family_by_name("llama")
     return wrap_model(LlamaForCausalLM(config), None, family=family, name="tiny", config=config)
+
+
+def test_the_engine_reads_as_short_columns_whole() -> None:
+    assert LEAST_OUTPUTS == 2 * _native.LEAST_COLUMN_BYTES
 
 
 def test_short_columns_are_counted() -> None:

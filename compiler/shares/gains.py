@@ -7,16 +7,15 @@ from coreinfer.bundles.contract import INPUT_GROUPS
 from coreinfer.bundles.families import resolve
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.load import LoadedModel
-from coreinfer.runtime.engines.native import _native
 
 from .inputs import group_weights
 
-__all__ = ["short_share", "warn_of_no_gain"]
+__all__ = ["LEAST_OUTPUTS", "short_share", "warn_of_no_gain"]
 
 _log = logging.getLogger(__name__)
 
-_LEAST_OUTPUTS = 2 * _native.LEAST_COLUMN_BYTES
-"""Of a group whose columns the native engine may leave out: half a byte each in int4."""
+LEAST_OUTPUTS = 2048
+"""Of a group whose columns the native engine may leave out, 1 kB in int4: twice its `LEAST_COLUMN_BYTES`."""
 
 
 def short_share(loaded: LoadedModel) -> float:
@@ -31,7 +30,7 @@ def short_share(loaded: LoadedModel) -> float:
         for group in INPUT_GROUPS
     ]
     weights = group_weights(loaded).sum(axis=0)
-    return float(np.sum(weights, where=np.array(outputs) < _LEAST_OUTPUTS) / np.sum(weights))
+    return float(np.sum(weights, where=np.array(outputs) < LEAST_OUTPUTS) / np.sum(weights))
 
 
 def warn_of_no_gain(config: CompileConfig, loaded: LoadedModel) -> None:
