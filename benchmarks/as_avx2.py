@@ -24,7 +24,7 @@ def main() -> None:
     from coreinfer.bundles.shared import machine
 
     # Before the modules that ask it are imported.
-    machine.cpu_multiplies_bf16 = lambda: False
+    machine.cpu_multiplies_bf16 = machine.bf16_products_are_faster = lambda: False
     from coreinfer.compiler.prune import _products
     from coreinfer.compiler.quantize import _kernels
 

@@ -334,7 +334,7 @@ class CompileOptions:
     dtype: DType = field(
         default="auto",
         metadata=option(
-            "Arithmetic of the forward passes; auto is bfloat16 where the device computes it fast.", group=MACHINE
+            "Arithmetic of the forward passes; auto is bfloat16 where the device multiplies it faster.", group=MACHINE
         ),
     )
     force: bool = field(

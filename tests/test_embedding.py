@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
+from coreinfer.bundles.shared.machine import bf16_products_are_faster
 from coreinfer.compiler import CompileConfig, Progress
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.clusters.distil import distill_encoder
@@ -22,7 +22,7 @@ from .test_carrying import load as load_family
 
 TEXTS = (*corpus_texts()[:7], "wave", " ".join(corpus_texts()[:2]), "")
 TEAM = Alone(load_family("llama"))
-ROUNDING = 1e-2 if cpu_multiplies_bf16() else 1e-5
+ROUNDING = 1e-2 if bf16_products_are_faster() else 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -211,7 +211,7 @@ def _change_program(config: CompileConfig, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _change_arithmetic(config: CompileConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finished, "cpu_multiplies_bf16", lambda: "other")
+    monkeypatch.setattr(finished, "bf16_products_are_faster", lambda: "other")
 
 
 def _change_environment(config: CompileConfig, monkeypatch: pytest.MonkeyPatch) -> None:

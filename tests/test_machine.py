@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from coreinfer.bundles.shared.machine import usable_cores
+from coreinfer.bundles.shared.machine import bf16_products_are_faster, cpu_multiplies_bf16, usable_cores
 
 Files = dict[str, str]
 
@@ -71,3 +71,26 @@ def test_two_threads_of_a_core_are_one_core(tmp_path: Path) -> None:
 def test_affinity_bounds_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5})
     assert usable_cores(machine(tmp_path, {**V2, "sys/fs/cgroup/cpu.max": "300000 100000\n"})) == 1
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "multiplies", "faster"),
+    [
+        ("AuthenticAMD", "avx2 fma", False, False),
+        ("AuthenticAMD", "avx512f avx512_bf16", True, True),
+        ("GenuineIntel", "avx512f avx512_vnni", False, False),
+        ("GenuineIntel", "avx512f avx512_bf16", True, False),
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16", True, True),
+    ],
+)
+def test_bf16_is_taken_where_its_products_are_faster(
+    vendor: str, flags: str, multiplies: bool, faster: bool, tmp_path: Path
+) -> None:
+    root = machine(tmp_path, {"proc/cpuinfo": f"processor: 0\nvendor_id: {vendor}\nflags: {flags}\n"})
+    assert cpu_multiplies_bf16(root) == multiplies
+    assert bf16_products_are_faster(root) == faster
+
+
+def test_a_machine_that_says_nothing_of_its_cpus_multiplies_float32(tmp_path: Path) -> None:
+    assert not cpu_multiplies_bf16(tmp_path)
+    assert not bf16_products_are_faster(tmp_path)

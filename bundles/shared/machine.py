@@ -7,16 +7,35 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-__all__ = ["cpu_multiplies_bf16", "give_back_heap", "usable_cores"]
+__all__ = ["bf16_products_are_faster", "cpu_multiplies_bf16", "give_back_heap", "usable_cores"]
 
 
-def cpu_multiplies_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 natively; emulated, it is slower than float32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+def cpu_multiplies_bf16(root: Path = Path("/")) -> bool:
+    """Whether the CPU multiplies bfloat16 natively; emulated, it is slower than float32.
+
+    Args:
+        root: where /proc is.
+    """
+    found = _cpu_info(root)
+    return "avx512_bf16" in found or "amx_bf16" in found
+
+
+def bf16_products_are_faster(root: Path = Path("/")) -> bool:
+    """Whether large products of bfloat16 take less time than those of float32.
+
+    They do with AMX. Of AVX-512 alone, AMD's Zen 4 multiplies bfloat16 at 2.2 times the speed of float32, and an Intel
+    Emerald Rapids at 0.57 of it: there one unit has the instruction, and two multiply float32.
+
+    Args:
+        root: where /proc is.
+    """
+    found = _cpu_info(root)
+    return "amx_bf16" in found or ("avx512_bf16" in found and "GenuineIntel" not in found)
+
+
+def _cpu_info(root: Path) -> str:
+    """What Linux says of the CPUs; nothing where there is no such file."""
+    return _read(root / "proc/cpuinfo") or ""
 
 
 def usable_cores(root: Path = Path("/")) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
+from coreinfer.bundles.shared.machine import bf16_products_are_faster
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.models.load import quiet_transformers
 from coreinfer.compiler.progress import Progress
@@ -61,7 +61,7 @@ def distill_encoder(team: Team, encoder: Encoder, key: str, cache: Cache, progre
                 advance()
         return distilled[0]
 
-    table_key = stage_key("distil", encoder=key, bf16=cpu_multiplies_bf16(), batches=_BATCH_TOKENS)
+    table_key = stage_key("distil", encoder=key, bf16=bf16_products_are_faster(), batches=_BATCH_TOKENS)
     table = cache.arrays(table_key, lambda: {"table": compute()[0]})["table"]
     tokenizer_json = cache.json(stage_key("distil-tokenizer", encoder=key), lambda: compute()[1])
     return StaticEncoder(table=table, tokenizer_json=tokenizer_json)
@@ -147,7 +147,7 @@ def _table(worker: Worker, encoder: Encoder, key: str, *parts: Sequence[Floats])
 def _quick(model: SentenceTransformer) -> Any:
     """Copy the encoder's body, in bfloat16 where the CPU multiplies it: the table is rounded to float16 anyway."""
     body = copy.deepcopy(model[0].auto_model)
-    return body.to(torch.bfloat16) if model.device.type == "cpu" and cpu_multiplies_bf16() else body
+    return body.to(torch.bfloat16) if model.device.type == "cpu" and bf16_products_are_faster() else body
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from coreinfer.bundles.encoder import embed_token_ids, routing_excerpt
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
+from coreinfer.bundles.shared.machine import bf16_products_are_faster
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.models.checkpoint import LOADING_ERRORS, check_encoder
 from coreinfer.compiler.models.load import quiet_transformers
@@ -81,13 +81,13 @@ def embed_sentences(
 ) -> Floats:
     """Embed texts with the sentence encoder: (texts, dimension) float32, rows of L2 norm 1.
 
-    CPUs that multiply bfloat16 do so: directions change by less than 0.01 in length, and clusters do not. Batches are
+    CPUs that multiply bfloat16 faster do so: directions change by less than 0.01 in length, and clusters do not. Batches are
     the same whoever embeds them, and so are the embeddings.
 
     Args:
         encoder: loads the encoder, where it is used and the cache lacks the result.
     """
-    halves = cpu_multiplies_bf16()
+    halves = bf16_products_are_faster()
     text_key = stage_key("embed", encoder=key, texts=list(texts), products="bfloat16" if halves else "float32")
 
     def compute() -> dict[str, Floats]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
+from coreinfer.bundles.shared.machine import bf16_products_are_faster
 from coreinfer.compiler.checks import Inputs
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import Effort, shares_profile, weighs_errors
@@ -189,7 +189,7 @@ def _model_dtype(config: CompileConfig) -> str:
     """What `pick_dtype` takes on a CPU."""
     if config.dtype != "auto":
         return config.dtype
-    return "bfloat16" if cpu_multiplies_bf16() else "float32"
+    return "bfloat16" if bf16_products_are_faster() else "float32"
 
 
 def case_of(config: CompileConfig, inputs: Inputs, shapes: Shapes) -> Case:

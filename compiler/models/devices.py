@@ -2,7 +2,7 @@
 
 import torch
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
+from coreinfer.bundles.shared.machine import bf16_products_are_faster
 from coreinfer.compiler.config import DType
 
 __all__ = ["pick_device", "pick_dtype"]
@@ -24,11 +24,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(dtype: DType, device: torch.device) -> torch.dtype:
-    """Resolve "auto": bfloat16 on accelerators and on CPUs with bfloat16 arithmetic, else float32."""
+    """Resolve "auto": bfloat16 on accelerators and on CPUs that multiply it faster, else float32."""
     if dtype != "auto":
         resolved = getattr(torch, dtype)
         assert isinstance(resolved, torch.dtype)
         return resolved
     if device.type != "cpu":
         return torch.bfloat16
-    return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
+    return torch.bfloat16 if bf16_products_are_faster() else torch.float32
