@@ -134,7 +134,7 @@ def _shares_bytes(case: Case) -> int:
     """Thresholds of the dense FFN and of each cluster, the plan, and the norms of columns."""
     shapes = case.shapes
     groups = 4 * shapes.num_layers
-    norms = shapes.num_layers * (2 * shapes.hidden_size + shapes.hidden_size + shapes.ffn_dim)
+    norms = shapes.num_layers * ((2 + shapes.num_experts) * shapes.hidden_size + shapes.ffn_dim)
     return 4 * (groups * ((case.num_clusters + 1) * NUM_SHARE_LEVELS + NUM_SHARE_TARGETS) + norms)
 
 
