@@ -27,7 +27,8 @@ void expect_same(const Kernels& kernels, const std::vector<const Matrix*>& rows,
   sums.resize(num_segment_sums(columns.matrix));
   got.resize(columns.matrix.num_outputs());
   threads.run([&](int thread) {
-    add_columns(kernels, columns.matrix, x, sums.get(), thread, threads);
+    const ColumnProduct product{&columns.matrix, x, sums.get()};
+    add_columns(kernels, &product, 1, thread, threads);
     threads.barrier(thread);
   });
   for (size_t i = 0; i < rows.size(); ++i) {
@@ -52,7 +53,8 @@ void test_bytes(const Kernels& kernels) {
   sums.resize(num_segment_sums(columns.matrix));
   size_t num_bytes[2];
   threads.run([&](int thread) {
-    num_bytes[thread] = add_columns(kernels, columns.matrix, x.view, sums.get(), thread, threads);
+    const ColumnProduct product{&columns.matrix, x.view, sums.get()};
+    num_bytes[thread] = add_columns(kernels, &product, 1, thread, threads);
   });
   expect("bytes of two columns", num_bytes[0] + num_bytes[1] == 2 * (128 + 256 * 3));
 }
