@@ -6,13 +6,8 @@ from typing import Any
 
 import pytest
 from coreinfer.bundles.errors import BundleCorrupt, BundleNotFound, BundleVersionError
-from coreinfer.bundles.manifest import (
-    FileRecord,
-    Manifest,
-    content_sha256,
-    read_manifest,
-    write_manifest,
-)
+from coreinfer.bundles.manifest import FileRecord, Manifest, content_sha256, read_manifest, write_manifest
+from coreinfer.bundles.versions import READ_VERSIONS, SCHEMA_VERSION
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
