@@ -62,14 +62,16 @@ def token_share_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
 def dense_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
     """List the tensors of the dense FFN file: weights, biases, and the norms of the down projection's columns.
 
-    Of a mixture of experts, the matrices and biases of each expert, and no norms.
+    Of a mixture of experts, the matrices and biases of each expert, and norms for token shares alone.
     """
     records: dict[str, TensorRecord] = {}
     experts = manifest.model.experts
     for layer in range(manifest.model.num_layers):
         if experts is not None:
             for expert in range(experts.num_experts):
-                records |= _ffn_tensors(manifest, layer, manifest.model.expert_neurons, expert_role(expert, ""))
+                width, prefix = manifest.model.expert_neurons, expert_role(expert, "")
+                records |= _ffn_tensors(manifest, layer, width, prefix)
+                records |= _input_norms(manifest, layer, width, prefix)
             continue
         records |= _ffn_tensors(manifest, layer, manifest.model.ffn_dim)
         records[tensor_name(layer, "column_norms")] = TensorRecord(dtype="F32", shape=(manifest.model.ffn_dim,))
@@ -88,7 +90,9 @@ def cluster_tensors(manifest: Manifest, cluster: int) -> dict[str, TensorRecord]
     for layer, budget in enumerate(manifest.clusters[cluster].layer_budgets):
         if experts is not None and manifest.narrows_experts:
             for expert in range(experts.num_experts):
-                records |= _ffn_tensors(manifest, layer, budget // experts.num_experts, expert_role(expert, ""))
+                width, prefix = budget // experts.num_experts, expert_role(expert, "")
+                records |= _ffn_tensors(manifest, layer, width, prefix)
+                records |= _input_norms(manifest, layer, width, prefix)
             records |= _chosen_neurons(manifest, layer, budget)
             continue
         if experts is not None:
@@ -131,13 +135,14 @@ def _ffn_tensors(manifest: Manifest, layer: int, num_neurons: int, prefix: str =
     return records
 
 
-def _input_norms(manifest: Manifest, layer: int, num_neurons: int) -> dict[str, TensorRecord]:
-    """Norms of the FFN's columns, of a bundle with token shares."""
+def _input_norms(manifest: Manifest, layer: int, num_neurons: int, prefix: str = "") -> dict[str, TensorRecord]:
+    """Norms of the columns of an FFN, or of an expert, of a bundle with token shares."""
     if manifest.token_shares is None:
         return {}
     sizes = {"gate_up": manifest.model.hidden_size, "down": num_neurons}
     return {
-        tensor_name(layer, norms_role(group)): TensorRecord(dtype="F32", shape=(size,)) for group, size in sizes.items()
+        tensor_name(layer, prefix + norms_role(group)): TensorRecord(dtype="F32", shape=(size,))
+        for group, size in sizes.items()
     }
 
 

@@ -141,7 +141,7 @@ class Family:
     def input_groups(self) -> dict[str, tuple[str, ...]]:
         """Group of `INPUT_GROUPS` -> paths from a layer to its modules, which have the same inputs.
 
-        Of a mixture of experts those of the attention alone.
+        Of a mixture of experts those of the attention alone: an expert's are no modules.
         """
         groups = {"qkv": self.qkv, "o": (self.o,)}
         if self.experts is None:

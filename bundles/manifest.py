@@ -14,12 +14,11 @@ from .quality_records import ClusterQuality, Quality, Score, ShareScore, TokenSh
 from .remote.places import is_address
 from .schema import parse
 from .statistics import Selection
-from .thin_clusters import thin_problems
+from .thin_clusters import share_problems
+from .versions import READ_VERSIONS, SCHEMA_VERSION
 
 __all__ = [
     "GROUPS",
-    "SCHEMA_VERSION",
-    "THIN_VERSION",
     "ClusterQuality",
     "ClusterRecord",
     "ExpertPacks",
@@ -42,10 +41,6 @@ __all__ = [
     "write_manifest",
 ]
 
-SCHEMA_VERSION = 3
-THIN_VERSION = 4
-"""Of bundles with thin clusters; what reads up to version 3 would look for their packs."""
-_READ_VERSIONS = (2, SCHEMA_VERSION, THIN_VERSION)
 _CHECKSUM = "sha256"
 ExpertPacks = Literal["whole", "narrow"]
 """What the packs of a mixture have: some of its experts, or all of them with fewer neurons each."""
@@ -327,10 +322,10 @@ def read_manifest(bundle_dir: Path) -> Manifest:
     path = bundle_dir / LAYOUT.manifest
     data = _read_json(bundle_dir, path)
     version = data.get("schema_version")
-    if version not in _READ_VERSIONS:
-        newer = isinstance(version, int) and version > max(_READ_VERSIONS)
+    if version not in READ_VERSIONS:
+        newer = isinstance(version, int) and version > max(READ_VERSIONS)
         advice = "upgrade coreinfer" if newer else "compile the bundle again with this coreinfer"
-        known = f"{', '.join(map(str, _READ_VERSIONS[:-1]))} and {_READ_VERSIONS[-1]}"
+        known = f"{', '.join(map(str, READ_VERSIONS[:-1]))} and {READ_VERSIONS[-1]}"
         raise BundleVersionError(f"{path}: schema version {version!r}, this coreinfer reads {known}; {advice}")
     problems: list[str] = []
     manifest = parse(Manifest, _upgraded(data) if version < SCHEMA_VERSION else data, "manifest", problems)
@@ -338,7 +333,7 @@ def read_manifest(bundle_dir: Path) -> Manifest:
         problems.append("its values do not match its own checksum")
     if manifest is not None:
         problems += _unknown_formats(manifest.quantization, manifest.model.activation)
-        problems += thin_problems(manifest, version=THIN_VERSION)
+        problems += share_problems(manifest)
     if manifest is None or problems:
         raise BundleCorrupt(f"{path}: {join_problems(problems)}; compile the bundle again")
     return manifest

@@ -1,30 +1,28 @@
-"""Clusters without packs: what a bundle must have where there are any."""
+"""Clusters without packs, and token shares: what a bundle must have where there are any."""
 
 from typing import TYPE_CHECKING
+
+from .versions import needed_version
 
 if TYPE_CHECKING:
     from .manifest import Manifest
 
-__all__ = ["thin_problems"]
+__all__ = ["share_problems"]
 
 
-def thin_problems(manifest: "Manifest", *, version: int) -> list[str]:
-    """List what thin clusters lack, one line each.
-
-    Args:
-        version: of the schema that has them.
-    """
-    if not manifest.has_thin:
-        return []
-    first = next(number for number, cluster in enumerate(manifest.clusters) if cluster.file is None)
-    lacking = {
-        f"schema_version {version}": manifest.schema_version == version,
-        "token_shares": manifest.token_shares is not None,
-        "the dense FFN": manifest.plan.dense,
-        "a model without experts": manifest.model.experts is None,
-    }
-    return [
-        f"manifest.clusters[{first}].file: a cluster without one needs {name}"
-        for name, has in lacking.items()
-        if not has
-    ]
+def share_problems(manifest: "Manifest") -> list[str]:
+    """List what thin clusters and token shares lack, one line each."""
+    version = needed_version(
+        is_mixture=manifest.model.experts is not None,
+        has_token_shares=manifest.token_shares is not None,
+        is_thin=manifest.has_thin,
+    )
+    # Readers of a lower version would take them for something else.
+    lacking = {f"schema_version {version}": manifest.schema_version >= version}
+    if manifest.has_thin:
+        first = next(number for number, cluster in enumerate(manifest.clusters) if cluster.file is None)
+        what = f"manifest.clusters[{first}].file: a cluster without one needs"
+        lacking |= {"token_shares": manifest.token_shares is not None, "the dense FFN": manifest.plan.dense}
+    else:
+        what = "manifest.token_shares: those of a mixture of experts need"
+    return [f"{what} {name}" for name, has in lacking.items() if not has]

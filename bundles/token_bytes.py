@@ -20,6 +20,7 @@ class TokenBytes:
     Attributes:
         pack_ffn, dense_ffn: the FFN narrow, the mean over the clusters, and whole.
         attention: the layers' other matrices.
+        routers: of these, those of mixtures of experts, which no token share leaves anything of.
         head: the scores of all tokens; of a screened head the high halves alone.
         other: matrices outside the layers, which few families have.
         cached_token: keys and values of one earlier token, which later tokens read again.
@@ -31,6 +32,11 @@ class TokenBytes:
     head: int
     other: int
     cached_token: int
+    routers: int = 0
+
+    def attention_at(self, share: float) -> float:
+        """Of `attention`, what a token reads at a share of the layers' weights."""
+        return share * (self.attention - self.routers) + self.routers
 
     @property
     def pack(self) -> int:
@@ -48,7 +54,7 @@ def token_bytes(manifest: Manifest) -> TokenBytes:
     model, family = manifest.model, family_by_name(manifest.model.family)
     head = f"{family.embedding}.weight" if model.tied_head else "lm_head.weight"
     tables = tuple(f"{path}." for path in (family.embedding, family.positions) if path is not None)
-    parts: dict[str, list[TensorRecord]] = {"attention": [], "head": [], "other": []}
+    parts: dict[str, list[TensorRecord]] = {"attention": [], "routers": [], "head": [], "other": []}
     for name, record in manifest.base_tensors.items():
         # A screened head leaves its low halves alone; vectors and rows that are looked up are next to nothing.
         if len(record.shape) < 2 or name.endswith(".low"):
@@ -56,13 +62,15 @@ def token_bytes(manifest: Manifest) -> TokenBytes:
         if name.startswith(head):
             parts["head"].append(record)
         elif name.startswith(f"{family.layers}."):
-            parts["attention"].append(record)
+            is_router = family.experts is not None and name.endswith(f".{family.experts.module}.router.weight")
+            parts["routers" if is_router else "attention"].append(record)
         elif not name.startswith(tables):
             parts["other"].append(record)
     return TokenBytes(
         pack_ffn=manifest.mean_pack_bytes,
         dense_ffn=manifest.ffn_bytes,
-        attention=_num_bytes(parts["attention"]),
+        attention=_num_bytes(parts["attention"]) + _num_bytes(parts["routers"]),
+        routers=_num_bytes(parts["routers"]),
         head=_num_bytes(parts["head"]),
         other=_num_bytes(parts["other"]),
         # Keys and values, two bytes each.

@@ -1,8 +1,10 @@
 """Token shares: which inputs of a layer's matrices a decoded token leaves out.
 
 Input j of a group of matrices is wanted where |x_j| times the norm of its column passes a threshold (TEAL, arXiv
-2408.14690; WINA, arXiv 2505.19427). The file has, for each layer and group, the thresholds that shares of inputs pass
-on calibration text, and a plan: what share each group has where the layers together have some share of their bytes.
+2408.14690; WINA, arXiv 2505.19427). Each of a token's experts wants its own inputs: there the norm is that of the
+expert's own column, times what the router multiplies the expert's output by, and all experts of a layer have one
+threshold. The file has, for each layer and group, the thresholds that shares of inputs pass on calibration text, and a
+plan: what share each group has where the layers together have some share of their bytes.
 """
 
 from typing import TYPE_CHECKING
@@ -10,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from .contract import expert_role, norms_role, tensor_name
 from .errors import ConfigError
-from .manifest import Manifest, TokenSharesRecord
+from .manifest import Manifest, ModelRecord, TokenSharesRecord
 from .tensors import TensorFile
 
 if TYPE_CHECKING:
@@ -20,7 +23,9 @@ if TYPE_CHECKING:
 __all__ = [
     "READ_ALL",
     "check_token_shares",
+    "column_norms",
     "default_share",
+    "ffn_with_norms",
     "least_share",
     "mean_share",
     "shares_at",
@@ -92,6 +97,30 @@ def token_thresholds(bundle: "Bundle", cluster: int | None, share: float) -> Flo
     asked = shares_at(file["targets"].array, file["plan"].array, share)
     known = file[f"thresholds.{'dense' if cluster is None else cluster}"].array
     return thresholds_at(file["levels"].array, known, asked)
+
+
+def ffn_with_norms(bundle: "Bundle", cluster: int | None) -> TensorFile:
+    """Return the file of the FFN that a choice decodes with, in which the norms of its columns are.
+
+    Args:
+        cluster: whose pack decodes; None for the dense FFN.
+    """
+    own, manifest = bundle.weights_of(cluster), bundle.manifest
+    # Experts that a pack only names are the dense FFN's.
+    if own is None or (manifest.model.experts is not None and not manifest.narrows_experts):
+        assert bundle.dense is not None
+        return bundle.dense
+    return bundle.pack(own)
+
+
+def column_norms(base: TensorFile, ffn: TensorFile, model: ModelRecord, layer: int, group: str) -> Floats:
+    """Return the norms of the columns of a group's matrices, (inputs,) float32; of experts (experts, inputs)."""
+    if group in ("qkv", "o"):
+        return base[tensor_name(layer, norms_role(group))].array
+    if model.experts is None:
+        return ffn[tensor_name(layer, norms_role(group))].array
+    numbers = range(model.experts.num_experts)
+    return np.stack([ffn[tensor_name(layer, expert_role(number, norms_role(group)))].array for number in numbers])
 
 
 def shares_at(targets: Floats, plan: Floats, share: float) -> Floats:

@@ -67,6 +67,7 @@ def _not_with_thin_clusters(config: "CompileConfig") -> Iterator[str]:
         yield "--no-dense: thin clusters decode with the dense FFN; leave it out"
     given = {
         "--keep": config.keep is not None,
+        f"--experts {config.experts}": config.experts != "whole",
         "--budget-mb": config.budget_mb is not None,
         "--budgets": config.budgets is not None,
         f"--selection {config.selection}": config.selection != "output-aware",

@@ -49,8 +49,9 @@ def _not_applying(config: CompileConfig) -> Iterator[str]:
         yield f"--selection {config.selection}: experts are kept by what they put out"
     if config.budgets == "sensitivity":
         yield "--budgets sensitivity: expected energy or uniform"
-    if config.token_share is not None:
-        yield "--token-share: experts are chosen token by token already"
+    if config.packs == "thin":
+        # Whatever says how packs are made is refused with it anyway.
+        return
     given = {
         "--removal second-order": config.removal == "second-order",
         "--carry": bool(config.carry),
@@ -80,6 +81,8 @@ def with_expert_options(config: CompileConfig, num_chosen: int, num_experts: int
         ConfigError: options were given that do not apply.
     """
     check_expert_options(config, name)
+    if config.packs == "thin":
+        return config
     # No layer can do with fewer whole ones.
     least = num_chosen / num_experts if config.experts == "whole" else 0.0
     return replace(

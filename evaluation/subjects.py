@@ -160,8 +160,9 @@ class BundleSubject:
             base, share = self._shares[mode]
             share = mean_share(self.engine.manifest) if share is None else share
             counts, whole = token_bytes(self.engine.manifest), self.bytes_per_token(base)
-            layers = counts.attention + (counts.dense_ffn if base == "dense" else counts.pack_ffn)
-            return None if whole is None else round(whole - (1 - share) * layers)
+            ffn = counts.dense_ffn if base == "dense" else counts.pack_ffn
+            less = counts.attention - counts.attention_at(share) + (1 - share) * ffn
+            return None if whole is None else round(whole - less)
         decoder.truncate(0)
         if mode == "dense":
             decoder.use(DENSE)

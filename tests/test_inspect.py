@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from coreinfer.bundles.inspect import describe, main
-from coreinfer.bundles.manifest import SCHEMA_VERSION, read_manifest
+from coreinfer.bundles.manifest import read_manifest
+from coreinfer.bundles.versions import SCHEMA_VERSION
 
 from .bundle_factory import change_tensors, edit_manifest, flip_bit, make_manifest
 

@@ -6,15 +6,8 @@ from typing import Any
 
 import pytest
 from coreinfer.bundles.errors import BundleCorrupt, BundleNotFound, BundleVersionError
-from coreinfer.bundles.manifest import (
-    SCHEMA_VERSION,
-    THIN_VERSION,
-    FileRecord,
-    Manifest,
-    content_sha256,
-    read_manifest,
-    write_manifest,
-)
+from coreinfer.bundles.manifest import FileRecord, Manifest, content_sha256, read_manifest, write_manifest
+from coreinfer.bundles.versions import READ_VERSIONS, SCHEMA_VERSION
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -159,7 +152,7 @@ def test_unknown_formats_and_groups_without_a_format_are_all_named(folder: Path)
 @pytest.mark.parametrize(
     ("version", "advice"),
     [
-        (THIN_VERSION + 1, "upgrade coreinfer"),
+        (max(READ_VERSIONS) + 1, "upgrade coreinfer"),
         (SCHEMA_VERSION - 2, "compile the bundle again"),
         (None, "compile the bundle again"),
         ("2", "compile the bundle again"),
@@ -171,9 +164,9 @@ def test_another_schema_version_says_what_to_do(folder: Path, version: object, a
         del data["plan"]  # What else differs in another version is no problem of its own.
     with pytest.raises(BundleVersionError) as caught:
         read_manifest(folder)
-    assert f"schema version {version!r}, this coreinfer reads 2, {SCHEMA_VERSION} and {THIN_VERSION}; {advice}" in str(
-        caught.value
-    )
+    known = "this coreinfer reads 2, 3, 4 and 5"
+    assert READ_VERSIONS == (2, 3, 4, 5)
+    assert f"schema version {version!r}, {known}; {advice}" in str(caught.value)
 
 
 def test_a_bundle_of_version_2_is_read(folder: Path) -> None:

@@ -13,9 +13,10 @@ from coreinfer import runtime
 from coreinfer.bundles import BundleCorrupt, BundleVersionError, ConfigError, manifest, open_bundle
 from coreinfer.bundles.inspect import describe
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.bundles.manifest import THIN_VERSION, read_manifest
+from coreinfer.bundles.manifest import read_manifest
 from coreinfer.bundles.reader import find_problems
 from coreinfer.bundles.token_shares import token_thresholds
+from coreinfer.bundles.versions import THIN_VERSION
 from coreinfer.compiler import CompileConfig, compile_model
 from coreinfer.compiler.export.chosen import choose_model
 from coreinfer.compiler.progress import Progress
@@ -182,7 +183,7 @@ def test_older_readers_refuse_by_version(
 ) -> None:
     folder = Path(shutil.copytree(thin_bundle(), tmp_path / "bundle"))
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "_READ_VERSIONS", (2, 3))
+        patch.setattr(manifest, "READ_VERSIONS", (2, 3))
         with pytest.raises(
             BundleVersionError, match="schema version 4, this coreinfer reads 2 and 3; upgrade coreinfer"
         ):

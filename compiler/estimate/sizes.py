@@ -134,19 +134,20 @@ def _shares_bytes(case: Case) -> int:
     """Thresholds of the dense FFN and of each cluster, the plan, and the norms of columns."""
     shapes = case.shapes
     groups = 4 * shapes.num_layers
-    norms = shapes.num_layers * (2 * shapes.hidden_size + shapes.hidden_size + shapes.ffn_dim)
+    norms = shapes.num_layers * ((2 + shapes.num_experts) * shapes.hidden_size + shapes.ffn_dim)
     return 4 * (groups * ((case.num_clusters + 1) * NUM_SHARE_LEVELS + NUM_SHARE_TARGETS) + norms)
 
 
 def _pack_bytes(config: CompileConfig, case: Case) -> int:
-    """A pack's matrices, its neuron ids and the scores of all neurons; nothing of a thin cluster (`_shares_bytes`)."""
+    """A pack's matrices and their norms, its neuron ids and all neurons' scores; nothing of a thin cluster."""
     shapes = case.shapes
     if config.packs == "thin":
         return 0
     if names_experts(config, shapes):
         return 4 * shapes.num_layers * (case.kept // shapes.expert_dim + shapes.num_experts)
     weights = shapes.num_experts * _ffn_bytes(shapes, config.quantize, case.kept // shapes.num_experts)
-    return shapes.num_layers * (weights + 4 * (case.kept + shapes.ffn_dim))
+    norms = 0 if config.token_share is None else 4 * (shapes.num_experts * shapes.hidden_size + case.kept)
+    return shapes.num_layers * (weights + 4 * (case.kept + shapes.ffn_dim) + norms)
 
 
 def scratch_bytes(config: CompileConfig, case: Case, *, item_bytes: int) -> int:

@@ -49,10 +49,16 @@ class StoredPacks:
     Attributes:
         folder: where they lie, as in a bundle.
         cut: returns their layers, for a model.
+        dense: file of the dense FFN where the packs only name experts of it; else None.
     """
 
     folder: Path
     cut: CutOf
+    dense: Path | None = None
+
+    def ffn(self, cluster: int) -> TensorFile:
+        """Open the file in which the weights of a cluster's pack are."""
+        return TensorFile(self.dense or self.folder / LAYOUT.cluster(cluster))
 
 
 def store_model(loaded: LoadedModel, packer: Packer, folder: Path, target: Path, progress: Progress) -> StoredModel:
@@ -106,8 +112,9 @@ def _write_packs(
         name: StoredPacks(
             folder=folders[name],
             cut=partial(_packs_cut, stored=stored, folder=folders[name]),
+            dense=stored.folder / LAYOUT.dense if narrow.choice.keeps_whole_experts(team.loaded.record) else None,
         )
-        for name in models
+        for name, narrow in models.items()
     }
 
 

@@ -24,7 +24,7 @@ class ColumnNorms:
         """Add a matrix as it is stored, rounded where its format rounds.
 
         Args:
-            group: of `INPUT_GROUPS`.
+            group: of `INPUT_GROUPS`; of an expert after `experts.E.`.
             stored: holds its tensors under `name`.
             shape: (outputs, inputs).
         """

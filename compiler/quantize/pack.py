@@ -126,9 +126,13 @@ def write_dense(stage: Path, loaded: LoadedModel, packer: Packer) -> None:
 
 def _dense_tensors(loaded: LoadedModel, packer: Packer) -> _Tensors:
     for index, layer in enumerate(loaded.layers):
-        tensors = _ffn_layer(loaded, packer, index, ffn_tensors(layer, loaded.family), None)
-        yield from _with_norms(loaded, packer, index, loaded.record.ffn_dim, tensors)
-        if loaded.record.experts is None:
+        weights, experts = ffn_tensors(layer, loaded.family), loaded.record.experts
+        for prefix in [""] if experts is None else [expert_role(number, "") for number in range(experts.num_experts)]:
+            own = {role: weight for role, weight in weights.items() if role.startswith(prefix)}
+            width = loaded.record.ffn_dim if experts is None else loaded.record.expert_neurons
+            tensors = _ffn_layer(loaded, packer, index, own, None)
+            yield from _with_norms(loaded, packer, index, width, tensors, prefix)
+        if experts is None:
             yield tensor_name(index, "column_norms"), StoredTensor("F32", loaded.column_norms[index])
 
 
@@ -164,10 +168,10 @@ def _cluster_tensors(
             yield tensor_name(index, "scores"), StoredTensor("F32", narrow.choice.scores[cluster][index])
             continue
         if loaded.record.experts is not None:
-            tensors = _narrow_experts(loaded, packer, index, neuron_ids, dense)
+            yield from _narrow_experts(loaded, packer, index, neuron_ids, dense)
         else:
             tensors = _narrow_layer(loaded, packer, narrow, cluster, index, dense)
-        yield from _with_norms(loaded, packer, index, len(neuron_ids), tensors)
+            yield from _with_norms(loaded, packer, index, len(neuron_ids), tensors)
         yield tensor_name(index, "neuron_ids"), StoredTensor("I32", neuron_ids)
         yield tensor_name(index, "scores"), StoredTensor("F32", narrow.choice.scores[cluster][index])
 
@@ -204,24 +208,43 @@ def _narrow_experts(
 ) -> _Tensors:
     """Store each expert of a layer with the neurons that it keeps, by their numbers among those of all experts."""
     assert loaded.record.experts is not None
-    own = ffn_tensors(loaded.layers[layer], loaded.family)
-    inner = loaded.record.expert_neurons
-    for expert, ids in enumerate(np.split(neuron_ids % inner, loaded.record.experts.num_experts)):
-        biased, rows = loaded.record.ffn_bias, np.arange(loaded.record.hidden_size)
-        for role in ("gate", "up", *(("gate_bias", "up_bias") if biased else ())):
-            yield from cut_rows(dense, tensor_name(layer, expert_role(expert, role)), ids).items()
-        if biased:
-            yield from cut_rows(dense, tensor_name(layer, expert_role(expert, "down_bias")), rows).items()
-        down = expert_role(expert, "down")
-        if len(ids) == inner:
-            yield from cut_rows(dense, tensor_name(layer, down), rows).items()
-        else:
-            columns = torch.from_numpy(ids).long().to(loaded.device)
-            yield from _ffn_layer(loaded, packer, layer, {down: own[down][:, columns]}, ids)
+    num_experts, inner = loaded.record.experts.num_experts, loaded.record.expert_neurons
+    for expert, ids in enumerate(np.split(neuron_ids % inner, num_experts)):
+        tensors = _narrow_expert(loaded, packer, layer, expert, ids, dense)
+        yield from _with_norms(loaded, packer, layer, len(ids), tensors, expert_role(expert, ""))
 
 
-def _with_norms(loaded: LoadedModel, packer: Packer, layer: int, num_neurons: int, tensors: _Tensors) -> _Tensors:
-    """Put the norms of the columns after a layer's FFN, where they are wanted."""
+def _narrow_expert(
+    loaded: LoadedModel,
+    packer: Packer,
+    layer: int,
+    expert: int,
+    ids: npt.NDArray[np.int32],
+    dense: Mapping[str, StoredTensor],
+) -> _Tensors:
+    """Store an expert with the neurons that it keeps."""
+    biased, rows = loaded.record.ffn_bias, np.arange(loaded.record.hidden_size)
+    for role in ("gate", "up", *(("gate_bias", "up_bias") if biased else ())):
+        yield from cut_rows(dense, tensor_name(layer, expert_role(expert, role)), ids).items()
+    if biased:
+        yield from cut_rows(dense, tensor_name(layer, expert_role(expert, "down_bias")), rows).items()
+    down = expert_role(expert, "down")
+    if len(ids) == loaded.record.expert_neurons:
+        yield from cut_rows(dense, tensor_name(layer, down), rows).items()
+    else:
+        columns = torch.from_numpy(ids).long().to(loaded.device)
+        weight = ffn_tensors(loaded.layers[layer], loaded.family)[down][:, columns]
+        yield from _ffn_layer(loaded, packer, layer, {down: weight}, ids)
+
+
+def _with_norms(
+    loaded: LoadedModel, packer: Packer, layer: int, num_neurons: int, tensors: _Tensors, prefix: str = ""
+) -> _Tensors:
+    """Put the norms of the columns after a layer's FFN, or after an expert, where they are wanted.
+
+    Args:
+        prefix: of an expert's roles.
+    """
     if not packer.with_norms:
         yield from tensors
         return
@@ -230,9 +253,9 @@ def _with_norms(loaded: LoadedModel, packer: Packer, layer: int, num_neurons: in
         stored[name] = tensor
         yield name, tensor
     norms, size = ColumnNorms(), loaded.record.hidden_size
-    for role in loaded.family.projections:
+    for role in ("gate", "up", "down") if loaded.record.gated else ("up", "down"):
         group, shape = ("down", (size, num_neurons)) if role == "down" else ("gate_up", (num_neurons, size))
-        norms.add(layer, group, stored, tensor_name(layer, role), shape)
+        norms.add(layer, prefix + group, stored, tensor_name(layer, prefix + role), shape)
     yield from norms.take()
 
 

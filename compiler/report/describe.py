@@ -10,8 +10,6 @@ from coreinfer.bundles.formats import GROUP_SIZE
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import (
     GROUPS,
-    SCHEMA_VERSION,
-    THIN_VERSION,
     ClusterRecord,
     Manifest,
     Plan,
@@ -22,6 +20,7 @@ from coreinfer.bundles.manifest import (
     TokenSharesRecord,
     ffn_bytes,
 )
+from coreinfer.bundles.versions import needed_version
 from coreinfer.compiler.clusters.cluster import label_clusters, map_positions, typical_texts
 from coreinfer.compiler.clusters.route import Routing
 from coreinfer.compiler.config import CompileConfig
@@ -91,7 +90,11 @@ def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
         provenance=_provenance(compiled),
         base_tensors=base_tensors,
         token_shares=compiled.token_shares,
-        schema_version=THIN_VERSION if compiled.narrow is None else SCHEMA_VERSION,
+        schema_version=needed_version(
+            is_mixture=record.experts is not None,
+            has_token_shares=compiled.token_shares is not None,
+            is_thin=compiled.narrow is None,
+        ),
     )
 
 
@@ -146,7 +149,8 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
 
 def _in_neurons(compiled: Compiled, budgets: Iterable[int]) -> tuple[int, ...]:
     """Turn what layers keep, neurons or whole experts, into neurons."""
-    whole = compiled.config.experts == "whole"
+    # Of thin clusters it is neurons already, all of them.
+    whole = compiled.config.experts == "whole" and compiled.narrow is not None
     return tuple(budget * (compiled.loaded.record.expert_neurons if whole else 1) for budget in budgets)
 
 

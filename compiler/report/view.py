@@ -169,7 +169,7 @@ def _reads(manifest: Manifest, weights: TokenBytes) -> list[dict[str, Any]]:
             "speeds": [_speed(rate * 1e9 / (ffn + attention + beside)) for rate in _RATES],
         }
         for name, short, ffn, attention in (
-            (name, "cluster" if manifest.has_thin else "pack", share * weights.pack_ffn, share * weights.attention),
+            (name, "cluster" if manifest.has_thin else "pack", share * weights.pack_ffn, weights.attention_at(share)),
             (dense.capitalize().replace("ffn", "FFN"), "dense", weights.dense_ffn, weights.attention),
         )
     ]

@@ -3,12 +3,10 @@
 import logging
 
 import numpy as np
-from coreinfer.bundles.contract import INPUT_GROUPS
-from coreinfer.bundles.families import resolve
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.load import LoadedModel
 
-from .inputs import group_weights
+from .inputs import group_outputs, group_weights
 
 __all__ = ["LEAST_OUTPUTS", "short_share", "warn_of_no_gain"]
 
@@ -21,16 +19,11 @@ LEAST_OUTPUTS = 2048
 def short_share(loaded: LoadedModel) -> float:
     """Return the share of the layers' weights in groups that the native engine reads whole in int4.
 
-    A column of one input over all outputs of its group is shorter than 1 kB there, and holes that short save no time
-    (docs/dev/token_shares.md).
+    A column of one input over all outputs of its group, or of an expert's, is shorter than 1 kB there, and holes that
+    short save no time (docs/dev/token_shares.md). Of a mixture, weights are those that a token reads.
     """
-    layer = loaded.layers[0]
-    outputs = [
-        sum(resolve(layer, path).weight.shape[0] for path in loaded.family.input_groups[group])
-        for group in INPUT_GROUPS
-    ]
     weights = group_weights(loaded).sum(axis=0)
-    return float(np.sum(weights, where=np.array(outputs) < LEAST_OUTPUTS) / np.sum(weights))
+    return float(np.sum(weights, where=np.array(group_outputs(loaded)) < LEAST_OUTPUTS) / np.sum(weights))
 
 
 def warn_of_no_gain(config: CompileConfig, loaded: LoadedModel) -> None:

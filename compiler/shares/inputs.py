@@ -2,21 +2,21 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from coreinfer.bundles.contract import INPUT_GROUPS, norms_role, tensor_name
+from coreinfer.bundles.contract import INPUT_GROUPS
 from coreinfer.bundles.families import resolve
 from coreinfer.bundles.tensors import TensorFile
+from coreinfer.bundles.token_shares import column_norms
 from coreinfer.compiler.models.load import LoadedModel
-from coreinfer.runtime.engines.torch.wanted_inputs import Groups, InputCounts, wanted
+from coreinfer.runtime.engines.torch.wanted_inputs import Entering, Groups, InputCounts, change_inputs, wanted
 
-__all__ = ["Norms", "group_weights", "groups_of", "inputs_masked", "inputs_seen", "read_norms"]
+__all__ = ["Norms", "group_outputs", "group_weights", "groups_of", "inputs_masked", "inputs_seen", "read_norms"]
 
 Norms = Mapping[Groups, torch.Tensor]
-"""Norms of the columns of a group's matrices, (inputs,) float32."""
+"""Norms of the columns of a group's matrices, (inputs,) float32, or (experts, inputs)."""
 Floats = npt.NDArray[np.float32]
 
 
@@ -26,37 +26,60 @@ def groups_of(loaded: LoadedModel) -> list[Groups]:
 
 
 def group_weights(loaded: LoadedModel) -> Floats:
-    """Count the weights of each group, which have the same number of bits: (layers, 4) float32."""
+    """Count the weights of each group that a token may read, which have the same number of bits: (layers, 4) float32.
+
+    Of a mixture those of a token's experts.
+    """
     counts = np.zeros((loaded.record.num_layers, len(INPUT_GROUPS)), dtype=np.float32)
-    for number, layer in enumerate(loaded.layers):
+    for layer in range(loaded.record.num_layers):
         for place, group in enumerate(INPUT_GROUPS):
-            paths = loaded.family.input_groups[group]
-            counts[number, place] = sum(resolve(layer, path).weight.numel() for path in paths)
+            counts[layer, place] = sum(rows * columns for rows, columns in _shapes(loaded, layer, group))
+    if loaded.record.experts is not None:
+        counts[:, 2:] *= loaded.record.experts.num_chosen
     return counts
 
 
+def group_outputs(loaded: LoadedModel) -> list[int]:
+    """Outputs of each group of a layer, or of one of its experts: (4,)."""
+    return [sum(rows for rows, _ in _shapes(loaded, 0, group)) for group in INPUT_GROUPS]
+
+
+def _shapes(loaded: LoadedModel, layer: int, group: str) -> list[tuple[int, int]]:
+    """Shapes, (outputs, inputs), of a group's matrices; of a mixture those of one expert."""
+    if group in loaded.family.input_groups:
+        weights = [resolve(loaded.layers[layer], path).weight for path in loaded.family.input_groups[group]]
+        return [(weight.shape[0], weight.shape[1]) for weight in weights]
+    size, inner = loaded.record.hidden_size, loaded.record.expert_neurons
+    return [(size, inner)] if group == "down" else [(inner, size)] * 2
+
+
 def read_norms(loaded: LoadedModel, base: TensorFile, ffn: TensorFile) -> dict[Groups, torch.Tensor]:
-    """Read the norms that lie beside stored weights."""
+    """Read the norms that lie beside stored weights.
+
+    Args:
+        ffn: the file of the FFN that the weights are in, see `StoredPacks.ffn`.
+    """
     return {
-        (layer, group): torch.tensor(
-            (base if group in ("qkv", "o") else ffn)[tensor_name(layer, norms_role(group))].array
-        ).to(loaded.device)
+        (layer, group): torch.tensor(column_norms(base, ffn, loaded.record, layer, group)).to(loaded.device)
         for layer, group in groups_of(loaded)
     }
 
 
 @contextmanager
-def inputs_seen(loaded: LoadedModel, see: Callable[[int, str, torch.Tensor], None]) -> Iterator[None]:
-    """Run the block with a function that is given the inputs, (..., inputs), of each group once."""
+def inputs_seen(loaded: LoadedModel, see: Callable[[int, str, Entering], None]) -> Iterator[None]:
+    """Run the block with a function that is given the inputs of each group once, or of each expert's."""
 
-    def hook(layer: int, group: str) -> Any:
-        return lambda _module, inputs: see(layer, group, inputs[0])
+    def seeing(layer: int, group: str) -> Callable[[Entering], torch.Tensor]:
+        def unchanged(entering: Entering) -> torch.Tensor:
+            if entering.is_first:
+                see(layer, group, entering)
+            return entering.values
+
+        return unchanged
 
     with ExitStack() as stack:
         for layer, group in groups_of(loaded):
-            path = loaded.family.input_groups[group][0]
-            handle = resolve(loaded.layers[layer], path).register_forward_pre_hook(hook(layer, group))
-            stack.callback(handle.remove)
+            stack.enter_context(change_inputs(loaded.layers[layer], loaded.family, group, seeing(layer, group)))
         yield
 
 
@@ -71,20 +94,18 @@ def inputs_masked(
         counts: is added to, each group's inputs once.
     """
 
-    def hook(place: Groups, threshold: torch.Tensor, *, first: bool) -> Any:
-        def before(_module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            is_wanted = wanted(inputs[0], norms[place], threshold)
-            if first and counts is not None:
+    def masking(place: Groups, threshold: torch.Tensor) -> Callable[[Entering], torch.Tensor]:
+        def masked(entering: Entering) -> torch.Tensor:
+            is_wanted = wanted(entering, norms[place], threshold)
+            if entering.is_first and counts is not None:
                 counts.add(place, is_wanted)
-            return inputs[0].masked_fill(~is_wanted, 0), *inputs[1:]
+            return entering.values.masked_fill(~is_wanted, 0)
 
-        return before
+        return masked
 
     with ExitStack() as stack:
         for place, value in thresholds.items():
             threshold = torch.tensor(value, dtype=torch.float32, device=loaded.device)
-            for number, path in enumerate(loaded.family.input_groups[place[1]]):
-                module = resolve(loaded.layers[place[0]], path)
-                before = hook(place, threshold, first=number == 0)
-                stack.callback(module.register_forward_pre_hook(before).remove)
+            layer, change = loaded.layers[place[0]], masking(place, threshold)
+            stack.enter_context(change_inputs(layer, loaded.family, place[1], change))
         yield

@@ -158,7 +158,7 @@ def _reading(loaded: LoadedModel, shared: SharedWeights) -> Callable[[Part, Inpu
         if part.ffn is None or packs is None:
             cut, ffn = dense, TensorFile(stored.folder / LAYOUT.dense)
         else:
-            cut, ffn = packs.cut(loaded), TensorFile(packs.folder / LAYOUT.cluster(part.ffn))
+            cut, ffn = packs.cut(loaded), packs.ffn(part.ffn)
         known = shared.arrays[f"thresholds.{part.thresholds}"]
         thresholds = named(loaded, thresholds_at(shared.arrays["levels"], known, part.shares))
         # The dense FFN's layers are known by the cluster 0, as those of one cluster.

@@ -9,7 +9,7 @@ import torch
 from coreinfer.bundles.contract import INPUT_GROUPS
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.samples import NUM_SHARE_LEVELS
-from coreinfer.runtime.engines.torch.wanted_inputs import Groups
+from coreinfer.runtime.engines.torch.wanted_inputs import Entering, Groups
 
 from .inputs import Norms, groups_of, inputs_seen
 from .texts import BegunText
@@ -26,22 +26,32 @@ _TEXT_SCORES = 8192
 
 
 def sample_scores(loaded: LoadedModel, texts: Sequence[BegunText], norms: Norms, *, seed: int) -> dict[Groups, Floats]:
-    """Sample |x_j| times the norm of column j over the texts' second halves, with the weights in use.
+    """Sample the scores of inputs (`Entering.scores`) over the texts' second halves, with the weights in use.
 
     Returns:
         Group -> scores, ascending.
     """
     parts: defaultdict[Groups, list[torch.Tensor]] = defaultdict(list)
+    found: defaultdict[Groups, list[torch.Tensor]] = defaultdict(list)
     generator = torch.Generator().manual_seed(seed)
 
-    def see(layer: int, group: str, inputs: torch.Tensor) -> None:
-        scores = (inputs.float().abs() * norms[layer, group]).flatten().cpu()
-        drawn = torch.randint(scores.numel(), (min(_TEXT_SCORES, scores.numel()),), generator=generator)
-        parts[layer, group].append(scores[drawn])
+    def draw() -> None:
+        for place, values in found.items():
+            scores = torch.cat(values).cpu()
+            drawn = torch.randint(scores.numel(), (min(_TEXT_SCORES, scores.numel()),), generator=generator)
+            parts[place].append(scores[drawn])
+        found.clear()
+
+    def see(layer: int, group: str, entering: Entering) -> None:
+        # A layer's experts come one after another, and count by their tokens.
+        if layer not in {number for number, _ in found}:
+            draw()
+        found[layer, group].append(entering.scores(norms[layer, group]).flatten())
 
     with inputs_seen(loaded, see), torch.inference_mode():
         for text in texts:
             text.states(loaded)
+            draw()
     return {place: torch.cat(found).sort().values.numpy() for place, found in parts.items()}
 
 

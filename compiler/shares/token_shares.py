@@ -115,8 +115,8 @@ def _compute(inputs: ShareInputs, cost_texts: Sequence[Document], advance: Advan
         if inputs.packs is None:
             own = _scores(inputs, dense, 0, dense, documents, norms)
         else:
-            file = TensorFile(inputs.packs.folder / LAYOUT.cluster(cluster))
-            own = _scores(inputs, inputs.packs.cut(loaded), cluster, dense, documents, read_norms(loaded, base, file))
+            own_norms = read_norms(loaded, base, inputs.packs.ffn(cluster))
+            own = _scores(inputs, inputs.packs.cut(loaded), cluster, dense, documents, own_norms)
         arrays[f"thresholds.{cluster}"] = thresholds_of(loaded, own)
         advance()
     return arrays

@@ -19,6 +19,7 @@ void test_products(const coreinfer::Kernels& kernels);
 void test_bits(const coreinfer::Kernels& kernels);
 void test_vectors(const coreinfer::Kernels& kernels);
 void test_columns(const coreinfer::Kernels& kernels);
+void test_column_products(const coreinfer::Kernels& kernels);
 void test_attention(const coreinfer::Kernels& kernels);
 void test_experts();
 void test_hashes();

@@ -1,6 +1,7 @@
 // Matrices that lie input by input, against the same ones by rows.
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "../../runtime/engines/native/csrc/column_pass.h"
 #include "../../runtime/engines/native/csrc/scratch.h"
@@ -27,7 +28,8 @@ void expect_same(const Kernels& kernels, const std::vector<const Matrix*>& rows,
   sums.resize(num_segment_sums(columns.matrix));
   got.resize(columns.matrix.num_outputs());
   threads.run([&](int thread) {
-    add_columns(kernels, columns.matrix, x, sums.get(), thread, threads);
+    const ColumnProduct product{&columns.matrix, x, sums.get()};
+    add_columns(kernels, &product, 1, thread, threads);
     threads.barrier(thread);
   });
   for (size_t i = 0; i < rows.size(); ++i) {
@@ -52,7 +54,8 @@ void test_bytes(const Kernels& kernels) {
   sums.resize(num_segment_sums(columns.matrix));
   size_t num_bytes[2];
   threads.run([&](int thread) {
-    num_bytes[thread] = add_columns(kernels, columns.matrix, x.view, sums.get(), thread, threads);
+    const ColumnProduct product{&columns.matrix, x.view, sums.get()};
+    num_bytes[thread] = add_columns(kernels, &product, 1, thread, threads);
   });
   expect("bytes of two columns", num_bytes[0] + num_bytes[1] == 2 * (128 + 256 * 3));
 }
@@ -72,7 +75,48 @@ void test_keep_wanted(const Kernels& kernels) {
   }
 }
 
+// Several products at once give what each gives alone, and read as many bytes.
+void expect_as_alone(const Kernels& kernels, int rows, int cols, int num_threads) {
+  constexpr int kCount = 3;
+  Threads threads(num_threads);
+  std::vector<Weights> weights;
+  for (int i = 0; i < kCount; ++i) weights.emplace_back(Format::int4, rows, cols);
+  std::vector<Columns> columns;
+  for (const Weights& w : weights) columns.push_back(make_columns({&w.view}, kernels.column_tile, threads));
+  const size_t num_sums = num_segment_sums(columns[0].matrix);
+  ActivationBuffer x[kCount];
+  Buffer<float> alone, together;
+  alone.resize(num_sums * kCount);
+  together.resize(num_sums * kCount);
+  std::vector<ColumnProduct> products;
+  std::vector<size_t> num_bytes(num_threads), num_alone(num_threads);
+  for (int i = 0; i < kCount; ++i) {
+    fill_sparse(x[i], cols, 2 + 3 * i);
+    kernels.quantize(x[i].view, x[i].view.stride, 1);
+    products.push_back({&columns[i].matrix, x[i].view, together.get() + i * num_sums});
+  }
+  threads.run([&](int thread) {
+    num_bytes[thread] = add_columns(kernels, products.data(), kCount, thread, threads);
+    threads.barrier(thread);
+    for (int i = 0; i < kCount; ++i) {
+      const ColumnProduct product{&columns[i].matrix, x[i].view, alone.get() + i * num_sums};
+      num_alone[thread] += add_columns(kernels, &product, 1, thread, threads);
+      threads.barrier(thread);
+    }
+  });
+  const auto total = [](const std::vector<size_t>& counts) {
+    return std::accumulate(counts.begin(), counts.end(), size_t(0));
+  };
+  expect("products at once as alone", std::memcmp(alone.get(), together.get(), num_sums * kCount * sizeof(float)) == 0);
+  expect("bytes of products at once", total(num_bytes) > 0 && total(num_bytes) == total(num_alone));
+}
+
 }  // namespace
+
+void test_column_products(const Kernels& kernels) {
+  for (const int num_threads : {1, 3})
+    for (const int rows : {48, 2100, 8300}) expect_as_alone(kernels, rows, rows == 48 ? 1056 : 70, num_threads);
+}
 
 void test_columns(const Kernels& kernels) {
   for (int cols : {32, 70, 1024, 1056, 2500})

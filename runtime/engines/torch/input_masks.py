@@ -1,18 +1,16 @@
 """Inputs that a token leaves out: the reference of what the native engine does not read."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from coreinfer.bundles import Bundle
-from coreinfer.bundles.contract import INPUT_GROUPS, norms_role, tensor_name
-from coreinfer.bundles.families import Family, resolve
-from coreinfer.bundles.tensors import TensorFile
-from coreinfer.bundles.token_shares import token_thresholds
+from coreinfer.bundles.contract import INPUT_GROUPS
+from coreinfer.bundles.families import Family
+from coreinfer.bundles.token_shares import column_norms, ffn_with_norms, token_thresholds
 from coreinfer.runtime.engines.protocol import FfnChoice
 from torch import nn
 
-from .wanted_inputs import Groups, InputCounts, wanted
+from .wanted_inputs import Entering, Groups, InputCounts, change_inputs, wanted
 
 __all__ = ["InputMasks"]
 
@@ -33,10 +31,8 @@ class InputMasks:
         self._norms: dict[Groups, torch.Tensor] = {}
         self._thresholds = torch.zeros((len(layers), len(INPUT_GROUPS)), device=device)
         for number, layer in enumerate(layers) if bundle.token_shares is not None else ():
-            for group, paths in family.input_groups.items():
-                for path in paths:
-                    before = self._hook(number, group, first=path == paths[0])
-                    resolve(layer, path).register_forward_pre_hook(before)
+            for group in INPUT_GROUPS:
+                change_inputs(layer, family, group, self._masking(number, group))
 
     @property
     def key(self) -> int | None:
@@ -57,16 +53,16 @@ class InputMasks:
         """Mask by what `thresholds` returned from the next token on; the choice's weights are in place."""
         if thresholds is not None:
             self._thresholds.copy_(thresholds)
-            self._fill_norms(self._bundle.weights_of(choice.cluster))
+            self._fill_norms(choice.cluster)
         self._is_on = thresholds is not None
 
     def _fill_norms(self, cluster: int | None) -> None:
-        ffn = self._bundle.dense if cluster is None else self._bundle.pack(cluster)
-        assert ffn is not None
+        ffn, model = ffn_with_norms(self._bundle, cluster), self._bundle.manifest.model
         moved = False
         for layer in range(len(self._thresholds)):
             for group in INPUT_GROUPS:
-                norms = _norms(self._bundle.base if group in ("qkv", "o") else ffn, layer, group)
+                # Mapped files are read-only, which torch warns of.
+                norms = torch.tensor(column_norms(self._bundle.base, ffn, model, layer, group))
                 held = self._norms.get((layer, group))
                 if held is not None and held.shape == norms.shape:
                     held.copy_(norms)
@@ -74,20 +70,15 @@ class InputMasks:
                     self._norms[layer, group], moved = norms.to(self._device), True
         self._generation += moved
 
-    def _hook(self, layer: int, group: str, *, first: bool) -> Any:
+    def _masking(self, layer: int, group: str) -> Callable[[Entering], torch.Tensor]:
         place = INPUT_GROUPS.index(group)
 
-        def before(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        def masked(entering: Entering) -> torch.Tensor:
             if not self._is_on:
-                return None
-            is_wanted = wanted(inputs[0], self._norms[layer, group], self._thresholds[layer, place])
-            if first and self.counts is not None:
+                return entering.values
+            is_wanted = wanted(entering, self._norms[layer, group], self._thresholds[layer, place])
+            if entering.is_first and self.counts is not None:
                 self.counts.add((layer, group), is_wanted)
-            return inputs[0].masked_fill(~is_wanted, 0), *inputs[1:]
+            return entering.values.masked_fill(~is_wanted, 0)
 
-        return before
-
-
-def _norms(file: TensorFile, layer: int, group: str) -> torch.Tensor:
-    # Mapped files are read-only, which torch warns of.
-    return torch.tensor(file[tensor_name(layer, norms_role(group))].array)
+        return masked

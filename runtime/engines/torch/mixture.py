@@ -17,11 +17,16 @@ from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-__all__ = ["ExpertRun", "Mixture", "Router", "experts_of", "take_experts"]
+__all__ = ["Change", "ExpertRun", "Mixture", "Router", "experts_of", "take_experts"]
 
 ROLES = ("gate", "up", "down")
 Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """What gate and up give -> the neurons."""
+
+
+Change = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+"""What enters matrices of an expert, (chosen, inputs), its number, and what the router multiplies its outputs by,
+(chosen,) -> what is multiplied."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,7 @@ class Mixture(nn.Module):
         router: the base's; all else is the FFN.
         tensors: `expert_role` -> matrix or bias, as `assign_ffn` takes them. Not parameters of the module.
         watch: called with what each expert did; None to leave it out.
+        changes: of "gate_up" and of "down" what is done to their inputs, for each expert; of neither as a rule.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class Mixture(nn.Module):
         super().__init__()
         self.router = router
         self.watch: Callable[[ExpertRun], None] | None = None
+        self.changes: dict[str, Change] = {}
         self.tensors: Mapping[str, Any] = {}
         self._num_experts = record.num_experts
         self._combine = combine
@@ -114,9 +121,10 @@ class Mixture(nn.Module):
         mixed = torch.zeros_like(rows)
         for expert in chosen.unique().tolist():
             row, rank = (chosen == expert).nonzero(as_tuple=True)
-            inputs = rows[row]
-            activations = self._combine(self._multiply(inputs, expert, "gate"), self._multiply(inputs, expert, "up"))
             own = weights[row, rank]
+            inputs = self._entering("gate_up", rows[row], expert, own)
+            activations = self._combine(self._multiply(inputs, expert, "gate"), self._multiply(inputs, expert, "up"))
+            activations = self._entering("down", activations, expert, own)
             outputs = self._multiply(activations, expert, "down") * own[:, None]
             if self.watch is not None:
                 run = ExpertRun(
@@ -126,6 +134,10 @@ class Mixture(nn.Module):
             mixed.index_add_(0, row, outputs)
         mixed = mixed.reshape(hidden.shape)
         return (mixed, weights) if self._returns_weights else mixed
+
+    def _entering(self, group: str, inputs: torch.Tensor, expert: int, weights: torch.Tensor) -> torch.Tensor:
+        change = self.changes.get(group)
+        return inputs if change is None else change(inputs, expert, weights)
 
     def _multiply(self, inputs: torch.Tensor, expert: int, role: str) -> torch.Tensor:
         bias = self.tensors.get(expert_role(expert, f"{role}_bias"))

@@ -212,6 +212,8 @@ Ffn assemble_experts(const ModelRecord& record, const TensorFile& file, const st
       expert.gate = linear("gate", neurons, hidden);
       expert.up = linear("up", neurons, hidden);
       expert.down = linear("down", hidden, neurons);
+      expert.gate_up_norms = file.vector(root + "gate_up_norms", hidden);
+      expert.down_norms = file.vector(root + "down_norms", neurons);
       ffn[index].experts.push_back(expert);
     }
   }

@@ -12,7 +12,8 @@ namespace {
 const std::string kManifest = "manifest.json", kBase = "base.safetensors", kDense = "dense.safetensors",
                   kGeneration = "tokenizer/generation.json";
 constexpr int kVersion = 3, kOldVersion = 2;  // in the old one all clusters have the plan's layer budgets
-constexpr int kThinVersion = 4;               // clusters may have no pack of their own
+constexpr int kThinVersion = 4;               // from here on clusters may have no pack of their own
+constexpr int kExpertSharesVersion = 5;       // mixtures of experts with token shares
 
 Json parse(const WholeFile& file) {
   return Json::parse({reinterpret_cast<const char*>(file.data()), file.num_bytes()});
@@ -41,9 +42,9 @@ BundleFolder::BundleFolder(const std::string& folder, bool checks_sums, bool spa
     : folder_(folder), checks_sums_(checks_sums), spares_memory_(spares_memory) {
   manifest_ = parse(WholeFile(folder + "/" + kManifest));
   const int version = manifest_.integer("schema_version");
-  if (version < kOldVersion || version > kThinVersion)
+  if (version < kOldVersion || version > kExpertSharesVersion)
     throw Failure(COREINFER_VERSION, folder + ": schema version " + std::to_string(version) + ", this library reads " +
-                                         std::to_string(kOldVersion) + " to " + std::to_string(kThinVersion));
+                                         std::to_string(kOldVersion) + " to " + std::to_string(kExpertSharesVersion));
   model_ = read_record(manifest_.object("model"));
   ffn_format_ = manifest_.object("quantization").object("ffn").string("format");
   read_clusters();
@@ -53,7 +54,7 @@ BundleFolder::BundleFolder(const std::string& folder, bool checks_sums, bool spa
 void BundleFolder::read_clusters() {
   const int version = manifest_.integer("schema_version");
   for (const Json& cluster : manifest_.array("clusters")) {
-    const bool is_thin = version == kThinVersion && !Json::is_given(cluster.find("file"));
+    const bool is_thin = version >= kThinVersion && !Json::is_given(cluster.find("file"));
     if (is_thin && !has_dense()) refuse("clusters", "a file of each, or a dense FFN", "neither");
     clusters_.push_back({is_thin ? std::string() : cluster.string("file"), cluster.string("label"),
                          numbers(version == kOldVersion ? manifest_.object("plan") : cluster, "layer_budgets")});

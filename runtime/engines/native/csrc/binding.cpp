@@ -56,7 +56,7 @@ class Model {
         thresholds ? read_shares(*thresholds, decoder_->weights.layers.size()) : nullptr;
     if (shares && columns_) {
       shares->attention = columns_->attention();
-      shares->ffn = columns_->of(ffn.ffn);
+      shares->ffn = columns_->of(ffn.whole ? ffn.whole : ffn.ffn);
     }
     decoder_->ffn = ffn.ffn;
     decoder_->source = ffn.source;
@@ -292,6 +292,7 @@ class Model {
 FfnHandle keeping(const FfnHandle& all, const std::vector<std::vector<int>>& experts) {
   FfnHandle out = all;
   out.ffn = std::make_shared<Ffn>(keep_experts(*all.ffn, experts));
+  out.whole = all.ffn;
   return out;
 }
 

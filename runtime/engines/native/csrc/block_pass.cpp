@@ -192,7 +192,7 @@ class BlockPass {
   void ffn(int layer, const FfnWeights& ffn) {
     const Layer& weights = weights_.layers[layer];
     leave_attention(weights, decoder_.filter(layer, kGateUp, ffn.gate_up_norms));
-    if (!ffn.experts.empty()) return mixture(weights, ffn);
+    if (!ffn.experts.empty()) return mixture(layer, ffn);
     if (ffn.by_neuron())
       active_neurons(ffn);
     else
@@ -264,12 +264,12 @@ class BlockPass {
     }
   }
 
-  void mixture(const Layer& weights, const FfnWeights& ffn) {
-    Mixture mixture(decoder_, weights.router, ffn, inputs_, thread_);
+  void mixture(int layer, const FfnWeights& ffn) {
+    Mixture mixture(decoder_, layer, ffn, inputs_, thread_);
     mixture.run({});
     own_tokens([&](int t) {
       mixture.sum(t, out(t));
-      finish(weights.ffn_norms, nullptr, t);
+      finish(weights_.layers[layer].ffn_norms, nullptr, t);
     });
   }
 

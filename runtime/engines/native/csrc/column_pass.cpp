@@ -14,25 +14,37 @@ int num_pieces(const ColumnMatrix& w) {
   return std::clamp(static_cast<int>(w.column_bytes() / kPieceBytes), 1, w.num_tiles);
 }
 
+// The pieces [begin, end) of a product; returns the bytes that were read.
+size_t add_pieces(const Kernels& kernels, const ColumnProduct& product, int begin, int end) {
+  const ColumnMatrix& w = *product.weight;
+  const int pieces = num_pieces(w);
+  size_t num_bytes = 0;
+  for (int last; begin < end; begin = last) {
+    const int unit = begin / pieces, panel = unit / w.num_segments(), segment = unit % w.num_segments();
+    last = std::min(end, (unit + 1) * pieces);
+    const Range tiles = {share(w.num_tiles, begin - unit * pieces, pieces).begin,
+                         share(w.num_tiles, last - 1 - unit * pieces, pieces).end};
+    const int first_group = segment * kSegmentGroups, end_group = std::min(first_group + kSegmentGroups, w.num_groups);
+    float* out = product.sums + size_t(segment) * w.num_outputs() + size_t(panel) * w.panel_outputs();
+    const int num_columns =
+        kernels.multiply_columns({w, product.x, panel, first_group, end_group, tiles.begin, tiles.end, out});
+    num_bytes +=
+        (tiles.end - tiles.begin) * (num_columns * w.tile_bytes() + (end_group - first_group) * w.head_bytes());
+  }
+  return num_bytes;
+}
+
 }  // namespace
 
-size_t add_columns(const Kernels& kernels, const ColumnMatrix& w, const Activations& x, float* sums, int thread,
-                   Threads& threads) {
+size_t add_columns(const Kernels& kernels, const ColumnProduct* products, int count, int thread, Threads& threads) {
   size_t num_bytes = 0;
-  const int pieces = num_pieces(w);
-  threads.deal(thread, w.num_units() * pieces, [&](int begin, int end) {
+  const ColumnMatrix& first = *products[0].weight;
+  const int per_product = first.num_units() * num_pieces(first);
+  threads.deal(thread, per_product * count, [&](int begin, int end) {
     for (int last; begin < end; begin = last) {
-      const int unit = begin / pieces, panel = unit / w.num_segments(), segment = unit % w.num_segments();
-      last = std::min(end, (unit + 1) * pieces);
-      const Range tiles = {share(w.num_tiles, begin - unit * pieces, pieces).begin,
-                           share(w.num_tiles, last - 1 - unit * pieces, pieces).end};
-      const int first_group = segment * kSegmentGroups,
-                end_group = std::min(first_group + kSegmentGroups, w.num_groups);
-      float* out = sums + size_t(segment) * w.num_outputs() + size_t(panel) * w.panel_outputs();
-      const int num_columns =
-          kernels.multiply_columns({w, x, panel, first_group, end_group, tiles.begin, tiles.end, out});
-      num_bytes +=
-          (tiles.end - tiles.begin) * (num_columns * w.tile_bytes() + (end_group - first_group) * w.head_bytes());
+      const int number = begin / per_product, offset = number * per_product;
+      last = std::min(end, offset + per_product);
+      num_bytes += add_pieces(kernels, products[number], begin - offset, last - offset);
     }
   });
   return num_bytes;

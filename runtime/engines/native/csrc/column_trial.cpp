@@ -14,40 +14,53 @@ constexpr size_t kTrialBytes = size_t(96) << 20;  // of a group's weights: more 
 constexpr int kRounds = 5;
 
 // Matrices with the same inputs, in both layouts.
-struct Group {
+struct Member {
   std::vector<const Matrix*> rows;
   Columns columns;
   std::vector<Buffer<float>> outs;
 };
+// What a token multiplies at once: of a mixture as many experts as it uses, else one.
+using Group = std::vector<Member>;
+using Rows = std::vector<const Matrix*>;
 
-void add_group(std::vector<Group>& groups, std::vector<const Matrix*> rows, Columns columns) {
-  if (columns.empty()) return;
-  rows.erase(std::remove_if(rows.begin(), rows.end(), [](const Matrix* w) { return w->empty(); }), rows.end());
-  Group group{std::move(rows), std::move(columns), {}};
-  for (const Matrix* w : group.rows) {
-    group.outs.emplace_back();
-    group.outs.back().resize(round_up(w->rows, kBlockRows));
-  }
-  groups.push_back(std::move(group));
-}
-
-std::vector<const Matrix*> matrices_of(const Decoder& decoder, size_t layer, InputGroup group) {
+// Of a layer, or of each of its experts.
+std::vector<Rows> matrices_of(const Decoder& decoder, size_t layer, InputGroup group) {
   const AttentionWeights& attention = decoder.weights.layers[layer].attention;
   const FfnWeights& ffn = (*decoder.ffn)[layer];
-  if (group == kQkv) return {&attention.query.weight, &attention.key.weight, &attention.value.weight};
-  if (group == kHeads) return {&attention.output.weight};
-  if (group == kGateUp) return {&ffn.gate.weight, &ffn.up.weight};
-  return {&ffn.down.weight};
+  if (group == kQkv) return {{&attention.query.weight, &attention.key.weight, &attention.value.weight}};
+  if (group == kHeads) return {{&attention.output.weight}};
+  if (ffn.experts.empty()) return {coreinfer::matrices_of(ffn, group)};
+  std::vector<Rows> found;
+  for (const FfnWeights& expert : ffn.experts)
+    if (!expert.up.weight.empty()) found.push_back(coreinfer::matrices_of(expert, group));
+  return found;
+}
+
+Member member_of(Rows rows, InputGroup group, const ColumnLayout& layout, Threads& threads) {
+  rows.erase(std::remove_if(rows.begin(), rows.end(), [](const Matrix* w) { return w->empty(); }), rows.end());
+  Member member{rows, columns_of(rows, group, layout, threads), {}};
+  for (const Matrix* w : member.rows) {
+    member.outs.emplace_back();
+    member.outs.back().resize(round_up(w->rows, kBlockRows));
+  }
+  return member;
 }
 
 std::vector<Group> first_layers(Decoder& decoder, InputGroup group) {
   std::vector<Group> groups;
   size_t num_bytes = 0;
   const ColumnLayout layout{decoder.kernels.column_tile, kLeastColumnBytes, {true, true, true, true}};
-  for (size_t i = 0; i < decoder.weights.layers.size() && num_bytes < kTrialBytes; ++i) {
-    const std::vector<const Matrix*> rows = matrices_of(decoder, i, group);
-    add_group(groups, rows, columns_of(rows, group, layout, decoder.threads));
-    if (!groups.empty()) num_bytes += groups.back().columns.matrix.num_bytes();
+  for (size_t i = 0; i < decoder.weights.layers.size(); ++i) {
+    const std::vector<Rows> all = matrices_of(decoder, i, group);
+    const size_t at_once = all.size() == 1 ? 1 : decoder.weights.layers[i].router.num_chosen;
+    for (size_t first = 0; first + at_once <= all.size() && num_bytes < kTrialBytes; first += at_once) {
+      Group members;
+      for (size_t number = first; number < first + at_once; ++number)
+        members.push_back(member_of(all[number], group, layout, decoder.threads));
+      if (members[0].columns.empty()) break;
+      for (const Member& member : members) num_bytes += member.columns.matrix.num_bytes();
+      groups.push_back(std::move(members));
+    }
   }
   return groups;
 }
@@ -66,8 +79,8 @@ class Trial {
     int widest = 0;
     size_t most = 0;
     for (const Group& group : groups_) {
-      widest = std::max(widest, group.rows.front()->cols);
-      most = std::max(most, num_segment_sums(group.columns.matrix));
+      widest = std::max(widest, group[0].rows.front()->cols);
+      most = std::max(most, group.size() * num_segment_sums(group[0].columns.matrix));
     }
     x_.resize(1, widest);
     sums_.resize(most);
@@ -92,27 +105,46 @@ class Trial {
 
   void by_rows(int thread) {
     for (Group& group : groups_)
-      for (size_t i = 0; i < group.rows.size(); ++i) {
-        multiply_share(decoder_.kernels, {{group.rows[i], group.outs[i].get()}}, {x_.view, 1, 0}, 0, thread,
-                       decoder_.threads);
+      for (size_t i = 0; i < group[0].rows.size(); ++i) {
+        const int per_member = group[0].rows[i]->num_blocks();
+        const auto work = [&](int first, int last) {
+          for (int end; first < last; first = end) {
+            Member& member = group[first / per_member];
+            const int offset = first / per_member * per_member;
+            end = std::min(last, offset + per_member);
+            multiply(decoder_.kernels, *member.rows[i], {x_.view, 1, 0}, member.outs[i].get(), 0, first - offset,
+                     end - offset);
+          }
+        };
+        decoder_.threads.deal(thread, per_member * static_cast<int>(group.size()), work, [&](int block) {
+          prefetch_block(*group[block / per_member].rows[i], block % per_member, kPartPrefetchBytes);
+        });
         decoder_.threads.barrier(thread);
       }
   }
 
   void by_columns(int thread) {
+    std::vector<ColumnProduct> products;
     for (Group& group : groups_) {
-      const ColumnMatrix& w = group.columns.matrix;
-      add_columns(decoder_.kernels, w, x_.view, sums_.get(), thread, decoder_.threads);
+      const size_t num_sums = num_segment_sums(group[0].columns.matrix);
+      products.clear();
+      for (size_t i = 0; i < group.size(); ++i)
+        products.push_back({&group[i].columns.matrix, x_.view, sums_.get() + i * num_sums});
+      add_columns(decoder_.kernels, products.data(), static_cast<int>(products.size()), thread, decoder_.threads);
       decoder_.threads.barrier(thread);
-      for (size_t i = 0; i < group.rows.size(); ++i) {
-        const Range blocks = coreinfer::share(group.rows[i]->num_blocks(), thread, decoder_.threads.size());
-        const int first = group.columns.parts[i].first + blocks.begin * kBlockRows;
-        const int count = (blocks.end - blocks.begin) * kBlockRows;
-        if (count > 0)
-          sum_segments(decoder_.kernels, w, sums_.get(), first, first + count,
-                       group.outs[i].get() + blocks.begin * kBlockRows);
-      }
+      for (size_t i = 0; i < group.size(); ++i) add_up(group[i], products[i], thread);
       decoder_.threads.barrier(thread);
+    }
+  }
+
+  void add_up(Member& member, const ColumnProduct& product, int thread) {
+    for (size_t i = 0; i < member.rows.size(); ++i) {
+      const Range blocks = coreinfer::share(member.rows[i]->num_blocks(), thread, decoder_.threads.size());
+      const int first = member.columns.parts[i].first + blocks.begin * kBlockRows;
+      const int count = (blocks.end - blocks.begin) * kBlockRows;
+      if (count > 0)
+        sum_segments(decoder_.kernels, *product.weight, product.sums, first, first + count,
+                     member.outs[i].get() + blocks.begin * kBlockRows);
     }
   }
 

@@ -105,13 +105,21 @@ bool can_be_columns(const std::vector<const Matrix*>& rows, size_t least_bytes) 
   return column_bytes >= least_bytes;
 }
 
-}  // namespace
+// The matrices that are laid out; none where they are not to be.
+std::vector<const Matrix*> laid_out(std::vector<const Matrix*> rows, InputGroup group, const ColumnLayout& layout) {
+  rows.erase(std::remove_if(rows.begin(), rows.end(), [](const Matrix* w) { return w->empty(); }), rows.end());
+  if (!layout.wants[group] || rows.empty() || !can_be_columns(rows, layout.least_bytes)) rows.clear();
+  return rows;
+}
 
-Columns make_columns(const std::vector<const Matrix*>& rows, int tile, Threads& threads) {
+// In memory that is there.
+Columns make_columns(const std::vector<const Matrix*>& rows, ColumnMatrix shape, std::shared_ptr<uint8_t> memory,
+                     Threads& threads) {
   Columns columns;
-  ColumnMatrix& w = columns.matrix = shape_of(rows, tile);
-  columns.memory = allocate(w.num_bytes());
+  columns.memory = std::move(memory);
+  ColumnMatrix& w = columns.matrix = shape;
   w.data = columns.memory.get();
+  const int tile = w.tile;
   for (const Matrix* matrix : rows) {
     const int first = columns.parts.empty() ? 0 : columns.parts.back().first + columns.parts.back().rows;
     columns.parts.push_back({round_up(first, kBlockRows), matrix->rows});
@@ -133,35 +141,70 @@ Columns make_columns(const std::vector<const Matrix*>& rows, int tile, Threads& 
   return columns;
 }
 
+// One group of a layer's experts, in one piece: memory comes in pages of 2 MB, and an expert may be smaller.
+void lay_out_experts(const std::vector<FfnWeights>& experts, InputGroup group, const ColumnLayout& layout,
+                     Threads& threads, std::vector<GroupColumns>& out) {
+  std::vector<std::vector<const Matrix*>> rows;
+  std::vector<size_t> places;
+  size_t num_bytes = 0;
+  for (const FfnWeights& expert : experts) {
+    rows.push_back(laid_out(matrices_of(expert, group), group, layout));
+    places.push_back(num_bytes);
+    if (!rows.back().empty()) num_bytes += (shape_of(rows.back(), layout.tile).num_bytes() + 63) / 64 * 64;
+  }
+  if (num_bytes == 0) return;
+  const std::shared_ptr<uint8_t> memory = allocate(num_bytes);
+  for (size_t e = 0; e < experts.size(); ++e)
+    if (!rows[e].empty())
+      out[e][group % 2] =
+          make_columns(rows[e], shape_of(rows[e], layout.tile), {memory, memory.get() + places[e]}, threads);
+}
+
+}  // namespace
+
+Columns make_columns(const std::vector<const Matrix*>& rows, int tile, Threads& threads) {
+  const ColumnMatrix shape = shape_of(rows, tile);
+  return make_columns(rows, shape, allocate(shape.num_bytes()), threads);
+}
+
 Columns columns_of(std::vector<const Matrix*> rows, InputGroup group, const ColumnLayout& layout, Threads& threads) {
-  if (!layout.wants[group]) return {};
-  rows.erase(std::remove_if(rows.begin(), rows.end(), [](const Matrix* w) { return w->empty(); }), rows.end());
-  return !rows.empty() && can_be_columns(rows, layout.least_bytes) ? make_columns(rows, layout.tile, threads)
-                                                                   : Columns();
+  rows = laid_out(std::move(rows), group, layout);
+  return rows.empty() ? Columns() : make_columns(rows, layout.tile, threads);
+}
+
+std::vector<const Matrix*> matrices_of(const FfnWeights& ffn, InputGroup group) {
+  if (group == kDown) return {&ffn.down.weight};
+  return {&ffn.gate.weight, &ffn.up.weight};
 }
 
 LayerColumns attention_columns(const ModelWeights& weights, const ColumnLayout& layout, Threads& threads) {
   LayerColumns layers;
   for (const Layer& layer : weights.layers) {
     const AttentionWeights& own = layer.attention;
-    layers.push_back({columns_of({&own.query.weight, &own.key.weight, &own.value.weight}, kQkv, layout, threads),
-                      columns_of({&own.output.weight}, kHeads, layout, threads)});
+    layers.push_back({{columns_of({&own.query.weight, &own.key.weight, &own.value.weight}, kQkv, layout, threads),
+                       columns_of({&own.output.weight}, kHeads, layout, threads)}});
   }
   return layers;
 }
 
 LayerColumns ffn_columns(const Ffn& ffn, const ColumnLayout& layout, Threads& threads) {
   LayerColumns layers;
-  for (const FfnWeights& layer : ffn)
-    layers.push_back({columns_of({&layer.gate.weight, &layer.up.weight}, kGateUp, layout, threads),
-                      columns_of({&layer.down.weight}, kDown, layout, threads)});
+  for (const FfnWeights& layer : ffn) {
+    layers.emplace_back(std::max<size_t>(1, layer.experts.size()));
+    for (const InputGroup group : {kGateUp, kDown})
+      if (layer.experts.empty())
+        layers.back()[0][group % 2] = columns_of(matrices_of(layer, group), group, layout, threads);
+      else
+        lay_out_experts(layer.experts, group, layout, threads, layers.back());
+  }
   return layers;
 }
 
 size_t num_bytes(const LayerColumns& layers) {
   size_t total = 0;
-  for (const auto& groups : layers)
-    for (const Columns& columns : groups) total += columns.matrix.num_bytes();
+  for (const auto& experts : layers)
+    for (const GroupColumns& groups : experts)
+      for (const Columns& columns : groups) total += columns.matrix.num_bytes();
   return total;
 }
 

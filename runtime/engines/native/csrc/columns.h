@@ -18,9 +18,11 @@ using GroupFlags = std::array<bool, kNumInputGroups>;
 
 // Which inputs of a group of matrices a token wants: those whose |x| * norm is above the threshold.
 struct Filter {
-  const float* norms = nullptr;  // of the columns, over all outputs
-  float threshold = -1.0f;       // below 0: all are wanted
+  const float* norms = nullptr;    // of the columns, over all outputs
+  float threshold = -1.0f;         // below 0: all are wanted
+  const float* weights = nullptr;  // of an expert's tokens, what |x| * norm is multiplied by; null for 1
   bool wants_all() const { return !norms || threshold < 0.0f; }
+  Filter of(int token) const { return {norms, weights ? threshold / weights[token] : threshold}; }
 };
 
 // (panels, groups of inputs): for each tile of outputs their scales (fp16) and zero points, then a group's columns of half a
@@ -72,9 +74,12 @@ constexpr size_t kLeastColumnBytes = 1024;  // of a column that may be worth lea
 Columns make_columns(const std::vector<const Matrix*>& rows, int tile, Threads& threads);
 // The same where it is wanted, all are int4 and columns are long enough, without matrices that are empty.
 Columns columns_of(std::vector<const Matrix*> rows, InputGroup group, const ColumnLayout& layout, Threads& threads);
+// The matrices of an FFN that have the same inputs.
+std::vector<const Matrix*> matrices_of(const FfnWeights& ffn, InputGroup group);
 
-// Attention's or an FFN's groups of all layers.
-using LayerColumns = std::vector<std::array<Columns, 2>>;  // (query, key and value; heads) or (gate and up; down)
+// Attention's or an FFN's groups of all layers: (layers, experts, 2), with one for the experts where a layer has none.
+using GroupColumns = std::array<Columns, 2>;  // (query, key and value; heads) or (gate and up; down)
+using LayerColumns = std::vector<std::vector<GroupColumns>>;
 LayerColumns attention_columns(const ModelWeights& weights, const ColumnLayout& layout, Threads& threads);
 LayerColumns ffn_columns(const Ffn& ffn, const ColumnLayout& layout, Threads& threads);
 size_t num_bytes(const LayerColumns& layers);

@@ -136,13 +136,38 @@ void Decoder::forward_beside(int number, const int32_t* block_ids, int num_token
   read_block(*this, rows, options, logits, nullptr);
 }
 
+namespace {
+
+// How many of a layer's FFNs a token uses.
+size_t num_used(const std::vector<GroupColumns>& experts, const Layer& layer) {
+  return experts.size() > 1 ? layer.router.num_chosen : 1;
+}
+
+// Of all that a token multiplies at once.
+size_t most_segment_sums(const LayerColumns& layers, const ModelWeights& weights) {
+  size_t most = 0;
+  for (size_t i = 0; i < layers.size(); ++i)
+    for (const Columns& columns : layers[i][0])
+      most = std::max(most, num_used(layers[i], weights.layers[i]) * num_segment_sums(columns.matrix));
+  return most;
+}
+
+// Of all columns of the weights that a token uses.
+size_t used_bytes(const LayerColumns& layers, const ModelWeights& weights) {
+  size_t total = 0;
+  for (size_t i = 0; i < layers.size(); ++i)
+    for (const Columns& columns : layers[i][0])
+      total += num_used(layers[i], weights.layers[i]) * columns.matrix.num_bytes();
+  return total;
+}
+
+}  // namespace
+
 void Decoder::use_shares(std::shared_ptr<const TokenShares> next) {
   size_t most = 0;
   if (next)
     for (const auto& layers : {next->attention, next->ffn})
-      if (layers)
-        for (const auto& groups : *layers)
-          for (const Columns& columns : groups) most = std::max(most, num_segment_sums(columns.matrix));
+      if (layers) most = std::max(most, most_segment_sums(*layers, weights));
   if (most > num_segment_sums_) token.segment_sums.resize(num_segment_sums_ = most);
   shares = std::move(next);
 }
@@ -161,10 +186,10 @@ double active_share(const TokenScratch& token) {
 }
 
 // Of weights that lie input by input, what the last token read.
-size_t read_columns(const TokenScratch& token, const TokenShares& shares) {
+size_t read_columns(const TokenScratch& token, const TokenShares& shares, const ModelWeights& weights) {
   size_t num_read = 0, all = 0;
   for (const auto& own : token.threads) num_read += own.column_bytes;
-  for (const auto& layers : {shares.attention, shares.ffn}) all += layers ? num_bytes(*layers) : 0;
+  for (const auto& layers : {shares.attention, shares.ffn}) all += layers ? used_bytes(*layers, weights) : 0;
   return num_read ? num_read : all;
 }
 
@@ -177,9 +202,11 @@ size_t Decoder::bytes_per_token(int num_tokens, bool screened, bool alone) const
   size_t total = (screened ? weights.head.screening_bytes() : weights.head.num_bytes()) +
                  weights.project_in.num_bytes() + weights.project_out.num_bytes();
   const double active = active_share(token);
-  if (used) total += read_columns(token, *used);
-  const auto by_rows = [&](size_t layer, const std::shared_ptr<const LayerColumns>& columns, int group) {
-    return !columns || (*columns)[layer][group].empty();
+  if (used) total += read_columns(token, *used, weights);
+  const auto by_rows = [&](size_t layer, int group) {
+    if (!used) return true;
+    const auto& columns = group < kGateUp ? used->attention : used->ffn;
+    return !columns || (*columns)[layer][0][group % 2].empty();
   };
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     const AttentionWeights& attention = weights.layers[i].attention;
@@ -190,14 +217,15 @@ size_t Decoder::bytes_per_token(int num_tokens, bool screened, bool alone) const
                                                 {&layer.gate, &layer.up},
                                                 {&layer.down}};
     for (int group = 0; group < kNumInputGroups; ++group) {
-      if (used && !by_rows(i, group < kGateUp ? used->attention : used->ffn, group % 2)) continue;
+      if (!by_rows(i, group)) continue;
       for (const Linear* linear : groups[group]) {
         if (!linear) continue;
         const size_t num_bytes = linear->weight.num_bytes();
         total += linear->weight.format == Format::int4_rows ? static_cast<size_t>(active * num_bytes) : num_bytes;
       }
     }
-    if (!layer.experts.empty()) total += mixture_bytes(weights.layers[i].router, layer);
+    if (!layer.experts.empty())
+      total += mixture_bytes(weights.layers[i].router, layer, {true, true, by_rows(i, kGateUp), by_rows(i, kDown)});
     const int seen = attention.window > 0 ? std::min(num_tokens, attention.window) : num_tokens;
     total += pool.layout.bytes_per_token(static_cast<int>(i)) * seen;
   }

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "column_pass.h"
 #include "scratch.h"
 #include "weights.h"
 
@@ -25,16 +26,19 @@ struct ExpertScratch {
     Buffer<float> gate, up;            // (kBlockTokens, kUnit)
     std::vector<ChosenExpert> chosen;  // of a token that is read alone
     std::vector<ExpertGroup> groups;
-    std::vector<int> slots;   // (tokens, chosen experts)
-    std::vector<int> tokens;  // of each slot
-    std::vector<int> bounds;  // (experts + 1): where slots begin; scratch
+    std::vector<int> slots;               // (tokens, chosen experts)
+    std::vector<int> tokens;              // of each slot
+    std::vector<float> weights;           // of each slot
+    std::vector<ColumnProduct> products;  // of the experts of a token that is read alone
+    std::vector<int> bounds;              // (experts + 1): where slots begin; scratch
   };
   std::vector<PerThread> threads;
   std::vector<ChosenExpert> chosen;  // (kBlockTokens, chosen experts)
   Buffer<float> logits;              // (kBlockTokens, experts rounded up to 16)
   Buffer<float> gate, up;            // (chosen experts, neurons): of a token that is read alone
   Buffer<float> outputs;             // (slots, hidden)
-  ActivationBuffer inputs, neurons;  // (slots, hidden) and (slots, neurons of an expert)
+  // (slots, hidden) and (slots, neurons of an expert); of a token alone inputs are here only where experts want their own
+  ActivationBuffer inputs, neurons;
 };
 
 // Nothing is allocated where no layer has a router.

@@ -38,6 +38,8 @@ void allocate(ExpertScratch& scratch, const ModelWeights& weights, int expert_ne
     own.slots.resize(num_slots);
     own.tokens.resize(num_slots);
     own.bounds.resize(num_experts + 1);
+    own.weights.resize(num_slots);
+    own.products.reserve(num_chosen);
   }
   scratch.chosen.resize(num_slots);
   scratch.logits.resize(size_t(kBlockTokens) * round_up(num_experts, kBlockRows));
@@ -72,24 +74,29 @@ void choose_experts(const Router& router, const FfnWeights& ffn, const float* lo
   for (int i = 0; i < num_chosen; ++i) chosen[i].weight /= sum;
 }
 
-size_t mixture_bytes(const Router& router, const FfnWeights& ffn) {
+size_t mixture_bytes(const Router& router, const FfnWeights& ffn, const GroupFlags& by_rows) {
   const auto present = [](const FfnWeights& expert) { return !expert.up.weight.empty(); };
   const FfnWeights& one = *std::find_if(ffn.experts.begin(), ffn.experts.end(), present);
-  const size_t expert_bytes = one.gate.weight.num_bytes() + one.up.weight.num_bytes() + one.down.weight.num_bytes();
+  size_t expert_bytes = 0;
+  if (by_rows[kGateUp]) expert_bytes += one.gate.weight.num_bytes() + one.up.weight.num_bytes();
+  if (by_rows[kDown]) expert_bytes += one.down.weight.num_bytes();
   return router.weight.num_bytes() + router.num_chosen * expert_bytes;
 }
 
-Mixture::Mixture(Decoder& decoder, const Router& router, const FfnWeights& ffn, const Batch& inputs, int thread)
+Mixture::Mixture(Decoder& decoder, int layer, const FfnWeights& ffn, const Batch& inputs, int thread)
     : decoder_(decoder),
       kernels_(decoder.kernels),
       shared_(decoder.experts),
       own_(decoder.experts.threads[thread]),
-      router_(router),
+      router_(decoder.weights.layers[layer].router),
       ffn_(ffn),
       inputs_(inputs),
+      layer_(layer),
       thread_(thread),
       hidden_(round_up(decoder.weights.hidden, kGroup)),
       alone_(inputs.num_tokens == 1),
+      gathers_(!alone_ || decoder.shares),
+      gathered_(alone_ ? Batch::in_codes(shared_.inputs.view) : shared_.inputs.view),
       // Rounded as the inputs are.
       neurons_(inputs.x.bf16 ? shared_.neurons.view : Batch::in_codes(shared_.neurons.view)),
       chosen_(alone_ ? own_.chosen.data() : shared_.chosen.data()) {}
@@ -97,9 +104,11 @@ Mixture::Mixture(Decoder& decoder, const Router& router, const FfnWeights& ffn, 
 void Mixture::run(const Matrices& next) {
   route();
   group();
-  if (!alone_) gather();
+  if (gathers_) gather();
   compute_neurons();
-  compute_outputs(next);
+  compute_outputs();
+  prefetch_share(next, thread_, decoder_.threads.size());
+  decoder_.threads.barrier(thread_);
 }
 
 void Mixture::sum(int token, float* out) const {
@@ -144,19 +153,58 @@ void Mixture::group() {
     own_.slots[i] = group.first_slot + filled[bounds[chosen_[i].expert]]++;
     if (i / router_.num_chosen >= inputs_.num_fast()) ++group.num_exact;
   }
-  for (int i = 0; i < num_slots; ++i) own_.tokens[own_.slots[i]] = i / router_.num_chosen;
+  for (int i = 0; i < num_slots; ++i) {
+    own_.tokens[own_.slots[i]] = i / router_.num_chosen;
+    own_.weights[own_.slots[i]] = chosen_[i].weight;
+  }
 }
 
 void Mixture::gather() {
-  const int num_slots = inputs_.num_tokens * router_.num_chosen;
-  for (int slot = thread_; slot < num_slots; slot += decoder_.threads.size()) {
-    const int t = own_.tokens[slot];
-    Activations to = shared_.inputs.view.token(slot);
-    if (t >= inputs_.num_fast()) to = Batch::in_codes(to);
-    std::memcpy(to.values, inputs_.token(t).values, sizeof(float) * hidden_);
-    kernels_.quantize(to, hidden_, 1);
+  for (const ExpertGroup& group : own_.groups) {
+    const Filter filter = this->filter(group, kGateUp);
+    for (int i = 0; i < group.num_tokens; ++i) {
+      const int slot = group.first_slot + i, t = own_.tokens[slot];
+      if (slot % decoder_.threads.size() != thread_) continue;
+      Activations to = gathered_.token(slot);
+      if (t >= inputs_.num_fast()) to = Batch::in_codes(to);
+      std::memcpy(to.values, inputs_.token(t).values, sizeof(float) * hidden_);
+      keep_wanted(kernels_, filter.of(i), to.values, 0, decoder_.weights.hidden);
+      kernels_.quantize(to, hidden_, 1);
+    }
   }
   decoder_.threads.barrier(thread_);
+}
+
+Filter Mixture::filter(const ExpertGroup& group, InputGroup inputs) const {
+  const FfnWeights& own = expert(group);
+  Filter filter = decoder_.filter(layer_, inputs, inputs == kDown ? own.down_norms : own.gate_up_norms);
+  filter.weights = own_.weights.data() + group.first_slot;
+  return filter;
+}
+
+const Columns* Mixture::columns_of(const ExpertGroup& group, InputGroup inputs) const {
+  if (!alone_ || !decoder_.shares || !decoder_.shares->ffn) return nullptr;
+  const Columns& columns = (*decoder_.shares->ffn)[layer_][group.expert][inputs % 2];
+  return columns.empty() ? nullptr : &columns;
+}
+
+void Mixture::add_columns(InputGroup inputs, const Activations& x) {
+  own_.products.clear();
+  for (const ExpertGroup& group : own_.groups) {
+    const ColumnMatrix& w = columns_of(group, inputs)->matrix;
+    float* sums = decoder_.token.segment_sums.get() + group.first_slot * num_segment_sums(w);
+    own_.products.push_back({&w, x.token(group.first_slot), sums});
+  }
+  const int count = static_cast<int>(own_.products.size());
+  decoder_.token.threads[thread_].column_bytes +=
+      coreinfer::add_columns(kernels_, own_.products.data(), count, thread_, decoder_.threads);
+  decoder_.threads.barrier(thread_);
+}
+
+void Mixture::sum_part(const ExpertGroup& group, const Columns& columns, size_t part, Range outputs, float* out) const {
+  const float* sums = decoder_.token.segment_sums.get() + group.first_slot * num_segment_sums(columns.matrix);
+  const int first = columns.parts[part].first;
+  sum_segments(kernels_, columns.matrix, sums, first + outputs.begin, first + outputs.end, out);
 }
 
 int Mixture::units() const {
@@ -174,6 +222,22 @@ const ExpertGroup& Mixture::group_of(int item, int per_group, int& rest) const {
 }
 
 void Mixture::compute_neurons() {
+  if (by_columns(kGateUp))
+    neurons_by_columns();
+  else
+    neurons_by_rows();
+  // The first of what is this thread's of the phase after the barrier.
+  const int num_groups = static_cast<int>(own_.groups.size());
+  const Range blocks = share(out_blocks() * num_groups, thread_, decoder_.threads.size());
+  if (blocks.begin < blocks.end && !by_columns(kDown)) {
+    int block;
+    const ExpertGroup& group = group_of(blocks.begin, out_blocks(), block);
+    prefetch_block(expert(group).down.weight, block, kPrefetchBytes);
+  }
+  decoder_.threads.barrier(thread_);
+}
+
+void Mixture::neurons_by_rows() {
   const int per_group = units(), num_items = per_group * static_cast<int>(own_.groups.size());
   decoder_.threads.deal(
       thread_, num_items, [&](int first, int last) { compute_part(first, last); },
@@ -182,15 +246,24 @@ void Mixture::compute_neurons() {
         const ExpertGroup& group = group_of(first, per_group, unit);
         prefetch_block(expert(group).gate.weight, unit * 2, kPartPrefetchBytes);
       });
-  // The first of what is this thread's of the phase after the barrier.
-  const int num_blocks = expert(own_.groups[0]).down.weight.num_blocks();
-  int block;
-  const Range blocks = share(num_blocks * static_cast<int>(own_.groups.size()), thread_, decoder_.threads.size());
-  if (blocks.begin < blocks.end) {
-    const ExpertGroup& group = group_of(blocks.begin, num_blocks, block);
-    prefetch_block(expert(group).down.weight, block, kPrefetchBytes);
-  }
-  decoder_.threads.barrier(thread_);
+}
+
+void Mixture::neurons_by_columns() {
+  add_columns(kGateUp, gathered_);
+  const int num_groups = static_cast<int>(own_.groups.size());
+  decoder_.threads.deal(thread_, units() * num_groups, [&](int first, int last) {
+    by_group(first, last, units(), [&](const ExpertGroup& group, int begin, int end) {
+      const FfnWeights& weights = expert(group);
+      const Columns& columns = *columns_of(group, kGateUp);
+      const Range outputs = {begin * kUnit, std::min(end * kUnit, round_up(weights.num_neurons(), kBlockRows))};
+      const size_t place = size_t(group.first_slot) * neurons_.stride + outputs.begin;
+      float *gate = shared_.gate.get() + place, *up = shared_.up.get() + place;
+      sum_part(group, columns, columns.parts.size() - 1, outputs, up);
+      if (!weights.gate.weight.empty()) sum_part(group, columns, 0, outputs, gate);
+      finish_neurons(decoder_.weights, kernels_, weights, begin, end, gate, up, batch_of(group, neurons_),
+                     filter(group, kDown));
+    });
+  });
 }
 
 // As many units of an expert at once as there is room for, but not so many that their numbers leave the cache; of a token
@@ -214,35 +287,46 @@ void Mixture::compute_units(const ExpertGroup& group, int begin, int end) {
   const size_t place = size_t(group.first_slot) * neurons_.stride;
   float* gate = alone_ ? shared_.gate.get() + place + row : own_.gate.get();
   float* up = alone_ ? shared_.up.get() + place + row : own_.up.get();
-  const Batch inputs = alone_ ? inputs_ : batch_of(group, shared_.inputs.view);
+  const Batch inputs = gathers_ ? batch_of(group, gathered_) : inputs_;
   // Kernels write at the rows' own numbers.
   const size_t stride = size_t(end - begin) * kUnit;
   multiply(kernels_, weights.gate.weight, inputs, gate - row, stride, first_block, last_block);
   multiply(kernels_, weights.up.weight, inputs, up - row, stride, first_block, last_block);
   const Batch neurons = batch_of(group, neurons_);
-  finish_neurons(decoder_.weights, kernels_, weights, begin, end, gate, up, neurons);
+  finish_neurons(decoder_.weights, kernels_, weights, begin, end, gate, up, neurons, filter(group, kDown));
 }
 
-void Mixture::compute_outputs(const Matrices& next) {
-  const int num_blocks = expert(own_.groups[0]).down.weight.num_blocks();
+void Mixture::compute_outputs() {
+  if (by_columns(kDown))
+    outputs_by_columns();
+  else
+    outputs_by_rows();
+}
+
+void Mixture::outputs_by_rows() {
   const auto work = [&](int first, int last) {
-    for (int item = first; item < last;) {
-      int block;
-      const ExpertGroup& group = group_of(item, num_blocks, block);
-      const int end = std::min(num_blocks, block + last - item);
-      const Batch neurons = batch_of(group, neurons_);
-      multiply(kernels_, expert(group).down.weight, neurons, shared_.outputs.get() + size_t(group.first_slot) * hidden_,
-               hidden_, block, end);
-      item += end - block;
-    }
+    by_group(first, last, out_blocks(), [&](const ExpertGroup& group, int begin, int end) {
+      multiply(kernels_, expert(group).down.weight, batch_of(group, neurons_),
+               shared_.outputs.get() + size_t(group.first_slot) * hidden_, hidden_, begin, end);
+    });
   };
-  decoder_.threads.deal(thread_, num_blocks * static_cast<int>(own_.groups.size()), work, [&](int first) {
+  decoder_.threads.deal(thread_, out_blocks() * static_cast<int>(own_.groups.size()), work, [&](int first) {
     int block;
-    const ExpertGroup& group = group_of(first, num_blocks, block);
+    const ExpertGroup& group = group_of(first, out_blocks(), block);
     prefetch_block(expert(group).down.weight, block, kPartPrefetchBytes);
   });
-  prefetch_share(next, thread_, decoder_.threads.size());
-  decoder_.threads.barrier(thread_);
+}
+
+void Mixture::outputs_by_columns() {
+  add_columns(kDown, neurons_);
+  const int num_groups = static_cast<int>(own_.groups.size());
+  decoder_.threads.deal(thread_, out_blocks() * num_groups, [&](int first, int last) {
+    by_group(first, last, out_blocks(), [&](const ExpertGroup& group, int begin, int end) {
+      const Range outputs = {begin * kBlockRows, end * kBlockRows};
+      float* out = shared_.outputs.get() + size_t(group.first_slot) * hidden_ + outputs.begin;
+      sum_part(group, *columns_of(group, kDown), 0, outputs, out);
+    });
+  });
 }
 
 }  // namespace coreinfer

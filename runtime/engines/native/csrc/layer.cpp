@@ -167,7 +167,7 @@ void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const F
   }
   kernels.activate(weights.neuron_function, ffn.gate.weight.empty() ? nullptr : gate, up, size, num_tokens,
                    out.x.values + first, out.x.stride);
-  for (int t = 0; t < num_tokens; ++t) keep_wanted(kernels, filter, out.token(t).values, first, last - first);
+  for (int t = 0; t < num_tokens; ++t) keep_wanted(kernels, filter.of(t), out.token(t).values, first, last - first);
   if (last < end * kUnit)
     for (int t = 0; t < num_tokens; ++t) std::fill(out.token(t).values + last, out.token(t).values + end * kUnit, 0.0f);
   quantize(kernels, out, first, size);

@@ -29,6 +29,7 @@ Matrix read_matrix(const py::handle& object, const std::string& what, Owners& ow
 // Hidden, as pybind11 has the objects that it holds.
 struct __attribute__((visibility("hidden"))) FfnHandle {
   std::shared_ptr<Ffn> ffn = std::make_shared<Ffn>();
+  std::shared_ptr<Ffn> whole;  // of experts that are named alone: the FFN that they are experts of
   Owners owners;
   std::vector<std::shared_ptr<void>> memory;
   std::shared_ptr<LayerSource> source;  // where memory is limited: what layers are read from

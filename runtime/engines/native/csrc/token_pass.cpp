@@ -181,7 +181,7 @@ class TokenPass {
     const Layer& weights = weights_.layers[layer];
     prepare_inputs(weights_, kernels_, weights.ffn_norms.before, x_, inputs_,
                    decoder_.filter(layer, kGateUp, ffn.gate_up_norms));
-    if (!ffn.experts.empty()) return mixture(weights, ffn, next);
+    if (!ffn.experts.empty()) return mixture(layer, ffn, next);
     if (ffn.by_neuron())
       active_neurons(ffn, next);
     else
@@ -241,14 +241,14 @@ class TokenPass {
     if (!decoder_.shares) return nullptr;
     const bool inside = group == kGateUp || group == kDown;
     const auto& layers = inside ? decoder_.shares->ffn : decoder_.shares->attention;
-    if (!layers || (*layers)[layer][group % 2].empty()) return nullptr;
-    return &(*layers)[layer][group % 2];
+    if (!layers || (*layers)[layer][0][group % 2].empty()) return nullptr;
+    return &(*layers)[layer][0][group % 2];
   }
 
   // All segments' sums, which all threads may use then.
   void add_columns(const Columns& columns, const Activations& x) {
-    own_.column_bytes +=
-        coreinfer::add_columns(kernels_, columns.matrix, x, shared_.segment_sums.get(), thread_, decoder_.threads);
+    const ColumnProduct product{&columns.matrix, x, shared_.segment_sums.get()};
+    own_.column_bytes += coreinfer::add_columns(kernels_, &product, 1, thread_, decoder_.threads);
     decoder_.threads.barrier(thread_);
   }
 
@@ -315,8 +315,9 @@ class TokenPass {
     }
   }
 
-  void mixture(const Layer& weights, const FfnWeights& ffn, const Matrices& next) {
-    Mixture mixture(decoder_, weights.router, ffn, {inputs_, 1, 0}, thread_);
+  void mixture(int layer, const FfnWeights& ffn, const Matrices& next) {
+    const Layer& weights = weights_.layers[layer];
+    Mixture mixture(decoder_, layer, ffn, {inputs_, 1, 0}, thread_);
     mixture.run(next);
     if (weights_.parallel) finish_attention(weights);
     mixture.sum(0, inputs_.values);
