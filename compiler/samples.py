@@ -25,8 +25,8 @@ PROFILE_TOKENS = 65_536
 """Enough for scores that no neuron is removed by; it is what modes stability and fused go by at run time."""
 VALIDATION_TOKENS = 8192
 """Ridges differ enough in their costs; of these tokens half are read narrow."""
-SHARE_COST_TOKENS = 512
-"""Each costs as much as half of the model for every layer and group; half of them are scored."""
+SHARE_COST_TOKENS = 4096
+"""Half of them are scored, by gradients: one pass forward and one back."""
 NUM_SHARE_LEVELS, NUM_SHARE_TARGETS = 33, 15
 """Shares of inputs that there are thresholds for, and shares of the layers' bytes that there are plans for."""
 NEURON_BLOCK = GROUP_SIZE

@@ -291,9 +291,7 @@ def test_only_a_tokens_own_experts_are_read(shared_bundle: Callable[..., Bundle]
 
 
 @pytest.mark.parametrize("options", [{}, THIN], ids=["own", "thin"])
-def test_generations_and_evaluation(
-    options: dict[str, Any], tiny_bundle: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_generations_and_evaluation(options: dict[str, Any], tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
     folder, made = tiny_bundle("qwen3_moe", token_share=SHARE, quantize="int4", **options), {}
     for skipping in ("on", "masked", "off"):
         engine = runtime.load(folder, input_skipping=skipping, threads=2)

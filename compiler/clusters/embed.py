@@ -81,8 +81,8 @@ def embed_sentences(
 ) -> Floats:
     """Embed texts with the sentence encoder: (texts, dimension) float32, rows of L2 norm 1.
 
-    CPUs that multiply bfloat16 faster do so: directions change by less than 0.01 in length, and clusters do not. Batches are
-    the same whoever embeds them, and so are the embeddings.
+    CPUs that multiply bfloat16 faster do so: directions change by less than 0.01 in length, and clusters do not.
+    Batches are the same whoever embeds them, and so are the embeddings.
 
     Args:
         encoder: loads the encoder, where it is used and the cache lacks the result.

@@ -341,22 +341,19 @@ def evaluate_work(case: Case) -> Work:
 
 
 def shares_work(case: Case, *, thin: bool = False) -> Work:
-    """Read text for the dense FFN and for each pack; then leave out inputs of each layer's four groups, one at a time.
-
-    Half of a text is read in each of those runs, with half of the layers on average, and with the head.
+    """Read text for the dense FFN and for each pack, then other text, its second half forward and back.
 
     Args:
         thin: whether clusters decode with the dense FFN, which is unpacked once.
     """
     shapes, num_clusters = case.shapes, case.num_clusters
     tokens = share_tokens(num_clusters) * (num_clusters + 1)
-    scored = min(case.calibration_tokens, SHARE_COST_TOKENS) / 2
-    runs = 4 * shapes.num_layers
+    begun = scored = min(case.calibration_tokens, SHARE_COST_TOKENS) / 2
     num_packs = 0 if thin else num_clusters
     unpacked = shapes.all_weights + num_packs * shapes.num_layers * shapes.ffn_weights * case.kept / shapes.ffn_dim
     return Work(
-        model_flop=case.token_flop * tokens + runs * scored * (case.token_flop / 2 + 2 * shapes.head_weights),
-        moved_bytes=_FLOAT_BYTES * (2 * unpacked + _LOGIT_PASSES * runs * scored * shapes.vocab_size),
+        model_flop=case.token_flop * (tokens + begun + 2 * scored) + scored * 2 * 2 * shapes.head_weights,
+        moved_bytes=_FLOAT_BYTES * (2 * unpacked + _LOGIT_PASSES * scored * shapes.vocab_size),
     )
 
 

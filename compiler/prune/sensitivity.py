@@ -7,7 +7,6 @@ count what an error does to later tokens through attention too. As in K-FAC (arX
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import weighs_errors
+from coreinfer.compiler.models.gradients import draw_tokens, parameters_fixed
 from coreinfer.compiler.models.layerwise import (
     Batch,
     document_starts,
@@ -124,7 +124,7 @@ def _place_sums(
     sums = torch.zeros((loaded.record.num_layers, num_values), device=loaded.device)
     starts, num_tokens = document_starts(documents), 0
     order = iter(sorted(range(len(documents)), key=lambda index: len(documents[index].token_ids)))
-    with _parameters_fixed(loaded), torch.no_grad():
+    with parameters_fixed(loaded), torch.no_grad():
         for batch in prepare_batches(loaded, documents, starts, batch_tokens=_BATCH_TOKENS):
             # The first token, which often only serves as an attention sink, would hide all others.
             counted = batch.mask.clone()
@@ -169,20 +169,9 @@ def _head_gradient(
         leaf = hidden[row : row + 1, :length].detach().requires_grad_()
         with torch.enable_grad():
             log_p = head_logits(loaded, batch.token_ids[row : row + 1, :length], leaf)[0].float().log_softmax(dim=-1)
-            drawn = _draw(log_p.detach(), chances[row])
+            drawn = draw_tokens(log_p.detach(), chances[row])
             (gradient[row : row + 1, :length],) = torch.autograd.grad(-log_p.gather(1, drawn).sum(), leaf)
     return gradient
-
-
-def _draw(log_p: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
-    """Draw a token of each of (tokens, vocabulary) distributions: (tokens, 1).
-
-    Args:
-        chances: (tokens, 1) random numbers in [0, 1); `torch.multinomial` takes one for each entry of the vocabulary.
-    """
-    sums = log_p.exp().cumsum(dim=-1)
-    # Rounding could put a chance on the last sum itself.
-    return torch.searchsorted(sums, chances * sums[:, -1:], right=True).clamp_max(sums.shape[1] - 1)
 
 
 def _layer_gradients(
@@ -199,19 +188,6 @@ def _layer_gradients(
     finally:
         hook.remove()
     return of_output.reshape(entering.shape), of_entering
-
-
-@contextmanager
-def _parameters_fixed(loaded: LoadedModel) -> Iterator[None]:
-    """Parameters need no gradients meanwhile."""
-    needs = [(parameter, parameter.requires_grad) for parameter in loaded.model.parameters()]
-    try:
-        for parameter, _ in needs:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, needed in needs:
-            parameter.requires_grad_(needed)
 
 
 def removal_curves(

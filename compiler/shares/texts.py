@@ -1,6 +1,7 @@
 """Texts whose first halves the stored dense model has read, and whose second halves are read with fewer inputs."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +34,12 @@ class BegunText:
         return loaded.states(self.token_ids, cache)[0]
 
 
-def begin_texts(loaded: LoadedModel, dense: Cut, documents: Sequence[Document]) -> list[BegunText]:
-    """Read the first halves with the dense FFN; what else is in use is the caller's."""
+def begin_texts(loaded: LoadedModel, dense: Cut | None, documents: Sequence[Document]) -> list[BegunText]:
+    """Read the first halves with the dense FFN, or with None as the model is; what else is in use is the caller's."""
     begun = []
-    with ffn_in_use(loaded, dense, 0), torch.inference_mode():
+    own = nullcontext() if dense is None else ffn_in_use(loaded, dense, 0)
+    # Not in inference mode: gradients of second halves go through what attention looks at.
+    with own, torch.no_grad():
         for document in documents:
             ids = torch.tensor([document.token_ids], device=loaded.device)
             start, cache = split_point(ids.shape[1]), DynamicCache()

@@ -23,7 +23,7 @@ from coreinfer.compiler.text.corpus import SAMPLING, Document, spread_sample
 from coreinfer.runtime.engines.torch.wanted_inputs import Groups
 
 from .costs import group_costs
-from .inputs import group_weights, groups_of, read_norms
+from .inputs import Norms, group_weights, groups_of, read_norms
 from .plan import TARGETS, plan_shares
 from .texts import begin_texts
 from .thresholds import LEVELS, lost_energies, sample_scores, thresholds_of
@@ -34,7 +34,7 @@ Floats = npt.NDArray[np.float32]
 Arrays = Mapping[str, Floats]
 """Tensors of the file, by name; those of the dense FFN are among them even if it is left out."""
 
-_REVISION = 3
+_REVISION = 4
 _MEASURED_SHARE = 0.5
 
 
@@ -83,7 +83,7 @@ def find_token_shares(inputs: ShareInputs, cache: Cache, upstream: str, progress
     def compute() -> dict[str, Any]:
         cost_texts = spread_sample(_longer_half(inputs.documents), SHARE_COST_TOKENS)
         num_steps = inputs.num_clusters + 1 + len(cost_texts)
-        with progress.stage("shares", num_steps) as advance, base_in_use(inputs.loaded, inputs.stored):
+        with progress.stage("shares", num_steps) as advance:
             return _compute(inputs, cost_texts, advance)
 
     return cache.arrays(key, compute)
@@ -96,34 +96,39 @@ def _longer_half(documents: Sequence[Document]) -> list[Document]:
 
 
 def _compute(inputs: ShareInputs, cost_texts: Sequence[Document], advance: Advance) -> dict[str, Any]:
+    """Thresholds are of the stored weights, costs of the model's own, through which gradients go."""
     loaded, folder = inputs.loaded, inputs.stored.folder
-    base, dense = TensorFile(folder / LAYOUT.base), run_once(dense_cut(loaded, inputs.stored))
-    arrays: dict[str, Any] = {"levels": LEVELS, "targets": TARGETS}
+    norms = read_norms(loaded, TensorFile(folder / LAYOUT.base), TensorFile(folder / LAYOUT.dense))
+    with base_in_use(loaded, inputs.stored):
+        thresholds, scores = _thresholds(inputs, norms, advance)
+    half = thresholds_at(LEVELS, thresholds["thresholds.dense"], np.full(_shape(loaded), _MEASURED_SHARE, np.float32))
+    begun = begin_texts(loaded, None, cost_texts)
+    costs = group_costs(loaded, begun, norms, named(loaded, half), advance, seed=inputs.seed)
+    plan = plan_shares(costs, lost_energies(loaded, scores), group_weights(loaded), measured_at=_MEASURED_SHARE)
+    return {"levels": LEVELS, "targets": TARGETS, "plan": plan, **thresholds}
+
+
+def _thresholds(inputs: ShareInputs, norms: Norms, advance: Advance) -> tuple[dict[str, Any], dict[Groups, Floats]]:
+    """Thresholds of the dense FFN and of each cluster, and the scores that the dense FFN's come from."""
+    loaded, base = inputs.loaded, TensorFile(inputs.stored.folder / LAYOUT.base)
+    dense, found = run_once(dense_cut(loaded, inputs.stored)), {}
     all_text, *own_texts = inputs.texts
-    norms = read_norms(loaded, base, TensorFile(folder / LAYOUT.dense))
     scores = _scores(inputs, dense, 0, dense, all_text, norms)
-    arrays["thresholds.dense"] = thresholds_of(loaded, scores)
+    found["thresholds.dense"] = thresholds_of(loaded, scores)
     advance()
-    half = thresholds_at(LEVELS, arrays["thresholds.dense"], np.full(_shape(loaded), _MEASURED_SHARE, np.float32))
-    begun = begin_texts(loaded, dense, cost_texts)
-    with ffn_in_use(loaded, dense, 0):
-        costs = group_costs(loaded, begun, norms, named(loaded, half), advance)
-    arrays["plan"] = plan_shares(
-        costs, lost_energies(loaded, scores), group_weights(loaded), measured_at=_MEASURED_SHARE
-    )
     for cluster, documents in enumerate(own_texts):
         if inputs.packs is None:
             own = _scores(inputs, dense, 0, dense, documents, norms)
         else:
             own_norms = read_norms(loaded, base, inputs.packs.ffn(cluster))
             own = _scores(inputs, inputs.packs.cut(loaded), cluster, dense, documents, own_norms)
-        arrays[f"thresholds.{cluster}"] = thresholds_of(loaded, own)
+        found[f"thresholds.{cluster}"] = thresholds_of(loaded, own)
         advance()
-    return arrays
+    return found, scores
 
 
 def _scores(
-    inputs: ShareInputs, cut: Cut, cluster: int, dense: Cut, documents: Sequence[Document], norms: Any
+    inputs: ShareInputs, cut: Cut, cluster: int, dense: Cut, documents: Sequence[Document], norms: Norms
 ) -> dict[Groups, Floats]:
     begun = begin_texts(inputs.loaded, dense, documents)
     with ffn_in_use(inputs.loaded, cut, cluster):
