@@ -52,7 +52,7 @@ def _not_with_token_shares(config: "CompileConfig") -> Iterator[str]:
     if config.heals:
         yield "--token-share: packs that are healed are not measured with it yet; give --heal-steps 0"
     if config.max_memory is not None:
-        yield "--token-share: it runs the model once for every layer and group; leave out --max-memory"
+        yield "--token-share: gradients go through all of its weights at once; leave out --max-memory"
 
 
 def _not_with_thin_clusters(config: "CompileConfig") -> Iterator[str]:
