@@ -18,7 +18,7 @@ import torch
 from coreinfer import runtime
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, open_bundle
 from coreinfer.bundles.contract import expert_role, tensor_name
-from coreinfer.bundles.families import ffn_tensors, resolve
+from coreinfer.bundles.families import resolve
 from coreinfer.bundles.formats import float_matrix
 from coreinfer.bundles.inspect import describe
 from coreinfer.bundles.layout import LAYOUT
@@ -33,11 +33,8 @@ from coreinfer.compiler.estimate.machine import Machine
 from coreinfer.compiler.estimate.plan import make_plan
 from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
 from coreinfer.compiler.models.sources import find_source
-from coreinfer.compiler.shares.costs import group_costs
 from coreinfer.compiler.shares.gains import short_share
-from coreinfer.compiler.shares.inputs import group_weights, groups_of, inputs_masked
-from coreinfer.compiler.shares.texts import begin_texts
-from coreinfer.compiler.text.corpus import Document
+from coreinfer.compiler.shares.inputs import group_weights
 from coreinfer.evaluation import EvaluationConfig, evaluate
 from coreinfer.runtime.engines.native import _native
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
@@ -365,24 +362,3 @@ def test_weights_are_those_of_a_tokens_experts(tiny_inputs: Callable[[str], Comp
     wide = replace(loaded, record=replace(record, ffn_dim=6 * 1024))
     weights = group_weights(wide).sum(axis=0)
     assert short_share(wide) == pytest.approx(1 - weights[2] / weights.sum())
-
-
-def test_costs_are_those_of_masked_runs(tiny_inputs: Callable[[str], CompileConfig]) -> None:
-    """Also where layers before the group are not computed again."""
-    loaded = loaded_model(tiny_inputs("gpt_oss"))
-    size, inner = loaded.record.hidden_size, loaded.record.expert_neurons
-    widths = {"qkv": (size,), "o": (64,), "gate_up": (6, size), "down": (6, inner)}
-    widths["o"] = (resolve(loaded.layers[0], loaded.family.o).weight.shape[1],)
-    norms = {place: torch.ones(widths[place[1]]) for place in groups_of(loaded)}
-    own = [ffn_tensors(layer, loaded.family) for layer in loaded.layers]
-    document = Document(text="", routing_text="", token_ids=IDS[:24])
-    begun = begin_texts(loaded, lambda layer, _cluster: own[layer], [document])
-    costs = group_costs(loaded, begun, norms, dict.fromkeys(norms, 0.3), lambda steps=1: None)
-    with torch.inference_mode():
-        expected = loaded.head(begun[0].states(loaded)).log_softmax(-1)
-        for number, place in enumerate(norms):
-            with inputs_masked(loaded, norms, {place: 0.3}):
-                got = loaded.head(begun[0].states(loaded)).log_softmax(-1)
-            kl = float((expected.exp() * (expected - got)).sum()) / len(expected)
-            assert costs.reshape(-1)[number] == pytest.approx(kl, rel=1e-3, abs=1e-6)
-    assert (costs > 0).all()

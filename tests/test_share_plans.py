@@ -86,7 +86,7 @@ def test_layers_that_cost_more_read_more() -> None:
     np.testing.assert_allclose(even, np.broadcast_to(TARGETS[:, None, None], even.shape), atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "mixtral", "gpt_oss"])
 def test_costs_are_what_the_model_loses(family: str, tiny_inputs: Callable[[str], CompileConfig]) -> None:
     """Of one token, of which the gradients' second order is all there is where little is left out."""
     source = find_source(tiny_inputs(family).model)

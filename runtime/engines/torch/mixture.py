@@ -109,7 +109,9 @@ class Mixture(nn.Module):
         self.tensors = tensors
         absent = [number for number in range(self._num_experts) if expert_role(number, "down") not in tensors]
         device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
-        self._absent = torch.tensor(absent, dtype=torch.long, device=device)
+        # Not one of inference, where that assigns: gradients may go through it later.
+        with torch.inference_mode(mode=False):
+            self._absent = torch.tensor(absent, dtype=torch.long, device=device)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Mix (..., hidden size) -> the same shape; outputs are added in the order of the experts' numbers.
