@@ -207,10 +207,10 @@ def masking(bundle: Bundle, *, isa: str = "auto", columns: bool = False) -> Nati
     return decoder
 
 
-def texts(decoder: NativeDecoder | TorchDecoder, choice: FfnChoice) -> Floats:
-    """Logits of the last 3 tokens of 15 texts of 10, which are decoded with a choice: (15, 3, vocabulary)."""
+def texts(decoder: NativeDecoder | TorchDecoder, choice: FfnChoice, count: int = 15) -> Floats:
+    """Logits of the last 3 tokens of texts of 10, which are decoded with a choice: (texts, 3, vocabulary)."""
     logits = []
-    for start in range(0, 150, 10):
+    for start in range(0, 10 * count, 10):
         ids = IDS[start : start + 10]
         decoder.truncate(0)
         decoder.use(DENSE)
@@ -242,7 +242,7 @@ def test_columns_give_what_rows_give(family: str, isa: str, shared_bundle: Calla
     # The cluster's experts are some of the dense FFN's, whose columns serve both.
     sizes = []
     for choice in (FfnChoice(cluster=1, token_share=SHARE), FfnChoice(token_share=0.4), FfnChoice(cluster=1)):
-        np.testing.assert_array_equal(texts(columns, choice), texts(rows, choice))
+        np.testing.assert_array_equal(texts(columns, choice, 3), texts(rows, choice, 3))
         sizes.append(columns._model.column_bytes)
     assert (sizes[0] == sizes[1]) == (family != "narrow")
     num_bytes = []
