@@ -44,6 +44,7 @@ from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from coreinfer.runtime.engines.torch.mixture import Mixture
+from coreinfer.runtime.generation import Generation
 from torch.nn import functional
 
 from .bundle_factory import edit_manifest
@@ -143,7 +144,8 @@ def masked_mixture(mixture: Mixture, thresholds: Floats, hidden: torch.Tensor) -
 @contextmanager
 def masked_by_hand(decoder: TorchDecoder, thresholds: Floats) -> Iterator[None]:
     """Have a decoder that reads all leave out what does not pass thresholds, by the weights that are in it."""
-    names, handles = decoder._family.experts, []
+    names = decoder._family.experts
+    handles: list[Any] = []
     assert names is not None
 
     def hook(weights: list[Any], threshold: float) -> Any:
@@ -302,7 +304,8 @@ def test_only_a_tokens_own_experts_are_read(shared_bundle: Callable[..., Bundle]
 
 @pytest.mark.parametrize("options", [{}, THIN], ids=["own", "thin"])
 def test_generations_and_evaluation(options: dict[str, Any], tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
-    folder, made = tiny_bundle("qwen3_moe", token_share=SHARE, quantize="int4", **options), {}
+    folder = tiny_bundle("qwen3_moe", token_share=SHARE, quantize="int4", **options)
+    made: dict[str, Generation] = {}
     for skipping in ("on", "masked", "off"):
         engine = runtime.load(folder, input_skipping=skipping, threads=2)
         if skipping == "on":
