@@ -176,8 +176,8 @@ def test_no_bundle_and_versions(copied: Path, open_in_c: Callable[..., CModel], 
         with pytest.raises(CError, match=r"^NOT_FOUND: .*manifest\.json: cannot be read"):
             open_in_c(path)
     with edit_manifest(copied) as data:
-        data["schema_version"] = 5
-    with pytest.raises(CError, match=r"^VERSION: .*schema version 5, this library reads 2 to 4"):
+        data["schema_version"] = 6
+    with pytest.raises(CError, match=r"^VERSION: .*schema version 6, this library reads 2 to 5"):
         open_in_c(copied)
 
 

@@ -42,6 +42,19 @@ def test_in_c_a_thin_cluster_is_the_dense_ffn(folder: Path, open_in_c: Callable[
         open_in_c(copy)
 
 
+@pytest.mark.skipif(not has_compilers(), reason="no C or C++ compiler here")
+def test_in_c_a_mixtures_thin_cluster_uses_all_experts(
+    tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel]
+) -> None:
+    folder = tiny_bundle("qwen3_moe", token_share=0.6, packs="thin", keep=None, budgets=None, quantize="int4")
+    expected = NativeDecoder(open_bundle(folder), threads=2).forward(IDS)[0]
+    model = open_in_c(folder, num_threads=2)
+    for cluster in (1, DENSE):
+        model.use(cluster)
+        model.truncate(0)
+        np.testing.assert_array_equal(model.feed(IDS), expected)
+
+
 def test_under_a_limit_of_memory_all_is_read(folder: Path) -> None:
     engine = runtime.load(folder, engine="native", threads=1, memory_mb=40)
     dense = engine.generate(PROMPT, raw=True, max_new_tokens=8, mode="dense")

@@ -41,6 +41,7 @@ from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from coreinfer.runtime.engines.torch.mixture import Mixture
+from coreinfer.runtime.generation import Generation
 from torch.nn import functional
 
 from .bundle_factory import edit_manifest
@@ -140,7 +141,8 @@ def masked_mixture(mixture: Mixture, thresholds: Floats, hidden: torch.Tensor) -
 @contextmanager
 def masked_by_hand(decoder: TorchDecoder, thresholds: Floats) -> Iterator[None]:
     """Have a decoder that reads all leave out what does not pass thresholds, by the weights that are in it."""
-    names, handles = decoder._family.experts, []
+    names = decoder._family.experts
+    handles: list[Any] = []
     assert names is not None
 
     def hook(weights: list[Any], threshold: float) -> Any:
@@ -204,10 +206,10 @@ def masking(bundle: Bundle, *, isa: str = "auto", columns: bool = False) -> Nati
     return decoder
 
 
-def texts(decoder: NativeDecoder | TorchDecoder, choice: FfnChoice) -> Floats:
-    """Logits of the last 3 tokens of 15 texts of 10, which are decoded with a choice: (15, 3, vocabulary)."""
+def texts(decoder: NativeDecoder | TorchDecoder, choice: FfnChoice, count: int = 15) -> Floats:
+    """Logits of the last 3 tokens of texts of 10, which are decoded with a choice: (texts, 3, vocabulary)."""
     logits = []
-    for start in range(0, 150, 10):
+    for start in range(0, 10 * count, 10):
         ids = IDS[start : start + 10]
         decoder.truncate(0)
         decoder.use(DENSE)
@@ -239,7 +241,7 @@ def test_columns_give_what_rows_give(family: str, isa: str, shared_bundle: Calla
     # The cluster's experts are some of the dense FFN's, whose columns serve both.
     sizes = []
     for choice in (FfnChoice(cluster=1, token_share=SHARE), FfnChoice(token_share=0.4), FfnChoice(cluster=1)):
-        np.testing.assert_array_equal(texts(columns, choice), texts(rows, choice))
+        np.testing.assert_array_equal(texts(columns, choice, 3), texts(rows, choice, 3))
         sizes.append(columns._model.column_bytes)
     assert (sizes[0] == sizes[1]) == (family != "narrow")
     num_bytes = []
@@ -262,6 +264,16 @@ def test_rows_of_a_batch_leave_out_what_each_leaves_out_alone(shared_bundle: Cal
             assert np.array_equal(rows[0], alone)
             assert np.array_equal(rows[2], alone)
             assert not np.array_equal(rows[1], alone)
+        # A row that has no neighbours is no other, and is not counted as a token alone.
+        read = decoder.weight_bytes(greedy=True, alone=True)
+        row, alone = decoder.forward_rows([numbers[0]], [5])[0], decoder.forward([5])[0]
+        assert np.array_equal(row, alone)
+        assert read is not None
+        decoder.forward_rows([numbers[0]], [6])
+        again = decoder.weight_bytes(greedy=True, alone=True)
+        decoder.forward([6])
+        assert again is not None
+        assert again < 1.5 * read
 
 
 def test_only_a_tokens_own_experts_are_read(shared_bundle: Callable[..., Bundle]) -> None:
@@ -289,7 +301,8 @@ def test_only_a_tokens_own_experts_are_read(shared_bundle: Callable[..., Bundle]
 
 @pytest.mark.parametrize("options", [{}, THIN], ids=["own", "thin"])
 def test_generations_and_evaluation(options: dict[str, Any], tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
-    folder, made = tiny_bundle("qwen3_moe", token_share=SHARE, quantize="int4", **options), {}
+    folder = tiny_bundle("qwen3_moe", token_share=SHARE, quantize="int4", **options)
+    made: dict[str, Generation] = {}
     for skipping in ("on", "masked", "off"):
         engine = runtime.load(folder, input_skipping=skipping, threads=2)
         if skipping == "on":
@@ -310,12 +323,13 @@ def test_generations_and_evaluation(options: dict[str, Any], tiny_bundle: Callab
     assert "dense, equal shares 0.6" in (folder / LAYOUT.report).read_text(encoding="utf-8")
     data = tmp_path / "completion_a.jsonl"
     data.write_text(json.dumps({"context": "The sea is wide. ", "continuation": "The ship came home."}) + "\n")
-    scores = evaluate(EvaluationConfig(bundles=(folder,), data=(str(data),), modes=("dense", "similarity"))).scores
-    costs = {score.mode: score.bytes_per_token for score in scores}
+    rows = evaluate(EvaluationConfig(bundles=(folder,), data=(str(data),), modes=("dense", "similarity"))).rows
+    costs = {row.mode: row.bytes_per_token for row in rows}
     counted = token_bytes(read_manifest(folder))
     layers = counted.attention - counted.routers + counted.dense_ffn
-    assert costs[f"similarity, share {SHARE}"] == costs[f"dense, share {SHARE}"] < costs["dense"] == counted.dense
-    assert costs["dense"] - costs[f"dense, share {SHARE}"] == pytest.approx((1 - SHARE) * layers, abs=1)
+    whole, dense, pack = (costs[mode] for mode in ("dense", f"dense, share {SHARE}", f"similarity, share {SHARE}"))
+    assert whole is not None
+    assert dense == pack == pytest.approx(whole - (1 - SHARE) * layers, abs=1)
 
 
 def test_shares_are_found_by_a_quality(tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path) -> None:

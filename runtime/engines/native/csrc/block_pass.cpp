@@ -265,7 +265,7 @@ class BlockPass {
   }
 
   void mixture(int layer, const FfnWeights& ffn) {
-    Mixture mixture(decoder_, layer, ffn, inputs_, thread_);
+    Mixture mixture(decoder_, layer, ffn, inputs_, thread_, nullptr);
     mixture.run({});
     own_tokens([&](int t) {
       mixture.sum(t, out(t));

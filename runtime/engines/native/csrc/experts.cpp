@@ -83,7 +83,8 @@ size_t mixture_bytes(const Router& router, const FfnWeights& ffn, const GroupFla
   return router.weight.num_bytes() + router.num_chosen * expert_bytes;
 }
 
-Mixture::Mixture(Decoder& decoder, int layer, const FfnWeights& ffn, const Batch& inputs, int thread)
+Mixture::Mixture(Decoder& decoder, int layer, const FfnWeights& ffn, const Batch& inputs, int thread,
+                 const LayerColumns* columns)
     : decoder_(decoder),
       kernels_(decoder.kernels),
       shared_(decoder.experts),
@@ -91,13 +92,14 @@ Mixture::Mixture(Decoder& decoder, int layer, const FfnWeights& ffn, const Batch
       router_(decoder.weights.layers[layer].router),
       ffn_(ffn),
       inputs_(inputs),
+      columns_(columns),
       layer_(layer),
       thread_(thread),
       hidden_(round_up(decoder.weights.hidden, kGroup)),
       alone_(inputs.num_tokens == 1),
       gathers_(!alone_ || decoder.shares),
-      gathered_(alone_ ? Batch::in_codes(shared_.inputs.view) : shared_.inputs.view),
       // Rounded as the inputs are.
+      gathered_(inputs.x.bf16 ? shared_.inputs.view : Batch::in_codes(shared_.inputs.view)),
       neurons_(inputs.x.bf16 ? shared_.neurons.view : Batch::in_codes(shared_.neurons.view)),
       chosen_(alone_ ? own_.chosen.data() : shared_.chosen.data()) {}
 
@@ -183,8 +185,8 @@ Filter Mixture::filter(const ExpertGroup& group, InputGroup inputs) const {
 }
 
 const Columns* Mixture::columns_of(const ExpertGroup& group, InputGroup inputs) const {
-  if (!alone_ || !decoder_.shares || !decoder_.shares->ffn) return nullptr;
-  const Columns& columns = (*decoder_.shares->ffn)[layer_][group.expert][inputs % 2];
+  if (!columns_) return nullptr;
+  const Columns& columns = (*columns_)[layer_][group.expert][inputs % 2];
   return columns.empty() ? nullptr : &columns;
 }
 

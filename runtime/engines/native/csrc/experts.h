@@ -22,8 +22,10 @@ size_t mixture_bytes(const Router& router, const FfnWeights& ffn, const GroupFla
 // depend on which other tokens are read with it.
 class Mixture {
  public:
-  // `inputs`: normalized. A token that is read alone may be another copy in each thread.
-  Mixture(Decoder& decoder, int layer, const FfnWeights& ffn, const Batch& inputs, int thread);
+  // `inputs`: normalized. A token that is read alone may be another copy in each thread. `columns`: of the layers' experts, for
+  // such a token, where some lie input by input; else null.
+  Mixture(Decoder& decoder, int layer, const FfnWeights& ffn, const Batch& inputs, int thread,
+          const LayerColumns* columns);
 
   // By all threads together; `next` is what is read first after it. Ends with a barrier.
   void run(const Matrices& next);
@@ -76,6 +78,7 @@ class Mixture {
   const Router& router_;
   const FfnWeights& ffn_;
   const Batch inputs_;
+  const LayerColumns* columns_;
   const int layer_, thread_, hidden_;
   const bool alone_, gathers_;  // gathers: each expert has inputs of its own
   const Activations gathered_, neurons_;

@@ -317,7 +317,8 @@ class TokenPass {
 
   void mixture(int layer, const FfnWeights& ffn, const Matrices& next) {
     const Layer& weights = weights_.layers[layer];
-    Mixture mixture(decoder_, layer, ffn, {inputs_, 1, 0}, thread_);
+    const LayerColumns* columns = decoder_.shares ? decoder_.shares->ffn.get() : nullptr;
+    Mixture mixture(decoder_, layer, ffn, {inputs_, 1, 0}, thread_, columns);
     mixture.run(next);
     if (weights_.parallel) finish_attention(weights);
     mixture.sum(0, inputs_.values);
