@@ -19,7 +19,8 @@ from coreinfer.bundles.layout import LAYOUT
 from coreinfer.compiler.export.chosen import ChosenModel, choose_model
 from coreinfer.compiler.export.cli import main
 from coreinfer.compiler.export.exporting import ExportedFiles, export_model
-from coreinfer.compiler.export.gguf_header import architecture_for, header_fields, rope_factors
+from coreinfer.compiler.export.gguf_header import architecture_for, header_fields
+from coreinfer.compiler.export.gguf_rope import rope_factors
 from coreinfer.compiler.export.gguf_vocabulary import vocabulary_fields
 from coreinfer.compiler.models.load import load_model, load_tokenizer, read_config
 from coreinfer.compiler.models.sources import find_source
@@ -35,7 +36,7 @@ from .model_factory import FAMILIES, build_tokenizer, corpus_texts
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 Logits = npt.NDArray[np.float32]
 IN_GGUF = (
-    *("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "olmo3"),
+    *("llama", "mistral", "ministral", "smollm3", "granite", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "olmo3"),
     *("phi3", "stablelm", "starcoder2", "gpt_neox", "gpt2"),
 )
 AS_PUBLISHED = {"smollm3": 4, "gemma2": 3, "gemma3": 3}

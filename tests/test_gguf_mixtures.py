@@ -20,7 +20,8 @@ from coreinfer.compiler.estimate.plan import make_plan
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
-from .gguf_factory import MIXTURE_SHAPES, Contents, contents, tiny_config, tiny_model, write
+from .gguf_experts import MIXTURE_SHAPES
+from .gguf_factory import Contents, contents, tiny_config, tiny_model, write
 from .loading import load
 from .test_mixtures import token_errors
 

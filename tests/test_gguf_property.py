@@ -19,7 +19,8 @@ from coreinfer.compiler.models.gguf.names import layout_of
 from coreinfer.compiler.models.gguf.parts import read_parts
 from transformers import PreTrainedModel
 
-from .gguf_factory import EPSILONS, MIXTURE_SHAPES, Contents, contents, tiny_config, tiny_model, write
+from .gguf_experts import MIXTURE_SHAPES
+from .gguf_factory import EPSILONS, Contents, contents, tiny_config, tiny_model, write
 from .loading import load
 from .model_factory import build_tokenizer
 
