@@ -225,7 +225,8 @@ def contents(model: PreTrainedModel, kind: gguf.GGMLQuantizationType = gguf.GGML
             tensors |= expert_tensors(name, values, architecture)
         else:
             tensors[_file_name(name, architecture)] = _stored(name, values, architecture, config)
-    kinds = {name: kind for name, values in tensors.items() if values.ndim > 1 and "ffn_gate_inp" not in name}
+    matrices = [name for name, values in tensors.items() if values.ndim > 1 and not name.endswith(".bias")]
+    kinds = {name: kind for name in matrices if "ffn_gate_inp" not in name}
     metadata = {**_header(config, architecture), **tokenizer_metadata()}
     return Contents(architecture=architecture, metadata=metadata, tensors=tensors, kinds=kinds)
 

@@ -33,7 +33,7 @@ def gpt_oss_fields(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) 
         rope["truncate"] = False
     return {
         "model_type": "gpt_oss",
-        "attention_bias": all(f"blk.0.{name}.bias" in header.tensors for name in _BIASED),
+        "attention_bias": any(f"blk.0.{name}.bias" in header.tensors for name in _BIASED),
         "intermediate_size": keys.size("expert_feed_forward_length"),
         "sliding_window": keys.size("attention.sliding_window"),
         "layer_types": layer_types(sliding_layers(keys, int(shared["num_hidden_layers"]), _SLIDING_PATTERN)),

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles.errors import UnsupportedModelError
-from coreinfer.compiler.models.unpack.mxfp4 import mxfp4_values
+from coreinfer.compiler.models.unpack.mxfp4_table import mxfp4_values
 
 from .header import TensorEntry
 
