@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coreinfer.bundles.families import CLAMPED_SWIGLU
+from coreinfer.compiler.models.gguf.gpt_oss import SWIGLU
 
 from .chosen import ChosenModel
 from .gguf_rope import refusal, rope_fields, rounds_ramp
@@ -61,8 +62,6 @@ _NOT_SLIDING = ("mistral", "ministral", "phi3", "starcoder2", "mixtral", "qwen3_
 _SLIDING_PATTERN = {"gemma2": 2, "gemma3": 6, "olmo3": 4, "gpt_oss": 2}
 """Where a file does not say which layers slide: all but every so many."""
 _NO_ROPE_PATTERN = 4
-_SWIGLU_LIMITS = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
-"""What llama.cpp has for all models of gpt-oss's architecture."""
 _NOT_NORMALIZING = ("olmoe",)
 """Mixtures of which llama.cpp leaves the weights of experts as the softmax over all has them."""
 
@@ -275,7 +274,7 @@ def _gemma3(chosen: ChosenModel) -> dict[str, Any]:
 def _gpt_oss(chosen: ChosenModel) -> dict[str, Any]:
     config = chosen.config
     # llama.cpp has biases of all projections, a head and a window in every file.
-    _check_plain(chosen, attention_bias=True, tie_word_embeddings=False, **_SWIGLU_LIMITS)
+    _check_plain(chosen, attention_bias=True, tie_word_embeddings=False, **SWIGLU)
     if not config.get("sliding_window"):
         raise refusal("llama.cpp's gpt_oss has no model without a sliding_window; use --to hf")
     slides = [kind == _SLIDES for kind in config["layer_types"]]

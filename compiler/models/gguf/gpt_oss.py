@@ -9,10 +9,10 @@ from .keys import HeaderKeys
 from .rope import scaled_rope
 from .sliding import layer_types, sliding_layers
 
-__all__ = ["gpt_oss_fields"]
+__all__ = ["SWIGLU", "gpt_oss_fields"]
 
-# No file states these: llama.cpp has them for all models of the architecture.
-_SWIGLU = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+SWIGLU = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+"""What no file states: llama.cpp has it for all models of the architecture."""
 _SLIDING_PATTERN = 2
 _BIASED = ("attn_q", "attn_k", "attn_v", "attn_output")
 
@@ -38,6 +38,6 @@ def gpt_oss_fields(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) 
         "sliding_window": keys.size("attention.sliding_window"),
         "layer_types": layer_types(sliding_layers(keys, int(shared["num_hidden_layers"]), _SLIDING_PATTERN)),
         "rope_parameters": rope,
-        **_SWIGLU,
+        **SWIGLU,
         **expert_fields(keys, "gpt_oss", normalizes=True),
     }
