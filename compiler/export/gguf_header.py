@@ -137,8 +137,9 @@ def _context(chosen: ChosenModel) -> int:
 
 def _ignored_window(chosen: ChosenModel) -> int | None:
     window, kinds = chosen.config.get("sliding_window"), chosen.config.get("layer_types")
-    slides = window and (kinds is None or _SLIDES in kinds)
-    return int(window) if slides and chosen.config.get("model_type") in _NOT_SLIDING else None
+    if not window or (kinds is not None and _SLIDES not in kinds):
+        return None
+    return int(window) if chosen.config.get("model_type") in _NOT_SLIDING else None
 
 
 def export_facts(chosen: ChosenModel) -> dict[str, str]:

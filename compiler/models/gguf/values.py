@@ -52,7 +52,8 @@ def _mxfp4(raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     # Numbers beyond float32 become infinite, which the check of all weights names.
     with np.errstate(over="ignore"):
         table = mxfp4_values().astype(np.float32).reshape(-1)
-    return table[scales.astype(np.uint16) * np.uint16(16) + codes]
+    values: npt.NDArray[np.float32] = table[scales.astype(np.uint16) * np.uint16(16) + codes]
+    return values
 
 
 def check_readable(name: str, entry: TensorEntry) -> None:

@@ -15,7 +15,7 @@ _BIAS = 127
 def mxfp4_values() -> npt.NDArray[np.float64]:
     """What each code is with each scale: (256, 16)."""
     codes = np.array([*_MAGNITUDES, *(-value for value in _MAGNITUDES)])
-    values = np.ldexp(codes, np.arange(256)[:, None] - _BIAS)
+    values: npt.NDArray[np.float64] = np.ldexp(codes, np.arange(256)[:, None] - _BIAS)
     values[255] = np.nan
     values.flags.writeable = False
     return values
