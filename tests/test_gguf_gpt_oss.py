@@ -105,7 +105,7 @@ def test_ramps_end_between_dimensions(tmp_path: Path, monkeypatch: pytest.Monkey
     ends_between = {**YARN, "rope_theta": 1000.0}
     model = tiny_model(tiny_config("gpt_oss", rope_parameters=ends_between))
     path = save(contents(model, gguf.GGMLQuantizationType.F32), tmp_path)
-    got = load(path).model
+    got: Any = load(path).model
     assert got.config.rope_parameters["truncate"] is False
     np.testing.assert_allclose(logits(got), logits(model), rtol=1e-4, atol=1e-4)
     rounded = tiny_model(tiny_config("gpt_oss", rope_parameters={**ends_between, "truncate": True}))
@@ -120,9 +120,9 @@ def test_layers_slide_as_stated(tmp_path: Path) -> None:
     for stated in (None, [False, True]):
         if stated is not None:
             what.metadata["gpt-oss.attention.sliding_window_pattern"] = stated
-        loaded = load(save(what, tmp_path))
-        assert loaded.model.config.layer_types == (kinds if stated else kinds[::-1])
-        close = np.allclose(logits(loaded.model), logits(model), rtol=1e-4, atol=1e-4)
+        got: Any = load(save(what, tmp_path)).model
+        assert got.config.layer_types == (kinds if stated else kinds[::-1])
+        close = np.allclose(logits(got), logits(model), rtol=1e-4, atol=1e-4)
         assert close == (stated is not None)
 
 

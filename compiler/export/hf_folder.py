@@ -81,7 +81,7 @@ def _values(parts: Sequence[Parameter], names: ExpertNames | None, dtype: torch.
         return values[0]
     num_experts = sum(part.role == parts[0].role for part in parts)
     # (experts, roles, outputs, ...)
-    whole = torch.stack(values).unflatten(0, (num_experts, -1))
+    whole: torch.Tensor = torch.stack(values).unflatten(0, (num_experts, -1))
     whole = (whole.transpose(1, 2) if names.interleaved else whole).flatten(1, 2)
     return whole.mT.contiguous() if names.transposed and whole.ndim == 3 else whole
 
