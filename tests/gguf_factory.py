@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from .gguf_experts import MIXTURE_SHAPES, expert_keys, expert_tensors
 from .model_factory import build_tokenizer
 
 ARCHITECTURES = {
@@ -35,6 +36,7 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "olmoe": "olmoe",
     "granitemoe": "granitemoe",
+    "gpt_oss": "gpt-oss",
 }
 EPSILONS = {
     "stablelm": "layer_norm_eps",
@@ -78,6 +80,7 @@ _NAMES = {
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate": "ffn_gate_inp",
     "block_sparse_moe.router": "ffn_gate_inp",
+    "mlp.router": "ffn_gate_inp",
 }
 _NAMES_OF_GPTS = {
     "gpt_neox.embed_in": "token_embd",
@@ -106,13 +109,6 @@ _NAMES_OF_OUTPUT_NORMS = {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 _LLAMA_LIKE = ("llama", "smollm3", "granite", "granitemoe")
-MIXTURE_SHAPES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 6, "sliding_window": 4},
-    "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 64, "norm_topk_prob": True},
-    "olmoe": {"num_experts": 6},
-    "granitemoe": {"num_local_experts": 6},
-}
-"""Families of mixtures -> the fields of theirs, with the weights of the chosen experts as llama.cpp has them."""
 _GRANITE = {
     "attention.scale": ("attention_multiplier", 0.25),
     "embedding_scale": ("embedding_multiplier", 6.0),
@@ -159,6 +155,7 @@ def tiny_config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
         "qwen3_moe": transformers.Qwen3MoeConfig,
         "olmoe": transformers.OlmoeConfig,
         "granitemoe": transformers.GraniteMoeConfig,
+        "gpt_oss": transformers.GptOssConfig,
     }
     return classes[family](**shape)
 
@@ -225,26 +222,20 @@ def contents(model: PreTrainedModel, kind: gguf.GGMLQuantizationType = gguf.GGML
             continue
         values = value.float().numpy()
         if ".experts." in name:
-            tensors |= _experts(name, values)
+            tensors |= expert_tensors(name, values, architecture)
         else:
             tensors[_file_name(name, architecture)] = _stored(name, values, architecture, config)
-    kinds = {name: kind for name, values in tensors.items() if values.ndim > 1 and "ffn_gate_inp" not in name}
+    matrices = [name for name, values in tensors.items() if values.ndim > 1 and not name.endswith(".bias")]
+    kinds = {name: kind for name in matrices if "ffn_gate_inp" not in name}
     metadata = {**_header(config, architecture), **tokenizer_metadata()}
     return Contents(architecture=architecture, metadata=metadata, tensors=tensors, kinds=kinds)
 
 
-def _experts(name: str, values: Values) -> dict[str, Values]:
-    """Tensors (experts, rows, columns); gates and ups are in two."""
-    layer = name.split(".")[2]
-    if name.endswith("down_proj"):
-        return {f"blk.{layer}.ffn_down_exps.weight": values}
-    gates, ups = np.split(values, 2, axis=1)
-    return {f"blk.{layer}.ffn_gate_exps.weight": gates, f"blk.{layer}.ffn_up_exps.weight": ups}
-
-
 def _file_name(name: str, architecture: str) -> str:
+    if name.endswith(".sinks"):
+        return f"blk.{name.split('.')[2]}.attn_sinks.weight"
     stem, _, kind = name.rpartition(".")
-    names = _NAMES_OF_OUTPUT_NORMS if architecture in ("gemma2", "gemma3", "olmo2") else _NAMES
+    names = _NAMES_OF_OUTPUT_NORMS if architecture in ("gemma2", "gemma3", "olmo2", "gpt-oss") else _NAMES
     names = _NAMES_OF_GPTS if architecture in ("gptneox", "gpt2") else names
     if stem in names:
         return f"{names[stem]}.{kind}"
@@ -290,19 +281,13 @@ def _header(config: Any, architecture: str) -> dict[str, Any]:
     if architecture == "gptneox":
         values["use_parallel_residual"] = config.use_parallel_residual
     values |= _rotation(config, architecture, head_dim)
-    if config.model_type in MIXTURE_SHAPES:
-        values |= {
-            "expert_count": getattr(config, "num_local_experts", None) or config.num_experts,
-            "expert_used_count": config.num_experts_per_tok,
-        }
-    if config.model_type == "qwen3_moe":
-        values["expert_feed_forward_length"] = config.moe_intermediate_size
+    values |= expert_keys(config)
     if config.model_type in ("granite", "granitemoe"):
         values |= {key: float(getattr(config, field)) for key, (field, _) in _GRANITE.items()}
     if config.model_type == "gemma2":
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             values[key] = float(getattr(config, key))
-    if config.model_type in ("mistral", "gemma2", "gemma3_text", "olmo3", "phi3", "mixtral"):
+    if config.model_type in ("mistral", "gemma2", "gemma3_text", "olmo3", "phi3", "mixtral", "gpt_oss"):
         values["attention.sliding_window"] = config.sliding_window or 0
     if config.model_type in ("gemma3_text", "olmo3"):
         values["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]

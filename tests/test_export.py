@@ -1,6 +1,5 @@
 """Exports, read by gguf, transformers and, where it is installed, llama.cpp; their logits against the bundle's own."""
 
-import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,8 @@ from coreinfer.bundles.layout import LAYOUT
 from coreinfer.compiler.export.chosen import ChosenModel, choose_model
 from coreinfer.compiler.export.cli import main
 from coreinfer.compiler.export.exporting import ExportedFiles, export_model
-from coreinfer.compiler.export.gguf_header import architecture_for, header_fields, rope_factors
+from coreinfer.compiler.export.gguf_header import architecture_for, header_fields
+from coreinfer.compiler.export.gguf_rope import rope_factors
 from coreinfer.compiler.export.gguf_vocabulary import vocabulary_fields
 from coreinfer.compiler.models.load import load_model, load_tokenizer, read_config
 from coreinfer.compiler.models.sources import find_source
@@ -30,12 +30,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from .bundle_factory import edit_manifest
 from .gguf_factory import tiny_config, tiny_model
+from .llama_cpp import load_llama_cpp
 from .model_factory import FAMILIES, build_tokenizer, corpus_texts
 
-SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 Logits = npt.NDArray[np.float32]
 IN_GGUF = (
-    *("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "olmo3"),
+    *("llama", "mistral", "ministral", "smollm3", "granite", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "olmo3"),
     *("phi3", "stablelm", "starcoder2", "gpt_neox", "gpt2"),
 )
 AS_PUBLISHED = {"smollm3": 4, "gemma2": 3, "gemma3": 3}
@@ -156,13 +156,9 @@ def test_families_without_widths_by_layer_are_filled_up(tiny_bundle: Callable[..
 
 def llama_cpp_logits(bundle_dir: Path, cluster: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Logits:
     """Export to GGUF; llama.cpp's logits of the first tokens, which its tokenizer finds too."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    llama = importlib.import_module("contenders.llama_logits")
-    if llama.find_llama_cpp() is None:
-        pytest.skip("needs xllamacpp or llama-cpp-python")
     done = exported(bundle_dir, tmp_path, "gguf", cluster=cluster, dense=cluster is None)
     ids = token_ids(bundle_dir)[:LLAMA_CPP_READS]
-    model = llama.LlamaModel(done.folder / "model.gguf", num_positions=64, threads=1)
+    model = load_llama_cpp(done.folder / "model.gguf", monkeypatch)
     assert model.tokenize(" ".join(corpus_texts()[:3]))[: len(ids)] == ids
     logits: Logits = model.logits(ids)
     return logits
@@ -215,12 +211,7 @@ def test_llama_cpp_drops_spaces_after_control_tokens_where_the_model_does(
     text = "<|user|>\n  soup <|user|> soup</s> soup <s> soup"
     expected = phi3_tokenizer(strips=strips)(text).input_ids
     assert load_tokenizer(find_source(str(path)))(text).input_ids == expected
-    monkeypatch.syspath_prepend(SCRIPTS)
-    llama = importlib.import_module("contenders.llama_logits")
-    if llama.find_llama_cpp() is None:
-        pytest.skip("needs xllamacpp or llama-cpp-python")
-    model = llama.LlamaModel(path, num_positions=64, threads=1)
-    assert model.tokenize(text, special=True) == expected
+    assert load_llama_cpp(path, monkeypatch).tokenize(text, special=True) == expected
 
 
 # transformers
@@ -346,8 +337,9 @@ def test_factors_of_llama_3(changed: Callable[..., ChosenModel]) -> None:
     assert "llama.rope.scaling.type" not in header_fields(chosen, "llama", chosen.widths)
 
 
-def test_mistrals_window_bounds_the_context(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
-    done = exported(tiny_bundle("mistral"), tmp_path, "gguf")
+@pytest.mark.parametrize("family", ["mistral", "ministral"])
+def test_mistrals_window_bounds_the_context(family: str, tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    done = exported(tiny_bundle(family), tmp_path, "gguf")
     reader = gguf.GGUFReader(done.folder / "model.gguf")
     assert reader.fields["llama.context_length"].contents() == 16
     assert "16 tokens: llama.cpp does not slide" in done.facts["context"]

@@ -21,7 +21,7 @@ from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .bundle_factory import change_tensors, edit_manifest
-from .gguf_factory import MIXTURE_SHAPES
+from .gguf_experts import MIXTURE_SHAPES, YARN
 from .model_factory import corpus_texts, save_model
 from .test_export import Logits, divergence, exported, llama_cpp_logits, model_logits, own_logits, token_ids
 from .test_narrow_experts import wide_settings
@@ -31,7 +31,14 @@ STORED = (
     ("qwen3_moe", "int4"),
     ("granitemoe", "int4"),
     ("mixtral", "int8"),
+    ("gpt_oss", "int4"),
+    ("gpt_oss", "int8"),
 )
+# llama.cpp reads OLMoE with as many heads of keys as of queries, and has one limit for gpt-oss.
+AS_LLAMA_CPP: dict[str, dict[str, Any]] = {
+    "olmoe": {"num_key_value_heads": 4},
+    "gpt_oss": {"swiglu_limit": 7.0, "rope_parameters": YARN},
+}
 CLUSTERS = {"dense": None, "whole": 1, "narrow": 1}
 
 
@@ -42,9 +49,7 @@ def bundle_of(tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPat
     def make(family: str, packs: str, quantize: str = "bf16") -> Path:
         folder = tmp_path_factory.getbasetemp() / f"{family}-wide"
         if not folder.exists():
-            # llama.cpp reads OLMoE with as many heads of keys as of queries.
-            heads = {"num_key_value_heads": 4} if family == "olmoe" else {}
-            save_model(folder, family, **wide_settings(family), **heads)
+            save_model(folder, family, **wide_settings(family), **AS_LLAMA_CPP.get(family, {}))
         options: dict[str, Any] = {"model": str(folder), "quantize": quantize, "clusters": 2}
         if packs == "narrow":
             options |= {"experts": "narrow", "budgets": None, "keep": 0.6}
@@ -129,9 +134,9 @@ def test_a_folder_for_transformers(family: str, which: str, bundle_of: Callable[
     chosen = choose_model(bundle_dir, cluster=cluster, dense=cluster is None)
     assert chosen.experts is not None
     assert done.facts["width"] == f"{len(chosen.experts[0])} experts of {max(chosen.widths)} neurons in each layer"
-    # Of each expert three matrices of 32 x width, in float32.
+    # Of each expert three matrices of 32 x width, in float32, and two biases.
     added = sum(max(chosen.widths) - width for width in chosen.widths)
-    assert done.padding_bytes == 4 * 6 * 3 * 32 * added
+    assert done.padding_bytes == 4 * 6 * (3 * 32 + 2 * chosen.bundle.manifest.model.ffn_bias) * added
     assert AutoTokenizer.from_pretrained(done.folder)(" ".join(corpus_texts()[:3])).input_ids[:60] == ids
 
 
@@ -191,10 +196,3 @@ def test_an_olmoe_that_llama_cpp_does_not_load_is_refused(tiny_bundle: Callable[
     with pytest.raises(UnsupportedModelError, match="olmoe has no num_key_value_heads of 2; use --to hf"):
         exported(tiny_bundle("olmoe"), tmp_path, "gguf")
     assert exported(tiny_bundle("olmoe"), tmp_path, "hf").num_bytes
-
-
-@pytest.mark.parametrize("form", ["gguf", "hf"])
-def test_gpt_oss_is_refused(form: str, tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="models of family gpt_oss are not exported yet"):
-        exported(tiny_bundle("gpt_oss"), tmp_path / "out", form)
-    assert not (tmp_path / "out").exists()

@@ -17,7 +17,14 @@ ROWS = [
     if line.startswith("| ") and not line.startswith("| family")
 ]
 # Families of which files have another architecture's name.
-NAMED_IN_GGUF = {"olmo3": "olmo2", "gpt_neox": "gptneox", "mixtral": "llama", "qwen3_moe": "qwen3moe"}
+NAMED_IN_GGUF = {
+    "ministral": "llama",
+    "olmo3": "olmo2",
+    "gpt_neox": "gptneox",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss",
+}
 
 
 def test_each_family_has_its_row() -> None:

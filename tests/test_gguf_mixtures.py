@@ -1,6 +1,5 @@
 """Mixtures of experts as GGUF files: beside llama.cpp's own logits, compiled, and what is refused."""
 
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +19,12 @@ from coreinfer.compiler.estimate.plan import make_plan
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
-from .gguf_factory import MIXTURE_SHAPES, Contents, contents, tiny_config, tiny_model, write
+from .gguf_experts import MIXTURE_SHAPES
+from .gguf_factory import Contents, contents, tiny_config, tiny_model, write
+from .llama_cpp import load_llama_cpp
 from .loading import load
 from .test_mixtures import token_errors
 
-SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 IDS = list(range(3, 43))
 F32 = gguf.GGMLQuantizationType.F32
 
@@ -42,14 +42,10 @@ def logits(model: Any) -> np.ndarray:
 @pytest.mark.parametrize("family", MIXTURE_SHAPES)
 def test_a_file_is_read_as_llama_cpp_reads_it(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether weights are divided by their sum, which no file says, and the factors of Granite."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    llama = importlib.import_module("contenders.llama_logits")
-    if llama.find_llama_cpp() is None:
-        pytest.skip("needs xllamacpp or llama-cpp-python")
     # llama.cpp knows no window of Mixtral's.
     window = {"sliding_window": None} if family == "mixtral" else {}
     path = save(contents(tiny_model(tiny_config(family, **window)), F32), tmp_path)
-    theirs = llama.LlamaModel(path, num_positions=64, threads=1).logits(IDS)
+    theirs = load_llama_cpp(path, monkeypatch).logits(IDS)
     # It keeps keys and values in float16. Weights that are not divided, or are, make 0.09 and more.
     assert np.median(token_errors(logits(load(path).model), theirs)) < 5e-3
 

@@ -81,9 +81,6 @@ def _dense_ffn(bundle: Bundle) -> TensorFile:
 
 def _choose_mixture(bundle: Bundle, cluster: int | None, num_experts: int) -> ChosenModel:
     manifest = bundle.manifest
-    names = family_by_name(manifest.model.family).experts
-    if names is None or names.biased:
-        raise UnsupportedModelError(f"{bundle.path}: models of family {manifest.model.family} are not exported yet")
     if cluster is not None and manifest.narrows_experts:
         ffn, budgets = bundle.pack(cluster), manifest.clusters[cluster].layer_budgets
         widths = [budget // num_experts for budget in budgets]

@@ -17,7 +17,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from .blocks import block_bytes, block_type, encode
 from .chosen import ChosenModel
-from .gguf_header import architecture_for, header_fields, rope_factors
+from .gguf_header import architecture_for, header_fields
+from .gguf_rope import rope_factors
 from .gguf_vocabulary import vocabulary_fields
 from .parameters import Parameter, list_parameters
 
@@ -84,7 +85,7 @@ def _tensors(parameters: Sequence[Parameter], family: Family, layout: TensorLayo
             for part in parts:
                 name = name.replace(f".{path}.{part}.", f".{path}.")
         names = file_names(name, layout)
-        tensors.setdefault(names[-1] if parameter.role == "up" else names[0], []).append(parameter)
+        tensors.setdefault(names[-1] if parameter.role in ("up", "up_bias") else names[0], []).append(parameter)
     return tensors
 
 

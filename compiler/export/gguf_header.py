@@ -1,22 +1,22 @@
 """What a GGUF file states of a model: the keys that llama.cpp reads, and refusals of what they cannot say."""
 
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from coreinfer.bundles import UnsupportedModelError
+from coreinfer.bundles.families import CLAMPED_SWIGLU
+from coreinfer.compiler.models.gguf.gpt_oss import SWIGLU
 
 from .chosen import ChosenModel
+from .gguf_rope import refusal, rope_fields, rounds_ramp
 
-__all__ = ["ARCHITECTURES", "architecture_for", "export_facts", "header_fields", "rope_factors"]
+__all__ = ["ARCHITECTURES", "architecture_for", "export_facts", "header_fields"]
 
 _LAYERWISE = "deci"
 """The one architecture of llama.cpp that is Llama, with biases where a file has them, and reads a width per layer."""
 ARCHITECTURES = {
     "llama": "llama",
+    "ministral": "llama",
     "smollm3": "smollm3",
     "granite": "granite",
     "qwen2": "qwen2",
@@ -34,9 +34,10 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "olmoe": "olmoe",
     "granitemoe": "granitemoe",
+    "gpt_oss": "gpt-oss",
 }
 """Family -> the architecture of llama.cpp that its models are written as."""
-_LAYERWISE_FAMILIES = ("llama", "qwen2")
+_LAYERWISE_FAMILIES = ("llama", "ministral", "qwen2")
 _TANH_GELUS = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 _ACTIVATIONS = {
     "gemma2": _TANH_GELUS,
@@ -45,6 +46,7 @@ _ACTIVATIONS = {
     # llama.cpp has no other, and takes its tanh for the exact one that GPT-NeoX's models have: see `export_facts`.
     "gpt_neox": (*_TANH_GELUS, "gelu"),
     "gpt2": _TANH_GELUS,
+    "gpt_oss": (CLAMPED_SWIGLU,),
 }
 _SWIGLU = ("silu",)
 _EPSILONS = {
@@ -54,9 +56,10 @@ _EPSILONS = {
     "gpt2": "layer_norm_epsilon",
 }
 """Family -> the config's epsilon, where norms are LayerNorms."""
-_NOT_SLIDING = ("mistral", "phi3", "starcoder2", "mixtral", "qwen3_moe")
+_SLIDES = "sliding_attention"
+_NOT_SLIDING = ("mistral", "ministral", "phi3", "starcoder2", "mixtral", "qwen3_moe")
 """Model types whose window llama.cpp does not know."""
-_SLIDING_PATTERN = {"gemma2": 2, "gemma3": 6, "olmo3": 4}
+_SLIDING_PATTERN = {"gemma2": 2, "gemma3": 6, "olmo3": 4, "gpt_oss": 2}
 """Where a file does not say which layers slide: all but every so many."""
 _NO_ROPE_PATTERN = 4
 _NOT_NORMALIZING = ("olmoe",)
@@ -71,9 +74,9 @@ def architecture_for(chosen: ChosenModel) -> str:
     """
     family, activation = chosen.family.name, chosen.bundle.manifest.model.activation
     if family not in ARCHITECTURES:
-        raise _refusal(f"the family {family} is not written as GGUF (it is {', '.join(ARCHITECTURES)}); use --to hf")
+        raise refusal(f"the family {family} is not written as GGUF (it is {', '.join(ARCHITECTURES)}); use --to hf")
     if activation not in _ACTIVATIONS.get(family, _SWIGLU):
-        raise _refusal(f"llama.cpp's {family} has no activation {activation!r}; use --to hf")
+        raise refusal(f"llama.cpp's {family} has no activation {activation!r}; use --to hf")
     if len(set(chosen.widths)) > 1 and family in _LAYERWISE_FAMILIES:
         return _LAYERWISE
     return ARCHITECTURES[family]
@@ -114,11 +117,13 @@ def _expert_fields(chosen: ChosenModel, width: int) -> dict[str, Any]:
     normalizes = family not in _NOT_NORMALIZING
     if record.normalizes != normalizes:
         does = "divides" if normalizes else "does not divide"
-        raise _refusal(
+        raise refusal(
             f"llama.cpp's {family} {does} the weights of a token's experts by their sum (norm_topk_prob), and with "
             "this model it is the other way; use --to hf"
         )
     fields: dict[str, Any] = {"expert_count": len(chosen.experts[0]), "expert_used_count": record.num_chosen}
+    if family == "gpt_oss":
+        fields["expert_feed_forward_length"] = width
     if family == "qwen3_moe":
         # The other key is the width of layers without experts, of which there are none.
         fields |= {"expert_feed_forward_length": width, "feed_forward_length": int(chosen.config["intermediate_size"])}
@@ -131,8 +136,10 @@ def _context(chosen: ChosenModel) -> int:
 
 
 def _ignored_window(chosen: ChosenModel) -> int | None:
-    window = chosen.config.get("sliding_window")
-    return int(window) if window and chosen.config.get("model_type") in _NOT_SLIDING else None
+    window, kinds = chosen.config.get("sliding_window"), chosen.config.get("layer_types")
+    if not window or (kinds is not None and _SLIDES not in kinds):
+        return None
+    return int(window) if chosen.config.get("model_type") in _NOT_SLIDING else None
 
 
 def export_facts(chosen: ChosenModel) -> dict[str, str]:
@@ -143,16 +150,20 @@ def export_facts(chosen: ChosenModel) -> dict[str, str]:
         facts["context"] = f"{window} tokens: llama.cpp does not slide {title}'s window, and further on it would differ"
     if chosen.bundle.manifest.model.activation == "gelu":
         facts["activation"] = "llama.cpp computes GELU by tanh, which is off by 0.0005 at most"
+    if rounds_ramp(chosen):
+        facts["positions"] = (
+            "llama.cpp rounds the ends of YaRN's ramp to whole dimensions, which the model was not trained with"
+        )
     return facts
 
 
 def _plain_attention(chosen: ChosenModel) -> dict[str, Any]:
     config = chosen.config
-    if "sliding_attention" in (config.get("layer_types") or []):
-        raise _refusal(f"llama.cpp's {chosen.family.name} has no sliding window; use --to hf")
+    if _SLIDES in (config.get("layer_types") or []) and not _ignored_window(chosen):
+        raise refusal(f"llama.cpp's {chosen.family.name} has no sliding window; use --to hf")
     if chosen.family.name in ("qwen3", "qwen3_moe") and config.get("attention_bias"):
-        raise _refusal(f"llama.cpp's {chosen.family.name} has no attention biases; use --to hf")
-    return _rope(config["rope_parameters"], chosen)
+        raise refusal(f"llama.cpp's {chosen.family.name} has no attention biases; use --to hf")
+    return rope_fields(config["rope_parameters"], chosen)
 
 
 def _check_plain(chosen: ChosenModel, **expected: Any) -> None:
@@ -160,7 +171,7 @@ def _check_plain(chosen: ChosenModel, **expected: Any) -> None:
     expected = {"attention_bias": False, "mlp_bias": False, **expected}
     for setting, value in expected.items():
         if (stated := chosen.config.get(setting, value)) != value:
-            raise _refusal(f"llama.cpp's {chosen.family.name} has no {setting} of {stated!r}; use --to hf")
+            raise refusal(f"llama.cpp's {chosen.family.name} has no {setting} of {stated!r}; use --to hf")
 
 
 def _smollm3(chosen: ChosenModel) -> dict[str, Any]:
@@ -225,7 +236,7 @@ def _olmo3(chosen: ChosenModel) -> dict[str, Any]:
     model = chosen.bundle.manifest.model
     _check_plain(chosen, head_dim=model.hidden_size // model.num_heads)
     rope = chosen.config["rope_parameters"]
-    fields = _rope(rope["full_attention"], chosen)
+    fields = rope_fields(rope["full_attention"], chosen)
     return fields | _sliding(chosen, rope["sliding_attention"], always=True)
 
 
@@ -234,8 +245,10 @@ def _gemma2(chosen: ChosenModel) -> dict[str, Any]:
     _check_plain(chosen, query_pre_attn_scalar=_query_scalar(chosen, wide_at=46))
     limits = {key: config.get(key) for key in ("attn_logit_softcapping", "final_logit_softcapping")}
     if not all(limits.values()):
-        raise _refusal("llama.cpp's gemma2 limits scores and logits always, and this model does not; use --to hf")
-    fields = _rope(config["rope_parameters"], chosen) | {key: float(limit) for key, limit in limits.items() if limit}
+        raise refusal("llama.cpp's gemma2 limits scores and logits always, and this model does not; use --to hf")
+    fields = rope_fields(config["rope_parameters"], chosen) | {
+        key: float(limit) for key, limit in limits.items() if limit
+    }
     return fields | _sliding(chosen, config["rope_parameters"])
 
 
@@ -249,14 +262,24 @@ def _gemma3(chosen: ChosenModel) -> dict[str, Any]:
     config = chosen.config
     scale_is_known = config["query_pre_attn_scalar"] == _query_scalar(chosen, wide_at=62)
     if not scale_is_known or config.get("attn_logit_softcapping") or config.get("attention_bias"):
-        raise _refusal(
+        raise refusal(
             "llama.cpp's gemma3 has its own scale of attention, no soft cap of it and no biases, and this model's "
             "config differs; use --to hf"
         )
-    fields = _rope(config["rope_parameters"]["full_attention"], chosen)
+    fields = rope_fields(config["rope_parameters"]["full_attention"], chosen)
     if config.get("final_logit_softcapping"):
         fields["final_logit_softcapping"] = float(config["final_logit_softcapping"])
     return fields | _sliding(chosen, config["rope_parameters"]["sliding_attention"])
+
+
+def _gpt_oss(chosen: ChosenModel) -> dict[str, Any]:
+    config = chosen.config
+    # llama.cpp has biases of all projections, a head and a window in every file.
+    _check_plain(chosen, attention_bias=True, tie_word_embeddings=False, **SWIGLU)
+    if not config.get("sliding_window"):
+        raise refusal("llama.cpp's gpt_oss has no model without a sliding_window; use --to hf")
+    slides = [kind == _SLIDES for kind in config["layer_types"]]
+    return rope_fields(config["rope_parameters"], chosen) | _window_fields(chosen, slides, always=False)
 
 
 def _sliding(chosen: ChosenModel, rope: Mapping[str, Any], *, always: bool = False) -> dict[str, Any]:
@@ -266,16 +289,17 @@ def _sliding(chosen: ChosenModel, rope: Mapping[str, Any], *, always: bool = Fal
         rope: how positions are scaled there.
         always: name the layers even where all do as llama.cpp assumes, and the window even where none slides.
     """
-    slides = [kind == "sliding_attention" for kind in chosen.config["layer_types"]]
+    slides = [kind == _SLIDES for kind in chosen.config["layer_types"]]
     if not any(slides) and not always:
         return {}
-    family = chosen.family.name
     if rope.get("rope_type", "default") != "default":
-        raise _refusal(f"llama.cpp's {family} does not scale positions of sliding layers; use --to hf")
-    fields: dict[str, Any] = {
-        "attention.sliding_window": int(chosen.config["sliding_window"]),
-        "rope.freq_base_swa": float(rope["rope_theta"]),
-    }
+        raise refusal(f"llama.cpp's {chosen.family.name} does not scale positions of sliding layers; use --to hf")
+    return _window_fields(chosen, slides, always=always) | {"rope.freq_base_swa": float(rope["rope_theta"])}
+
+
+def _window_fields(chosen: ChosenModel, slides: list[bool], *, always: bool) -> dict[str, Any]:
+    family = chosen.family.name
+    fields: dict[str, Any] = {"attention.sliding_window": int(chosen.config["sliding_window"])}
     if always or slides != [(layer + 1) % _SLIDING_PATTERN[family] != 0 for layer in range(len(slides))]:
         fields["attention.sliding_window_pattern"] = slides
     return fields
@@ -294,78 +318,6 @@ _OWN_FIELDS: Mapping[str, Callable[[ChosenModel], dict[str, Any]]] = {
     "starcoder2": _starcoder2,
     "gpt_neox": _gpt_neox,
     "gpt2": _gpt2,
+    "gpt_oss": _gpt_oss,
 }
 """Family -> what it has besides the keys that all share; for others `_plain_attention`."""
-
-
-def _rope(rope: Mapping[str, Any], chosen: ChosenModel) -> dict[str, Any]:
-    kind = rope.get("rope_type", "default")
-    share, head_dim = float(rope.get("partial_rotary_factor") or 1.0), chosen.bundle.manifest.model.head_dim
-    if share != 1.0 and not chosen.family.rotates_part:
-        raise _refusal("rotation of a part of each head is not exported; use --to hf")
-    fields: dict[str, Any] = {
-        "rope.freq_base": float(rope["rope_theta"]),
-        "rope.dimension_count": int(head_dim * share),
-    }
-    if kind == "linear":
-        fields |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    elif kind == "yarn":
-        if not _is_plain_yarn(rope):
-            raise _refusal("YaRN with parameters other than factor and original length is not exported; use --to hf")
-        fields |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": float(rope["factor"]),
-            "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
-        }
-    elif kind not in _FACTORS and kind != "default":
-        raise _refusal(f"positions scaled by {kind!r} are not exported; use --to hf")
-    elif kind in _FACTORS and chosen.family.name != "llama":
-        raise _refusal(f"llama.cpp's {chosen.family.name} has no positions scaled by {kind!r}; use --to hf")
-    return fields
-
-
-def _is_plain_yarn(rope: Mapping[str, Any]) -> bool:
-    usual = 0.1 * math.log(float(rope["factor"])) + 1.0
-    stated = rope.get("attention_factor")
-    return (
-        (stated is None or math.isclose(float(stated), usual, rel_tol=1e-6))
-        and rope.get("beta_fast") in (None, 32)
-        and rope.get("beta_slow") in (None, 1)
-        and rope.get("mscale") == rope.get("mscale_all_dim") is None
-    )
-
-
-def rope_factors(chosen: ChosenModel) -> npt.NDArray[np.float32] | None:
-    """Return (head_dim / 2,) what llama.cpp divides the inverse frequencies by; None where a key says it all.
-
-    Raises:
-        UnsupportedModelError: long and short texts have factors of their own.
-    """
-    rope = chosen.config.get("rope_parameters") or {}
-    factors = _FACTORS.get(rope.get("rope_type", "default"))
-    return None if factors is None else factors(rope, chosen.bundle.manifest.model.head_dim)
-
-
-def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> npt.NDArray[np.float32]:
-    """Llama 3.1's: long waves by `factor`, short ones not, a blend in between (as transformers computes it)."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    turns = rope["original_max_position_embeddings"] / (2 * np.pi * np.float32(rope["rope_theta"]) ** exponents)
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return np.asarray(1 / (blend + (1 - blend) / float(rope["factor"])), dtype=np.float32)
-
-
-def _longrope_factors(rope: Mapping[str, Any], head_dim: int) -> npt.NDArray[np.float32]:
-    if rope["short_factor"] != rope["long_factor"] or rope.get("attention_factor") != 1.0:
-        raise _refusal("LongRoPE with factors of its own for long texts is not exported; use --to hf")
-    return np.asarray(rope["short_factor"], dtype=np.float32)
-
-
-_FACTORS: Mapping[str, Callable[[Mapping[str, Any], int], npt.NDArray[np.float32]]] = {
-    "llama3": _llama3_factors,
-    "longrope": _longrope_factors,
-}
-
-
-def _refusal(reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"--to gguf: {reason}")

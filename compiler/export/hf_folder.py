@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from coreinfer.bundles.families import ExpertNames
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.compiler.models.empty import empty_model
 from coreinfer.runtime.engines.torch.joined import put_together
@@ -49,7 +50,7 @@ def write_hf(folder: Path, chosen: ChosenModel, *, dtype: str) -> HfExport:
     width = max(chosen.widths)
     parameters = list_parameters(chosen, [width] * len(chosen.widths))
     named = groupby(parameters, key=lambda parameter: parameter.name)
-    parts = {name: _values(list(group), DTYPES[dtype]) for name, group in named}
+    parts = {name: _values(list(group), chosen.family.experts, DTYPES[dtype]) for name, group in named}
     config = model_config(chosen, **_sizes(chosen, width), dtype=dtype)
     state = put_together(parts, chosen.family, config)
     empty = empty_model(config)
@@ -73,14 +74,16 @@ def _sizes(chosen: ChosenModel, width: int) -> dict[str, int]:
     return {names.dim_field: width, **numbers}
 
 
-def _values(parts: Sequence[Parameter], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of transformers: a parameter, or the matrices of experts (experts, rows, columns)."""
+def _values(parts: Sequence[Parameter], names: ExpertNames | None, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of transformers: a parameter, or what all experts have of a kind, as it has that."""
     values = [torch.from_numpy(read_floats(part)).to(dtype) for part in parts]
-    if parts[0].role is None:
+    if names is None or parts[0].role is None:
         return values[0]
     num_experts = sum(part.role == parts[0].role for part in parts)
-    whole: torch.Tensor = torch.cat(values).unflatten(0, (num_experts, -1))
-    return whole
+    # (experts, roles, outputs, ...)
+    whole: torch.Tensor = torch.stack(values).unflatten(0, (num_experts, -1))
+    whole = (whole.transpose(1, 2) if names.interleaved else whole).flatten(1, 2)
+    return whole.mT.contiguous() if names.transposed and whole.ndim == 3 else whole
 
 
 def _defaults(chosen: ChosenModel) -> dict[str, Any]:

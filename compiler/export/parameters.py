@@ -20,8 +20,9 @@ from .chosen import ChosenModel
 
 __all__ = ["Parameter", "list_parameters", "model_config", "read_floats"]
 
-_EXPERT_TENSORS = {"experts.gate_up_proj": ("gate", "up"), "experts.down_proj": ("down",)}
-"""Paths from a mixture to transformers' tensors of all experts -> the matrices of each."""
+_EXPERT_MATRICES = {"experts.gate_up_proj": ("gate", "up"), "experts.down_proj": ("down",)}
+_EXPERT_BIASES = {"experts.gate_up_proj_bias": ("gate_bias", "up_bias"), "experts.down_proj_bias": ("down_bias",)}
+"""Paths from a mixture to transformers' tensors of all experts -> the matrices, or biases, of each."""
 _PACKED_PARTS = re.compile(r"\.(q4|q8|high|low|scale|zero)$")
 
 
@@ -30,13 +31,14 @@ class Parameter:
     """One tensor of the model.
 
     Attributes:
-        name: transformers' name, or of a part of a module that it has as one. Matrices of a layer's experts have the
-            name of the tensor in which transformers has them, one after another, each one's gate before its up.
+        name: transformers' name, or of a part of a module that it has as one. Matrices and biases of a layer's experts
+            have the name of the tensor in which transformers has them, one after another, each one's gate before its
+            up.
         file: the file of the bundle that holds it.
         stored: its name there.
         shape: as it is stored.
         padded: the shape that it is exported with; neurons that are added are zeros.
-        role: of an expert's matrix "gate", "up" or "down".
+        role: of an expert's matrix "gate", "up" or "down", of its bias "gate_bias" and so on.
         rows: of a router, the numbers of the experts that are there; it is exported in float32, as it computes.
     """
 
@@ -103,34 +105,34 @@ def _mixture_names(chosen: ChosenModel, widths: Sequence[int]) -> dict[str, list
     paths, record = chosen.family.experts, chosen.bundle.manifest.model.experts
     if chosen.experts is None or paths is None or record is None:
         return names
-    hidden = chosen.bundle.manifest.model.hidden_size
-    for layer, experts in enumerate(chosen.experts):
+    tensors = _EXPERT_MATRICES | _EXPERT_BIASES if paths.biased else _EXPERT_MATRICES
+    for layer in range(len(chosen.experts)):
         module = f"{chosen.family.layers}.{layer}.{paths.module}"
-        router = f"{module}.{paths.router}.weight"
-        names[router] = [
-            Parameter(
-                name=router,
-                file=chosen.bundle.base,
-                stored=f"{module}.router.weight",
-                shape=(record.num_experts, hidden),
-                padded=(len(experts), hidden),
-                rows=experts,
-            )
-        ]
-        for path, roles in _EXPERT_TENSORS.items():
+        for kind in ("weight", "bias") if paths.biased else ("weight",):
+            name = f"{module}.{paths.router}.{kind}"
+            names[name] = [_router(chosen, name, f"{module}.router.{kind}", layer)]
+        for path, roles in tensors.items():
             name = f"{module}.{path}"
-            names[name] = list(_expert_matrices(chosen, name, layer, roles, widths[layer]))
+            names[name] = list(_of_experts(chosen, name, layer, roles, widths[layer]))
     return names
 
 
-def _expert_matrices(
-    chosen: ChosenModel, name: str, layer: int, roles: tuple[str, ...], width: int
-) -> Iterator[Parameter]:
+def _router(chosen: ChosenModel, name: str, stored: str, layer: int) -> Parameter:
+    model = chosen.bundle.manifest.model
+    assert chosen.experts is not None
+    assert model.experts is not None
+    rows, inner = chosen.experts[layer], (model.hidden_size,) if stored.endswith(".weight") else ()
+    shape, padded = (model.experts.num_experts, *inner), (len(rows), *inner)
+    return Parameter(name=name, file=chosen.bundle.base, stored=stored, shape=shape, padded=padded, rows=rows)
+
+
+def _of_experts(chosen: ChosenModel, name: str, layer: int, roles: tuple[str, ...], width: int) -> Iterator[Parameter]:
     assert chosen.experts is not None
     hidden = chosen.bundle.manifest.model.hidden_size
+    shapes = {"down": (hidden, 0), "down_bias": (hidden,), "gate_bias": (0,), "up_bias": (0,)}
     for expert in chosen.experts[layer]:
         for role in roles:
-            shape = (hidden, 0) if role == "down" else (0, hidden)
+            shape = shapes.get(role, (0, hidden))
             narrow, padded = (_resized(shape, role, neurons) for neurons in (chosen.widths[layer], width))
             stored = tensor_name(layer, expert_role(expert, role))
             yield Parameter(name=name, file=chosen.ffn, stored=stored, shape=narrow, padded=padded, role=role)

@@ -8,10 +8,12 @@ from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from coreinfer.bundles.families import family_of_config
 
 from .experts import expert_fields
+from .gpt_oss import gpt_oss_fields
 from .header import Header
 from .keys import HeaderKeys
 from .rope import scaled_rope
 from .rotated_parts import gpt2_fields, gpt_neox_fields, phi3_fields, stablelm_fields, starcoder2_fields
+from .sliding import layer_types, sliding_layers, sliding_window
 from .tying import table_of
 
 __all__ = ["ARCHITECTURES", "architecture_of", "config_fields"]
@@ -179,7 +181,7 @@ def _ids_of(header: Header, key: str, name: str, vocabulary: int) -> list[int]:
 
 def _llama(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
     keys.expect("tensor_data_layout", (_LLAMA_LAYOUT,))
-    window = _window(keys)
+    window = sliding_window(keys)
     fields = {
         "attention_bias": _has_biases(header, "attn_q", "attn_k", "attn_v", "attn_output"),
         "mlp_bias": _has_biases(header, "ffn_gate", "ffn_up", "ffn_down"),
@@ -252,7 +254,7 @@ def _qwen3_moe(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> d
 
 def _olmo2(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
     scaled = _rope(keys, header, shared, keys.needed_number("rope.freq_base"))
-    window, num_layers = _window(keys), int(shared["num_hidden_layers"])
+    window, num_layers = sliding_window(keys), int(shared["num_hidden_layers"])
     if not window:
         return {"model_type": "olmo2", "rope_parameters": scaled}
     plain = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa") or scaled["rope_theta"]}
@@ -260,7 +262,7 @@ def _olmo2(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[
     return {
         "model_type": "olmo3",
         "sliding_window": window,
-        "layer_types": _layer_types(_sliding_layers(keys, num_layers, _OLMO_PATTERN)),
+        "layer_types": layer_types(sliding_layers(keys, num_layers, _OLMO_PATTERN)),
         "rope_parameters": {"full_attention": scaled, "sliding_attention": plain},
     }
 
@@ -287,8 +289,8 @@ def _gemma2(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict
     limits = {"attn_logit_softcapping": _GEMMA2_SCORE_LIMIT, "final_logit_softcapping": _GEMMA2_LOGIT_LIMIT}
     return {
         "model_type": "gemma2",
-        "sliding_window": _window(keys) if keys.has("attention.sliding_window") else _GEMMA2_WINDOW,
-        "layer_types": _layer_types(_sliding_layers(keys, int(shared["num_hidden_layers"]), _GEMMA2_PATTERN)),
+        "sliding_window": sliding_window(keys) if keys.has("attention.sliding_window") else _GEMMA2_WINDOW,
+        "layer_types": layer_types(sliding_layers(keys, int(shared["num_hidden_layers"]), _GEMMA2_PATTERN)),
         "rope_parameters": _rope(keys, header, shared, theta),
         "query_pre_attn_scalar": _query_scalar(shared, wide_at=46),
         **{key: (keys.number(key) or None) if keys.has(key) else usual for key, usual in limits.items()},
@@ -296,15 +298,15 @@ def _gemma2(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict
 
 
 def _gemma3(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict[str, Any]:
-    window, num_layers = _window(keys), int(shared["num_hidden_layers"])
-    sliding = _sliding_layers(keys, num_layers, _SLIDING_PATTERN) if window else [False] * num_layers
+    window, num_layers = sliding_window(keys), int(shared["num_hidden_layers"])
+    sliding = sliding_layers(keys, num_layers, _SLIDING_PATTERN) if window else [False] * num_layers
     plain = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa") or _SLIDING_THETA}
     for key in ("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa"):
         keys.expect(key, (shared["head_dim"],))
     return {
         "model_type": "gemma3_text",
         "sliding_window": window or None,
-        "layer_types": _layer_types(sliding),
+        "layer_types": layer_types(sliding),
         # Scaling is that of the layers that see everything.
         "rope_parameters": {
             "full_attention": _rope(keys, header, shared, keys.needed_number("rope.freq_base")),
@@ -315,34 +317,11 @@ def _gemma3(keys: HeaderKeys, header: Header, shared: Mapping[str, Any]) -> dict
     }
 
 
-def _layer_types(sliding: list[bool]) -> list[str]:
-    return ["sliding_attention" if slides else "full_attention" for slides in sliding]
-
-
 def _query_scalar(shared: Mapping[str, Any], *, wide_at: int) -> int:
     """What attention is scaled by the root of: not in the header, known by the number of layers as in llama.cpp."""
     if shared["num_hidden_layers"] == wide_at:
         return int(shared["hidden_size"] // shared["num_attention_heads"])
     return int(shared["head_dim"])
-
-
-def _sliding_layers(keys: HeaderKeys, num_layers: int, usual: int) -> list[bool]:
-    pattern = keys.value("attention.sliding_window_pattern")
-    if pattern is None:
-        pattern = usual
-    if isinstance(pattern, list):
-        if len(pattern) != num_layers:
-            raise keys.refused("attention.sliding_window_pattern", f"expected {num_layers} flags, got {len(pattern)}")
-        return [bool(slides) for slides in pattern]
-    if isinstance(pattern, bool) or not isinstance(pattern, int) or pattern < 1:
-        raise keys.unsupported("attention.sliding_window_pattern")
-    return [(layer + 1) % pattern != 0 for layer in range(num_layers)]
-
-
-def _window(keys: HeaderKeys) -> int:
-    if not keys.number("attention.sliding_window"):
-        return 0
-    return keys.size("attention.sliding_window")
 
 
 def _rope(keys: HeaderKeys, header: Header, shared: Mapping[str, Any], theta: float) -> dict[str, Any]:
@@ -372,4 +351,5 @@ ARCHITECTURES: dict[str, Callable[[HeaderKeys, Header, Mapping[str, Any]], dict[
     "starcoder2": starcoder2_fields,
     "gptneox": gpt_neox_fields,
     "gpt2": gpt2_fields,
+    "gpt-oss": gpt_oss_fields,
 }

@@ -9,8 +9,8 @@ from .keys import HeaderKeys
 
 __all__ = ["expert_fields", "refuse_single_experts"]
 
-_SOFTMAX = 1
-"""The router that takes a softmax over all experts, among llama.cpp's."""
+_SOFTMAX, _SOFTMAX_OF_CHOSEN = 1, 3
+"""The routers that take a softmax over all experts, and over the chosen ones, among llama.cpp's."""
 _NOT_READ = (
     "expert_shared_count",
     "expert_shared_feed_forward_length",
@@ -37,7 +37,8 @@ def expert_fields(keys: HeaderKeys, family_name: str, *, normalizes: bool) -> di
     names = family_by_name(family_name).experts
     assert names is not None
     keys.expect("expert_weights_norm", (normalizes,))
-    keys.expect("expert_gating_func", (_SOFTMAX,))
+    # Of normalized weights both are the same.
+    keys.expect("expert_gating_func", (_SOFTMAX, _SOFTMAX_OF_CHOSEN) if normalizes else (_SOFTMAX,))
     keys.expect("expert_weights_scale", (0.0, 1.0))
     for key in _NOT_READ:
         keys.expect(key, (0,))

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from .rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 
-__all__ = ["LAYOUTS", "TensorLayout", "file_names", "layout_of", "paired_rows", "rows_by_head"]
+__all__ = ["LAYOUTS", "TensorLayout", "file_names", "layout_of", "paired_rows", "path_in_layer", "rows_by_head"]
 
 
 LINEARS = {
@@ -39,8 +39,10 @@ class TensorLayout:
         turned: names in the file, without layer, of matrices that the model has as (inputs, outputs).
         by_head: names in the file, without layer, of modules whose rows are queries, keys and values one after another,
             and lie head by head in the model.
-        experts: of a mixture, paths from a layer to parameters (experts, rows, columns) -> names in the file, without
-            layer, of tensors that hold their rows one after another.
+        experts: of a mixture, paths from a layer to parameters of all experts -> names in the file, without layer, of
+            tensors (experts, outputs, ...), of which the parameter has one or two; `Family.experts` says how.
+        vectors: paths from a layer to parameters that are no module's weight or bias -> names in the file, without
+            layer.
     """
 
     norms: Mapping[str, str]
@@ -53,6 +55,7 @@ class TensorLayout:
     turned: tuple[str, ...] = ()
     by_head: tuple[str, ...] = ()
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    vectors: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def per_layer(self) -> dict[str, str]:
@@ -134,15 +137,19 @@ LAYOUTS = {
 }
 
 
-def _mixture(layout: TensorLayout, router: str = "gate", module: str = "mlp") -> TensorLayout:
+_EXPERTS = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",)}
+
+
+def _mixture(layout: TensorLayout, router: str = "gate", module: str = "mlp", *, biased: bool = False) -> TensorLayout:
     """The same model with a mixture of experts for an FFN."""
     linears = {name: path for name, path in LINEARS.items() if name.startswith("attn_")}
     return replace(
         layout,
         linears={**linears, "ffn_gate_inp": f"{module}.{router}"},
         experts={
-            f"{module}.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
-            f"{module}.experts.down_proj": ("ffn_down_exps",),
+            f"{module}.experts.{path}{suffix}": tuple(f"{name}.{kind}" for name in names)
+            for path, names in _EXPERTS.items()
+            for suffix, kind in (("", "weight"), ("_bias", "bias"))[: 2 if biased else 1]
         },
     )
 
@@ -152,6 +159,14 @@ MIXTURE_LAYOUTS = {
     "granitemoe": _mixture(_LLAMA, router="router", module="block_sparse_moe"),
     "qwen3moe": _mixture(LAYOUTS["qwen3"]),
     "olmoe": _mixture(TensorLayout(norms={**_TWO_NORMS, **_HEAD_NORMS})),
+    "gpt-oss": _mixture(
+        TensorLayout(
+            norms={"attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"},
+            vectors={"self_attn.sinks": "attn_sinks.weight"},
+        ),
+        router="router",
+        biased=True,
+    ),
 }
 
 
@@ -160,15 +175,22 @@ def layout_of(architecture: str, *, has_experts: bool) -> TensorLayout:
     return (MIXTURE_LAYOUTS if has_experts else LAYOUTS)[architecture]
 
 
+def path_in_layer(parameter: str, layout: TensorLayout) -> str:
+    """Take the path to its layer off a parameter's name; of those outside of layers it says nothing."""
+    return parameter.removeprefix(f"{layout.layers}.").partition(".")[2]
+
+
 def file_names(parameter: str, layout: TensorLayout) -> tuple[str, ...]:
     """Name what a file has for a parameter of the model: one tensor, or for gates and ups of experts two."""
     stem, _, kind = parameter.rpartition(".")
     shared = {ours: theirs for theirs, ours in layout.shared.items()}
     if stem in shared:
         return (f"{shared[stem]}.{kind}",)
-    layer, _, path = parameter.removeprefix(f"{layout.layers}.").partition(".")
+    layer, path = parameter.removeprefix(f"{layout.layers}.").partition(".")[0], path_in_layer(parameter, layout)
     if path in layout.experts:
-        return tuple(f"blk.{layer}.{name}.weight" for name in layout.experts[path])
+        return tuple(f"blk.{layer}.{name}" for name in layout.experts[path])
+    if path in layout.vectors:
+        return (f"blk.{layer}.{layout.vectors[path]}",)
     per_layer = {ours: theirs for theirs, ours in layout.per_layer.items()}
     return (f"blk.{layer}.{per_layer[path.rpartition('.')[0]]}.{kind}",)
 

@@ -46,6 +46,12 @@ _CASED_PIECES = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K_PIECES = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _ENDING + "|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _ENDING + "|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _LLAMA = Split(pattern=_PIECES % "{1,3}", whole_words=True, begins=True)
 _DBRX = Split(pattern=_PIECES % "{1,3}")
 _QWEN = Split(pattern=_PIECES % "", composes=True)
@@ -63,6 +69,8 @@ SPLITS: Mapping[str, Split] = {
     "smaug-bpe": _DBRX,
     "olmo": Split(),
     "tekken": Split(pattern=_CASED_PIECES, whole_words=True, begins=True),
+    # Of gpt-oss, as tiktoken's o200k_base has it.
+    "gpt-4o": Split(pattern=_O200K_PIECES),
     "qwen2": _QWEN,
     "deepseek-r1-qwen": _QWEN,
 }

@@ -5,10 +5,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles.errors import UnsupportedModelError
+from coreinfer.compiler.models.unpack.mxfp4_table import mxfp4_values
 
 from .header import TensorEntry
 
 __all__ = ["check_readable", "read_rows", "read_tensor"]
+
+_MXFP4_BYTES = 17
 
 
 def read_tensor(entry: TensorEntry) -> npt.NDArray[Any]:
@@ -33,8 +36,24 @@ def read_rows(entry: TensorEntry, rows: slice) -> npt.NDArray[Any]:
         return raw.view("<f4").reshape(shape)
     if kind == GGMLQuantizationType.F16:
         return raw.view("<f2").reshape(shape)
+    if kind == GGMLQuantizationType.MXFP4:
+        return _mxfp4(raw).reshape(shape)
     blocks: npt.NDArray[Any] = raw.reshape(*shape[:-1], -1)
     return np.asarray(quants.dequantize(blocks, kind)).reshape(shape)
+
+
+def _mxfp4(raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Look blocks of 32 up: a scale, and 16 bytes whose low halves are the first 16 codes.
+
+    ggml's own tables have doubled codes and half of the scale, and no scale that is no number.
+    """
+    scales, halves = np.split(raw.reshape(-1, _MXFP4_BYTES), [1], axis=1)
+    codes = np.concatenate([halves & np.uint8(15), halves >> np.uint8(4)], axis=1)
+    # Numbers beyond float32 become infinite, which the check of all weights names.
+    with np.errstate(over="ignore"):
+        table = mxfp4_values().astype(np.float32).reshape(-1)
+    values: npt.NDArray[np.float32] = table[scales.astype(np.uint16) * np.uint16(16) + codes]
+    return values
 
 
 def check_readable(name: str, entry: TensorEntry) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.families import ExpertNames, family_of_config
 from coreinfer.compiler.models.empty import empty_model
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import architecture_of
 from .experts import refuse_single_experts
 from .header import Header, TensorEntry
-from .names import TensorLayout, file_names, layout_of, paired_rows, rows_by_head
+from .names import TensorLayout, file_names, layout_of, paired_rows, path_in_layer, rows_by_head
 from .tying import EMBEDDING, HEAD, table_of
 from .values import check_readable, read_rows, read_tensor
 
@@ -55,13 +56,14 @@ def _layout(header: Header, name: str) -> TensorLayout:
 def _sources(header: Header, layout: TensorLayout, name: str) -> dict[str, tuple[str, ...]]:
     """Name in the model -> in the file, for tensors of names that the architecture has."""
     per_layer, paths = layout.per_layer, {part: path for path, parts in layout.experts.items() for part in parts}
+    paths |= {name: path for path, name in layout.vectors.items()}
     sources: dict[str, tuple[str, ...]] = {}
     for tensor in header.tensors:
         match = _BLOCK.fullmatch(tensor)
         if match and match[2] in per_layer:
             sources[f"{layout.layers}.{int(match[1])}.{per_layer[match[2]]}.{match[3]}"] = (tensor,)
-        elif match and match[2] in paths:
-            parameter = f"{layout.layers}.{int(match[1])}.{paths[match[2]]}"
+        elif match and f"{match[2]}.{match[3]}" in paths:
+            parameter = f"{layout.layers}.{int(match[1])}.{paths[f'{match[2]}.{match[3]}']}"
             sources[parameter] = file_names(parameter, layout)
         elif match and _SINGLE_EXPERT.fullmatch(match[2]):
             refuse_single_experts(tensor, name)
@@ -110,10 +112,23 @@ def _shapes(
     # Shared parameters come once, under the name that they have first.
     for parameter, value in empty.named_parameters():
         tensors, shape = sources.get(parameter) or file_names(parameter, layout), tuple(value.shape)
-        if len(tensors) > 1:
-            shape = (shape[0], shape[1] // len(tensors), *shape[2:])
+        if path_in_layer(parameter, layout) in layout.experts:
+            shape = _of_all_experts(shape, len(tensors), _experts_of(empty.config))
         shapes |= {tensor: shape[:: -1 if _is_turned(tensor, layout) else 1] for tensor in tensors}
     return shapes
+
+
+def _experts_of(config: PreTrainedConfig) -> ExpertNames:
+    names = family_of_config(config.to_dict(), "").experts
+    assert names is not None
+    return names
+
+
+def _of_all_experts(shape: tuple[int, ...], num_tensors: int, names: ExpertNames) -> tuple[int, ...]:
+    """Shape of each tensor that a parameter of all experts has in the file: (experts, outputs, ...)."""
+    if names.transposed:
+        shape = (shape[0], *shape[:0:-1])
+    return (shape[0], shape[1] // num_tensors, *shape[2:])
 
 
 def _stem(tensor: str) -> str:
@@ -140,8 +155,8 @@ def _weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for parameter, tensors in sources.items():
         entries = [header.tensors[tensor] for tensor in tensors]
-        if len(entries[0].shape) == 3:
-            yield parameter, _experts(entries, dtype)
+        if path_in_layer(parameter, layout) in layout.experts:
+            yield parameter, _experts(entries, _experts_of(config), dtype)
         else:
             yield parameter, _convert(tensors[0], entries[0], layout, config, dtype)
 
@@ -163,18 +178,20 @@ def _convert(
     return torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
 
 
-def _experts(entries: Sequence[TensorEntry], dtype: torch.dtype) -> torch.Tensor:
-    """Put tensors (experts, rows, columns) together, each expert's rows one after another.
-
-    Only one expert is unpacked at a time.
+def _experts(entries: Sequence[TensorEntry], names: ExpertNames, dtype: torch.dtype) -> torch.Tensor:
+    """Put tensors (experts, outputs, ...) together as transformers has them; one expert is unpacked at a time.
 
     Returns:
-        (experts, rows of all, columns) in `dtype`.
+        (experts, outputs of all, ...) in `dtype`, or (experts, inputs, outputs of all).
     """
-    num_experts, _, columns = entries[0].shape
-    whole = torch.empty((num_experts, sum(entry.shape[1] for entry in entries), columns), dtype=dtype)
+    num_experts, _, *inner = entries[0].shape
+    num_rows = [entry.shape[1] for entry in entries]
+    whole = torch.empty((num_experts, sum(num_rows), *inner), dtype=dtype)
     for expert in range(num_experts):
-        parts = whole[expert].split([entry.shape[1] for entry in entries])
+        own = whole[expert]
+        parts = (
+            [own[start :: len(entries)] for start in range(len(entries))] if names.interleaved else own.split(num_rows)
+        )
         for entry, part in zip(entries, parts, strict=True):
             part.copy_(torch.from_numpy(read_rows(entry, slice(expert, expert + 1))[0]))
-    return whole
+    return whole.mT if names.transposed and whole.ndim == 3 else whole

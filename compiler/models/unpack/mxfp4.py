@@ -8,26 +8,21 @@ all weights that are not finite.
 from collections.abc import Mapping
 from functools import partial
 
-import numpy as np
 import torch
 from torch import nn
 
 from .asked import Settings
+from .mxfp4_table import mxfp4_values
 from .packing import Method, Packing, Part
 
 __all__ = ["MXFP4"]
 
 _GROUP = 32
-_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_BIAS = 127
 
 
 def _table() -> torch.Tensor:
-    """What each code is with each scale: (256 x 16,) bfloat16, a scale's codes one after another."""
-    codes = np.array([*_MAGNITUDES, *(-value for value in _MAGNITUDES)])
-    values = np.ldexp(codes, np.arange(256)[:, None] - _BIAS)
-    values[255] = np.nan
-    return torch.from_numpy(values.reshape(-1)).to(torch.bfloat16)
+    """`mxfp4_values` in bfloat16: (256 x 16,), a scale's codes one after another."""
+    return torch.tensor(mxfp4_values().reshape(-1), dtype=torch.bfloat16)
 
 
 def _packing(model: nn.Module, name: str) -> Packing | None:
