@@ -8,6 +8,7 @@ torch's libraries and this package's kernels are told not to use more. The CPU's
 import os
 import sys
 from functools import partial
+from pathlib import Path
 
 # What torch's own kernels, oneDNN, MKL and the native engine may use; read once, when they are loaded.
 _LIMITS = {
@@ -18,13 +19,17 @@ _LIMITS = {
 }
 
 
+def _no(root: Path = Path("/")) -> bool:
+    return False
+
+
 def main() -> None:
     """Compile with the process's own arguments."""
     os.environ.update(_LIMITS)
     from coreinfer.bundles.shared import machine
 
     # Before the modules that ask it are imported.
-    machine.cpu_multiplies_bf16 = machine.bf16_products_are_faster = lambda: False
+    machine.cpu_multiplies_bf16 = machine.bf16_products_are_faster = _no
     from coreinfer.compiler.prune import _products
     from coreinfer.compiler.quantize import _kernels
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from coreinfer.bundles.families import family_of_config
 from coreinfer.compiler.cache import Cache
+from coreinfer.compiler.models.gradients import draw_tokens
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.progress import Progress
-from coreinfer.compiler.prune.sensitivity import _draw, fisher_matrices, removal_curves
+from coreinfer.compiler.prune.sensitivity import fisher_matrices, removal_curves
 from coreinfer.compiler.team.alone import Alone
 from coreinfer.compiler.text.corpus import Document
 
@@ -65,7 +66,7 @@ def test_half_the_fisher_form_predicts_the_divergence_of_small_errors(name: str)
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     shares = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
     log_p = shares.log().expand(20_000, -1)
-    drawn = _draw(log_p, torch.rand((len(log_p), 1), generator=torch.Generator().manual_seed(1)))
+    drawn = draw_tokens(log_p, torch.rand((len(log_p), 1), generator=torch.Generator().manual_seed(1)))
     assert drawn.shape == (20_000, 1)
     found = torch.bincount(drawn[:, 0], minlength=6) / 20_000
     torch.testing.assert_close(found, shares, atol=0.015, rtol=0)
