@@ -5,7 +5,6 @@ asked for a part of a CPU would wait for as long as the workers live. For the sa
 Data's own `read_parquet`, which lists them in a task that asks for a CPU, whatever reading asks for.
 """
 
-import logging
 import pickle
 from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import lru_cache
@@ -16,6 +15,7 @@ import numpy as np
 import ray
 import ray.data
 from coreinfer.bundles.errors import ConfigError, CoreInferError
+from coreinfer.bundles.shared.ray_cluster import data_context
 from ray.exceptions import RayError, RayTaskError
 
 __all__ = ["ray_stream"]
@@ -40,7 +40,6 @@ def ray_stream(
         CoreInferError: the task raised it, of the first item in order.
         ConfigError: tasks cannot be kept running.
     """
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     coming, num_items = iter(items), _FIRST_ITEMS
     # Large, and the same for all: a process fetches them once.
     work = ray.put((task, *arguments))
@@ -51,7 +50,7 @@ def ray_stream(
 
 def _streamed(work: Any, items: Sequence[object], num_at_once: int) -> Generator[Any, None, None]:
     rows = [{"item": pickle.dumps(item)} for item in items]
-    with ray.data.DataContext.current(_context()):
+    with ray.data.DataContext.current(data_context(in_order=True)):
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _run,
             fn_args=(work,),
@@ -71,13 +70,6 @@ def _streamed(work: Any, items: Sequence[object], num_at_once: int) -> Generator
         if isinstance(error, RayTaskError):
             raise
         raise ConfigError(f"--ray: a task cannot be kept running ({' '.join(str(error).split())})") from error
-
-
-def _context() -> Any:
-    context = ray.data.DataContext.get_current().copy()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = context.print_on_execution_start = False
-    return context
 
 
 def _run(batch: _Columns, work: Any) -> _Columns:
