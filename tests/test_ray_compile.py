@@ -86,7 +86,7 @@ def text_in_s3(shelf: Any, tmp_path: Path) -> str:
 def test_texts_are_read_in_order_beside_workers_that_hold_all_cpus(shelf: Any) -> None:
     from coreinfer.compiler.team.ray_stream import ray_stream
 
-    sources = [f"s3://shelf/many/{number}.txt" for number in range(60)]
+    sources = [f"s3://shelf/many/{number}.txt" for number in range(50)]
     for number, source in enumerate(sources):
         # Of unlike sizes: later ones are read sooner.
         text = "\n\n".join(corpus_texts()[:: 1 + 20 * (number % 3)])

@@ -2,11 +2,11 @@
 
 Workers hold all CPUs that a compile asks Ray for, and have nothing to do meanwhile. So tasks ask for none: one that
 asked for a part of a CPU would wait for as long as the workers live. For the same reason files are not read by Ray
-Data's own `read_parquet`, which lists them in a task that asks for a CPU, whatever reading asks for.
+Data's own `read_parquet`, which looks at them in tasks that ask for CPUs, whatever its reading is told to ask for.
 """
 
 import pickle
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any, TypeVar
@@ -27,6 +27,11 @@ _Columns = dict[str, Any]
 
 _FIRST_ITEMS = 16
 """That are asked for at once; then twice as many, and so on: who stops early has not asked for much more."""
+
+_TASKS_OF_PROCESS = 4
+"""At least, so that processes end at about the same time."""
+_ITEMS_OF_TASK = 16
+"""At most. A task costs a tenth of a second."""
 
 
 def ray_stream(
@@ -50,11 +55,12 @@ def ray_stream(
 
 def _streamed(work: Any, items: Sequence[object], num_at_once: int) -> Generator[Any, None, None]:
     rows = [{"item": pickle.dumps(item)} for item in items]
+    num_tasks = min(len(rows), max(num_at_once * _TASKS_OF_PROCESS, -(-len(rows) // _ITEMS_OF_TASK)))
     with ray.data.DataContext.current(data_context(in_order=True)):
-        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        results = ray.data.from_items(rows, override_num_blocks=num_tasks).map_batches(
             _run,
             fn_args=(work,),
-            batch_size=1,
+            batch_size=None,
             num_cpus=0,
             compute=ray.data.TaskPoolStrategy(size=num_at_once),
         )
@@ -72,15 +78,15 @@ def _streamed(work: Any, items: Sequence[object], num_at_once: int) -> Generator
         raise ConfigError(f"--ray: a task cannot be kept running ({' '.join(str(error).split())})") from error
 
 
-def _run(batch: _Columns, work: Any) -> _Columns:
-    """Run the task on an item. Errors that are told are results too: nothing of them is lost on the way."""
+def _run(batch: _Columns, work: Any) -> Iterator[_Columns]:
+    """Run the task on items. Errors that are told are results too: nothing of them is lost on the way."""
     task, *arguments = _fetched(work)
-    (item,) = batch["item"]
-    try:
-        result: Any = task(pickle.loads(item), *arguments)
-    except CoreInferError as error:
-        result = error
-    return {"result": np.array([pickle.dumps(result)], dtype=object)}
+    for item in batch["item"]:
+        try:
+            result: Any = task(pickle.loads(item), *arguments)
+        except CoreInferError as error:
+            result = error
+        yield {"result": np.array([pickle.dumps(result)], dtype=object)}
 
 
 @lru_cache(maxsize=1)
