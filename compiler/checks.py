@@ -11,9 +11,12 @@ from .config import CompileConfig
 from .expert_options import check_expert_options, check_no_expert_options
 from .models.sources import ModelSource, find_encoder, find_source
 from .models.stated import check_mappable, check_stays_mapped, stated_config
-from .text.reading import check_elsewhere, is_elsewhere, is_local, read_texts, text_sources
+from .text.reading import check_elsewhere, is_local, read_order, read_texts, text_sources
 
 __all__ = ["Inputs", "check_activation", "check_document_tokens", "find_inputs"]
+
+_MOST_CHECKED = 64
+"""Of the files at addresses, the first that will be read: of a million files most never are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ def find_inputs(config: CompileConfig) -> Inputs:
         check_mappable(model)
     # Read again when the tokenizer is there: a model may take minutes to load, text never does.
     read_texts([source for source in texts if is_local(source)], config.text_field)
-    for source in filter(is_elsewhere, texts):
+    for source in read_order(texts, config.seed)[:_MOST_CHECKED]:
         check_elsewhere(source, config.text_field)
     return Inputs(model=model, encoder=encoder, texts=tuple(texts))
 

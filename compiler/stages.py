@@ -145,7 +145,9 @@ def gather_material(
     loaded = team.loaded
     check_activation(config, loaded.record.activation)
     write_builtin = partial(builtin_documents, config, team, cache, model_sha256, folder, progress)
-    corpus = build_corpus(config, loaded, partial(given_documents, config, team, progress), write_builtin)
+    corpus = build_corpus(
+        config, loaded.record.max_positions, partial(given_documents, config, team, progress), write_builtin
+    )
     check_memory(config, loaded, corpus)
     key = stage_key(
         "text",

@@ -31,14 +31,16 @@ def build(loaded: LoadedModel, config: CompileConfig, cache: Path | None = None)
     with TemporaryDirectory() as name:
         team = Alone(loaded)
         write_builtin = partial(builtin_documents, config, team, Cache(cache), "model", Path(name), Progress())
-        return build_corpus(config, loaded, partial(given_documents, config, team, Progress()), write_builtin)
+        return build_corpus(
+            config, loaded.record.max_positions, partial(given_documents, config, team, Progress()), write_builtin
+        )
 
 
 @pytest.mark.parametrize("num_tokens", [16, 25, 1000])
 def test_texts_are_cut_into_documents(num_tokens: int) -> None:
     tokenizer, text = build_tokenizer(), "\n".join(corpus_texts()[:6])
     ids = tokenizer(text).input_ids
-    documents = split_into_documents([text], tokenizer, num_tokens)
+    documents = split_into_documents([text], tokenizer.backend_tokenizer, num_tokens)
     whole = [ids[start : start + num_tokens] for start in range(0, len(ids), num_tokens)]
     assert [list(document.token_ids) for document in documents] == [piece for piece in whole if len(piece) >= 8]
     for document in documents:
@@ -50,7 +52,7 @@ def test_texts_are_cut_into_documents(num_tokens: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "hi", "x"])
 def test_tiny_texts_are_left_out(text: str) -> None:
-    assert split_into_documents([text], build_tokenizer(), 32) == []
+    assert split_into_documents([text], build_tokenizer().backend_tokenizer, 32) == []
 
 
 def file_config(folder: Path, **options: Any) -> CompileConfig:

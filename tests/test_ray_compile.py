@@ -4,7 +4,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -13,13 +13,17 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from coreinfer.bundles.errors import ConfigError
+from coreinfer.bundles.errors import CalibrationError, ConfigError
 from coreinfer.compiler import CompileConfig, Progress, compile_model
 from coreinfer.compiler.cli import main
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.team.alone import Alone
+from coreinfer.compiler.text.corpus import read_documents
+from coreinfer.compiler.text.reading import Shard
 
+from .model_factory import build_tokenizer, corpus_texts
 from .test_team import MANIFEST, compile_by, files_of
+from .test_web_bundles import local_s3
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 
@@ -29,8 +33,15 @@ _START_ATTEMPTS = 3
 _KILLS = 3
 
 
+@pytest.fixture(scope="module")
+def shelf() -> Iterator[Any]:
+    """A local S3, known to Ray's processes too."""
+    with pytest.MonkeyPatch.context() as patch, local_s3(patch) as client:
+        yield client
+
+
 @pytest.fixture(scope="module", autouse=True)
-def ray_here() -> Iterator[None]:
+def ray_here(shelf: Any) -> Iterator[None]:
     """Ray, started once for this file; compiles that ask for it find it there."""
     for attempt in range(_START_ATTEMPTS):
         try:
@@ -57,6 +68,60 @@ def compile_on_ray(tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path) 
     return run
 
 
+@pytest.fixture
+def text_in_s3(shelf: Any, tmp_path: Path) -> str:
+    """A folder of Parquet in row groups, of JSON Lines and of text."""
+    import pyarrow.parquet
+
+    texts = corpus_texts()
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts[:60]}), tmp_path / "a.parquet", row_group_size=10)
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts[60:90]))
+    (tmp_path / "c.txt").write_text("\n\n".join(text.replace("\n\n", " ") for text in texts[90:]))
+    for name in ("a.parquet", "b.jsonl", "c.txt"):
+        shelf.upload_file(str(tmp_path / name), "shelf", f"texts/{name}")
+    return "s3://shelf/texts"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_texts_are_read_in_order_beside_workers_that_hold_all_cpus(shelf: Any) -> None:
+    from coreinfer.compiler.team.ray_stream import ray_stream
+
+    sources = [f"s3://shelf/many/{number}.txt" for number in range(50)]
+    for number, source in enumerate(sources):
+        # Of unlike sizes: later ones are read sooner.
+        text = "\n\n".join(corpus_texts()[:: 1 + 20 * (number % 3)])
+        shelf.put_object(Bucket="shelf", Key=source.removeprefix("s3://shelf/"), Body=text.encode())
+
+    class Holder:
+        def is_ready(self) -> bool:
+            return True
+
+    how = (build_tokenizer().backend_tokenizer, "text", 64)
+    asked: list[Shard] = []
+
+    def shards(names: Iterable[str]) -> Iterator[Shard]:
+        for name in names:
+            asked.append(Shard(source=name))
+            yield asked[-1]
+
+    holders = [ray.remote(num_cpus=1)(Holder).remote() for _ in range(2)]
+    assert all(ray.get([holder.is_ready.remote() for holder in holders]))
+    assert ray.available_resources().get("CPU", 0) == 0
+    stream = ray_stream(read_documents, shards(sources), how, num_at_once=2)
+    found = [next(stream) for _ in range(20)]
+    stream.close()
+    assert found == [read_documents(shard, *how) for shard in asked[:20]]
+    assert [one.shard.source for one in found] == sources[:20]
+    # Sixteen, and twice as many.
+    assert len(asked) == 48
+    stream = ray_stream(read_documents, shards([sources[0], "s3://shelf/none.txt", *sources]), how, num_at_once=2)
+    assert next(stream) == found[0]
+    with pytest.raises(CalibrationError, match=r"^--calibration s3://shelf/none\.txt: cannot be read \("):
+        next(stream)
+    for holder in holders:
+        ray.kill(holder)
+
+
 def test_one_worker_makes_the_bundle_that_a_process_alone_makes(
     compile_on_ray: Callable[..., Path], compile_by: Callable[..., Path]
 ) -> None:
@@ -72,10 +137,11 @@ def test_one_worker_makes_the_bundle_that_a_process_alone_makes(
     assert worker["num_replaced"] == 0
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_workers_that_are_killed_are_replaced_and_the_bundle_is_the_same(
     compile_on_ray: Callable[..., Path],
     compile_by: Callable[..., Path],
-    tiny_inputs: Callable[[str], CompileConfig],
+    text_in_s3: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from coreinfer.compiler.team import on_ray
@@ -98,8 +164,7 @@ def test_workers_that_are_killed_are_replaced_and_the_bundle_is_the_same(
                 ray.kill(teams[0].actors[chances.randrange(2)], no_restart=False)
 
     monkeypatch.setattr(on_ray, "RayTeam", Watched)
-    # Text at an address, which workers read.
-    text = tuple(f"file://{source}" for source in tiny_inputs("llama").calibration)
+    text = (text_in_s3,)
     expected, progress = compile_by(partial(Alone, size=2), name="expected", calibration=text), Progress()
     killer = threading.Thread(target=kill)
     killer.start()

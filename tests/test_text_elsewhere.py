@@ -1,17 +1,19 @@
-"""Calibration text at addresses: Parquet, JSON Lines and text in S3, read by the places of a team."""
+"""Calibration text at addresses: Parquet, JSON Lines and text in S3, and how much of it is read."""
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from coreinfer.bundles.errors import CalibrationError, ConfigError
 from coreinfer.compiler import CompileConfig, Progress
+from coreinfer.compiler.checks import find_inputs
 from coreinfer.compiler.team.alone import Alone
-from coreinfer.compiler.team.team import Pending
+from coreinfer.compiler.text.corpus import Document
 from coreinfer.compiler.text.given import given_documents
-from coreinfer.compiler.text.reading import check_elsewhere, read_texts, text_sources
+from coreinfer.compiler.text.reading import Shard, check_elsewhere, read_order, read_shard, read_texts, text_sources
 
 from .model_factory import corpus_texts
 from .test_carrying import load
@@ -106,25 +108,65 @@ def test_the_package_of_another_kind_of_storage_is_named(monkeypatch: pytest.Mon
     assert "coreinfer[remote]" not in str(caught.value)
 
 
-def test_documents_are_the_same_whoever_reads_them(in_memory: str, folder: Path) -> None:
-    def documents(source: str, size: int) -> tuple[Any, list[int]]:
-        team, places = Alone(load("llama"), size), list[int]()
-        call = team.call
+def given(source: str, **options: Any) -> list[Document]:
+    config = make_config(calibration=(source,), document_tokens=64, **options)
+    return given_documents(config, Alone(load("llama")), Progress())
 
-        def watch(place: int, stage: str, task: Callable[..., Any], *arguments: object) -> Pending[Any]:
-            places.append(place)
-            return call(place, stage, task, *arguments)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(team, "call", watch)
-            return given_documents(config_of(source), team, Progress()), places
+def test_documents_are_those_of_the_same_files_here(in_memory: str, folder: Path) -> None:
+    for seed in range(3):
+        assert given(in_memory, seed=seed) == given(str(folder), seed=seed)
 
-    def config_of(source: str) -> CompileConfig:
-        return make_config(calibration=(source,), document_tokens=64)
 
-    expected, here = documents(str(folder), 3)
-    # What lies on this machine is read by the main process.
-    assert here == []
-    for size, places in ((1, [0] * 5), (3, [0, 1, 2, 0, 1])):
-        # Three row groups, and two files.
-        assert documents(in_memory, size) == (expected, places)
+@pytest.fixture
+def many(in_memory: str) -> str:
+    """A folder of 100 files of one text each, at an address."""
+    for number in range(100):
+        text = f"{number} {TEXTS[number % len(TEXTS)]}"
+        fsspec.filesystem("memory").pipe_file(f"/many/{number:02}.txt", text.replace("\n\n", " ").encode())
+    return in_memory.replace("text", "many")
+
+
+@pytest.fixture
+def num_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are read, as they are."""
+    names: list[str] = []
+
+    def watched(shard: Shard, text_field: str) -> list[str]:
+        names.append(shard.source)
+        return read_shard(shard, text_field)
+
+    monkeypatch.setattr("coreinfer.compiler.text.corpus.read_shard", watched)
+    return names
+
+
+def test_of_many_files_no_more_are_read_than_enough(many: str, num_read: list[str]) -> None:
+    whole = given(many, calibration_tokens=10**6)
+    assert len(num_read) == 100
+    found, read = {}, {}
+    for seed in (1, 2):
+        num_read.clear()
+        found[seed] = given(many, calibration_tokens=400, seed=seed)
+        read[seed] = [*num_read]
+    for seed, documents in found.items():
+        assert 16 <= len(read[seed]) < 60
+        assert sum(len(document.token_ids) for document in documents) >= 4 * 400
+        # They stand in the order of the files.
+        assert [document for document in whole if document in documents] == documents
+    assert {*read[1]} != {*read[2]}
+    assert given(many, calibration_tokens=400, seed=1) == found[1]
+    # One file with enough text is not enough, and healing takes what is left.
+    for num_tokens, heal_steps, expected in ((1, 0, 16), (400, 1, 100)):
+        num_read.clear()
+        given(many, calibration_tokens=num_tokens, heal_steps=heal_steps)
+        assert len(num_read) == expected
+
+
+def test_of_many_files_those_that_are_read_first_are_looked_at_before_the_model_is_loaded(
+    many: str, tiny_inputs: Callable[[str], CompileConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[str] = []
+    monkeypatch.setattr("coreinfer.compiler.checks.check_elsewhere", lambda source, _field: looked_at.append(source))
+    inputs = find_inputs(replace(tiny_inputs("llama"), calibration=(many,), seed=3))
+    assert len(inputs.texts) == 100
+    assert looked_at == read_order(inputs.texts, 3)[:64]

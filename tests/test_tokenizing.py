@@ -168,11 +168,11 @@ def ending() -> Any:
 
 
 def test_calibration_text_begins_once_and_has_no_end(ending: Any) -> None:
-    (plain,) = split_into_documents([TEXT], ending, 200)
+    (plain,) = split_into_documents([TEXT], ending.backend_tokenizer, 200)
     assert plain.token_ids[0] == 1
     assert plain.text == TEXT
     assert not {1, 2} & {*plain.token_ids[1:]}
-    (written,) = split_into_documents([f"<s>{TEXT}"], ending, 200)
+    (written,) = split_into_documents([f"<s>{TEXT}"], ending.backend_tokenizer, 200)
     assert written.token_ids == plain.token_ids
 
 

@@ -5,6 +5,7 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -203,9 +204,9 @@ def test_no_server_there(serve: Callable[[Path], Site]) -> None:
 # S3
 
 
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """A local S3 with an empty bucket."""
+@contextmanager
+def local_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A local S3 with an empty bucket, known to this process and those that it starts."""
     # It keeps connections to the server that another test had.
     pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
@@ -214,13 +215,20 @@ def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
     for name, value in {**names, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     import boto3
 
     client = boto3.client("s3")
     client.create_bucket(Bucket="shelf")
     yield client
     server.stop()
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """See `local_s3`; what is fetched from it is kept in a folder of the test's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with local_s3(monkeypatch) as client:
+        yield client
 
 
 @pytest.mark.filterwarnings("ignore")

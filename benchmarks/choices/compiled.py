@@ -134,7 +134,10 @@ def open_bench(config: CompileConfig, texts: Sequence[str]) -> Iterator[Bench]:
         model_sha256 = source.sha256(model_config.to_dict())
         material = gather_material(config, team, model_sha256, cache, Path(folder), progress)
         routing = build_routing(config, config.clusters, team, material.corpus, cache, progress)
-        found = [split_into_documents([text], loaded.tokenizer, config.document_tokens)[:1] for text in texts]
+        found = [
+            split_into_documents([text], loaded.tokenizer.backend_tokenizer, config.document_tokens)[:1]
+            for text in texts
+        ]
         documents = [document for documents in found for document in documents]
         yield Bench(
             config=config,

@@ -13,9 +13,7 @@ from coreinfer.bundles.errors import ConfigError
 
 from .extras import needs_extra
 
-__all__ = ["LOCAL", "THIS_CLUSTER", "check_ray", "on_ray"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["LOCAL", "THIS_CLUSTER", "check_ray", "data_context", "on_ray"]
 
 LOCAL = "local"
 """As an address: start Ray here."""
@@ -82,6 +80,25 @@ def on_ray(address: str, *, num_cpus: int, sends_arrays: bool = False) -> Iterat
         yield
     finally:
         ray.shutdown()
+
+
+def data_context(*, in_order: bool) -> Any:
+    """How Ray Data runs here: it draws nothing, and logs what goes wrong.
+
+    Args:
+        in_order: whether results come in the order of what they are made of.
+    Returns:
+        A `ray.data.DataContext`, for the time of a block: `with DataContext.current(...)`.
+    """
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # It warns that it draws nothing.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.preserve_order = in_order
+    context.enable_progress_bars = context.print_on_execution_start = False
+    return context
 
 
 def _check_address(address: str) -> None:

@@ -1,6 +1,6 @@
 """All places in this process."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Generic, TypeVar, cast
 
 from coreinfer.compiler.models.load import LoadedModel
@@ -9,6 +9,7 @@ from .team import Pending, Shared, Worker
 
 __all__ = ["Alone"]
 
+Item = TypeVar("Item")
 T = TypeVar("T")
 
 
@@ -26,6 +27,10 @@ class Alone:
     def call(self, place: int, stage: str, task: Callable[..., T], *arguments: object) -> Pending[T]:
         """See `Team`."""
         return _Later(task, [self._workers[place], *arguments])
+
+    def stream(self, task: Callable[..., T], items: Iterable[Item], *arguments: object) -> Generator[T, None, None]:
+        """See `Team`."""
+        return (task(item, *arguments) for item in items)
 
     def share(self, value: T) -> Shared[T]:
         """See `Team`."""

@@ -5,7 +5,7 @@ Tasks are functions of their arguments and the model (`team.py`), so that asking
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,11 +19,13 @@ from coreinfer.compiler.progress import Progress
 from ray.exceptions import RayActorError, RayTaskError
 
 from .place import Place, Setup, send_tensors
+from .ray_stream import ray_stream
 from .spent import Spent, WorkerReport
 from .team import Pending, Shared
 
 __all__ = ["RayTeam", "ray_team"]
 
+Item = TypeVar("Item")
 T = TypeVar("T")
 _MAIN = -1
 """The main process, among those that get what a worker sends."""
@@ -116,6 +118,10 @@ class RayTeam:
         if len(self._unsettled) >= _SETTLE_EVERY:
             self._settle(wait=False)
         return _RayPending(result, asked)
+
+    def stream(self, task: Callable[..., T], items: Iterable[Item], *arguments: object) -> Generator[T, None, None]:
+        """See `Team`."""
+        return ray_stream(task, items, arguments, num_at_once=self.size)
 
     def share(self, value: T) -> Shared[T]:
         """See `Team`."""

@@ -5,7 +5,7 @@ A stage that sums over documents deals them to the places, asks each for its sum
 process stands at a place, nor on whether it had to be replaced.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -13,6 +13,7 @@ from coreinfer.compiler.models.load import LoadedModel
 
 __all__ = ["Pending", "Shared", "Team", "Worker", "forget"]
 
+Item = TypeVar("Item")
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -91,6 +92,12 @@ class Team(Protocol):
         Args:
             stage: that the task belongs to, to show and to count its time.
             arguments: values, pending ones among them.
+        """
+
+    def stream(self, task: Callable[..., T], items: Iterable[Item], *arguments: object) -> Generator[T, None, None]:
+        """Yield `task(item, *arguments)` of each item, in their order, wherever it runs; a function of a module.
+
+        It needs no model, and has no place. Items are asked for as they are needed; close what is returned to stop.
         """
 
     def share(self, value: T) -> Shared[T]:

@@ -1,4 +1,7 @@
-"""Calibration text: from files, from the Hub, or written by the model itself."""
+"""Calibration text: from files, from the Hub, or written by the model itself.
+
+Needs neither torch nor a model: readers are processes of their own.
+"""
 
 import hashlib
 import json
@@ -13,14 +16,17 @@ from coreinfer.bundles.errors import CalibrationError
 from coreinfer.bundles.shared.beginnings import text_spans
 from coreinfer.compiler.checks import check_document_tokens
 from coreinfer.compiler.config import BUILTIN, CompileConfig
-from coreinfer.compiler.models.load import LoadedModel
+
+from .reading import Shard, read_shard
 
 __all__ = [
     "SAMPLING",
     "Corpus",
     "Document",
+    "Found",
     "build_corpus",
     "first_documents",
+    "read_documents",
     "split_into_documents",
     "split_point",
     "spread_sample",
@@ -91,20 +97,21 @@ class Corpus:
 
 def build_corpus(
     config: CompileConfig,
-    loaded: LoadedModel,
+    max_positions: int,
     read_given: Callable[[], list[Document]],
     write_builtin: Callable[[], list[Document]],
 ) -> Corpus:
     """Gather the documents, at most `calibration_tokens` tokens of them, and split them.
 
     Args:
+        max_positions: that the model reads.
         read_given: returns the documents of all other sources; see `given_documents`.
         write_builtin: returns the documents of the builtin corpus; see `builtin_documents`.
     Raises:
         CalibrationError: a source cannot be read, or there is too little text.
         ConfigError: documents are longer than the model reads.
     """
-    check_document_tokens(config, loaded.record.max_positions)
+    check_document_tokens(config, max_positions)
     documents = read_given()
     if BUILTIN in config.calibration:
         documents += write_builtin()
@@ -164,11 +171,39 @@ def _split(documents: Sequence[Document], seed: int) -> Corpus:
     return Corpus(calibration=calibration, validation=validation, held_out=held_out, sha256=digest.hexdigest())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a shard holds.
+
+    Attributes:
+        num_texts: of which tiny ones make no document.
+    """
+
+    shard: Shard
+    num_texts: int
+    documents: tuple[Document, ...]
+
+
+def read_documents(shard: Shard, tokenizer: Any, text_field: str, num_tokens: int) -> Found:
+    """Read and tokenize a shard; see `read_texts` and `split_into_documents`.
+
+    Raises:
+        CalibrationError: it cannot be read.
+    """
+    texts = read_shard(shard, text_field)
+    documents = split_into_documents(texts, tokenizer, num_tokens)
+    return Found(shard=shard, num_texts=len(texts), documents=tuple(documents))
+
+
 def split_into_documents(texts: Iterable[str], tokenizer: Any, num_tokens: int) -> list[Document]:
-    """Tokenize texts and cut them into documents of at most `num_tokens` tokens; tiny ones are left out."""
+    """Tokenize texts and cut them into documents of at most `num_tokens` tokens; tiny ones are left out.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`.
+    """
     documents = []
     for text in texts:
-        all_ids, spans = text_spans(tokenizer.backend_tokenizer, text)
+        all_ids, spans = text_spans(tokenizer, text)
         for start in range(0, len(all_ids), num_tokens):
             ids = tuple(all_ids[start : start + num_tokens])
             offsets = [span for span in spans[start : start + num_tokens] if span[1] > span[0]]

@@ -5,6 +5,7 @@ Needs neither torch nor a model.
 
 import glob
 import json
+import random
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ __all__ = [
     "is_elsewhere",
     "is_local",
     "no_text",
+    "read_order",
     "read_shard",
     "read_texts",
     "shards_of",
@@ -96,6 +98,13 @@ def is_local(source: str) -> bool:
 def is_elsewhere(source: str) -> bool:
     """Whether a source is a file at an address."""
     return not source.startswith(_HUB) and address_of(source) is not None
+
+
+def read_order(sources: Sequence[str], seed: int) -> list[str]:
+    """Draw the order in which files at addresses are read: as far as enough text takes, which may not be to the end."""
+    files = [source for source in sources if is_elsewhere(source)]
+    random.Random(seed).shuffle(files)
+    return files
 
 
 def shards_of(source: str, text_field: str) -> list[Shard]:

@@ -5,7 +5,6 @@ the file of answers has the same lines, and either way goes on where the other w
 """
 
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import ray
 import ray.data
 from coreinfer.bundles.remote.opening import find_bundle
 from coreinfer.bundles.shared.machine import usable_cores
-from coreinfer.bundles.shared.ray_cluster import on_ray
+from coreinfer.bundles.shared.ray_cluster import data_context, on_ray
 from coreinfer.bundles.shared.ray_options import RayOptions
 from coreinfer.runtime.engine import load_engine
 from coreinfer.runtime.load_options import LoadOptions
@@ -66,12 +65,8 @@ def answer_file_on_ray(
         salt=salt_of(find_bundle(bundle_dir).folder, loading.mode, options),
     )
     num_cpus = loading.threads or usable_cores()
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     # One more than the engines need, for what Ray Data itself does.
     with on_ray(on.ray, num_cpus=on.replicas * num_cpus + 1):
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
 
         def answer(answers: AnswerFile, num_left: int, skipped: Skipped) -> Iterator[Done]:
             size = max(1, min(_MAX_PIECE_LINES, -(-num_left // (on.replicas * _PIECES_OF_ENGINE))))
@@ -99,14 +94,15 @@ def _pieces(source: Path, answers: AnswerFile, skipped: Skipped, size: int) -> I
 def _answered(task: _Task, pieces: list[str], num_engines: int, num_cpus: int) -> Iterator[Done]:
     """Have pieces answered; an engine whose process dies is started again, and its piece is answered again."""
     rows = [{"piece": piece} for piece in pieces]
-    answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _Engine,
-        fn_constructor_args=(task,),
-        batch_size=1,
-        concurrency=min(num_engines, len(rows)),
-        num_cpus=num_cpus,
-        num_gpus=1 if task.loading.device.startswith("cuda") else 0,
-    )
+    with ray.data.DataContext.current(data_context(in_order=False)):
+        answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _Engine,
+            fn_constructor_args=(task,),
+            batch_size=1,
+            concurrency=min(num_engines, len(rows)),
+            num_cpus=num_cpus,
+            num_gpus=1 if task.loading.device.startswith("cuda") else 0,
+        )
     for batch in answered.iter_batches(batch_size=None, batch_format="numpy"):
         for result, failed, num_tokens in zip(batch["result"], batch["failed"], batch["num_tokens"], strict=True):
             yield Done(result=json.loads(result), failed=bool(failed), num_tokens=int(num_tokens))
