@@ -27,7 +27,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 
-LLAMACPP_FORMATS = ("Q8_0", "Q4_K_M", "Q4_0", "Q3_K_M")
+LLAMACPP_FORMATS = ("Q8_0", "Q4_K_M", "IQ4_XS", "Q4_0", "Q3_K_M")
 
 
 def check_original(model: str) -> None:

@@ -52,13 +52,22 @@ def test_native_leaves_out_what_torch_leaves_out(family: str, shared_bundle: Cal
     bundle = shared_bundle(family, "bf16")
     torch_decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
     torch_decoder.forward(PROMPT_IDS)
-    expected, got = decoded(torch_decoder), decoded(masking(bundle))
-    whole = decoded(masking(bundle), SHARED.whole)
-    # An input on the threshold is wanted by one engine and not by the other, which counts in a model this narrow, and
-    # for all tokens after it.
+    expected, got = decoded_apart(torch_decoder), decoded_apart(masking(bundle))
+    whole = decoded_apart(masking(bundle), SHARED.whole)
+    # An input on the threshold is wanted by one engine and not by the other, which counts in a model this narrow.
     differences = np.abs(got - expected)
-    assert differences.max(axis=1).min() < 0.01 * np.abs(expected).max()
+    assert np.median(differences.max(axis=1)) < 0.01 * np.abs(expected).max()
     assert differences.mean() < 0.5 * np.abs(got - whole).mean()
+
+
+def decoded_apart(decoder: NativeDecoder | TorchDecoder, choice: FfnChoice = SHARED) -> Floats:
+    """Logits of many tokens, each of them right after the prompt."""
+    logits = []
+    for token_id in range(20, 320, 20):
+        decoder.truncate(len(PROMPT_IDS))
+        decoder.use(choice)
+        logits.append(decoder.forward([token_id]))
+    return np.concatenate(logits)
 
 
 @pytest.mark.parametrize("isa", _native.available_isas())

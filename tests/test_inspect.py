@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from coreinfer.bundles.inspect import describe, main
 from coreinfer.bundles.manifest import read_manifest
-from coreinfer.bundles.versions import SCHEMA_VERSION
+from coreinfer.bundles.versions import READ_VERSIONS, SCHEMA_VERSION
 
 from .bundle_factory import change_tensors, edit_manifest, flip_bit, make_manifest
 
@@ -161,7 +161,7 @@ def spoil(bundle_dir: Path, kind: str) -> Path:
         (bundle_dir / "manifest.json").write_text(f'{{"schema_version": {SCHEMA_VERSION}}}')
     elif kind == "another version":
         with edit_manifest(bundle_dir) as data:
-            data["schema_version"] += 2
+            data["schema_version"] = max(READ_VERSIONS) + 1
     else:
         shutil.rmtree(bundle_dir)
     if kind == "file":
