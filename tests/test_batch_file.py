@@ -1,12 +1,14 @@
 """`coreinfer-run --batch`: a file of requests, answered many at once."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from coreinfer import runtime
 from coreinfer.runtime.commands import batch_answering
+from coreinfer.runtime.scheduling.scheduler import Scheduler
 
 from .batch_commands import COMPLETIONS, answers, done, openai, run, user
 from .model_factory import corpus_texts
@@ -133,7 +135,25 @@ def test_more_lines_than_are_open_at_once(
     assert most <= 2 * 3
 
 
-def test_answers_come_as_they_end(bundle: Path, write_lines: Any, out: Path) -> None:
+def test_answers_come_as_they_end(bundle: Path, write_lines: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, num_submitted = threading.Event(), 0
+    submit, step = runtime.Engine.submit, Scheduler.step
+
+    def counted(self: runtime.Engine, *arguments: Any, **keywords: Any) -> Any:
+        nonlocal num_submitted
+        found = submit(self, *arguments, **keywords)
+        num_submitted += 1
+        if num_submitted == 2:
+            both.set()
+        return found
+
+    def held(self: Scheduler) -> None:
+        # The first would else end before a busy machine submits the second.
+        assert both.wait(timeout=60)
+        step(self)
+
+    monkeypatch.setattr(runtime.Engine, "submit", counted)
+    monkeypatch.setattr(Scheduler, "step", held)
     batch = write_lines(
         {"prompt": TEXTS[0], "max_new_tokens": 60, "raw": True}, {"prompt": TEXTS[0], "max_new_tokens": 1}
     )
