@@ -70,8 +70,9 @@ class Killer:
 
     def _kill(self, done: threading.Event) -> None:
         while self.left and not done.wait(self._chances.uniform(0, 2 * self._seconds)):
-            if (team := self._team) is not None:
-                actor = team.actors[self._chances.randrange(team.size)]
+            # A team that ends meanwhile has none.
+            if (team := self._team) is not None and (actors := list(team.actors)):
+                actor = actors[self._chances.randrange(len(actors))]
                 ray.kill(actor, no_restart=False)
                 self.left -= 1
                 # Until another stands there, has the model, and has done what was asked before; or all is over.
