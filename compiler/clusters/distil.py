@@ -145,7 +145,7 @@ def _table(worker: Worker, encoder: Encoder, key: str, *parts: Sequence[Floats])
 
 
 def _quick(model: SentenceTransformer) -> Any:
-    """Copy the encoder's body, in bfloat16 where the CPU multiplies it: the table is rounded to float16 anyway."""
+    """Copy the encoder's body, in bfloat16 where that is faster: the table is rounded to float16 anyway."""
     body = copy.deepcopy(model[0].auto_model)
     return body.to(torch.bfloat16) if model.device.type == "cpu" and bf16_products_are_faster() else body
 

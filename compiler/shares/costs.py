@@ -7,8 +7,8 @@ Unlike measuring each group alone, it takes one pass forward and one back, howev
 two tokens, and of two experts of one token, are taken to be uncorrelated.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,9 @@ from coreinfer.bundles.contract import INPUT_GROUPS
 from coreinfer.compiler.models.gradients import draw_tokens, parameters_fixed
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Advance
-from coreinfer.runtime.engines.torch.wanted_inputs import Entering, Groups, change_inputs, wanted
+from coreinfer.runtime.engines.torch.wanted_inputs import Entering, Groups
 
-from .inputs import Norms, groups_of
+from .inputs import Norms, groups_of, inputs_replaced
 from .texts import BegunText
 
 __all__ = ["group_costs"]
@@ -66,8 +66,9 @@ def group_costs(
 
 
 def _square(shift: torch.Tensor) -> float:
-    """Of its gradient; None where nothing came of it, as of a matrix whose output nobody reads."""
-    return 0.0 if shift.grad is None else float(shift.grad.double().square().sum())
+    """Of its gradient, summed over tokens."""
+    assert shift.grad is not None
+    return float(shift.grad.double().square().sum())
 
 
 def _surprise(loaded: LoadedModel, text: BegunText, generator: torch.Generator) -> torch.Tensor:
@@ -77,31 +78,21 @@ def _surprise(loaded: LoadedModel, text: BegunText, generator: torch.Generator) 
     return -log_p.gather(1, draw_tokens(log_p.detach(), chances)).sum()
 
 
-@contextmanager
 def _inputs_shifted(
     loaded: LoadedModel, norms: Norms, thresholds: Mapping[Groups, float], found: Shifts
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Run the block with x - e d in the place of each group's inputs, and e = 0.
 
     Args:
         found: takes the numbers e, whose gradients tell what leaving d out does.
     """
 
-    def shifting(place: Groups, threshold: torch.Tensor) -> Callable[[Entering], torch.Tensor]:
-        def shifted(entering: Entering) -> torch.Tensor:
-            if entering.is_first:
-                shape = entering.values.shape[:-1]
-                found[place].append(torch.zeros(shape, device=loaded.device, requires_grad=True))
-            with torch.no_grad():
-                left_out = entering.values.masked_fill(wanted(entering, norms[place], threshold), 0)
-            # Matrices of a group have the same inputs, and the same e.
-            return entering.values - found[place][-1].to(left_out.dtype)[..., None] * left_out
+    def shifted(place: Groups, entering: Entering, is_wanted: torch.Tensor) -> torch.Tensor:
+        if entering.is_first:
+            shape = entering.values.shape[:-1]
+            found[place].append(torch.zeros(shape, device=loaded.device, requires_grad=True))
+        left_out = entering.values.detach().masked_fill(is_wanted, 0)
+        # Matrices of a group have the same inputs, and the same e.
+        return entering.values - found[place][-1].to(left_out.dtype)[..., None] * left_out
 
-        return shifted
-
-    with ExitStack() as stack:
-        for place, value in thresholds.items():
-            threshold = torch.tensor(value, dtype=torch.float32, device=loaded.device)
-            layer, change = loaded.layers[place[0]], shifting(place, threshold)
-            stack.enter_context(change_inputs(layer, loaded.family, place[1], change))
-        yield
+    return inputs_replaced(loaded, norms, thresholds, shifted)

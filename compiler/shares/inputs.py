@@ -1,7 +1,7 @@
 """What enters the matrices of a layer, seen and replaced while a model runs."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,21 @@ from coreinfer.bundles.token_shares import column_norms
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.runtime.engines.torch.wanted_inputs import Entering, Groups, InputCounts, change_inputs, wanted
 
-__all__ = ["Norms", "group_outputs", "group_weights", "groups_of", "inputs_masked", "inputs_seen", "read_norms"]
+__all__ = [
+    "Norms",
+    "group_outputs",
+    "group_weights",
+    "groups_of",
+    "inputs_masked",
+    "inputs_replaced",
+    "inputs_seen",
+    "read_norms",
+]
 
 Norms = Mapping[Groups, torch.Tensor]
 """Norms of the columns of a group's matrices, (inputs,) float32, or (experts, inputs)."""
+Replacement = Callable[[Groups, Entering, torch.Tensor], torch.Tensor]
+"""A group, what enters its matrices, and which of it is wanted, (..., inputs) bool -> what they multiply."""
 Floats = npt.NDArray[np.float32]
 
 
@@ -84,9 +95,34 @@ def inputs_seen(loaded: LoadedModel, see: Callable[[int, str, Entering], None]) 
 
 
 @contextmanager
+def inputs_replaced(
+    loaded: LoadedModel, norms: Norms, thresholds: Mapping[Groups, float], replacement: Replacement
+) -> Iterator[None]:
+    """Run the block with other inputs of some groups, by which of them pass their group's threshold.
+
+    Args:
+        thresholds: of the groups whose inputs are replaced.
+    """
+
+    def replacing(place: Groups, threshold: torch.Tensor) -> Callable[[Entering], torch.Tensor]:
+        def replaced(entering: Entering) -> torch.Tensor:
+            with torch.no_grad():
+                is_wanted = wanted(entering, norms[place], threshold)
+            return replacement(place, entering, is_wanted)
+
+        return replaced
+
+    with ExitStack() as stack:
+        for place, value in thresholds.items():
+            threshold = torch.tensor(value, dtype=torch.float32, device=loaded.device)
+            layer, change = loaded.layers[place[0]], replacing(place, threshold)
+            stack.enter_context(change_inputs(layer, loaded.family, place[1], change))
+        yield
+
+
 def inputs_masked(
     loaded: LoadedModel, norms: Norms, thresholds: Mapping[Groups, float], counts: InputCounts | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Run the block with 0 in the place of inputs that do not pass their group's threshold.
 
     Args:
@@ -94,18 +130,9 @@ def inputs_masked(
         counts: is added to, each group's inputs once.
     """
 
-    def masking(place: Groups, threshold: torch.Tensor) -> Callable[[Entering], torch.Tensor]:
-        def masked(entering: Entering) -> torch.Tensor:
-            is_wanted = wanted(entering, norms[place], threshold)
-            if entering.is_first and counts is not None:
-                counts.add(place, is_wanted)
-            return entering.values.masked_fill(~is_wanted, 0)
+    def masked(place: Groups, entering: Entering, is_wanted: torch.Tensor) -> torch.Tensor:
+        if entering.is_first and counts is not None:
+            counts.add(place, is_wanted)
+        return entering.values.masked_fill(~is_wanted, 0)
 
-        return masked
-
-    with ExitStack() as stack:
-        for place, value in thresholds.items():
-            threshold = torch.tensor(value, dtype=torch.float32, device=loaded.device)
-            layer, change = loaded.layers[place[0]], masking(place, threshold)
-            stack.enter_context(change_inputs(layer, loaded.family, place[1], change))
-        yield
+    return inputs_replaced(loaded, norms, thresholds, masked)

@@ -1,4 +1,4 @@
-"""Texts whose first halves the stored dense model has read, and whose second halves are read with fewer inputs."""
+"""Texts whose first halves the dense model has read, and whose second halves are read with fewer inputs."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
