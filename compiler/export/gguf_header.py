@@ -8,7 +8,8 @@ from coreinfer.bundles.families import CLAMPED_SWIGLU
 from coreinfer.compiler.models.gguf.gpt_oss import SWIGLU
 
 from .chosen import ChosenModel
-from .gguf_rope import refusal, rope_fields, rounds_ramp
+from .gguf_refusal import refusal
+from .gguf_rope import rope_fields, rounds_ramp
 
 __all__ = ["ARCHITECTURES", "architecture_for", "export_facts", "header_fields"]
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from coreinfer.bundles import UnsupportedModelError
 
 from .chosen import ChosenModel
+from .gguf_refusal import refusal
 
-__all__ = ["refusal", "rope_factors", "rope_fields", "rounds_ramp"]
+__all__ = ["rope_factors", "rope_fields", "rounds_ramp"]
 
 _NOT_TRUNCATING = ("gpt_oss",)
 """Families whose models have a ramp of YaRN that ends between dimensions (`truncate` false)."""
@@ -96,8 +96,3 @@ _FACTORS: Mapping[str, Callable[[Mapping[str, Any], int], npt.NDArray[np.float32
     "llama3": _llama3_factors,
     "longrope": _longrope_factors,
 }
-
-
-def refusal(reason: str) -> UnsupportedModelError:
-    """Say why a model is not written as GGUF."""
-    return UnsupportedModelError(f"--to gguf: {reason}")

@@ -11,7 +11,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from coreinfer.bundles import UnsupportedModelError
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.compiler.models.gguf.header import Header
 from coreinfer.compiler.models.gguf.splits import SPLITS
@@ -19,6 +18,7 @@ from coreinfer.compiler.models.gguf.tokenizer import PHI3_NAMES, build_tokenizer
 from tokenizers import Tokenizer
 
 from .chosen import ChosenModel
+from .gguf_refusal import refusal
 
 __all__ = ["PROBES", "vocabulary_fields"]
 
@@ -56,10 +56,8 @@ def vocabulary_fields(chosen: ChosenModel) -> dict[str, Any]:
         found = {f"{_PREFIX}{key}": value for key, value in {**fields, **kind}.items()} | {"general.name": name}
         if _reads_alike(ours, found, chosen.family.name, str(bundle.path)):
             return {**found, **templates}
-    raise UnsupportedModelError(
-        f"--to gguf: {bundle.path / LAYOUT.tokenizer}: llama.cpp has no tokenizer that splits text as this one; "
-        "use --to hf"
-    )
+    path = bundle.path / LAYOUT.tokenizer
+    raise refusal(f"{path}: llama.cpp has no tokenizer that splits text as this one; use --to hf")
 
 
 def _is_pieces(data: Mapping[str, Any]) -> bool:
@@ -69,7 +67,7 @@ def _is_pieces(data: Mapping[str, Any]) -> bool:
 def _tokens(data: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     model = data["model"]
     if model.get("type") != "BPE":
-        raise UnsupportedModelError(f"--to gguf: a tokenizer of type {model.get('type')} is not exported; use --to hf")
+        raise refusal(f"a tokenizer of type {model.get('type')} is not exported; use --to hf")
     tokens, kinds = [f"[PAD{index}]" for index in range(vocab_size)], [_UNUSED] * vocab_size
     for token, index in model["vocab"].items():
         tokens[index] = token
