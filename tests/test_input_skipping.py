@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from coreinfer import runtime
 from coreinfer.bundles import ConfigError, open_bundle
 from coreinfer.bundles.reader import Bundle
 from coreinfer.runtime.engines.native import _native
@@ -15,6 +14,8 @@ from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from coreinfer.runtime.load_options import LoadOptions
+
+from .skipping import masking_decoder, skipping_engine
 
 PROMPT_IDS, NEXT_IDS = [1, 57, 200, 300, 21, 99, 140, 7], [9, 8, 77, 301]
 SHARED = FfnChoice(cluster=1, token_share=0.6)
@@ -32,11 +33,7 @@ def shared_bundle(tiny_bundle: Callable[..., Path]) -> Callable[..., Bundle]:
 
 def masking(bundle: Bundle, *, isa: str = "auto", columns: bool = False) -> NativeDecoder:
     """A decoder after the prompt, which counts as 0 what is not wanted; with `columns` it does not read it."""
-    decoder = NativeDecoder(bundle, threads=2, isa=isa, input_skipping="masked")
-    assert decoder.token_shares_pay
-    if columns:
-        # Columns of tiny models are shorter than what is worth it.
-        decoder._model.lay_out_columns([True] * 4, 0)
+    decoder = masking_decoder(bundle, isa=isa, columns=columns)
     decoder.use(DENSE)
     decoder.forward(PROMPT_IDS)
     return decoder
@@ -113,12 +110,7 @@ def test_generations_do_not_depend_on_how_weights_are_read(shared_bundle: Callab
     path = shared_bundle().path
     texts: dict[str, Sequence[str]] = {}
     for skipping in ("on", "masked", "off"):
-        engine = runtime.load(path, input_skipping=skipping, threads=2)
-        if skipping == "on":
-            # Else nothing lies by columns, which are short in a tiny model.
-            assert isinstance(engine.decoder, NativeDecoder)
-            assert engine.decoder.token_shares_pay
-            engine.decoder._model.lay_out_columns([True] * 4, 0)
+        engine = skipping_engine(path, skipping)
         texts[skipping] = [engine.generate(prompt, max_new_tokens=12).text for prompt in ("a b c", "the sea is wide")]
     assert texts["on"] == texts["masked"]
     assert texts["on"] != texts["off"]

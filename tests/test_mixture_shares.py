@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from coreinfer import runtime
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, open_bundle
 from coreinfer.bundles.contract import expert_role, tensor_name
 from coreinfer.bundles.families import resolve
@@ -31,8 +30,6 @@ from coreinfer.compiler import CompileConfig, compile_model
 from coreinfer.compiler.checks import find_inputs
 from coreinfer.compiler.estimate.machine import Machine
 from coreinfer.compiler.estimate.plan import make_plan
-from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
-from coreinfer.compiler.models.sources import find_source
 from coreinfer.compiler.shares.gains import short_share
 from coreinfer.compiler.shares.inputs import group_weights
 from coreinfer.evaluation import EvaluationConfig, evaluate
@@ -46,7 +43,9 @@ from torch.nn import functional
 
 from .bundle_factory import edit_manifest
 from .engine_inputs import PROMPT
+from .loading import load
 from .model_factory import save_model
+from .skipping import masking_decoder, skipping_engine
 from .test_mixtures import IDS, token_errors
 
 SHARE = 0.6
@@ -196,16 +195,6 @@ def test_what_an_expert_does_not_want_counts_as_zero(family: str, shared_bundle:
         assert not np.allclose(used.forward([IDS[8]])[0], expected[0], atol=1e-3)
 
 
-def masking(bundle: Bundle, *, isa: str = "auto", columns: bool = False) -> NativeDecoder:
-    """A decoder that counts as 0 what is not wanted; with `columns` it does not read it."""
-    decoder = NativeDecoder(bundle, threads=2, isa=isa, input_skipping="masked")
-    assert decoder.token_shares_pay
-    if columns:
-        # Columns of tiny models are shorter than what is worth it.
-        decoder._model.lay_out_columns([True] * 4, 0)
-    return decoder
-
-
 def texts(decoder: NativeDecoder | TorchDecoder, choice: FfnChoice, count: int = 15) -> Floats:
     """Logits of the last 3 tokens of texts of 10, which are decoded with a choice: (texts, 3, vocabulary)."""
     logits = []
@@ -222,7 +211,7 @@ def texts(decoder: NativeDecoder | TorchDecoder, choice: FfnChoice, count: int =
 @pytest.mark.parametrize("family", [*FAMILIES, "narrow"])
 def test_native_leaves_out_what_torch_leaves_out(family: str, shared_bundle: Callable[..., Bundle]) -> None:
     bundle = shared_bundle(family)
-    decoder, torch_decoder = masking(bundle), TorchDecoder(bundle, device="cpu", dtype="float32")
+    decoder, torch_decoder = masking_decoder(bundle), TorchDecoder(bundle, device="cpu", dtype="float32")
     for choice in (FfnChoice(cluster=1, token_share=SHARE), FfnChoice(token_share=0.7)):
         expected, got = texts(torch_decoder, choice), texts(decoder, choice)
         errors = token_errors(got, expected)
@@ -237,7 +226,7 @@ def test_native_leaves_out_what_torch_leaves_out(family: str, shared_bundle: Cal
 @pytest.mark.parametrize("family", [*FAMILIES, "narrow"])
 def test_columns_give_what_rows_give(family: str, isa: str, shared_bundle: Callable[..., Bundle]) -> None:
     bundle = shared_bundle(family, "int4")
-    rows, columns = masking(bundle, isa=isa), masking(bundle, isa=isa, columns=True)
+    rows, columns = masking_decoder(bundle, isa=isa), masking_decoder(bundle, isa=isa, columns=True)
     # The cluster's experts are some of the dense FFN's, whose columns serve both.
     sizes = []
     for choice in (FfnChoice(cluster=1, token_share=SHARE), FfnChoice(token_share=0.4), FfnChoice(cluster=1)):
@@ -254,7 +243,10 @@ def test_columns_give_what_rows_give(family: str, isa: str, shared_bundle: Calla
 
 def test_rows_of_a_batch_leave_out_what_each_leaves_out_alone(shared_bundle: Callable[..., Bundle]) -> None:
     for family in ("mixtral", "gpt_oss"):
-        decoder, choice = masking(shared_bundle(family, "int4"), columns=True), FfnChoice(cluster=1, token_share=SHARE)
+        decoder, choice = (
+            masking_decoder(shared_bundle(family, "int4"), columns=True),
+            FfnChoice(cluster=1, token_share=SHARE),
+        )
         decoder.forward(IDS[:20])
         numbers = [decoder.fork_sequence(0, 20) for _ in range(3)]
         decoder.use(choice)
@@ -279,14 +271,14 @@ def test_rows_of_a_batch_leave_out_what_each_leaves_out_alone(shared_bundle: Cal
 def test_only_a_tokens_own_experts_are_read(shared_bundle: Callable[..., Bundle]) -> None:
     """With all read, columns are as many bytes as rows but for padding: those of two experts of six, and the router."""
     bundle = shared_bundle("mixtral", "int4")
-    counted, decoder = token_bytes(bundle.manifest), masking(bundle)
+    counted, decoder = token_bytes(bundle.manifest), masking_decoder(bundle)
     assert 0 < counted.routers < counted.attention
     decoder.use(FfnChoice(token_share=SHARE))
     decoder.forward([5])
     whole = decoder.weight_bytes(greedy=True, alone=False)
     # What is masked is read by rows.
     assert decoder.weight_bytes(greedy=True, alone=True) == whole == counted.dense
-    columns = masking(bundle, columns=True)
+    columns = masking_decoder(bundle, columns=True)
     columns.use(FfnChoice(token_share=SHARE))
     before = columns.weight_bytes(greedy=True, alone=True)
     columns.forward([5])
@@ -304,11 +296,7 @@ def test_generations_and_evaluation(options: dict[str, Any], tiny_bundle: Callab
     folder = tiny_bundle("qwen3_moe", token_share=SHARE, quantize="int4", **options)
     made: dict[str, Generation] = {}
     for skipping in ("on", "masked", "off"):
-        engine = runtime.load(folder, input_skipping=skipping, threads=2)
-        if skipping == "on":
-            assert isinstance(engine.decoder, NativeDecoder)
-            assert engine.decoder.token_shares_pay
-            engine.decoder._model.lay_out_columns([True] * 4, 0)
+        engine = skipping_engine(folder, skipping)
         made[skipping] = engine.generate(PROMPT, raw=True, max_new_tokens=12, mode="similarity")
     assert made["on"].token_ids == made["masked"].token_ids
     assert made["on"].token_ids != made["off"].token_ids
@@ -361,13 +349,8 @@ def test_nothing_is_narrowed_of_thin_clusters(tiny_inputs: Callable[[str], Compi
     assert narrow.token_share == 0.5
 
 
-def loaded_model(config: CompileConfig) -> LoadedModel:
-    source = find_source(config.model)
-    return load_model(source, *read_config(source), device="cpu", dtype="float32")
-
-
 def test_weights_are_those_of_a_tokens_experts(tiny_inputs: Callable[[str], CompileConfig]) -> None:
-    loaded = loaded_model(tiny_inputs("gpt_oss"))
+    loaded = load(Path(tiny_inputs("gpt_oss").model))
     record = loaded.record
     inner = 2 * record.hidden_size * record.expert_neurons
     assert group_weights(loaded)[1, 2:].tolist() == [2 * inner, inner]

@@ -19,8 +19,7 @@ from coreinfer.bundles.reader import find_problems
 from coreinfer.bundles.token_shares import token_thresholds
 from coreinfer.compiler import CompileConfig, compile_model
 from coreinfer.compiler.expert_options import check_expert_options
-from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
-from coreinfer.compiler.models.sources import find_source
+from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.shares.costs import group_costs
 from coreinfer.compiler.shares.inputs import Norms, groups_of, inputs_masked
@@ -31,6 +30,7 @@ from coreinfer.compiler.text.corpus import Document
 from coreinfer.runtime.engines.torch.wanted_inputs import Groups, InputCounts
 
 from .engine_inputs import PROMPT
+from .loading import load
 
 SHARE = 0.6
 TOKEN_IDS = (1, 57, 200, 300, 21, 99, 140, 7, 9, 8, 77, 301)
@@ -89,8 +89,7 @@ def test_layers_that_cost_more_read_more() -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "mixtral", "gpt_oss"])
 def test_costs_are_what_the_model_loses(family: str, tiny_inputs: Callable[[str], CompileConfig]) -> None:
     """Of one token, of which the gradients' second order is all there is where little is left out."""
-    source = find_source(tiny_inputs(family).model)
-    loaded = load_model(source, *read_config(source), device="cpu", dtype="float32")
+    loaded = load(Path(tiny_inputs(family).model))
     norms = {(layer, group): _ones(loaded, group) for layer, group in groups_of(loaded)}
     texts = begin_texts(loaded, None, [Document(text="", routing_text="", token_ids=(1, 57))])
     thresholds = _low_scores(loaded, texts, norms)
@@ -111,7 +110,8 @@ def test_costs_are_what_the_model_loses(family: str, tiny_inputs: Callable[[str]
 
 
 def _ones(loaded: LoadedModel, group: str) -> torch.Tensor:
-    inner, experts = loaded.record.ffn_dim, loaded.record.experts
+    experts = loaded.record.experts
+    inner = loaded.record.ffn_dim if experts is None else loaded.record.expert_neurons
     size = {"down": inner, "o": loaded.record.num_heads * loaded.record.head_dim}.get(group, loaded.record.hidden_size)
     return torch.ones(size) if experts is None or group in ("qkv", "o") else torch.ones(experts.num_experts, size)
 
