@@ -36,7 +36,7 @@ __all__ = [
     "run_partly",
 ]
 
-READING = 2
+READING = 3
 """Part of the keys of all stages that run text; one more as soon as layers give other results, if only by rounding."""
 _BATCH_TOKENS = 4096
 

@@ -13,10 +13,10 @@ import torch
 import transformers
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from coreinfer.bundles.families import FAMILIES, Family, cache_argument, family_of_config, resolve
-from coreinfer.bundles.manifest import ExpertsRecord, ModelRecord
+from coreinfer.bundles.manifest import ModelRecord
 from coreinfer.compiler.config import DType
 from coreinfer.runtime.engines.torch.joined import take_apart
-from coreinfer.runtime.engines.torch.mixture import Mixture, experts_of, take_experts
+from coreinfer.runtime.engines.torch.mixture import Mixture, take_experts
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
@@ -31,7 +31,9 @@ from .gguf.config import config_fields
 from .gguf.parts import read_parts
 from .gguf.tokenizer import build_tokenizer
 from .gguf.weights import load_weights
+from .linear import multiply_fast
 from .mapped import convert_on_use
+from .record import column_norms, record_of
 from .settings import check_settings
 from .sources import ModelSource
 from .stated import CONFIG, check_mappable, check_stays_mapped
@@ -93,19 +95,24 @@ class LoadedModel:
         self.states(token_ids, cache)
 
     def states(
-        self, token_ids: torch.Tensor, cache: Cache, weights: Mapping[str, torch.Tensor] | None = None
+        self,
+        token_ids: torch.Tensor,
+        cache: Cache,
+        weights: Mapping[str, torch.Tensor] | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """Read tokens as `forward` does, up to the head.
 
         Args:
             weights: by the model's own names, in the place of its weights; gradients go through to them.
+            arguments: of the model's forward pass, such as a mask of the places in the cache.
         Returns:
             (batch, tokens, size) what the head reads.
         """
         body, prefix = cast("nn.Module", self.model.base_model), f"{self.model.base_model_prefix}."
         own = {name.removeprefix(prefix): weight for name, weight in (weights or {}).items()}
-        arguments = {"input_ids": token_ids, "use_cache": True, **cache_argument(self.model, cache)}
-        states: torch.Tensor = functional_call(body, own, kwargs=arguments).last_hidden_state
+        passed = {"input_ids": token_ids, "use_cache": True, **cache_argument(self.model, cache), **(arguments or {})}
+        states: torch.Tensor = functional_call(body, own, kwargs=passed).last_hidden_state
         return states
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
@@ -220,6 +227,7 @@ def load_model(
     check_tied_head(model, resolve(model, family.embedding), tied=tied, what=what)
     check_finite(model, what)
     model = model.eval().to(target)
+    multiply_fast(model)
     tokenizer = load_tokenizer(source)
     fit_tokenizer(tokenizer, resolve(model, family.embedding).num_embeddings, source.name)
     loaded = wrap_model(model, tokenizer, family=family, name=source.name, config=config)
@@ -262,7 +270,7 @@ def wrap_model(model: nn.Module, tokenizer: Any, *, family: Family, name: str, c
     """Describe a model that is in memory already; modules that are several in one are taken apart."""
     take_apart(model, family)
     take_experts(model, family)
-    record = _record(model, family, name, config)
+    record = record_of(model, family, name, config)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -270,73 +278,8 @@ def wrap_model(model: nn.Module, tokenizer: Any, *, family: Family, name: str, c
         record=record,
         device=next(model.parameters()).device,
         dtype=next(model.parameters()).dtype,
-        column_norms=_column_norms(model, family, record),
+        column_norms=column_norms(model, family, record),
     )
-
-
-def _column_norms(model: nn.Module, family: Family, record: ModelRecord) -> np.ndarray[Any, np.dtype[np.float32]]:
-    if record.experts is not None:
-        return np.ones((record.num_layers, record.experts.num_experts), dtype=np.float32)
-    downs = [resolve(layer, family.down) for layer in resolve(model, family.layers)]
-    norms: np.ndarray[Any, np.dtype[np.float32]] = (
-        torch.stack([down.weight.detach().float().norm(dim=0) for down in downs]).cpu().numpy()
-    )
-    return norms
-
-
-def _record(model: nn.Module, family: Family, name: str, config: PreTrainedConfig) -> ModelRecord:
-    heads = int(config.num_attention_heads)
-    experts = experts_of(family, config)
-    data = {key: value for key, value in config.to_dict().items() if key not in _DROPPED_FIELDS}
-    return ModelRecord(
-        name=name,
-        family=family.name,
-        num_layers=int(config.num_hidden_layers),
-        hidden_size=int(config.hidden_size),
-        ffn_dim=_num_neurons(family, config, experts),
-        vocab_size=int(config.vocab_size),
-        num_heads=heads,
-        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-        max_positions=_positions(config, name),
-        activation=family.activation or str(getattr(config, family.activation_field)),
-        gated=family.gated,
-        ffn_bias=_has_ffn_bias(model, family),
-        tied_head=bool(config.tie_word_embeddings),
-        config=data,
-        experts=experts,
-    )
-
-
-def _has_ffn_bias(model: nn.Module, family: Family) -> bool:
-    if family.experts is not None:
-        return family.experts.biased
-    return resolve(next(iter(resolve(model, family.layers))), family.up).bias is not None
-
-
-def _num_neurons(family: Family, config: PreTrainedConfig, experts: ExpertsRecord | None) -> int:
-    """Neurons of a layer, all its experts' together."""
-    if family.experts is None or experts is None:
-        stated = getattr(config, family.ffn_dim_field)
-        return int((family.ffn_dim_factor or 0) * config.hidden_size if stated is None else stated)
-    return experts.num_experts * int(getattr(config, family.experts.dim_field))
-
-
-def _positions(config: PreTrainedConfig, name: str) -> int:
-    """Positions that are read: with LongRoPE those of short texts, for a text's keys are rotated once and for all."""
-    most, rope = int(config.max_position_embeddings), getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "longrope" or rope["short_factor"] == rope["long_factor"]:
-        return most
-    first = int(rope["original_max_position_embeddings"])
-    if first < most:
-        _log.warning("%s has rotary factors of their own for texts beyond %d tokens: read up to there", name, first)
-    return min(most, first)
-
-
-# Fields of a config that name places or code of elsewhere, or change from release to release.
-_DROPPED_FIELDS = frozenset(
-    {"_name_or_path", "name_or_path", "auto_map", "transformers_version", "quantization_config"}
-)
 
 
 def load_tokenizer(source: ModelSource) -> Any:

@@ -25,12 +25,12 @@ from coreinfer.compiler.team.dealing import deal
 from coreinfer.compiler.team.steps import Steps
 from coreinfer.compiler.team.team import Shared, Team, Worker, forget
 from coreinfer.compiler.text.corpus import split_point
-from transformers import DynamicCache
 
 from .stored import StoredModel, base_in_use, dense_cut
 from .tally import Tally, compare_logits
+from .together import Batches, batch_texts, dense_logits, narrow_logits
 
-__all__ = ["PlaceTexts", "Reference", "ReferenceText", "as_stored", "read_reference", "texts_of"]
+__all__ = ["PlaceTexts", "Reference", "ReferenceText", "as_stored", "read_reference", "tallies_of", "texts_of"]
 
 _STAGE = "reference"
 
@@ -45,25 +45,17 @@ class ReferenceText:
     """A text that the dense model has read.
 
     Attributes:
-        token_ids: (1, tokens).
+        token_ids: of the whole text.
         start: where narrow decoding starts.
         logits: (tokens - start - 1, vocabulary) of the dense model with its own weights, in its dtype; one tensor.
         keys_values: of each layer keys and then values, (1, heads, start, head size) both; of the model that narrow
             decoding follows.
     """
 
-    token_ids: torch.Tensor
+    token_ids: Sequence[int]
     start: int
     logits: Kept
     keys_values: Kept
-
-    def cache(self) -> DynamicCache:
-        """Keys and values of the first half, to which a run may add its own."""
-        cache, device = DynamicCache(), self.token_ids.device
-        halves = iter(self.keys_values())
-        for layer, (keys, values) in enumerate(zip(halves, halves, strict=True)):
-            cache.update(keys.to(device), values.to(device), layer)
-        return cache
 
     def compare(self, logits: torch.Tensor, number: int) -> Tally:
         """Compare another model's predictions of the second half.
@@ -72,7 +64,8 @@ class ReferenceText:
             logits: (tokens - start - 1, vocabulary).
             number: of the text.
         """
-        targets, (dense,) = self.token_ids[0, self.start + 1 :], self.logits()
+        (dense,) = self.logits()
+        targets = torch.tensor(self.token_ids[self.start + 1 :], device=logits.device)
         return compare_logits(dense.to(logits.device), logits, targets, number)
 
 
@@ -83,12 +76,14 @@ class PlaceTexts:
     Attributes:
         key: no other texts have it.
         token_ids: number of a text -> its token ids.
+        batches: texts that are read together, which are the same wherever they are read.
         stored: the dense model as it is stored; None for the model's own weights.
         folder: for files, of a stored model; None to keep all in memory.
     """
 
     key: str
     token_ids: Mapping[int, Sequence[int]]
+    batches: Batches
     stored: StoredModel | None
     folder: Path | None
 
@@ -135,12 +130,19 @@ def read_reference(
     """
     key = uuid4().hex
     with _folder(stored) as folder:
-        numbers = {place: ids.tolist() for place, ids in deal([len(ids) for ids in texts], team, labels).items()}
+        dealt = _deal_batches(team, texts, labels)
+        numbers = {place: sorted(number for batch in batches for number in batch) for place, batches in dealt.items()}
         places = {
             place: team.share(
-                PlaceTexts(key=key, token_ids={n: tuple(texts[n]) for n in own}, stored=stored, folder=folder)
+                PlaceTexts(
+                    key=key,
+                    token_ids={n: tuple(texts[n]) for n in numbers[place]},
+                    batches=batches,
+                    stored=stored,
+                    folder=folder,
+                )
             )
-            for place, own in numbers.items()
+            for place, batches in dealt.items()
         }
         num_steps = (1 if stored is None else 2) * len(texts)
         with progress.stage(_STAGE, num_steps) as advance:
@@ -154,6 +156,17 @@ def read_reference(
             yield Reference(places=places, numbers=numbers, dense=tally.score("dense"))
         finally:
             forget(team, _STAGE, _slot(key))
+
+
+def _deal_batches(
+    team: Team, texts: Sequence[Sequence[int]], labels: npt.NDArray[np.int64] | None
+) -> Mapping[int, Batches]:
+    """Deal texts to places, batch by batch."""
+    lengths = [len(ids) for ids in texts]
+    batches = batch_texts(lengths, labels, team.loaded.record.vocab_size)
+    tokens = [sum(lengths[number] for number in batch) for batch in batches]
+    of_batches = None if labels is None else np.array([labels[batch[0]] for batch in batches], dtype=np.int64)
+    return {place: [batches[i] for i in ids] for place, ids in deal(tokens, team, of_batches).items()}
 
 
 @contextmanager
@@ -171,6 +184,21 @@ def _folder(stored: StoredModel | None) -> Iterator[Path | None]:
 def as_stored(loaded: LoadedModel, stored: StoredModel | None) -> AbstractContextManager[None]:
     """Run the block with a stored model's matrices in the place of the model's own, but for the FFN."""
     return nullcontext() if stored is None else base_in_use(loaded, stored)
+
+
+def tallies_of(
+    loaded: LoadedModel, texts: Mapping[int, ReferenceText], batches: Batches, advance: Advance
+) -> dict[int, Tally]:
+    """Decode the second halves of some texts with what the model has in use now: number of a text -> its tally."""
+    tallies = {}
+    for batch in batches:
+        own = [texts[number] for number in batch]
+        second_halves = [text.token_ids[text.start :] for text in own]
+        found = narrow_logits(loaded, second_halves, [text.keys_values() for text in own])
+        for number, logits in zip(batch, found, strict=True):
+            tallies[number] = texts[number].compare(logits, number)
+        advance(len(batch))
+    return tallies
 
 
 def _slot(key: str) -> str:
@@ -199,38 +227,34 @@ def texts_of(worker: Worker, shared: Shared[PlaceTexts]) -> Mapping[int, Referen
 @torch.inference_mode()
 def _read(loaded: LoadedModel, own: PlaceTexts, advance: Advance) -> _Read:
     texts, tallies = {}, {}
-    for number, token_ids in own.token_ids.items():
-        logits, halves = _dense_pass(loaded, token_ids)
-        ids = torch.tensor([list(token_ids)], device=loaded.device)
+    for number, (logits, halves) in _dense_passes(loaded, own, advance):
+        token_ids = own.token_ids[number]
         texts[number] = ReferenceText(
-            token_ids=ids,
+            token_ids=token_ids,
             start=split_point(len(token_ids)),
             logits=_keep(own, f"{number}.logits", [logits]),
             # Of a stored model, keys and values are read below.
             keys_values=list if own.stored else _keep(own, f"{number}.keys", halves),
         )
-        advance()
     if own.stored is None:
         return _Read(
             texts=texts, tallies={number: text.compare(text.logits()[0], number) for number, text in texts.items()}
         )
     with base_in_use(loaded, own.stored), ffn_in_use(loaded, dense_cut(loaded, own.stored), 0):
-        for number, token_ids in own.token_ids.items():
-            logits, halves = _dense_pass(loaded, token_ids)
+        for number, (logits, halves) in _dense_passes(loaded, own, advance):
             tallies[number] = texts[number].compare(logits, number)
             texts[number] = replace(texts[number], keys_values=_keep(own, f"{number}.keys", halves))
-            advance()
     return _Read(texts=texts, tallies=tallies)
 
 
-def _dense_pass(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits of the second half, and keys and values of the first, as `ReferenceText` has them."""
-    ids = torch.tensor([list(token_ids)], device=loaded.device)
-    start, cache = split_point(len(token_ids)), DynamicCache()
-    logits = loaded.head(loaded.states(ids, cache)[0, start:-1])
-    # Copies: a view of the first half would hold on to the whole.
-    halves = [half[:, :, :start].clone() for keys, values, *_ in cache for half in (keys, values)]
-    return logits, halves
+def _dense_passes(
+    loaded: LoadedModel, own: PlaceTexts, advance: Advance
+) -> Iterator[tuple[int, tuple[torch.Tensor, list[torch.Tensor]]]]:
+    """Number of each text, logits of its second half, and keys and values of its first, as `ReferenceText` has them."""
+    for batch in own.batches:
+        texts = [own.token_ids[number] for number in batch]
+        yield from zip(batch, dense_logits(loaded, texts, [split_point(len(text)) for text in texts]), strict=True)
+        advance(len(batch))
 
 
 def _keep(own: PlaceTexts, name: str, tensors: Sequence[torch.Tensor]) -> Kept:

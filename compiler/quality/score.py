@@ -17,9 +17,10 @@ from coreinfer.compiler.prune.narrow import CLUSTERS, Cut, CutOf
 from coreinfer.compiler.team.steps import Steps
 from coreinfer.compiler.team.team import Shared, Team, Worker
 
-from .reference import PlaceTexts, Reference, ReferenceText, as_stored, texts_of
+from .reference import PlaceTexts, Reference, ReferenceText, as_stored, tallies_of, texts_of
 from .stored import StoredModel
 from .tally import Tally
+from .together import Batches, parts_of
 
 __all__ = ["evaluate"]
 
@@ -83,14 +84,18 @@ def _place_tallies(
     advance: Advance,
 ) -> dict[str, dict[int, Tally]]:
     """Score each of a place's texts by the FFN of its cluster: assignment name -> number of the text -> tally."""
-    loaded, texts = worker.loaded, texts_of(worker, shared)
+    loaded, texts, batches = worker.loaded, texts_of(worker, shared), shared.value().batches
     with as_stored(loaded, stored):
-        return {name: _tallies(loaded, texts, cut(loaded), members, advance) for name, (cut, members) in models.items()}
+        return {
+            name: _tallies(loaded, texts, batches, cut(loaded), members, advance)
+            for name, (cut, members) in models.items()
+        }
 
 
 def _tallies(
     loaded: LoadedModel,
     texts: Mapping[int, ReferenceText],
+    batches: Batches,
     cut: Cut,
     members: Mapping[int, Sequence[int]],
     advance: Advance,
@@ -98,11 +103,7 @@ def _tallies(
     tallies = {}
     for cluster, numbers in members.items():
         with ffn_in_use(loaded, cut, cluster):
-            for number in numbers:
-                text = texts[number]
-                logits = loaded.forward(text.token_ids[:, text.start :], text.cache())
-                tallies[number] = text.compare(logits[0, :-1], number)
-                advance()
+            tallies.update(tallies_of(loaded, texts, [*parts_of(batches, frozenset(numbers))], advance))
     return tallies
 
 

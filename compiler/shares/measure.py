@@ -15,7 +15,7 @@ from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.models.swapping import ffn_in_use
 from coreinfer.compiler.progress import Advance, Progress
 from coreinfer.compiler.prune.narrow import Cut
-from coreinfer.compiler.quality.reference import PlaceTexts, Reference, texts_of
+from coreinfer.compiler.quality.reference import PlaceTexts, Reference, tallies_of, texts_of
 from coreinfer.compiler.quality.stored import StoredModel, StoredPacks, base_in_use, dense_cut
 from coreinfer.compiler.quality.tally import Tally
 from coreinfer.compiler.team.steps import Steps
@@ -136,13 +136,10 @@ def _place_parts(
     with base_in_use(worker.loaded, shared.stored):
         for part in parts:
             measured = Measured()
-            if own := [number for number in part.numbers if number in own_numbers]:
+            # One by one: a batch's padding would be counted.
+            if own := [(number,) for number in part.numbers if number in own_numbers]:
                 with reading(part, measured.counts):
-                    for number in own:
-                        text = here[number]
-                        logits = worker.loaded.forward(text.token_ids[:, text.start :], text.cache())
-                        measured.tallies[number] = text.compare(logits[0, :-1], number)
-                        advance()
+                    measured.tallies.update(tallies_of(worker.loaded, here, own, advance))
             found.append(measured)
     return found
 
