@@ -29,11 +29,15 @@ def main(tokens: int, ffn_dim: int, hidden_size: int, rounds: int, num_threads: 
     flop = 2 * tokens * ffn_dim * (ffn_dim / 2 + hidden_size)
     print("| products | ms | GFLOP/s |\n|---|---|---|")
     rows = np.arange(tokens)
-    h, y = (values.view(torch.int16).numpy().view(np.uint16) for values in (activations, targets))
+    bits = tuple(values.view(torch.int16).numpy().view(np.uint16) for values in (activations, targets))
+    floats = activations.float().numpy(), targets.float().numpy()
     for isa in _products.available_isas():
-        gram, cross = np.zeros((ffn_dim, ffn_dim), np.float32), np.zeros((ffn_dim, hidden_size), np.float32)
-        add = partial(_products.add_products, gram, cross, h, y, rows, num_threads=num_threads, isa=isa)
-        _print(isa, _best_seconds(add, rounds), flop)
+        for kind, own in (("bfloat16", bits), ("float32", floats)):
+            if kind == "float32" and isa.endswith("bf16"):
+                continue
+            sums = np.zeros((ffn_dim, ffn_dim), np.float32), np.zeros((ffn_dim, hidden_size), np.float32)
+            add = partial(_products.add_products, *sums, *own, rows, num_threads=num_threads, isa=isa)
+            _print(f"{isa}, {kind}", _best_seconds(add, rounds), flop)
 
     def plain() -> None:
         values = activations.float()

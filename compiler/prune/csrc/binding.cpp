@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <new>
 
@@ -65,25 +66,45 @@ void add_chunks(const Multiplier& multiplier, const Task& task, int64_t num_rows
   });
 }
 
+// Point a task at two matrices of one kind.
+template <class Array>
+void take_matrices(Task& task, const py::object& activations_object, const py::object& targets_object) {
+  const Array activations = matrix<Array>(activations_object, "activations", -1, -1);
+  const Array targets = matrix<Array>(targets_object, "targets", activations.shape(0), -1);
+  task.activations = activations.data();
+  task.targets = targets.data();
+  task.num_inputs = static_cast<int>(activations.shape(1));
+  task.num_outputs = static_cast<int>(targets.shape(1));
+}
+
+// Those of a name, or the best that take the kind of matrices.
+const Multiplier& find_multiplier(const std::string& isa, bool is_float) {
+  std::vector<const Multiplier*> multipliers = available_multipliers();
+  if (is_float)
+    multipliers.erase(std::remove_if(multipliers.begin(), multipliers.end(),
+                                     [](const Multiplier* multiplier) { return !multiplier->takes_float; }),
+                      multipliers.end());
+  return find_kernel(multipliers, isa);
+}
+
 // gram += sum of h h^T, on and above the diagonal; cross += sum of h y^T; over some rows of both matrices.
 void add_products(const py::object& gram_object, const py::object& cross_object, const py::object& activations_object,
                   const py::object& targets_object, const Rows& rows, int num_threads, const std::string& isa) {
-  const Multiplier& multiplier = find_kernel(available_multipliers(), isa);
-  check_threads(num_threads);
-  const Bits activations = matrix<Bits>(activations_object, "activations", -1, -1);
-  const Bits targets = matrix<Bits>(targets_object, "targets", activations.shape(0), -1);
-  const py::ssize_t num_inputs = activations.shape(1), num_outputs = targets.shape(1);
-  Floats gram = matrix<Floats>(gram_object, "gram", num_inputs, num_inputs);
-  Floats cross = matrix<Floats>(cross_object, "cross", num_inputs, num_outputs);
-  for (py::ssize_t i = 0; i < rows.size(); ++i)
-    if (rows.data()[i] < 0 || rows.data()[i] >= activations.shape(0))
-      refuse("rows", "0 to " + std::to_string(activations.shape(0) - 1), std::to_string(rows.data()[i]));
   Task task{};
+  task.is_float = py::isinstance<Floats>(activations_object);
+  const Multiplier& multiplier = find_multiplier(isa, task.is_float);
+  check_threads(num_threads);
+  if (task.is_float)
+    take_matrices<Floats>(task, activations_object, targets_object);
+  else
+    take_matrices<Bits>(task, activations_object, targets_object);
+  const py::ssize_t num_tokens = py::len(activations_object);
+  Floats gram = matrix<Floats>(gram_object, "gram", task.num_inputs, task.num_inputs);
+  Floats cross = matrix<Floats>(cross_object, "cross", task.num_inputs, task.num_outputs);
+  for (py::ssize_t i = 0; i < rows.size(); ++i)
+    if (rows.data()[i] < 0 || rows.data()[i] >= num_tokens)
+      refuse("rows", "0 to " + std::to_string(num_tokens - 1), std::to_string(rows.data()[i]));
   task.rows = rows.data();
-  task.activations = activations.data();
-  task.targets = targets.data();
-  task.num_inputs = static_cast<int>(num_inputs);
-  task.num_outputs = static_cast<int>(num_outputs);
   task.gram = gram.mutable_data();
   task.cross = cross.mutable_data();
   const std::unique_ptr<void, Free> packed(::operator new(multiplier.packed_bytes(task), std::align_val_t(64)));
@@ -95,7 +116,7 @@ void add_products(const py::object& gram_object, const py::object& cross_object,
 }  // namespace
 
 PYBIND11_MODULE(_products, module) {
-  module.doc() = "Sums of products over tokens, of bfloat16 in float.";
+  module.doc() = "Sums of products over tokens, of bfloat16 or float, in float.";
   module.def("available_isas", [] { return kernel_names(available_multipliers()); });
   module.def("add_products", &add_products, py::arg("gram"), py::arg("cross"), py::arg("activations"),
              py::arg("targets"), py::arg("rows"), py::kw_only(), py::arg("num_threads"), py::arg("isa") = "auto");

@@ -1,4 +1,4 @@
-// Sums of products h h^T and h y^T over tokens, of activations h and wanted outputs y in bfloat16, in float.
+// Sums of products h h^T and h y^T over tokens, of activations h and wanted outputs y in bfloat16 or float, in float.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +10,9 @@ namespace coreinfer {
 constexpr int kChunkTokens = 1024;  // that are packed at a time
 
 struct Task {
-  const uint16_t* activations;  // (tokens, num_inputs) bits of bfloat16
-  const uint16_t* targets;      // (tokens, num_outputs)
+  const void* activations;  // (tokens, num_inputs) float, or bits of bfloat16
+  const void* targets;      // (tokens, num_outputs)
+  bool is_float;
   int num_inputs, num_outputs;
   const int64_t* rows;  // of this chunk's tokens
   int num_rows;
@@ -23,6 +24,7 @@ struct Task {
 // What exists once per instruction set. Each sums the tokens in their order, so that threads change no bit.
 struct Multiplier {
   const char* name;
+  bool takes_float;
   size_t (*packed_bytes)(const Task& task);
   int (*num_packs)(const Task& task);
   void (*pack)(const Task& task, int block);

@@ -24,7 +24,7 @@ inline F multiply_add(F sum, V left, V right) { return sum + left * right; }
 
 #include "products_body.h"
 
-constexpr Multiplier kMultiplier = {"avx2", packed_bytes, num_packs, pack, num_blocks, multiply};
+constexpr Multiplier kMultiplier = {"avx2", kStepTokens == 1, packed_bytes, num_packs, pack, num_blocks, multiply};
 
 }  // namespace
 

@@ -32,7 +32,8 @@ inline F multiply_add(F sum, V left, V right) {
 
 #include "products_body.h"
 
-constexpr Multiplier kMultiplier = {"avx512-bf16", packed_bytes, num_packs, pack, num_blocks, multiply};
+constexpr Multiplier kMultiplier = {"avx512-bf16", kStepTokens == 1, packed_bytes, num_packs,
+                                    pack,          num_blocks,       multiply};
 
 }  // namespace
 

@@ -13,29 +13,35 @@ constexpr int kColumns = kVectors * kLanes;
 constexpr int kBlockSteps = 64;
 constexpr int kPackSteps = 32;
 constexpr int kChunkSteps = kChunkTokens / kStepTokens;
+// Panels a power of two apart would share the few places that a cache has for them.
+constexpr int kPanelSteps = kChunkSteps + 8;
 
 inline int blocks_of(int columns) { return (columns + kColumns - 1) / kColumns; }
 inline int steps_of(const Task& task) { return (task.num_rows + kStepTokens - 1) / kStepTokens; }
 
 size_t packed_bytes(const Task& task) {
-  return size_t(blocks_of(task.num_inputs) + blocks_of(task.num_outputs)) * kVectors * kChunkSteps * sizeof(V);
+  return size_t(blocks_of(task.num_inputs) + blocks_of(task.num_outputs)) * kVectors * kPanelSteps * sizeof(V);
 }
 int num_packs(const Task& task) { return (steps_of(task) + kPackSteps - 1) / kPackSteps; }
 int num_blocks(const Task& task) { return blocks_of(task.num_inputs) + blocks_of(task.num_outputs); }
 
 inline uint32_t* panel_of(const Task& task, int panel) {
-  return static_cast<uint32_t*>(task.packed) + size_t(panel) * kChunkSteps * kLanes;
+  return static_cast<uint32_t*>(task.packed) + size_t(panel) * kPanelSteps * kLanes;
 }
 
 // Some columns of one step. Of one token a float, of two tokens both halves of 32 bits.
+inline void pack_lanes(const float* first, const float*, int count, uint32_t* out) {
+  std::memcpy(out, first, count * sizeof(float));
+}
 inline void pack_lanes(const uint16_t* first, const uint16_t* second, int count, uint32_t* out) {
   for (int lane = 0; lane < count; ++lane)
     out[lane] = kStepTokens == 2 ? uint32_t(second[lane]) << 16 | first[lane] : uint32_t(first[lane]) << 16;
 }
 
 // All columns of one step of one matrix.
-inline void pack_step(const uint16_t* first, const uint16_t* second, int columns, uint32_t* out) {
-  for (int start = 0; start < blocks_of(columns) * kColumns; start += kLanes, out += size_t(kChunkSteps) * kLanes) {
+template <class Value>
+inline void pack_step(const Value* first, const Value* second, int columns, uint32_t* out) {
+  for (int start = 0; start < blocks_of(columns) * kColumns; start += kLanes, out += size_t(kPanelSteps) * kLanes) {
     if (start + kLanes <= columns) {
       pack_lanes(first + start, second + start, kLanes, out);
       continue;
@@ -45,11 +51,12 @@ inline void pack_step(const uint16_t* first, const uint16_t* second, int columns
   }
 }
 
-void pack(const Task& task, int block) {
-  const std::vector<uint16_t> none(std::max(task.num_inputs, task.num_outputs));
+template <class Value>
+void pack_values(const Task& task, int block) {
+  const std::vector<Value> none(std::max(task.num_inputs, task.num_outputs));
   const int end = std::min(steps_of(task), (block + 1) * kPackSteps);
-  const auto row = [&](const uint16_t* matrix, int columns, int token) {
-    return token < task.num_rows ? matrix + task.rows[token] * columns : none.data();
+  const auto row = [&](const void* matrix, int columns, int token) {
+    return token < task.num_rows ? static_cast<const Value*>(matrix) + task.rows[token] * columns : none.data();
   };
   for (int step = block * kPackSteps; step < end; ++step) {
     const int token = step * kStepTokens, next = token + kStepTokens - 1;
@@ -58,6 +65,13 @@ void pack(const Task& task, int block) {
     pack_step(row(task.targets, task.num_outputs, token), row(task.targets, task.num_outputs, next), task.num_outputs,
               panel_of(task, blocks_of(task.num_inputs) * kVectors) + step * kLanes);
   }
+}
+
+void pack(const Task& task, int block) {
+  if (task.is_float)
+    pack_values<float>(task, block);
+  else
+    pack_values<uint16_t>(task, block);
 }
 
 inline V load(const uint32_t* p) {
@@ -79,7 +93,7 @@ inline void add_tile(const uint32_t* left, const uint32_t* right, int steps, flo
     for (int v = 0; v < kVectors; ++v) std::memcpy(&sums[i][v], out + i * stride + v * kLanes, sizeof(F));
   for (int step = 0; step < steps; ++step) {
     V columns[kVectors];
-    for (int v = 0; v < kVectors; ++v) columns[v] = load(right + (size_t(v) * kChunkSteps + step) * kLanes);
+    for (int v = 0; v < kVectors; ++v) columns[v] = load(right + (size_t(v) * kPanelSteps + step) * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const V row = all(left[size_t(step) * kLanes + i]);
