@@ -383,6 +383,14 @@ def test_an_option_of_the_other_form_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_the_name_of_a_file_is_refused(tmp_path: Path) -> None:
+    output = tmp_path / "model.GGUF"
+    done = CliRunner().invoke(main, [str(tmp_path), "--to", "gguf", "--dense", "-o", str(output)])
+    assert (done.exit_code, done.stdout, output.exists()) == (2, "", False)
+    assert done.stderr.startswith(f"error: -o {output}: expected a folder, which gets model.gguf and README.md, got")
+    assert done.stderr.endswith(f"give -o {tmp_path / 'model'}\n")
+
+
 def test_the_command(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
     arguments = [str(tiny_bundle("llama")), "--to", "gguf", "--cluster", "0", "-o", str(tmp_path / "out")]
     done = CliRunner().invoke(main, [*arguments, "--json"])

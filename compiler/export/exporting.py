@@ -46,11 +46,16 @@ def export_model(
         dtype: of the weights of form "hf".
     Raises:
         BundleError: there is no bundle, or the disk cannot take the export.
-        ConfigError: the output exists, or the bundle does not hold the model.
+        ConfigError: the output exists or is no name of a folder, or the bundle does not hold the model.
         UnsupportedModelError: the form cannot express the model.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"-o {output}: exists; give a folder that does not exist yet")
+    if output.suffix.lower() == ".gguf":
+        raise ConfigError(
+            f"-o {output}: expected a folder, which gets model.gguf and README.md, got the name of a file; "
+            f"give -o {output.with_suffix('')}"
+        )
     chosen = choose_model(bundle_dir, cluster=cluster, dense=dense)
     with disk_errors(output):
         if output.exists():
