@@ -61,7 +61,9 @@ def distill_encoder(team: Team, encoder: Encoder, key: str, cache: Cache, progre
                 advance()
         return distilled[0]
 
-    table_key = stage_key("distil", encoder=key, bf16=bf16_products_are_faster(), batches=_BATCH_TOKENS)
+    table_key = stage_key(
+        "distil", encoder=key, bf16=bf16_products_are_faster(), batches=_BATCH_TOKENS, attention="eager"
+    )
     table = cache.arrays(table_key, lambda: {"table": compute()[0]})["table"]
     tokenizer_json = cache.json(stage_key("distil-tokenizer", encoder=key), lambda: compute()[1])
     return StaticEncoder(table=table, tokenizer_json=tokenizer_json)
@@ -145,8 +147,12 @@ def _table(worker: Worker, encoder: Encoder, key: str, *parts: Sequence[Floats])
 
 
 def _quick(model: SentenceTransformer) -> Any:
-    """Copy the encoder's body, in bfloat16 where that is faster: the table is rounded to float16 anyway."""
+    """Copy the encoder's body, in bfloat16 where that is faster: the table is rounded to float16 anyway.
+
+    Of three tokens, plain products are what is fastest for attention.
+    """
     body = copy.deepcopy(model[0].auto_model)
+    body.set_attn_implementation("eager")
     return body.to(torch.bfloat16) if model.device.type == "cpu" and bf16_products_are_faster() else body
 
 
