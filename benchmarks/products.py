@@ -36,7 +36,7 @@ def main(tokens: int, ffn_dim: int, hidden_size: int, rounds: int, num_threads: 
             if kind == "float32" and isa.endswith("bf16"):
                 continue
             sums = np.zeros((ffn_dim, ffn_dim), np.float32), np.zeros((ffn_dim, hidden_size), np.float32)
-            add = partial(_products.add_products, *sums, *own, rows, num_threads=num_threads, isa=isa)
+            add = partial(_products.add_products, *sums, own[0], own[1], rows, num_threads=num_threads, isa=isa)
             _print(f"{isa}, {kind}", _best_seconds(add, rounds), flop)
 
     def plain() -> None:
