@@ -10,7 +10,7 @@ import pytest
 import torch
 from coreinfer import runtime
 from coreinfer.bundles import Bundle, ConfigError, open_bundle
-from coreinfer.bundles.contract import expert_role, tensor_name
+from coreinfer.bundles.contract import expert_role, kept_experts, tensor_name
 from coreinfer.bundles.families import family_of_config, resolve
 from coreinfer.compiler import CompileConfig, compile_model
 from coreinfer.runtime.engines.native import _native
@@ -25,7 +25,7 @@ from coreinfer.runtime.routing.own_neurons import equal_budgets
 from .bundle_factory import written_once
 from .model_factory import MIXTURES, build_model, save_model
 from .test_mixtures import IDS, blocks, close, in_steps, near, pieces, reference_logits
-from .test_narrow_experts import NEURONS, cut_into, wide_settings, zeroed_logits
+from .test_narrow_experts import NEURONS, cut_into, pack_ids, wide_settings, zeroed_logits
 from .test_planning import NEAR, chosen_for_decoding, ids_of, naive_scores, naive_top
 
 PROMPT = IDS[:3]
@@ -102,11 +102,13 @@ def naive_of_experts(bundle: Bundle, family: str, ids: Sequence[int], **settings
 
 
 def as_float(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    values: np.ndarray = (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return values
 
 
 def at_one(scores: np.ndarray) -> np.ndarray:
-    return scores / np.sqrt(np.mean(scores**2))
+    scaled: np.ndarray = scores / np.sqrt(np.mean(scores**2))
+    return scaled
 
 
 @pytest.mark.parametrize("mode", ["stability", "fused"])
@@ -137,6 +139,7 @@ def test_a_prompt_chooses_whole_experts_where_packs_have_them(
     mode: runtime.Mode, mixture: Callable[..., Bundle]
 ) -> None:
     bundle = mixture("granitemoe", "whole")
+    size = bundle.manifest.model.expert_neurons
     decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
     statistic = statistic_of(decoder, bundle, PROMPT)
     expected = []
@@ -144,7 +147,7 @@ def test_a_prompt_chooses_whole_experts_where_packs_have_them(
         scores = at_one(np.sqrt(np.square(np.array(of_layer)).sum(axis=1)))
         if mode == "fused":
             scores = 3 / 103 * scores + 100 / 103 * bundle.pack(NEAR.cluster)[tensor_name(layer, "scores")].array
-        expected.append([32 * e + i for e in naive_top(scores.tolist(), 4) for i in range(32)])
+        expected.append([size * e + i for e in naive_top(scores.tolist(), 4) for i in range(size)])
     choice = decode_choice(ModePlan(mode=mode), NEAR, bundle, statistic, len(PROMPT))
     assert ids_of(choice) == expected
 
@@ -176,7 +179,8 @@ def test_torch_computes_a_model_without_the_others(family: str, mixture: Callabl
         if packs == "narrow":
             expected = zeroed_logits(family, choice.neuron_ids)
         else:
-            expected = reference_logits(family, keep=[np.unique(ids // 32).tolist() for ids in choice.neuron_ids])
+            size = bundle.manifest.model.expert_neurons
+            expected = reference_logits(family, keep=[np.unique(ids // size).tolist() for ids in choice.neuron_ids])
         decoder.use(choice)
         np.testing.assert_allclose(blocks(decoder), expected, atol=2e-4, rtol=1e-4)
         np.testing.assert_allclose(in_steps(decoder), expected[130:], atol=2e-4, rtol=1e-4)
@@ -207,7 +211,8 @@ def test_packed_logits_are_those_of_torch(family: str, packs: str, kind: str, mi
     choice = own(torch_decoder, bundle)
     for each in (torch_decoder, decoder):
         each.use(choice)
-    assert near(blocks(decoder), blocks(torch_decoder))
+    # Short texts: in a long one most tokens come after one that rounding sent to another expert.
+    assert near(pieces(decoder), pieces(torch_decoder))
     assert close(pieces(decoder, 8), pieces(decoder), 1e-3)
 
 
@@ -224,11 +229,15 @@ def test_calls_are_alike(isa: str, mixture: Callable[..., Bundle]) -> None:
     np.testing.assert_array_equal(cut_into(decoder, 2, 5, 12, 44), expected)
 
 
-def test_a_pack_of_the_same_neurons_is_the_same(mixture: Callable[..., Bundle]) -> None:
-    """Also to the bit, where nothing is rounded: a gathered FFN lies as a pack does."""
-    bundle = mixture("olmoe")
-    pack = bundle.pack(1)
-    ids = tuple(pack[tensor_name(layer, "neuron_ids")].array for layer in range(3))
+@pytest.mark.parametrize(("packs", "kind"), [("narrow", "bf16"), ("whole", "int4")])
+def test_a_pack_of_the_same_neurons_is_the_same(packs: str, kind: str, mixture: Callable[..., Bundle]) -> None:
+    """Also to the bit, where nothing is rounded again: a gathered FFN lies as a pack does."""
+    bundle = mixture("olmoe", packs, kind)
+    if packs == "narrow":
+        ids = tuple(pack_ids(bundle, 1))
+    else:
+        kept = kept_experts(bundle.pack(1), bundle.manifest)
+        ids = tuple(np.flatnonzero(np.isin(np.arange(6), own).repeat(32)).astype(np.int32) for own in kept)
     for decoder in (NativeDecoder(bundle, threads=2), TorchDecoder(bundle, device="cpu", dtype="float32")):
         found = []
         for choice in (FfnChoice(cluster=1), FfnChoice(neuron_ids=ids)):
@@ -299,8 +308,8 @@ def test_wrong_neurons_of_experts_are_refused(mixture: Callable[..., Bundle]) ->
 
 
 def test_equal_budgets_are_whole_units(mixture: Callable[..., Bundle]) -> None:
-    for packs, unit in (("narrow", 6), ("whole", 32)):
-        manifest = mixture("qwen3_moe", packs).manifest
+    for packs, family, unit in (("narrow", "qwen3_moe", 6), ("whole", "olmoe", 32)):
+        manifest = mixture(family, packs).manifest
         plan = replace(manifest.plan, layer_budgets=(unit * 4, unit * 5, unit * 5))
         assert equal_budgets(replace(manifest, plan=plan)) == (unit * 4,) * 3
 

@@ -75,7 +75,8 @@ def choose_neurons(manifest: Manifest, scores: Floats, budgets: tuple[int, ...])
     if manifest.narrows_experts:
         return tuple(select_in_parts(scores, budgets, experts.num_experts))
     kept = select_neurons(scores, [budget // size for budget in budgets])
-    return tuple((ids[:, None] * size + np.arange(size, dtype=np.int32)).ravel() for ids in kept)
+    within = np.arange(size, dtype=np.int32)
+    return tuple(np.add.outer(ids * np.int32(size), within).ravel() for ids in kept)
 
 
 def equal_budgets(manifest: Manifest) -> tuple[int, ...]:

@@ -180,7 +180,7 @@ def watch_activations(layers: Sequence[nn.Module], family: Family, collect: Coll
     with ExitStack() as ends:
         for number, layer in enumerate(layers):
             if family.experts is not None:
-                mixture = layer.get_submodule(family.experts.module)
+                mixture: Any = layer.get_submodule(family.experts.module)
                 mixture.watch = partial(_collect_run, collect, number)
                 ends.callback(setattr, mixture, "watch", None)
                 continue
