@@ -318,8 +318,6 @@ def test_what_mixtures_lack_is_refused(tiny_bundle: Callable[..., Path], tmp_pat
     change_json(tmp_path / "quantized" / "config.json", quantization_config=method)
     with pytest.raises(UnsupportedModelError, match="of mixtures of experts only plain ones are read"):
         read_config(find_source(str(tmp_path / "quantized")))
-    with pytest.raises(ConfigError, match="weights 'packed': experts are unpacked"):
-        TorchDecoder(open_bundle(folder), device="cpu", dtype="float32", weights="packed")
 
 
 def test_what_a_compile_takes_is_planned(

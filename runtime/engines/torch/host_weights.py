@@ -16,7 +16,7 @@ from coreinfer.bundles.tensors import TensorFile
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 
 from .model import matrix_to_torch, to_torch
-from .packed_linear import Shapes, Tensors, pack_matrix, packed_shapes
+from .packed_linear import Shapes, Tensors, is_down, pack_matrix, packed_shapes
 from .transfer import Transfer
 
 __all__ = ["FfnReader", "HostWeights", "gather", "layer_bytes"]
@@ -71,7 +71,7 @@ class FfnReader:
             else:
                 shapes[role] = (shape, self.dtype)
             if self.bundle.manifest.model.ffn_bias:
-                width = shapes[f"{role}_grid"][0][1] if self.packed and role != "down" else shape[0]
+                width = shapes[f"{role}_grid"][0][1] if self.packed and not is_down(role) else shape[0]
                 shapes[f"{role}_bias"] = ((width,), self.dtype)
         return shapes
 
@@ -93,7 +93,7 @@ class FfnReader:
 
     def _bias(self, file: TensorFile, name: str, tensors: Tensors, role: str) -> torch.Tensor:
         bias = to_torch(file[f"{name}_bias"]).to(self.dtype)
-        if role == "down" or f"{role}_grid" not in tensors:
+        if is_down(role) or f"{role}_grid" not in tensors:
             return bias
         return torch.nn.functional.pad(bias, (0, tensors[f"{role}_grid"].shape[1] - len(bias)))
 
