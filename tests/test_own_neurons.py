@@ -25,7 +25,7 @@ from coreinfer.runtime.routing.own_neurons import equal_budgets
 from .bundle_factory import written_once
 from .model_factory import MIXTURES, build_model, save_model
 from .test_mixtures import IDS, blocks, close, in_steps, near, pieces, reference_logits
-from .test_narrow_experts import NEURONS, cut_into, pack_ids, wide_settings, zeroed_logits
+from .test_narrow_experts import NEURONS, cut_into, wide_settings
 from .test_planning import NEAR, chosen_for_decoding, ids_of, naive_scores, naive_top
 
 PROMPT = IDS[:3]
@@ -50,8 +50,8 @@ def mixture(
     def opened(family: str, packs: str = "narrow", quantize: str = "bf16") -> Bundle:
         if packs == "whole":
             return open_bundle(tiny_bundle(family, quantize=quantize))
-        options = {"experts": "narrow", "clusters": 2, "budgets": "energy", "keep": 0.6, "quantize": quantize}
-        return open_bundle(narrow(family, **options))
+        options = {"clusters": 2, "budgets": "energy", "keep": 0.6, "reconstruct": False, "quantize": quantize}
+        return open_bundle(narrow(family, experts="narrow", **options))
 
     return opened
 
@@ -67,6 +67,22 @@ def own(decoder: Decoder, bundle: Bundle, mode: runtime.Mode = "stability") -> F
     """What a prompt of 40 tokens chooses."""
     ids = IDS[60:100]
     return decode_choice(ModePlan(mode=mode), NEAR, bundle, statistic_of(decoder, bundle, ids), len(ids))
+
+
+def zeroed_logits(family: str, neuron_ids: Sequence[np.ndarray]) -> np.ndarray:
+    """Logits of transformers' own model, in which all neurons but these of each layer put out nothing."""
+    model, size = build_model(family, **wide_settings(family)), NEURONS[family]
+    row = family_of_config(model.config.to_dict(), family)
+    assert row.experts is not None
+    for number, layer in enumerate(resolve(model, row.layers)):
+        down = resolve(layer, row.experts.module).experts.down_proj.data
+        for expert in range(6):
+            absent = np.setdiff1d(np.arange(size), neuron_ids[number] - expert * size)
+            assert 0 < len(absent) < size
+            (down[expert] if row.experts.transposed else down[expert].T)[torch.from_numpy(absent)] = 0
+    with torch.inference_mode():
+        logits: np.ndarray = model(torch.tensor([IDS])).logits[0].numpy()
+    return logits
 
 
 def expert_runs(family: str, ids: Sequence[int], **settings: Any) -> list[list[ExpertRun]]:
@@ -234,7 +250,7 @@ def test_a_pack_of_the_same_neurons_is_the_same(packs: str, kind: str, mixture: 
     """Also to the bit, where nothing is rounded again: a gathered FFN lies as a pack does."""
     bundle = mixture("olmoe", packs, kind)
     if packs == "narrow":
-        ids = tuple(pack_ids(bundle, 1))
+        ids = tuple(bundle.pack(1)[tensor_name(layer, "neuron_ids")].array for layer in range(3))
     else:
         kept = kept_experts(bundle.pack(1), bundle.manifest)
         ids = tuple(np.flatnonzero(np.isin(np.arange(6), own).repeat(32)).astype(np.int32) for own in kept)
