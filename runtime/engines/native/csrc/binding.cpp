@@ -109,12 +109,14 @@ class Model {
   size_t layer_bytes_used() const { return decoder_->residency ? decoder_->residency->store.used_bytes() : 0; }
 
   FfnHandle gather(const FfnHandle& from, const std::vector<Ids>& neuron_ids) const {
-    if (neuron_ids.size() != from.ffn->size())
-      refuse("neuron ids", std::to_string(from.ffn->size()) + " layers", std::to_string(neuron_ids.size()));
-    refuse_experts(*from.ffn);
+    std::vector<NeuronIds> neurons;
+    for (const Ids& ids : neuron_ids) neurons.push_back({ids.data(), static_cast<int>(ids.size())});
+    check_neurons(*from.ffn, neurons);
+    GatheredFfn gathered = gather_ffn(*from.ffn, neurons);
     FfnHandle out;
-    out.owners = from.owners;  // biases of the output stay where they are
-    for (size_t i = 0; i < neuron_ids.size(); ++i) gather_layer((*from.ffn)[i], neuron_ids[i], out);
+    out.owners = from.owners;  // of what stays where it is
+    out.ffn = std::make_shared<Ffn>(std::move(gathered.ffn));
+    out.memory = std::move(gathered.memory);
     return out;
   }
 
@@ -180,8 +182,8 @@ class Model {
     std::exception_ptr failure;
     Watcher watch;
     if (!watcher.is_none())
-      watch = [&](int layer, const float* values, int count, int stride) {
-        if (!failure) call_watcher(watcher, layer, values, count, stride, failure);
+      watch = [&](const Watched& seen) {
+        if (!failure) call_watcher(watcher, seen, failure);
       };
     {
       py::gil_scoped_release release;
@@ -242,41 +244,15 @@ class Model {
     return logits[py::make_tuple(py::ellipsis(), py::slice(0, decoder_->weights.vocab, 1))];
   }
 
-  static void call_watcher(const py::object& watcher, int layer, const float* values, int count, int stride,
-                           std::exception_ptr& failure) {
+  static void call_watcher(const py::object& watcher, const Watched& seen, std::exception_ptr& failure) {
     py::gil_scoped_acquire acquire;
     try {
-      watcher(layer, py::array_t<float>({count, stride}, values));
+      py::object weights = py::none();
+      if (seen.weights) weights = py::array_t<float>(seen.num_tokens, seen.weights);
+      watcher(seen.layer, seen.expert, py::array_t<float>({seen.num_tokens, seen.stride}, seen.activations), weights);
     } catch (...) {
       failure = std::current_exception();
     }
-  }
-
-  static void gather_layer(const FfnWeights& from, const Ids& ids, FfnHandle& out) {
-    const int count = static_cast<int>(ids.size());
-    if (count < 1) refuse("neuron ids", "at least one a layer", "none");
-    for (int i = 0; i < count; ++i)
-      if (ids.data()[i] < 0 || ids.data()[i] >= from.num_neurons())
-        refuse("neuron id", "0 to " + std::to_string(from.num_neurons() - 1), std::to_string(ids.data()[i]));
-    FfnWeights weights;
-    auto keep = [&](const OwnedMatrix& owned) {
-      out.memory.push_back(owned.memory);
-      return owned.view;
-    };
-    auto pick_bias = [&](const float* bias) -> const float* {
-      if (!bias) return nullptr;
-      auto picked = std::make_shared<Buffer<float>>();
-      picked->resize(count);
-      for (int i = 0; i < count; ++i) picked->get()[i] = bias[ids.data()[i]];
-      out.memory.push_back(picked);
-      return picked->get();
-    };
-    if (!from.gate.weight.empty())
-      weights.gate = {keep(gather_rows(from.gate.weight, ids.data(), count)), pick_bias(from.gate.bias)};
-    weights.up = {keep(gather_rows(from.up.weight, ids.data(), count)), pick_bias(from.up.bias)};
-    const auto gather_down = from.by_neuron() ? gather_rows : gather_columns;
-    weights.down = {keep(gather_down(from.down.weight, ids.data(), count)), from.down.bias};
-    out.ffn->push_back(weights);
   }
 
   Owners owners_;

@@ -1,4 +1,4 @@
-// Pick rows or columns of a matrix into memory of its own, in the layout of the kernels.
+// Pick rows or columns of a matrix into memory of its own, in the layout of the kernels; and so neurons of an FFN.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -80,6 +80,65 @@ void pack_row(const float* values, int row, Packed& out) {
   }
 }
 
+// Picks neurons of FFNs, and keeps what they are copied to.
+class Gatherer {
+ public:
+  explicit Gatherer(std::vector<std::shared_ptr<void>>& memory) : memory_(memory) {}
+
+  FfnWeights pick(const FfnWeights& from, const NeuronIds& neurons) {
+    FfnWeights picked;
+    if (!from.gate.weight.empty()) picked.gate = rows(from.gate, neurons);
+    picked.up = rows(from.up, neurons);
+    const auto gather_down = from.by_neuron() ? gather_rows : gather_columns;
+    picked.down = {keep(gather_down(from.down.weight, neurons.ids, neurons.count)), from.down.bias};
+    return picked;
+  }
+
+  FfnWeights pick_of_experts(const FfnWeights& from, const NeuronIds& neurons) {
+    FfnWeights picked;
+    picked.experts.resize(from.experts.size());
+    int32_t start = 0;
+    const int32_t *begin = neurons.ids, *last = neurons.ids + neurons.count;
+    for (size_t number = 0; number < from.experts.size(); ++number) {
+      const FfnWeights& expert = from.experts[number];
+      const int32_t* end = std::lower_bound(begin, last, start + expert.num_neurons());
+      picked.experts[number] = pick_of_expert(expert, start, {begin, static_cast<int>(end - begin)});
+      start += expert.num_neurons();
+      begin = end;
+    }
+    return picked;
+  }
+
+ private:
+  FfnWeights pick_of_expert(const FfnWeights& expert, int32_t start, const NeuronIds& neurons) {
+    if (neurons.count == 0) return {};
+    if (neurons.count == expert.num_neurons()) return expert;
+    std::vector<int32_t> own(neurons.ids, neurons.ids + neurons.count);
+    for (int32_t& id : own) id -= start;
+    return pick(expert, {own.data(), neurons.count});
+  }
+
+  Matrix keep(const OwnedMatrix& owned) {
+    memory_.push_back(owned.memory);
+    return owned.view;
+  }
+
+  Linear rows(const Linear& from, const NeuronIds& neurons) {
+    return {keep(gather_rows(from.weight, neurons.ids, neurons.count)), bias(from.bias, neurons)};
+  }
+
+  const float* bias(const float* from, const NeuronIds& neurons) {
+    if (!from) return nullptr;
+    auto picked = std::make_shared<Buffer<float>>();
+    picked->resize(neurons.count);
+    for (int i = 0; i < neurons.count; ++i) picked->get()[i] = from[neurons.ids[i]];
+    memory_.push_back(picked);
+    return picked->get();
+  }
+
+  std::vector<std::shared_ptr<void>>& memory_;
+};
+
 }  // namespace
 
 OwnedMatrix gather_rows(const Matrix& w, const int32_t* ids, int count) {
@@ -116,6 +175,15 @@ OwnedMatrix gather_columns(const Matrix& w, const int32_t* ids, int count) {
     pack_row(picked.data(), row, out);
   }
   return out.owned;
+}
+
+GatheredFfn gather_ffn(const Ffn& from, const std::vector<NeuronIds>& neurons) {
+  GatheredFfn gathered;
+  Gatherer gatherer(gathered.memory);
+  for (size_t layer = 0; layer < from.size(); ++layer)
+    gathered.ffn.push_back(from[layer].experts.empty() ? gatherer.pick(from[layer], neurons[layer])
+                                                       : gatherer.pick_of_experts(from[layer], neurons[layer]));
+  return gathered;
 }
 
 }  // namespace coreinfer
