@@ -73,7 +73,9 @@ METHODS: Mapping[Effort, Method] = {
 
 
 def weighs_errors(config: "CompileConfig") -> bool:
-    """Whether neurons, ridges, cluster weights or layers compete by what their errors cost."""
+    """Whether neurons, ridges, cluster weights or layers compete by what their errors cost; those of experts do not."""
+    if config.experts == "narrow":
+        return False
     compete = config.effective_removal == "second-order" or config.effective_ridge == "auto"
     repairs = config.reconstruct and (compete or config.chooses_cluster_weight)
     return config.effective_budgets == "sensitivity" or repairs
@@ -81,4 +83,5 @@ def weighs_errors(config: "CompileConfig") -> bool:
 
 def shares_profile(config: "CompileConfig") -> bool:
     """Whether the run of the text that profiles neurons also serves the repair: layers are narrowed each for itself."""
-    return config.reconstruct and not config.effective_carry and config.effective_removal == "top-k"
+    apart = config.reconstruct and not config.effective_carry and config.effective_removal == "top-k"
+    return apart and config.experts == "whole"

@@ -52,16 +52,19 @@ def _not_applying(config: CompileConfig) -> Iterator[str]:
     if config.packs == "thin":
         # Whatever says how packs are made is refused with it anyway.
         return
+    why = "whole experts are not repaired"
+    if config.experts == "narrow":
+        why = "experts lose neurons by their scores, and are repaired on what the dense model sees"
     given = {
-        "--removal second-order": config.removal == "second-order",
-        "--carry": bool(config.carry),
-        "--repair-rounding": config.repair_rounding,
-        "--ridge": config.ridge is not None,
-        "--cluster-weight auto": config.cluster_weight == "auto",
-        "--heal-steps": bool(config.heal_steps),
-        "--heal-cluster-steps": bool(config.heal_cluster_steps),
+        f"--removal second-order: {why}": config.removal == "second-order",
+        f"--carry: {why}": bool(config.carry),
+        f"--repair-rounding: {why}": config.repair_rounding,
+        f"--ridge: {why}": config.ridge is not None and config.experts == "whole",
+        f"--cluster-weight auto: {why}": config.cluster_weight == "auto" and config.experts == "whole",
+        "--heal-steps: experts are not healed": bool(config.heal_steps),
+        "--heal-cluster-steps: experts are not healed": bool(config.heal_cluster_steps),
     }
-    yield from (f"{option}: experts are not repaired or healed" for option, is_given in given.items() if is_given)
+    yield from (problem for problem, is_given in given.items() if is_given)
 
 
 def _not_of_whole_experts(config: CompileConfig) -> Iterator[str]:
@@ -72,7 +75,7 @@ def _not_of_whole_experts(config: CompileConfig) -> Iterator[str]:
 
 
 def with_expert_options(config: CompileConfig, num_chosen: int, num_experts: int, name: str) -> CompileConfig:
-    """Fill in the options of a compile of a mixture: by scores, without repair and healing.
+    """Fill in the options of a compile of a mixture: by scores, without healing; of narrow experts with a repair.
 
     Args:
         num_chosen, num_experts: of a layer's experts those that a token uses, and all.
@@ -90,7 +93,7 @@ def with_expert_options(config: CompileConfig, num_chosen: int, num_experts: int
         budgets=config.budgets or "energy",
         min_layer_keep=max(config.min_layer_keep, least),
         removal="top-k",
-        reconstruct=False,
+        reconstruct=config.reconstruct and config.experts == "narrow",
         carry=False,
         heal_steps=0,
     )

@@ -1,4 +1,4 @@
-"""Mixtures whose experts are narrowed: both engines beside transformers' own model with the same neurons at zero."""
+"""Mixtures whose experts are narrowed: both engines beside transformers' own model with a pack's repaired experts."""
 
 import itertools
 import shutil
@@ -15,6 +15,7 @@ from coreinfer import runtime
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, open_bundle
 from coreinfer.bundles.contract import expert_role, tensor_name
 from coreinfer.bundles.families import family_of_config, resolve
+from coreinfer.bundles.formats import float_matrix
 from coreinfer.bundles.inspect import describe
 from coreinfer.bundles.tensors import StoredTensor
 from coreinfer.bundles.token_bytes import token_bytes
@@ -88,30 +89,36 @@ def kept_neurons(bundle: Bundle, cluster: int, layer: int) -> list[np.ndarray]:
     return [ids[ids // dim == expert] % dim for expert in range(6)]
 
 
-def zeroed_logits(family: str, bundle: Bundle, cluster: int) -> np.ndarray:
-    """Logits of transformers' own model, in which all neurons that a pack lacks put out nothing."""
-    model = build_model(family, **wide_settings(family))
+def expected_logits(family: str, bundle: Bundle, cluster: int) -> np.ndarray:
+    """Logits of transformers' own model with a pack's down projections, in which neurons that it lacks are zero."""
+    model, pack = build_model(family, **wide_settings(family)), bundle.pack(cluster)
     row = family_of_config(model.config.to_dict(), family)
     assert row.experts is not None
     for number, layer in enumerate(resolve(model, row.layers)):
-        down = resolve(layer, row.experts.module).experts.down_proj.data
+        experts = resolve(layer, row.experts.module).experts
         for expert, kept in enumerate(kept_neurons(bundle, cluster, number)):
-            absent = np.setdiff1d(np.arange(NEURONS[family]), kept)
-            assert 0 < len(absent) < NEURONS[family]
-            (down[expert] if row.experts.transposed else down[expert].T)[torch.from_numpy(absent)] = 0
+            assert 0 < len(kept) < NEURONS[family]
+            name = tensor_name(number, expert_role(expert, "down"))
+            down = experts.down_proj.data[expert]
+            columns = torch.zeros(32, NEURONS[family])
+            columns[:, torch.from_numpy(kept)] = torch.from_numpy(float_matrix(pack, name, (32, len(kept))))
+            down.copy_(columns.T if row.experts.transposed else columns)
+            if row.experts.biased:
+                bias = pack[tensor_name(number, expert_role(expert, "down_bias"))].array
+                experts.down_proj_bias.data[expert] = torch.from_numpy(bias)
     with torch.inference_mode():
         logits: np.ndarray = model(torch.tensor([IDS])).logits[0].numpy()
     return logits
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_torch_computes_a_model_without_these_neurons(family: str, narrow_bundle: Callable[..., Path]) -> None:
+def test_torch_computes_a_model_of_such_experts(family: str, narrow_bundle: Callable[..., Path]) -> None:
     bundle = open_bundle(narrow_bundle(family))
     decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
     decoder.use(DENSE)
     dense = blocks(decoder)
     for cluster in range(2):
-        expected = zeroed_logits(family, bundle, cluster)
+        expected = expected_logits(family, bundle, cluster)
         decoder.use(FfnChoice(cluster=cluster))
         np.testing.assert_allclose(blocks(decoder), expected, atol=2e-4, rtol=1e-4)
         np.testing.assert_allclose(in_steps(decoder), expected[130:], atol=2e-4, rtol=1e-4)
@@ -322,7 +329,14 @@ def test_each_expert_keeps_as_many(loaded: LoadedModel, profile: Profile) -> Non
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"removal": "second-order"}, "--removal second-order: experts are not repaired or healed"),
+        (
+            {"removal": "second-order"},
+            "--removal second-order: experts lose neurons by their scores, and are repaired on",
+        ),
+        (
+            {"carry": True, "heal_steps": 3},
+            r"2 problems: \(1\) --carry: exp.* \(2\) --heal-steps: experts are not healed",
+        ),
         ({"max_memory": 4.0}, "--max-memory"),
     ],
     ids=lambda value: str(value)[:20],
