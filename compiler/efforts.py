@@ -73,9 +73,7 @@ METHODS: Mapping[Effort, Method] = {
 
 
 def weighs_errors(config: "CompileConfig") -> bool:
-    """Whether neurons, ridges, cluster weights or layers compete by what their errors cost; those of experts do not."""
-    if config.experts == "narrow":
-        return False
+    """Whether neurons, ridges, cluster weights or layers compete by what their errors cost."""
     compete = config.effective_removal == "second-order" or config.effective_ridge == "auto"
     repairs = config.reconstruct and (compete or config.chooses_cluster_weight)
     return config.effective_budgets == "sensitivity" or repairs

@@ -52,15 +52,9 @@ def _not_applying(config: CompileConfig) -> Iterator[str]:
     if config.packs == "thin":
         # Whatever says how packs are made is refused with it anyway.
         return
-    why = "whole experts are not repaired"
-    if config.experts == "narrow":
-        why = "experts lose neurons by their scores, and are repaired on what the dense model sees"
     given = {
-        f"--removal second-order: {why}": config.removal == "second-order",
-        f"--carry: {why}": bool(config.carry),
-        f"--repair-rounding: {why}": config.repair_rounding,
-        f"--ridge: {why}": config.ridge is not None and config.experts == "whole",
-        f"--cluster-weight auto: {why}": config.cluster_weight == "auto" and config.experts == "whole",
+        "--carry: experts are repaired on what the dense model sees": bool(config.carry),
+        "--repair-rounding: experts are repaired on what the dense model sees": config.repair_rounding,
         "--heal-steps: experts are not healed": bool(config.heal_steps),
         "--heal-cluster-steps: experts are not healed": bool(config.heal_cluster_steps),
     }
@@ -72,6 +66,14 @@ def _not_of_whole_experts(config: CompileConfig) -> Iterator[str]:
         yield "--no-dense: packs name experts of the dense FFN, unless --experts narrow is given"
     if config.budget_mb is not None:
         yield "--budget-mb: a token reads as many experts whatever is kept"
+    if config.packs == "thin":
+        return
+    given = {
+        "--removal second-order": config.removal == "second-order",
+        "--ridge": config.ridge is not None,
+        "--cluster-weight auto": config.cluster_weight == "auto",
+    }
+    yield from (f"{option}: whole experts are not repaired" for option, is_given in given.items() if is_given)
 
 
 def with_expert_options(config: CompileConfig, num_chosen: int, num_experts: int, name: str) -> CompileConfig:
@@ -92,7 +94,7 @@ def with_expert_options(config: CompileConfig, num_chosen: int, num_experts: int
         config,
         budgets=config.budgets or "energy",
         min_layer_keep=max(config.min_layer_keep, least),
-        removal="top-k",
+        removal=config.effective_removal if config.experts == "narrow" else "top-k",
         reconstruct=config.reconstruct and config.experts == "narrow",
         carry=False,
         heal_steps=0,

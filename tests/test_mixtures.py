@@ -256,7 +256,7 @@ def test_experts_that_contribute_least_are_left_out(tiny_inputs: Callable[[str],
         ({"removal": "second-order"}, "--removal second-order: whole experts are not repaired"),
         (
             {"ridge": 0.1, "heal_steps": 3},
-            r"2 problems: \(1\) --ridge: whole.* \(2\) --heal-steps: experts are not healed",
+            r"2 problems: \(1\) --ridge: whole.* \(2\) --heal-steps: experts are not",
         ),
         ({"max_memory": 4.0}, "--max-memory"),
     ],

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from coreinfer.bundles.manifest import ModelRecord
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.team.adding import add_arrays, add_up
@@ -15,7 +17,7 @@ from coreinfer.compiler.team.passage import WALK
 from coreinfer.compiler.team.team import Pending, forget
 
 from .dealt import DealtText, deal_text
-from .expert_repair import ExpertTask, Solved, expert_costs, expert_sums, solve_expert
+from .expert_repair import ExpertTask, Solved, SolvedExpert, expert_costs, expert_sums, solve_expert
 from .layer_repair import (
     NarrowInputs,
     Results,
@@ -65,26 +67,36 @@ def _repair_layer(
         clusters: the clusters' result, for a control, which goes by what they chose for themselves.
     """
     left = own_result(inputs, name, layer)
-    if min(map(len, left.neuron_ids)) == inputs.loaded.record.ffn_dim or (clusters and clusters.ridge is None):
+    keeps_all = min(map(len, left.neuron_ids)) == inputs.loaded.record.ffn_dim
+    removes = inputs.config.effective_removal == "second-order"
+    if keeps_all or (clusters is not None and clusters.ridge is None and not removes):
         return left
     weights = candidate_weights(inputs.config) if clusters is None else (clusters.cluster_weight,)
     ridges = candidate_ridges(inputs.config) if clusters is None else (clusters.ridge,)
-    tasks = _tasks(inputs, text, layer, name, weights, ridges)
-    solved, costs = _solve(inputs, text, tasks)
+    solved, costs = _solve(inputs, text, layer, _tasks(inputs, text, layer, name, weights, ridges))
     best = int(np.argmin(costs))
-    ridge = ridges[best % len(ridges)]
-    if ridge is None:
-        return left
     of_clusters = [[expert[cluster][best] for expert in solved] for cluster in range(len(left.neuron_ids))]
-    has_bias = inputs.loaded.record.ffn_bias
+    return _result(inputs.loaded.record, of_clusters, weights[best // len(ridges)], ridges[best % len(ridges)])
+
+
+def _result(
+    record: ModelRecord, solved: Sequence[Sequence[SolvedExpert]], cluster_weight: float, ridge: float | None
+) -> LayerResult:
+    """Put the experts of each cluster one after another."""
+    starts = record.expert_neurons * np.arange(len(solved[0]), dtype=np.int32)
+    neuron_ids = tuple(
+        np.concatenate([one.neuron_ids + start for one, start in zip(experts, starts, strict=True)])
+        for experts in solved
+    )
+    if ridge is None:
+        return LayerResult(neuron_ids=neuron_ids, ridge=None, cluster_weight=cluster_weight)
+    biases = [np.stack([one.bias.cpu().numpy() for one in experts]) for experts in solved] if record.ffn_bias else []
     return LayerResult(
-        neuron_ids=left.neuron_ids,
+        neuron_ids=neuron_ids,
         ridge=ridge,
-        cluster_weight=weights[best // len(ridges)],
-        downs=tuple(np.concatenate([bf16_bits(one.down) for one in experts]) for experts in of_clusters),
-        biases=tuple(np.stack([one.bias.cpu().numpy() for one in experts]) for experts in of_clusters)
-        if has_bias
-        else (),
+        cluster_weight=cluster_weight,
+        downs=tuple(bf16_bits(torch.cat([one.down for one in experts])) for experts in solved),
+        biases=tuple(biases),
     )
 
 
@@ -106,6 +118,7 @@ def _tasks(
             layer=layer,
             expert=expert,
             neuron_ids=[ids[expert] for ids in kept],
+            removes=inputs.config.effective_removal == "second-order",
             num_tokens=[sum(places.values()) for places in text.calibration_tokens[name]],
             cluster_weights=cluster_weights,
             ridges=ridges,
@@ -114,22 +127,26 @@ def _tasks(
     ]
 
 
-def _solve(inputs: NarrowInputs, text: DealtText, tasks: Sequence[ExpertTask]) -> tuple[list[Solved], Costs]:
+def _solve(
+    inputs: NarrowInputs, text: DealtText, layer: int, tasks: Sequence[ExpertTask]
+) -> tuple[list[Solved], Costs]:
     """Solve one expert after another.
 
     Returns:
-        Each one's solutions, and all experts' squared errors on the validation text by each.
+        Each one's solutions, and what all experts' errors on the validation text cost by each.
     """
-    team = inputs.team
+    team, metric = inputs.team, inputs.team.share(inputs.metrics[layer])
 
     def ask(task: ExpertTask) -> tuple[Pending[Solved], list[Pending[Costs]]]:
         shared = team.share(task)
         parts = {place: team.call(place, _STAGE, expert_sums, own, shared) for place, own in text.texts.items()}
         total = add_up(team, _STAGE, add_arrays, parts)
-        solved = team.call(home(team, task.expert), _STAGE, solve_expert, shared, total)
+        solved = team.call(home(team, task.expert), _STAGE, solve_expert, shared, metric, total)
         if len(task.cluster_weights) == len(task.ridges) == 1:
             return solved, []
-        costs = [team.call(place, _STAGE, expert_costs, own, shared, solved) for place, own in text.texts.items()]
+        costs = [
+            team.call(place, _STAGE, expert_costs, own, shared, metric, solved) for place, own in text.texts.items()
+        ]
         return solved, costs
 
     found, totals = [], np.zeros(len(tasks[0].cluster_weights) * len(tasks[0].ridges))

@@ -1,4 +1,4 @@
-"""Stage `reconstruct` of one expert: refit its down projection on the neurons that stay.
+"""Stage `reconstruct` of one expert: choose the neurons that stay, and refit its down projection on them.
 
 An expert that is given h puts out w (h W + b), where w is what the router multiplies it by. Over the tokens that chose
 it, G = sum w^2 h h^T is its Gram matrix, and what it should put out is linear in h, so that the kept rows become
@@ -8,7 +8,7 @@ all their tokens, those that chose other experts among them, and mixed: what an 
 little there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from .dealt import PlaceText, own_rows
 from .expert_text import ExpertTokens, expert_tokens
 from .own_down import OwnDown
 from .products import packed_gram
-from .removal import solve_rows
+from .removal import REMOVAL_RIDGE, System, remove_neurons, solve
 from .triangle import unpack_upper
 
 __all__ = ["ExpertTask", "Solved", "SolvedExpert", "expert_costs", "expert_sums", "solve_expert"]
@@ -38,7 +38,8 @@ class ExpertTask:
 
     Attributes:
         name: of the assignment.
-        neuron_ids: of each cluster, the expert's neurons that stay, ascending.
+        neuron_ids: of each cluster, the expert's neurons that stay by their scores, ascending.
+        removes: whether as many are chosen by second order instead, where enough tokens chose the expert.
         num_tokens: of each cluster, calibration tokens, whichever experts they chose.
         cluster_weights: candidates for the weight of the cluster's sums against those of all text.
         ridges: candidates, relative to the mean diagonal of the Gram matrix; None stands for no repair.
@@ -48,6 +49,7 @@ class ExpertTask:
     layer: int
     expert: int
     neuron_ids: Sequence[Ids]
+    removes: bool
     num_tokens: Sequence[int]
     cluster_weights: Sequence[float]
     ridges: Sequence[float | None]
@@ -58,10 +60,12 @@ class SolvedExpert:
     """One cluster's solution by one cluster weight and one ridge.
 
     Attributes:
+        neuron_ids: (kept,) of the expert, ascending.
         down: (kept, hidden size) bfloat16, as it is stored: the down projection, transposed.
         bias: (hidden size,) float32; zero where experts have none.
     """
 
+    neuron_ids: Ids
     down: torch.Tensor
     bias: torch.Tensor
 
@@ -100,15 +104,16 @@ def _sums_over(tokens: ExpertTokens, places: torch.Tensor) -> dict[str, torch.Te
 
 
 @torch.inference_mode()
-def solve_expert(worker: Worker, task: Shared[ExpertTask], sums: Arrays) -> Solved:
+def solve_expert(worker: Worker, task: Shared[ExpertTask], metric: Shared[torch.Tensor], sums: Arrays) -> Solved:
     """Solve for each cluster.
 
     Args:
+        metric: (hidden size, hidden size) what output errors cost.
         sums: of `expert_sums`, of all places.
     """
     asked = task.value()
-    own = _own_down(worker, asked)
-    return [_solve_cluster(asked, own, sums, cluster) for cluster in range(len(asked.neuron_ids))]
+    own, costs = _own_down(worker, asked), metric.value().to(worker.loaded.device)
+    return [_solve_cluster(asked, own, costs, sums, cluster) for cluster in range(len(asked.neuron_ids))]
 
 
 def _own_down(worker: Worker, task: ExpertTask) -> OwnDown:
@@ -120,23 +125,28 @@ def _own_down(worker: Worker, task: ExpertTask) -> OwnDown:
     )
 
 
-def _solve_cluster(task: ExpertTask, own: OwnDown, sums: Arrays, cluster: int) -> list[SolvedExpert]:
+def _solve_cluster(
+    task: ExpertTask, own: OwnDown, metric: torch.Tensor, sums: Arrays, cluster: int
+) -> list[SolvedExpert]:
     """A cluster in which fewer tokens chose the expert than neurons stay goes by the sums of all text alone.
 
     Where even all text has fewer, or all neurons stay, the expert's own rows are left.
     """
     ids, counts = task.neuron_ids[cluster], sums["counts"]
-    down, bias = own.rows(torch.from_numpy(ids))
-    left = SolvedExpert(down=down.to(torch.bfloat16), bias=bias)
     if len(ids) == len(own.weights) or float(counts.sum()) < len(ids):
-        return [left] * (len(task.cluster_weights) * len(task.ridges))
+        return [_own_rows(own, ids)] * (len(task.cluster_weights) * len(task.ridges))
     is_few = float(counts[cluster]) < len(ids)
     found: list[SolvedExpert] = []
     for weight in task.cluster_weights:
-        mixed = _mix(sums, task.num_tokens, cluster, 0.0 if is_few else weight)
-        fitted = iter(_refit(mixed, own, ids, [ridge for ridge in task.ridges if ridge is not None]))
-        found += [left if ridge is None else next(fitted) for ridge in task.ridges]
+        problem = _problem(_mix(sums, task.num_tokens, cluster, 0.0 if is_few else weight), own)
+        kept = remove_neurons(problem.system, metric, keep=len(ids)).neuron_ids if task.removes else ids
+        found += _solutions(problem, own, kept, task.ridges)
     return found
+
+
+def _own_rows(own: OwnDown, ids: Ids) -> SolvedExpert:
+    down, bias = own.rows(torch.from_numpy(ids))
+    return SolvedExpert(neuron_ids=ids, down=down.to(torch.bfloat16), bias=bias)
 
 
 def _mix(sums: Arrays, num_tokens: Sequence[int], cluster: int, weight: float) -> Arrays:
@@ -145,39 +155,61 @@ def _mix(sums: Arrays, num_tokens: Sequence[int], cluster: int, weight: float) -
     return {name: own * values[cluster] + rest * values.sum(dim=0) for name, values in sums.items()}
 
 
-def _refit(mixed: Arrays, own: OwnDown, ids: Ids, ridges: Sequence[float]) -> list[SolvedExpert]:
-    index = torch.from_numpy(ids).long().to(own.weights.device)
+@dataclass(frozen=True, kw_only=True)
+class _Problem:
+    """The least squares problem of an expert in a cluster, and the mean of its activations."""
+
+    system: System
+    mean: torch.Tensor
+
+
+def _problem(mixed: Arrays, own: OwnDown) -> _Problem:
     gram = unpack_upper(mixed["grams"], len(own.weights))
     mean = mixed["means"] / mixed["masses"].clamp_min(1e-30)
     if own.bias is not None:
         gram -= mixed["masses"] * torch.outer(mean, mean)
-    rows = gram[index]
-    fitted = solve_rows(rows[:, index], rows @ own.weights, own.weights[index], ridges)
-    if own.bias is None:
-        none = torch.zeros(own.weights.shape[1], device=index.device)
-        return [SolvedExpert(down=down.to(torch.bfloat16), bias=none) for down in fitted]
-    wanted = own.bias + mean @ own.weights
-    return [SolvedExpert(down=down.to(torch.bfloat16), bias=wanted - mean[index] @ down) for down in fitted]
+    return _Problem(system=System(gram=gram, cross=gram @ own.weights, own=own.weights, ridge=REMOVAL_RIDGE), mean=mean)
+
+
+def _solutions(problem: _Problem, own: OwnDown, ids: Ids, ridges: Sequence[float | None]) -> list[SolvedExpert]:
+    """One for each ridge."""
+    index, left = torch.from_numpy(ids).long().to(own.weights.device), _own_rows(own, ids)
+    fitted = iter(solve(problem.system, index, [ridge for ridge in ridges if ridge is not None]))
+    found = []
+    for ridge in ridges:
+        if ridge is None:
+            found.append(left)
+            continue
+        down, bias = next(fitted), left.bias
+        if own.bias is not None:
+            bias = own.bias + problem.mean @ own.weights - problem.mean[index] @ down
+        found.append(SolvedExpert(neuron_ids=ids, down=down.to(torch.bfloat16), bias=bias))
+    return found
 
 
 @torch.inference_mode()
 def expert_costs(
-    worker: Worker, text: Shared[PlaceText], task: Shared[ExpertTask], solved: Solved
+    worker: Worker, text: Shared[PlaceText], task: Shared[ExpertTask], metric: Shared[torch.Tensor], solved: Solved
 ) -> npt.NDArray[np.float64]:
-    """Squared output errors of each solution on a place's validation tokens, of all clusters: (solutions,)."""
+    """What output errors of each solution cost on a place's validation tokens, of all clusters: (solutions,)."""
     asked = task.value()
     tokens, own = expert_tokens(worker, text, asked.layer, asked.expert), _own_down(worker, asked)
-    costs = np.zeros(len(solved[0]))
-    for rows, ids, solutions in zip(
-        own_rows(worker, text.value(), asked.name).validation, asked.neuron_ids, solved, strict=True
-    ):
-        index = torch.from_numpy(ids).long().to(own.weights.device)
+    matrix, costs = metric.value().to(worker.loaded.device), np.zeros(len(solved[0]))
+    for rows, solutions in zip(own_rows(worker, text.value(), asked.name).validation, solved, strict=True):
         for part in _places_in(tokens, rows).split(_TOKEN_CHUNK):
-            weighted, weights = tokens.weighted[part].float(), tokens.weights[part]
-            wanted = weighted @ own.weights
-            for number, solution in enumerate(solutions):
-                error = wanted - weighted[:, index] @ solution.down.float()
-                if own.bias is not None:
-                    error += torch.outer(weights, own.bias - solution.bias)
-                costs[number] += float(error.square().sum())
+            errors = _errors(tokens.weighted[part].float(), tokens.weights[part], own, solutions)
+            costs += [float(((error @ matrix) * error).sum()) for error in errors]
     return costs
+
+
+def _errors(
+    weighted: torch.Tensor, weights: torch.Tensor, own: OwnDown, solutions: Sequence[SolvedExpert]
+) -> Iterator[torch.Tensor]:
+    """What is missing of an expert's outputs by each solution: (tokens, hidden size)."""
+    wanted = weighted @ own.weights
+    for solution in solutions:
+        index = torch.from_numpy(solution.neuron_ids).long().to(weighted.device)
+        error = wanted - weighted[:, index] @ solution.down.float()
+        if own.bias is not None:
+            error += torch.outer(weights, own.bias - solution.bias)
+        yield error

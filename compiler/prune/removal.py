@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["BLOCK", "Removal", "System", "remove_neurons", "solve", "solve_rows"]
+__all__ = ["BLOCK", "REMOVAL_RIDGE", "Removal", "System", "remove_neurons", "solve"]
 
 BLOCK = 32
+REMOVAL_RIDGE = 1e-2
+"""Of the system by which a cluster's neurons are removed, whichever ridge its repair takes."""
 _FINE_STEP = 16
 _DENSITY = 0.85
 """Matrices are cut down to what is left as soon as no more of their rows are left than this share."""
@@ -112,16 +114,10 @@ def solve(system: System, neuron_ids: torch.Tensor, ridges: Sequence[float]) -> 
         A (kept, hidden size) float32 matrix for each ridge.
     """
     kept = system.gram[neuron_ids][:, neuron_ids]
-    return solve_rows(kept, system.cross[neuron_ids], system.own[neuron_ids], ridges)
-
-
-def solve_rows(
-    gram: torch.Tensor, cross: torch.Tensor, own: torch.Tensor, ridges: Sequence[float]
-) -> list[torch.Tensor]:
-    """Fit rows of which alone a system consists; see `System` and `solve`."""
     # A neuron that never fires has an empty row; the ridge alone then keeps its own weights.
-    scale = gram.diagonal().mean().clamp_min(1e-12)
-    return [_solve_one(gram, ridge * scale, cross + ridge * scale * own) for ridge in ridges]
+    scale = kept.diagonal().mean().clamp_min(1e-12)
+    target, own = system.cross[neuron_ids], system.own[neuron_ids]
+    return [_solve_one(kept, ridge * scale, target + ridge * scale * own) for ridge in ridges]
 
 
 def _solve_one(kept: torch.Tensor, lam: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
