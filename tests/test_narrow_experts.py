@@ -4,7 +4,7 @@ import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +312,39 @@ def test_a_profile_sums_what_neurons_put_out(loaded: LoadedModel, documents: lis
     np.testing.assert_allclose(profile.relative_energies[1], [energies / 70], rtol=1e-4)
 
 
+def test_tokens_of_experts_are_counted(loaded: LoadedModel, documents: list[Document], profile: Profile) -> None:
+    expected = np.zeros((2, 6))
+    for document, label in zip(documents, (1, 0, 1), strict=True):
+        loaded.mixture(1).watch = partial(_count, expected[label])
+        with torch.inference_mode():
+            loaded.model(torch.tensor([document.token_ids]))
+    loaded.mixture(1).watch = None
+    np.testing.assert_array_equal(profile.expert_tokens["clusters"][:, 1], expected)
+    assert expected.sum() == 70 * 2
+
+
+def _count(counts: np.ndarray, run: ExpertRun) -> None:
+    counts[run.expert] += len(run.rows)
+
+
+def test_experts_with_few_tokens_keep_what_all_clusters_have(profile: Profile) -> None:
+    """Neurons go by all text there; elsewhere by the cluster too."""
+    config, ones = make_config(experts="narrow", cluster_weight=1.0), np.ones((3, 1), np.float32)
+    statistics, num_tokens = profile.statistics["clusters"], profile.num_tokens["clusters"]
+    tokens = profile.expert_tokens["clusters"]
+    budgets = [[6 * 32] * 3] * 2
+    found = choose_neurons(config, statistics, num_tokens, ones, budgets, num_parts=6, part_tokens=tokens)
+    own = choose_neurons(config, statistics, num_tokens, ones, budgets, num_parts=6)
+    overall = choose_neurons(replace(config, cluster_weight=0.0), statistics, num_tokens, ones, budgets, num_parts=6)
+    few = tokens < 32
+    assert few.any()
+    assert not few.all()
+    for cluster, layer, expert in np.ndindex(few.shape):
+        part = slice(32 * expert, 32 * (expert + 1))
+        expected = (overall if few[cluster, layer, expert] else own).neuron_ids[cluster][layer][part]
+        np.testing.assert_array_equal(found.neuron_ids[cluster][layer][part], expected)
+
+
 def test_each_expert_keeps_as_many(loaded: LoadedModel, profile: Profile) -> None:
     """An expert that nothing chose goes by its columns' norms."""
     config, ones = make_config(experts="narrow", keep=0.5, budgets="energy"), np.ones((3, 1), np.float32)
@@ -409,3 +442,21 @@ def test_what_a_compile_takes_is_planned(narrow_inputs: Callable[[str], CompileC
     assert plan.bundle_bytes == pytest.approx(sum(record.bytes for record in manifest.files.values()), rel=0.4)
     # Beside the weights, the numbers of the neurons and the scores of all.
     assert packs == pytest.approx(2 * (0.5 * dense + 3 * 4 * (6 * 64 + 6 * 128)), rel=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"effort": "quick"}, {"reconstruct": False}], ids=str)
+def test_stages_that_are_planned_are_those_that_run(
+    options: dict[str, Any], narrow_inputs: Callable[[str], CompileConfig], tmp_path: Path
+) -> None:
+    config, progress = replace(narrow_inputs("olmoe"), output=tmp_path / "bundle", **options), Progress()
+    plan = make_plan(
+        config,
+        find_inputs(config),
+        lambda: Machine(num_threads=1, float32_gflops=1.0, bfloat16_gflops=1.0, read_gbps=1.0),
+    )
+    planned = {stage.name for stage in plan.stages}
+    manifest = compile_model(config, progress=progress)
+    assert planned == {*progress.stage_seconds}
+    assert ("sensitivity" in planned) == (not options)
+    assert ("reconstruct" in planned) == manifest.plan.reconstruct == options.get("reconstruct", True)
+    assert all(manifest.plan.ridges) == manifest.plan.reconstruct

@@ -117,6 +117,7 @@ def choose_all(
             norms,
             budgets[item.name],
             num_parts=experts.num_experts if experts is not None and config.experts == "narrow" else 1,
+            part_tokens=profile.expert_tokens.get(item.name),
         )
         for item in assignments
     }
