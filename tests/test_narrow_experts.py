@@ -362,14 +362,8 @@ def test_each_expert_keeps_as_many(loaded: LoadedModel, profile: Profile) -> Non
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (
-            {"removal": "second-order"},
-            "--removal second-order: experts lose neurons by their scores",
-        ),
-        (
-            {"carry": True, "heal_steps": 3},
-            r"2 problems: \(1\) --carry: exp.* \(2\) --heal-steps: experts are not",
-        ),
+        ({"repair_rounding": True}, "--repair-rounding: experts are repaired on what the dense model sees"),
+        ({"carry": True, "heal_steps": 3}, r"2 problems: \(1\) --carry: exp.* \(2\) --heal-steps: experts are not"),
         ({"max_memory": 4.0}, "--max-memory"),
     ],
     ids=lambda value: str(value)[:20],
