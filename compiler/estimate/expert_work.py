@@ -8,12 +8,12 @@ from coreinfer.compiler.samples import VALIDATION_TOKENS
 from .shapes import Shapes
 from .work import NUM_RIDGES, Case, Work, moment_values, removal_work, repair_flop, sampled
 
-__all__ = ["expert_repair_bytes", "expert_repair_work", "one_expert"]
+__all__ = ["expert_repair_bytes", "expert_repair_work"]
 
 _FLOAT_BYTES, _STORED_BYTES = 4, 2
 
 
-def one_expert(shapes: Shapes) -> Shapes:
+def _one_expert(shapes: Shapes) -> Shapes:
     """An expert as the one FFN of each layer."""
     return replace(shapes, ffn_dim=shapes.expert_dim, num_experts=1, num_chosen=1)
 
@@ -44,7 +44,7 @@ def expert_repair_work(config: CompileConfig, case: Case) -> Work:
 
 
 def _one_of(case: Case) -> Case:
-    return replace(case, shapes=one_expert(case.shapes), kept=case.kept // case.shapes.num_experts)
+    return replace(case, shapes=_one_expert(case.shapes), kept=case.kept // case.shapes.num_experts)
 
 
 def _num_ridges(config: CompileConfig) -> int:
