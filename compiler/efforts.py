@@ -81,4 +81,5 @@ def weighs_errors(config: "CompileConfig") -> bool:
 
 def shares_profile(config: "CompileConfig") -> bool:
     """Whether the run of the text that profiles neurons also serves the repair: layers are narrowed each for itself."""
-    return config.reconstruct and not config.effective_carry and config.effective_removal == "top-k"
+    apart = config.reconstruct and not config.effective_carry and config.effective_removal == "top-k"
+    return apart and config.experts == "whole"

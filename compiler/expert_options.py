@@ -53,15 +53,12 @@ def _not_applying(config: CompileConfig) -> Iterator[str]:
         # Whatever says how packs are made is refused with it anyway.
         return
     given = {
-        "--removal second-order": config.removal == "second-order",
-        "--carry": bool(config.carry),
-        "--repair-rounding": config.repair_rounding,
-        "--ridge": config.ridge is not None,
-        "--cluster-weight auto": config.cluster_weight == "auto",
-        "--heal-steps": bool(config.heal_steps),
-        "--heal-cluster-steps": bool(config.heal_cluster_steps),
+        "--carry: experts are repaired on what the dense model sees": bool(config.carry),
+        "--repair-rounding: experts are repaired on what the dense model sees": config.repair_rounding,
+        "--heal-steps: experts are not healed": bool(config.heal_steps),
+        "--heal-cluster-steps: experts are not healed": bool(config.heal_cluster_steps),
     }
-    yield from (f"{option}: experts are not repaired or healed" for option, is_given in given.items() if is_given)
+    yield from (problem for problem, is_given in given.items() if is_given)
 
 
 def _not_of_whole_experts(config: CompileConfig) -> Iterator[str]:
@@ -69,10 +66,18 @@ def _not_of_whole_experts(config: CompileConfig) -> Iterator[str]:
         yield "--no-dense: packs name experts of the dense FFN, unless --experts narrow is given"
     if config.budget_mb is not None:
         yield "--budget-mb: a token reads as many experts whatever is kept"
+    if config.packs == "thin":
+        return
+    given = {
+        "--removal second-order": config.removal == "second-order",
+        "--ridge": config.ridge is not None,
+        "--cluster-weight auto": config.cluster_weight == "auto",
+    }
+    yield from (f"{option}: whole experts are not repaired" for option, is_given in given.items() if is_given)
 
 
 def with_expert_options(config: CompileConfig, num_chosen: int, num_experts: int, name: str) -> CompileConfig:
-    """Fill in the options of a compile of a mixture: by scores, without repair and healing.
+    """Fill in the options of a compile of a mixture: by scores, without healing; of narrow experts with a repair.
 
     Args:
         num_chosen, num_experts: of a layer's experts those that a token uses, and all.
@@ -89,8 +94,8 @@ def with_expert_options(config: CompileConfig, num_chosen: int, num_experts: int
         config,
         budgets=config.budgets or "energy",
         min_layer_keep=max(config.min_layer_keep, least),
-        removal="top-k",
-        reconstruct=False,
+        removal=config.effective_removal if config.experts == "narrow" else "top-k",
+        reconstruct=config.reconstruct and config.experts == "narrow",
         carry=False,
         heal_steps=0,
     )

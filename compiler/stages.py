@@ -283,6 +283,8 @@ def narrow_packs(
         carry=config.effective_carry,
         rounding=formats_of(config).ffn if config.repairs_rounding else None,
         assignments=[item.name for item in assignments],
+        # Efforts that differ in nothing else would have found each other's layers.
+        **({"cluster_weights": "auto"} if config.chooses_cluster_weight else {}),
     )
     return key, dict(narrow_all(inputs, material.cache, key, progress))
 
@@ -378,5 +380,5 @@ def _profile_key(config: CompileConfig, material: Material, routing: Routing, na
         removal=config.effective_removal,
         # Once their profile was that of rounded experts, which the model had kept from its comparison with itself.
         **({"experts": "own"} if material.loaded.record.experts is not None else {}),
-        **({"narrowed": "experts"} if config.experts == "narrow" else {}),
+        **({"narrowed": "experts, their tokens counted"} if config.experts == "narrow" else {}),
     )

@@ -17,6 +17,7 @@ from coreinfer.compiler import CompileConfig
 from coreinfer.compiler.checks import find_inputs
 from coreinfer.compiler.config import BUILTIN
 from coreinfer.compiler.estimate import work
+from coreinfer.compiler.estimate.expert_work import expert_repair_work
 from coreinfer.compiler.estimate.machine import Machine, measure_machine
 from coreinfer.compiler.estimate.plan import Plan, make_plan
 from coreinfer.compiler.estimate.shapes import Shapes, shapes_of
@@ -134,6 +135,22 @@ def test_narrowing_counts_clusters_and_controls() -> None:
     without = work.reconstruct_work(replace(CASE, num_assigned=(3,)), carries=False, removes=False)
     assert without.model_flop == pytest.approx(dense + layers * sums)
     assert without.float_flop == pytest.approx(layers * 3 * 3 * repair)
+
+
+def test_narrow_experts_are_counted_one_by_one() -> None:
+    f, h, k, layers, chosen = 24, 64, 16, 2, 2
+    case = replace(CASE, shapes=replace(SHAPES, num_experts=4, num_chosen=chosen))
+    normal = replace(CONFIG, experts="narrow", budgets="energy", carry=False)
+    removal = f**3 + 2 * f**2 * h + 2 / 3 * (f**3 - k**3) + (f**2 - k**2) * h
+    repair = k**3 / 3 + 2 * k**2 * h
+    found = expert_repair_work(normal, case)
+    assert found.model_flop == pytest.approx(case.token_flop * 9216 + layers * 3 * 8192 * chosen * f**2)
+    checked = 1024 * chosen * (f + 4 * k) * h
+    solved = 7 * (removal + 2 * f**2 * h) + (3 * 3 + 4) * repair
+    assert found.float_flop == pytest.approx(layers * (4 * solved + checked))
+    quick = expert_repair_work(replace(normal, effort="quick"), replace(case, num_assigned=(3,)))
+    checked = 1024 * chosen * (f + 2 * k) * h
+    assert quick.float_flop == pytest.approx(layers * (4 * 3 * (2 * f**2 * h + repair) + checked))
 
 
 def test_seconds_are_parts_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:

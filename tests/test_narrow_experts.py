@@ -1,10 +1,10 @@
-"""Mixtures whose experts are narrowed: both engines beside transformers' own model with the same neurons at zero."""
+"""Mixtures whose experts are narrowed: both engines beside transformers' own model with a pack's repaired experts."""
 
 import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from coreinfer import runtime
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, open_bundle
 from coreinfer.bundles.contract import expert_role, tensor_name
 from coreinfer.bundles.families import family_of_config, resolve
+from coreinfer.bundles.formats import float_matrix
 from coreinfer.bundles.inspect import describe
 from coreinfer.bundles.tensors import StoredTensor
 from coreinfer.bundles.token_bytes import token_bytes
@@ -88,30 +89,36 @@ def kept_neurons(bundle: Bundle, cluster: int, layer: int) -> list[np.ndarray]:
     return [ids[ids // dim == expert] % dim for expert in range(6)]
 
 
-def zeroed_logits(family: str, bundle: Bundle, cluster: int) -> np.ndarray:
-    """Logits of transformers' own model, in which all neurons that a pack lacks put out nothing."""
-    model = build_model(family, **wide_settings(family))
+def expected_logits(family: str, bundle: Bundle, cluster: int) -> np.ndarray:
+    """Logits of transformers' own model with a pack's down projections, in which neurons that it lacks are zero."""
+    model, pack = build_model(family, **wide_settings(family)), bundle.pack(cluster)
     row = family_of_config(model.config.to_dict(), family)
     assert row.experts is not None
     for number, layer in enumerate(resolve(model, row.layers)):
-        down = resolve(layer, row.experts.module).experts.down_proj.data
+        experts = resolve(layer, row.experts.module).experts
         for expert, kept in enumerate(kept_neurons(bundle, cluster, number)):
-            absent = np.setdiff1d(np.arange(NEURONS[family]), kept)
-            assert 0 < len(absent) < NEURONS[family]
-            (down[expert] if row.experts.transposed else down[expert].T)[torch.from_numpy(absent)] = 0
+            assert 0 < len(kept) < NEURONS[family]
+            name = tensor_name(number, expert_role(expert, "down"))
+            down = experts.down_proj.data[expert]
+            columns = torch.zeros(32, NEURONS[family])
+            columns[:, torch.from_numpy(kept)] = torch.from_numpy(float_matrix(pack, name, (32, len(kept))))
+            down.copy_(columns.T if row.experts.transposed else columns)
+            if row.experts.biased:
+                bias = pack[tensor_name(number, expert_role(expert, "down_bias"))].array
+                experts.down_proj_bias.data[expert] = torch.from_numpy(bias)
     with torch.inference_mode():
         logits: np.ndarray = model(torch.tensor([IDS])).logits[0].numpy()
     return logits
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_torch_computes_a_model_without_these_neurons(family: str, narrow_bundle: Callable[..., Path]) -> None:
+def test_torch_computes_a_model_of_such_experts(family: str, narrow_bundle: Callable[..., Path]) -> None:
     bundle = open_bundle(narrow_bundle(family))
     decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
     decoder.use(DENSE)
     dense = blocks(decoder)
     for cluster in range(2):
-        expected = zeroed_logits(family, bundle, cluster)
+        expected = expected_logits(family, bundle, cluster)
         decoder.use(FfnChoice(cluster=cluster))
         np.testing.assert_allclose(blocks(decoder), expected, atol=2e-4, rtol=1e-4)
         np.testing.assert_allclose(in_steps(decoder), expected[130:], atol=2e-4, rtol=1e-4)
@@ -305,6 +312,39 @@ def test_a_profile_sums_what_neurons_put_out(loaded: LoadedModel, documents: lis
     np.testing.assert_allclose(profile.relative_energies[1], [energies / 70], rtol=1e-4)
 
 
+def test_tokens_of_experts_are_counted(loaded: LoadedModel, documents: list[Document], profile: Profile) -> None:
+    expected = np.zeros((2, 6))
+    for document, label in zip(documents, (1, 0, 1), strict=True):
+        loaded.mixture(1).watch = partial(_count, expected[label])
+        with torch.inference_mode():
+            loaded.model(torch.tensor([document.token_ids]))
+    loaded.mixture(1).watch = None
+    np.testing.assert_array_equal(profile.expert_tokens["clusters"][:, 1], expected)
+    assert expected.sum() == 70 * 2
+
+
+def _count(counts: np.ndarray, run: ExpertRun) -> None:
+    counts[run.expert] += len(run.rows)
+
+
+def test_experts_with_few_tokens_keep_what_all_clusters_have(profile: Profile) -> None:
+    """Neurons go by all text there; elsewhere by the cluster too."""
+    config, ones = make_config(experts="narrow", cluster_weight=1.0), np.ones((3, 1), np.float32)
+    statistics, num_tokens = profile.statistics["clusters"], profile.num_tokens["clusters"]
+    tokens = profile.expert_tokens["clusters"]
+    budgets = [[6 * 32] * 3] * 2
+    found = choose_neurons(config, statistics, num_tokens, ones, budgets, num_parts=6, part_tokens=tokens)
+    own = choose_neurons(config, statistics, num_tokens, ones, budgets, num_parts=6)
+    overall = choose_neurons(replace(config, cluster_weight=0.0), statistics, num_tokens, ones, budgets, num_parts=6)
+    few = tokens < 32
+    assert few.any()
+    assert not few.all()
+    for cluster, layer, expert in np.ndindex(few.shape):
+        part = slice(32 * expert, 32 * (expert + 1))
+        expected = (overall if few[cluster, layer, expert] else own).neuron_ids[cluster][layer][part]
+        np.testing.assert_array_equal(found.neuron_ids[cluster][layer][part], expected)
+
+
 def test_each_expert_keeps_as_many(loaded: LoadedModel, profile: Profile) -> None:
     """An expert that nothing chose goes by its columns' norms."""
     config, ones = make_config(experts="narrow", keep=0.5, budgets="energy"), np.ones((3, 1), np.float32)
@@ -322,7 +362,8 @@ def test_each_expert_keeps_as_many(loaded: LoadedModel, profile: Profile) -> Non
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"removal": "second-order"}, "--removal second-order: experts are not repaired or healed"),
+        ({"repair_rounding": True}, "--repair-rounding: experts are repaired on what the dense model sees"),
+        ({"carry": True, "heal_steps": 3}, r"2 problems: \(1\) --carry: exp.* \(2\) --heal-steps: experts are not"),
         ({"max_memory": 4.0}, "--max-memory"),
     ],
     ids=lambda value: str(value)[:20],
@@ -395,3 +436,21 @@ def test_what_a_compile_takes_is_planned(narrow_inputs: Callable[[str], CompileC
     assert plan.bundle_bytes == pytest.approx(sum(record.bytes for record in manifest.files.values()), rel=0.4)
     # Beside the weights, the numbers of the neurons and the scores of all.
     assert packs == pytest.approx(2 * (0.5 * dense + 3 * 4 * (6 * 64 + 6 * 128)), rel=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"effort": "quick"}, {"reconstruct": False}], ids=str)
+def test_stages_that_are_planned_are_those_that_run(
+    options: dict[str, Any], narrow_inputs: Callable[[str], CompileConfig], tmp_path: Path
+) -> None:
+    config, progress = replace(narrow_inputs("olmoe"), output=tmp_path / "bundle", **options), Progress()
+    plan = make_plan(
+        config,
+        find_inputs(config),
+        lambda: Machine(num_threads=1, float32_gflops=1.0, bfloat16_gflops=1.0, read_gbps=1.0),
+    )
+    planned = {stage.name for stage in plan.stages}
+    manifest = compile_model(config, progress=progress)
+    assert planned == {*progress.stage_seconds}
+    assert ("sensitivity" in planned) == (not options)
+    assert ("reconstruct" in planned) == manifest.plan.reconstruct == options.get("reconstruct", True)
+    assert all(manifest.plan.ridges) == manifest.plan.reconstruct

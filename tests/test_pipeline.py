@@ -127,6 +127,15 @@ def test_repaired_layers_are_not_repaired_again(
     assert contents(tmp_path / "bundle") == contents(tiny_bundle("llama"))
 
 
+def test_efforts_do_not_take_each_others_layers(tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path) -> None:
+    """What `best` repairs has more cluster weights to choose from."""
+    for effort, expected in (("normal", 3), ("best", 6), ("normal", 6)):
+        given: dict[str, Any] = {"effort": effort, "heal_steps": 0, "controls": False, "evaluate": False}
+        config = replace(tiny_inputs("llama"), output=tmp_path / "bundle", cache_dir=tmp_path / "cache", **given)
+        compile_model(replace(config, force=True))
+        assert len([*(tmp_path / "cache").glob("narrow-*")]) == expected
+
+
 @pytest.fixture(scope="module")
 def cached_stages(tiny_inputs: Callable[[str], CompileConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache as a compile leaves it, without the whole bundle; only copies may be changed."""

@@ -15,6 +15,7 @@ from coreinfer.compiler.samples import CURVE_TOKENS, PROFILE_TOKENS
 
 from . import work
 from .encoder import encoder_size
+from .expert_work import expert_repair_work
 from .machine import Machine
 from .shapes import Shapes, stated_shapes
 from .sizes import (
@@ -224,7 +225,8 @@ def _assigned(config: CompileConfig, num_clusters: int) -> tuple[int, ...]:
 
 
 def _samples(config: CompileConfig) -> bool:
-    return config.effective_removal == "second-order"
+    # Of experts neurons go by their scores too, where few tokens chose one.
+    return config.effective_removal == "second-order" and config.experts == "whole"
 
 
 def memory_needs(config: CompileConfig, case: Case, item_bytes: int) -> Mapping[str, int]:
@@ -311,7 +313,9 @@ def _narrowing(config: CompileConfig, case: Case, *, narrows: bool) -> Iterator[
     """Narrow, store and score packs."""
     if config.reconstruct:
         removes = narrows and config.effective_removal == "second-order"
-        if shares_profile(config):
+        if case.shapes.num_experts > 1:
+            found = expert_repair_work(config, case)
+        elif shares_profile(config):
             found = work.repair_work(case)
         else:
             found = work.reconstruct_work(case, carries=config.effective_carry, removes=removes)

@@ -11,6 +11,7 @@ from coreinfer.compiler.efforts import shares_profile
 from coreinfer.compiler.quality.search import searches
 from coreinfer.compiler.samples import NEURON_BLOCK, NUM_SHARE_LEVELS, NUM_SHARE_TARGETS, SUMS_BYTES
 
+from .expert_work import expert_repair_bytes
 from .shapes import Shapes
 from .work import Case, moment_values, num_kept_sums
 
@@ -194,8 +195,11 @@ def stage_needs(
     """
     shapes = case.shapes
     model = case.shapes.all_weights * item_bytes
-    square = 4 * shapes.ffn_dim * (shapes.ffn_dim + shapes.hidden_size)
-    moments = min(moment_bytes(config), case.num_clusters * 4 * moment_values(shapes)) + 6 * square
+    square = 4 * shapes.expert_dim * (shapes.expert_dim + shapes.hidden_size)
+    if shapes.num_experts > 1:
+        moments = expert_repair_bytes(config, case) + 6 * square
+    else:
+        moments = min(moment_bytes(config), case.num_clusters * 4 * moment_values(shapes)) + 6 * square
     logits = shapes.vocab_size * case.document_tokens * (item_bytes + 3 * 4)
     files = num_read * _pack_bytes(config, case) + shapes.all_weights
     extra: dict[str, float] = {
@@ -216,10 +220,13 @@ def stage_needs(
         "evaluate": _ARITHMETIC_BYTES + logits + files + model,
     }
     for stage, tokens in samples.items():
-        extra[stage] = extra.get(stage, 0) + tokens * (_seen_neurons(shapes) + 3 * shapes.hidden_size) * item_bytes
+        seen = _seen_neurons(shapes, stage) + 3 * shapes.hidden_size
+        extra[stage] = extra.get(stage, 0) + tokens * seen * item_bytes
     return {stage: int(_PROGRAM_BYTES + model + need) for stage, need in extra.items()}
 
 
-def _seen_neurons(shapes: Shapes) -> int:
-    """Values that a layer's FFN leaves of each token; of a mixture one for each expert."""
-    return shapes.ffn_dim if shapes.num_experts == 1 else shapes.num_experts
+def _seen_neurons(shapes: Shapes, stage: str) -> int:
+    """Values that a layer's FFN leaves of each token; of a mixture its experts' while they are repaired, else few."""
+    if shapes.num_experts == 1:
+        return shapes.ffn_dim
+    return shapes.num_chosen * shapes.expert_dim if stage == "reconstruct" else shapes.num_experts

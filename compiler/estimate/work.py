@@ -20,6 +20,7 @@ from coreinfer.compiler.samples import (
 from .shapes import Shapes
 
 __all__ = [
+    "NUM_RIDGES",
     "Case",
     "Work",
     "corpus_work",
@@ -49,7 +50,7 @@ __all__ = [
 
 _GRAM_SHARE = 1 / 2
 """Of a square matrix, what is multiplied of a symmetric one."""
-_NUM_RIDGES = 3
+NUM_RIDGES = 3
 _REMOVAL_STEP, _CURVE_STEP = 16, 32
 _FLOAT_BYTES = 4
 _ENCODER_BYTES_A_WEIGHT = 0.08
@@ -291,7 +292,7 @@ def reconstruct_work(case: Case, *, carries: bool, removes: bool) -> Work:
     removal = removal_work(shapes, case.kept) if removes else Work()
     flop, moved, summed = 0.0, 0.0, 0.0
     for number, num_clusters in enumerate(case.num_assigned):
-        repair = repair_flop(case, _NUM_RIDGES if number == 0 else 1)
+        repair = repair_flop(case, NUM_RIDGES if number == 0 else 1)
         summed += sums
         flop += num_clusters * (removal.float_flop + repair)
         moved += num_clusters * (removal.moved_bytes + _mixture_bytes(shapes))

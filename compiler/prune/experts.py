@@ -73,6 +73,7 @@ def profile_experts(
             for name, labels in assignments.items()
         },
         relative_energies=arrays[_ENERGIES],
+        expert_tokens={name: arrays[f"tokens.{name}"] for name in assignments if config.experts == "narrow"},
     )
 
 
@@ -169,7 +170,8 @@ def _neuron_sums(
 ) -> Arrays:
     found = neuron_sums(loaded, walk.layer, walk.batches, labels, num_clusters)
     statistics = {f"statistic.{name}": values for name, values in found.statistics.items()}
-    return {_ENERGIES: np.array([found.energy], dtype=np.float32), **statistics}
+    tokens = {f"tokens.{name}": values for name, values in found.tokens.items()}
+    return {_ENERGIES: np.array([found.energy], dtype=np.float32), **statistics, **tokens}
 
 
 def _layer_shares(loaded: LoadedModel, layer: int, batches: Sequence[Batch], num_tokens: int) -> Floats:

@@ -25,6 +25,8 @@ from .sums import Sums
 __all__ = [
     "NarrowInputs",
     "Results",
+    "candidate_ridges",
+    "candidate_weights",
     "find_results",
     "own_result",
     "repair_assignment",
@@ -100,10 +102,7 @@ def repair_assignment(
     if min(keeps) == inputs.loaded.record.ffn_dim:
         return own_result(inputs, name, layer)
     module = inputs.loaded.projection(layer, "down")
-    chosen = RIDGES if (ridge := config.effective_ridge) == "auto" else (float(ridge),)
-    # A repair that other text rejects is not shipped.
-    ridges: tuple[float | None, ...] = (*chosen, None)
-    cluster_weights = _repair_weights(config)
+    ridges, cluster_weights = candidate_ridges(config), candidate_weights(config)
     if clusters is not None:
         # Asked to choose for themselves, controls chose the same ridge in nearly every layer (docs/dev/log.md).
         ridges, cluster_weights = (clusters.ridge,), (clusters.cluster_weight,)
@@ -127,7 +126,13 @@ def repair_assignment(
     return _result(repaired, has_bias=task.has_bias)
 
 
-def _repair_weights(config: CompileConfig) -> tuple[float, ...]:
+def candidate_ridges(config: CompileConfig) -> tuple[float | None, ...]:
+    """Candidates for the ridge; none at all is one, so that a repair which other text rejects is not shipped."""
+    chosen = RIDGES if (ridge := config.effective_ridge) == "auto" else (float(ridge),)
+    return (*chosen, None)
+
+
+def candidate_weights(config: CompileConfig) -> tuple[float, ...]:
     """Candidates: moments of one cluster alone are too few for a repair, for every kind of score."""
     if config.chooses_cluster_weight:
         return CLUSTER_WEIGHTS
@@ -151,5 +156,5 @@ def own_result(inputs: NarrowInputs, name: str, layer: int) -> LayerResult:
     return LayerResult(
         neuron_ids=tuple(layers[layer] for layers in inputs.choices[name].neuron_ids),
         ridge=None,
-        cluster_weight=_repair_weights(inputs.config)[0],
+        cluster_weight=candidate_weights(inputs.config)[0],
     )

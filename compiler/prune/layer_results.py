@@ -24,6 +24,7 @@ class LayerResult:
         cluster_weight: weight of a cluster's moments that was taken for the repair, or would have been.
         downs: of each cluster, the repaired down projection (kept, hidden size) as bfloat16 bits; () without a repair.
         biases: of each cluster, its bias (hidden size,) float32; () without a repair, and in families that have none.
+            Of narrow experts downs are their rows, one expert after another, and biases (experts, hidden size).
     """
 
     neuron_ids: tuple[npt.NDArray[np.int32], ...]

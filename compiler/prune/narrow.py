@@ -1,11 +1,12 @@
 """The results of narrowing: the clusters' narrow FFNs, and those of the controls at the same bytes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from coreinfer.bundles.contract import expert_role
 from coreinfer.bundles.families import ffn_tensors
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.load import LoadedModel
@@ -18,11 +19,13 @@ __all__ = [
     "Assignment",
     "Cut",
     "CutOf",
+    "NarrowDown",
     "NarrowModel",
     "bf16_bits",
     "choose_all",
     "from_bits",
     "narrow_down",
+    "narrow_downs",
     "narrow_layer",
 ]
 
@@ -64,7 +67,8 @@ class NarrowModel:
     Attributes:
         choice: scores and neuron ids.
         downs: downs[layer][cluster] is the repaired down projection (kept, hidden size) as bfloat16 bits, or None.
-        biases: biases[layer][cluster] is its bias (hidden size,), or None; of families that have one.
+        biases: biases[layer][cluster] is its bias (hidden size,), or None; of families that have one. Of narrow experts
+            the rows of one after another, and (experts, hidden size).
         ridges: ridge of each layer, None where the repair was rejected.
         inner: inner[layer][cluster] is role ("gate", "up") -> (kept, hidden size) bfloat16 bits of healed matrices;
             None where they are the model's own.
@@ -113,6 +117,7 @@ def choose_all(
             norms,
             budgets[item.name],
             num_parts=experts.num_experts if experts is not None and config.experts == "narrow" else 1,
+            part_tokens=profile.expert_tokens.get(item.name),
         )
         for item in assignments
     }
@@ -152,6 +157,45 @@ def narrow_down(loaded: LoadedModel, narrow: NarrowModel, layer: int, cluster: i
         own, bias = dense["down_bias"], narrow.biases[layer][cluster]
         tensors["down_bias"] = own if bias is None else torch.from_numpy(bias).to(own.device, loaded.dtype)
     return tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class NarrowDown:
+    """The down projection of one expert of a pack.
+
+    Attributes:
+        number: of the expert.
+        neuron_ids: that it keeps, among its own.
+        weight: (hidden size, kept), its own or repaired.
+        bias: (hidden size,) repaired; None where it is the model's own, or there is none.
+    """
+
+    number: int
+    neuron_ids: npt.NDArray[np.int32]
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def narrow_downs(loaded: LoadedModel, narrow: NarrowModel, layer: int, cluster: int) -> Iterator[NarrowDown]:
+    """Cut the down projections of one layer's experts down to a cluster's neurons, one after another."""
+    record = loaded.record
+    assert record.experts is not None
+    numbered = narrow.choice.neuron_ids[cluster][layer] % record.expert_neurons
+    width = len(numbered) // record.experts.num_experts
+    repaired, biases = narrow.downs[layer][cluster], narrow.biases[layer][cluster]
+    for number in range(record.experts.num_experts):
+        part = slice(number * width, (number + 1) * width)
+        if repaired is None:
+            columns = torch.from_numpy(numbered[part]).long().to(loaded.device)
+            weight = loaded.mixture(layer).tensors[expert_role(number, "down")][:, columns]
+        else:
+            weight = from_bits(repaired[part]).T.to(loaded.device, loaded.dtype).contiguous()
+        yield NarrowDown(
+            number=number,
+            neuron_ids=numbered[part],
+            weight=weight,
+            bias=None if biases is None else torch.from_numpy(biases[number]),
+        )
 
 
 def from_bits(bits: Bits) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Stage `profile`: moments of the FFN activations, per cluster and layer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,11 +42,14 @@ class Profile:
         relative_energies: (layers, ffn_dim) mean over tokens of h^2 divided by the squared norm of the hidden state
             that leaves the layer at that token. Dividing token by token keeps the few tokens with massive
             activations (attention sinks) from hiding all others.
+        expert_tokens: assignment name -> (clusters, layers, experts) tokens that chose each expert; of mixtures whose
+            experts are narrowed, else empty.
     """
 
     statistics: dict[str, Floats]
     num_tokens: dict[str, npt.NDArray[np.int64]]
     relative_energies: Floats
+    expert_tokens: dict[str, Floats] = field(default_factory=dict)
 
     def num_clusters(self, name: str) -> int:
         """Clusters of an assignment."""

@@ -8,6 +8,7 @@ from coreinfer.compiler.progress import Progress
 
 from .apart import narrow_apart
 from .carry import narrow_carried
+from .expert_layers import narrow_experts
 from .layer_repair import NarrowInputs, Results, find_results, own_result
 from .layer_results import LayerResult
 from .narrow import NarrowModel
@@ -37,7 +38,10 @@ def _narrow_layers(inputs: NarrowInputs, cache: Cache, key: str, progress: Progr
     if all(stored):
         return [results for results in stored if results is not None]
     validation, assignments = few_validated(inputs.validation, inputs.assignments)
-    narrow = narrow_carried if inputs.config.effective_carry else narrow_apart
+    if inputs.loaded.record.experts is not None:
+        narrow = narrow_experts
+    else:
+        narrow = narrow_carried if inputs.config.effective_carry else narrow_apart
     return narrow(replace(inputs, validation=validation, assignments=assignments), cache, keys, progress)
 
 

@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["BLOCK", "Removal", "System", "remove_neurons", "solve"]
+__all__ = ["BLOCK", "REMOVAL_RIDGE", "Removal", "System", "remove_neurons", "solve"]
 
 BLOCK = 32
+REMOVAL_RIDGE = 1e-2
+"""Of the system by which a cluster's neurons are removed, whichever ridge its repair takes."""
 _FINE_STEP = 16
 _DENSITY = 0.85
 """Matrices are cut down to what is left as soon as no more of their rows are left than this share."""

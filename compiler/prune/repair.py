@@ -19,7 +19,7 @@ from coreinfer.compiler.team.team import Pending, Shared, Team, Worker
 from .dealt import Find, LayerTokens, TokenCounts
 from .means import Moments, ask_moments, ask_overall, weighted_sum
 from .own_down import OwnDown
-from .removal import System, remove_neurons, solve
+from .removal import REMOVAL_RIDGE, System, remove_neurons, solve
 from .triangle import num_packed
 
 __all__ = ["CLUSTER_WEIGHTS", "RIDGES", "Known", "RepairTask", "Repaired", "repair_layer"]
@@ -28,7 +28,6 @@ RIDGES = (1e-3, 1e-2, 1e-1)
 """Candidates for "auto", relative to the mean diagonal of the Gram matrix; no repair is the last candidate."""
 CLUSTER_WEIGHTS = (0.3, 0.6)
 """Candidates for "auto"; the first is best for little text, the second for 40,000 tokens per cluster."""
-_REMOVAL_RIDGE = 1e-2
 _TOKEN_CHUNK = 8192
 _STAGE = "reconstruct"
 
@@ -236,7 +235,7 @@ def _system(moments: Moments, task: RepairTask, down: OwnDown) -> System:
     if task.has_bias:
         gram = gram - torch.outer(moments.mean_activation, moments.mean_activation)
         cross = cross - torch.outer(moments.mean_activation, moments.mean_target)
-    return System(gram=gram, cross=cross, own=down.weights, ridge=_REMOVAL_RIDGE)
+    return System(gram=gram, cross=cross, own=down.weights, ridge=REMOVAL_RIDGE)
 
 
 def _solutions(system: System, moments: Moments, task: RepairTask, neuron_ids: Ids) -> list[Solution | None]:

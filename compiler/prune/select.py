@@ -152,20 +152,29 @@ def _round_to_blocks(wanted: npt.NDArray[np.float64], ffn_dim: int) -> list[int]
     return [int(budget) for budget in budgets]
 
 
-def cluster_scores(config: CompileConfig, statistic: Floats, num_tokens: Any, column_norms: Floats) -> Floats:
+def cluster_scores(
+    config: CompileConfig,
+    statistic: Floats,
+    num_tokens: Any,
+    column_norms: Floats,
+    few: npt.NDArray[np.bool_] | None = None,
+) -> Floats:
     """Score neurons from each cluster's moments mixed with those of all text.
 
     Args:
         statistic: (clusters, layers, ffn_dim) sums.
         num_tokens: (clusters,) tokens summed.
         column_norms: (layers, ffn_dim).
+        few: (clusters, layers, ffn_dim) neurons that go by all text alone; None for no neuron.
     Returns:
         (clusters, layers, ffn_dim) float32.
     """
-    weight = config.effective_cluster_weight
     overall = statistic.sum(axis=0) / max(1, int(num_tokens.sum()))
     scores = []
-    for cluster_sum, count in zip(statistic, num_tokens, strict=True):
+    for cluster, (cluster_sum, count) in enumerate(zip(statistic, num_tokens, strict=True)):
+        weight: Any = config.effective_cluster_weight
+        if few is not None:
+            weight = np.where(few[cluster], 0.0, weight)
         mixed = weight * cluster_sum / max(1, int(count)) + (1 - weight) * overall
         scores.append(scores_from_statistic(config.selection, mixed.astype(np.float32), 1, column_norms))
     return np.stack(scores)
@@ -179,13 +188,19 @@ def choose_neurons(
     budgets: Sequence[Sequence[int]],
     *,
     num_parts: int = 1,
+    part_tokens: Floats | None = None,
 ) -> Choice:
     """Pick each cluster's neurons: the highest scores within each layer's budget.
 
     Args:
         budgets: budgets[cluster][layer].
         num_parts: equal parts of a layer, its experts, each of which keeps as many.
+        part_tokens: (clusters, layers, parts) tokens of each part; where they are fewer than the neurons that it keeps,
+            it keeps what all clusters have. None where all tokens are each part's.
     """
-    scores = cluster_scores(config, statistic, num_tokens, norms)
+    few = None
+    if part_tokens is not None:
+        few = np.repeat(num_parts * part_tokens < np.array(budgets)[..., None], statistic.shape[2] // num_parts, axis=2)
+    scores = cluster_scores(config, statistic, num_tokens, norms, few)
     neuron_ids = [select_in_parts(own, kept, num_parts) for own, kept in zip(scores, budgets, strict=True)]
     return Choice(scores=scores, neuron_ids=neuron_ids)

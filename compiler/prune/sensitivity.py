@@ -20,8 +20,8 @@ from coreinfer.compiler.models.layerwise import (
     Batch,
     document_starts,
     head_logits,
+    layer_output,
     prepare_batches,
-    run_layer,
 )
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Advance, Progress
@@ -32,6 +32,7 @@ from coreinfer.compiler.team.passage import WALK, Passage, begin_passages, layer
 from coreinfer.compiler.team.steps import Steps
 from coreinfer.compiler.team.team import Pending, Shared, Team, Worker, forget
 from coreinfer.compiler.text.corpus import SAMPLING, Document, spread_sample
+from torch import nn
 
 from .products import packed_gram
 from .removal import BLOCK, System, remove_neurons
@@ -153,7 +154,7 @@ def _output_gradients(
     """
     entering = [batch.hidden]
     for layer in range(loaded.record.num_layers):
-        entering.append(run_layer(loaded, layer, batch, entering[-1]).output)
+        entering.append(layer_output(loaded, layer, batch, entering[-1]))
     gradient = _head_gradient(loaded, batch, entering.pop(), chances)
     for layer in reversed(range(loaded.record.num_layers)):
         of_output, gradient = _layer_gradients(loaded, layer, batch, entering.pop(), gradient)
@@ -179,11 +180,16 @@ def _layer_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients by the FFN's output and by what enters the layer, of the gradient by what leaves it."""
     outputs: list[torch.Tensor] = []
-    hook = loaded.projection(layer, "down").register_forward_hook(lambda _module, _inputs, out: outputs.append(out))
+
+    def look(_module: nn.Module, _inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    is_mixture = loaded.record.experts is not None
+    hook = (loaded.mixture(layer) if is_mixture else loaded.projection(layer, "down")).register_forward_hook(look)
     try:
         with torch.enable_grad():
             leaf = entering.detach().requires_grad_()
-            leaving = run_layer(loaded, layer, batch, leaf).output
+            leaving = layer_output(loaded, layer, batch, leaf)
             of_output, of_entering = torch.autograd.grad(leaving, (outputs[0], leaf), gradient)
     finally:
         hook.remove()

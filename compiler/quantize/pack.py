@@ -19,7 +19,7 @@ from coreinfer.bundles.tensors import StoredTensor, stream_tensors, write_tensor
 from coreinfer.compiler.clusters.embed import StaticEncoder
 from coreinfer.compiler.models.load import LoadedModel, special_tokens, stop_ids
 from coreinfer.compiler.models.tokenizer_files import chat_templates
-from coreinfer.compiler.prune.narrow import NarrowModel, narrow_down, narrow_layer
+from coreinfer.compiler.prune.narrow import NarrowDown, NarrowModel, narrow_down, narrow_downs, narrow_layer
 from torch import nn
 
 from .moments import Moments, ffn_moments
@@ -168,7 +168,7 @@ def _cluster_tensors(
             yield tensor_name(index, "scores"), StoredTensor("F32", narrow.choice.scores[cluster][index])
             continue
         if loaded.record.experts is not None:
-            yield from _narrow_experts(loaded, packer, index, neuron_ids, dense)
+            yield from _narrow_experts(loaded, packer, narrow, cluster, index, dense)
         else:
             tensors = _narrow_layer(loaded, packer, narrow, cluster, index, dense)
             yield from _with_norms(loaded, packer, index, len(neuron_ids), tensors)
@@ -202,39 +202,33 @@ def _narrow_layer(
 def _narrow_experts(
     loaded: LoadedModel,
     packer: Packer,
+    narrow: NarrowModel,
+    cluster: int,
     layer: int,
-    neuron_ids: npt.NDArray[np.int32],
     dense: Mapping[str, StoredTensor],
 ) -> _Tensors:
     """Store each expert of a layer with the neurons that it keeps, by their numbers among those of all experts."""
-    assert loaded.record.experts is not None
-    num_experts, inner = loaded.record.experts.num_experts, loaded.record.expert_neurons
-    for expert, ids in enumerate(np.split(neuron_ids % inner, num_experts)):
-        tensors = _narrow_expert(loaded, packer, layer, expert, ids, dense)
-        yield from _with_norms(loaded, packer, layer, len(ids), tensors, expert_role(expert, ""))
+    for expert in narrow_downs(loaded, narrow, layer, cluster):
+        tensors = _narrow_expert(loaded, packer, layer, expert, dense)
+        yield from _with_norms(loaded, packer, layer, len(expert.neuron_ids), tensors, expert_role(expert.number, ""))
 
 
 def _narrow_expert(
-    loaded: LoadedModel,
-    packer: Packer,
-    layer: int,
-    expert: int,
-    ids: npt.NDArray[np.int32],
-    dense: Mapping[str, StoredTensor],
+    loaded: LoadedModel, packer: Packer, layer: int, expert: NarrowDown, dense: Mapping[str, StoredTensor]
 ) -> _Tensors:
     """Store an expert with the neurons that it keeps."""
-    biased, rows = loaded.record.ffn_bias, np.arange(loaded.record.hidden_size)
-    for role in ("gate", "up", *(("gate_bias", "up_bias") if biased else ())):
-        yield from cut_rows(dense, tensor_name(layer, expert_role(expert, role)), ids).items()
-    if biased:
-        yield from cut_rows(dense, tensor_name(layer, expert_role(expert, "down_bias")), rows).items()
-    down = expert_role(expert, "down")
+    ids, rows = expert.neuron_ids, np.arange(loaded.record.hidden_size)
+    for role in ("gate", "up", *(("gate_bias", "up_bias") if loaded.record.ffn_bias else ())):
+        yield from cut_rows(dense, tensor_name(layer, expert_role(expert.number, role)), ids).items()
+    down, bias = (expert_role(expert.number, role) for role in ("down", "down_bias"))
+    if expert.bias is not None:
+        yield tensor_name(layer, bias), _vector(expert.bias)
+    elif loaded.record.ffn_bias:
+        yield from cut_rows(dense, tensor_name(layer, bias), rows).items()
     if len(ids) == loaded.record.expert_neurons:
         yield from cut_rows(dense, tensor_name(layer, down), rows).items()
     else:
-        columns = torch.from_numpy(ids).long().to(loaded.device)
-        weight = ffn_tensors(loaded.layers[layer], loaded.family)[down][:, columns]
-        yield from _ffn_layer(loaded, packer, layer, {down: weight}, ids)
+        yield from _ffn_layer(loaded, packer, layer, {down: expert.weight}, ids)
 
 
 def _with_norms(
