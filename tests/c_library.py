@@ -15,7 +15,16 @@ import numpy.typing as npt
 
 from .bundle_factory import one_at_a_time
 
-__all__ = ["DENSE", "CError", "CModel", "build_library", "has_compilers"]
+__all__ = [
+    "DENSE",
+    "CError",
+    "CModel",
+    "build_library",
+    "build_program",
+    "has_compilers",
+    "load_library",
+    "run_program",
+]
 
 ROOT = Path(__file__).parent.parent
 DENSE = -1
@@ -23,7 +32,7 @@ COMPILERS = tuple(os.environ.get(name, usual).split() for name, usual in (("CXX"
 """Of C++ and C: commands, which may have several words."""
 STATUSES = (
     *("OK", "ARGUMENT", "NOT_FOUND", "VERSION", "CORRUPT", "UNSUPPORTED", "NO_ROOM", "MEMORY", "BUSY"),
-    *("NOT_FINITE", "INTERNAL"),
+    *("NOT_FINITE", "INTERNAL", "STOPPED", "NO_ADDRESS_SPACE"),
 )
 _GETTERS = ["vocab_size", "num_clusters", "has_dense", "num_threads", "num_tokens", "max_tokens", "bytes_read"]
 
@@ -60,6 +69,20 @@ def build_library() -> Path:
     # A warning in the library is one in the tree.
     assert not run.stderr, run.stderr
     return out
+
+
+def build_program(library: Path, source: Path, program: Path) -> Path:
+    """Build a program of C that uses the library, in strict C99."""
+    command = [*COMPILERS[1], "-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", str(source)]
+    command += [f"-I{library / 'include'}", f"-L{library / 'lib'}", "-lcoreinfer", f"-Wl,-rpath,{library / 'lib'}"]
+    run = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return program
+
+
+def run_program(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [str(program), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
 def load_library(folder: Path) -> Any:

@@ -6,6 +6,19 @@
 #include "refusals.h"
 
 namespace coreinfer {
+namespace {
+
+void check_ascending(const NeuronIds& neurons, int num_neurons) {
+  if (neurons.count < 1) refuse("neuron ids", "at least one a layer", "none");
+  for (int i = 0; i < neurons.count; ++i) {
+    const int32_t id = neurons.ids[i];
+    if (id < 0 || id >= num_neurons) refuse("neuron id", "0 to " + std::to_string(num_neurons - 1), std::to_string(id));
+    if (i > 0 && id <= neurons.ids[i - 1])
+      refuse("neuron ids", "ascending ones", std::to_string(id) + " after " + std::to_string(neurons.ids[i - 1]));
+  }
+}
+
+}  // namespace
 
 std::unique_lock<std::mutex> Turn::take() {
   std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
@@ -59,6 +72,18 @@ void check_ffn(const Decoder& decoder, const Ffn& ffn, int max_neurons) {
     if (num_kept < num_chosen)
       refuse("experts of a layer", "at least " + std::to_string(num_chosen), std::to_string(num_kept));
   }
+}
+
+void check_neurons(const Ffn& ffn, const std::vector<NeuronIds>& neurons) {
+  if (neurons.size() != ffn.size())
+    refuse("neuron ids", std::to_string(ffn.size()) + " layers", std::to_string(neurons.size()));
+  refuse_experts(ffn);
+  for (size_t layer = 0; layer < ffn.size(); ++layer) check_ascending(neurons[layer], ffn[layer].num_neurons());
+}
+
+void refuse_experts(const Ffn& ffn) {
+  for (const FfnWeights& layer : ffn)
+    if (!layer.experts.empty()) refuse("FFN", "one FFN in each layer", "experts");
 }
 
 int most_neurons(const Ffn& ffn) {

@@ -7,7 +7,8 @@
  *     coreinfer_options options = {.struct_bytes = sizeof options};
  *     if (coreinfer_open("bundle", &options, &model) != COREINFER_OK) puts(coreinfer_last_error());
  *
- * Results are to the bit those of the Python engine with the same kernels and number of threads.
+ * Results are to the bit those of the Python engine with the same kernels and number of threads. Several texts at once, and FFN
+ * weights by choice, are in coreinfer_engine.h.
  *
  * Errors: functions that can fail return a status and leave a message for coreinfer_last_error. A call that fails changes
  * nothing: neither the model nor what its arguments point to. No C++ exception leaves the library. Functions that return no
@@ -23,7 +24,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__GNUC__)
+/* COREINFER_STATIC: the library's sources are part of the program, or of another library, which does not show these names. */
+#if defined(__GNUC__) && !defined(COREINFER_STATIC)
 #define COREINFER_API __attribute__((visibility("default")))
 #else
 #define COREINFER_API

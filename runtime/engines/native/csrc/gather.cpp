@@ -1,4 +1,4 @@
-// Pick rows or columns of a matrix into memory of its own, in the layout of the kernels.
+// Pick rows or columns of a matrix into memory of its own, in the layout of the kernels; and so neurons of an FFN.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -80,6 +80,42 @@ void pack_row(const float* values, int row, Packed& out) {
   }
 }
 
+// Picks neurons of FFNs, and keeps what they are copied to.
+class Gatherer {
+ public:
+  explicit Gatherer(std::vector<std::shared_ptr<void>>& memory) : memory_(memory) {}
+
+  FfnWeights pick(const FfnWeights& from, const NeuronIds& neurons) {
+    FfnWeights picked;
+    if (!from.gate.weight.empty()) picked.gate = rows(from.gate, neurons);
+    picked.up = rows(from.up, neurons);
+    const auto gather_down = from.by_neuron() ? gather_rows : gather_columns;
+    picked.down = {keep(gather_down(from.down.weight, neurons.ids, neurons.count)), from.down.bias};
+    return picked;
+  }
+
+ private:
+  Matrix keep(const OwnedMatrix& owned) {
+    memory_.push_back(owned.memory);
+    return owned.view;
+  }
+
+  Linear rows(const Linear& from, const NeuronIds& neurons) {
+    return {keep(gather_rows(from.weight, neurons.ids, neurons.count)), bias(from.bias, neurons)};
+  }
+
+  const float* bias(const float* from, const NeuronIds& neurons) {
+    if (!from) return nullptr;
+    auto picked = std::make_shared<Buffer<float>>();
+    picked->resize(neurons.count);
+    for (int i = 0; i < neurons.count; ++i) picked->get()[i] = from[neurons.ids[i]];
+    memory_.push_back(picked);
+    return picked->get();
+  }
+
+  std::vector<std::shared_ptr<void>>& memory_;
+};
+
 }  // namespace
 
 OwnedMatrix gather_rows(const Matrix& w, const int32_t* ids, int count) {
@@ -116,6 +152,14 @@ OwnedMatrix gather_columns(const Matrix& w, const int32_t* ids, int count) {
     pack_row(picked.data(), row, out);
   }
   return out.owned;
+}
+
+GatheredFfn gather_ffn(const Ffn& from, const std::vector<NeuronIds>& neurons) {
+  GatheredFfn gathered;
+  Gatherer gatherer(gathered.memory);
+  for (size_t layer = 0; layer < from.size(); ++layer)
+    gathered.ffn.push_back(gatherer.pick(from[layer], neurons[layer]));
+  return gathered;
 }
 
 }  // namespace coreinfer

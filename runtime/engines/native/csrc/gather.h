@@ -1,9 +1,11 @@
 // Matrices of picked neurons.
 #pragma once
 
+#include <cstdint>
 #include <memory>
+#include <vector>
 
-#include "matrix.h"
+#include "weights.h"
 
 namespace coreinfer {
 
@@ -15,5 +17,19 @@ struct OwnedMatrix {
 OwnedMatrix gather_rows(const Matrix& w, const int32_t* ids, int count);
 // Columns of quantized matrices become int8, whatever they were: their scales differ.
 OwnedMatrix gather_columns(const Matrix& w, const int32_t* ids, int count);
+
+// Neurons of a layer, ascending.
+struct NeuronIds {
+  const int32_t* ids;
+  int count;
+};
+
+// An FFN of picked neurons. Biases of outputs stay where they are.
+struct GatheredFfn {
+  Ffn ffn;
+  std::vector<std::shared_ptr<void>> memory;
+};
+// `neurons`: of each layer (see check_neurons).
+GatheredFfn gather_ffn(const Ffn& from, const std::vector<NeuronIds>& neurons);
 
 }  // namespace coreinfer
