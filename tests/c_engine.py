@@ -148,16 +148,11 @@ def _layers(layers: Iterable[Sequence[int]]) -> Iterator[tuple[Any, int]]:
 class CEngine(CModel):
     """A model of the C library, with all that coreinfer_engine.h does."""
 
-    def __init__(self, folder: Path, bundle: Path, **options: Any) -> None:
-        """Open a bundle; see `CModel`."""
-        self._declare(folder)
-        super().__init__(folder, bundle, **options)
-
     @classmethod
     def of_files(cls, folder: Path, record: bytes, base: LentFile, **options: Any) -> "CEngine":
         """Open a base by `coreinfer_open_files`; `options` are fields of coreinfer_engine_options, none for NULL."""
         model = cls.__new__(cls)
-        model._declare(folder)
+        model._library = cls._load(folder)
         model._model = ctypes.c_void_p()
         given = EngineOptions(**{"struct_bytes": ctypes.sizeof(EngineOptions), **options})
         pointer = ctypes.byref(given) if options else None
@@ -166,17 +161,19 @@ class CEngine(CModel):
         )
         return model
 
-    def _declare(self, folder: Path) -> None:
-        self._library = load_library(folder)
+    @staticmethod
+    def _load(folder: Path) -> Any:
+        library = load_library(folder)
         for name, arguments in _ARGUMENTS.items():
-            getattr(self._library, f"coreinfer_{name}").argtypes = [_POINTER, *arguments]
+            getattr(library, f"coreinfer_{name}").argtypes = [_POINTER, *arguments]
         for name in (*_SIZES, *_COUNTS):
-            getattr(self._library, f"coreinfer_{name}").argtypes = [_POINTER]
+            getattr(library, f"coreinfer_{name}").argtypes = [_POINTER]
         for name in _SIZES:
-            getattr(self._library, f"coreinfer_{name}").restype = _SIZE
-        self._library.coreinfer_is_wide.argtypes = [_POINTER, _INT]
-        self._library.coreinfer_read_figures.argtypes = [_POINTER, _POINTER]
-        self._library.coreinfer_max_neurons.argtypes = self._library.coreinfer_close_ffn.argtypes = [_POINTER]
+            getattr(library, f"coreinfer_{name}").restype = _SIZE
+        library.coreinfer_is_wide.argtypes = [_POINTER, _INT]
+        library.coreinfer_read_figures.argtypes = [_POINTER, _POINTER]
+        library.coreinfer_max_neurons.argtypes = library.coreinfer_close_ffn.argtypes = [_POINTER]
+        return library
 
     def __getattr__(self, name: str) -> int:
         if name in (*_SIZES, *_COUNTS):

@@ -110,11 +110,15 @@ class CModel:
 
     def __init__(self, folder: Path, bundle: Path, **options: Any) -> None:
         """Open a bundle; `options` are fields of coreinfer_options, none for NULL."""
-        self._library = load_library(folder)
+        self._library = self._load(folder)
         self._model = ctypes.c_void_p()
         given = Options(**{"struct_bytes": ctypes.sizeof(Options), **options})
         pointer = ctypes.byref(given) if options else None
         self._check(self._library.coreinfer_open(str(bundle).encode(), pointer, ctypes.byref(self._model)))
+
+    @staticmethod
+    def _load(folder: Path) -> Any:
+        return load_library(folder)
 
     def __del__(self) -> None:
         with suppress(AttributeError):

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.skipif(not has_compilers(), reason="no C or C++ compile
 
 IDS = np.random.default_rng(5).integers(3, VOCABULARY, 120).tolist()
 OTHER_IDS = np.random.default_rng(6).integers(3, VOCABULARY, 40).tolist()
+CACHE = {"num_threads": 2, "kv_cache_bytes": 4_000_000}
+"""Room for several texts."""
 NUM_SHARED = 70
 """More than a page, and not a whole number of them."""
 
@@ -45,7 +47,7 @@ def test_two_texts_and_a_fork_in_one_pass(
     family: str, tiny_bundle: Callable[..., Path], engine_in_c: Callable[..., CEngine]
 ) -> None:
     path = tiny_bundle(family, quantize="int4")
-    lone, model = engine_in_c(path, num_threads=2), engine_in_c(path, num_threads=2)
+    lone, model = engine_in_c(path, num_threads=2), engine_in_c(path, **CACHE)
     prompts = [IDS[:80], OTHER_IDS[:9], IDS[:NUM_SHARED]]
     going_on = [IDS[80:88], OTHER_IDS[9:17], OTHER_IDS[20:28]]
     expected = [alone(lone, prompt, ids) for prompt, ids in zip(prompts, going_on, strict=True)]
@@ -79,7 +81,8 @@ def test_passes_are_those_of_the_python_engine(
 ) -> None:
     """All logits, screened heads, and a block beside rows."""
     path = tiny_bundle("gemma3", quantize=kind)
-    decoder, model = NativeDecoder(open_bundle(path), threads=2), engine_in_c(path, num_threads=2)
+    decoder = NativeDecoder(open_bundle(path), threads=2, kv_cache_bytes=CACHE["kv_cache_bytes"])
+    model = engine_in_c(path, **CACHE)
     np.testing.assert_array_equal(model.forward(0, IDS[:80], ALL_LOGITS), decoder.forward(IDS[:80], all_logits=True))
     np.testing.assert_array_equal(model.forward(0, IDS[80:81], SCREENED), decoder.forward(IDS[80:81], greedy=True))
     other = model.add_sequence()
@@ -122,6 +125,14 @@ def test_pages_are_freed_and_shared(model: CEngine) -> None:
     assert model.num_cached(0) == len(IDS)
     model.truncate_sequence(0, 0)
     assert model.num_free_pages == whole
+
+
+def test_a_cache_has_room_for_64_texts_at_most(
+    tiny_bundle: Callable[..., Path], engine_in_c: Callable[..., CEngine]
+) -> None:
+    for num_bytes, num_pages in ((0, 4), (2**62, 64 * 4)):
+        model = engine_in_c(tiny_bundle("llama", quantize="int4"), kv_cache_bytes=num_bytes)
+        assert (model.num_pages, model.max_tokens) == (num_pages, MAX_POSITIONS)
 
 
 # The watcher
@@ -250,7 +261,8 @@ def test_room_is_checked_before_anything_is_read(model: CEngine) -> None:
 
 
 def test_nothing_is_a_null_pointer(model: CEngine) -> None:
-    one = np.asarray([5], dtype=np.int32).ctypes.data
+    zeros = np.zeros(8, dtype=np.int32)
+    one = zeros.ctypes.data
     own = model._model
     for name, *arguments in (
         ("add_sequence", None, one),

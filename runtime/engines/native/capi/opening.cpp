@@ -17,6 +17,7 @@ namespace coreinfer {
 namespace {
 
 constexpr int kMostThreads = 256;
+constexpr int kMostContexts = 64;  // that a KV cache has room for
 
 // Run `work`, in which what is refused is the bundle's fault.
 template <class Work>
@@ -55,7 +56,7 @@ int count_pages(const ModelWeights& weights, uint64_t kv_cache_bytes) {
   if (kv_cache_bytes == 0) return whole;
   if (kv_cache_bytes < page_bytes)
     refuse("kv_cache_bytes", "at least " + std::to_string(page_bytes), std::to_string(kv_cache_bytes));
-  return static_cast<int>(std::min<uint64_t>(whole, kv_cache_bytes / page_bytes));
+  return static_cast<int>(std::min<uint64_t>(uint64_t{kMostContexts} * whole, kv_cache_bytes / page_bytes));
 }
 
 std::vector<int> neurons_of(const BundleFolder& bundle, int cluster) {
