@@ -49,9 +49,9 @@ typedef struct coreinfer_file {
   const char* name;    /* said where something is wrong with it, such as its path; not kept */
   const uint8_t* data; /* at an address that is a multiple of 64 */
   size_t num_bytes;
-  void (*release)(
-      void* owner); /* in whichever thread lets go of the file last; NULL: `data` outlives all that is made of it.
-                                   Not called where the call that the file is given to fails: it stays the caller's. */
+  /* Called in whichever thread lets go of the file last; NULL: `data` outlives all that is made of it. Not called where the call
+   * that the file is given to fails: it stays the caller's. */
+  void (*release)(void* owner);
   void* owner;
 } coreinfer_file;
 
@@ -213,8 +213,8 @@ enum {
 typedef struct coreinfer_watched {
   int layer;
   int num_tokens, stride;
-  const float*
-      activations; /* (num_tokens, stride): inputs of the down projection; behind a layer's neurons anything may lie */
+  /* (num_tokens, stride): inputs of the down projection; behind a layer's neurons anything may lie. */
+  const float* activations;
 } coreinfer_watched;
 
 /* Called for each layer of each block of tokens, in their order. Returns 0, or anything else to end: it is not called again, and
