@@ -1,6 +1,7 @@
 """Files that callers of the C library open themselves, and FFNs by choice: the bits of Python; and refusals."""
 
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from coreinfer.runtime.engines.protocol import DENSE as DENSE_CHOICE
 from coreinfer.runtime.engines.protocol import FfnChoice
 
 from .c_engine import COUNT_PAGES, CEngine, LentFile, record_of
-from .c_library import DENSE, CError, CModel, has_compilers
+from .c_library import COMPILERS, DENSE, CError, CModel, has_compilers
 from .model_factory import VOCABULARY
 
 pytestmark = pytest.mark.skipif(not has_compilers(), reason="no C or C++ compiler here")
@@ -98,7 +99,9 @@ def test_the_caller_counts_pages(tiny_bundle: Callable[..., Path], c_library: Pa
     model = CEngine.of_files(c_library, record, base, count_pages=seven)
     assert model.num_pages == 7
     assert seen[0][0] == model.page_bytes == NativeDecoder(bundle, threads=1).page_bytes
-    assert 0 < seen[0][2] <= seen[0][1] < len(bundle.base.mapped_bytes)
+    assert 0 < seen[0][1] < len(bundle.base.mapped_bytes)
+    assert seen[0][2] > 0
+    assert seen[0][2] % 4096 == 0
     with pytest.raises(CError, match=r"^ARGUMENT: KV cache pages: expected at least 1, got 0$"):
         CEngine.of_files(c_library, record, base, count_pages=none)
     assert base.num_released == 0
@@ -241,6 +244,17 @@ def test_a_limit_comes_before_the_first_ffn(
 
 
 # What it refuses
+
+
+@pytest.mark.parametrize("language", [["c", "-std=c99"], ["c++", "-std=c++17"]])
+@pytest.mark.parametrize("header", ["coreinfer.h", "coreinfer_engine.h"])
+def test_headers_are_strict(language: list[str], header: str, c_library: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_text(f'#include "{header}"\n', encoding="utf-8")
+    command = [*COMPILERS[language[0] == "c"], "-x", *language, "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+    command += ["-fsyntax-only", f"-I{c_library / 'include'}", str(source)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_files_that_are_no_bundles(tiny_bundle: Callable[..., Path], c_library: Path, tmp_path: Path) -> None:
