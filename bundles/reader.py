@@ -3,11 +3,12 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .checksums import mapped_sha256, passing_sha256
 from .contract import check_neuron_ids, check_tensors, cluster_tensors, dense_tensors, token_share_tensors
+from .down_norms import Floats, down_norms
 from .errors import BundleCorrupt, BundleError, ConfigError, join_problems
 from .layout import LAYOUT
 from .manifest import Manifest, TensorRecord, read_manifest
@@ -50,6 +51,12 @@ class Bundle:
         return tuple(
             self.pack(number) for number, cluster in enumerate(self.manifest.clusters) if cluster.file is not None
         )
+
+    @cached_property
+    def down_norms(self) -> Floats:
+        """Norms of the columns of the dense FFN's down projections, (layers, ffn_dim) float32; see `down_norms`."""
+        assert self.dense is not None
+        return down_norms(self.dense, self.manifest)
 
     def weights_of(self, cluster: int | None) -> int | None:
         """The pack that a cluster decodes with; None of the dense FFN, which a thin cluster decodes with too."""

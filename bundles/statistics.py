@@ -17,7 +17,9 @@ __all__ = [
     "Selection",
     "document_statistic",
     "mix_scores",
+    "scaled_to_one",
     "scores_from_statistic",
+    "select_in_parts",
     "select_neurons",
     "top_neurons",
 ]
@@ -110,6 +112,11 @@ def scores_from_statistic(
         scores = np.sqrt(statistic / max(num_tokens, 1))
         if selection == "output-aware":
             scores = scores * column_norms
+    return scaled_to_one(scores)
+
+
+def scaled_to_one(scores: Array) -> Array:
+    """Divide scores (..., units) by their root mean square, so that those of a prompt and of a cluster compare."""
     scale = np.sqrt(np.mean(np.square(scores), axis=-1, keepdims=True))
     return np.asarray(scores / np.maximum(scale, 1e-30), dtype=np.float32)
 
@@ -155,3 +162,19 @@ def select_neurons(scores: Array, budgets: Sequence[int]) -> list[npt.NDArray[np
         One ascending int32 array of neuron ids a layer.
     """
     return [top_neurons(layer_scores, budget) for layer_scores, budget in zip(scores, budgets, strict=True)]
+
+
+def select_in_parts(scores: Array, budgets: Sequence[int], num_parts: int) -> list[npt.NDArray[np.int32]]:
+    """Pick as many neurons of every equal part of a layer, its experts, by the scores within the part.
+
+    Args:
+        scores: (layers, ffn_dim).
+        budgets: neurons to keep in each layer, of all its parts together.
+    Returns:
+        One ascending int32 array of neuron ids a layer.
+    """
+    parts = scores.reshape(len(scores) * num_parts, -1)
+    chosen = select_neurons(parts, [budget // num_parts for budget in budgets for _ in range(num_parts)])
+    starts = parts.shape[1] * np.arange(num_parts, dtype=np.int32)
+    layers = [chosen[first : first + num_parts] for first in range(0, len(chosen), num_parts)]
+    return [np.concatenate([ids + start for ids, start in zip(layer, starts, strict=True)]) for layer in layers]

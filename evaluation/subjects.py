@@ -10,7 +10,7 @@ from typing import Protocol, cast
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import ConfigError
-from coreinfer.bundles.statistics import SELECTIONS, Selection, scores_from_statistic, select_neurons
+from coreinfer.bundles.statistics import SELECTIONS, Selection
 from coreinfer.bundles.token_bytes import token_bytes
 from coreinfer.bundles.token_shares import default_share, mean_share
 from coreinfer.runtime import load
@@ -19,6 +19,7 @@ from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.generation import Mode
 from coreinfer.runtime.load_options import Arithmetic, EngineName, InputSkipping
 from coreinfer.runtime.routing.modes import ModePlan, decode_choice
+from coreinfer.runtime.routing.own_neurons import choose_neurons, equal_budgets, prompt_scores
 from coreinfer.runtime.routing.token_shares import check_token_share
 
 __all__ = ["MODES", "BundleSubject", "Subject"]
@@ -173,8 +174,8 @@ class BundleSubject:
         if mode in ("similarity", PACK_PROMPT, "random"):
             return beside + manifest.mean_pack_bytes
         # Of neurons that a prompt chooses only the numbers count, and that they are gathered as the engine does it.
-        budgets = manifest.plan.layer_budgets
-        decoder.use(FfnChoice(neuron_ids=tuple(np.arange(budget, dtype=np.int32) for budget in budgets)))
+        alike = prompt_scores(self.engine.bundle, "griffin", np.ones_like(self.engine.bundle.down_norms), 1)
+        decoder.use(FfnChoice(neuron_ids=choose_neurons(manifest, alike, manifest.plan.layer_budgets)))
         return decoder.bytes_per_token(0)
 
     def read(self, prefix_ids: Sequence[int], routing_text: str) -> None:
@@ -233,10 +234,10 @@ class BundleSubject:
 
     def _unrepaired(self, selection: Selection) -> tuple[npt.NDArray[np.int32], ...]:
         """A paper's own choice by the prompt: as many neurons in each layer, with the model's own weights."""
-        statistic, budgets = self._statistics[selection], self.engine.manifest.plan.layer_budgets
-        # Neither paper weighs neurons by the down projection's columns.
-        scores = scores_from_statistic(selection, statistic, len(self._prefix), np.ones_like(statistic))
-        return tuple(select_neurons(scores, (sum(budgets) // len(budgets),) * len(budgets)))
+        bundle, manifest = self.engine.bundle, self.engine.manifest
+        # Neither paper weighs neurons by the down projection's columns, and by these ways of selection nothing does.
+        scores = prompt_scores(bundle, selection, self._statistics[selection], len(self._prefix))
+        return choose_neurons(manifest, scores, equal_budgets(manifest))
 
     def append(self, token_ids: Sequence[int], *, all_logits: bool = False, greedy: bool = False) -> Floats:
         """Append tokens; returns logits as `Decoder.forward` does."""

@@ -108,10 +108,8 @@ class Watched(ctypes.Structure):
     """coreinfer_watched."""
 
     _fields_ = [
-        ("layer", _INT),
-        ("num_tokens", _INT),
-        ("stride", _INT),
-        ("activations", ctypes.POINTER(ctypes.c_float)),
+        *((name, _INT) for name in ("layer", "expert", "num_tokens", "stride")),
+        *((name, ctypes.POINTER(ctypes.c_float)) for name in ("activations", "weights")),
     ]
 
 

@@ -151,8 +151,9 @@ def test_neurons_that_are_not_there(tiny_bundle: Callable[..., Path], engine_in_
         with pytest.raises(CError, match=rf"^ARGUMENT: {message}$"):
             model.gather_neurons(dense, layers)
     mixture = engine_in_c(tiny_bundle("mixtral", quantize="int4"))
-    with pytest.raises(CError, match=r"^ARGUMENT: FFN: expected one FFN in each layer, got experts$"):
-        mixture.gather_neurons(mixture.pack(DENSE), [[0]] * 3)
+    width = mixture.max_neurons(mixture.pack(DENSE))
+    with pytest.raises(CError, match=r"^ARGUMENT: neuron ids of an expert: expected 2, as of the one before, got 1$"):
+        mixture.gather_neurons(mixture.pack(DENSE), [[0, 1, width]] * 3)
     with pytest.raises(CError, match=r"^ARGUMENT: experts of a layer: expected numbers below 6, got 6$"):
         mixture.keep_experts(mixture.pack(DENSE), [[0, 6]] * 3)
 

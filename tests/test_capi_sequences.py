@@ -138,25 +138,35 @@ def test_a_cache_has_room_for_64_texts_at_most(
 # The watcher
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_a_watcher_sees_what_that_of_python_sees(
-    tiny_bundle: Callable[..., Path], engine_in_c: Callable[..., CEngine]
+    family: str, tiny_bundle: Callable[..., Path], engine_in_c: Callable[..., CEngine]
 ) -> None:
-    path = tiny_bundle("llama", quantize="int4")
+    path = tiny_bundle(family, quantize="int4")
     decoder, model = NativeDecoder(open_bundle(path), threads=2), engine_in_c(path, num_threads=2)
     expected: list[Any] = []
-    ids = np.asarray(IDS[:70], dtype=np.int32)
-    decoder._model.forward(ids, watcher=lambda layer, values: expected.append((layer, values.copy())))
+
+    def watch_python(layer: int, expert: int, values: Any, weights: Any) -> None:
+        expected.append((layer, expert, values.copy(), None if weights is None else weights.copy()))
+
+    decoder._model.forward(np.asarray(IDS[:70], dtype=np.int32), watcher=watch_python)
     seen: list[Any] = []
 
     def watch(watched: Watched) -> int:
-        values = np.ctypeslib.as_array(watched.activations, (watched.num_tokens, watched.stride))
-        seen.append((watched.layer, values.copy()))
+        shape = (watched.num_tokens, watched.stride)
+        values = np.ctypeslib.as_array(watched.activations, shape).copy()
+        weights = np.ctypeslib.as_array(watched.weights, shape[:1]).copy() if watched.weights else None
+        seen.append((watched.layer, watched.expert, values, weights))
         return 0
 
     model.forward(0, IDS[:70], watcher=watch)
-    assert [layer for layer, _ in seen] == [layer for layer, _ in expected] == [0, 1, 2]
-    for (_, got), (_, wanted) in zip(seen, expected, strict=True):
-        np.testing.assert_array_equal(got, wanted)
+    places = [call[:2] for call in seen]
+    assert places == [call[:2] for call in expected]
+    assert {layer for layer, _ in places} == {0, 1, 2}
+    assert any(expert for _, expert in places) is (family == "mixtral")
+    for got, wanted in zip(seen, expected, strict=True):
+        np.testing.assert_array_equal(got[2], wanted[2])
+        np.testing.assert_array_equal(got[3], wanted[3])
 
 
 def test_a_watcher_may_stop_and_nothing_was_read(model: CEngine) -> None:
@@ -180,18 +190,12 @@ def test_a_watcher_may_stop_and_nothing_was_read(model: CEngine) -> None:
 def test_a_watcher_of_python_that_fails_takes_its_tokens_back(tiny_bundle: Callable[..., Path]) -> None:
     decoder = NativeDecoder(open_bundle(tiny_bundle("llama")), threads=1)
 
-    def fail(layer: int, values: object) -> None:
+    def fail(layer: int, *_: object) -> None:
         raise KeyError(layer)
 
     with pytest.raises(KeyError, match="0"):
         decoder._model.forward(np.asarray(IDS[:9], dtype=np.int32), watcher=fail)
     assert decoder.num_cached == 0
-
-
-def test_experts_are_not_watched(tiny_bundle: Callable[..., Path], engine_in_c: Callable[..., CEngine]) -> None:
-    model = engine_in_c(tiny_bundle("mixtral", quantize="int4"))
-    with pytest.raises(CError, match=r"^ARGUMENT: FFN: expected one FFN in each layer, got experts"):
-        model.forward(0, IDS[:9], watcher=lambda _: 0)
 
 
 # What it refuses

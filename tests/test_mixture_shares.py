@@ -291,6 +291,18 @@ def test_only_a_tokens_own_experts_are_read(shared_bundle: Callable[..., Bundle]
     assert before < 5 * counted.dense
 
 
+def test_a_prompts_own_experts_are_all_read(tiny_bundle: Callable[..., Path]) -> None:
+    """Also between generations that leave inputs out."""
+    folder = tiny_bundle("qwen3_moe", token_share=SHARE, quantize="int4")
+    engine, whole = (skipping_engine(folder, skipping) for skipping in ("on", "off"))
+    for mode in ("similarity", "fused", "stability"):
+        got, expected = (each.generate(PROMPT, raw=True, max_new_tokens=12, mode=mode) for each in (engine, whole))
+        assert got.token_share == (SHARE if mode == "similarity" else 1)
+        assert (got.token_ids == expected.token_ids) == (mode != "similarity")
+    with pytest.raises(ConfigError, match=f"mode 'stability' expects 1, got {SHARE}"):
+        engine.generate(PROMPT, raw=True, token_share=SHARE, mode="stability")
+
+
 @pytest.mark.parametrize("options", [{}, THIN], ids=["own", "thin"])
 def test_generations_and_evaluation(options: dict[str, Any], tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_bundle("qwen3_moe", token_share=SHARE, quantize="int4", **options)

@@ -2,7 +2,7 @@
 
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -81,22 +81,20 @@ def narrow_bundle(
     return written
 
 
-def kept_neurons(bundle: Bundle, cluster: int, layer: int) -> list[np.ndarray]:
-    """The neurons that each expert has in a pack."""
-    ids = bundle.pack(cluster)[tensor_name(layer, "neuron_ids")].array
-    dim = bundle.manifest.model.expert_neurons
-    return [ids[ids // dim == expert] % dim for expert in range(6)]
+def pack_ids(bundle: Bundle, cluster: int) -> list[np.ndarray]:
+    """The neurons that each layer of a pack has, those of its experts numbered through."""
+    return [bundle.pack(cluster)[tensor_name(layer, "neuron_ids")].array for layer in range(3)]
 
 
-def zeroed_logits(family: str, bundle: Bundle, cluster: int) -> np.ndarray:
-    """Logits of transformers' own model, in which all neurons that a pack lacks put out nothing."""
+def zeroed_logits(family: str, neuron_ids: Sequence[np.ndarray]) -> np.ndarray:
+    """Logits of transformers' own model, in which all neurons but these of each layer put out nothing."""
     model = build_model(family, **wide_settings(family))
     row = family_of_config(model.config.to_dict(), family)
     assert row.experts is not None
     for number, layer in enumerate(resolve(model, row.layers)):
         down = resolve(layer, row.experts.module).experts.down_proj.data
-        for expert, kept in enumerate(kept_neurons(bundle, cluster, number)):
-            absent = np.setdiff1d(np.arange(NEURONS[family]), kept)
+        for expert in range(6):
+            absent = np.setdiff1d(np.arange(NEURONS[family]), neuron_ids[number] - expert * NEURONS[family])
             assert 0 < len(absent) < NEURONS[family]
             (down[expert] if row.experts.transposed else down[expert].T)[torch.from_numpy(absent)] = 0
     with torch.inference_mode():
@@ -111,7 +109,7 @@ def test_torch_computes_a_model_without_these_neurons(family: str, narrow_bundle
     decoder.use(DENSE)
     dense = blocks(decoder)
     for cluster in range(2):
-        expected = zeroed_logits(family, bundle, cluster)
+        expected = zeroed_logits(family, pack_ids(bundle, cluster))
         decoder.use(FfnChoice(cluster=cluster))
         np.testing.assert_allclose(blocks(decoder), expected, atol=2e-4, rtol=1e-4)
         np.testing.assert_allclose(in_steps(decoder), expected[130:], atol=2e-4, rtol=1e-4)

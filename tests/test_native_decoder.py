@@ -277,14 +277,14 @@ def test_two_threads_cannot_share_a_decoder(tiny_bundle: Callable[..., Path]) ->
 
 
 def test_a_failing_watcher_is_heard(tiny_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from coreinfer.runtime.engines.native import decoder as native_decoder
+    from coreinfer.runtime.engines import prompt_sums
 
     decoder = NativeDecoder(open_bundle(tiny_bundle("llama")), threads=2)
 
     def broken(*_arguments: Any, **_options: Any) -> None:
         raise ZeroDivisionError("on purpose")
 
-    monkeypatch.setattr(native_decoder, "document_statistic", broken)
+    monkeypatch.setattr(prompt_sums, "document_statistic", broken)
     with pytest.raises(ZeroDivisionError, match="on purpose"):
         decoder.prompt_statistics(IDS, SELECTIONS)
 

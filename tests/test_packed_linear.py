@@ -20,7 +20,6 @@ from .packing import pack_int4
 
 CPU = torch.device("cpu")
 TOKEN_IDS = [1, 57, 200, 300, 21, 99, 140, 7, 250, 33, 180, 77]
-NEURON_IDS = tuple(np.arange(start, 96, 2, dtype=np.int32) for start in (0, 1, 0))
 # float32 differs by the order of sums; bfloat16 rounds scales, offsets and products to 8 bits.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.01}
 SHAPES = [(64, 96), (16, 32), (33, 70), (1, 5), (96, 64), (40, 33), (48, 512)]
@@ -100,21 +99,25 @@ def test_the_product_is_tried_before_it_is_trusted(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("limit_mb", [None, 1000.0])
-@pytest.mark.parametrize("family", ["llama", "opt", "gemma3", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3", "qwen3", "qwen3_moe", "gpt_oss"])
 def test_a_model_decodes_packed_as_unpacked(
     family: str, limit_mb: float | None, tiny_bundle: Callable[..., Path]
 ) -> None:
     bundle = open_bundle(tiny_bundle(family, quantize="int4"))
     plain = TorchDecoder(bundle, device="cpu", dtype="float32")
-    options: dict[str, Any] = {} if limit_mb is None else {"gpu_memory_mb": limit_mb, "cuda_graphs": "on"}
+    model = bundle.manifest.model
+    options: dict[str, Any] = {} if limit_mb is None else {"gpu_memory_mb": limit_mb}
+    if limit_mb is not None and model.experts is None:
+        options["cuda_graphs"] = "on"
     packed = TorchDecoder(bundle, device="cpu", dtype="float32", weights="packed", **options)
-    for choice in (DENSE, FfnChoice(cluster=1), FfnChoice(neuron_ids=NEURON_IDS), FfnChoice(cluster=2), DENSE):
+    every_other = FfnChoice(neuron_ids=tuple(np.arange(start, model.ffn_dim, 2, dtype=np.int32) for start in (0, 1, 0)))
+    for choice in (DENSE, FfnChoice(cluster=1), every_other, FfnChoice(cluster=0), DENSE):
         for used in (plain, packed):
             used.truncate(0)
             used.use(choice)
         np.testing.assert_allclose(packed.forward(TOKEN_IDS), plain.forward(TOKEN_IDS), atol=2e-4, rtol=1e-3)
         np.testing.assert_allclose(packed.forward([5]), plain.forward([5]), atol=2e-4, rtol=1e-3)
-    assert any(isinstance(module, PackedLinear) for module in packed._model.modules())
+    assert any(isinstance(module, PackedLinear) for module in packed._model.modules()) == (model.experts is None)
     for used in (plain, packed):
         used.truncate(0)
     statistics = [used.prompt_statistics(TOKEN_IDS, ("griffin",))[1]["griffin"] for used in (plain, packed)]

@@ -3,14 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.manifest import ModelRecord
-from coreinfer.bundles.statistics import scores_from_statistic, select_neurons
+from coreinfer.bundles.statistics import scores_from_statistic, select_in_parts
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.samples import NEURON_BLOCK
 
@@ -188,13 +187,5 @@ def choose_neurons(
         num_parts: equal parts of a layer, its experts, each of which keeps as many.
     """
     scores = cluster_scores(config, statistic, num_tokens, norms)
-    return Choice(scores=scores, neuron_ids=[*map(partial(_select, num_parts), scores, budgets)])
-
-
-def _select(num_parts: int, scores: Floats, budgets: Sequence[int]) -> list[npt.NDArray[np.int32]]:
-    """Pick one cluster's neurons by their scores (layers, ffn_dim)."""
-    parts = scores.reshape(len(scores) * num_parts, -1)
-    chosen = select_neurons(parts, [budget // num_parts for budget in budgets for _ in range(num_parts)])
-    starts = parts.shape[1] * np.arange(num_parts, dtype=np.int32)
-    layers = [chosen[first : first + num_parts] for first in range(0, len(chosen), num_parts)]
-    return [np.concatenate([ids + start for ids, start in zip(layer, starts, strict=True)]) for layer in layers]
+    neuron_ids = [select_in_parts(own, kept, num_parts) for own, kept in zip(scores, budgets, strict=True)]
+    return Choice(scores=scores, neuron_ids=neuron_ids)

@@ -13,7 +13,7 @@ from coreinfer.runtime.generation import DiskReads
 if TYPE_CHECKING:
     from .cached import CachedTokens
 
-__all__ = ["DENSE", "NO_GATHERING", "Decoder", "FfnChoice", "KvPoolFull"]
+__all__ = ["DENSE", "Decoder", "FfnChoice", "KvPoolFull"]
 
 
 class KvPoolFull(ConfigError):
@@ -26,7 +26,8 @@ class FfnChoice:
 
     Attributes:
         cluster: number of a cluster pack.
-        neuron_ids: ascending ids for each layer, gathered from the dense FFN.
+        neuron_ids: ascending ids for each layer, gathered from the dense FFN. Those of a layer's experts are numbered
+            through: all of the first come first. Each expert has as many; those that have none are left out.
         token_share: what share of the bytes of the layers' matrices each token reads, by its own inputs; see
             `token_thresholds`. It is for decoding: a prompt is read with all, and so are a prompt's own neurons.
     """
@@ -47,10 +48,6 @@ class FfnChoice:
 
 
 DENSE = FfnChoice()
-NO_GATHERING = (
-    "a prompt cannot choose its own neurons of a mixture of experts, each of which sees some tokens only; use mode "
-    "similarity, dense, lossless or auto"
-)
 
 
 class Decoder(Protocol):
@@ -231,7 +228,7 @@ class Decoder(Protocol):
     def prompt_statistics(
         self, token_ids: Sequence[int], selections: Sequence[Selection]
     ) -> tuple[npt.NDArray[np.float32], dict[Selection, npt.NDArray[np.float32]]]:
-        """Append a prompt like `forward`, and sum its FFN activations.
+        """Append a prompt like `forward`, and sum its FFN activations; see `PromptSums`.
 
         Args:
             selections: ways to sum them; see `document_statistic`.

@@ -123,6 +123,9 @@ def read_request(
     if plan.uses_pack or plan.mode == "fused":
         # Here, because the thread that steps must not wait for a download.
         loaded.bundle.bring(serving_cluster(plan, route))
+    if plan.needs_statistic:
+        # Computed here where the bundle does not store them, for the same reason.
+        _ = loaded.bundle.down_norms
     return Request(
         token_ids=tuple(token_ids),
         route=route,

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import Bundle, ConfigError, Manifest
-from coreinfer.bundles.contract import tensor_name
-from coreinfer.bundles.statistics import mix_scores, scores_from_statistic, select_neurons
-from coreinfer.runtime.engines.protocol import DENSE, NO_GATHERING, FfnChoice
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.generation import Fallback, Mode, PromptFfn
 
+from .own_neurons import choose_neurons, mixed_with_cluster, prompt_scores
 from .router import Route
 
 __all__ = [
@@ -75,8 +74,6 @@ def plan_mode(
             f"mode {mode!r} chooses as many neurons as packs have, and the clusters of this bundle are thin; use mode "
             "similarity, dense, lossless or auto"
         )
-    if plan.needs_statistic and manifest.model.experts is not None:
-        raise ConfigError(f"mode {mode!r}: {NO_GATHERING}")
     if plan.needs_statistic and not gathers:
         raise ConfigError(f"mode {mode!r} gathers from the whole dense FFN, which memory_mb keeps out of memory")
     return plan
@@ -89,7 +86,7 @@ def _automatic(manifest: Manifest, route: Route, num_prompt_tokens: int, *, gath
     if fallback:
         return ModePlan(mode="similarity", fallback=fallback, cluster=largest_cluster(manifest))
     long = num_prompt_tokens >= manifest.plan.stability_min_tokens
-    packs_unrepaired = not manifest.plan.reconstruct and not manifest.has_thin
+    packs_unrepaired = not manifest.plan.reconstruct and not manifest.has_thin and manifest.model.experts is None
     if gathers and manifest.has_dense and packs_unrepaired and long:
         return ModePlan(mode="stability")
     return ModePlan(mode="similarity")
@@ -149,22 +146,8 @@ def decode_choice(
         return DENSE
     if plan.uses_pack or statistic is None:
         return FfnChoice(cluster=serving_cluster(plan, route))
-    scores = scores_from_statistic(
-        bundle.manifest.plan.selection, statistic, num_prompt_tokens, _layers(bundle, "column_norms", None)
-    )
+    manifest = bundle.manifest
+    scores = prompt_scores(bundle, manifest.plan.selection, statistic, num_prompt_tokens)
     if plan.mode == "fused":
-        cluster_scores = _layers(bundle, "scores", route.cluster)
-        scores = mix_scores(
-            scores,
-            cluster_scores,
-            num_prompt_tokens=num_prompt_tokens,
-            half_tokens=bundle.manifest.plan.fused_half_tokens,
-        )
-    return FfnChoice(neuron_ids=tuple(select_neurons(scores, bundle.manifest.plan.layer_budgets)))
-
-
-def _layers(bundle: Bundle, role: str, cluster: int | None) -> Floats:
-    """Stack a vector of every layer: (layers, ffn_dim), from a pack or from the dense FFN."""
-    file = bundle.dense if cluster is None else bundle.pack(cluster)
-    assert file is not None
-    return np.stack([file[tensor_name(layer, role)].array for layer in range(bundle.manifest.model.num_layers)])
+        scores = mixed_with_cluster(bundle, scores, route.cluster, num_prompt_tokens)
+    return FfnChoice(neuron_ids=choose_neurons(manifest, scores, manifest.plan.layer_budgets))

@@ -49,7 +49,7 @@ class Model:
         ids: npt.NDArray[np.int32],
         all_logits: bool = False,
         screened: bool = False,
-        watcher: Callable[[int, npt.NDArray[np.float32]], None] | None = None,
+        watcher: Callable[[int, int, npt.NDArray[np.float32], npt.NDArray[np.float32] | None], None] | None = None,
         sequence: int = 0,
     ) -> npt.NDArray[np.float32]: ...
     def forward_rows(

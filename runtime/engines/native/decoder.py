@@ -13,10 +13,11 @@ import numpy.typing as npt
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, CoreInferError, UnsupportedModelError
 from coreinfer.bundles.contract import kept_experts
 from coreinfer.bundles.shared.machine import usable_cores
-from coreinfer.bundles.statistics import Selection, document_statistic
+from coreinfer.bundles.statistics import Selection
 from coreinfer.runtime.engines.cached import CachedTokens
 from coreinfer.runtime.engines.kv_limits import count_pages
-from coreinfer.runtime.engines.protocol import DENSE, NO_GATHERING, FfnChoice, KvPoolFull
+from coreinfer.runtime.engines.prompt_sums import PromptSums
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice, KvPoolFull
 from coreinfer.runtime.generation import DiskReads
 from coreinfer.runtime.load_options import InputSkipping
 
@@ -137,8 +138,8 @@ class NativeDecoder:
 
     @property
     def gathers(self) -> bool:
-        """Whether a prompt's own neurons can be gathered: they come from a dense FFN that is in memory, and is one."""
-        return self._residency is None and self._bundle.manifest.model.experts is None
+        """Whether a prompt's own neurons can be gathered: they come from a dense FFN that is in memory."""
+        return self._residency is None
 
     @property
     def token_shares_pay(self) -> bool:
@@ -189,11 +190,7 @@ class NativeDecoder:
         if choice.neuron_ids is None and choice == self._choice:
             return
         if choice.neuron_ids is not None and not self.gathers:
-            raise ConfigError(
-                "memory_mb: a prompt's own neurons need the whole dense FFN in memory; use packs"
-                if self._bundle.manifest.model.experts is None
-                else NO_GATHERING
-            )
+            raise ConfigError("memory_mb: a prompt's own neurons need the whole dense FFN in memory; use packs")
         ffn = self._ffn(choice.cluster)
         if choice.neuron_ids is not None:
             ffn = self._model.gather(ffn, list(choice.neuron_ids))
@@ -335,25 +332,9 @@ class NativeDecoder:
     def prompt_statistics(
         self, token_ids: Sequence[int], selections: Sequence[Selection]
     ) -> tuple[Floats, dict[Selection, Floats]]:
-        """Append a prompt and sum its FFN activations; see `Decoder.prompt_statistics`.
-
-        Raises:
-            ConfigError: the FFN is a mixture of experts.
-        """
-        if self._bundle.manifest.model.experts is not None:
-            raise ConfigError(NO_GATHERING)
-        plan, model = self._bundle.manifest.plan, self._bundle.manifest.model
-        shape = (model.num_layers, model.ffn_dim)
-        statistics = {selection: np.zeros(shape, dtype=np.float32) for selection in selections}
-
-        def add(layer: int, activations: Floats) -> None:
-            # Prompts are read in blocks; all statistics are sums over tokens.
-            for selection, sums in statistics.items():
-                sums[layer] += document_statistic(
-                    selection, activations[:, : model.ffn_dim], alpha=plan.alpha, beta=plan.beta, sentence=False
-                )
-
-        return self._forward(token_ids, all_logits=False, greedy=False, watcher=add), statistics
+        """Append a prompt and sum its FFN activations; see `Decoder.prompt_statistics`."""
+        sums = PromptSums(self._bundle.manifest, selections)
+        return self._forward(token_ids, all_logits=False, greedy=False, watcher=sums.add), sums.statistics
 
     def _forward(
         self,
@@ -361,7 +342,7 @@ class NativeDecoder:
         *,
         all_logits: bool,
         greedy: bool,
-        watcher: Callable[[int, Floats], None] | None,
+        watcher: Callable[[int, int, Floats, Floats | None], None] | None,
     ) -> Floats:
         try:
             ids = np.asarray(token_ids, dtype=np.int32)

@@ -11,10 +11,11 @@ import numpy.typing as npt
 import torch
 from coreinfer.bundles import Bundle, ConfigError, CoreInferError
 from coreinfer.bundles.families import cache_argument, family_by_name
-from coreinfer.bundles.statistics import Selection, document_statistic
+from coreinfer.bundles.statistics import Selection
 from coreinfer.runtime.engines.cached import CachedTokens
 from coreinfer.runtime.engines.kv_limits import PAGE_TOKENS, count_pages, pages_of
-from coreinfer.runtime.engines.protocol import DENSE, NO_GATHERING, FfnChoice, KvPoolFull
+from coreinfer.runtime.engines.prompt_sums import PromptSums
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice, KvPoolFull
 from torch import nn
 
 from .host_weights import FfnReader, HostWeights, layer_bytes
@@ -52,6 +53,7 @@ class TorchDecoder:
     page_tokens = PAGE_TOKENS
     calls_alike = False
     disk_reads = None
+    gathers = True
     cheap_swaps = False  # on a GPU, which holds one pack
     token_shares_pay = True  # not in time: it is the reference
 
@@ -135,11 +137,6 @@ class TorchDecoder:
         )
 
     @property
-    def gathers(self) -> bool:
-        """Whether a prompt's own neurons can be gathered: not those of experts, which only some tokens use."""
-        return self._family.experts is None
-
-    @property
     def device(self) -> str:
         """The torch device."""
         return str(self._device)
@@ -193,8 +190,6 @@ class TorchDecoder:
         # Arrays do not compare as one, so neuron ids are always gathered.
         if choice.neuron_ids is None and choice == self._choice:
             return
-        if choice.neuron_ids is not None and not self.gathers:
-            raise ConfigError(NO_GATHERING)
         thresholds = self.masks.thresholds(choice)
         weights = self._reader.weights_of(choice)
         if self._choice is None or not weights.is_same(self._reader.weights_of(self._choice)):
@@ -352,26 +347,12 @@ class TorchDecoder:
     def prompt_statistics(
         self, token_ids: Sequence[int], selections: Sequence[Selection]
     ) -> tuple[npt.NDArray[np.float32], dict[Selection, npt.NDArray[np.float32]]]:
-        """Append a prompt and sum its FFN activations; see `Decoder.prompt_statistics`.
+        """Append a prompt and sum its FFN activations; see `Decoder.prompt_statistics`."""
+        sums = PromptSums(self._bundle.manifest, selections)
 
-        Raises:
-            ConfigError: the FFN is a mixture of experts.
-        """
-        if not self.gathers:
-            raise ConfigError(NO_GATHERING)
-        plan, model = self._bundle.manifest.plan, self._bundle.manifest.model
-        shape = (model.num_layers, model.ffn_dim)
-        statistics = {selection: np.zeros(shape, dtype=np.float32) for selection in selections}
-
-        def collect(layer: int, activations: torch.Tensor) -> None:
-            # Packed weights have padding rows.
-            flat = activations.reshape(-1, activations.shape[-1])[:, : model.ffn_dim].float().cpu().numpy()
-            for selection, sums in statistics.items():
-                sums[layer] = document_statistic(selection, flat, alpha=plan.alpha, beta=plan.beta, sentence=False)
-
-        with watch_activations(self._layers, self._family, collect):
+        with watch_activations(self._layers, self._family, sums.add):
             logits = self._append(token_ids, logits_to_keep=1, watched=True)
-        return logits, statistics
+        return logits, sums.statistics
 
 
 def device_needs(bundle: Bundle, *, device: str, dtype: str, weights: str = "auto") -> MemoryNeeds:

@@ -11,11 +11,12 @@ import torch
 from coreinfer.bundles import Bundle, ConfigError
 from coreinfer.bundles.contract import expert_role, kept_experts, tensor_name
 from coreinfer.bundles.families import Family
+from coreinfer.bundles.manifest import ModelRecord
 from coreinfer.bundles.tensors import TensorFile
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 
 from .model import matrix_to_torch, to_torch
-from .packed_linear import Shapes, Tensors, pack_matrix, packed_shapes
+from .packed_linear import Shapes, Tensors, is_down, pack_matrix, packed_shapes
 from .transfer import Transfer
 
 __all__ = ["FfnReader", "HostWeights", "gather", "layer_bytes"]
@@ -70,7 +71,7 @@ class FfnReader:
             else:
                 shapes[role] = (shape, self.dtype)
             if self.bundle.manifest.model.ffn_bias:
-                width = shapes[f"{role}_grid"][0][1] if self.packed and role != "down" else shape[0]
+                width = shapes[f"{role}_grid"][0][1] if self.packed and not is_down(role) else shape[0]
                 shapes[f"{role}_bias"] = ((width,), self.dtype)
         return shapes
 
@@ -92,7 +93,7 @@ class FfnReader:
 
     def _bias(self, file: TensorFile, name: str, tensors: Tensors, role: str) -> torch.Tensor:
         bias = to_torch(file[f"{name}_bias"]).to(self.dtype)
-        if role == "down" or f"{role}_grid" not in tensors:
+        if is_down(role) or f"{role}_grid" not in tensors:
             return bias
         return torch.nn.functional.pad(bias, (0, tensors[f"{role}_grid"].shape[1] - len(bias)))
 
@@ -157,7 +158,7 @@ class HostWeights:
     def neurons(self, neuron_ids: tuple[npt.NDArray[np.int32], ...]) -> Iterator[Tensors]:
         """Return the dense FFN's layers cut down to some neurons, unpacked."""
         for layer, ids in enumerate(neuron_ids):
-            yield gather(self._reader.layer(None, layer, packed=False), ids)
+            yield gather(self._reader.layer(None, layer, packed=False), ids, self._reader.bundle.manifest.model)
 
     def pin_dense(self) -> bool:
         """Pin the dense FFN, which is read layer by layer at each pass; say whether it fits."""
@@ -187,8 +188,34 @@ class HostWeights:
         return self._reader.num_bytes(cluster)
 
 
-def gather(tensors: Tensors, neuron_ids: npt.NDArray[np.int32]) -> Tensors:
-    """Cut a dense layer down to some neurons; the bias after the down projection stays whole."""
+def gather(tensors: Tensors, neuron_ids: npt.NDArray[np.int32], model: ModelRecord) -> Tensors:
+    """Cut a dense layer down to some neurons; the bias after the down projection stays whole.
+
+    Args:
+        neuron_ids: ascending; see `FfnChoice`. Experts of which all are kept are not copied.
+    Raises:
+        ConfigError: experts would be left with unlike numbers of neurons, or with fewer experts than a token uses.
+    """
+    if model.experts is None:
+        return _gather(tensors, neuron_ids)
+    size, owners = model.expert_neurons, neuron_ids // model.expert_neurons
+    kept, counts = np.unique(owners, return_counts=True)
+    if len(kept) < model.experts.num_chosen or len(set(counts.tolist())) > 1:
+        raise ConfigError(
+            f"neuron_ids: expected as many of each expert of {model.experts.num_chosen} or more, got "
+            f"{', '.join(map(str, counts))} of {len(kept)}"
+        )
+    gathered: Tensors = {}
+    for number in kept.tolist():
+        prefix = expert_role(number, "")
+        expert = {role.removeprefix(prefix): tensor for role, tensor in tensors.items() if role.startswith(prefix)}
+        own = neuron_ids[owners == number] - number * size
+        expert = expert if len(own) == size else _gather(expert, own)
+        gathered |= {prefix + role: tensor for role, tensor in expert.items()}
+    return gathered
+
+
+def _gather(tensors: Tensors, neuron_ids: npt.NDArray[np.int32]) -> Tensors:
     ids = torch.from_numpy(neuron_ids).long().to(tensors["down"].device)
     narrow = {role: tensor[ids] for role, tensor in tensors.items() if role not in ("down", "down_bias")}
     narrow["down"] = tensors["down"][:, ids]

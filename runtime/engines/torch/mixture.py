@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
+from .packed_linear import GRID, packed_product
+
 __all__ = ["Change", "ExpertRun", "Mixture", "Router", "experts_of", "take_experts"]
 
 ROLES = ("gate", "up", "down")
@@ -37,7 +39,7 @@ class ExpertRun:
         expert: its number.
         rows: (chosen,) ascending places of its tokens among all that the mixture was given.
         inputs: (chosen, hidden size).
-        activations: (chosen, neurons), input of the down projection.
+        activations: (chosen, neurons), input of the down projection; of packed weights with padding.
         weights: (chosen,) what the router multiplies its outputs by.
         outputs: (chosen, hidden size), weighted.
     """
@@ -79,7 +81,8 @@ class Mixture(nn.Module):
 
     Attributes:
         router: the base's; all else is the FFN.
-        tensors: `expert_role` -> matrix or bias, as `assign_ffn` takes them. Not parameters of the module.
+        tensors: `expert_role` -> matrix or bias, as `assign_ffn` takes them; int4 matrices may be packed, beside grids
+            (`packed_linear`). Not parameters of the module.
         watch: called with what each expert did; None to leave it out.
         changes: of "gate_up" and of "down" what is done to their inputs, for each expert; of neither as a rule.
     """
@@ -142,8 +145,10 @@ class Mixture(nn.Module):
         return inputs if change is None else change(inputs, expert, weights)
 
     def _multiply(self, inputs: torch.Tensor, expert: int, role: str) -> torch.Tensor:
-        bias = self.tensors.get(expert_role(expert, f"{role}_bias"))
-        return functional.linear(inputs, self.tensors[expert_role(expert, role)], bias)
+        name, bias = expert_role(expert, role), self.tensors.get(expert_role(expert, f"{role}_bias"))
+        # Padding between the products stays, as it is of zeros.
+        num_outputs = self.router.weight.shape[1] if role == "down" else None
+        return packed_product(inputs, self.tensors[name], self.tensors.get(name + GRID), bias, num_outputs)
 
 
 def experts_of(family: Family, config: Any) -> ExpertsRecord | None:

@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError
 from coreinfer.bundles.contract import is_norms
@@ -16,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .joined import take_apart
-from .mixture import take_experts
+from .mixture import ExpertRun, take_experts
 from .packed_linear import replace_linear
 
 __all__ = [
@@ -31,7 +34,11 @@ __all__ = [
     "watch_activations",
 ]
 
+Floats = npt.NDArray[np.float32]
 Place = Callable[[torch.Tensor], torch.Tensor]
+Collect = Callable[[int, int, Floats, Floats | None], None]
+"""Takes a layer, an expert (0 where the FFN is one), its activations (tokens, neurons), and of an expert what the
+router multiplies its outputs by, (tokens,)."""
 _PACKED_SUFFIX = re.compile(r"\.(q4|q8|high|low|scale|zero)$")
 
 
@@ -168,21 +175,31 @@ def _empty_ffn(model: nn.Module, family: Family, device: torch.device, dtype: to
 
 
 @contextmanager
-def watch_activations(layers: Sequence[nn.Module], family: Family, collect: Any) -> Iterator[None]:
-    """Call `collect(layer, activations)` with the input of every down projection."""
-
-    def hook(layer: int) -> Any:
-        def before(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            collect(layer, inputs[0])
-
-        return before
-
-    handles = [resolve(layer, family.down).register_forward_pre_hook(hook(index)) for index, layer in enumerate(layers)]
-    try:
+def watch_activations(layers: Sequence[nn.Module], family: Family, collect: Collect) -> Iterator[None]:
+    """Call `collect` with the input of every down projection, those of experts each by itself."""
+    with ExitStack() as ends:
+        for number, layer in enumerate(layers):
+            if family.experts is not None:
+                mixture: Any = layer.get_submodule(family.experts.module)
+                mixture.watch = partial(_collect_run, collect, number)
+                ends.callback(setattr, mixture, "watch", None)
+                continue
+            hook = partial(_collect_inputs, collect, number)
+            ends.callback(resolve(layer, family.down).register_forward_pre_hook(hook).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _collect_inputs(collect: Collect, layer: int, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    collect(layer, 0, _rows_on_host(inputs[0]), None)
+
+
+def _collect_run(collect: Collect, layer: int, run: ExpertRun) -> None:
+    collect(layer, run.expert, _rows_on_host(run.activations), _rows_on_host(run.weights[:, None])[:, 0])
+
+
+def _rows_on_host(values: torch.Tensor) -> Floats:
+    rows: Floats = values.reshape(-1, values.shape[-1]).float().cpu().numpy()
+    return rows
 
 
 def pick_device(name: str) -> torch.device:

@@ -16,7 +16,17 @@ from coreinfer.bundles.tensors import StoredTensor
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["PackedLinear", "pack_matrix", "packed_problem", "packed_shapes", "pick_packed", "replace_linear"]
+__all__ = [
+    "GRID",
+    "PackedLinear",
+    "is_down",
+    "pack_matrix",
+    "packed_problem",
+    "packed_product",
+    "packed_shapes",
+    "pick_packed",
+    "replace_linear",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -44,15 +54,35 @@ class PackedLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Multiply (..., in) -> (..., out)."""
-        if self.grid is None:
-            return functional.linear(inputs, self.weight, self.bias)
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        if missing := self.grid.shape[0] * GROUP_SIZE - rows.shape[1]:
-            rows = functional.pad(rows, (0, missing))
-        outputs = _multiply(rows.contiguous(), self.weight, self.grid)[:, : self.out_features]
-        if self.bias is not None:
-            outputs = outputs + self.bias
-        return outputs.reshape(*inputs.shape[:-1], -1)
+        return packed_product(inputs, self.weight, self.grid, self.bias, self.out_features)
+
+
+def packed_product(
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    grid: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int | None,
+) -> torch.Tensor:
+    """Multiply (..., in) -> (..., out) by packed weights, or by plain ones where there is no grid.
+
+    Args:
+        out_features: cut the output to this many columns; None leaves the padding, whose weights are 0.
+    """
+    if grid is None:
+        return functional.linear(inputs, weight, bias)
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    if missing := grid.shape[0] * GROUP_SIZE - rows.shape[1]:
+        rows = functional.pad(rows, (0, missing))
+    outputs = _multiply(rows.contiguous(), weight, grid)[:, :out_features]
+    if bias is not None:
+        outputs = outputs + bias
+    return outputs.reshape(*inputs.shape[:-1], -1)
+
+
+def is_down(role: str) -> bool:
+    """Whether a matrix is a down projection, that of an expert too (`expert_role`)."""
+    return role.rpartition(".")[2] == "down"
 
 
 def replace_linear(layer: nn.Module, path: str, *, keep_padding: bool) -> None:
@@ -70,7 +100,7 @@ def _multiply(rows: torch.Tensor, codes: torch.Tensor, grid: torch.Tensor) -> to
 
 def _padded_shape(role: str, shape: tuple[int, int]) -> tuple[int, int]:
     """Rows of gate and up are padded to what the down projection takes in: whole groups."""
-    unit = _TILE if role == "down" else GROUP_SIZE
+    unit = _TILE if is_down(role) else GROUP_SIZE
     return -(-shape[0] // unit) * unit, -(-shape[1] // GROUP_SIZE) * GROUP_SIZE
 
 
@@ -149,10 +179,6 @@ def pick_packed(bundle: Bundle, weights: str, device: torch.device, dtype: torch
     if weights not in ("auto", "bfloat16", "packed"):
         raise ConfigError(f"weights: expected auto, bfloat16, packed, got {weights!r}")
     kind = bundle.manifest.quantization["ffn"].format
-    if bundle.manifest.model.experts is not None:
-        if weights == "packed":
-            raise ConfigError("weights 'packed': experts are unpacked; use 'bfloat16'")
-        return False
     if weights == "bfloat16" or (weights == "auto" and (device.type != "cuda" or kind != "int4")):
         return False
     problem = f"the FFN is stored as {kind}, and torch multiplies int4 only" if kind != "int4" else None

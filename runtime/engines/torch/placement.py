@@ -107,7 +107,8 @@ class MappedPlacement:
             return dense
         if self._reader.packed:
             dense = self._read(None, packed=False)
-        return [gather(tensors, ids) for tensors, ids in zip(dense, choice.neuron_ids, strict=True)]
+        model = self._reader.bundle.manifest.model
+        return [gather(tensors, ids, model) for tensors, ids in zip(dense, choice.neuron_ids, strict=True)]
 
     def _read(self, cluster: int | None, *, packed: bool | None = None) -> list[Tensors]:
         device = self._reader.device

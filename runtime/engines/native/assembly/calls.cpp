@@ -8,6 +8,12 @@
 namespace coreinfer {
 namespace {
 
+int num_neurons_of(const FfnWeights& layer) {
+  int count = layer.num_neurons();
+  for (const FfnWeights& expert : layer.experts) count += expert.num_neurons();
+  return count;
+}
+
 void check_ascending(const NeuronIds& neurons, int num_neurons) {
   if (neurons.count < 1) refuse("neuron ids", "at least one a layer", "none");
   for (int i = 0; i < neurons.count; ++i) {
@@ -15,6 +21,21 @@ void check_ascending(const NeuronIds& neurons, int num_neurons) {
     if (id < 0 || id >= num_neurons) refuse("neuron id", "0 to " + std::to_string(num_neurons - 1), std::to_string(id));
     if (i > 0 && id <= neurons.ids[i - 1])
       refuse("neuron ids", "ascending ones", std::to_string(id) + " after " + std::to_string(neurons.ids[i - 1]));
+  }
+}
+
+// Kernels run all experts of a layer by the width of one.
+void check_alike(const std::vector<FfnWeights>& experts, const NeuronIds& neurons) {
+  int start = 0, width = 0;
+  const int32_t *begin = neurons.ids, *last = neurons.ids + neurons.count;
+  for (const FfnWeights& expert : experts) {
+    start += expert.num_neurons();
+    const int32_t* end = std::lower_bound(begin, last, start);
+    const int count = static_cast<int>(end - begin);
+    if (count > 0 && width > 0 && count != width)
+      refuse("neuron ids of an expert", std::to_string(width) + ", as of the one before", std::to_string(count));
+    if (count > 0) width = count;
+    begin = end;
   }
 }
 
@@ -77,13 +98,10 @@ void check_ffn(const Decoder& decoder, const Ffn& ffn, int max_neurons) {
 void check_neurons(const Ffn& ffn, const std::vector<NeuronIds>& neurons) {
   if (neurons.size() != ffn.size())
     refuse("neuron ids", std::to_string(ffn.size()) + " layers", std::to_string(neurons.size()));
-  refuse_experts(ffn);
-  for (size_t layer = 0; layer < ffn.size(); ++layer) check_ascending(neurons[layer], ffn[layer].num_neurons());
-}
-
-void refuse_experts(const Ffn& ffn) {
-  for (const FfnWeights& layer : ffn)
-    if (!layer.experts.empty()) refuse("FFN", "one FFN in each layer", "experts");
+  for (size_t layer = 0; layer < ffn.size(); ++layer) {
+    check_ascending(neurons[layer], num_neurons_of(ffn[layer]));
+    check_alike(ffn[layer].experts, neurons[layer]);
+  }
 }
 
 int most_neurons(const Ffn& ffn) {

@@ -33,10 +33,9 @@ void check_sequence(const Decoder& decoder, int number);
 void check_ids(const Decoder& decoder, const int32_t* ids, size_t num_ids);
 void check_room(const Decoder& decoder, int sequence, size_t num_tokens);
 void check_ffn(const Decoder& decoder, const Ffn& ffn, int max_neurons);
-// That neurons can be gathered from an FFN: of each layer some that it has, ascending.
+// That neurons can be gathered from an FFN: of each layer some that it has, ascending, and of its experts all, none, or as many
+// as of the others.
 void check_neurons(const Ffn& ffn, const std::vector<NeuronIds>& neurons);
-// That an FFN is one in each layer, not experts.
-void refuse_experts(const Ffn& ffn);
 
 int most_neurons(const Ffn& ffn);
 

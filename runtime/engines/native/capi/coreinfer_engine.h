@@ -129,8 +129,8 @@ COREINFER_API int coreinfer_keep_experts(const coreinfer_ffn* all, const coreinf
 
 /* Some neurons of an FFN, as a copy. Down projections in int8 and int4 become int8, whose scales are their own.
  *
- * from: one FFN in each layer, not experts.
- * layers: num_layers of them, the neurons of each, ascending; at least one a layer.
+ * layers: num_layers of them, the neurons of each, ascending; at least one a layer. Those of experts are numbered through, all of
+ * the first expert come first; experts of which none is picked are left out, and the others have as many each.
  */
 COREINFER_API int coreinfer_gather_neurons(const coreinfer_ffn* from, const coreinfer_ids* layers, size_t num_layers,
                                            coreinfer_ffn** ffn);
@@ -209,16 +209,17 @@ enum {
                                 int8: it is read in half then. For greedy decoding. */
 };
 
-/* What a layer's FFN did with a block of tokens. Good until the watcher returns. */
+/* What a layer's FFN, or one of its experts, did with the tokens of a block that came to it. Good until the watcher returns. */
 typedef struct coreinfer_watched {
-  int layer;
+  int layer, expert; /* 0 where the FFN is one */
   int num_tokens, stride;
-  /* (num_tokens, stride): inputs of the down projection; behind a layer's neurons anything may lie. */
+  /* (num_tokens, stride): inputs of the down projection; behind the neurons anything may lie. */
   const float* activations;
+  const float* weights; /* (num_tokens): of an expert what the router multiplies its outputs by; else NULL */
 } coreinfer_watched;
 
-/* Called for each layer of each block of tokens, in their order. Returns 0, or anything else to end: it is not called again, and
- * the pass takes its tokens back and returns COREINFER_STOPPED. */
+/* Called for each layer of each block of tokens, in their order, of experts for each that any token chose. Returns 0, or anything
+ * else to end: it is not called again, and the pass takes its tokens back and returns COREINFER_STOPPED. */
 typedef int (*coreinfer_watcher)(void* user, const coreinfer_watched* seen);
 
 /* Append tokens to one sequence: one token as a step of decoding, more as a prompt.
@@ -226,7 +227,7 @@ typedef int (*coreinfer_watcher)(void* user, const coreinfer_watched* seen);
  * ids: num_ids of them, at least one.
  * flags: COREINFER_ALL_LOGITS, COREINFER_SCREENED.
  * logits: one row, or with COREINFER_ALL_LOGITS num_ids rows; NULL if they are not wanted, without that flag.
- * watcher: NULL for none; with one, one token is read as a prompt is. Not of experts.
+ * watcher: NULL for none; with one, one token is read as a prompt is.
  */
 COREINFER_API int coreinfer_forward(coreinfer_model* model, int sequence, const int32_t* ids, size_t num_ids, int flags,
                                     float* logits, coreinfer_watcher watcher, void* user);

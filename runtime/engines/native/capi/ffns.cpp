@@ -42,6 +42,11 @@ int derived(const coreinfer_ffn* from, coreinfer_ffn** ffn, Make make) noexcept 
   });
 }
 
+void refuse_experts(const Ffn& ffn) {
+  for (const FfnWeights& layer : ffn)
+    if (!layer.experts.empty()) refuse("FFN", "one FFN in each layer", "experts");
+}
+
 void check_layers(const coreinfer_ids* layers, size_t num_layers) {
   if (num_layers > 0) check_given(layers, "layers");
   for (size_t layer = 0; layer < num_layers; ++layer)
@@ -67,6 +72,7 @@ coreinfer_ffn gathering(const coreinfer_ffn& from, const coreinfer_ids* layers, 
   check_neurons(*from.ffn, neurons);
   GatheredFfn gathered = gather_ffn(*from.ffn, neurons);
   // What is not copied stays where it is.
+  gathered.memory.insert(gathered.memory.end(), from.memory.begin(), from.memory.end());
   return {std::make_shared<const Ffn>(std::move(gathered.ffn)), {}, from.file, std::move(gathered.memory)};
 }
 

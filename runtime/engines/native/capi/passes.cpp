@@ -94,13 +94,11 @@ void read_tokens(coreinfer_model& model, int sequence, const int32_t* ids, size_
   check_room(decoder, sequence, num_ids);
   bool is_stopped = false;
   Watcher watch;
-  if (options.watcher) {
-    refuse_experts(*decoder.ffn);  // whose activations are not shown
-    watch = [&](int layer, const float* activations, int num_tokens, int stride) {
-      const coreinfer_watched seen{layer, num_tokens, stride, activations};
+  if (options.watcher)
+    watch = [&](const Watched& own) {
+      const coreinfer_watched seen{own.layer, own.expert, own.num_tokens, own.stride, own.activations, own.weights};
       if (!is_stopped) is_stopped = options.watcher(options.user, &seen) != 0;
     };
-  }
   Appending appending(decoder);
   decoder.forward(sequence, ids, static_cast<int>(num_ids), options.all_logits, options.screened, logits, watch);
   if (is_stopped) throw Failure(COREINFER_STOPPED, "pass: the watcher ended it");

@@ -50,7 +50,10 @@ int call_watcher(void* user, const coreinfer_watched* seen) {
   auto& called = *static_cast<Called<py::object>*>(user);
   const py::gil_scoped_acquire acquire;
   try {
-    called.function(seen->layer, py::array_t<float>({seen->num_tokens, seen->stride}, seen->activations));
+    py::object weights = py::none();
+    if (seen->weights) weights = py::array_t<float>(seen->num_tokens, seen->weights);
+    called.function(seen->layer, seen->expert, py::array_t<float>({seen->num_tokens, seen->stride}, seen->activations),
+                    weights);
     return 0;
   } catch (...) {
     called.failure = std::current_exception();

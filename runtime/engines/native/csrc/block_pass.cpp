@@ -78,7 +78,7 @@ class BlockPass {
       LentLayer neurons(decoder_, layer, thread_);
       ffn(layer, neurons.weights());
       if (watcher) {
-        if (thread_ == 0) watcher(layer, shared_.neurons.view.values, num_tokens_, shared_.neurons.view.stride);
+        if (thread_ == 0) watch(layer, watcher);
         barrier();
       }
     }
@@ -271,6 +271,13 @@ class BlockPass {
       mixture.sum(t, out(t));
       finish(weights_.layers[layer].ffn_norms, nullptr, t);
     });
+  }
+
+  // The neurons of the layer that was computed last.
+  void watch(int layer, const Watcher& watcher) const {
+    if (weights_.layers[layer].router.num_chosen > 0) return watch_experts(decoder_, layer, thread_, watcher);
+    const Activations& neurons = shared_.neurons.view;
+    watcher({layer, 0, neurons.values, num_tokens_, neurons.stride, nullptr});
   }
 
   // As many units as there is room for, but not so many that their numbers leave the cache.

@@ -17,8 +17,15 @@
 
 namespace coreinfer {
 
-// Called with the FFN activations (tokens, ffn_dim) of each layer, row stride in floats, outside of all phases.
-using Watcher = std::function<void(int layer, const float* activations, int num_tokens, int stride)>;
+// What a layer's FFN, or one of its experts, did with the tokens that came to it.
+struct Watched {
+  int layer, expert;         // 0 where the FFN is one
+  const float* activations;  // (tokens, neurons), input of the down projection; row stride in floats
+  int num_tokens, stride;
+  const float* weights;  // of an expert what the router multiplies its outputs by, token by token; else null
+};
+// Called for each layer, and for each expert of it that any token chose, outside of all phases.
+using Watcher = std::function<void(const Watched& seen)>;
 
 // Too few pages are free for what was asked; nothing was done.
 struct PoolFull : std::runtime_error {

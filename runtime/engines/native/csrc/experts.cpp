@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "decoder.h"
 #include "elementary.h"
 
 namespace coreinfer {
@@ -81,6 +80,14 @@ size_t mixture_bytes(const Router& router, const FfnWeights& ffn, const GroupFla
   if (by_rows[kGateUp]) expert_bytes += one.gate.weight.num_bytes() + one.up.weight.num_bytes();
   if (by_rows[kDown]) expert_bytes += one.down.weight.num_bytes();
   return router.weight.num_bytes() + router.num_chosen * expert_bytes;
+}
+
+void watch_experts(const Decoder& decoder, int layer, int thread, const Watcher& watcher) {
+  const ExpertScratch::PerThread& own = decoder.experts.threads[thread];
+  const Activations& neurons = decoder.experts.neurons.view;
+  for (const ExpertGroup& group : own.groups)
+    watcher({layer, group.expert, neurons.token(group.first_slot).values, group.num_tokens, neurons.stride,
+             own.weights.data() + group.first_slot});
 }
 
 Mixture::Mixture(Decoder& decoder, int layer, const FfnWeights& ffn, const Batch& inputs, int thread,

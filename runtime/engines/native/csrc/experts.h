@@ -3,13 +3,12 @@
 
 #include <algorithm>
 
+#include "decoder.h"
 #include "expert_scratch.h"
 #include "layer.h"
 #include "weights.h"
 
 namespace coreinfer {
-
-struct Decoder;
 
 // The experts of a token, by number: those with the largest logits, of equal ones the first. Experts that `ffn` lacks are
 // not chosen, as if their logits were minus infinity. `chosen` has room for router.num_chosen.
@@ -17,6 +16,9 @@ void choose_experts(const Router& router, const FfnWeights& ffn, const float* lo
 
 // Bytes of a layer's router and of the experts that a token reads; of these the groups that are read by rows.
 size_t mixture_bytes(const Router& router, const FfnWeights& ffn, const GroupFlags& by_rows);
+
+// Show the neurons of each expert that any token chose in the mixture that all threads ran last.
+void watch_experts(const Decoder& decoder, int layer, int thread, const Watcher& watcher);
 
 // The mixture of one layer, for some tokens together. All that is summed for a token has a fixed order, so that it does not
 // depend on which other tokens are read with it.

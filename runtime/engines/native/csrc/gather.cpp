@@ -94,7 +94,30 @@ class Gatherer {
     return picked;
   }
 
+  FfnWeights pick_of_experts(const FfnWeights& from, const NeuronIds& neurons) {
+    FfnWeights picked;
+    picked.experts.resize(from.experts.size());
+    int32_t start = 0;
+    const int32_t *begin = neurons.ids, *last = neurons.ids + neurons.count;
+    for (size_t number = 0; number < from.experts.size(); ++number) {
+      const FfnWeights& expert = from.experts[number];
+      const int32_t* end = std::lower_bound(begin, last, start + expert.num_neurons());
+      picked.experts[number] = pick_of_expert(expert, start, {begin, static_cast<int>(end - begin)});
+      start += expert.num_neurons();
+      begin = end;
+    }
+    return picked;
+  }
+
  private:
+  FfnWeights pick_of_expert(const FfnWeights& expert, int32_t start, const NeuronIds& neurons) {
+    if (neurons.count == 0) return {};
+    if (neurons.count == expert.num_neurons()) return expert;
+    std::vector<int32_t> own(neurons.ids, neurons.ids + neurons.count);
+    for (int32_t& id : own) id -= start;
+    return pick(expert, {own.data(), neurons.count});
+  }
+
   Matrix keep(const OwnedMatrix& owned) {
     memory_.push_back(owned.memory);
     return owned.view;
@@ -158,7 +181,8 @@ GatheredFfn gather_ffn(const Ffn& from, const std::vector<NeuronIds>& neurons) {
   GatheredFfn gathered;
   Gatherer gatherer(gathered.memory);
   for (size_t layer = 0; layer < from.size(); ++layer)
-    gathered.ffn.push_back(gatherer.pick(from[layer], neurons[layer]));
+    gathered.ffn.push_back(from[layer].experts.empty() ? gatherer.pick(from[layer], neurons[layer])
+                                                       : gatherer.pick_of_experts(from[layer], neurons[layer]));
   return gathered;
 }
 

@@ -18,18 +18,19 @@ OwnedMatrix gather_rows(const Matrix& w, const int32_t* ids, int count);
 // Columns of quantized matrices become int8, whatever they were: their scales differ.
 OwnedMatrix gather_columns(const Matrix& w, const int32_t* ids, int count);
 
-// Neurons of a layer, ascending.
+// Neurons of a layer, ascending. Those of experts are numbered through: all of the first expert come first.
 struct NeuronIds {
   const int32_t* ids;
   int count;
 };
 
-// An FFN of picked neurons. Biases of outputs stay where they are.
+// An FFN of picked neurons. Biases of outputs, and experts of which all are picked, stay where they are.
 struct GatheredFfn {
   Ffn ffn;
   std::vector<std::shared_ptr<void>> memory;
 };
-// `neurons`: of each layer (see check_neurons).
+// `neurons`: of each layer. Experts of which none is picked are left out; the others must have as many each (see
+// check_neurons).
 GatheredFfn gather_ffn(const Ffn& from, const std::vector<NeuronIds>& neurons);
 
 }  // namespace coreinfer
