@@ -17,6 +17,8 @@ from .c_library import CModel, load_library
 
 __all__ = ["ALL_LOGITS", "LAST_LOGITS", "SCREENED", "CEngine", "EngineOptions", "LentFile", "Watched", "record_of"]
 
+Int32s = npt.NDArray[np.int32]
+
 ALL_LOGITS, LAST_LOGITS, SCREENED = 1, 2, 4
 NUM_GROUPS = 4
 _RELEASE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -133,14 +135,14 @@ def record_of(bundle: Bundle) -> bytes:
     return json.dumps(asdict(bundle.manifest.model)).encode()
 
 
-def _as_ids(ids: Sequence[int]) -> npt.NDArray[np.int32]:
+def _as_ids(ids: Sequence[int] | Int32s) -> npt.NDArray[np.int32]:
     return np.ascontiguousarray(ids, dtype=np.int32)
 
 
 @contextmanager
-def _layers(layers: Iterable[Sequence[int]]) -> Iterator[tuple[Any, int]]:
+def _layers(layers: Iterable[Sequence[int] | Int32s]) -> Iterator[tuple[Any, int]]:
     arrays = [_as_ids(ids) for ids in layers]
-    yield (Ids * len(arrays))(*((ids.ctypes.data, len(ids)) for ids in arrays)), len(arrays)
+    yield (Ids * len(arrays))(*(Ids(ids.ctypes.data, len(ids)) for ids in arrays)), len(arrays)
 
 
 class CEngine(CModel):
@@ -207,7 +209,7 @@ class CEngine(CModel):
         with _layers(experts) as layers:
             return self._made("keep_experts", ffn, *layers)
 
-    def gather_neurons(self, ffn: ctypes.c_void_p, neuron_ids: Iterable[Sequence[int]]) -> ctypes.c_void_p:
+    def gather_neurons(self, ffn: ctypes.c_void_p, neuron_ids: Iterable[Sequence[int] | Int32s]) -> ctypes.c_void_p:
         with _layers(neuron_ids) as layers:
             return self._made("gather_neurons", ffn, *layers)
 

@@ -225,10 +225,11 @@ def test_memory_is_limited(tiny_bundle: Callable[..., Path], c_library: Path) ->
     assert model.bytes_read == reads.layer_bytes + reads.table_bytes > 0
     assert reads.num_hits + reads.num_misses > 0
     assert 0 < model.layer_bytes_used <= 60_000
-    for call, message in (
+    calls: tuple[tuple[Callable[[], object], str], ...] = (
         (lambda: model.call("limit_memory", model._model, base.path, 60_000, 0), "memory: expected no limit yet"),
         (lambda: model.call("lay_out_columns", model._model, 15, 0), "columns: expected memory without a limit"),
-    ):
+    )
+    for call, message in calls:
         with pytest.raises(CError, match=rf"^ARGUMENT: {message}"):
             call()
     assert model.try_columns(0.5) == [0.0] * 4

@@ -177,7 +177,7 @@ def test_a_watcher_may_stop_and_nothing_was_read(model: CEngine) -> None:
 
     def stop(watched: Watched) -> int:
         calls.append(watched.layer)
-        return watched.layer
+        return int(watched.layer)
 
     with pytest.raises(CError, match=r"^STOPPED: pass: the watcher ended it$"):
         model.forward(0, IDS[20:90], watcher=stop)
@@ -204,24 +204,26 @@ def test_a_watcher_of_python_that_fails_takes_its_tokens_back(tiny_bundle: Calla
 def test_wrong_sequences_and_ids(model: CEngine) -> None:
     gone = model.add_sequence()
     model.drop_sequence(gone)
+    calls: tuple[Callable[[int], object], ...] = (
+        model.drop_sequence,
+        model.num_cached,
+        lambda n: model.truncate_sequence(n, 0),
+        lambda n: model.fork_sequence(n, 0),
+        lambda n: model.forward(n, [5]),
+        lambda n: model.forward_rows([0, n], [5, 5]),
+        lambda n: model.forward_beside(n, [5, 5], [0], [5]),
+    )
     for wrong in (gone, -1, 9):
-        for call in (
-            model.drop_sequence,
-            model.num_cached,
-            lambda n: model.truncate_sequence(n, 0),
-            lambda n: model.fork_sequence(n, 0),
-            lambda n: model.forward(n, [5]),
-            lambda n: model.forward_rows([0, n], [5, 5]),
-            lambda n: model.forward_beside(n, [5, 5], [0], [5]),
-        ):
+        for call in calls:
             with pytest.raises(CError, match=rf"^ARGUMENT: sequence: expected one that was added, got {wrong}$"):
                 call(wrong)
+    reads: tuple[Callable[[list[int]], object], ...] = (
+        lambda ids: model.forward(0, ids),
+        lambda ids: model.forward_rows([0] * len(ids), ids),
+        lambda ids: model.forward_beside(0, [5, 5], [0] * len(ids), ids),
+    )
     for ids in ([VOCABULARY], [-1], []):
-        for read in (
-            lambda ids: model.forward(0, ids),
-            lambda ids: model.forward_rows([0] * len(ids), ids),
-            lambda ids: model.forward_beside(0, [5, 5], [0] * len(ids), ids),
-        ):
+        for read in reads:
             with pytest.raises(CError, match=r"^ARGUMENT: token id"):
                 read(ids)
     with pytest.raises(CError, match=r"^ARGUMENT: sequence: expected another than 0, which stays, got 0$"):
@@ -232,7 +234,7 @@ def test_wrong_sequences_and_ids(model: CEngine) -> None:
 
 
 def test_wrong_numbers(model: CEngine) -> None:
-    for call, name in (
+    calls: tuple[tuple[Callable[[], object], str], ...] = (
         (lambda: model.forward(0, [5], LAST_LOGITS), "flags"),
         (lambda: model.forward_rows([0], [5], ALL_LOGITS), "flags"),
         (lambda: model.bytes_per_token(4, LAST_LOGITS), "flags"),
@@ -241,7 +243,8 @@ def test_wrong_numbers(model: CEngine) -> None:
         (lambda: model.fork_sequence(0, 1), "num_tokens"),
         (lambda: model.try_columns(0.0), "share"),
         (lambda: model.call("lay_out_columns", model._model, 16, 0), "groups"),
-    ):
+    )
+    for call, name in calls:
         with pytest.raises(CError, match=rf"^ARGUMENT: {name}: expected"):
             call()
 
@@ -249,11 +252,12 @@ def test_wrong_numbers(model: CEngine) -> None:
 def test_room_is_checked_before_anything_is_read(model: CEngine) -> None:
     other = model.add_sequence()
     model.forward(0, [5] * (MAX_POSITIONS - 3))
-    for call in (
+    calls: tuple[Callable[[], object], ...] = (
         lambda: model.forward(0, [5] * 4),
         lambda: model.forward_rows([other, 0, 0, 0, 0], [5] * 5),
         lambda: model.forward_beside(0, [5] * 3, [other, 0], [5] * 2),
-    ):
+    )
+    for call in calls:
         with pytest.raises(CError, match=r"^ARGUMENT: token ids: expected at most 3 more in the KV cache, got 4$"):
             call()
     # The pool is as large as one context.
