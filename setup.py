@@ -16,6 +16,11 @@ UNFUSED = ["-ffp-contract=off"]
 SHARED = "bundles/shared/csrc"
 
 
+# The C API is part of the engine's module, which shows none of its names.
+ENGINE = ["runtime/engines/native/csrc", "runtime/engines/native/assembly", "runtime/engines/native/capi"]
+HIDDEN = ["-DCOREINFER_STATIC"]
+
+
 def extension(module: str, folders: list[str], options: list[str]) -> Pybind11Extension:
     """Build a module from the C++ files of some folders."""
     headers = [*folders, SHARED, "compiler/csrc"]
@@ -34,11 +39,7 @@ def extension(module: str, folders: list[str], options: list[str]) -> Pybind11Ex
 ParallelCompile("COREINFER_BUILD_JOBS").install()
 setup(
     ext_modules=[
-        extension(
-            "coreinfer.runtime.engines.native._native",
-            ["runtime/engines/native/csrc", "runtime/engines/native/assembly"],
-            UNFUSED,
-        ),
+        extension("coreinfer.runtime.engines.native._native", ENGINE, [*UNFUSED, *HIDDEN]),
         extension("coreinfer.compiler.quantize._kernels", ["compiler/quantize/csrc"], UNFUSED),
         extension("coreinfer.compiler.prune._products", ["compiler/prune/csrc"], []),
     ]

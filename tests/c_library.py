@@ -15,7 +15,16 @@ import numpy.typing as npt
 
 from .bundle_factory import one_at_a_time
 
-__all__ = ["DENSE", "CError", "CModel", "build_library", "has_compilers"]
+__all__ = [
+    "DENSE",
+    "CError",
+    "CModel",
+    "build_library",
+    "build_program",
+    "has_compilers",
+    "load_library",
+    "run_program",
+]
 
 ROOT = Path(__file__).parent.parent
 DENSE = -1
@@ -23,7 +32,7 @@ COMPILERS = tuple(os.environ.get(name, usual).split() for name, usual in (("CXX"
 """Of C++ and C: commands, which may have several words."""
 STATUSES = (
     *("OK", "ARGUMENT", "NOT_FOUND", "VERSION", "CORRUPT", "UNSUPPORTED", "NO_ROOM", "MEMORY", "BUSY"),
-    *("NOT_FINITE", "INTERNAL"),
+    *("NOT_FINITE", "INTERNAL", "STOPPED", "NO_ADDRESS_SPACE"),
 )
 _GETTERS = ["vocab_size", "num_clusters", "has_dense", "num_threads", "num_tokens", "max_tokens", "bytes_read"]
 
@@ -62,6 +71,20 @@ def build_library() -> Path:
     return out
 
 
+def build_program(library: Path, source: Path, program: Path) -> Path:
+    """Build a program of C that uses the library, in strict C99."""
+    command = [*COMPILERS[1], "-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", str(source)]
+    command += [f"-I{library / 'include'}", f"-L{library / 'lib'}", "-lcoreinfer", f"-Wl,-rpath,{library / 'lib'}"]
+    run = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return program
+
+
+def run_program(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [str(program), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
 def load_library(folder: Path) -> Any:
     suffix = "dylib" if sys.platform == "darwin" else "so"
     library = ctypes.CDLL(str(folder / "lib" / f"libcoreinfer.{suffix}"))
@@ -87,11 +110,15 @@ class CModel:
 
     def __init__(self, folder: Path, bundle: Path, **options: Any) -> None:
         """Open a bundle; `options` are fields of coreinfer_options, none for NULL."""
-        self._library = load_library(folder)
+        self._library = self._load(folder)
         self._model = ctypes.c_void_p()
         given = Options(**{"struct_bytes": ctypes.sizeof(Options), **options})
         pointer = ctypes.byref(given) if options else None
         self._check(self._library.coreinfer_open(str(bundle).encode(), pointer, ctypes.byref(self._model)))
+
+    @staticmethod
+    def _load(folder: Path) -> Any:
+        return load_library(folder)
 
     def __del__(self) -> None:
         with suppress(AttributeError):

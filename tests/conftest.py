@@ -16,6 +16,7 @@ from coreinfer.compiler import CompileConfig, compile_model
 
 from .browser import open_browser
 from .bundle_factory import one_at_a_time, with_more_positions, write_bundle, written_once
+from .c_engine import CEngine
 from .c_library import CModel, build_library
 from .model_factory import save_corpus, save_encoder, save_model
 from .quantized_factory import CASES, Weights, save_quantized
@@ -42,6 +43,12 @@ def c_library() -> Path:
 def open_in_c(c_library: Path) -> Callable[..., CModel]:
     """A function (bundle, **options) that opens a bundle by the C library."""
     return lambda bundle, **options: CModel(c_library, bundle, **options)
+
+
+@pytest.fixture
+def engine_in_c(c_library: Path) -> Callable[..., CEngine]:
+    """The same, with the functions of coreinfer_engine.h."""
+    return lambda bundle, **options: CEngine(c_library, bundle, **options)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The C library beside the Python engine: the same bundles, the same bits; and what it refuses."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from coreinfer.runtime.engines.protocol import DENSE as DENSE_CHOICE
 from coreinfer.runtime.engines.protocol import FfnChoice
 
 from .bundle_factory import as_version_2, change_tensors, edit_manifest, flip_bit
-from .c_library import COMPILERS, DENSE, ROOT, CError, CModel, has_compilers
+from .c_library import DENSE, ROOT, CError, CModel, build_program, has_compilers, run_program
 from .engine_inputs import MAX_POSITIONS
 from .model_factory import FAMILIES, MIXTURES, UNLIKE, VOCABULARY
 
@@ -325,30 +326,7 @@ def test_two_threads_cannot_share_a_model(copied: Path, open_in_c: Callable[...,
 @pytest.fixture(scope="module")
 def generate(c_library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """examples/generate.c, built by the C compiler."""
-    program = tmp_path_factory.mktemp("example") / "generate"
-    command = [
-        *COMPILERS[1],
-        "-std=c99",
-        "-Wall",
-        "-Wextra",
-        "-Wpedantic",
-        "-Werror",
-        str(ROOT / "examples/generate.c"),
-    ]
-    command += [
-        f"-I{c_library / 'include'}",
-        f"-L{c_library / 'lib'}",
-        "-lcoreinfer",
-        f"-Wl,-rpath,{c_library / 'lib'}",
-    ]
-    run = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return program
-
-
-def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [str(program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return build_program(c_library, ROOT / "examples/generate.c", tmp_path_factory.mktemp("example") / "generate")
 
 
 def test_the_example_says_what_the_python_engine_says(generate: Path, copied: Path) -> None:
@@ -362,7 +340,7 @@ def test_the_example_says_what_the_python_engine_says(generate: Path, copied: Pa
         while len(expected) < 12 and 2 not in expected:
             expected.append(int(logits[0].argmax()))
             logits = decoder.forward(expected[-1:], greedy=True)
-        done = run(generate, copied, cluster, 12, *IDS[:7])
+        done = run_program(generate, copied, cluster, 12, *IDS[:7])
         assert (done.returncode, done.stderr) == (0, "")
         assert [int(line) for line in done.stdout.split()] == expected
 
@@ -375,7 +353,7 @@ def test_the_example_says_what_is_wrong(generate: Path, copied: Path) -> None:
         ((copied, 9, 3, 5), 1, "error: cluster: expected 0 to 3 or COREINFER_DENSE, got 9"),
         ((copied, 0, 3, VOCABULARY), 1, f"error: token id: expected 0 to {VOCABULARY - 1}, got {VOCABULARY}"),
     ):
-        done = run(generate, *arguments)
+        done = run_program(generate, *arguments)
         assert (done.returncode, done.stdout) == (status, "")
         assert done.stderr.startswith(message)
         assert done.stderr.count("\n") == 1
@@ -391,6 +369,5 @@ def test_the_library_shows_its_own_names_only(c_library: Path) -> None:
         check=True,
     ).stdout.split("\n")
     names = {line.split()[-1] for line in shown if line and not line.split()[-1].startswith("_Z")}
-    header = (c_library / "include" / "coreinfer.h").read_text(encoding="utf-8")
-    assert names
-    assert all(f"{name}(" in header for name in names)
+    headers = "".join(file.read_text(encoding="utf-8") for file in (c_library / "include").iterdir())
+    assert names == set(re.findall(r"\b(coreinfer_\w+)\(", headers))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build the C library: tools/build-capi.sh [FOLDER]
 #
-# FOLDER (build/capi) gets include/coreinfer.h and lib/libcoreinfer.so. Needs a C++17 compiler (CXX, g++ unless told), nothing
+# FOLDER (build/capi) gets include/coreinfer.h, include/coreinfer_engine.h and lib/libcoreinfer.so. Needs a C++17 compiler (CXX, g++ unless told), nothing
 # of Python. COREINFER_CXXFLAGS adds options. What was built before and has not changed is not built again.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -23,4 +23,4 @@ for source in $(ls $native/{csrc,assembly,capi}/*.cpp | grep -v -e /binding -e /
   [ "$object" -nt "$source" ] && [ "$object" -nt "$newest" ] || printf '%s %s\n' "$source" "$object"
 done | xargs -r -L 1 -P "$(getconf _NPROCESSORS_ONLN)" sh -c '$COMMAND -c "$0" -o "$1"'
 $COMMAND -shared $strict "$out"/objects/*.o -o "$out/lib/libcoreinfer.$suffix"
-cp "$native/capi/coreinfer.h" "$out/include/"
+cp "$native"/capi/coreinfer.h "$native"/capi/coreinfer_engine.h "$out/include/"

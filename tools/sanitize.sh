@@ -12,11 +12,11 @@ tools/test-kernels.sh $flags
 suffix=$("$python" -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
 modules="runtime/engines/native/_native$suffix compiler/quantize/_kernels$suffix compiler/prune/_products$suffix"
 trap 'for module in $modules; do [ ! -e "$module.saved" ] || mv "$module.saved" "$module"; done' EXIT
-sources() { ls -d "$(dirname "$1")"/csrc "$(dirname "$1")"/assembly 2>/dev/null || true; }
+sources() { ls -d "$(dirname "$1")"/csrc "$(dirname "$1")"/assembly "$(dirname "$1")"/capi 2>/dev/null || true; }
 for module in $modules; do
   cp "$module" "$module.saved"
   # shellcheck disable=SC2046,SC2086
-  g++ -std=c++17 -O1 -g1 -fPIC -shared -fvisibility=hidden -ffp-contract=off -pthread -w $flags \
+  g++ -std=c++17 -O1 -g1 -fPIC -shared -fvisibility=hidden -ffp-contract=off -DCOREINFER_STATIC -pthread -w $flags \
     $("$python" -m pybind11 --includes) $(printf -- '-I%s ' bundles/shared/csrc $(sources "$module")) \
     $(for folder in $(sources "$module"); do ls "$folder"/*.cpp; done) -o "$module"
 done

@@ -23,7 +23,7 @@ class Residency:
 
     def in_layers(self, ffn: Any, file: TensorFile) -> Any:
         """Have a native FFN read layer by layer; pages of its file that checks have touched are let go."""
-        streamed = ffn.in_layers(str(file.path), file.mapped_bytes)
+        streamed = ffn.in_layers(str(file.path))
         file.forget()
         return streamed
 
@@ -49,7 +49,7 @@ def hold_base(bundle: Bundle, model: Any, plan: MemoryPlan) -> Residency:
     """Bring a bundle's base in and keep it, and let go of all other pages that opening the bundle has brought in."""
     for file in (bundle.base, *bundle.packs, *([bundle.dense] if bundle.dense else [])):
         file.forget()
-    model.limit(str(bundle.base.path), bundle.base.mapped_bytes, plan.layers, plan.window)
+    model.limit(str(bundle.base.path), plan.layers, plan.window)
     parts = (plan.base, plan.window, plan.kv_cache, plan.layers)
     _log.info(
         "memory_mb: %.1f MB for the base, %.1f for rows of its tables, %.1f for the KV cache, %.1f for layers",

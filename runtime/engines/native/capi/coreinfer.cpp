@@ -1,63 +1,20 @@
-// The C API: exceptions become statuses here.
+// The C API for one text: sequence 0 of what coreinfer_engine.h's functions work on.
 #include "coreinfer.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <string>
 
 #include "failure.h"
-#include "model.h"
+#include "guarded.h"
 #include "refusals.h"
 #include "residency.h"
 
 using namespace coreinfer;
 
 namespace {
-
-thread_local std::string last_error;
-
-int fail(int status, const char* message) {
-  try {
-    last_error = message;
-  } catch (...) {
-    last_error.clear();
-  }
-  return status;
-}
-
-// Run `work`; what it throws becomes a status and a message.
-template <class Work>
-int guarded(Work work) {
-  try {
-    work();
-    return COREINFER_OK;
-  } catch (const Failure& error) {
-    return fail(error.status, error.what());
-  } catch (const Unsupported& error) {
-    return fail(COREINFER_UNSUPPORTED, error.what());
-  } catch (const std::invalid_argument& error) {
-    return fail(COREINFER_ARGUMENT, error.what());
-  } catch (const PoolFull& error) {
-    return fail(COREINFER_NO_ROOM, error.what());
-  } catch (const NoAddressSpace& error) {
-    return fail(COREINFER_MEMORY, error.what());
-  } catch (const Busy& error) {
-    return fail(COREINFER_BUSY, error.what());
-  } catch (const std::bad_alloc&) {
-    return fail(COREINFER_MEMORY, "memory: the system gives no more");
-  } catch (const std::exception& error) {
-    return fail(COREINFER_INTERNAL, error.what());
-  } catch (...) {
-    return fail(COREINFER_INTERNAL, "an unknown error");
-  }
-}
-
-void check_given(const void* pointer, const char* name) {
-  if (!pointer) refuse(name, "a pointer", "NULL");
-}
 
 // What this library knows of a caller's options; a caller that was built with an earlier header gives the first fields only.
 coreinfer_options known(const coreinfer_options* given) {
@@ -71,22 +28,23 @@ coreinfer_options known(const coreinfer_options* given) {
   return options;
 }
 
-void use(coreinfer_model& model, int cluster) {
-  const coreinfer_model::Pack& pack = pack_of(model, cluster);
-  model.decoder->ffn = pack.ffn;
-  model.decoder->source = pack.source;
-}
-
-// Read tokens; logits lie in the model.
-void feed(coreinfer_model& model, const int32_t* token_ids, size_t num_ids, bool screened) {
-  Decoder& decoder = *model.decoder;
-  if (num_ids > 0) check_given(token_ids, "token_ids");
-  check_ids(decoder, token_ids, num_ids);
+void check_context(const Decoder& decoder, size_t num_ids) {
   const int room = decoder.weights.max_positions - decoder.sequences[0]->num_cached;
   if (num_ids > static_cast<size_t>(room))
     throw Failure(COREINFER_NO_ROOM, "token ids: expected at most " + std::to_string(room) +
                                          " more in the context, got " + std::to_string(num_ids));
-  decoder.forward(0, token_ids, static_cast<int>(num_ids), false, screened, model.logits.get(), nullptr);
+}
+
+// Read tokens; returns logits, which lie in the model.
+const float* feed(coreinfer_model& model, const int32_t* token_ids, size_t num_ids, bool screened) {
+  if (num_ids > 0) check_given(token_ids, "token_ids");
+  check_ids(*model.decoder, token_ids, num_ids);
+  check_context(*model.decoder, num_ids);
+  PassOptions options;
+  options.screened = screened;
+  float* logits = own_logits(model);
+  read_tokens(model, 0, token_ids, num_ids, options, logits);
+  return logits;
 }
 
 int32_t likeliest(const float* logits, int vocab) {
@@ -103,74 +61,69 @@ int32_t likeliest(const float* logits, int vocab) {
 }  // namespace
 
 int coreinfer_open(const char* folder, const coreinfer_options* options, coreinfer_model** model) {
-  return guarded([&] {
+  const int status = guarded([&] {
     check_given(folder, "folder");
     check_given(model, "model");
     std::unique_ptr<coreinfer_model> opened = open_model(folder, known(options));
-    use(*opened, opened->bundle.has_dense() ? COREINFER_DENSE : 0);
+    use_ffn(*opened, pack_of(*opened, opened->bundle->has_dense() ? COREINFER_DENSE : 0), nullptr);
     *model = opened.release();
   });
+  return status == COREINFER_NO_ADDRESS_SPACE ? COREINFER_MEMORY : status;
 }
 
 void coreinfer_close(coreinfer_model* model) { delete model; }
 
-const char* coreinfer_last_error(void) { return last_error.c_str(); }
+const char* coreinfer_last_error(void) { return last_failure(); }
 
 int coreinfer_vocab_size(const coreinfer_model* model) { return model->decoder->weights.vocab; }
 
-int coreinfer_num_clusters(const coreinfer_model* model) { return static_cast<int>(model->bundle.clusters().size()); }
+int coreinfer_num_clusters(const coreinfer_model* model) {
+  return model->bundle ? static_cast<int>(model->bundle->clusters().size()) : 0;
+}
 
 const char* coreinfer_cluster_label(const coreinfer_model* model, int cluster) {
   if (cluster < 0 || cluster >= coreinfer_num_clusters(model)) return nullptr;
-  return model->bundle.clusters()[cluster].label.c_str();
+  return model->bundle->clusters()[cluster].label.c_str();
 }
 
-int coreinfer_has_dense(const coreinfer_model* model) { return model->bundle.has_dense(); }
+int coreinfer_has_dense(const coreinfer_model* model) { return model->bundle && model->bundle->has_dense(); }
 
-int coreinfer_is_end(const coreinfer_model* model, int32_t token_id) { return model->bundle.is_end(token_id); }
+int coreinfer_is_end(const coreinfer_model* model, int32_t token_id) {
+  return model->bundle && model->bundle->is_end(token_id);
+}
 
 const char* coreinfer_isa(const coreinfer_model* model) { return model->decoder->kernels.name; }
 
 int coreinfer_num_threads(const coreinfer_model* model) { return model->decoder->threads.size(); }
 
 int coreinfer_use(coreinfer_model* model, int cluster) {
-  return guarded([&] {
-    check_given(model, "model");
-    const std::unique_lock<std::mutex> lock = model->turn.take();
-    use(*model, cluster);
-  });
+  return in_turn(model, [&](coreinfer_model& own) { use_ffn(own, pack_of(own, cluster), nullptr); });
 }
 
 int coreinfer_prepare(coreinfer_model* model, int cluster) {
-  return guarded([&] {
-    check_given(model, "model");
-    const std::unique_lock<std::mutex> lock = model->turn.take();
-    const coreinfer_model::Pack& pack = pack_of(*model, cluster);
-    if (model->decoder->residency) model->decoder->residency->store.announce(pack.source);
+  return in_turn(model, [&](coreinfer_model& own) {
+    const coreinfer_ffn& pack = pack_of(own, cluster);
+    if (own.decoder->residency) own.decoder->residency->store.announce(pack.source);
   });
 }
 
 uint64_t coreinfer_bytes_read(const coreinfer_model* model) {
-  const Residency* residency = model->decoder->residency.get();
-  return residency ? residency->store.figures().num_bytes + table_bytes_read(*residency) : 0;
+  coreinfer_reads reads = {};
+  coreinfer_read_figures(model, &reads);
+  return reads.layer_bytes + reads.table_bytes;
 }
 
 int coreinfer_feed(coreinfer_model* model, const int32_t* token_ids, size_t num_ids, float* logits) {
-  return guarded([&] {
-    check_given(model, "model");
-    const std::unique_lock<std::mutex> lock = model->turn.take();
-    feed(*model, token_ids, num_ids, false);
-    if (logits) std::copy_n(model->logits.get(), model->decoder->weights.vocab, logits);
+  return in_turn(model, [&](coreinfer_model& own) {
+    const float* found = feed(own, token_ids, num_ids, false);
+    if (logits) std::copy_n(found, own.decoder->weights.vocab, logits);
   });
 }
 
 int coreinfer_feed_greedy(coreinfer_model* model, const int32_t* token_ids, size_t num_ids, int32_t* next_id) {
-  return guarded([&] {
-    check_given(model, "model");
+  return in_turn(model, [&](coreinfer_model& own) {
     check_given(next_id, "next_id");
-    const std::unique_lock<std::mutex> lock = model->turn.take();
-    feed(*model, token_ids, num_ids, true);
-    *next_id = likeliest(model->logits.get(), model->decoder->weights.vocab);
+    *next_id = likeliest(feed(own, token_ids, num_ids, true), own.decoder->weights.vocab);
   });
 }
 
@@ -181,12 +134,10 @@ int coreinfer_max_tokens(const coreinfer_model* model) {
 }
 
 int coreinfer_truncate(coreinfer_model* model, int num_tokens) {
-  return guarded([&] {
-    check_given(model, "model");
-    const std::unique_lock<std::mutex> lock = model->turn.take();
-    const int most = coreinfer_num_tokens(model);
+  return in_turn(model, [&](coreinfer_model& own) {
+    const int most = coreinfer_num_tokens(&own);
     if (num_tokens < 0 || num_tokens > most)
       refuse("num_tokens", "0 to " + std::to_string(most), std::to_string(num_tokens));
-    model->decoder->truncate_sequence(0, num_tokens);
+    own.decoder->truncate_sequence(0, num_tokens);
   });
 }

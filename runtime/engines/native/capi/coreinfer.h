@@ -7,7 +7,8 @@
  *     coreinfer_options options = {.struct_bytes = sizeof options};
  *     if (coreinfer_open("bundle", &options, &model) != COREINFER_OK) puts(coreinfer_last_error());
  *
- * Results are to the bit those of the Python engine with the same kernels and number of threads.
+ * Results are to the bit those of the Python engine with the same kernels and number of threads. Several texts at once, and FFN
+ * weights by choice, are in coreinfer_engine.h.
  *
  * Errors: functions that can fail return a status and leave a message for coreinfer_last_error. A call that fails changes
  * nothing: neither the model nor what its arguments point to. No C++ exception leaves the library. Functions that return no
@@ -23,7 +24,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__GNUC__)
+/* COREINFER_STATIC: the library's sources are part of the program, or of another library, which does not show these names. */
+#if defined(__GNUC__) && !defined(COREINFER_STATIC)
 #define COREINFER_API __attribute__((visibility("default")))
 #else
 #define COREINFER_API
@@ -57,14 +59,14 @@ typedef struct coreinfer_options {
   size_t struct_bytes; /* sizeof(coreinfer_options) */
   int num_threads;     /* 1 to 256; default: physical cores that the process may run on */
   const char* isa;     /* kernels, such as "avx2"; default: the best that the CPU has */
-  uint64_t
-      kv_cache_bytes; /* bound of keys and values; default: what the model's whole context takes. Memory is taken as
-                              tokens come. */
+  /* Bound of keys and values; default: what the model's whole context takes. Memory is taken as tokens come. More than one
+   * context, up to 64, is for several texts (coreinfer_engine.h). */
+  uint64_t kv_cache_bytes;
   int skip_checksums; /* 1: compare sizes and shapes, but not what files hold with their SHA-256 */
-  uint64_t
-      memory_bytes; /* bound of weights, read buffers and KV cache in memory; default: none, files are mapped and the
-                            system decides which pages stay. Layers that do not fit are read from disk for each token. The
-                            process's own memory and some 20 MB of the engine's buffers come on top. */
+  /* Bound of weights, read buffers and KV cache in memory; default: none, files are mapped and the system decides which pages
+   * stay. Layers that do not fit are read from disk for each token. The process's own memory and some 20 MB of the engine's
+   * buffers come on top. */
+  uint64_t memory_bytes;
 } coreinfer_options;
 
 /* Open a bundle: its manifest, base and dense FFN. Cluster packs are opened, and checked, when they are first used.

@@ -17,6 +17,7 @@ namespace coreinfer {
 namespace {
 
 constexpr int kMostThreads = 256;
+constexpr int kMostContexts = 64;  // that a KV cache has room for
 
 // Run `work`, in which what is refused is the bundle's fault.
 template <class Work>
@@ -49,19 +50,13 @@ int num_cores() {
   return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMostThreads);
 }
 
-int threads_of(const coreinfer_options& options) {
-  if (options.num_threads < 0 || options.num_threads > kMostThreads)
-    refuse("num_threads", "1 to " + std::to_string(kMostThreads) + ", or 0", std::to_string(options.num_threads));
-  return options.num_threads == 0 ? num_cores() : options.num_threads;
-}
-
 int count_pages(const ModelWeights& weights, uint64_t kv_cache_bytes) {
   const int whole = pages_of(weights.max_positions);
   const uint64_t page_bytes = layout_for(weights).num_bytes();
   if (kv_cache_bytes == 0) return whole;
   if (kv_cache_bytes < page_bytes)
     refuse("kv_cache_bytes", "at least " + std::to_string(page_bytes), std::to_string(kv_cache_bytes));
-  return static_cast<int>(std::min<uint64_t>(whole, kv_cache_bytes / page_bytes));
+  return static_cast<int>(std::min<uint64_t>(uint64_t{kMostContexts} * whole, kv_cache_bytes / page_bytes));
 }
 
 std::vector<int> neurons_of(const BundleFolder& bundle, int cluster) {
@@ -72,12 +67,12 @@ std::vector<int> neurons_of(const BundleFolder& bundle, int cluster) {
 
 // How a limit of memory is shared out.
 MemoryPlan plan_for(const coreinfer_model& model, const ModelWeights& weights, const coreinfer_options& options) {
-  const BundleFolder& bundle = model.bundle;
+  const BundleFolder& bundle = *model.bundle;
   const ModelRecord& record = bundle.model();
   if (record.num_experts > 0)
     throw Failure(COREINFER_UNSUPPORTED, "memory_bytes: layers of experts cannot be read in parts yet; leave it out");
   const TableBytes tables = table_bytes(weights);
-  WeightSizes sizes{model.base->file->num_bytes(), tables.all, tables.block, layout_for(weights).num_bytes(), {}, {}};
+  WeightSizes sizes{model.base.num_bytes, tables.all, tables.block, layout_for(weights).num_bytes(), {}, {}};
   const auto size = [&](int cluster) { return ffn_sizes(record, bundle.ffn_format(), neurons_of(bundle, cluster)); };
   for (size_t cluster = 0; cluster < bundle.clusters().size(); ++cluster)
     sizes.packs.push_back(size(bundle.weights_of(static_cast<int>(cluster))));
@@ -89,36 +84,34 @@ MemoryPlan plan_for(const coreinfer_model& model, const ModelWeights& weights, c
   }
 }
 
-coreinfer_model::Pack mixture_pack(const coreinfer_model& model, int cluster) {
-  const BundleFolder& bundle = model.bundle;
-  coreinfer_model::Pack pack;
-  if (cluster != COREINFER_DENSE && bundle.narrows_experts()) {
-    pack.file = bundle.pack(cluster);
-    pack.ffn =
-        std::make_shared<const Ffn>(assemble_experts(bundle.model(), pack.file->tensors, neurons_of(bundle, cluster)));
-    return pack;
-  }
+using OpenFile = std::shared_ptr<MappedTensors>;
+
+FileBytes bytes_of(const OpenFile& file) { return {file, file->file->data(), file->file->num_bytes()}; }
+
+coreinfer_ffn read_pack(const BundleFolder& bundle, int cluster, const OpenFile& file) {
+  const auto assemble = bundle.model().num_experts > 0 ? assemble_experts : assemble_ffn;
+  Ffn ffn = assemble(bundle.model(), file->tensors, neurons_of(bundle, cluster));
+  return {std::make_shared<const Ffn>(std::move(ffn)), {}, bytes_of(file), {}};
+}
+
+// Of a mixture whose packs name experts of the dense FFN.
+coreinfer_ffn named_experts(const coreinfer_model& model, int cluster) {
+  const BundleFolder& bundle = *model.bundle;
   const auto all = model.packs.find(COREINFER_DENSE);
-  if (all != model.packs.end()) {
-    pack = all->second;
-  } else {
-    pack.file = bundle.dense();
-    pack.ffn = std::make_shared<const Ffn>(
-        assemble_experts(bundle.model(), pack.file->tensors, neurons_of(bundle, COREINFER_DENSE)));
-  }
-  if (cluster != COREINFER_DENSE)
-    pack.ffn = std::make_shared<const Ffn>(keep_experts(*pack.ffn, bundle.experts(cluster)));
+  coreinfer_ffn pack = all == model.packs.end() ? read_pack(bundle, COREINFER_DENSE, bundle.dense()) : all->second;
+  pack.whole = pack.ffn;
+  pack.ffn = std::make_shared<const Ffn>(keep_experts(*pack.whole, bundle.experts(cluster)));
   return pack;
 }
 
-coreinfer_model::Pack load_pack(const coreinfer_model& model, int cluster) {
-  const BundleFolder& bundle = model.bundle;
-  if (bundle.model().num_experts > 0) return mixture_pack(model, cluster);
-  coreinfer_model::Pack pack;
-  pack.file = cluster == COREINFER_DENSE ? bundle.dense() : bundle.pack(cluster);
-  const WholeFile& file = *pack.file->file;
-  pack.ffn = std::make_shared<const Ffn>(assemble_ffn(bundle.model(), pack.file->tensors, neurons_of(bundle, cluster)));
+coreinfer_ffn load_pack(const coreinfer_model& model, int cluster) {
+  const BundleFolder& bundle = *model.bundle;
+  if (bundle.model().num_experts > 0 && cluster != COREINFER_DENSE && !bundle.narrows_experts())
+    return named_experts(model, cluster);
+  const OpenFile opened = cluster == COREINFER_DENSE ? bundle.dense() : bundle.pack(cluster);
+  coreinfer_ffn pack = read_pack(bundle, cluster, opened);
   if (model.decoder->residency) {
+    const WholeFile& file = *opened->file;
     pack.source = std::make_shared<LayerSource>(file.path(), file.data(), file.num_bytes(), *pack.ffn);
     file.forget();
   }
@@ -127,8 +120,17 @@ coreinfer_model::Pack load_pack(const coreinfer_model& model, int cluster) {
 
 }  // namespace
 
-const coreinfer_model::Pack& pack_of(coreinfer_model& model, int cluster) {
-  const BundleFolder& bundle = model.bundle;
+int num_threads_of(int given) {
+  if (given < 0 || given > kMostThreads)
+    refuse("num_threads", "1 to " + std::to_string(kMostThreads) + ", or 0", std::to_string(given));
+  return given == 0 ? num_cores() : given;
+}
+
+const coreinfer_ffn& pack_of(coreinfer_model& model, int cluster) {
+  if (!model.bundle)
+    throw Failure(COREINFER_NOT_FOUND,
+                  "cluster: expected none of a model whose files the caller opened, got " + std::to_string(cluster));
+  const BundleFolder& bundle = *model.bundle;
   const int num_clusters = static_cast<int>(bundle.clusters().size());
   if (cluster < COREINFER_DENSE || cluster >= num_clusters)
     throw Failure(COREINFER_NOT_FOUND, "cluster: expected 0 to " + std::to_string(num_clusters - 1) +
@@ -136,9 +138,9 @@ const coreinfer_model::Pack& pack_of(coreinfer_model& model, int cluster) {
   cluster = bundle.weights_of(cluster);
   const auto found = model.packs.find(cluster);
   if (found != model.packs.end()) return found->second;
-  coreinfer_model::Pack pack = in_bundle(bundle.folder(), [&] {
-    coreinfer_model::Pack loaded = load_pack(model, cluster);
-    check_ffn(*model.decoder, *loaded.ffn, bundle.model().ffn_neurons());
+  coreinfer_ffn pack = in_bundle(bundle.folder(), [&] {
+    coreinfer_ffn loaded = load_pack(model, cluster);
+    check_ffn(*model.decoder, *loaded.ffn, model.max_neurons);
     return loaded;
   });
   return model.packs.emplace(cluster, std::move(pack)).first->second;
@@ -146,24 +148,25 @@ const coreinfer_model::Pack& pack_of(coreinfer_model& model, int cluster) {
 
 std::unique_ptr<coreinfer_model> open_model(const std::string& folder, const coreinfer_options& options) {
   const Kernels& kernels = find_kernels(options.isa ? options.isa : "auto");
-  const int num_threads = threads_of(options);
+  const int num_threads = num_threads_of(options.num_threads);
   const bool is_limited = options.memory_bytes > 0;
-  std::unique_ptr<coreinfer_model> model = in_bundle(folder, [&] {
-    return std::unique_ptr<coreinfer_model>(
-        new coreinfer_model{{folder, !options.skip_checksums, is_limited}, {}, {}, {}, {}, {}, {}});
-  });
-  const ModelRecord& record = model->bundle.model();
+  auto model = std::make_unique<coreinfer_model>();
+  model->bundle = in_bundle(
+      folder, [&] { return std::make_unique<const BundleFolder>(folder, !options.skip_checksums, is_limited); });
+  const ModelRecord& record = model->bundle->model();
+  OpenFile base;
   ModelWeights weights = in_bundle(folder, [&] {
-    model->base = model->bundle.base();
-    return assemble_model(record, model->base->tensors, model->memory);
+    base = model->bundle->base();
+    return assemble_model(record, base->tensors, model->memory);
   });
+  model->base = bytes_of(base);
+  model->max_neurons = record.ffn_neurons();
   MemoryPlan plan{};
   if (is_limited) plan = plan_for(*model, weights, options);
   const int num_pages = count_pages(weights, is_limited ? plan.kv_cache : options.kv_cache_bytes);
-  model->logits.resize(round_up(weights.vocab, kBlockRows));
-  model->decoder = std::make_unique<Decoder>(std::move(weights), kernels, num_threads, record.ffn_neurons(), num_pages);
+  model->decoder = std::make_unique<Decoder>(std::move(weights), kernels, num_threads, model->max_neurons, num_pages);
   if (is_limited) {
-    const WholeFile& file = *model->base->file;
+    const WholeFile& file = *base->file;
     file.forget();
     limit_memory(*model->decoder, {file.path(), file.data(), file.num_bytes()}, {plan.layers, plan.window});
   }

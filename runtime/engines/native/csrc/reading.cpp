@@ -1,8 +1,6 @@
 // From Python's tuples and arrays to weights in place; what does not fit is refused here.
 #include "reading.h"
 
-#include <algorithm>
-
 #include "refusals.h"
 
 namespace coreinfer {
@@ -43,38 +41,6 @@ Matrix read_matrix(const py::handle& object, const std::string& what, Owners& ow
   if (w.format == Format::int8_planes)
     w.lows = static_cast<const uint8_t*>(bytes_of(parts[5], tiles * w.tile_bytes(), what + " low halves", owners));
   return w;
-}
-
-TensorFile open_mapped(const std::string& name, const Bytes& mapping, Owners& owners) {
-  owners.push_back(mapping);
-  return {name, mapping.data(), size_t(mapping.size())};
-}
-
-FfnHandle read_ffn(const std::string& record, const std::string& name, const Bytes& mapping,
-                   const std::vector<int>& num_neurons) {
-  FfnHandle handle;
-  const TensorFile file = open_mapped(name, mapping, handle.owners);
-  *handle.ffn = assemble_ffn(read_record(Json::parse(record)), file, num_neurons);
-  return handle;
-}
-
-FfnHandle read_experts(const std::string& record, const std::string& name, const Bytes& mapping,
-                       const std::vector<int>& num_neurons) {
-  FfnHandle handle;
-  const TensorFile file = open_mapped(name, mapping, handle.owners);
-  *handle.ffn = assemble_experts(read_record(Json::parse(record)), file, num_neurons);
-  return handle;
-}
-
-std::shared_ptr<TokenShares> read_shares(const py::array_t<float, py::array::c_style>& thresholds, size_t num_layers) {
-  if (thresholds.ndim() != 2 || size_t(thresholds.shape(0)) != num_layers || thresholds.shape(1) != kNumInputGroups)
-    refuse("thresholds", std::to_string(num_layers) + " layers of " + std::to_string(kNumInputGroups), "another shape");
-  auto shares = std::make_shared<TokenShares>();
-  for (size_t layer = 0; layer < num_layers; ++layer) {
-    shares->thresholds.emplace_back();
-    std::copy_n(thresholds.data() + layer * kNumInputGroups, kNumInputGroups, shares->thresholds.back().begin());
-  }
-  return shares;
 }
 
 }  // namespace coreinfer
