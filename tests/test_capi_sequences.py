@@ -314,7 +314,10 @@ def test_a_forked_process_goes_on(model: CEngine) -> None:
     expected = model.forward_rows([0, other], IDS[20:22]).copy()
     model.truncate_sequence(0, 20)
     model.truncate_sequence(other, 20)
-    work = lambda: str(np.array_equal(model.forward_rows([0, other], IDS[20:22]), expected))  # noqa: E731
+
+    def work() -> str:
+        return str(np.array_equal(model.forward_rows([0, other], IDS[20:22]), expected))
+
     assert in_fork(work) == "True"
     assert work() == "True"
 
