@@ -22,7 +22,7 @@ from coreinfer.bundles.errors import BundleError
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import Manifest, read_manifest
 from coreinfer.bundles.reader import find_problems
-from coreinfer.bundles.shared.machine import bf16_products_are_faster, is_amd, usable_cores
+from coreinfer.bundles.shared.machine import bf16_products_are_faster, usable_cores
 from coreinfer.bundles.writer import stage_bundle
 
 from .cache import stage_key
@@ -102,7 +102,7 @@ def identify(config: CompileConfig, inputs: Inputs, model_config: Mapping[str, A
         encoder=[inputs.encoder.name, inputs.encoder.sha256({})],
         texts=[[source, file_sha256(Path(source).expanduser())] for source in files],
         places=config.num_places,
-        machine=[platform.machine(), bf16_products_are_faster(), is_amd(), _num_threads(config), usable_cores()],
+        machine=[platform.machine(), bf16_products_are_faster(), _num_threads(config), usable_cores()],
         environment=_arithmetic_variables(),
         packages={name: _version(name) for name in _PACKAGES},
         program=[*sys.version_info[:3], program_sha256()],

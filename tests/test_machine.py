@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from coreinfer.bundles.shared.machine import bf16_products_are_faster, cpu_multiplies_bf16, is_amd, usable_cores
+from coreinfer.bundles.shared.machine import bf16_products_are_faster, cpu_multiplies_bf16, usable_cores
 
 Files = dict[str, str]
 
@@ -89,10 +89,8 @@ def test_bf16_is_taken_where_its_products_are_faster(
     root = machine(tmp_path, {"proc/cpuinfo": f"processor: 0\nvendor_id: {vendor}\nflags: {flags}\n"})
     assert cpu_multiplies_bf16(root) == multiplies
     assert bf16_products_are_faster(root) == faster
-    assert is_amd(root) == (vendor == "AuthenticAMD")
 
 
 def test_a_machine_that_says_nothing_of_its_cpus_multiplies_float32(tmp_path: Path) -> None:
     assert not cpu_multiplies_bf16(tmp_path)
     assert not bf16_products_are_faster(tmp_path)
-    assert not is_amd(tmp_path)

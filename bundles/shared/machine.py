@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-__all__ = ["bf16_products_are_faster", "cpu_multiplies_bf16", "give_back_heap", "is_amd", "usable_cores"]
+__all__ = ["bf16_products_are_faster", "cpu_multiplies_bf16", "give_back_heap", "usable_cores"]
 
 
 def cpu_multiplies_bf16(root: Path = Path("/")) -> bool:
@@ -31,16 +31,6 @@ def bf16_products_are_faster(root: Path = Path("/")) -> bool:
     """
     found = _cpu_info(root)
     return "amx_bf16" in found or ("avx512_bf16" in found and "GenuineIntel" not in found)
-
-
-def is_amd(root: Path = Path("/")) -> bool:
-    """Whether Linux names AMD, or Hygon, who licensed its cores, as the CPU's maker.
-
-    Args:
-        root: where /proc is.
-    """
-    found = _cpu_info(root)
-    return "AuthenticAMD" in found or "HygonGenuine" in found
 
 
 def _cpu_info(root: Path) -> str:

@@ -12,7 +12,6 @@ from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.shared.machine import bf16_products_are_faster
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.models.checkpoint import LOADING_ERRORS, check_encoder
-from coreinfer.compiler.models.linear import multiply_fast
 from coreinfer.compiler.models.load import quiet_transformers
 from coreinfer.compiler.models.sources import ModelSource, check_encoder_source
 from coreinfer.compiler.progress import Advance, Progress
@@ -68,7 +67,6 @@ def load_encoder(source: ModelSource, device: str) -> SentenceTransformer:
         with quiet_transformers():
             encoder = SentenceTransformer(source.location, device=device)
             check_encoder(encoder, f"--encoder {source.name}")
-            multiply_fast(encoder)
             return encoder
     except LOADING_ERRORS as error:
         reason = str(error).strip().split("\n")[0]

@@ -31,7 +31,6 @@ from .gguf.config import config_fields
 from .gguf.parts import read_parts
 from .gguf.tokenizer import build_tokenizer
 from .gguf.weights import load_weights
-from .linear import multiply_fast
 from .mapped import convert_on_use
 from .record import column_norms, record_of
 from .settings import check_settings
@@ -227,7 +226,6 @@ def load_model(
     check_tied_head(model, resolve(model, family.embedding), tied=tied, what=what)
     check_finite(model, what)
     model = model.eval().to(target)
-    multiply_fast(model)
     tokenizer = load_tokenizer(source)
     fit_tokenizer(tokenizer, resolve(model, family.embedding).num_embeddings, source.name)
     loaded = wrap_model(model, tokenizer, family=family, name=source.name, config=config)

@@ -14,7 +14,7 @@ from typing import Any
 import faiss
 import torch
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.bundles.shared.machine import bf16_products_are_faster, is_amd
+from coreinfer.bundles.shared.machine import bf16_products_are_faster
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.load import LoadedModel, load_model, read_config
 from coreinfer.compiler.models.primitives import keep_few_primitives
@@ -51,8 +51,7 @@ def arithmetic() -> dict[str, str]:
     """What rounding depends on: programs, and the kind of CPU."""
     return {
         "machine": platform.machine(),
-        "CPU instructions": torch.backends.cpu.get_cpu_capability(),
-        "products": f"bf16 {bf16_products_are_faster()}, of AMD {is_amd()}",
+        "CPU instructions": f"{torch.backends.cpu.get_cpu_capability()}, bf16 {bf16_products_are_faster()}",
         "Python": ".".join(map(str, sys.version_info[:3])),
         **{package: version(package) for package in _PACKAGES},
         "coreinfer": program_sha256(),
