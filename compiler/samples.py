@@ -14,6 +14,7 @@ __all__ = [
     "SHARE_COST_TOKENS",
     "SUMS_BYTES",
     "VALIDATION_TOKENS",
+    "batch_tokens",
     "share_tokens",
 ]
 
@@ -35,7 +36,13 @@ PACKED_ROWS = 64
 """Of a symmetric matrix, rows of a block that is packed as one: see `prune.triangle`."""
 SUMS_BYTES = 6 << 30
 """What sums over the text may take on the disk, to be kept while layers are narrowed again."""
+_MOST_BATCH_TOKENS, _MOST_BATCH_LOGITS = 1024, 1 << 25
 _ALL_SHARE_TOKENS, _LEAST_SHARE_TOKENS, _MOST_SHARE_TOKENS = 8192, 256, 2048
+
+
+def batch_tokens(vocab_size: int) -> int:
+    """Tokens of the held-out texts that are read together at most, with padding: their logits are in memory."""
+    return max(1, min(_MOST_BATCH_TOKENS, _MOST_BATCH_LOGITS // vocab_size))
 
 
 def share_tokens(num_clusters: int) -> int:

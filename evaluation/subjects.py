@@ -19,7 +19,7 @@ from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.generation import Mode
 from coreinfer.runtime.load_options import Arithmetic, EngineName, InputSkipping
 from coreinfer.runtime.routing.modes import ModePlan, decode_choice
-from coreinfer.runtime.routing.own_neurons import choose_neurons, equal_budgets, prompt_scores
+from coreinfer.runtime.routing.own_neurons import any_neurons, choose_neurons, equal_budgets, prompt_scores
 from coreinfer.runtime.routing.token_shares import check_token_share
 
 __all__ = ["MODES", "BundleSubject", "Subject"]
@@ -174,8 +174,7 @@ class BundleSubject:
         if mode in ("similarity", PACK_PROMPT, "random"):
             return beside + manifest.mean_pack_bytes
         # Of neurons that a prompt chooses only the numbers count, and that they are gathered as the engine does it.
-        alike = prompt_scores(self.engine.bundle, "griffin", np.ones_like(self.engine.bundle.down_norms), 1)
-        decoder.use(FfnChoice(neuron_ids=choose_neurons(manifest, alike, manifest.plan.layer_budgets)))
+        decoder.use(FfnChoice(neuron_ids=any_neurons(manifest)))
         return decoder.bytes_per_token(0)
 
     def read(self, prefix_ids: Sequence[int], routing_text: str) -> None:

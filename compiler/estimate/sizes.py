@@ -9,7 +9,7 @@ from coreinfer.compiler.budget import keep_of_budget, moment_bytes
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import shares_profile
 from coreinfer.compiler.quality.search import searches
-from coreinfer.compiler.samples import NEURON_BLOCK, NUM_SHARE_LEVELS, NUM_SHARE_TARGETS, SUMS_BYTES
+from coreinfer.compiler.samples import NEURON_BLOCK, NUM_SHARE_LEVELS, NUM_SHARE_TARGETS, SUMS_BYTES, batch_tokens
 
 from .expert_work import expert_repair_bytes
 from .shapes import Shapes
@@ -201,6 +201,7 @@ def stage_needs(
     else:
         moments = min(moment_bytes(config), case.num_clusters * 4 * moment_values(shapes)) + 6 * square
     logits = shapes.vocab_size * case.document_tokens * (item_bytes + 3 * 4)
+    batch = shapes.vocab_size * max(case.document_tokens, batch_tokens(shapes.vocab_size)) * item_bytes
     files = num_read * _pack_bytes(config, case) + shapes.all_weights
     extra: dict[str, float] = {
         "load": 4 * shapes.head_weights,
@@ -213,11 +214,11 @@ def stage_needs(
         "sensitivity": _ARITHMETIC_BYTES + 1024 * shapes.num_layers * shapes.hidden_size * item_bytes + logits,
         "curves": _ARITHMETIC_BYTES + 4 * square,
         "reconstruct": _ARITHMETIC_BYTES + moments,
-        "reference": _ARITHMETIC_BYTES + logits + shapes.all_weights + model,
+        "reference": _ARITHMETIC_BYTES + batch + shapes.all_weights + model,
         # The stored dense FFN and a pack's, unpacked, beside the model's own weights.
         "shares": _ARITHMETIC_BYTES + 3 * logits + 2 * model,
         # Files that are read are mapped, and the model's own weights wait meanwhile.
-        "evaluate": _ARITHMETIC_BYTES + logits + files + model,
+        "evaluate": _ARITHMETIC_BYTES + batch + files + model,
     }
     for stage, tokens in samples.items():
         seen = _seen_neurons(shapes, stage) + 3 * shapes.hidden_size

@@ -14,6 +14,7 @@ from coreinfer.compiler.samples import (
     PROFILE_TOKENS,
     SHARE_COST_TOKENS,
     VALIDATION_TOKENS,
+    batch_tokens,
     share_tokens,
 )
 
@@ -321,7 +322,7 @@ def reference_work(case: Case) -> Work:
     return Work(
         model_flop=2 * tokens * (case.token_flop + shapes.head_weights),
         moved_bytes=_FLOAT_BYTES * (2 * shapes.all_weights + _LOGIT_PASSES * tokens / 2 * shapes.vocab_size),
-        num_calls=2 * case.num_documents(tokens) * shapes.num_layers,
+        num_calls=2 * tokens / batch_tokens(shapes.vocab_size) * shapes.num_layers,
     )
 
 
@@ -337,7 +338,7 @@ def evaluate_work(case: Case) -> Work:
     return Work(
         model_flop=(case.token_flop + 2 * shapes.head_weights) * tokens * num_models / 2,
         moved_bytes=_FLOAT_BYTES * (unpacked * 2 + _LOGIT_PASSES * compared),
-        num_calls=case.num_documents(tokens) * num_models * shapes.num_layers,
+        num_calls=tokens / 2 / batch_tokens(shapes.vocab_size) * num_models * shapes.num_layers,
     )
 
 

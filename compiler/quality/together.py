@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.samples import batch_tokens
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
@@ -19,9 +20,6 @@ Batches = Sequence[tuple[int, ...]]
 Halves = Sequence[torch.Tensor]
 """Of each layer keys and then values, (1, heads, tokens, head size) both."""
 
-_MOST_LOGITS = 1 << 25
-_MOST_TOKENS = 1024
-
 
 def batch_texts(lengths: Sequence[int], labels: npt.NDArray[np.int64] | None, vocab_size: int) -> list[tuple[int, ...]]:
     """Put texts of a cluster and of like length together, in batches that do not depend on who reads them.
@@ -31,7 +29,7 @@ def batch_texts(lengths: Sequence[int], labels: npt.NDArray[np.int64] | None, vo
         labels: (texts,) clusters, or None.
         vocab_size: bounds a batch, whose logits are in memory.
     """
-    most = max(1, min(_MOST_TOKENS, _MOST_LOGITS // vocab_size))
+    most = batch_tokens(vocab_size)
     own = [0] * len(lengths) if labels is None else labels.tolist()
     batches, batch = [], list[int]()
     for number in sorted(range(len(lengths)), key=lambda number: (own[number], lengths[number], number)):

@@ -17,7 +17,7 @@ from coreinfer.bundles.statistics import (
     select_neurons,
 )
 
-__all__ = ["choose_neurons", "equal_budgets", "mixed_with_cluster", "prompt_scores"]
+__all__ = ["any_neurons", "choose_neurons", "equal_budgets", "mixed_with_cluster", "prompt_scores"]
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
@@ -77,6 +77,13 @@ def choose_neurons(manifest: Manifest, scores: Floats, budgets: tuple[int, ...])
     kept = select_neurons(scores, [budget // size for budget in budgets])
     within = np.arange(size, dtype=np.int32)
     return tuple(np.add.outer(ids * np.int32(size), within).ravel() for ids in kept)
+
+
+def any_neurons(manifest: Manifest) -> tuple[Ids, ...]:
+    """Return as many neurons of every layer as packs keep, whichever: a prompt's own take as many bytes."""
+    num_choices = manifest.model.ffn_dim // (1 if manifest.narrows_experts else manifest.unit_neurons)
+    alike = np.ones((manifest.model.num_layers, num_choices), dtype=np.float32)
+    return choose_neurons(manifest, alike, manifest.plan.layer_budgets)
 
 
 def equal_budgets(manifest: Manifest) -> tuple[int, ...]:
