@@ -25,9 +25,9 @@ from .models.load import LoadedModel
 from .models.memory import check_memory
 from .progress import Progress
 from .prune.dealt import deal_text
-from .prune.experts import profile_experts
 from .prune.heal import HealInputs, heal, healing_text
 from .prune.layer_repair import NarrowInputs
+from .prune.mixtures.experts import profile_experts
 from .prune.narrow import CLUSTERS, Assignment, CutOf, NarrowModel, choose_all
 from .prune.profile import Profile, profile_model
 from .prune.reconstruct import REVISION, narrow_all

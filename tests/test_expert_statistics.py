@@ -11,7 +11,7 @@ from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.models.swapping import ffn_in_use
 from coreinfer.compiler.progress import Progress
-from coreinfer.compiler.prune.experts import profile_experts
+from coreinfer.compiler.prune.mixtures.experts import profile_experts
 from coreinfer.compiler.quantize.moments import ffn_moments, input_moments
 from coreinfer.compiler.team.alone import Alone
 from coreinfer.compiler.text.corpus import Document

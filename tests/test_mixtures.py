@@ -25,7 +25,7 @@ from coreinfer.compiler.estimate.plan import make_plan
 from coreinfer.compiler.expert_options import with_expert_options
 from coreinfer.compiler.models.load import read_config
 from coreinfer.compiler.models.sources import find_source
-from coreinfer.compiler.prune.experts import expert_budgets
+from coreinfer.compiler.prune.mixtures.experts import expert_budgets
 from coreinfer.runtime.engines.native import _native
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, Decoder, FfnChoice

@@ -26,7 +26,7 @@ from coreinfer.compiler.estimate.machine import Machine
 from coreinfer.compiler.estimate.plan import make_plan
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.progress import Progress
-from coreinfer.compiler.prune.experts import profile_experts
+from coreinfer.compiler.prune.mixtures.experts import profile_experts
 from coreinfer.compiler.prune.profile import Profile
 from coreinfer.compiler.prune.select import choose_neurons, layer_budgets
 from coreinfer.compiler.team.alone import Alone

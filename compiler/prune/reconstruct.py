@@ -8,9 +8,9 @@ from coreinfer.compiler.progress import Progress
 
 from .apart import narrow_apart
 from .carry import narrow_carried
-from .expert_layers import narrow_experts
 from .layer_repair import NarrowInputs, Results, find_results, own_result
 from .layer_results import LayerResult
+from .mixtures.expert_layers import narrow_experts
 from .narrow import NarrowModel
 from .select import Choice
 from .validation import few_validated

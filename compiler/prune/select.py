@@ -13,7 +13,7 @@ from coreinfer.bundles.statistics import scores_from_statistic, select_in_parts
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.samples import NEURON_BLOCK
 
-from .experts import expert_budgets
+from .mixtures.experts import expert_budgets
 from .profile import Profile
 
 __all__ = ["Choice", "choose_neurons", "cheapest_budgets", "cluster_scores", "layer_budgets"]

@@ -11,14 +11,8 @@ import torch
 from coreinfer.bundles.manifest import ModelRecord
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.progress import Progress
-from coreinfer.compiler.team.adding import add_arrays, add_up
-from coreinfer.compiler.team.dealing import home, in_turn
-from coreinfer.compiler.team.passage import WALK
-from coreinfer.compiler.team.team import Pending, forget
-
-from .dealt import DealtText, deal_text
-from .expert_repair import ExpertTask, Solved, SolvedExpert, expert_costs, expert_sums, solve_expert
-from .layer_repair import (
+from coreinfer.compiler.prune.dealt import DealtText, deal_text
+from coreinfer.compiler.prune.layer_repair import (
     NarrowInputs,
     Results,
     candidate_ridges,
@@ -27,8 +21,14 @@ from .layer_repair import (
     own_result,
     store_results,
 )
-from .layer_results import LayerResult
-from .narrow import CLUSTERS, bf16_bits
+from coreinfer.compiler.prune.layer_results import LayerResult
+from coreinfer.compiler.prune.narrow import CLUSTERS, bf16_bits
+from coreinfer.compiler.team.adding import add_arrays, add_up
+from coreinfer.compiler.team.dealing import home, in_turn
+from coreinfer.compiler.team.passage import WALK
+from coreinfer.compiler.team.team import Pending, forget
+
+from .expert_repair import ExpertTask, Solved, SolvedExpert, expert_costs, expert_sums, solve_expert
 
 __all__ = ["narrow_experts"]
 

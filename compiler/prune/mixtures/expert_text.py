@@ -7,12 +7,11 @@ from functools import partial
 import torch
 from coreinfer.compiler.models.layerwise import Batch, document_starts, layer_output, prepare_batches
 from coreinfer.compiler.models.load import LoadedModel
+from coreinfer.compiler.prune.dealt import PlaceText
 from coreinfer.compiler.team.passage import WALK
 from coreinfer.compiler.team.team import Shared, Worker
 from coreinfer.compiler.text.corpus import Document
 from coreinfer.runtime.engines.torch.mixture import ExpertRun
-
-from .dealt import PlaceText
 
 __all__ = ["ExpertTokens", "expert_tokens"]
 

@@ -23,6 +23,7 @@ from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.layerwise import Batch, document_starts, layer_output, prepare_batches
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.prune.profile import Profile
 from coreinfer.compiler.team.adding import Arrays, add_arrays, add_up
 from coreinfer.compiler.team.dealing import deal, in_turn
 from coreinfer.compiler.team.passage import WALK, lengths_of, without_text
@@ -31,7 +32,6 @@ from coreinfer.compiler.text.corpus import Document
 from coreinfer.runtime.engines.torch.mixture import ExpertRun
 
 from .expert_neurons import neuron_sums
-from .profile import Profile
 
 __all__ = ["expert_budgets", "profile_experts"]
 

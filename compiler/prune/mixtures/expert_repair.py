@@ -15,15 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from coreinfer.bundles.contract import expert_role
+from coreinfer.compiler.prune.dealt import PlaceText, own_rows
+from coreinfer.compiler.prune.own_down import OwnDown
+from coreinfer.compiler.prune.products import packed_gram
+from coreinfer.compiler.prune.removal import REMOVAL_RIDGE, System, remove_neurons, solve
+from coreinfer.compiler.prune.triangle import unpack_upper
 from coreinfer.compiler.team.adding import Arrays
 from coreinfer.compiler.team.team import Shared, Worker
 
-from .dealt import PlaceText, own_rows
 from .expert_text import ExpertTokens, expert_tokens
-from .own_down import OwnDown
-from .products import packed_gram
-from .removal import REMOVAL_RIDGE, System, remove_neurons, solve
-from .triangle import unpack_upper
 
 __all__ = ["ExpertTask", "Solved", "SolvedExpert", "expert_costs", "expert_sums", "solve_expert"]
 
