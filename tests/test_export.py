@@ -11,12 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from click.testing import CliRunner
-from coreinfer.bundles import ConfigError, UnsupportedModelError, open_bundle
+from coreinfer.bundles import UnsupportedModelError, open_bundle
 from coreinfer.bundles.formats import float_matrix
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.compiler.export.chosen import ChosenModel, choose_model
-from coreinfer.compiler.export.cli import main
 from coreinfer.compiler.export.exporting import ExportedFiles, export_model
 from coreinfer.compiler.export.gguf_header import architecture_for, header_fields
 from coreinfer.compiler.export.gguf_rope import rope_factors
@@ -357,45 +355,3 @@ def test_a_tokenizer_that_llama_cpp_does_not_have(tiny_bundle: Callable[..., Pat
         (tmp_path / name).write_bytes(chosen.bundle.read_bytes(name))
     with pytest.raises(UnsupportedModelError, match="no tokenizer that splits text as this one"):
         vocabulary_fields(replace(chosen, bundle=replace(chosen.bundle, path=tmp_path)))
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"cluster": 4}, "--cluster: expected 0 to 3, got 4"),
-        ({"cluster": None, "dense": False}, "got both or neither"),
-        ({"cluster": 1, "dense": True}, "got both or neither"),
-    ],
-)
-def test_which_model_must_be_said(
-    options: dict[str, Any], reason: str, tiny_bundle: Callable[..., Path], tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=reason):
-        exported(tiny_bundle("llama"), tmp_path, "gguf", **options)
-
-
-def test_an_option_of_the_other_form_is_refused(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    done = CliRunner().invoke(main, [str(tmp_path), "--to", "gguf", "--dense", "-o", str(output), "--dtype", "float32"])
-    assert (done.exit_code, output.exists()) == (2, False)
-    assert done.stderr == (
-        "error: --dtype float32: --to gguf keeps the bundle's own rounding; leave it out, or use --to hf\n"
-    )
-
-
-def test_the_name_of_a_file_is_refused(tmp_path: Path) -> None:
-    output = tmp_path / "model.GGUF"
-    done = CliRunner().invoke(main, [str(tmp_path), "--to", "gguf", "--dense", "-o", str(output)])
-    assert (done.exit_code, done.stdout, output.exists()) == (2, "", False)
-    assert done.stderr.startswith(f"error: -o {output}: expected a folder, which gets model.gguf and README.md, got")
-    assert done.stderr.endswith(f"give -o {tmp_path / 'model'}\n")
-
-
-def test_the_command(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
-    arguments = [str(tiny_bundle("llama")), "--to", "gguf", "--cluster", "0", "-o", str(tmp_path / "out")]
-    done = CliRunner().invoke(main, [*arguments, "--json"])
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["num_bytes"] == (tmp_path / "out/model.gguf").stat().st_size
-    again = CliRunner().invoke(main, arguments)
-    assert (again.exit_code, again.stdout) == (2, "")
-    assert again.stderr == f"error: -o {tmp_path / 'out'}: exists; give a folder that does not exist yet\n"
