@@ -1,5 +1,6 @@
 """The repair of narrow experts beside plain least squares over the tokens that were routed to each."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,7 +19,7 @@ from coreinfer.compiler.prune.narrow import CLUSTERS, Assignment, NarrowModel, f
 from coreinfer.compiler.prune.reconstruct import narrow_all
 from coreinfer.compiler.prune.select import Choice
 from coreinfer.compiler.team.alone import Alone
-from coreinfer.compiler.text.corpus import Document
+from coreinfer.compiler.text.corpus import Document, split_point
 from coreinfer.runtime.engines.torch.mixture import ExpertRun
 
 from .model_factory import MIXTURES, VOCABULARY, build_model
@@ -93,23 +94,32 @@ def narrowed(family: str, size: int = 1) -> Mapping[str, NarrowModel]:
 
 @dataclass(kw_only=True)
 class Seen:
-    """What one expert did: inputs of its down projection, router's weights, and the cluster of each token."""
+    """What one expert did: inputs of its down projection, router's weights, and of each token its cluster, and whether
+    it is in the second half of its document."""
 
     activations: list[Floats]
     weights: list[Floats]
     labels: list[int]
+    is_late: list[bool]
+
+    def only(self, cluster: int) -> "Seen":
+        """Tokens of a cluster that are read narrow."""
+        places = [n for n, label in enumerate(self.labels) if label == cluster and self.is_late[n]]
+        parts = ([values[n] for n in places] for values in (self.activations, self.weights, self.labels, self.is_late))
+        return Seen(**dict(zip(("activations", "weights", "labels", "is_late"), parts, strict=True)))
 
 
 @cache
 def watched(family: str, layer: int, first: int, last: int) -> list[Seen]:
     """What a layer's experts do on some documents, which the model reads one by one."""
     loaded = load(family)
-    seen = [Seen(activations=[], weights=[], labels=[]) for _ in range(6)]
+    seen = [Seen(activations=[], weights=[], labels=[], is_late=[]) for _ in range(6)]
 
     def look(run: ExpertRun) -> None:
         seen[run.expert].activations.extend(run.activations.double().numpy())
         seen[run.expert].weights.extend(run.weights.double().numpy())
         seen[run.expert].labels.extend([label] * len(run.rows))
+        seen[run.expert].is_late.extend((run.rows >= split_point(len(document.token_ids))).tolist())
 
     loaded.mixture(layer).watch = look
     try:
@@ -186,10 +196,12 @@ def test_experts_are_refitted_by_least_squares(family: str) -> None:
     assert few == {False, True}
 
 
-def output_error(family: str, layer: int, seen: Sequence[Seen], narrow: NarrowModel, *, repaired: bool) -> float:
-    """Squared error of cluster 0's experts, each on the tokens that were routed to it."""
+def output_error(
+    family: str, layer: int, seen: Sequence[Seen], narrow: NarrowModel, cluster: int = 0, *, repaired: bool
+) -> float:
+    """Squared error of a cluster's experts, each on the tokens that were routed to it."""
     total = 0.0
-    for found in narrow_downs(load(family), narrow, layer, 0):
+    for found in narrow_downs(load(family), narrow, layer, cluster):
         own, bias = own_rows(family, layer, found.number)
         if not seen[found.number].labels:
             continue
@@ -239,7 +251,27 @@ def test_a_repair_that_other_text_rejects_is_left_out() -> None:
             assert all((down is None) == (ridge is None) for down in found.downs[layer]), name
 
 
-def test_a_ridge_is_chosen_for_each_layer() -> None:
-    """Among ridges and weights of a cluster; what was chosen has the lowest error on the validation text."""
-    narrow = narrow_all(inputs_of("qwen3_moe", ridge="auto", cluster_weight="auto"), Cache(None), "key", Progress())
-    assert set(narrow[CLUSTERS].ridges) <= {1e-3, 1e-2, 1e-1}
+def validation_error(layer: int, narrow: NarrowModel) -> float:
+    """Squared error of both clusters' experts on the second halves of the validation text."""
+    last = len(LABELS) + NUM_VALIDATION
+    seen = watched("granitemoe", layer, len(LABELS), last)
+    return sum(
+        output_error("granitemoe", layer, [one.only(cluster) for one in seen], narrow, cluster, repaired=True)
+        for cluster in range(2)
+    )
+
+
+def test_what_is_chosen_costs_least_on_validation_text() -> None:
+    """Of all ridges and both weights of a cluster."""
+    inputs = inputs_of("granitemoe", ridge="auto", cluster_weight="auto")
+    chosen = narrow_all(inputs, Cache(None), "key", Progress())[CLUSTERS]
+    found = {}
+    for ridge, weight in itertools.product((1e-3, 1e-2, 1e-1), (0.3, 0.6)):
+        alone = replace(inputs, config=replace(inputs.config, ridge=ridge, cluster_weight=weight))
+        found[ridge, weight] = narrow_all(alone, Cache(None), "key", Progress())[CLUSTERS]
+    for layer in range(3):
+        costs = {candidate: validation_error(layer, narrow) for candidate, narrow in found.items()}
+        best = min(costs, key=costs.__getitem__)
+        assert chosen.ridges[layer] == best[0]
+        for downs, expected in zip(chosen.downs[layer], found[best].downs[layer], strict=True):
+            np.testing.assert_array_equal(downs, expected)

@@ -128,14 +128,14 @@ def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machi
         ConfigError: options cannot be planned, or sizes are not stated.
         CoreInferError: the model or the text cannot be read.
     """
+    shapes = stated_shapes(inputs.model)
+    if shapes.num_experts > 1:
+        config = with_expert_options(config, shapes.num_chosen, shapes.num_experts, inputs.model.name)
     if wrong := [*unplanned(config)]:
         raise ConfigError(
             f"--dry-run: what {', '.join(wrong)} takes is not known beforehand; plan without, such as with --keep and "
             "--clusters N"
         )
-    shapes = stated_shapes(inputs.model)
-    if shapes.num_experts > 1:
-        config = with_expert_options(config, shapes.num_chosen, shapes.num_experts, inputs.model.name)
     case = case_of(config, inputs, shapes)
     machine = measure()
     model_dtype = _model_dtype(config)
