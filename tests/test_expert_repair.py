@@ -105,8 +105,12 @@ class Seen:
     def only(self, cluster: int) -> "Seen":
         """Tokens of a cluster that are read narrow."""
         places = [n for n, label in enumerate(self.labels) if label == cluster and self.is_late[n]]
-        parts = ([values[n] for n in places] for values in (self.activations, self.weights, self.labels, self.is_late))
-        return Seen(**dict(zip(("activations", "weights", "labels", "is_late"), parts, strict=True)))
+        return Seen(
+            activations=[self.activations[n] for n in places],
+            weights=[self.weights[n] for n in places],
+            labels=[cluster] * len(places),
+            is_late=[True] * len(places),
+        )
 
 
 @cache
