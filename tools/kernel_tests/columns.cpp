@@ -21,9 +21,14 @@ void fill_sparse(ActivationBuffer& x, int size, int share) {
   }
 }
 
-void expect_same(const Kernels& kernels, const std::vector<const Matrix*>& rows, const Activations& x) {
+// A third of the inputs read the high bits alone.
+void fill_bits(const Activations& x) {
+  for (int i = 0; i < x.stride; ++i) x.bits[i] = generator() % 3 ? kAllBits : kHighBits;
+}
+
+void expect_same(const Kernels& kernels, const std::vector<const Matrix*>& rows, const Activations& x, bool in_planes) {
   Threads threads(3);
-  const Columns columns = make_columns(rows, kernels.column_tile, threads);
+  const Columns columns = make_columns(rows, kernels.column_tile, in_planes, threads);
   Buffer<float> sums, got, expected;
   sums.resize(num_segment_sums(columns.matrix));
   got.resize(columns.matrix.num_outputs());
@@ -42,47 +47,107 @@ void expect_same(const Kernels& kernels, const std::vector<const Matrix*>& rows,
   }
 }
 
-void test_bytes(const Kernels& kernels) {
-  const Weights w(Format::int4, 256, 64);
+size_t bytes_read(const Kernels& kernels, const Columns& columns, const Activations& x) {
   Threads threads(2);
-  const Columns columns = make_columns({&w.view}, kernels.column_tile, threads);
-  ActivationBuffer x;
-  fill_sparse(x, 64, 0);
-  x.view.values[5] = x.view.values[40] = 1.0f;
-  kernels.quantize(x.view, 64, 1);
   Buffer<float> sums;
   sums.resize(num_segment_sums(columns.matrix));
   size_t num_bytes[2];
   threads.run([&](int thread) {
-    const ColumnProduct product{&columns.matrix, x.view, sums.get()};
+    const ColumnProduct product{&columns.matrix, x, sums.get()};
     num_bytes[thread] = add_columns(kernels, &product, 1, thread, threads);
   });
-  expect("bytes of two columns", num_bytes[0] + num_bytes[1] == 2 * (128 + 256 * 3));
+  return num_bytes[0] + num_bytes[1];
 }
 
-void test_keep_wanted(const Kernels& kernels) {
+void test_bytes(const Kernels& kernels) {
+  const Weights w(Format::int4, 256, 64);
+  Threads threads(2);
+  const Columns columns = make_columns({&w.view}, kernels.column_tile, false, threads);
+  const Columns planes = make_columns({&w.view}, kernels.column_tile, true, threads);
+  ActivationBuffer x;
+  fill_sparse(x, 64, 0);
+  x.view.values[5] = x.view.values[40] = 1.0f;
+  const Activations halved = x.halved();
+  std::memset(halved.bits, kAllBits, 64);
+  halved.bits[40] = halved.bits[41] = kHighBits;
+  kernels.quantize(halved, 64, 1);
+  expect("bytes of two columns", bytes_read(kernels, columns, x.view) == 2 * (128 + 256 * 3));
+  expect("bytes of two columns in planes", bytes_read(kernels, planes, x.view) == 2 * (128 + 256 * 3));
+  expect("bytes of a column and a half", bytes_read(kernels, planes, halved) == 128 + 64 + 2 * 256 * 3);
+}
+
+void test_keep_wanted(const Kernels& kernels, bool halves) {
   float x[19], norms[19];
+  uint8_t bits[19] = {};
   for (int i = 0; i < 19; ++i) x[i] = static_cast<float>(i - 9), norms[i] = i % 2 ? 2.0f : 1.0f;
   x[3] = std::nanf("");
-  kernels.keep_wanted(x, norms, 8.0f, 19);
+  kernels.keep_wanted(x, norms, {8.0f, 12.0f}, 19, halves ? bits : nullptr);
   for (int i = 0; i < 19; ++i) {
-    if (i == 3) {
+    const float own = static_cast<float>(i - 9), score = std::fabs(own) * norms[i];
+    if (i == 3)
       expect("a NaN stays", std::isnan(x[i]));
-      continue;
+    else
+      expect("wanted inputs", x[i] == (score > 8.0f ? own : 0.0f));
+    if (score > 8.0f || i == 3)
+      expect("bits of wanted inputs", bits[i] == (!halves ? 0 : i == 3 || score > 12.0f ? kAllBits : kHighBits));
+  }
+}
+
+int code_at(const Matrix& w, int row, int input) {
+  const size_t tile = size_t(row / kBlockRows) * w.num_groups() + input / kGroup;
+  const int place = input % kGroup;
+  const uint8_t both = w.codes[tile * w.tile_bytes() + place / 8 * 64 + row % kBlockRows * 4 + place % 4];
+  return place % 8 < 4 ? both & 15 : both >> 4;
+}
+
+// Rows' products of some inputs' high bits, with the mean of the low ones, against the weights as numbers.
+void expect_halves(const Kernels& kernels, const Matrix& w, const Activations& x, int num_tokens) {
+  const int size = round_up(w.rows, kBlockRows);
+  Buffer<float> got, expected;
+  got.resize(size_t(num_tokens) * size);
+  expected.resize(size_t(num_tokens) * size);
+  kernels.multiply(w, x, num_tokens, got.get(), size, 0, w.num_blocks());
+  for (int t = 0; t < num_tokens; ++t)
+    for (int row = 0; row < w.rows; ++row) {
+      double sum = 0;
+      for (int j = 0; j < w.cols; ++j) {
+        const size_t at = size_t(t) * x.stride + j;
+        const size_t unit = (size_t(row / kBlockRows) * w.num_groups() + j / kGroup) * kBlockRows + row % kBlockRows;
+        const int code = code_at(w, row, j);
+        const double weight = x.bits[at] == kHighBits ? (code & 12) + 1.5 : code;
+        sum += (weight - w.zeros[unit] / 16.0) * half_to_float(w.scales[unit]) * x.codes[at] * x.scales[at / kGroup];
+      }
+      expected.get()[size_t(t) * size + row] = static_cast<float>(sum);
     }
-    const float own = static_cast<float>(i - 9);
-    expect("wanted inputs", x[i] == (std::fabs(own) * norms[i] > 8.0f ? own : 0.0f));
+  for (int t = 0; t < num_tokens; ++t)
+    compare("rows by high bits", got.get() + size_t(t) * size, expected.get() + size_t(t) * size, w.rows, 1.0f);
+}
+
+void test_halves(const Kernels& kernels) {
+  for (const int cols : {32, 70, 1056}) {
+    const Weights w(Format::int4, 49, cols);
+    for (int num_tokens = 1; num_tokens <= 11; ++num_tokens) {
+      ActivationBuffer buffer;
+      buffer.resize(num_tokens, cols);
+      const Activations x = buffer.halved();
+      for (int t = 0; t < num_tokens; ++t) {
+        for (int i = 0; i < cols; ++i) x.values[size_t(t) * x.stride + i] = draw();
+        fill_bits(x.token(t));
+      }
+      kernels.quantize(x, x.stride, num_tokens);
+      expect_halves(kernels, w.view, x, num_tokens);
+    }
   }
 }
 
 // Several products at once give what each gives alone, and read as many bytes.
-void expect_as_alone(const Kernels& kernels, int rows, int cols, int num_threads) {
+void expect_as_alone(const Kernels& kernels, int rows, int cols, int num_threads, bool in_planes) {
   constexpr int kCount = 3;
   Threads threads(num_threads);
   std::vector<Weights> weights;
   for (int i = 0; i < kCount; ++i) weights.emplace_back(Format::int4, rows, cols);
   std::vector<Columns> columns;
-  for (const Weights& w : weights) columns.push_back(make_columns({&w.view}, kernels.column_tile, threads));
+  for (const Weights& w : weights) columns.push_back(make_columns({&w.view}, kernels.column_tile, in_planes, threads));
   const size_t num_sums = num_segment_sums(columns[0].matrix);
   ActivationBuffer x[kCount];
   Buffer<float> alone, together;
@@ -115,7 +180,9 @@ void expect_as_alone(const Kernels& kernels, int rows, int cols, int num_threads
 
 void test_column_products(const Kernels& kernels) {
   for (const int num_threads : {1, 3})
-    for (const int rows : {48, 2100, 8300}) expect_as_alone(kernels, rows, rows == 48 ? 1056 : 70, num_threads);
+    for (const int rows : {48, 2100, 8300})
+      for (const bool in_planes : {false, true})
+        expect_as_alone(kernels, rows, rows == 48 ? 1056 : 70, num_threads, in_planes);
 }
 
 void test_columns(const Kernels& kernels) {
@@ -124,11 +191,16 @@ void test_columns(const Kernels& kernels) {
       const Weights first(Format::int4, 48, cols), second(Format::int4, 17, cols), third(Format::int4, 8300, cols);
       ActivationBuffer x;
       fill_sparse(x, cols, share);
-      kernels.quantize(x.view, x.view.stride, 1);
-      expect_same(kernels, {&first.view}, x.view);
-      expect_same(kernels, {&first.view, &second.view, &first.view}, x.view);
-      if (cols == 1056) expect_same(kernels, {&third.view, &second.view}, x.view);
+      fill_bits(x.halved());
+      kernels.quantize(x.halved(), x.view.stride, 1);
+      for (const int how : {0, 1, 2}) {
+        const Activations inputs = how == 2 ? x.halved() : x.view;
+        expect_same(kernels, {&first.view}, inputs, how > 0);
+        expect_same(kernels, {&first.view, &second.view, &first.view}, inputs, how > 0);
+        if (cols == 1056) expect_same(kernels, {&third.view, &second.view}, inputs, how > 0);
+      }
     }
   test_bytes(kernels);
-  test_keep_wanted(kernels);
+  for (const bool halves : {false, true}) test_keep_wanted(kernels, halves);
+  test_halves(kernels);
 }

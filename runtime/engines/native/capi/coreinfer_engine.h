@@ -150,8 +150,10 @@ COREINFER_API int coreinfer_max_neurons(const coreinfer_ffn* ffn);
 
 /* Decode with an FFN from the next token on; what was read stays.
  *
- * thresholds: (num_layers, COREINFER_NUM_INPUT_GROUPS) floats: in each layer and group, single tokens leave out the inputs
- * whose score is below (docs/token_shares.md); a number below 0 leaves out none. NULL: all inputs are read.
+ * thresholds: (num_layers, COREINFER_NUM_INPUT_GROUPS, 2) floats: in each layer and group, tokens leave out the inputs whose
+ * score is at most the first, and read the two high bits alone of the weights of those whose score is at most the second
+ * (docs/token_shares.md). Numbers below 0: all is read. The second must be equal to the first where weights are not int4, of
+ * experts, and where columns are laid out without COREINFER_HALVES. NULL: all inputs are read.
  */
 COREINFER_API int coreinfer_use_ffn(coreinfer_model* model, const coreinfer_ffn* ffn, const float* thresholds,
                                     size_t num_layers);
@@ -259,23 +261,25 @@ enum {
   COREINFER_QKV = 1,     /* query, key and value */
   COREINFER_HEADS = 2,   /* attention's output */
   COREINFER_GATE_UP = 4, /* gate and up */
-  COREINFER_DOWN = 8
+  COREINFER_DOWN = 8,
+  COREINFER_HALVES = 16 /* no group: high and low bits apart, so that tokens may read the high ones alone */
 };
 
 /* From the next coreinfer_use_ffn with thresholds on, weights lie input by input too. Not under a limit of memory.
  *
- * groups: which, or-ed.
+ * groups: which, or-ed; with COREINFER_HALVES in two planes, but for experts.
  * least_bytes: groups with shorter columns are read as ever; COREINFER_LEAST_COLUMN_BYTES is meant for real models.
  */
 COREINFER_API int coreinfer_lay_out_columns(coreinfer_model* model, int groups, size_t least_bytes);
 
 /* Try whether this machine gains, with the FFN in use, in some tens of milliseconds.
  *
- * share: of the inputs that a token reads, above 0 and at most 1.
+ * share: of the weights that a token reads, above 0 and at most 1.
+ * flags: COREINFER_HALVES to try planes, and inputs that read the high bits alone.
  * gains: receives COREINFER_NUM_INPUT_GROUPS numbers, in the order of the bits: how many times as fast a group is by columns;
  * 0 where it cannot have any, and under a limit of memory.
  */
-COREINFER_API int coreinfer_try_columns(coreinfer_model* model, double share, double* gains);
+COREINFER_API int coreinfer_try_columns(coreinfer_model* model, double share, int flags, double* gains);
 
 /* Bytes that columns take in memory. */
 COREINFER_API size_t coreinfer_column_bytes(const coreinfer_model* model);

@@ -91,11 +91,32 @@ std::shared_ptr<TokenShares> read_shares(const float* thresholds, size_t num_lay
            "another shape");
   auto shares = std::make_shared<TokenShares>();
   shares->thresholds.resize(num_layers);
-  for (std::array<float, kNumInputGroups>& layer : shares->thresholds) {
-    std::copy_n(thresholds, kNumInputGroups, layer.begin());
-    thresholds += kNumInputGroups;
-  }
+  for (std::array<Thresholds, kNumInputGroups>& layer : shares->thresholds)
+    for (Thresholds& group : layer) {
+      group = {thresholds[0], thresholds[1]};
+      if (!(group.wanted <= group.whole))
+        refuse("thresholds", "pairs of which the second is at least the first",
+               std::to_string(group.wanted) + " and " + std::to_string(group.whole));
+      shares->halves |= group.wanted < group.whole;
+      thresholds += 2;
+    }
   return shares;
+}
+
+// High bits can be read alone of int4 alone, and of columns that lie in planes.
+void check_halves(const coreinfer_model& model, const Ffn& ffn, const TokenShares& shares) {
+  const std::string expected = "pairs that are equal, so that no input reads half of the bits of ";
+  for (size_t i = 0; i < ffn.size(); ++i) {
+    const AttentionWeights& attention = model.decoder->weights.layers[i].attention;
+    const Linear* groups[kNumInputGroups] = {&attention.query, &attention.output, &ffn[i].up, &ffn[i].down};
+    for (int group = 0; group < kNumInputGroups; ++group) {
+      const Thresholds& own = shares.thresholds[i][group];
+      if (own.wanted == own.whole || groups[group]->weight.format == Format::int4) continue;
+      refuse("thresholds", expected + (ffn[i].experts.empty() ? "weights that are not int4" : "experts"), "others");
+    }
+  }
+  if (model.columns && !model.columns->in_planes())
+    refuse("thresholds", expected + "columns without COREINFER_HALVES", "others");
 }
 
 }  // namespace
@@ -104,6 +125,7 @@ void use_ffn(coreinfer_model& model, const coreinfer_ffn& ffn, std::shared_ptr<T
   Decoder& decoder = *model.decoder;
   check_ffn(decoder, *ffn.ffn, model.max_neurons);
   if (decoder.residency && !ffn.source) refuse("FFN", "one that is read in layers, as memory is limited", "another");
+  if (shares && shares->halves) check_halves(model, *ffn.ffn, *shares);
   if (shares && model.columns) {
     shares->attention = model.columns->attention();
     shares->ffn = model.columns->of(ffn.whole ? ffn.whole : ffn.ffn);

@@ -7,6 +7,7 @@
 #include "refusals.h"
 #include "residency.h"
 
+static_assert(COREINFER_HALVES == 1 << coreinfer::kNumInputGroups);
 static_assert(COREINFER_LEAST_COLUMN_BYTES == coreinfer::kLeastColumnBytes);
 
 namespace coreinfer {
@@ -14,18 +15,18 @@ namespace {
 
 void lay_out(coreinfer_model& model, int groups, size_t least_bytes) {
   const Decoder& decoder = *model.decoder;
-  if (groups < 0 || groups >= 1 << kNumInputGroups)
-    refuse("groups", "0 to " + std::to_string((1 << kNumInputGroups) - 1), std::to_string(groups));
+  if (groups < 0 || groups >= COREINFER_HALVES << 1)
+    refuse("groups", "0 to " + std::to_string((COREINFER_HALVES << 1) - 1), std::to_string(groups));
   if (decoder.residency) refuse("columns", "memory without a limit", "a limit");
-  ColumnLayout layout{decoder.kernels.column_tile, least_bytes, {}};
+  ColumnLayout layout{decoder.kernels.column_tile, least_bytes, {}, (groups & COREINFER_HALVES) != 0};
   for (int group = 0; group < kNumInputGroups; ++group) layout.wants[group] = groups >> group & 1;
   model.columns = std::make_unique<ColumnCache>(decoder.weights, layout, model.decoder->threads);
 }
 
-void try_groups(Decoder& decoder, double share, double* gains) {
+void try_groups(Decoder& decoder, double share, bool halves, double* gains) {
   if (!decoder.ffn) refuse("FFN", "one in use", "none");
   std::array<double, kNumInputGroups> found{};
-  if (!decoder.residency) found = try_columns(decoder, share);
+  if (!decoder.residency) found = try_columns(decoder, share, halves);
   std::copy(found.begin(), found.end(), gains);
 }
 
@@ -38,11 +39,12 @@ int coreinfer_lay_out_columns(coreinfer_model* model, int groups, size_t least_b
   return in_turn(model, [&](coreinfer_model& own) { lay_out(own, groups, least_bytes); });
 }
 
-int coreinfer_try_columns(coreinfer_model* model, double share, double* gains) {
+int coreinfer_try_columns(coreinfer_model* model, double share, int flags, double* gains) {
   return in_turn(model, [&](coreinfer_model& own) {
     check_given(gains, "gains");
     if (!(share > 0.0 && share <= 1.0)) refuse("share", "above 0 and at most 1", std::to_string(share));
-    try_groups(*own.decoder, share, gains);
+    if (flags != 0 && flags != COREINFER_HALVES) refuse("flags", "0 or COREINFER_HALVES", std::to_string(flags));
+    try_groups(*own.decoder, share, flags != 0, gains);
   });
 }
 

@@ -89,24 +89,26 @@ class Model {
     model_.reset(model);
   }
 
-  // `thresholds`: of each layer's groups of inputs (docs/token_shares.md), or nothing to read all inputs.
+  // `thresholds`: two of each layer's groups of inputs (docs/token_shares.md), or nothing to read all inputs.
   void use(const FfnHandle& ffn, const std::optional<Floats>& thresholds) {
     // An array of another shape has no layers.
-    const bool fits = thresholds && thresholds->ndim() == 2 && thresholds->shape(1) == COREINFER_NUM_INPUT_GROUPS;
+    const bool fits = thresholds && thresholds->ndim() == 3 && thresholds->shape(1) == COREINFER_NUM_INPUT_GROUPS &&
+                      thresholds->shape(2) == 2;
     const size_t num_layers = fits ? size_t(thresholds->shape(0)) : 0;
     check(coreinfer_use_ffn(get(), ffn.get(), thresholds ? thresholds->data() : nullptr, num_layers));
   }
 
-  void lay_out_columns(const std::array<bool, COREINFER_NUM_INPUT_GROUPS>& groups, size_t least_bytes) {
-    int bits = 0;
+  void lay_out_columns(const std::array<bool, COREINFER_NUM_INPUT_GROUPS>& groups, bool halves, size_t least_bytes) {
+    int bits = halves ? COREINFER_HALVES : 0;
     for (size_t group = 0; group < groups.size(); ++group) bits |= groups[group] << group;
     check(coreinfer_lay_out_columns(get(), bits, least_bytes));
   }
 
-  // Of each group, the time of this share of the inputs by rows over the time by columns; 0 where it cannot have columns.
-  std::array<double, COREINFER_NUM_INPUT_GROUPS> try_columns(double share) {
+  // Of each group, the time of this share of the weights by rows over the time by columns; 0 where it cannot have columns.
+  std::array<double, COREINFER_NUM_INPUT_GROUPS> try_columns(double share, bool halves) {
     std::array<double, COREINFER_NUM_INPUT_GROUPS> gains{};
-    check(released([&] { return coreinfer_try_columns(get(), share, gains.data()); }));
+    const int flags = halves ? COREINFER_HALVES : 0;
+    check(released([&] { return coreinfer_try_columns(get(), share, flags, gains.data()); }));
     return gains;
   }
 
@@ -260,9 +262,9 @@ PYBIND11_MODULE(_native, module) {
            py::arg("record"), py::arg("name"), py::arg("base"), py::arg("isa"), py::arg("num_threads"),
            py::arg("count_pages"))
       .def("use", &Model::use, py::arg("ffn"), py::arg("thresholds") = py::none())
-      .def("lay_out_columns", &Model::lay_out_columns, py::arg("groups"),
+      .def("lay_out_columns", &Model::lay_out_columns, py::arg("groups"), py::arg("halves") = false,
            py::arg("least_bytes") = int{COREINFER_LEAST_COLUMN_BYTES})
-      .def("try_columns", &Model::try_columns, py::arg("share"))
+      .def("try_columns", &Model::try_columns, py::arg("share"), py::arg("halves") = false)
       .def_property_readonly("column_bytes", &Model::column_bytes)
       .def("limit", &Model::limit, py::arg("path"), py::arg("layer_bytes"), py::arg("window_bytes"))
       .def("announce", &Model::announce, py::arg("ffn"))

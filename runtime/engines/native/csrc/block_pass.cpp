@@ -60,8 +60,8 @@ class BlockPass {
         num_threads_(decoder.threads.size()),
         num_tokens_(static_cast<int>(rows.size())),
         num_fast_(num_tokens_ - options.num_exact),
-        inputs_{shared_.inputs.view, num_tokens_, options.num_exact},
-        neurons_{shared_.neurons.view, num_tokens_, options.num_exact},
+        inputs_{decoder.inputs_in(shared_.inputs), num_tokens_, options.num_exact},
+        neurons_{decoder.inputs_in(shared_.neurons), num_tokens_, options.num_exact},
         hidden_(round_up(weights_.hidden, kGroup)),
         key_(round_up(weights_.query_size(), kGroup)),
         value_(key_ + round_up(weights_.kv_size(), kGroup)),
@@ -153,8 +153,7 @@ class BlockPass {
       else
         attend_at_once(layer, attention, t, head, out);
     }
-    keep_wanted(kernels_, decoder_.filter(layer, kHeads, attention.heads_norms), inputs.values, 0,
-                weights_.query_size());
+    keep_wanted(kernels_, decoder_.filter(layer, kHeads, attention.heads_norms), inputs, 0, weights_.query_size());
     kernels_.quantize(inputs, padded, 1);
   }
 
@@ -300,7 +299,7 @@ class BlockPass {
     const bool screened = options_.screened && !options_.all_logits;
     // Single tokens, and what is projected first, are multiplied in codes.
     const int num_fast = options_.all_logits && weights_.project_out.empty() ? num_fast_ : 0;
-    const Batch all{inputs_.x, num_tokens_, num_tokens_ - num_fast};
+    const Batch all{inputs_.x.whole(), num_tokens_, num_tokens_ - num_fast};
     own_tokens([&](int t) {
       if (t < first) return;
       const Activations inputs = all.token(t);

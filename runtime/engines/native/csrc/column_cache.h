@@ -15,6 +15,7 @@ class ColumnCache {
   std::shared_ptr<const LayerColumns> attention() const { return attention_; }
   // Lays the FFN's weights out if they are not; then the FFN that was used longest ago may go.
   std::shared_ptr<const LayerColumns> of(const std::shared_ptr<const Ffn>& ffn);
+  bool in_planes() const { return layout_.in_planes; }
   size_t num_bytes() const;
 
  private:

@@ -46,10 +46,10 @@ Member member_of(Rows rows, InputGroup group, const ColumnLayout& layout, Thread
   return member;
 }
 
-std::vector<Group> first_layers(Decoder& decoder, InputGroup group) {
+std::vector<Group> first_layers(Decoder& decoder, InputGroup group, bool in_planes) {
   std::vector<Group> groups;
   size_t num_bytes = 0;
-  const ColumnLayout layout{decoder.kernels.column_tile, kLeastColumnBytes, {true, true, true, true}};
+  const ColumnLayout layout{decoder.kernels.column_tile, kLeastColumnBytes, {true, true, true, true}, in_planes};
   for (size_t i = 0; i < decoder.weights.layers.size(); ++i) {
     const std::vector<Rows> all = matrices_of(decoder, i, group);
     const size_t at_once = all.size() == 1 ? 1 : decoder.weights.layers[i].router.num_chosen;
@@ -65,12 +65,21 @@ std::vector<Group> first_layers(Decoder& decoder, InputGroup group) {
   return groups;
 }
 
-// Inputs of which about that share is not zero.
-void draw_inputs(const Kernels& kernels, double share, ActivationBuffer& x) {
+// Of inputs that follow a normal distribution and thresholds that are 2.5 times as high for all bits, so many in twice the
+// smaller of what is read and what is not read the high bits alone, near enough.
+constexpr double kHalvedShare = 0.35;
+
+// Inputs of whose weights about that share is read.
+void draw_inputs(const Kernels& kernels, double share, const Activations& x) {
   std::mt19937 random(1);
   std::uniform_real_distribution<float> uniform(0.0f, 1.0f);
-  for (int i = 0; i < x.view.stride; ++i) x.view.values[i] = uniform(random) < share ? 0.5f + uniform(random) : 0.0f;
-  kernels.quantize(x.view, x.view.stride, 1);
+  const double halved = x.bits ? 2 * kHalvedShare * std::min(share, 1 - share) : 0.0;
+  for (int i = 0; i < x.stride; ++i) {
+    const double place = uniform(random);
+    x.values[i] = place < share + halved / 2 ? 0.5f + uniform(random) : 0.0f;
+    if (x.bits) x.bits[i] = place < share - halved / 2 ? kAllBits : kHighBits;
+  }
+  kernels.quantize(x, x.stride, 1);
 }
 
 class Trial {
@@ -82,7 +91,8 @@ class Trial {
       widest = std::max(widest, group[0].rows.front()->cols);
       most = std::max(most, group.size() * num_segment_sums(group[0].columns.matrix));
     }
-    x_.resize(1, widest);
+    buffer_.resize(1, widest);
+    x_ = groups_[0][0].columns.matrix.in_planes ? buffer_.halved() : buffer_.view;
     sums_.resize(most);
     draw_inputs(decoder.kernels, share, x_);
   }
@@ -112,7 +122,7 @@ class Trial {
             Member& member = group[first / per_member];
             const int offset = first / per_member * per_member;
             end = std::min(last, offset + per_member);
-            multiply(decoder_.kernels, *member.rows[i], {x_.view, 1, 0}, member.outs[i].get(), 0, first - offset,
+            multiply(decoder_.kernels, *member.rows[i], {x_.whole(), 1, 0}, member.outs[i].get(), 0, first - offset,
                      end - offset);
           }
         };
@@ -129,7 +139,7 @@ class Trial {
       const size_t num_sums = num_segment_sums(group[0].columns.matrix);
       products.clear();
       for (size_t i = 0; i < group.size(); ++i)
-        products.push_back({&group[i].columns.matrix, x_.view, sums_.get() + i * num_sums});
+        products.push_back({&group[i].columns.matrix, x_, sums_.get() + i * num_sums});
       add_columns(decoder_.kernels, products.data(), static_cast<int>(products.size()), thread, decoder_.threads);
       decoder_.threads.barrier(thread);
       for (size_t i = 0; i < group.size(); ++i) add_up(group[i], products[i], thread);
@@ -150,16 +160,17 @@ class Trial {
 
   Decoder& decoder_;
   std::vector<Group> groups_;
-  ActivationBuffer x_;
+  ActivationBuffer buffer_;
+  Activations x_;
   Buffer<float> sums_;
 };
 
 }  // namespace
 
-std::array<double, kNumInputGroups> try_columns(Decoder& decoder, double share) {
+std::array<double, kNumInputGroups> try_columns(Decoder& decoder, double share, bool in_planes) {
   std::array<double, kNumInputGroups> gains{};
   for (int group = 0; group < kNumInputGroups; ++group) {
-    std::vector<Group> groups = first_layers(decoder, static_cast<InputGroup>(group));
+    std::vector<Group> groups = first_layers(decoder, static_cast<InputGroup>(group), in_planes);
     if (!groups.empty()) gains[group] = Trial(decoder, std::move(groups), share).run();
   }
   return gains;

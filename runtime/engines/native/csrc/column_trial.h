@@ -6,8 +6,10 @@
 namespace coreinfer {
 
 // Of each group of inputs, in some of the decoder's layers: the time by rows over the time input by input, where a token
-// wants this share of the inputs. Above 1 columns are faster; 0 where the group cannot lie so. Takes some tens of
+// wants this share of the weights. Above 1 columns are faster; 0 where the group cannot lie so. Takes some tens of
 // milliseconds, and lays these layers out. An FFN must be in use, and no pass run.
-std::array<double, kNumInputGroups> try_columns(Decoder& decoder, double share);
+//
+// `in_planes`: whether inputs may read the high bits alone.
+std::array<double, kNumInputGroups> try_columns(Decoder& decoder, double share, bool in_planes);
 
 }  // namespace coreinfer

@@ -10,7 +10,7 @@
 namespace coreinfer {
 namespace {
 
-constexpr int kPanelOutputs = 8192;  // the most
+constexpr int kPanelOutputs = 8192;  // the most, twice as many in planes: 4 kB of a column
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr int kMostTile = 128;
 
@@ -51,7 +51,7 @@ void unpack_block(const uint8_t* from, uint8_t* codes, int stride) {
 }
 
 // One tile of one group: where an output lies in its column is such that words of four columns' bytes, put beside each
-// other (V::interleave), have the outputs in order.
+// other (V::interleave), have the outputs in order. In planes tiles must come in their order, for two share their bytes.
 class TilePacker {
  public:
   TilePacker(const ColumnMatrix& w, uint8_t* data) : w_(w), data_(data), lanes_(w.tile / 8) {}
@@ -67,8 +67,12 @@ class TilePacker {
       std::memcpy(head + i * kBlockRows * 2, rows.scales + at * kBlockRows, kBlockRows * 2);
       std::memcpy(head + w_.tile * 2 + i * kBlockRows, rows.zeros + at * kBlockRows, kBlockRows);
     }
-    uint8_t* out = data_ + (w_.codes(panel, group) - w_.data) + tile * w_.tile_bytes();
-    for (int input = 0; input < kGroup; ++input, out += w_.column_stride()) pack_column(codes + input * w_.tile, out);
+    uint8_t* out = data_ + (w_.codes(panel, group) - w_.data) + w_.tile_offset(tile);
+    for (int input = 0; input < kGroup; ++input, out += w_.column_stride()) {
+      uint8_t column[kMostTile / 2];
+      pack_column(codes + input * w_.tile, w_.in_planes ? column : out);
+      if (w_.in_planes) split_column(column, tile % 2, out);
+    }
   }
 
  private:
@@ -80,19 +84,31 @@ class TilePacker {
       }
   }
 
+  // The first of two tiles overwrites what is there.
+  void split_column(const uint8_t* column, bool is_second, uint8_t* highs) const {
+    uint8_t* lows = highs + w_.plane_bytes();
+    for (size_t i = 0; i < w_.tile_bytes(); ++i) {
+      const uint8_t high = column[i] & 0xcc, low = column[i] & 0x33;
+      highs[i] = is_second ? highs[i] | high : high >> 2;
+      lows[i] = is_second ? lows[i] | low << 2 : low;
+    }
+  }
+
   const ColumnMatrix& w_;
   uint8_t* data_;
   int lanes_;
 };
 
-ColumnMatrix shape_of(const std::vector<const Matrix*>& rows, int tile) {
+ColumnMatrix shape_of(const std::vector<const Matrix*>& rows, int tile, bool in_planes) {
   int num_outputs = 0;
   for (const Matrix* w : rows) num_outputs += padded_rows(*w);
   ColumnMatrix w;
   w.tile = tile;
+  w.in_planes = in_planes;
   w.num_groups = rows.front()->num_groups();
-  w.num_panels = (num_outputs + kPanelOutputs - 1) / kPanelOutputs;
-  w.num_tiles = ((num_outputs + w.num_panels - 1) / w.num_panels + tile - 1) / tile;
+  const int most = kPanelOutputs * w.num_planes(), step = tile * w.num_planes();
+  w.num_panels = (num_outputs + most - 1) / most;
+  w.num_tiles = ((num_outputs + w.num_panels - 1) / w.num_panels + step - 1) / step * w.num_planes();
   return w;
 }
 
@@ -150,26 +166,26 @@ void lay_out_experts(const std::vector<FfnWeights>& experts, InputGroup group, c
   for (const FfnWeights& expert : experts) {
     rows.push_back(laid_out(matrices_of(expert, group), group, layout));
     places.push_back(num_bytes);
-    if (!rows.back().empty()) num_bytes += (shape_of(rows.back(), layout.tile).num_bytes() + 63) / 64 * 64;
+    if (!rows.back().empty()) num_bytes += (shape_of(rows.back(), layout.tile, false).num_bytes() + 63) / 64 * 64;
   }
   if (num_bytes == 0) return;
   const std::shared_ptr<uint8_t> memory = allocate(num_bytes);
   for (size_t e = 0; e < experts.size(); ++e)
     if (!rows[e].empty())
       out[e][group % 2] =
-          make_columns(rows[e], shape_of(rows[e], layout.tile), {memory, memory.get() + places[e]}, threads);
+          make_columns(rows[e], shape_of(rows[e], layout.tile, false), {memory, memory.get() + places[e]}, threads);
 }
 
 }  // namespace
 
-Columns make_columns(const std::vector<const Matrix*>& rows, int tile, Threads& threads) {
-  const ColumnMatrix shape = shape_of(rows, tile);
+Columns make_columns(const std::vector<const Matrix*>& rows, int tile, bool in_planes, Threads& threads) {
+  const ColumnMatrix shape = shape_of(rows, tile, in_planes);
   return make_columns(rows, shape, allocate(shape.num_bytes()), threads);
 }
 
 Columns columns_of(std::vector<const Matrix*> rows, InputGroup group, const ColumnLayout& layout, Threads& threads) {
   rows = laid_out(std::move(rows), group, layout);
-  return rows.empty() ? Columns() : make_columns(rows, layout.tile, threads);
+  return rows.empty() ? Columns() : make_columns(rows, layout.tile, layout.in_planes, threads);
 }
 
 std::vector<const Matrix*> matrices_of(const FfnWeights& ffn, InputGroup group) {

@@ -16,20 +16,27 @@ namespace coreinfer {
 enum InputGroup { kQkv, kHeads, kGateUp, kDown, kNumInputGroups };
 using GroupFlags = std::array<bool, kNumInputGroups>;
 
-// Which inputs of a group of matrices a token wants: those whose |x| * norm is above the threshold.
+// Which inputs of a group of matrices a token wants: those whose |x| * norm is above the first threshold; those that are not
+// above the second read the high bits of their weights alone.
 struct Filter {
   const float* norms = nullptr;    // of the columns, over all outputs
-  float threshold = -1.0f;         // below 0: all are wanted
+  Thresholds thresholds;
   const float* weights = nullptr;  // of an expert's tokens, what |x| * norm is multiplied by; null for 1
-  bool wants_all() const { return !norms || threshold < 0.0f; }
-  Filter of(int token) const { return {norms, weights ? threshold / weights[token] : threshold}; }
+  bool wants_all() const { return !norms || thresholds.wanted < 0.0f; }
+  Filter of(int token) const {
+    if (!weights) return *this;
+    return {norms, {thresholds.wanted / weights[token], thresholds.whole / weights[token]}};
+  }
 };
 
 // (panels, groups of inputs): for each tile of outputs their scales (fp16) and zero points, then a group's columns of half a
-// byte for each of the panel's outputs. A panel's part of a column lies in one piece.
+// byte for each of the panel's outputs. A panel's part of a column lies in one piece; or in two planes, the codes' two high
+// bits in one and their two low ones in the other, first all high pieces of the group and then all low ones. A byte of a
+// plane has the bits of two tiles beside each other: (second, first) of the high nibble, then of the low one.
 struct ColumnMatrix {
   int tile = 0;                                       // outputs whose sums fit the registers: Kernels::column_tile
-  int num_groups = 0, num_panels = 0, num_tiles = 0;  // tiles of one panel
+  int num_groups = 0, num_panels = 0, num_tiles = 0;  // tiles of one panel, an even number in planes
+  bool in_planes = false;
   const uint8_t* data = nullptr;
 
   bool empty() const { return num_panels == 0; }
@@ -37,16 +44,21 @@ struct ColumnMatrix {
   int num_outputs() const { return num_panels * panel_outputs(); }
   size_t tile_bytes() const { return size_t(tile) / 2; }  // of one column
   size_t head_bytes() const { return size_t(tile) * 3; }  // of one tile
-  size_t column_bytes() const { return num_tiles * tile_bytes(); }
+  size_t piece_bytes() const { return num_tiles * tile_bytes() / num_planes(); }  // of one column and plane
+  int num_planes() const { return in_planes ? 2 : 1; }
   // From a column to the next. A multiple of 512 would put a tile of all columns into few sets of the first-level cache.
-  size_t column_stride() const { return column_bytes() + (column_bytes() % 512 == 0 ? 64 : 0); }
+  size_t column_stride() const { return piece_bytes() + (piece_bytes() % 512 == 0 ? 64 : 0); }
+  size_t plane_bytes() const { return kGroup * column_stride(); }
   size_t heads_bytes() const { return num_tiles * head_bytes(); }
-  size_t group_bytes() const { return heads_bytes() + kGroup * column_stride(); }
+  size_t group_bytes() const { return heads_bytes() + num_planes() * plane_bytes(); }
   size_t num_bytes() const { return size_t(num_panels) * num_groups * group_bytes(); }
   const uint8_t* heads(int panel, int group) const {
     return data + (size_t(panel) * num_groups + group) * group_bytes();
   }
+  // The group's columns, or their high bits; the low ones come `plane_bytes` after them.
   const uint8_t* codes(int panel, int group) const { return heads(panel, group) + heads_bytes(); }
+  // Tiles whose bits lie in the same bytes begin `tile_bytes` after the ones before them.
+  size_t tile_offset(int tile) const { return tile / num_planes() * tile_bytes(); }
   // What is dealt out to threads: some groups of one panel, whose sums are their own.
   int num_segments() const { return (num_groups + kSegmentGroups - 1) / kSegmentGroups; }
   int num_units() const { return num_panels * num_segments(); }
@@ -67,11 +79,12 @@ struct ColumnLayout {
   int tile;            // Kernels::column_tile
   size_t least_bytes;  // shorter columns are read by rows
   GroupFlags wants;    // which groups are laid out
+  bool in_planes;      // for inputs that read the high bits of their weights alone; not of experts
 };
 constexpr size_t kLeastColumnBytes = 1024;  // of a column that may be worth leaving out on some machine
 
 // Lay matrices out input by input, on all threads. All must be int4 and have the same number of columns.
-Columns make_columns(const std::vector<const Matrix*>& rows, int tile, Threads& threads);
+Columns make_columns(const std::vector<const Matrix*>& rows, int tile, bool in_planes, Threads& threads);
 // The same where it is wanted, all are int4 and columns are long enough, without matrices that are empty.
 Columns columns_of(std::vector<const Matrix*> rows, InputGroup group, const ColumnLayout& layout, Threads& threads);
 // The matrices of an FFN that have the same inputs.
@@ -84,10 +97,11 @@ LayerColumns attention_columns(const ModelWeights& weights, const ColumnLayout& 
 LayerColumns ffn_columns(const Ffn& ffn, const ColumnLayout& layout, Threads& threads);
 size_t num_bytes(const LayerColumns& layers);
 
-// What of its inputs a token reads: of each layer and group the threshold, and the matrices where they lie input by input.
+// What of its inputs a token reads: of each layer and group the thresholds, and the matrices where they lie input by input.
 struct TokenShares {
-  std::vector<std::array<float, kNumInputGroups>> thresholds;  // one a layer
-  std::shared_ptr<const LayerColumns> attention, ffn;          // null: all weights are read by rows
+  std::vector<std::array<Thresholds, kNumInputGroups>> thresholds;  // one a layer
+  bool halves = false;                                              // whether any input reads the high bits alone
+  std::shared_ptr<const LayerColumns> attention, ffn;               // null: all weights are read by rows
 };
 
 }  // namespace coreinfer

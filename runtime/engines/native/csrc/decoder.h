@@ -80,6 +80,10 @@ struct Decoder {
   Filter filter(int layer, InputGroup group, const float* norms) const {
     return shares ? Filter{norms, shares->thresholds[layer][group]} : Filter();
   }
+  // Inputs of tokens, which may read the high bits of their weights alone.
+  Activations inputs_in(const ActivationBuffer& buffer) const {
+    return shares && shares->halves ? buffer.halved() : buffer.view;
+  }
   // Where memory for weights is limited: what is in it, and where the layers of the FFN in use are read from.
   std::shared_ptr<Residency> residency;
   std::shared_ptr<LayerSource> source;

@@ -177,7 +177,7 @@ void Mixture::gather() {
       Activations to = gathered_.token(slot);
       if (t >= inputs_.num_fast()) to = Batch::in_codes(to);
       std::memcpy(to.values, inputs_.token(t).values, sizeof(float) * hidden_);
-      keep_wanted(kernels_, filter.of(i), to.values, 0, decoder_.weights.hidden);
+      keep_wanted(kernels_, filter.of(i), to, 0, decoder_.weights.hidden);
       kernels_.quantize(to, hidden_, 1);
     }
   }

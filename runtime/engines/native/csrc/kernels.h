@@ -135,10 +135,11 @@ struct Kernels {
   void (*add_neurons)(const NeuronRows& rows, const float* factors, float* sums);
   // Outputs of a tile of ColumnMatrix.
   int column_tile;
-  // Inputs whose code is 0 are not read. Returns how many columns were.
-  int (*multiply_columns)(const ColumnTask& task);
-  // x[i] = 0 where |x[i]| * norms[i] is at most the threshold; a NaN stays.
-  void (*keep_wanted)(float* x, const float* norms, float threshold, int size);
+  // Inputs whose code is 0 are not read. Returns the bytes of codes that were read of each of the tiles.
+  size_t (*multiply_columns)(const ColumnTask& task);
+  // x[i] = 0 where |x[i]| * norms[i] is at most the first threshold; a NaN stays. Where `bits` is not null, bits[i] becomes
+  // kHighBits where it is at most the second one, else kAllBits.
+  void (*keep_wanted)(float* x, const float* norms, Thresholds thresholds, int size, uint8_t* bits);
 };
 
 // Tables that this build has and this CPU can run, best first; "portable" is always the last.

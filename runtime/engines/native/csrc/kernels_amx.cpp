@@ -171,7 +171,8 @@ inline void store_sums(float* y, size_t y_stride, int num_tokens, int num_panels
 void multiply(const Matrix& w, const Activations& x, int num_tokens, float* y, size_t y_stride, int block_begin,
               int block_end) {
   if (!x.bf16) {
-    const bool in_tiles = w.quantized() && num_tokens >= kAmxLeastTokens;
+    // A tile of weights is that of all tokens, which may read other bits of it.
+    const bool in_tiles = w.quantized() && num_tokens >= kAmxLeastTokens && !x.bits;
     const auto multiply_codes = in_tiles ? amx_multiply_codes : avx512_kernels().multiply;
     return multiply_codes(w, x, num_tokens, y, y_stride, block_begin, block_end);
   }

@@ -46,6 +46,21 @@ struct V {
   static B load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static B low_nibbles(B x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
   static B high_nibbles(B x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+  // Nibbles with the bits that are asked for, of each four inputs.
+  static B low_nibbles(B x, const uint8_t* bits) { return _mm512_and_si512(x, quad((const int8_t*)bits)); }
+  static B high_nibbles(B x, const uint8_t* bits) { return low_nibbles(_mm512_srli_epi16(x, 4), bits); }
+  // Of two tiles, the bytes whose nibbles' high and low two bits lie in planes; or of the high ones alone, the low ones 0.
+  static void join_bits(B high, B low, B* out) {
+    const B mask = _mm512_set1_epi8(char(0xcc));
+    out[0] = _mm512_ternarylogic_epi32(mask, _mm512_slli_epi16(high, 2), low, 0xca);
+    out[1] = _mm512_ternarylogic_epi32(mask, high, _mm512_srli_epi16(low, 2), 0xca);
+  }
+  static void spread_bits(B high, B* out) {
+    const B mask = _mm512_set1_epi8(char(0xcc));
+    out[0] = _mm512_and_si512(_mm512_slli_epi16(high, 2), mask);
+    out[1] = _mm512_and_si512(high, mask);
+  }
+  static void store_bytes(uint8_t* p, B x) { _mm512_store_si512(p, x); }
   // The bytes whose halves are the low, or the high, nibbles of two vectors.
   static B join_low(B high, B low) { return halves(_mm512_slli_epi16(high, 4), low); }
   static B join_high(B high, B low) { return halves(high, _mm512_srli_epi16(low, 4)); }

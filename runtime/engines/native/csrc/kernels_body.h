@@ -43,12 +43,20 @@ inline void quantize_group(const float* values, int8_t* codes, float& scale, flo
   sixteenth_sum = total / 16.0f;
 }
 
+// kLowMean times the sum of a group's codes that read the high bits alone: exact.
+inline float low_sum(const int8_t* codes, const uint8_t* bits) {
+  int sum = 0;
+  for (int i = 0; i < kGroup; ++i) sum += bits[i] == kHighBits ? codes[i] : 0;
+  return kLowMean * static_cast<float>(sum);
+}
+
 void quantize(const Activations& x, int num_values, int num_tokens) {
   const int x_groups = x.stride / kGroup;
   for (int t = 0; t < num_tokens; ++t)
     for (int g = 0; g < num_values / kGroup; ++g) {
       const size_t group = size_t(t) * x_groups + g, first = group * kGroup;
       quantize_group(x.values + first, x.codes + first, x.scales[group], x.sums[group]);
+      if (x.bits) x.low_sums[group] = low_sum(x.codes + first, x.bits + first);
     }
 }
 
@@ -86,6 +94,23 @@ inline void add_nibbles(const uint8_t* codes, const int8_t* quads, int stride, V
         const int8_t* quad = quads + size_t(t) * stride + j * 8;
         sums[t][0][v] = V::dot_nibbles(sums[t][0][v], low, quad);
         sums[t][kChains - 1][v] = V::dot_nibbles(sums[t][kChains - 1][v], high, quad + 4);
+      }
+    }
+}
+
+// The same of inputs of which some read the high bits alone.
+template <int kTokens, int kChains>
+inline void add_nibble_bits(const uint8_t* codes, const int8_t* quads, const uint8_t* bits, int stride,
+                            V::I (*sums)[kChains][kVectors]) {
+  for (int j = 0; j < 4; ++j)
+    for (int v = 0; v < kVectors; ++v) {
+      const V::B bytes = V::load_bytes(codes + j * 64 + v * V::kLanes * 4);
+      for (int t = 0; t < kTokens; ++t) {
+        const size_t at = size_t(t) * stride + j * 8;
+        V::I(&own)[kChains][kVectors] = sums[t];
+        own[0][v] = V::dot_nibbles(own[0][v], V::low_nibbles(bytes, bits + at), quads + at);
+        own[kChains - 1][v] =
+            V::dot_nibbles(own[kChains - 1][v], V::high_nibbles(bytes, bits + at + 4), quads + at + 4);
       }
     }
 }
@@ -155,8 +180,8 @@ inline void end_segment(V::F (&totals)[kTokens][kVectors], float* y, size_t y_st
   clear_totals(totals);
 }
 
-// One block of 16 rows times kTokens tokens, from integer codes.
-template <Format kFormat, int kTokens>
+// One block of 16 rows times kTokens tokens, from integer codes; with kBits those of int4 that each input reads.
+template <Format kFormat, int kTokens, bool kBits = false>
 inline void multiply_codes(const Matrix& w, const Activations& x, float* y, size_t y_stride, int block) {
   using T = Tile<kFormat>;
   constexpr int kChains = kTokens == 1 ? 2 : 1;  // independent sums hide the latency of the dot product
@@ -176,7 +201,9 @@ inline void multiply_codes(const Matrix& w, const Activations& x, float* y, size
     V::I sums[kTokens][kChains][kVectors], low_sums[kTokens][kChains][kVectors];
     const int8_t* quads = x.codes + g * kGroup;
     clear<kTokens, kChains>(sums);
-    if constexpr (kJoins)
+    if constexpr (kBits)
+      add_nibble_bits<kTokens, kChains>(codes, quads, x.bits + g * kGroup, x.stride, sums);
+    else if constexpr (kJoins)
       add_planes<kTokens>(codes, lows + g * T::kBytes, quads, x.stride, sums);
     else if constexpr (kNibbles)
       add_nibbles<kTokens, kChains>(codes, quads, x.stride, sums);
@@ -195,6 +222,7 @@ inline void multiply_codes(const Matrix& w, const Activations& x, float* y, size
         V::F value = joined<kNibbles, kChains>(sums[t], v);
         if constexpr (T::kPlanes && !kJoins)
           value = V::fma(value, V::set1(16.0f), joined<true, kChains>(low_sums[t], v));
+        if constexpr (kBits) value = value + V::set1(x.low_sums[t * x_groups + g]);
         if constexpr (kFormat == Format::int4 || kZero != 0)
           value = V::fnma(zero, V::set1(x.sums[t * x_groups + g]), value);
         total[t][v] = V::fma(value, scale * V::set1(x.scales[t * x_groups + g]), total[t][v]);
@@ -239,6 +267,7 @@ inline void multiply_bf16_block(const Matrix& w, const Activations& x, float* y,
 
 template <int kTokens>
 inline void multiply_block(const Matrix& w, const Activations& x, float* y, size_t y_stride, int block) {
+  if (w.format == Format::int4 && x.bits) return multiply_codes<Format::int4, kTokens, true>(w, x, y, y_stride, block);
   if (w.format == Format::int4) return multiply_codes<Format::int4, kTokens>(w, x, y, y_stride, block);
   if (w.format == Format::int8) return multiply_codes<Format::int8, kTokens>(w, x, y, y_stride, block);
   if (w.format == Format::int8_planes) return multiply_codes<Format::int8_planes, kTokens>(w, x, y, y_stride, block);

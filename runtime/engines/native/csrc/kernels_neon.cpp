@@ -46,6 +46,23 @@ struct V {
   static B load_bytes(const uint8_t* p) { return vld1q_u8(p); }
   static B low_nibbles(B x) { return vandq_u8(x, vdupq_n_u8(15)); }
   static B high_nibbles(B x) { return vshrq_n_u8(x, 4); }
+  // Nibbles with the bits that are asked for, of each four inputs.
+  static B low_nibbles(B x, const uint8_t* bits) {
+    return vandq_u8(x, vreinterpretq_u8_s8(quad(reinterpret_cast<const int8_t*>(bits))));
+  }
+  static B high_nibbles(B x, const uint8_t* bits) { return low_nibbles(vshrq_n_u8(x, 4), bits); }
+  // Of two tiles, the bytes whose nibbles' high and low two bits lie in planes; or of the high ones alone, the low ones 0.
+  static void join_bits(B high, B low, B* out) {
+    const B mask = vdupq_n_u8(0xcc);
+    out[0] = vbslq_u8(mask, vshlq_n_u8(high, 2), low);
+    out[1] = vbslq_u8(mask, high, vshrq_n_u8(low, 2));
+  }
+  static void spread_bits(B high, B* out) {
+    const B mask = vdupq_n_u8(0xcc);
+    out[0] = vandq_u8(vshlq_n_u8(high, 2), mask);
+    out[1] = vandq_u8(high, mask);
+  }
+  static void store_bytes(uint8_t* p, B x) { vst1q_u8(p, x); }
   // The bytes whose halves are the low, or the high, nibbles of two vectors.
   static B join_low(B high, B low) { return vorrq_u8(vshlq_n_u8(high, 4), low_nibbles(low)); }
   static B join_high(B high, B low) { return vorrq_u8(vandq_u8(high, vdupq_n_u8(0xf0)), vshrq_n_u8(low, 4)); }

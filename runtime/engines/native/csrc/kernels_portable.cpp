@@ -57,6 +57,24 @@ struct V {
   }
   static B low_nibbles(B x) { return x & 15; }
   static B high_nibbles(B x) { return x >> 4; }
+  // Nibbles with the bits that are asked for, of each four inputs.
+  static B low_nibbles(B x, const uint8_t* bits) {
+    uint32_t word;
+    std::memcpy(&word, bits, sizeof word);
+    typedef uint32_t Words __attribute__((vector_size(16)));
+    return x & (B)(Words{} + word);
+  }
+  static B high_nibbles(B x, const uint8_t* bits) { return low_nibbles(x >> 4, bits); }
+  // Of two tiles, the bytes whose nibbles' high and low two bits lie in planes; or of the high ones alone, the low ones 0.
+  static void join_bits(B high, B low, B* out) {
+    out[0] = ((high << 2) & 0xcc) | (low & 0x33);
+    out[1] = (high & 0xcc) | ((low >> 2) & 0x33);
+  }
+  static void spread_bits(B high, B* out) {
+    out[0] = (high << 2) & 0xcc;
+    out[1] = high & 0xcc;
+  }
+  static void store_bytes(uint8_t* p, B x) { std::memcpy(p, &x, sizeof x); }
   // The bytes whose halves are the low, or the high, nibbles of two vectors.
   static B join_low(B high, B low) { return (high << 4) | (low & 15); }
   static B join_high(B high, B low) { return (high & 0xf0) | (low >> 4); }

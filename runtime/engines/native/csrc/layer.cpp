@@ -85,13 +85,21 @@ void apply_norm(const ModelWeights& weights, const Kernels& kernels, const Norm&
     kernels.rms_norm(x, norm.weight, weights.epsilon, size, out);
 }
 
+void keep_wanted(const Kernels& kernels, const Filter& filter, const Activations& x, int first, int count) {
+  uint8_t* bits = x.bits ? x.bits + first : nullptr;
+  if (!filter.wants_all())
+    kernels.keep_wanted(x.values + first, filter.norms + first, filter.thresholds, count, bits);
+  else if (bits)
+    std::fill_n(bits, count, kAllBits);
+}
+
 void prepare_inputs(const ModelWeights& weights, const Kernels& kernels, const Norm& norm, const float* x,
                     const Activations& out, const Filter& filter) {
   if (norm.present())
     apply_norm(weights, kernels, norm, x, weights.hidden, out.values);
   else
     std::memcpy(out.values, x, sizeof(float) * weights.hidden);
-  keep_wanted(kernels, filter, out.values, 0, weights.hidden);
+  keep_wanted(kernels, filter, out, 0, weights.hidden);
   const int padded = round_up(weights.hidden, kGroup);
   std::fill(out.values + weights.hidden, out.values + padded, 0.0f);
   kernels.quantize(out, padded, 1);
@@ -167,7 +175,7 @@ void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const F
   }
   kernels.activate(weights.neuron_function, ffn.gate.weight.empty() ? nullptr : gate, up, size, num_tokens,
                    out.x.values + first, out.x.stride);
-  for (int t = 0; t < num_tokens; ++t) keep_wanted(kernels, filter.of(t), out.token(t).values, first, last - first);
+  for (int t = 0; t < num_tokens; ++t) keep_wanted(kernels, filter.of(t), out.token(t), first, last - first);
   if (last < end * kUnit)
     for (int t = 0; t < num_tokens; ++t) std::fill(out.token(t).values + last, out.token(t).values + end * kUnit, 0.0f);
   quantize(kernels, out, first, size);
@@ -181,6 +189,8 @@ void ActivationBuffer::resize(int num_tokens, int size, bool bf16) {
   scales_.resize(count / kGroup);
   sums_.resize(count / kGroup);
   energies_.resize(count / kGroup);
+  bits_.resize(count);
+  low_sums_.resize(count / kGroup);
   if (bf16)
     for (Buffer<uint16_t>* buffer : {&bf16_, &rests_}) buffer->resize(size_t(round_up(num_tokens, 32)) * stride);
   view = {stride, values_.get(), codes_.get(), scales_.get(), sums_.get(), energies_.get(), bf16_.get(), rests_.get()};

@@ -51,10 +51,8 @@ void apply_norm(const ModelWeights& weights, const Kernels& kernels, const Norm&
 // out = norm(x) without what is not wanted, rounded as the matrices want it.
 void prepare_inputs(const ModelWeights& weights, const Kernels& kernels, const Norm& norm, const float* x,
                     const Activations& out, const Filter& filter = {});
-// Make the inputs [first, first + count) 0 that are not wanted.
-inline void keep_wanted(const Kernels& kernels, const Filter& filter, float* values, int first, int count) {
-  if (!filter.wants_all()) kernels.keep_wanted(values + first, filter.norms + first, filter.threshold, count);
-}
+// Make one token's inputs [first, first + count) 0 that are not wanted, and say of the others which bits they read.
+void keep_wanted(const Kernels& kernels, const Filter& filter, const Activations& x, int first, int count);
 // x += norms.output(y + bias), then norms.after in place; y is overwritten.
 void finish_sublayer(const ModelWeights& weights, const Kernels& kernels, const SublayerNorms& norms, const float* bias,
                      float* y, float* x);

@@ -67,6 +67,15 @@ struct Matrix {
   size_t screening_bytes() const { return size_t(num_blocks()) * num_groups() * (tile_bytes() + kBlockRows * 2); }
 };
 
+// What an input reads of its int4 weights: all four bits of each code, or the two high ones, with the mean of what the low
+// ones may be in their place.
+constexpr uint8_t kAllBits = 15, kHighBits = 12;
+constexpr float kLowMean = 1.5f;
+// What an input's |x| times its column's norm must pass to be wanted, and to read all bits.
+struct Thresholds {
+  float wanted = -1.0f, whole = -1.0f;  // below 0: all are wanted
+};
+
 // Inputs of a matrix for one or more tokens. `stride` is a multiple of 32, padded with zeros.
 struct Activations {
   int stride = 0;
@@ -77,7 +86,15 @@ struct Activations {
   float* energies = nullptr;  // (tokens, stride / 32): sum of a group's squared inputs
   uint16_t* bf16 = nullptr;   // (tokens, stride); in the place of codes where it is not null (Kernels::rounds_to_bf16)
   uint16_t* rests = nullptr;  // (tokens, stride): what that rounding leaves, for weights that are not quantized
+  uint8_t* bits = nullptr;    // (tokens, stride): kAllBits or kHighBits; null where all inputs read all bits
+  float* low_sums = nullptr;  // (tokens, stride / 32): of codes that read kHighBits, times kLowMean; null as `bits`
 
+  // The same inputs where all of them read all bits.
+  Activations whole() const {
+    Activations all = *this;
+    all.bits = nullptr;
+    return all;
+  }
   Activations token(int index) const { return from(size_t(index) * stride); }
   // From a value on, whose number is a multiple of 32.
   Activations from(size_t first) const {
@@ -89,7 +106,9 @@ struct Activations {
             sums + group,
             energies + group,
             bf16 ? bf16 + first : nullptr,
-            bf16 ? rests + first : nullptr};
+            bf16 ? rests + first : nullptr,
+            bits ? bits + first : nullptr,
+            bits ? low_sums + group : nullptr};
   }
 };
 

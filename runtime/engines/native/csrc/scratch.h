@@ -27,12 +27,20 @@ struct Buffer {
 // Activations with memory of their own. Where there are several tokens, kernels may read kSpareTokens more.
 constexpr int kSpareTokens = 15;
 struct ActivationBuffer {
-  Activations view;
+  Activations view;  // of inputs that read all bits
+  // The same where some may read the high ones alone.
+  Activations halved() const {
+    Activations inputs = view;
+    inputs.bits = bits_.get();
+    inputs.low_sums = low_sums_.get();
+    return inputs;
+  }
   void resize(int num_tokens, int size, bool bf16 = false);
 
  private:
-  Buffer<float> values_, scales_, sums_, energies_;
+  Buffer<float> values_, scales_, sums_, energies_, low_sums_;
   Buffer<int8_t> codes_;
+  Buffer<uint8_t> bits_;
   Buffer<uint16_t> bf16_, rests_;
 };
 

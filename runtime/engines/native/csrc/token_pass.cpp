@@ -49,7 +49,8 @@ class TokenPass {
         kernels_(decoder.kernels),
         shared_(decoder.token),
         own_(decoder.token.threads[thread]),
-        inputs_(own_.inputs.view),
+        inputs_(decoder.inputs_in(own_.inputs)),
+        neurons_(decoder.inputs_in(shared_.neurons)),
         x_(own_.residual.get()),
         thread_(thread),
         num_threads_(decoder.threads.size()),
@@ -61,17 +62,18 @@ class TokenPass {
   void run(bool screened, float* logits) {
     for (ActiveNeurons& active : own_.active) active.num_found = active.num_asked = 0;
     own_.column_bytes = 0;
-    embed(weights_, kernels_, row_.id, position_, inputs_, x_);
+    embed(weights_, kernels_, row_.id, position_, inputs_.whole(), x_);
     fill_angles(weights_, position_, own_.angles.get());
     for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
       LentLayer neurons(decoder_, static_cast<int>(layer), thread_);
       attention(static_cast<int>(layer), {first_of(neurons.ahead())});
       ffn(static_cast<int>(layer), neurons.weights(), after_layer(layer));
     }
-    prepare_inputs(weights_, kernels_, weights_.final_norm, x_, inputs_);
-    if (!weights_.project_out.empty()) project_out();
-    if (screened) kernels_.measure(inputs_, inputs_.stride);
-    compute_head(decoder_, {inputs_, 1, 0}, thread_, screened, logits);
+    const Activations last = inputs_.whole();
+    prepare_inputs(weights_, kernels_, weights_.final_norm, x_, last);
+    if (!weights_.project_out.empty()) project_out(last);
+    if (screened) kernels_.measure(last, last.stride);
+    compute_head(decoder_, {last, 1, 0}, thread_, screened, logits);
   }
 
  private:
@@ -173,7 +175,7 @@ class TokenPass {
     kernels_.combine(shared_.parts.data(), num_threads_, weights_.num_heads, weights_.head_dim, attention.sinks,
                      inputs_.values);
     std::fill(inputs_.values + size, inputs_.values + padded, 0.0f);
-    keep_wanted(kernels_, filter, inputs_.values, 0, size);
+    keep_wanted(kernels_, filter, inputs_, 0, size);
     kernels_.quantize(inputs_, padded, 1);
   }
 
@@ -200,9 +202,9 @@ class TokenPass {
     if (!columns) prefetch_share({&ffn.down.weight}, thread_, num_threads_);
     decoder_.threads.barrier(thread_);
     if (columns)
-      multiply_columns(*columns, shared_.neurons.view, {shared_.ffn_out.get()});
+      multiply_columns(*columns, neurons_, {shared_.ffn_out.get()});
     else
-      multiply({{&ffn.down.weight, shared_.ffn_out.get()}}, shared_.neurons.view, next);
+      multiply({{&ffn.down.weight, shared_.ffn_out.get()}}, neurons_, next);
   }
 
   void neurons_by_rows(const FfnWeights& ffn, const Filter& filter) {
@@ -233,7 +235,7 @@ class TokenPass {
 
   void finish_units(const FfnWeights& ffn, const Filter& filter, int first, int last) {
     finish_neurons(weights_, kernels_, ffn, first, last, shared_.gate.get() + first * kUnit,
-                   shared_.up.get() + first * kUnit, {shared_.neurons.view, 1, 0}, filter);
+                   shared_.up.get() + first * kUnit, {neurons_, 1, 0}, filter);
   }
 
   // Null where the group's matrices are read by rows.
@@ -331,13 +333,13 @@ class TokenPass {
     finish_sublayer(weights_, kernels_, norms, bias, inputs_.values, x_);
   }
 
-  void project_out() {
+  void project_out(const Activations& inputs) {
     float* out = own_.residual.get();  // done with
-    kernels_.multiply(weights_.project_out, inputs_, 1, out, 0, 0, weights_.project_out.num_blocks());
+    kernels_.multiply(weights_.project_out, inputs, 1, out, 0, 0, weights_.project_out.num_blocks());
     const int size = weights_.project_out.rows, padded = round_up(size, kGroup);
-    std::memcpy(inputs_.values, out, sizeof(float) * size);
-    std::fill(inputs_.values + size, inputs_.values + padded, 0.0f);
-    kernels_.quantize(inputs_, padded, 1);
+    std::memcpy(inputs.values, out, sizeof(float) * size);
+    std::fill(inputs.values + size, inputs.values + padded, 0.0f);
+    kernels_.quantize(inputs, padded, 1);
   }
 
   Decoder& decoder_;
@@ -346,7 +348,7 @@ class TokenPass {
   const Kernels& kernels_;
   TokenScratch& shared_;
   TokenScratch::PerThread& own_;
-  Activations inputs_;
+  const Activations inputs_, neurons_;
   float* x_;
   int thread_, num_threads_, position_;
   float *query_, *key_, *value_;
