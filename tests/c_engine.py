@@ -21,6 +21,7 @@ Int32s = npt.NDArray[np.int32]
 
 ALL_LOGITS, LAST_LOGITS, SCREENED = 1, 2, 4
 NUM_GROUPS = 4
+HALVES = 16
 _RELEASE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _POINTER, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 # Of functions that return a status, after the model or FFN.
@@ -45,7 +46,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "forward_rows": [_POINTER, _POINTER, _SIZE, _INT, _POINTER],
     "forward_beside": [_INT, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _INT, _POINTER],
     "lay_out_columns": [_INT, _SIZE],
-    "try_columns": [ctypes.c_double, _POINTER],
+    "try_columns": [ctypes.c_double, _INT, _POINTER],
     "bytes_per_token": [_INT, _INT, _INT, _POINTER],
 }
 _SIZES = ("page_bytes", "logits_stride", "column_bytes", "layer_bytes_used")
@@ -294,9 +295,9 @@ class CEngine(CModel):
 
     # Figures
 
-    def try_columns(self, share: float) -> list[float]:
+    def try_columns(self, share: float, *, halves: bool = False) -> list[float]:
         gains = (ctypes.c_double * NUM_GROUPS)()
-        self.call("try_columns", self._model, share, gains)
+        self.call("try_columns", self._model, share, HALVES if halves else 0, gains)
         return list(gains)
 
     def reads(self) -> Reads | None:

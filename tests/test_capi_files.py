@@ -185,7 +185,7 @@ def test_thresholds_and_columns(
     gains = model.try_columns(0.5)
     assert len(gains) == 4
     assert all(gain >= 0 for gain in gains)
-    with pytest.raises(CError, match=r"^ARGUMENT: thresholds: expected 3 layers of 4, got another shape$"):
+    with pytest.raises(CError, match=r"^ARGUMENT: thresholds: expected 3 layers of 4 pairs, got another shape$"):
         model.use_ffn(pack, thresholds[:2])
 
 
@@ -193,7 +193,7 @@ def test_python_says_the_same_of_thresholds(tiny_bundle: Callable[..., Path]) ->
     bundle = open_bundle(tiny_bundle("llama"))
     decoder = NativeDecoder(bundle, threads=1)
     for shape in ((2, 4), (3, 3), (12,), (4, 3)):
-        with pytest.raises(ValueError, match=r"^thresholds: expected 3 layers of 4, got another shape$"):
+        with pytest.raises(ValueError, match=r"^thresholds: expected 3 layers of 4 pairs, got another shape$"):
             decoder._model.use(decoder._ffn(None), np.zeros(shape, dtype=np.float32))
 
 

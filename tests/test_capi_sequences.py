@@ -242,7 +242,7 @@ def test_wrong_numbers(model: CEngine) -> None:
         (lambda: model.truncate_sequence(0, -1), "num_tokens"),
         (lambda: model.fork_sequence(0, 1), "num_tokens"),
         (lambda: model.try_columns(0.0), "share"),
-        (lambda: model.call("lay_out_columns", model._model, 16, 0), "groups"),
+        (lambda: model.call("lay_out_columns", model._model, 32, 0), "groups"),
     )
     for call, name in calls:
         with pytest.raises(CError, match=rf"^ARGUMENT: {name}: expected"):
@@ -287,7 +287,7 @@ def test_nothing_is_a_null_pointer(model: CEngine) -> None:
         ("forward_rows", own, one, None, 1, 0, one),
         ("forward_beside", own, 0, None, 2, one, one, 1, 0, one),
         ("lay_out_columns", None, 0, 0),
-        ("try_columns", own, 0.5, None),
+        ("try_columns", own, 0.5, 0, None),
         ("bytes_per_token", own, 1, 0, 1, None),
         ("use_ffn", own, None, None, 0),
         ("announce_ffn", own, None),

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import Bundle
 from coreinfer.bundles.contract import INPUT_GROUPS
+from coreinfer.bundles.manifest import TokenSharesRecord
 from coreinfer.bundles.token_shares import token_thresholds
 from coreinfer.runtime.engines.protocol import FfnChoice
 from coreinfer.runtime.load_options import InputSkipping
@@ -48,20 +49,20 @@ class Skipping:
             model: the native module's, with an FFN in use.
         """
         if self._is_on is None:
-            groups = self._groups_that_gain(model) if self._asked == "auto" else _ALL
+            record = self._bundle.manifest.token_shares
+            assert record is not None
+            groups = self._groups_that_gain(model, record) if self._asked == "auto" else _ALL
             self._is_on = any(groups)
             if self._is_on and self._asked != "masked":
-                model.lay_out_columns(groups)
+                model.lay_out_columns(groups, halves=record.halves)
         return self._is_on
 
-    def _groups_that_gain(self, model: Any) -> list[bool]:
-        record = self._bundle.manifest.token_shares
-        assert record is not None
+    def _groups_that_gain(self, model: Any, record: TokenSharesRecord) -> list[bool]:
         share = record.default if record.default < 1 else _TRIAL_SHARE
-        gains = model.try_columns(share)
+        gains = model.try_columns(share, halves=record.halves)
         groups = [gain >= _LEAST_GAIN for gain in gains]
         _log.info(
-            "input_skipping: where tokens want %.2f of their inputs, this machine is so many times as fast: %s; %s",
+            "input_skipping: where tokens read %.2f of the weights, this machine is so many times as fast: %s; %s",
             share,
             ", ".join(f"{name} {gain:.2f}" for name, gain in zip(INPUT_GROUPS, gains, strict=True)),
             "the others are left out" if any(groups) else "nothing is left out",
@@ -69,7 +70,7 @@ class Skipping:
         return groups
 
     def thresholds(self, choice: FfnChoice) -> Floats:
-        """Return the thresholds of a choice, (layers, 4) float32.
+        """Return the thresholds of a choice, (layers, 4, 2) float32.
 
         Raises:
             ConfigError: the bundle has no such share.

@@ -87,7 +87,7 @@ coreinfer_ffn in_layers(const coreinfer_ffn& from, const char* path) {
 std::shared_ptr<TokenShares> read_shares(const float* thresholds, size_t num_layers, size_t num_expected) {
   if (!thresholds) return nullptr;
   if (num_layers != num_expected)
-    refuse("thresholds", std::to_string(num_expected) + " layers of " + std::to_string(kNumInputGroups),
+    refuse("thresholds", std::to_string(num_expected) + " layers of " + std::to_string(kNumInputGroups) + " pairs",
            "another shape");
   auto shares = std::make_shared<TokenShares>();
   shares->thresholds.resize(num_layers);
