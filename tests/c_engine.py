@@ -15,7 +15,17 @@ from coreinfer.bundles.tensors import TensorFile
 
 from .c_library import CModel, load_library
 
-__all__ = ["ALL_LOGITS", "LAST_LOGITS", "SCREENED", "CEngine", "EngineOptions", "LentFile", "Watched", "record_of"]
+__all__ = [
+    "ALL_LOGITS",
+    "HALVES",
+    "LAST_LOGITS",
+    "SCREENED",
+    "CEngine",
+    "EngineOptions",
+    "LentFile",
+    "Watched",
+    "record_of",
+]
 
 Int32s = npt.NDArray[np.int32]
 

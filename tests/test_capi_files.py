@@ -2,11 +2,12 @@
 
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from coreinfer.bundles import Bundle, open_bundle
 from coreinfer.bundles.contract import kept_experts
@@ -15,7 +16,7 @@ from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE as DENSE_CHOICE
 from coreinfer.runtime.engines.protocol import FfnChoice
 
-from .c_engine import COUNT_PAGES, CEngine, LentFile, record_of
+from .c_engine import COUNT_PAGES, HALVES, CEngine, LentFile, record_of
 from .c_library import COMPILERS, DENSE, CError, CModel, has_compilers
 from .model_factory import VOCABULARY
 
@@ -189,10 +190,53 @@ def test_thresholds_and_columns(
         model.use_ffn(pack, thresholds[:2])
 
 
+def thresholds_of(wanted: float, whole: float) -> npt.NDArray[np.float32]:
+    return np.tile(np.array([wanted, whole], dtype=np.float32), (3, 4, 1))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"])
+def test_high_bits_alone(family: str, tiny_bundle: Callable[..., Path], engine_in_c: Callable[..., CEngine]) -> None:
+    path = tiny_bundle(family, token_share=0.6, quantize="int4")
+    logits: dict[str, Sequence[npt.NDArray[np.float32]]] = {}
+    num_bytes: dict[str, int] = {}
+    for name, layout, thresholds in (
+        ("whole", 15 | HALVES, thresholds_of(0.0, 0.0)),
+        ("halves", 15 | HALVES, thresholds_of(0.0, 0.4)),
+        ("halves by rows", None, thresholds_of(0.0, 0.4)),
+        ("high bits of all", 15 | HALVES, thresholds_of(0.0, 1e9)),
+    ):
+        model = engine_in_c(path, **THREADS)
+        if layout is not None:
+            model.call("lay_out_columns", model._model, layout, 0)
+        model.use_ffn(model.pack(1), thresholds)
+        logits[name], num_bytes[name] = logits_of(model), model.bytes_per_token(0)
+    for got, wanted in zip(logits["halves"], logits["halves by rows"], strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    assert not np.array_equal(logits["halves"][-1], logits["whole"][-1])
+    assert num_bytes["high bits of all"] < num_bytes["halves"] < num_bytes["whole"] < num_bytes["halves by rows"] * 4
+
+
+def test_high_bits_that_cannot_be_read_alone(
+    tiny_bundle: Callable[..., Path], engine_in_c: Callable[..., CEngine]
+) -> None:
+    model = engine_in_c(tiny_bundle("llama", token_share=0.6, quantize="int4"), **THREADS)
+    with pytest.raises(
+        CError, match=r"^ARGUMENT: thresholds: expected pairs of which the second is at least the first"
+    ):
+        model.use_ffn(model.pack(1), thresholds_of(0.2, 0.1))
+    model.call("lay_out_columns", model._model, 15, 0)
+    model.use_ffn(model.pack(1), thresholds_of(0.2, 0.2))
+    with pytest.raises(CError, match=r"half of the bits of columns without COREINFER_HALVES, got others$"):
+        model.use_ffn(model.pack(1), thresholds_of(0.1, 0.2))
+    model = engine_in_c(tiny_bundle("llama", token_share=0.6, quantize="int8"), **THREADS)
+    with pytest.raises(CError, match=r"half of the bits of weights that are not int4, got others$"):
+        model.use_ffn(model.pack(1), thresholds_of(0.1, 0.2))
+
+
 def test_python_says_the_same_of_thresholds(tiny_bundle: Callable[..., Path]) -> None:
     bundle = open_bundle(tiny_bundle("llama"))
     decoder = NativeDecoder(bundle, threads=1)
-    for shape in ((2, 4), (3, 3), (12,), (4, 3)):
+    for shape in ((2, 4, 2), (3, 3, 2), (24,), (3, 4), (3, 4, 1)):
         with pytest.raises(ValueError, match=r"^thresholds: expected 3 layers of 4 pairs, got another shape$"):
             decoder._model.use(decoder._ffn(None), np.zeros(shape, dtype=np.float32))
 

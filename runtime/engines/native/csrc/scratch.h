@@ -28,9 +28,10 @@ struct Buffer {
 constexpr int kSpareTokens = 15;
 struct ActivationBuffer {
   Activations view;  // of inputs that read all bits
-  // The same where some may read the high ones alone.
+  // The same where some may read the high ones alone, which codes are multiplied with.
   Activations halved() const {
     Activations inputs = view;
+    inputs.bf16 = inputs.rests = nullptr;
     inputs.bits = bits_.get();
     inputs.low_sums = low_sums_.get();
     return inputs;
