@@ -9,6 +9,8 @@ from .manifest import Manifest, TensorRecord
 from .tensors import TensorFile
 
 __all__ = [
+    "ATTENTION_GROUPS",
+    "FFN_GROUPS",
     "INPUT_GROUPS",
     "check_neuron_ids",
     "check_tensors",
@@ -23,7 +25,8 @@ __all__ = [
 ]
 
 _EXPERTS = "experts"
-INPUT_GROUPS = ("qkv", "o", "gate_up", "down")
+ATTENTION_GROUPS, FFN_GROUPS = ("qkv", "o"), ("gate_up", "down")
+INPUT_GROUPS = (*ATTENTION_GROUPS, *FFN_GROUPS)
 """Matrices of a layer that have the same inputs, of which a token may leave some out."""
 
 
@@ -56,6 +59,8 @@ def token_share_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
     shapes: dict[str, tuple[int, ...]] = {"levels": (record.num_levels,), "targets": (record.num_targets,)}
     shapes |= {f"thresholds.{name}": (*shape, record.num_levels) for name in whose}
     shapes["plan"] = (record.num_targets, *shape)
+    if record.halves:
+        shapes["half_ratios"] = shape
     return {name: TensorRecord(dtype="F32", shape=found) for name, found in shapes.items()}
 
 

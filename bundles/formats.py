@@ -13,6 +13,8 @@ __all__ = [
     "BLOCK_ROWS",
     "FORMATS",
     "GROUP_SIZE",
+    "LOW_BITS",
+    "LOW_MEAN",
     "NEURON_FORMAT",
     "PACKED_FORMATS",
     "cut_columns",
@@ -22,6 +24,7 @@ __all__ = [
     "float_matrix",
     "int4_grid",
     "int8_grid",
+    "low_halves",
     "matrix_bytes",
     "stored_parts",
     "stored_shapes",
@@ -35,6 +38,8 @@ NEURON_FORMAT = "int4-neurons"
 PACKED_FORMATS = ("int4", "int8", "int8-planes")
 BLOCK_ROWS = 16
 """Output rows that are interleaved."""
+LOW_BITS, LOW_MEAN = np.uint8(3), np.float32(1.5)
+"""Of an int4 code: which are not read where a weight is read in half, and what they are taken for then."""
 
 # Four bytes are unpacked at a time.
 _NIBBLE, _LOW_HALVES = np.uint32(4), np.uint32(0x0F0F0F0F)
@@ -217,6 +222,23 @@ def int4_grid(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, int
     codes, scales, sixteenths = (file[name + suffix].array for suffix in (".q4", ".scale", ".zero"))
     zeros = _deinterleave(sixteenths.astype(np.float32) / np.float32(16))
     return unpack_codes("int4", codes), _deinterleave(scales.astype(np.float32)), zeros
+
+
+def low_halves(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, int]) -> Floats:
+    """Read what the two low bits of an int4 matrix's codes add to its weights, less their mean: float32 (rows, cols).
+
+    Without it a weight is ((code & 12) + 1.5 - zero) * scale: what is known of it where it is read in half.
+
+    Raises:
+        KeyError: the file does not hold it as int4.
+        ValueError: its parts are not those of that shape.
+    """
+    codes, scales, _ = int4_grid(file, name, shape)
+    values = (codes & LOW_BITS).astype(np.float32)
+    values -= LOW_MEAN
+    by_group = values.reshape(len(values), -1, GROUP_SIZE)
+    by_group *= scales[..., None]
+    return np.ascontiguousarray(values[: shape[0], : shape[1]])
 
 
 def int8_grid(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, int]) -> tuple[Bytes, Floats]:

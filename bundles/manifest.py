@@ -243,6 +243,11 @@ class Manifest:
         return any(cluster.file is None for cluster in self.clusters)
 
     @property
+    def has_halves(self) -> bool:
+        """Whether decoded tokens read some inputs in half."""
+        return self.token_shares is not None and self.token_shares.halves
+
+    @property
     def pack_files(self) -> tuple[str, ...]:
         """The packs of all clusters that have one."""
         return tuple(cluster.file for cluster in self.clusters if cluster.file is not None)
@@ -299,6 +304,8 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     if manifest.token_shares is None:
         # Bundles without them are as they were before there were any.
         del data["token_shares"]
+    elif not manifest.has_halves:
+        del data["token_shares"]["halves"]
     if not manifest.narrows_experts:
         del data["plan"]["experts"]
     text = json.dumps({**data, _CHECKSUM: content_sha256(data)}, indent=1, ensure_ascii=False, allow_nan=False)

@@ -69,6 +69,7 @@ class TokenSharesRecord:
         default: share of their bytes where a generation does not say; 1 reads all.
         clusters: the same of each cluster, with its pack or, where it is thin, with the dense FFN.
         num_levels, num_targets: lengths of `levels` and `targets` of the file.
+        halves: whether inputs are read in half; the file has `half_ratios` then.
         scores: of the default; empty where it was not measured.
     """
 
@@ -77,3 +78,4 @@ class TokenSharesRecord:
     num_levels: int
     num_targets: int
     scores: tuple[ShareScore, ...] = ()
+    halves: bool = False

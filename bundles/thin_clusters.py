@@ -16,6 +16,7 @@ def share_problems(manifest: "Manifest") -> list[str]:
         is_mixture=manifest.model.experts is not None,
         has_token_shares=manifest.token_shares is not None,
         is_thin=manifest.has_thin,
+        has_halves=manifest.has_halves,
     )
     # Readers of a lower version would take them for something else.
     lacking = {f"schema_version {version}": manifest.schema_version >= version}
@@ -23,6 +24,8 @@ def share_problems(manifest: "Manifest") -> list[str]:
         first = next(number for number, cluster in enumerate(manifest.clusters) if cluster.file is None)
         what = f"manifest.clusters[{first}].file: a cluster without one needs"
         lacking |= {"token_shares": manifest.token_shares is not None, "the dense FFN": manifest.plan.dense}
+    elif manifest.has_halves:
+        what = "manifest.token_shares.halves: inputs that are read in half need"
     else:
         what = "manifest.token_shares: those of a mixture of experts need"
     return [f"{what} {name}" for name, has in lacking.items() if not has]

@@ -1,18 +1,21 @@
-"""Token shares: which inputs of a layer's matrices a decoded token leaves out.
+"""Token shares: which inputs of a layer's matrices a decoded token leaves out, and which it reads in half.
 
 Input j of a group of matrices is wanted where |x_j| times the norm of its column passes a threshold (TEAL, arXiv
 2408.14690; WINA, arXiv 2505.19427). Each of a token's experts wants its own inputs: there the norm is that of the
 expert's own column, times what the router multiplies the expert's output by, and all experts of a layer have one
-threshold. The file has, for each layer and group, the thresholds that shares of inputs pass on calibration text, and a
-plan: what share each group has where the layers together have some share of their bytes.
+threshold. An int4 input that passes it, but not the group's ratio times it, is read in half: of each weight's code the
+two high bits, the low ones being taken for their mean. The file has, for each layer and group, the thresholds by which
+shares of inputs are read on calibration text, where halves count half, and a plan: what share each group has where the
+layers together have some share of their bytes.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from .contract import expert_role, norms_role, tensor_name
+from .contract import ATTENTION_GROUPS, INPUT_GROUPS, expert_role, norms_role, tensor_name
 from .errors import ConfigError
 from .manifest import Manifest, ModelRecord, TokenSharesRecord
 from .tensors import TensorFile
@@ -36,6 +39,8 @@ __all__ = [
 
 Floats = npt.NDArray[np.float32]
 
+MOST_RATIO = 16.0
+"""Of what an input's score must pass to be read whole, and what it must pass to be read at all."""
 READ_ALL = np.float32(-1)
 """A threshold that every input passes, zeros too."""
 _WHOLE = 1 - 1e-6
@@ -66,7 +71,8 @@ def shares_in_words(manifest: Manifest, record: TokenSharesRecord) -> str:
     shares = [f"{share:g}" for share in sorted(set(record.clusters))]
     own = shares[0] if len(shares) == 1 else f"{shares[0]} to {shares[-1]}, {mean_share(manifest):.3g} on average,"
     how = "by a thin cluster" if manifest.has_thin else "with a pack"
-    return f"reads {record.default:g} of the layers' weights dense, {own} {how}"
+    halves = ", some inputs in half" if record.halves else ""
+    return f"reads {record.default:g} of the layers' weights dense, {own} {how}{halves}"
 
 
 def least_share(bundle: "Bundle") -> float:
@@ -81,13 +87,14 @@ def token_thresholds(bundle: "Bundle", cluster: int | None, share: float) -> Flo
         cluster: whose pack decodes; None for the dense FFN.
         share: from `least_share` to 1.
     Returns:
-        (layers, 4) float32 by `INPUT_GROUPS`; -1 where all inputs are wanted.
+        (layers, 4, 2) float32 by `INPUT_GROUPS`: what a score must pass that its input is read at all, and what it must
+        pass to be read whole; both -1 where all inputs are.
     Raises:
         ConfigError: the bundle has no such share, or no dense FFN.
     """
     file, least = bundle.token_shares, least_share(bundle)
     if share >= 1:
-        return np.full((bundle.manifest.model.num_layers, 4), READ_ALL)
+        return np.full((bundle.manifest.model.num_layers, len(INPUT_GROUPS), 2), READ_ALL)
     if file is None:
         raise ConfigError("token_share: this bundle has no token shares; compile it with --token-share")
     if share < least - 1e-6:
@@ -96,7 +103,8 @@ def token_thresholds(bundle: "Bundle", cluster: int | None, share: float) -> Flo
         raise ConfigError(f"bundle {bundle.path} has no dense FFN; compile it with --dense or use a cluster")
     asked = shares_at(file["targets"].array, file["plan"].array, share)
     known = file[f"thresholds.{'dense' if cluster is None else cluster}"].array
-    return thresholds_at(file["levels"].array, known, asked)
+    ratios = file["half_ratios"].array if bundle.manifest.has_halves else np.ones_like(asked)
+    return thresholds_at(file["levels"].array, known, asked, ratios)
 
 
 def ffn_with_norms(bundle: "Bundle", cluster: int | None) -> TensorFile:
@@ -115,7 +123,7 @@ def ffn_with_norms(bundle: "Bundle", cluster: int | None) -> TensorFile:
 
 def column_norms(base: TensorFile, ffn: TensorFile, model: ModelRecord, layer: int, group: str) -> Floats:
     """Return the norms of the columns of a group's matrices, (inputs,) float32; of experts (experts, inputs)."""
-    if group in ("qkv", "o"):
+    if group in ATTENTION_GROUPS:
         return base[tensor_name(layer, norms_role(group))].array
     if model.experts is None:
         return ffn[tensor_name(layer, norms_role(group))].array
@@ -138,20 +146,22 @@ def shares_at(targets: Floats, plan: Floats, share: float) -> Floats:
     return np.asarray((1 - weight) * plan[after - 1] + weight * plan[after], dtype=np.float32)
 
 
-def thresholds_at(levels: Floats, known: Floats, shares: Floats) -> Floats:
-    """Return the thresholds that shares of inputs pass.
+def thresholds_at(levels: Floats, known: Floats, shares: Floats, ratios: Floats) -> Floats:
+    """Return the thresholds by which shares of inputs are read.
 
     Args:
         levels: (levels,) ascending shares.
         known: (layers, 4, levels) thresholds.
         shares: (layers, 4).
+        ratios: (layers, 4) of what an input must pass to be read whole; 1 where none is read in half.
     Returns:
-        (layers, 4) float32; -1 where all inputs are wanted.
+        (layers, 4, 2) float32; see `token_thresholds`.
     """
     found = np.empty(shares.shape, dtype=np.float32)
     for place in np.ndindex(*shares.shape):
         found[place] = np.interp(shares[place], levels, known[place])
-    return np.where(shares >= _WHOLE, READ_ALL, found)
+    pairs = np.stack([found, ratios * found], axis=-1)
+    return np.where((shares >= _WHOLE)[..., None], READ_ALL, pairs)
 
 
 def check_token_shares(file: TensorFile, manifest: Manifest) -> list[str]:
@@ -176,7 +186,29 @@ def check_token_shares(file: TensorFile, manifest: Manifest) -> list[str]:
     least, shares = float(file["targets"].array[0]), (record.default, *record.clusters)
     if len(record.clusters) != len(manifest.clusters) or not all(least - 1e-6 <= share <= 1 for share in shares):
         problems.append(f"{file.path}: expected a default from {least:g} to 1 of each cluster, got {shares}")
-    return problems
+    return [*problems, *_half_problems(file, manifest)]
+
+
+def _half_problems(file: TensorFile, manifest: Manifest) -> Iterator[str]:
+    """Say which ratios cannot be, one line each."""
+    if not manifest.has_halves:
+        return
+    ratios = file["half_ratios"].array
+    if not np.all((ratios >= 1) & (ratios <= MOST_RATIO)):
+        yield f"{file.path}: half_ratios: expected numbers from 1 to {MOST_RATIO:g}"
+        return
+    for place, group in enumerate(INPUT_GROUPS):
+        if np.any(ratios[:, place] > 1) and not _has_halves(manifest, group):
+            kind = "of experts" if manifest.model.experts is not None else f"in {_format_of(manifest, group)}"
+            yield f"{file.path}: half_ratios: expected 1 of {group}, whose matrices, {kind}, have no halves"
+
+
+def _has_halves(manifest: Manifest, group: str) -> bool:
+    return manifest.model.experts is None and _format_of(manifest, group) == "int4"
+
+
+def _format_of(manifest: Manifest, group: str) -> str:
+    return manifest.quantization["attention" if group in ATTENTION_GROUPS else "ffn"].format
 
 
 def _is_finite(file: TensorFile, name: str) -> bool:

@@ -63,6 +63,11 @@ class CompileConfig(CompileOptions):
         return self.token_share == "auto"
 
     @property
+    def allows_halves(self) -> bool:
+        """Whether tokens may read inputs in half, of a model without experts."""
+        return self.token_share is not None and self.half_inputs is not False and self.quantize == "int4"
+
+    @property
     def aims_at_quality(self) -> bool:
         """Whether a quality decides how much is kept, or read."""
         return self.effective_max_kl is not None or self.min_top1 is not None

@@ -24,6 +24,9 @@ def conflicts(config: "CompileConfig") -> Iterator[str]:
         yield f"--by-neuron: expected --quantize int4, got {config.quantize}"
     if config.token_share is not None:
         yield from _not_with_token_shares(config)
+    elif config.half_inputs is not None:
+        switch = "--half-inputs" if config.half_inputs else "--no-half-inputs"
+        yield f"{switch}: expected --token-share with it, by which inputs are read at all"
     if config.packs == "thin":
         yield from _not_with_thin_clusters(config)
     yield from _of_ray(config)

@@ -281,6 +281,15 @@ class CompileOptions:
             unset="a token reads all",
         ),
     )
+    half_inputs: bool | None = field(
+        default=None,
+        metadata=option(
+            "With --token-share: of inputs that matter more than those that are left out, and still little, read the "
+            "two high bits of each weight alone. Only int4 weights have halves, and none of experts.",
+            group=SIZE,
+            unset="on",
+        ),
+    )
     dense: bool = field(default=True, metadata=option("Put the dense FFN into the bundle.", group=SIZE))
     evaluate: bool = field(default=True, metadata=option("Measure quality on held-out text.", group=SIZE))
     controls: bool | None = field(

@@ -35,6 +35,7 @@ from .report.describe import Compiled, manifest_of
 from .report.map_points import map_points
 from .report.write import file_sizes, write_report
 from .shares.gains import warn_of_no_gain
+from .shares.halves import warn_of_no_halves
 from .shares.search import check_aim
 from .shares.stage import set_token_shares, thin_key
 from .stage_store import local_folder, store_of
@@ -137,6 +138,7 @@ def compile_by(config: CompileConfig, team: Team, identity: Identity, progress: 
     asked_keep = fit_budget(config, team.loaded)
     if config.token_share is not None:
         warn_of_no_gain(config, team.loaded)
+        warn_of_no_halves(config, team.loaded)
     with _scratch_folder(config) as scratch:
         check_folder(team, scratch)
         cache = _cache(config, scratch)

@@ -164,8 +164,8 @@ def test_another_schema_version_says_what_to_do(folder: Path, version: object, a
         del data["plan"]  # What else differs in another version is no problem of its own.
     with pytest.raises(BundleVersionError) as caught:
         read_manifest(folder)
-    known = "this coreinfer reads 2, 3, 4 and 5"
-    assert READ_VERSIONS == (2, 3, 4, 5)
+    known = "this coreinfer reads 2, 3, 4, 5 and 6"
+    assert READ_VERSIONS == (2, 3, 4, 5, 6)
     assert f"schema version {version!r}, {known}; {advice}" in str(caught.value)
 
 

@@ -22,7 +22,7 @@ from coreinfer.compiler.expert_options import check_expert_options
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.shares.costs import group_costs
-from coreinfer.compiler.shares.inputs import Norms, groups_of, inputs_masked
+from coreinfer.compiler.shares.inputs import Norms, groups_of, inputs_taken
 from coreinfer.compiler.shares.plan import TARGETS, plan_shares
 from coreinfer.compiler.shares.texts import BegunText, begin_texts
 from coreinfer.compiler.shares.thresholds import LEVELS, sample_scores
@@ -63,7 +63,8 @@ def test_layers_that_cost_more_read_more() -> None:
     assert energies.shape == (3, 4, levels)
     weights = rng.integers(1, 9, (3, 4)).astype(np.float32) * 1000
     costs = rng.gamma(1.0, size=(3, 4)).astype(np.float32)
-    plan = plan_shares(costs, energies.astype(np.float32), weights, measured_at=0.5)
+    measured = energies[..., len(LEVELS) // 2].astype(np.float32)
+    plan = plan_shares(costs, energies.astype(np.float32), weights, measured=measured)
 
     def loss(shares: npt.NDArray[Any]) -> float:
         at = [[np.interp(shares[i, j], LEVELS, energies[i, j]) for j in range(4)] for i in range(3)]
@@ -82,7 +83,7 @@ def test_layers_that_cost_more_read_more() -> None:
                 assert loss(moved) >= loss(shares) * (1 - 1e-2)
     assert (plan[-1] == 1).all()
     ones = np.ones((3, 4), dtype=np.float32)
-    even = plan_shares(ones, np.tile(energies[:1, :1], (3, 4, 1)), ones, measured_at=0.5)
+    even = plan_shares(ones, np.tile(energies[:1, :1], (3, 4, 1)), ones, measured=ones)
     np.testing.assert_allclose(even, np.broadcast_to(TARGETS[:, None, None], even.shape), atol=1e-3)
 
 
@@ -99,7 +100,7 @@ def test_costs_are_what_the_model_loses(family: str, tiny_inputs: Callable[[str]
     with torch.inference_mode():
         expected = loaded.head(texts[0].states(loaded)).log_softmax(-1)
         for place in norms:
-            with inputs_masked(loaded, norms, {place: thresholds[place]}):
+            with inputs_taken(loaded, norms, {place: (thresholds[place], thresholds[place])}, {}):
                 got = loaded.head(texts[0].states(loaded)).log_softmax(-1)
             lost.append(float((expected.exp() * (expected - got)).sum()))
     costs = np.mean(drawn, axis=0).reshape(-1)

@@ -96,7 +96,7 @@ def masked_by_hand(decoder: TorchDecoder, thresholds: npt.NDArray[np.float32], k
         for place, group in enumerate(INPUT_GROUPS):
             modules = [resolve(layer, path) for path in decoder._family.input_groups[group]]
             for module in modules:
-                before = hook(modules, float(thresholds[number, place]))
+                before = hook(modules, float(thresholds[number, place, 0]))
                 handles.append(module.register_forward_pre_hook(before))
     try:
         yield

@@ -94,6 +94,7 @@ def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
             is_mixture=record.experts is not None,
             has_token_shares=compiled.token_shares is not None,
             is_thin=compiled.narrow is None,
+            has_halves=compiled.token_shares is not None and compiled.token_shares.halves,
         ),
     )
 
@@ -183,7 +184,7 @@ _UNRECORDED_OPTIONS = frozenset({"output", "force", "cache_dir", "model", "encod
 
 
 # Bundles without are as they were before there were the options.
-_UNRECORDED_VALUES = (("token_share", None), ("experts", "whole"), ("packs", "own"))
+_UNRECORDED_VALUES = (("token_share", None), ("half_inputs", None), ("experts", "whole"), ("packs", "own"))
 
 
 def _plain(value: Any) -> Any:

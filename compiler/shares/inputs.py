@@ -1,7 +1,7 @@
 """What enters the matrices of a layer, seen and replaced while a model runs."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -11,21 +11,34 @@ from coreinfer.bundles.families import resolve
 from coreinfer.bundles.tensors import TensorFile
 from coreinfer.bundles.token_shares import column_norms
 from coreinfer.compiler.models.load import LoadedModel
-from coreinfer.runtime.engines.torch.wanted_inputs import Entering, Groups, InputCounts, change_inputs, wanted
+from coreinfer.runtime.engines.torch.wanted_inputs import (
+    Entering,
+    Groups,
+    InputCounts,
+    Taken,
+    change_inputs,
+    take,
+    take_inputs,
+    wanted,
+)
+from torch.nn import functional
 
 __all__ = [
+    "LowWeights",
     "Norms",
     "group_outputs",
     "group_weights",
     "groups_of",
-    "inputs_masked",
     "inputs_replaced",
     "inputs_seen",
+    "inputs_taken",
     "read_norms",
 ]
 
 Norms = Mapping[Groups, torch.Tensor]
 """Norms of the columns of a group's matrices, (inputs,) float32, or (experts, inputs)."""
+LowWeights = Mapping[tuple[int, str], torch.Tensor]
+"""Layer and path of a module -> what the low bits of its codes add to its weights, (outputs, inputs)."""
 Replacement = Callable[[Groups, Entering, torch.Tensor], torch.Tensor]
 """A group, what enters its matrices, and which of it is wanted, (..., inputs) bool -> what they multiply."""
 Floats = npt.NDArray[np.float32]
@@ -120,19 +133,42 @@ def inputs_replaced(
         yield
 
 
-def inputs_masked(
-    loaded: LoadedModel, norms: Norms, thresholds: Mapping[Groups, float], counts: InputCounts | None = None
-) -> AbstractContextManager[None]:
-    """Run the block with 0 in the place of inputs that do not pass their group's threshold.
+@contextmanager
+def inputs_taken(
+    loaded: LoadedModel,
+    norms: Norms,
+    thresholds: Mapping[Groups, tuple[float, float]],
+    low_weights: LowWeights,
+    counts: InputCounts | None = None,
+) -> Iterator[None]:
+    """Run the block with inputs left out, read in half or read whole, by their groups' thresholds.
 
     Args:
-        thresholds: of the groups of which anything is left out.
+        thresholds: of the groups of which anything is left out or read in half.
+        low_weights: of the groups that have halves.
         counts: is added to, each group's inputs once.
     """
 
-    def masked(place: Groups, entering: Entering, is_wanted: torch.Tensor) -> torch.Tensor:
-        if entering.is_first and counts is not None:
-            counts.add(place, is_wanted)
-        return entering.values.masked_fill(~is_wanted, 0)
+    def taking(place: Groups, limits: torch.Tensor) -> Callable[[Entering], Taken]:
+        # Experts have no modules, and no halves.
+        has_halves = any((place[0], path) in low_weights for path in loaded.family.input_groups.get(place[1], ()))
 
-    return inputs_replaced(loaded, norms, thresholds, masked)
+        def taken(entering: Entering) -> Taken:
+            found = take(entering, norms[place], limits, has_halves=has_halves)
+            if entering.is_first and counts is not None:
+                counts.add(place, found)
+            return found
+
+        return taken
+
+    def low_product(layer: int) -> Callable[[str, torch.Tensor], torch.Tensor]:
+        return lambda path, halves: functional.linear(halves, low_weights[layer, path])
+
+    with ExitStack() as stack:
+        for place, pair in thresholds.items():
+            limits = torch.tensor(pair, dtype=torch.float32, device=loaded.device)
+            layer, group = place
+            stack.enter_context(
+                take_inputs(loaded.layers[layer], loaded.family, group, taking(place, limits), low_product(layer))
+            )
+        yield

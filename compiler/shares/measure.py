@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache as run_once
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from coreinfer.bundles.contract import ATTENTION_GROUPS, FFN_GROUPS
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.tensors import TensorFile
 from coreinfer.bundles.token_shares import shares_at, thresholds_at
@@ -22,7 +24,8 @@ from coreinfer.compiler.team.steps import Steps
 from coreinfer.compiler.team.team import Shared, Team, Worker
 from coreinfer.runtime.engines.torch.wanted_inputs import InputCounts
 
-from .inputs import inputs_masked, read_norms
+from .halves import low_weights
+from .inputs import inputs_taken, read_norms
 from .token_shares import Arrays, named
 
 __all__ = ["Measured", "Part", "SharedWeights", "measure_parts"]
@@ -146,21 +149,27 @@ def _place_parts(
 
 def _reading(loaded: LoadedModel, shared: SharedWeights) -> Callable[[Part, InputCounts], AbstractContextManager[None]]:
     """A function that runs a block with what a part reads, counting its inputs; the dense FFN is unpacked once."""
-    stored, packs = shared.stored, shared.packs
+    stored, packs, ratios = shared.stored, shared.packs, shared.arrays["half_ratios"]
     base, dense = TensorFile(stored.folder / LAYOUT.base), run_once(dense_cut(loaded, stored))
+    dense_file = TensorFile(stored.folder / LAYOUT.dense)
+
+    base_low = run_once(partial(low_weights, loaded, base, ratios, ATTENTION_GROUPS))
+    dense_low = run_once(partial(low_weights, loaded, dense_file, ratios, FFN_GROUPS))
 
     @contextmanager
     def reading(part: Part, counts: InputCounts) -> Iterator[None]:
         cut: Cut
         if part.ffn is None or packs is None:
-            cut, ffn = dense, TensorFile(stored.folder / LAYOUT.dense)
+            cut, ffn, ffn_low = dense, dense_file, dense_low()
         else:
             cut, ffn = packs.cut(loaded), packs.ffn(part.ffn)
+            ffn_low = low_weights(loaded, ffn, ratios, FFN_GROUPS)
         known = shared.arrays[f"thresholds.{part.thresholds}"]
-        thresholds = named(loaded, thresholds_at(shared.arrays["levels"], known, part.shares))
+        thresholds = named(loaded, thresholds_at(shared.arrays["levels"], known, part.shares, ratios))
+        taken = inputs_taken(loaded, read_norms(loaded, base, ffn), thresholds, {**base_low(), **ffn_low}, counts)
         # The dense FFN's layers are known by the cluster 0, as those of one cluster.
         number = 0 if cut is dense or part.ffn is None else part.ffn
-        with ffn_in_use(loaded, cut, number), inputs_masked(loaded, read_norms(loaded, base, ffn), thresholds, counts):
+        with ffn_in_use(loaded, cut, number), taken:
             yield
 
     return reading

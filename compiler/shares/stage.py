@@ -14,10 +14,11 @@ from coreinfer.compiler.quality.reference import Reference
 from coreinfer.compiler.quality.stored import StoredPacks
 from coreinfer.compiler.stages import Material, held_out_tokens
 
+from .halves import reads_halves
 from .measure import SharedWeights
 from .score import ScoredShares, score_token_shares
 from .search import fit_shares
-from .token_shares import ShareInputs, find_token_shares, write_token_shares
+from .token_shares import ShareInputs, find_token_shares, has_halves, write_token_shares
 
 __all__ = ["FoundShares", "set_token_shares", "thin_key"]
 
@@ -64,6 +65,7 @@ def set_token_shares(
         documents=material.corpus.calibration,
         labels=routing.clustering.labels,
         seed=config.seed,
+        halves=reads_halves(config, material.team.loaded),
     )
     arrays = find_token_shares(inputs, material.cache, upstream, progress)
     with disk_errors(config.output):
@@ -82,5 +84,6 @@ def set_token_shares(
         num_levels=len(arrays["levels"]),
         num_targets=len(arrays["targets"]),
         scores=scored.scores,
+        halves=has_halves(arrays),
     )
     return FoundShares(record=record, quality=scored.quality)

@@ -11,7 +11,6 @@ import numpy.typing as npt
 from coreinfer.bundles.contract import INPUT_GROUPS
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.tensors import StoredTensor, TensorFile, write_tensors
-from coreinfer.bundles.token_shares import thresholds_at
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.models.swapping import ffn_in_use
@@ -23,18 +22,19 @@ from coreinfer.compiler.text.corpus import SAMPLING, Document, spread_sample
 from coreinfer.runtime.engines.torch.wanted_inputs import Groups
 
 from .costs import group_costs
+from .halves import low_energies
 from .inputs import Norms, group_weights, groups_of, read_norms
 from .plan import TARGETS, plan_shares
 from .texts import begin_texts
-from .thresholds import LEVELS, lost_energies, sample_scores, thresholds_of
+from .thresholds import LEVELS, half_ratios, lost_energies, plain_energy, sample_scores, thresholds_of
 
-__all__ = ["Arrays", "ShareInputs", "find_token_shares", "named", "write_token_shares"]
+__all__ = ["Arrays", "ShareInputs", "find_token_shares", "has_halves", "named", "write_token_shares"]
 
 Floats = npt.NDArray[np.float32]
 Arrays = Mapping[str, Floats]
 """Tensors of the file, by name; those of the dense FFN are among them even if it is left out."""
 
-_REVISION = 4
+_REVISION = 5
 _MEASURED_SHARE = 0.5
 
 
@@ -46,6 +46,7 @@ class ShareInputs:
         documents: calibration text.
         labels: (documents,) their clusters.
         packs: of the clusters; None where they are thin and decode with the dense FFN.
+        halves: whether inputs are read in half, of weights that are all int4.
     """
 
     loaded: LoadedModel
@@ -54,6 +55,7 @@ class ShareInputs:
     documents: Sequence[Document]
     labels: npt.NDArray[np.int64]
     seed: int
+    halves: bool
 
     @property
     def num_clusters(self) -> int:
@@ -78,7 +80,9 @@ def find_token_shares(inputs: ShareInputs, cache: Cache, upstream: str, progress
         upstream: key of the packs, or of all that thin clusters depend on.
     """
     formats = asdict(inputs.stored.packer.formats)
-    key = stage_key("shares", upstream=upstream, revision=_REVISION, sampling=SAMPLING, formats=formats)
+    key = stage_key(
+        "shares", upstream=upstream, revision=_REVISION, sampling=SAMPLING, formats=formats, halves=inputs.halves
+    )
 
     def compute() -> dict[str, Any]:
         cost_texts = spread_sample(_longer_half(inputs.documents), SHARE_COST_TOKENS)
@@ -97,34 +101,41 @@ def _longer_half(documents: Sequence[Document]) -> list[Document]:
 
 def _compute(inputs: ShareInputs, cost_texts: Sequence[Document], advance: Advance) -> dict[str, Any]:
     """Thresholds are of the stored weights, costs of the model's own, through which gradients go."""
-    loaded, folder = inputs.loaded, inputs.stored.folder
-    norms = read_norms(loaded, TensorFile(folder / LAYOUT.base), TensorFile(folder / LAYOUT.dense))
+    loaded, base, ffn = (
+        inputs.loaded,
+        *(TensorFile(inputs.stored.folder / name) for name in (LAYOUT.base, LAYOUT.dense)),
+    )
+    norms, dense = read_norms(loaded, base, ffn), run_once(dense_cut(loaded, inputs.stored))
     with base_in_use(loaded, inputs.stored):
-        thresholds, scores = _thresholds(inputs, norms, advance)
-    half = thresholds_at(LEVELS, thresholds["thresholds.dense"], np.full(_shape(loaded), _MEASURED_SHARE, np.float32))
+        scores = _scores(inputs, dense, 0, dense, inputs.texts[0], norms)
+        lost = low_energies(loaded, base, ffn, norms) if inputs.halves else np.zeros(_shape(loaded), np.float32)
+        ratios = half_ratios(loaded, scores, lost) if inputs.halves else np.ones(_shape(loaded), np.float32)
+        thresholds = {"thresholds.dense": thresholds_of(loaded, scores, ratios)}
+        advance()
+        thresholds |= _own_thresholds(inputs, dense, norms, ratios, advance)
+    limits = {place: float(np.quantile(found, 1 - _MEASURED_SHARE)) for place, found in scores.items()}
     begun = begin_texts(loaded, None, cost_texts)
-    costs = group_costs(loaded, begun, norms, named(loaded, half), advance, seed=inputs.seed)
-    plan = plan_shares(costs, lost_energies(loaded, scores), group_weights(loaded), measured_at=_MEASURED_SHARE)
-    return {"levels": LEVELS, "targets": TARGETS, "plan": plan, **thresholds}
+    costs = group_costs(loaded, begun, norms, limits, advance, seed=inputs.seed)
+    measured = [plain_energy(scores[place], limits[place]) for place in groups_of(loaded)]
+    energies = lost_energies(loaded, scores, ratios, lost)
+    plan = plan_shares(costs, energies, group_weights(loaded), measured=np.reshape(measured, _shape(loaded)))
+    return {"levels": LEVELS, "targets": TARGETS, "plan": plan, "half_ratios": ratios, **thresholds}
 
 
-def _thresholds(inputs: ShareInputs, norms: Norms, advance: Advance) -> tuple[dict[str, Any], dict[Groups, Floats]]:
-    """Thresholds of the dense FFN and of each cluster, and the scores that the dense FFN's come from."""
-    loaded, base = inputs.loaded, TensorFile(inputs.stored.folder / LAYOUT.base)
-    dense, found = run_once(dense_cut(loaded, inputs.stored)), {}
-    all_text, *own_texts = inputs.texts
-    scores = _scores(inputs, dense, 0, dense, all_text, norms)
-    found["thresholds.dense"] = thresholds_of(loaded, scores)
-    advance()
-    for cluster, documents in enumerate(own_texts):
+def _own_thresholds(
+    inputs: ShareInputs, dense: Cut, norms: Norms, ratios: Floats, advance: Advance
+) -> dict[str, Floats]:
+    """Thresholds of each cluster, by its own text and with what decodes it."""
+    loaded, base, found = inputs.loaded, TensorFile(inputs.stored.folder / LAYOUT.base), dict[str, Floats]()
+    for cluster, documents in enumerate(inputs.texts[1:]):
         if inputs.packs is None:
             own = _scores(inputs, dense, 0, dense, documents, norms)
         else:
             own_norms = read_norms(loaded, base, inputs.packs.ffn(cluster))
             own = _scores(inputs, inputs.packs.cut(loaded), cluster, dense, documents, own_norms)
-        found[f"thresholds.{cluster}"] = thresholds_of(loaded, own)
+        found[f"thresholds.{cluster}"] = thresholds_of(loaded, own, ratios)
         advance()
-    return found, scores
+    return found
 
 
 def _scores(
@@ -139,14 +150,22 @@ def _shape(loaded: LoadedModel) -> tuple[int, int]:
     return loaded.record.num_layers, len(INPUT_GROUPS)
 
 
-def named(loaded: LoadedModel, values: Floats) -> dict[Groups, float]:
-    """Name (layers, 4) values by their groups."""
-    return dict(zip(groups_of(loaded), values.flatten().tolist(), strict=True))
+def named(loaded: LoadedModel, values: Floats) -> dict[Groups, tuple[float, float]]:
+    """Name (layers, 4, 2) thresholds by their groups."""
+    pairs = [(low, high) for low, high in values.reshape(-1, 2).tolist()]
+    return dict(zip(groups_of(loaded), pairs, strict=True))
 
 
 def write_token_shares(path: Path, arrays: Arrays, *, with_dense: bool) -> None:
-    """Write the file."""
+    """Write the file; where nothing is read in half it is what it was before there were halves."""
     tensors = {name: StoredTensor("F32", np.asarray(values)) for name, values in arrays.items()}
     if not with_dense:
         del tensors["thresholds.dense"]
+    if not has_halves(arrays):
+        del tensors["half_ratios"]
     write_tensors(path, tensors)
+
+
+def has_halves(arrays: Arrays) -> bool:
+    """Whether any group's inputs are read in half."""
+    return bool(np.any(arrays["half_ratios"] > 1))

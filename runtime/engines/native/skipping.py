@@ -70,7 +70,7 @@ class Skipping:
         return groups
 
     def thresholds(self, choice: FfnChoice) -> Floats:
-        """Return the thresholds of a choice, (layers, 4, 2) float32.
+        """Return the thresholds of a choice, (layers, 4, 2) float32; see `token_thresholds`.
 
         Raises:
             ConfigError: the bundle has no such share.

@@ -104,7 +104,9 @@ class TorchDecoder:
         transfer = transfer or (pick_transfer(self._device) if moves else None)
         self._placement = self._place_weights(transfer, gpu_memory_mb)
         self._sequences = TorchSequences(self._pick_static(cuda_graphs, transfer))
-        self.masks = InputMasks(self._layers, self._family, bundle, self._device)
+        self.masks = InputMasks(
+            self._layers, self._family, bundle, dtype=self._dtype, device=self._device, packed=packed
+        )
         self._choice: FfnChoice | None = None
         self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
 

@@ -1,16 +1,19 @@
-"""Inputs that a token leaves out: the reference of what the native engine does not read."""
+"""Inputs that a token leaves out, or reads in half: the reference of what the native engine does not read."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from coreinfer.bundles import Bundle
 from coreinfer.bundles.contract import INPUT_GROUPS
 from coreinfer.bundles.families import Family
+from coreinfer.bundles.tensors import TensorFile
 from coreinfer.bundles.token_shares import column_norms, ffn_with_norms, token_thresholds
 from coreinfer.runtime.engines.protocol import FfnChoice
 from torch import nn
 
-from .wanted_inputs import Entering, Groups, InputCounts, change_inputs, wanted
+from .low_halves import LowProducts, hold
+from .wanted_inputs import Entering, Groups, InputCounts, Taken, take, take_inputs
 
 __all__ = ["InputMasks"]
 
@@ -24,15 +27,30 @@ class InputMasks:
         counts: is added to by steps that are not recorded, where it is set.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], family: Family, bundle: Bundle, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        family: Family,
+        bundle: Bundle,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        packed: bool,
+    ) -> None:
+        """Mask nothing yet.
+
+        Args:
+            packed: whether the FFN's int4 matrices are multiplied as they are.
+        """
         self._bundle, self._device = bundle, device
+        self._low = LowProducts(layers, family, bundle, dtype=dtype, device=device, packed=packed)
         self.counts: InputCounts | None = None
         self._is_on, self._generation = False, 0
         self._norms: dict[Groups, torch.Tensor] = {}
-        self._thresholds = torch.zeros((len(layers), len(INPUT_GROUPS)), device=device)
+        self._thresholds = torch.zeros((len(layers), len(INPUT_GROUPS), 2), device=device)
         for number, layer in enumerate(layers) if bundle.token_shares is not None else ():
             for group in INPUT_GROUPS:
-                change_inputs(layer, family, group, self._masking(number, group))
+                take_inputs(layer, family, group, self._taking(number, group), partial(self._low.product, number))
 
     @property
     def key(self) -> int | None:
@@ -40,7 +58,7 @@ class InputMasks:
         return self._generation if self._is_on else None
 
     def thresholds(self, choice: FfnChoice) -> torch.Tensor | None:
-        """What a choice's token share asks for, (layers, 4); None where all is read.
+        """What a choice's token share asks for, (layers, 4, 2); None where all is read.
 
         Raises:
             ConfigError: the bundle has no such share.
@@ -53,32 +71,31 @@ class InputMasks:
         """Mask by what `thresholds` returned from the next token on; the choice's weights are in place."""
         if thresholds is not None:
             self._thresholds.copy_(thresholds)
-            self._fill_norms(choice.cluster)
+            ffn = ffn_with_norms(self._bundle, choice.cluster)
+            moved = [self._low.use(ffn), self._fill_norms(ffn)]
+            self._generation += any(moved)
         self._is_on = thresholds is not None
 
-    def _fill_norms(self, cluster: int | None) -> None:
-        ffn, model = ffn_with_norms(self._bundle, cluster), self._bundle.manifest.model
+    def _fill_norms(self, ffn: TensorFile) -> bool:
+        """Put the norms of the weights in use in place; returns whether memory moved."""
         moved = False
         for layer in range(len(self._thresholds)):
             for group in INPUT_GROUPS:
                 # Mapped files are read-only, which torch warns of.
-                norms = torch.tensor(column_norms(self._bundle.base, ffn, model, layer, group))
-                held = self._norms.get((layer, group))
-                if held is not None and held.shape == norms.shape:
-                    held.copy_(norms)
-                else:
-                    self._norms[layer, group], moved = norms.to(self._device), True
-        self._generation += moved
+                norms = torch.tensor(column_norms(self._bundle.base, ffn, self._bundle.manifest.model, layer, group))
+                moved |= hold(self._norms, (layer, group), norms, self._device)
+        return moved
 
-    def _masking(self, layer: int, group: str) -> Callable[[Entering], torch.Tensor]:
-        place = INPUT_GROUPS.index(group)
+    def _taking(self, layer: int, group: str) -> Callable[[Entering], Taken | None]:
+        place, limits = (layer, group), self._thresholds[layer, INPUT_GROUPS.index(group)]
+        has_halves = self._low.has_halves(place)
 
-        def masked(entering: Entering) -> torch.Tensor:
+        def taken(entering: Entering) -> Taken | None:
             if not self._is_on:
-                return entering.values
-            is_wanted = wanted(entering, self._norms[layer, group], self._thresholds[layer, place])
+                return None
+            found = take(entering, self._norms[place], limits, has_halves=has_halves)
             if entering.is_first and self.counts is not None:
-                self.counts.add((layer, group), is_wanted)
-            return entering.values.masked_fill(~is_wanted, 0)
+                self.counts.add(place, found)
+            return found
 
-        return masked
+        return taken

@@ -1,4 +1,4 @@
-"""Which inputs of a group of matrices a token wants, how many they are, and how to get at them."""
+"""Which inputs of a group of matrices a token wants, whole or in half, how many they are, and how to get at them."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,7 +13,7 @@ from coreinfer.bundles.families import Family, resolve
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["Entering", "Groups", "InputCounts", "change_inputs", "wanted"]
+__all__ = ["Entering", "Groups", "InputCounts", "Taken", "change_inputs", "take", "take_inputs", "wanted"]
 
 Groups = tuple[int, str]
 """A layer, and one of `INPUT_GROUPS`."""
@@ -57,6 +57,78 @@ def wanted(entering: Entering, norms: torch.Tensor, threshold: torch.Tensor) -> 
     return entering.scores(norms) > threshold
 
 
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What is read of the inputs of matrices.
+
+    Attributes:
+        is_wanted: (..., inputs) bool, whether an input is read at all.
+        is_whole: the same, whether it is read whole.
+        values: (..., inputs), 0 where it is not read.
+        halves: (..., inputs), 0 where it is not read in half; None where the group has no halves.
+    """
+
+    is_wanted: torch.Tensor
+    is_whole: torch.Tensor
+    values: torch.Tensor
+    halves: torch.Tensor | None
+
+
+def take(entering: Entering, norms: torch.Tensor, thresholds: torch.Tensor, *, has_halves: bool) -> Taken:
+    """Read inputs by their scores.
+
+    Args:
+        norms: as `Entering.scores` takes them.
+        thresholds: (2,), what scores must pass to be read, and to be read whole.
+        has_halves: whether the group's inputs are read in half at all, which the thresholds' values do not tell a step
+            that is recorded.
+    """
+    scores = entering.scores(norms)
+    is_wanted, is_whole = scores > thresholds[0], scores > thresholds[1]
+    values = entering.values.masked_fill(~is_wanted, 0)
+    return Taken(
+        is_wanted=is_wanted,
+        is_whole=is_whole,
+        values=values,
+        halves=values.masked_fill(is_whole, 0) if has_halves else None,
+    )
+
+
+def take_inputs(
+    layer: nn.Module,
+    family: Family,
+    group: str,
+    read: Callable[[Entering], Taken | None],
+    low_product: Callable[[str, torch.Tensor], torch.Tensor],
+) -> ExitStack:
+    """Have a group's matrices multiply what is read of their inputs, until what is returned is closed.
+
+    Args:
+        read: None leaves inputs as they are.
+        low_product: from the path of a module, and inputs that are read in half, to what their weights' low bits add to
+            the module's outputs.
+    """
+    # Each matrix takes its inputs before it multiplies, and nothing comes between.
+    halves: list[torch.Tensor | None] = [None]
+
+    def taken(entering: Entering) -> torch.Tensor:
+        found = read(entering)
+        halves[0] = None if found is None else found.halves
+        return entering.values if found is None else found.values
+
+    def after(path: str) -> Any:
+        def corrected(_module: nn.Module, _inputs: Any, outputs: torch.Tensor) -> torch.Tensor | None:
+            own, halves[0] = halves[0], None
+            return None if own is None else outputs - low_product(path, own)
+
+        return corrected
+
+    stack = change_inputs(layer, family, group, taken)
+    for path in family.input_groups.get(group, ()):
+        stack.callback(resolve(layer, path).register_forward_hook(after(path)).remove)
+    return stack
+
+
 def change_inputs(
     layer: nn.Module, family: Family, group: str, change: Callable[[Entering], torch.Tensor]
 ) -> ExitStack:
@@ -85,29 +157,39 @@ def _before(change: Callable[[Entering], torch.Tensor], *, is_first: bool) -> An
 
 @dataclass(kw_only=True)
 class InputCounts:
-    """How many inputs of each group were wanted, and how many there were."""
+    """How many inputs of each group were wanted, how many of these whole, and how many there were."""
 
     num_wanted: dict[Groups, int] = field(default_factory=dict)
+    num_whole: dict[Groups, int] = field(default_factory=dict)
     num_inputs: dict[Groups, int] = field(default_factory=dict)
 
-    def add(self, place: Groups, is_wanted: torch.Tensor) -> None:
+    def add(self, place: Groups, taken: Taken) -> None:
         """Count the inputs of some tokens."""
-        self.num_wanted[place] = self.num_wanted.get(place, 0) + int(is_wanted.sum())
-        self.num_inputs[place] = self.num_inputs.get(place, 0) + is_wanted.numel()
+        self.num_wanted[place] = self.num_wanted.get(place, 0) + int(taken.is_wanted.sum())
+        self.num_whole[place] = self.num_whole.get(place, 0) + int(taken.is_whole.sum())
+        self.num_inputs[place] = self.num_inputs.get(place, 0) + taken.is_wanted.numel()
 
     def merge(self, other: "InputCounts") -> None:
         """Add what was counted elsewhere."""
-        for own, found in ((self.num_wanted, other.num_wanted), (self.num_inputs, other.num_inputs)):
+        pairs = (
+            (self.num_wanted, other.num_wanted),
+            (self.num_whole, other.num_whole),
+            (self.num_inputs, other.num_inputs),
+        )
+        for own, found in pairs:
             for place, count in found.items():
                 own[place] = own.get(place, 0) + count
 
     def share(self, weights: npt.NDArray[np.float32]) -> float:
-        """Share of the layers' weights that were wanted; those of groups that were not counted all were.
+        """Share of the bytes of the layers' weights that were read; those of groups that were not counted all were.
+
+        An input that was read in half counts half.
 
         Args:
             weights: (layers, 4) how many each group has.
         """
         shares = np.ones(weights.shape)
         for (layer, group), count in self.num_inputs.items():
-            shares[layer, INPUT_GROUPS.index(group)] = self.num_wanted[layer, group] / count
+            read = (self.num_wanted[layer, group] + self.num_whole[layer, group]) / 2
+            shares[layer, INPUT_GROUPS.index(group)] = read / count
         return float(np.average(shares, weights=weights))

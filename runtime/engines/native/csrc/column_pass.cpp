@@ -11,12 +11,7 @@ namespace {
 constexpr size_t kPieceBytes = 1024;
 
 int num_pieces(const ColumnMatrix& w) {
-  return std::clamp(static_cast<int>(w.piece_bytes() / kPieceBytes), 1, w.num_tiles / w.num_planes());
-}
-
-// The first tile of a piece, or the one after the last piece.
-int first_tile(const ColumnMatrix& w, int piece, int pieces) {
-  return piece == pieces ? w.num_tiles : share(w.num_tiles / w.num_planes(), piece, pieces).begin * w.num_planes();
+  return std::clamp(static_cast<int>(w.piece_bytes() / kPieceBytes), 1, w.num_tiles);
 }
 
 // The pieces [begin, end) of a product; returns the bytes that were read.
@@ -27,7 +22,8 @@ size_t add_pieces(const Kernels& kernels, const ColumnProduct& product, int begi
   for (int last; begin < end; begin = last) {
     const int unit = begin / pieces, panel = unit / w.num_segments(), segment = unit % w.num_segments();
     last = std::min(end, (unit + 1) * pieces);
-    const Range tiles = {first_tile(w, begin - unit * pieces, pieces), first_tile(w, last - unit * pieces, pieces)};
+    const Range tiles = {share(w.num_tiles, begin - unit * pieces, pieces).begin,
+                         share(w.num_tiles, last - 1 - unit * pieces, pieces).end};
     const int first_group = segment * kSegmentGroups, end_group = std::min(first_group + kSegmentGroups, w.num_groups);
     float* out = product.sums + size_t(segment) * w.num_outputs() + size_t(panel) * w.panel_outputs();
     const size_t code_bytes =

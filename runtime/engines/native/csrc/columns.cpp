@@ -10,9 +10,9 @@
 namespace coreinfer {
 namespace {
 
-constexpr int kPanelOutputs = 8192;  // the most, twice as many in planes: 4 kB of a column
+constexpr int kPanelOutputs = 32768;  // the most: longer pieces are read faster
 constexpr size_t kHugePage = size_t(2) << 20;
-constexpr int kMostTile = 128;
+constexpr int kMostTile = 256;
 
 int padded_rows(const Matrix& w) { return w.num_blocks() * kBlockRows; }
 
@@ -51,10 +51,11 @@ void unpack_block(const uint8_t* from, uint8_t* codes, int stride) {
 }
 
 // One tile of one group: where an output lies in its column is such that words of four columns' bytes, put beside each
-// other (V::interleave), have the outputs in order. In planes tiles must come in their order, for two share their bytes.
+// other (V::interleave), have the outputs in order. A byte has as many outputs as it has codes or parts of codes, those of
+// its low bits first, each of four vectors.
 class TilePacker {
  public:
-  TilePacker(const ColumnMatrix& w, uint8_t* data) : w_(w), data_(data), lanes_(w.tile / 8) {}
+  TilePacker(const ColumnMatrix& w, uint8_t* data) : w_(w), data_(data), lanes_(w.tile / 8 / w.num_planes()) {}
 
   void pack(const Block* blocks, int num_blocks, int panel, int group, int tile) {
     uint8_t codes[kGroup * kMostTile] = {};
@@ -67,31 +68,29 @@ class TilePacker {
       std::memcpy(head + i * kBlockRows * 2, rows.scales + at * kBlockRows, kBlockRows * 2);
       std::memcpy(head + w_.tile * 2 + i * kBlockRows, rows.zeros + at * kBlockRows, kBlockRows);
     }
-    uint8_t* out = data_ + (w_.codes(panel, group) - w_.data) + w_.tile_offset(tile);
+    uint8_t* out = data_ + (w_.codes(panel, group) - w_.data) + tile * w_.tile_bytes();
     for (int input = 0; input < kGroup; ++input, out += w_.column_stride()) {
-      uint8_t column[kMostTile / 2];
-      pack_column(codes + input * w_.tile, w_.in_planes ? column : out);
-      if (w_.in_planes) split_column(column, tile % 2, out);
+      const uint8_t* column = codes + input * w_.tile;
+      if (w_.in_planes) {
+        pack_column(column, 2, 3, 2, out);
+        pack_column(column, 0, 3, 2, out + w_.plane_bytes());
+      } else {
+        pack_column(column, 0, 15, 4, out);
+      }
     }
   }
 
  private:
-  void pack_column(const uint8_t* codes, uint8_t* out) const {
+  // `num_bits` of each code, those from `shift` on.
+  void pack_column(const uint8_t* codes, int shift, int mask, int num_bits, uint8_t* out) const {
     for (int vector = 0; vector < 4; ++vector)
       for (int lane = 0; lane < lanes_; ++lane) {
         const int output = vector * lanes_ + lane;
-        out[lane / 4 * 16 + vector * 4 + lane % 4] = codes[output] | codes[4 * lanes_ + output] << 4;
+        int byte = 0;
+        for (int part = 0; part < 8 / num_bits; ++part)
+          byte |= (codes[part * 4 * lanes_ + output] >> shift & mask) << part * num_bits;
+        out[lane / 4 * 16 + vector * 4 + lane % 4] = static_cast<uint8_t>(byte);
       }
-  }
-
-  // The first of two tiles overwrites what is there.
-  void split_column(const uint8_t* column, bool is_second, uint8_t* highs) const {
-    uint8_t* lows = highs + w_.plane_bytes();
-    for (size_t i = 0; i < w_.tile_bytes(); ++i) {
-      const uint8_t high = column[i] & 0xcc, low = column[i] & 0x33;
-      highs[i] = is_second ? highs[i] | high : high >> 2;
-      lows[i] = is_second ? lows[i] | low << 2 : low;
-    }
   }
 
   const ColumnMatrix& w_;
@@ -103,12 +102,11 @@ ColumnMatrix shape_of(const std::vector<const Matrix*>& rows, int tile, bool in_
   int num_outputs = 0;
   for (const Matrix* w : rows) num_outputs += padded_rows(*w);
   ColumnMatrix w;
-  w.tile = tile;
   w.in_planes = in_planes;
+  w.tile = tile * w.num_planes();
   w.num_groups = rows.front()->num_groups();
-  const int most = kPanelOutputs * w.num_planes(), step = tile * w.num_planes();
-  w.num_panels = (num_outputs + most - 1) / most;
-  w.num_tiles = ((num_outputs + w.num_panels - 1) / w.num_panels + step - 1) / step * w.num_planes();
+  w.num_panels = (num_outputs + kPanelOutputs - 1) / kPanelOutputs;
+  w.num_tiles = ((num_outputs + w.num_panels - 1) / w.num_panels + w.tile - 1) / w.tile;
   return w;
 }
 

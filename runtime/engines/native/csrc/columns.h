@@ -19,7 +19,7 @@ using GroupFlags = std::array<bool, kNumInputGroups>;
 // Which inputs of a group of matrices a token wants: those whose |x| * norm is above the first threshold; those that are not
 // above the second read the high bits of their weights alone.
 struct Filter {
-  const float* norms = nullptr;    // of the columns, over all outputs
+  const float* norms = nullptr;  // of the columns, over all outputs
   Thresholds thresholds;
   const float* weights = nullptr;  // of an expert's tokens, what |x| * norm is multiplied by; null for 1
   bool wants_all() const { return !norms || thresholds.wanted < 0.0f; }
@@ -31,21 +31,20 @@ struct Filter {
 
 // (panels, groups of inputs): for each tile of outputs their scales (fp16) and zero points, then a group's columns of half a
 // byte for each of the panel's outputs. A panel's part of a column lies in one piece; or in two planes, the codes' two high
-// bits in one and their two low ones in the other, first all high pieces of the group and then all low ones. A byte of a
-// plane has the bits of two tiles beside each other: (second, first) of the high nibble, then of the low one.
+// bits in one piece and their two low ones in another, first all high pieces of the group and then all low ones.
 struct ColumnMatrix {
-  int tile = 0;                                       // outputs whose sums fit the registers: Kernels::column_tile
-  int num_groups = 0, num_panels = 0, num_tiles = 0;  // tiles of one panel, an even number in planes
   bool in_planes = false;
+  int tile = 0;  // outputs whose sums are kept at once: Kernels::column_tile, twice as many in planes
+  int num_groups = 0, num_panels = 0, num_tiles = 0;  // tiles of one panel
   const uint8_t* data = nullptr;
 
   bool empty() const { return num_panels == 0; }
   int panel_outputs() const { return num_tiles * tile; }
   int num_outputs() const { return num_panels * panel_outputs(); }
-  size_t tile_bytes() const { return size_t(tile) / 2; }  // of one column
-  size_t head_bytes() const { return size_t(tile) * 3; }  // of one tile
-  size_t piece_bytes() const { return num_tiles * tile_bytes() / num_planes(); }  // of one column and plane
   int num_planes() const { return in_planes ? 2 : 1; }
+  size_t head_bytes() const { return size_t(tile) * 3; }                 // of one tile
+  size_t tile_bytes() const { return size_t(tile) / 2 / num_planes(); }  // of one tile, column and plane
+  size_t piece_bytes() const { return num_tiles * tile_bytes(); }        // of one column and plane
   // From a column to the next. A multiple of 512 would put a tile of all columns into few sets of the first-level cache.
   size_t column_stride() const { return piece_bytes() + (piece_bytes() % 512 == 0 ? 64 : 0); }
   size_t plane_bytes() const { return kGroup * column_stride(); }
@@ -57,8 +56,6 @@ struct ColumnMatrix {
   }
   // The group's columns, or their high bits; the low ones come `plane_bytes` after them.
   const uint8_t* codes(int panel, int group) const { return heads(panel, group) + heads_bytes(); }
-  // Tiles whose bits lie in the same bytes begin `tile_bytes` after the ones before them.
-  size_t tile_offset(int tile) const { return tile / num_planes() * tile_bytes(); }
   // What is dealt out to threads: some groups of one panel, whose sums are their own.
   int num_segments() const { return (num_groups + kSegmentGroups - 1) / kSegmentGroups; }
   int num_units() const { return num_panels * num_segments(); }

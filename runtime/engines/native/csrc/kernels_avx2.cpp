@@ -33,6 +33,18 @@ struct V : Avx2 {
   static I dot_nibbles(I sum, B codes, const int8_t* p) {
     return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, quad(p))));
   }
+  // Sums of each two bits of the bytes, in 16 bits even after times_four: 8 * 2 * (4 + 1) * 3 * 127 is less than 2^15.
+  static void add_pairs(B bytes, const int8_t* p, I* sums) {
+    const __m256i codes = quad(p);
+    for (int i = 0; i < 4; ++i) {
+      const B pair = _mm256_and_si256(_mm256_srli_epi16(bytes, 2 * i), _mm256_set1_epi8(3));
+      sums[i] = in_order(_mm256_add_epi16(sums[i], _mm256_maddubs_epi16(pair, codes)));
+    }
+  }
+  static I times_four(I sum) { return _mm256_slli_epi16(sum, 2); }
+  static void pair_sums(I* sums) {
+    for (int i = 0; i < 4; ++i) sums[i] = widen(sums[i]);
+  }
   static I dot_nibbles_lanes(I sum, B codes, I fours) {
     return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, fours)));
   }

@@ -49,18 +49,6 @@ struct V {
   // Nibbles with the bits that are asked for, of each four inputs.
   static B low_nibbles(B x, const uint8_t* bits) { return _mm512_and_si512(x, quad((const int8_t*)bits)); }
   static B high_nibbles(B x, const uint8_t* bits) { return low_nibbles(_mm512_srli_epi16(x, 4), bits); }
-  // Of two tiles, the bytes whose nibbles' high and low two bits lie in planes; or of the high ones alone, the low ones 0.
-  static void join_bits(B high, B low, B* out) {
-    const B mask = _mm512_set1_epi8(char(0xcc));
-    out[0] = _mm512_ternarylogic_epi32(mask, _mm512_slli_epi16(high, 2), low, 0xca);
-    out[1] = _mm512_ternarylogic_epi32(mask, high, _mm512_srli_epi16(low, 2), 0xca);
-  }
-  static void spread_bits(B high, B* out) {
-    const B mask = _mm512_set1_epi8(char(0xcc));
-    out[0] = _mm512_and_si512(_mm512_slli_epi16(high, 2), mask);
-    out[1] = _mm512_and_si512(high, mask);
-  }
-  static void store_bytes(uint8_t* p, B x) { _mm512_store_si512(p, x); }
   // The bytes whose halves are the low, or the high, nibbles of two vectors.
   static B join_low(B high, B low) { return halves(_mm512_slli_epi16(high, 4), low); }
   static B join_high(B high, B low) { return halves(high, _mm512_srli_epi16(low, 4)); }
@@ -71,6 +59,19 @@ struct V {
   static I nibble_sums(I sums) { return sums; }
   static I dot_nibbles(I sum, B codes, const int8_t* p) { return _mm512_dpbusd_epi32(sum, codes, quad(p)); }
   static I dot_bytes(I sum, B bytes, const int8_t* p) { return _mm512_dpbusd_epi32(sum, bytes, quad(p)); }
+  // Sums of whole bytes, and of their highest 6, 4 and 2 bits: what each two bits give follows from these.
+  static void add_pairs(B bytes, const int8_t* p, I* sums) {
+    const __m512i codes = quad(p);
+    sums[0] = _mm512_dpbusd_epi32(sums[0], bytes, codes);
+    sums[1] = _mm512_dpbusd_epi32(sums[1], _mm512_and_si512(bytes, _mm512_set1_epi8(-4)), codes);
+    sums[2] = _mm512_dpbusd_epi32(sums[2], _mm512_and_si512(bytes, _mm512_set1_epi8(-16)), codes);
+    sums[3] = _mm512_dpbusd_epi32(sums[3], _mm512_and_si512(bytes, _mm512_set1_epi8(-64)), codes);
+  }
+  static I times_four(I sum) { return _mm512_slli_epi32(sum, 2); }
+  static void pair_sums(I* sums) {
+    for (int i = 0; i < 3; ++i) sums[i] = _mm512_srai_epi32(_mm512_sub_epi32(sums[i], sums[i + 1]), 2 * i);
+    sums[3] = _mm512_srai_epi32(sums[3], 6);
+  }
   static I dot_nibbles_lanes(I sum, B codes, I fours) { return _mm512_dpbusd_epi32(sum, codes, fours); }
   static I load_fours(const int8_t* p) { return _mm512_loadu_si512(p); }
   // Four whole numbers in each lane, as bytes of a word.

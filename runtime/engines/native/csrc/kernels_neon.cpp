@@ -51,18 +51,6 @@ struct V {
     return vandq_u8(x, vreinterpretq_u8_s8(quad(reinterpret_cast<const int8_t*>(bits))));
   }
   static B high_nibbles(B x, const uint8_t* bits) { return low_nibbles(vshrq_n_u8(x, 4), bits); }
-  // Of two tiles, the bytes whose nibbles' high and low two bits lie in planes; or of the high ones alone, the low ones 0.
-  static void join_bits(B high, B low, B* out) {
-    const B mask = vdupq_n_u8(0xcc);
-    out[0] = vbslq_u8(mask, vshlq_n_u8(high, 2), low);
-    out[1] = vbslq_u8(mask, high, vshrq_n_u8(low, 2));
-  }
-  static void spread_bits(B high, B* out) {
-    const B mask = vdupq_n_u8(0xcc);
-    out[0] = vandq_u8(vshlq_n_u8(high, 2), mask);
-    out[1] = vandq_u8(high, mask);
-  }
-  static void store_bytes(uint8_t* p, B x) { vst1q_u8(p, x); }
   // The bytes whose halves are the low, or the high, nibbles of two vectors.
   static B join_low(B high, B low) { return vorrq_u8(vshlq_n_u8(high, 4), low_nibbles(low)); }
   static B join_high(B high, B low) { return vorrq_u8(vandq_u8(high, vdupq_n_u8(0xf0)), vshrq_n_u8(low, 4)); }
@@ -73,6 +61,16 @@ struct V {
   static I add_nibble_sums(I a, I b) { return add_int(a, b); }
   static I nibble_sums(I sums) { return sums; }
   static I dot_nibbles(I sum, B codes, const int8_t* p) { return vdotq_s32(sum, vreinterpretq_s8_u8(codes), quad(p)); }
+  // Sums of each two bits of the bytes.
+  static void add_pairs(B bytes, const int8_t* p, I* sums) {
+    const B three = vdupq_n_u8(3);
+    sums[0] = dot_nibbles(sums[0], vandq_u8(bytes, three), p);
+    sums[1] = dot_nibbles(sums[1], vandq_u8(vshrq_n_u8(bytes, 2), three), p);
+    sums[2] = dot_nibbles(sums[2], vandq_u8(vshrq_n_u8(bytes, 4), three), p);
+    sums[3] = dot_nibbles(sums[3], vshrq_n_u8(bytes, 6), p);
+  }
+  static I times_four(I sum) { return vshlq_n_s32(sum, 2); }
+  static void pair_sums(I*) {}
   static I dot_nibbles_lanes(I sum, B codes, I fours) {
     return vdotq_s32(sum, vreinterpretq_s8_u8(codes), vreinterpretq_s8_s32(fours));
   }

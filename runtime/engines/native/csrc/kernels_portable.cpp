@@ -65,16 +65,6 @@ struct V {
     return x & (B)(Words{} + word);
   }
   static B high_nibbles(B x, const uint8_t* bits) { return low_nibbles(x >> 4, bits); }
-  // Of two tiles, the bytes whose nibbles' high and low two bits lie in planes; or of the high ones alone, the low ones 0.
-  static void join_bits(B high, B low, B* out) {
-    out[0] = ((high << 2) & 0xcc) | (low & 0x33);
-    out[1] = (high & 0xcc) | ((low >> 2) & 0x33);
-  }
-  static void spread_bits(B high, B* out) {
-    out[0] = (high << 2) & 0xcc;
-    out[1] = high & 0xcc;
-  }
-  static void store_bytes(uint8_t* p, B x) { std::memcpy(p, &x, sizeof x); }
   // The bytes whose halves are the low, or the high, nibbles of two vectors.
   static B join_low(B high, B low) { return (high << 4) | (low & 15); }
   static B join_high(B high, B low) { return (high & 0xf0) | (low >> 4); }
@@ -86,6 +76,12 @@ struct V {
       sum[i] += codes[4 * i] * p[0] + codes[4 * i + 1] * p[1] + codes[4 * i + 2] * p[2] + codes[4 * i + 3] * p[3];
     return sum;
   }
+  // Sums of each two bits of the bytes.
+  static void add_pairs(B bytes, const int8_t* p, I* sums) {
+    for (int i = 0; i < 4; ++i) sums[i] = dot_nibbles(sums[i], (bytes >> 2 * i) & 3, p);
+  }
+  static I times_four(I sum) { return sum << 2; }
+  static void pair_sums(I*) {}
   static I dot_nibbles_lanes(I sum, B codes, I fours) {
     int8_t p[16];
     std::memcpy(p, &fours, sizeof p);

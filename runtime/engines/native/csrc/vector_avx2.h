@@ -31,18 +31,6 @@ struct Avx2 {
   // Nibbles with the bits that are asked for, of each four inputs.
   static B low_nibbles(B x, const uint8_t* bits) { return _mm256_and_si256(x, quad((const int8_t*)bits)); }
   static B high_nibbles(B x, const uint8_t* bits) { return low_nibbles(_mm256_srli_epi16(x, 4), bits); }
-  // Of two tiles, the bytes whose nibbles' high and low two bits lie in planes; or of the high ones alone, the low ones 0.
-  static void join_bits(B high, B low, B* out) {
-    out[0] = _mm256_or_si256(high_bits(_mm256_slli_epi16(high, 2)), low_bits(low));
-    out[1] = _mm256_or_si256(high_bits(high), low_bits(_mm256_srli_epi16(low, 2)));
-  }
-  static void spread_bits(B high, B* out) {
-    out[0] = high_bits(_mm256_slli_epi16(high, 2));
-    out[1] = high_bits(high);
-  }
-  static B high_bits(B x) { return _mm256_and_si256(x, _mm256_set1_epi8(char(0xcc))); }
-  static B low_bits(B x) { return _mm256_and_si256(x, _mm256_set1_epi8(0x33)); }
-  static void store_bytes(uint8_t* p, B x) { _mm256_store_si256((__m256i*)p, x); }
   // The bytes whose halves are the low, or the high, nibbles of two vectors.
   static B join_low(B high, B low) { return halves(_mm256_slli_epi16(high, 4), low); }
   static B join_high(B high, B low) { return halves(high, _mm256_srli_epi16(low, 4)); }

@@ -1,0 +1,395 @@
+"""Inputs that are read in half: levels, energies, the format, and what compiles and the torch engine make of them."""
+
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from coreinfer.bundles import Bundle, BundleCorrupt, BundleVersionError, ConfigError, manifest, open_bundle
+from coreinfer.bundles.contract import INPUT_GROUPS
+from coreinfer.bundles.formats import float_matrix, low_halves
+from coreinfer.bundles.inspect import describe
+from coreinfer.bundles.layout import LAYOUT
+from coreinfer.bundles.manifest import QuantizationRecord, read_manifest
+from coreinfer.bundles.reader import find_problems
+from coreinfer.bundles.tensors import StoredTensor, TensorFile
+from coreinfer.bundles.token_shares import check_token_shares, token_thresholds
+from coreinfer.bundles.versions import HALVES_VERSION, THIN_VERSION
+from coreinfer.compiler import CompileConfig, compile_model
+from coreinfer.compiler.quality.stored import StoredModel, base_in_use, dense_cut
+from coreinfer.compiler.shares.halves import warn_of_no_halves
+from coreinfer.compiler.shares.inputs import group_weights, groups_of
+from coreinfer.compiler.shares.measure import Part, SharedWeights, _reading
+from coreinfer.compiler.shares.plan import TARGETS, plan_shares
+from coreinfer.compiler.shares.texts import begin_texts
+from coreinfer.compiler.shares.thresholds import LEVELS, RATIOS, energies_at, half_ratios, thresholds_at_levels
+from coreinfer.compiler.text.corpus import Document
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder
+from coreinfer.runtime.engines.torch.wanted_inputs import InputCounts
+
+from .bundle_factory import change_tensors, edit_manifest
+from .half_inputs import halved_matrix, taken_by_hand
+from .loading import load
+from .packing import pack_int4
+
+SHARE = 0.6
+PROMPT_IDS, NEXT_IDS = [1, 57, 200, 300, 21, 99, 140, 7], [9, 8, 77, 301]
+TEXT = Document(text="", routing_text="", token_ids=(*PROMPT_IDS, *PROMPT_IDS[::-1], *NEXT_IDS))
+
+Floats = npt.NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def halved_bundle(tiny_bundle: Callable[..., Path]) -> Callable[..., Bundle]:
+    """A function (family) that opens a bundle whose tokens read inputs in half."""
+    return lambda family="llama", **options: open_bundle(
+        tiny_bundle(family, token_share=SHARE, quantize="int4", **options)
+    )
+
+
+def random_scores(seed: int, count: int = 3000) -> Floats:
+    return np.sort(np.random.default_rng(seed).gamma(1.5, size=count)).astype(np.float32)
+
+
+# Levels and energies
+
+
+@pytest.mark.parametrize("ratio", [1, 1.5, 3, 5])
+def test_a_level_is_the_share_of_bytes_that_its_threshold_reads(ratio: float) -> None:
+    scores = random_scores(1)
+    found = thresholds_at_levels(scores, np.float32(ratio))
+    assert (np.diff(found) <= 0).all()
+    assert found[-1] == 0
+    for level, threshold in zip(LEVELS, found, strict=True):
+        whole, half = (scores > ratio * threshold).mean(), (scores > threshold).mean()
+        assert (whole + half) / 2 == pytest.approx(level, abs=2 / len(scores))
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3.5])
+def test_energies_are_sums_of_squares(ratio: float) -> None:
+    scores, low = random_scores(2), 0.11
+    thresholds = thresholds_at_levels(scores, np.float32(ratio))
+    found = energies_at(scores, thresholds, np.float32(ratio), np.float32(low))
+    squares = scores.astype(float) ** 2
+    for threshold, energy in zip(thresholds, found, strict=True):
+        is_half = (scores > threshold) & (scores <= np.float32(ratio) * threshold)
+        lost = squares[scores <= threshold].sum() + low * squares[is_half].sum()
+        assert energy == pytest.approx(lost / squares.sum(), rel=1e-4, abs=1e-7)
+
+
+def test_the_ratio_loses_least() -> None:
+    """Where low bits hold next to nothing all that is read is read in half, and where they hold much nothing is."""
+    loaded: Any = SimpleNamespace(record=SimpleNamespace(num_layers=1))
+    places, lows = groups_of(loaded), np.array([[0.1, 0.9, 0.01, 0.3]], dtype=np.float32)
+    scores = {place: random_scores(number) for number, place in enumerate(places)}
+    found = half_ratios(loaded, scores, lows)
+    for place, ratio, low in zip(places, found[0], lows[0], strict=True):
+        lost = {}
+        for other in RATIOS:
+            # Where two levels lie around 0.6, the energy there is about between theirs.
+            energies = energies_at(scores[place], thresholds_at_levels(scores[place], other), other, low)
+            lost[float(other)] = float(np.interp(0.6, LEVELS, energies))
+        assert lost[float(ratio)] <= 1.002 * min(lost.values())
+    assert found[0, 1] == 1
+    assert 2 <= found[0, 0] <= 4
+    assert found[0, 2] >= found[0, 0]
+
+
+def test_a_plan_knows_of_halves() -> None:
+    """Of two groups with the same scores, each byte is spent where it is worth most, as trying all shares does."""
+    scores, ratios, lows = random_scores(5), np.array([1, 3], dtype=np.float32), np.array([0, 0.1], dtype=np.float32)
+    energies = np.stack(
+        [
+            energies_at(scores, thresholds_at_levels(scores, ratio), ratio, low)
+            for ratio, low in zip(ratios, lows, strict=True)
+        ]
+    )
+    measured = np.full((1, 2), energies[0, len(LEVELS) // 2])
+    costs, weights = np.array([[1.0, 1.2]], dtype=np.float32), np.ones((1, 2), dtype=np.float32)
+    plan = plan_shares(costs, energies[None], weights, measured=measured)
+
+    def loss(first: float, second: float) -> float:
+        shares = (first, second)
+        at = [float(np.interp(share, LEVELS, own)) for share, own in zip(shares, energies, strict=True)]
+        return float((costs[0] * np.array(at) / measured[0]).sum())
+
+    # Near 1 levels lie too far apart to tell.
+    for target, shares in zip(TARGETS[2:-2].tolist(), plan[2:-2, 0].tolist(), strict=True):
+        tried = [loss(first, 2 * target - first) for first in np.linspace(max(0, 2 * target - 1), 1, 400).tolist()]
+        assert loss(*shares) <= 1.03 * min(tried) + 1e-4
+
+
+# What is stored
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (33, 70), (1, 5), (16, 32)])
+def test_low_halves_are_what_other_codes_lack(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    groups = -(-shape[1] // 32)
+    parts = pack_int4(
+        rng.integers(0, 16, shape, dtype=np.uint8),
+        (rng.random((shape[0], groups)) * 0.1).astype(np.float16),
+        rng.integers(0, 241, (shape[0], groups), dtype=np.uint8),
+    )
+    file = {f"w{suffix}": stored for suffix, stored in parts.items()}
+    lacking = float_matrix(file, "w", shape) - halved_matrix(file, "w", shape)
+    np.testing.assert_allclose(low_halves(file, "w", shape), lacking, atol=1e-6)
+    assert low_halves(file, "w", shape).shape == shape
+    with pytest.raises(KeyError):
+        low_halves({}, "w", shape)
+    with pytest.raises(ValueError, match="expected U8"):
+        low_halves(file, "w", (shape[0], shape[1] + 32))
+
+
+def test_a_bundle_says_which_inputs_have_halves(halved_bundle: Callable[..., Bundle]) -> None:
+    bundle = halved_bundle()
+    found, file = bundle.manifest, bundle.token_shares
+    assert found.token_shares is not None
+    assert file is not None
+    assert find_problems(bundle.path, found) == []
+    assert found.token_shares.halves
+    assert found.schema_version == HALVES_VERSION
+    ratios = file["half_ratios"].array
+    assert ratios.shape == (found.model.num_layers, 4)
+    assert {*ratios.flatten().tolist()} <= {float(ratio) for ratio in RATIOS}
+    assert (ratios > 1).sum() > ratios.size / 2
+    thresholds = token_thresholds(bundle, 1, SHARE)
+    np.testing.assert_array_equal(thresholds[..., 1], ratios * thresholds[..., 0])
+    assert (token_thresholds(bundle, None, 1.0) == -1).all()
+    assert "with a pack, some inputs in half" in "\n".join(describe(found))
+    assert "reads others in half" in (bundle.path / LAYOUT.report).read_text(encoding="utf-8")
+    for score in found.token_shares.scores:
+        assert score.read == pytest.approx(SHARE, abs=0.1)
+
+
+def test_ratios_that_cannot_be_are_named(halved_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(halved_bundle().path, tmp_path / "bundle"))
+    for value, said in (
+        (0.5, "half_ratios: expected numbers from 1 to 16"),
+        (17.0, "half_ratios: expected numbers from 1 to 16"),
+        (float("nan"), "half_ratios: expected finite numbers"),
+    ):
+        change_tensors(folder, LAYOUT.token_shares, lambda tensors, value=value: _set_ratio(tensors, value))
+        with pytest.raises(BundleCorrupt, match=re.escape(said)):
+            open_bundle(folder)
+    change_tensors(folder, LAYOUT.token_shares, lambda tensors: _set_ratio(tensors, 3))
+    open_bundle(folder)
+    change_tensors(folder, LAYOUT.token_shares, lambda tensors: tensors.pop("half_ratios"))
+    with pytest.raises(BundleCorrupt, match="tensor 'half_ratios' is missing"):
+        open_bundle(folder)
+
+
+def _set_ratio(tensors: dict[str, StoredTensor], value: float) -> None:
+    tensors["half_ratios"].array[1, 2] = value
+
+
+def test_matrices_without_halves_are_named(
+    halved_bundle: Callable[..., Bundle], tiny_bundle: Callable[..., Path]
+) -> None:
+    bundle = halved_bundle()
+    file, found = bundle.token_shares, bundle.manifest
+    assert file is not None
+    assert check_token_shares(file, found) == []
+    for name, groups in (("attention", INPUT_GROUPS[:2]), ("ffn", INPUT_GROUPS[2:])):
+        other = replace(
+            found, quantization={**found.quantization, name: QuantizationRecord(format="int8", group_size=32)}
+        )
+        expected = [f"half_ratios: expected 1 of {group}, whose matrices, in int8, have no halves" for group in groups]
+        problems = check_token_shares(file, other)
+        assert [problem.partition(": ")[2] for problem in problems] == expected
+    experts = read_manifest(tiny_bundle("olmoe")).model.experts
+    mixture = replace(found, model=replace(found.model, experts=experts))
+    assert "of experts, have no halves" in check_token_shares(file, mixture)[0]
+
+
+def test_older_readers_refuse_by_version(
+    halved_bundle: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(halved_bundle().path, tmp_path / "bundle"))
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "READ_VERSIONS", (2, 3, 4, 5))
+        with pytest.raises(BundleVersionError, match="schema version 6, this coreinfer reads 2, 3, 4 and 5; upgrade"):
+            open_bundle(folder)
+    with edit_manifest(folder) as data:
+        data["schema_version"] = 5
+    said = "manifest.token_shares.halves: inputs that are read in half need schema_version 6"
+    with pytest.raises(BundleCorrupt, match=re.escape(said)):
+        open_bundle(folder)
+    with edit_manifest(folder) as data:
+        data["schema_version"] = 6
+        data["token_shares"]["halves"] = False
+    with pytest.raises(BundleCorrupt, match="tensor 'half_ratios' is unknown"):
+        open_bundle(folder)
+
+
+# Options
+
+
+def test_without_halves_a_bundle_is_as_before(halved_bundle: Callable[..., Bundle]) -> None:
+    bundle = halved_bundle(half_inputs=False, packs="thin", keep=None, budgets=None, evaluate=False)
+    assert bundle.manifest.schema_version == THIN_VERSION
+    assert "halves" not in (bundle.path / LAYOUT.manifest).read_text(encoding="utf-8")
+    assert "half_ratios" not in TensorFile(bundle.path / LAYOUT.token_shares)
+    thresholds = token_thresholds(bundle, 1, SHARE)
+    np.testing.assert_array_equal(thresholds[..., 0], thresholds[..., 1])
+
+
+def test_halves_need_token_shares(tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path) -> None:
+    given = replace(tiny_inputs("llama"), output=tmp_path / "b")
+    for asked, switch in ((True, "--half-inputs"), (False, "--no-half-inputs")):
+        with pytest.raises(ConfigError, match=f"{switch}: expected --token-share with it"):
+            replace(given, half_inputs=asked)
+
+
+@pytest.mark.parametrize(("family", "quantize"), [("llama", "int8"), ("mixtral", "int4")])
+def test_what_has_no_halves_is_said_if_they_were_asked_for(
+    family: str,
+    quantize: Any,
+    tiny_inputs: Callable[[str], CompileConfig],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    given = replace(tiny_inputs(family), token_share=SHARE, quantize=quantize, evaluate=False, budgets=None)
+    with caplog.at_level(logging.WARNING):
+        compile_model(replace(given, output=tmp_path / "asked", half_inputs=True))
+    assert caplog.text.count("no input is read in half") == 1
+    bundle = open_bundle(tmp_path / "asked")
+    assert not bundle.manifest.has_halves
+    assert bundle.manifest.schema_version == (5 if family == "mixtral" else 3)
+    caplog.clear()
+    loaded: Any = SimpleNamespace(record=bundle.manifest.model)
+    for asked in (None, False):
+        warn_of_no_halves(replace(given, half_inputs=asked), loaded)
+    assert caplog.text == ""
+
+
+# What is computed
+
+
+def logits_of(decoder: TorchDecoder, choice: FfnChoice) -> Floats:
+    """Logits of each token that is decoded with a choice, after a prompt that the dense FFN read."""
+    decoder.truncate(0)
+    decoder.use(DENSE)
+    decoder.forward(PROMPT_IDS)
+    decoder.use(choice)
+    return np.stack([decoder.forward([token_id])[0] for token_id in NEXT_IDS])
+
+
+@pytest.mark.parametrize(
+    ("family", "weights"), [("llama", "auto"), ("phi3", "auto"), ("opt", "auto"), ("llama", "packed")]
+)
+def test_the_torch_engine_computes_by_the_definition(
+    family: str, weights: str, halved_bundle: Callable[..., Bundle]
+) -> None:
+    bundle = halved_bundle(family)
+    used = TorchDecoder(bundle, device="cpu", dtype="float32", weights=weights)
+    plain = TorchDecoder(bundle, device="cpu", dtype="float32")
+    assert bundle.dense is not None
+    for choice, ffn in (
+        (FfnChoice(cluster=2, token_share=0.5), bundle.pack(2)),
+        (FfnChoice(token_share=0.7), bundle.dense),
+        (FfnChoice(cluster=2, token_share=0.8), bundle.pack(2)),
+        (FfnChoice(cluster=0, token_share=0.5), bundle.pack(0)),
+    ):
+        got, seen = logits_of(used, choice), [0, 0, 0]
+        logits_of(plain, choice.whole)
+        plain.truncate(len(PROMPT_IDS))
+        thresholds = token_thresholds(bundle, choice.cluster, choice.token_share)
+        with taken_by_hand(plain._layers, plain._family, bundle.base, ffn, thresholds, seen):
+            expected = np.stack([plain.forward([token_id])[0] for token_id in NEXT_IDS])
+        np.testing.assert_allclose(got, expected, atol=2e-4, rtol=1e-3)
+        assert min(seen) > 0.05 * sum(seen)
+        # As if all halves were whole, or left out, is something else.
+        for changed in (thresholds[..., :1], thresholds[..., 1:]):
+            plain.truncate(len(PROMPT_IDS))
+            with taken_by_hand(plain._layers, plain._family, bundle.base, ffn, changed.repeat(2, axis=-1), [0, 0, 0]):
+                assert not np.allclose(plain.forward([NEXT_IDS[0]])[0], expected[0], atol=1e-3)
+
+
+def test_second_copies_are_made_once(halved_bundle: Callable[..., Bundle]) -> None:
+    """When a share is first used, and again for an FFN that comes into use; the attention's stay."""
+    bundle = halved_bundle()
+    decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
+    held = decoder.masks._low._held
+    assert held == {}
+    decoder.use(FfnChoice(cluster=1, token_share=0.5))
+    first = {key: tensor.data_ptr() for key, tensor in held.items()}
+    values = {key: tensor.clone() for key, tensor in held.items()}
+    assert first
+    generation = decoder.masks.key
+    decoder.use(FfnChoice(cluster=1, token_share=0.6))
+    assert decoder.masks.key == generation
+    decoder.use(FfnChoice(cluster=1))
+    assert decoder.masks.key is None
+    decoder.use(FfnChoice(cluster=3, token_share=0.6))
+    assert {key: tensor.data_ptr() for key, tensor in held.items()} == first
+    assert decoder.masks.key == generation
+    assert {key[1].startswith("self_attn") for key in held if torch.equal(held[key], values[key])} == {True}
+    decoder.use(FfnChoice(token_share=0.6))
+    assert decoder.masks.key != generation
+
+
+def test_halves_count_half(halved_bundle: Callable[..., Bundle]) -> None:
+    bundle = halved_bundle()
+    decoder, seen = TorchDecoder(bundle, device="cpu", dtype="float32"), [0, 0, 0]
+    decoder.masks.counts = counts = InputCounts()
+    logits_of(decoder, FfnChoice(token_share=0.6))
+    plain = TorchDecoder(bundle, device="cpu", dtype="float32")
+    logits_of(plain, DENSE)
+    plain.truncate(len(PROMPT_IDS))
+    assert bundle.dense is not None
+    thresholds = token_thresholds(bundle, None, 0.6)
+    with taken_by_hand(plain._layers, plain._family, bundle.base, bundle.dense, thresholds, seen):
+        for token_id in NEXT_IDS:
+            plain.forward([token_id])
+    # By hand, groups are counted once a matrix.
+    num_matrices = {"qkv": 3, "o": 1, "gate_up": 2, "down": 1}
+    whole = sum(num_matrices[group] * count for (_, group), count in counts.num_whole.items())
+    wanted = sum(num_matrices[group] * count for (_, group), count in counts.num_wanted.items())
+    assert (whole, wanted - whole) == (seen[0], seen[1])
+    ones = np.ones((bundle.manifest.model.num_layers, 4), dtype=np.float32)
+    shares = [
+        (counts.num_whole[place] + (counts.num_wanted[place] - counts.num_whole[place]) / 2) / count
+        for place, count in counts.num_inputs.items()
+    ]
+    assert counts.share(ones) == pytest.approx(np.mean(shares))
+    both = InputCounts()
+    both.merge(counts)
+    both.merge(counts)
+    assert both.share(ones) == pytest.approx(counts.share(ones))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_compile_measures_by_the_definition(
+    family: str, halved_bundle: Callable[..., Bundle], tiny_inputs: Callable[[str], CompileConfig]
+) -> None:
+    bundle, loaded = halved_bundle(family), load(Path(tiny_inputs(family).model))
+    decoder, seen = TorchDecoder(bundle, device="cpu", dtype="float32"), [0, 0, 0]
+    assert bundle.token_shares is not None
+    assert bundle.dense is not None
+    arrays = {name: bundle.token_shares[name].array for name in bundle.token_shares}
+    nothing: Any = None
+    stored = StoredModel(packer=nothing, folder=bundle.path, target=bundle.path, base_tensors={})
+    shared = SharedWeights(stored=stored, packs=None, arrays=arrays, labels=np.zeros(1, np.int64))
+    part, counts = Part(ffn=None, thresholds="dense", shares=shared.planned(SHARE), numbers=(0,)), InputCounts()
+    with torch.inference_mode(), base_in_use(loaded, stored):
+        begun = begin_texts(loaded, dense_cut(loaded, stored), [TEXT])
+        with _reading(loaded, shared)(part, counts):
+            got = loaded.head(begun[0].states(loaded)).numpy()
+    ids, count = list(TEXT.token_ids), begun[0].token_ids.shape[1]
+    decoder.forward(ids[:-count])
+    thresholds = token_thresholds(bundle, None, SHARE)
+    with taken_by_hand(decoder._layers, decoder._family, bundle.base, bundle.dense, thresholds, seen):
+        expected = decoder.forward(ids[-count:], all_logits=True)
+    np.testing.assert_allclose(got, expected, atol=2e-4, rtol=1e-3)
+    assert min(seen) > 0.05 * sum(seen)
+    assert 0.3 < counts.share(group_weights(loaded)) < 0.9
