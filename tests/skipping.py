@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from coreinfer import runtime
-from coreinfer.bundles import Bundle
+from coreinfer.bundles import Bundle, open_bundle
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 
 
@@ -13,8 +13,14 @@ def masking_decoder(bundle: Bundle, *, isa: str = "auto", columns: bool = False)
     decoder = NativeDecoder(bundle, threads=2, isa=isa, input_skipping="masked")
     assert decoder.token_shares_pay
     if columns:
-        decoder._model.lay_out_columns([True] * 4, 0)
+        lay_out_all(decoder, bundle)
     return decoder
+
+
+def lay_out_all(decoder: NativeDecoder, bundle: Bundle) -> None:
+    record = bundle.manifest.token_shares
+    assert record is not None
+    decoder._model.lay_out_columns([True] * 4, record.halves, 0)
 
 
 def skipping_engine(folder: Path, skipping: Literal["on", "masked", "off"]) -> runtime.Engine:
@@ -23,5 +29,5 @@ def skipping_engine(folder: Path, skipping: Literal["on", "masked", "off"]) -> r
         assert isinstance(engine.decoder, NativeDecoder)
         assert engine.decoder.token_shares_pay
         # Else nothing lies by columns.
-        engine.decoder._model.lay_out_columns([True] * 4, 0)
+        lay_out_all(engine.decoder, open_bundle(folder))
     return engine

@@ -9,9 +9,10 @@ import numpy.typing as npt
 import pytest
 from coreinfer.bundles import ConfigError, open_bundle
 from coreinfer.bundles.reader import Bundle
-from coreinfer.runtime.engines.native import _native
+from coreinfer.runtime.engines.native import _native, skipping
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.torch import input_masks
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from coreinfer.runtime.load_options import LoadOptions
 
@@ -25,8 +26,12 @@ Floats = npt.NDArray[np.float32]
 
 @pytest.fixture(scope="module")
 def shared_bundle(tiny_bundle: Callable[..., Path]) -> Callable[..., Bundle]:
-    def opened(family: str = "llama", quantize: str = "int4") -> Bundle:
-        return open_bundle(tiny_bundle(family, token_share=0.6, quantize=quantize))
+    def opened(family: str = "llama", quantize: str = "int4", *, half_inputs: bool = True) -> Bundle:
+        bundle = open_bundle(tiny_bundle(family, token_share=0.6, quantize=quantize, half_inputs=half_inputs))
+        record = bundle.manifest.token_shares
+        assert record is not None
+        assert record.halves == (half_inputs and quantize == "int4")
+        return bundle
 
     return opened
 
@@ -57,6 +62,27 @@ def test_native_leaves_out_what_torch_leaves_out(family: str, shared_bundle: Cal
     assert differences.mean() < 0.5 * np.abs(got - whole).mean()
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma2", "qwen3", "gpt_neox"])
+def test_native_reads_in_half_what_torch_reads_in_half(
+    family: str, shared_bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shared_bundle(family)
+    assert bundle.token_shares is not None
+    # All inputs in half: that none is near a threshold leaves only the native engine's own rounding of inputs.
+    highest = np.where(bundle.token_shares["half_ratios"].array > 1, np.float32(1e9), np.float32(0))
+    assert highest.any()
+    thresholds = np.stack([np.zeros_like(highest), highest], axis=-1)
+    for module in (input_masks, skipping):
+        monkeypatch.setattr(module, "token_thresholds", lambda *_: thresholds)
+    torch_decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
+    torch_decoder.forward(PROMPT_IDS)
+    expected, whole = decoded_apart(torch_decoder), decoded_apart(torch_decoder, SHARED.whole)
+    rounding = np.abs(decoded_apart(masking(bundle), SHARED.whole) - whole).mean()
+    differences = np.abs(decoded_apart(masking(bundle, columns=True)) - expected)
+    assert differences.mean() < 2 * rounding
+    assert differences.mean() < 0.25 * np.abs(expected - whole).mean()
+
+
 def decoded_apart(decoder: NativeDecoder | TorchDecoder, choice: FfnChoice = SHARED) -> Floats:
     """Logits of many tokens, each of them right after the prompt."""
     logits = []
@@ -68,9 +94,13 @@ def decoded_apart(decoder: NativeDecoder | TorchDecoder, choice: FfnChoice = SHA
 
 
 @pytest.mark.parametrize("isa", _native.available_isas())
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"])
-def test_columns_give_what_rows_give(family: str, isa: str, shared_bundle: Callable[..., Bundle]) -> None:
-    bundle = shared_bundle(family)
+@pytest.mark.parametrize(
+    ("family", "half_inputs"), [("llama", True), ("llama", False), ("opt", True), ("gpt_neox", True)]
+)
+def test_columns_give_what_rows_give(
+    family: str, half_inputs: bool, isa: str, shared_bundle: Callable[..., Bundle]
+) -> None:
+    bundle = shared_bundle(family, half_inputs=half_inputs)
     rows, columns = masking(bundle, isa=isa), masking(bundle, isa=isa, columns=True)
     for choice in (SHARED, FfnChoice(token_share=0.4), SHARED.whole):
         assert np.array_equal(decoded(columns, choice), decoded(rows, choice))
@@ -109,9 +139,9 @@ def test_nothing_is_left_out_where_it_is_not_to_be(shared_bundle: Callable[..., 
 def test_generations_do_not_depend_on_how_weights_are_read(shared_bundle: Callable[..., Bundle]) -> None:
     path = shared_bundle().path
     texts: dict[str, Sequence[str]] = {}
-    for skipping in ("on", "masked", "off"):
-        engine = skipping_engine(path, skipping)
-        texts[skipping] = [engine.generate(prompt, max_new_tokens=12).text for prompt in ("a b c", "the sea is wide")]
+    for asked in ("on", "masked", "off"):
+        engine = skipping_engine(path, asked)
+        texts[asked] = [engine.generate(prompt, max_new_tokens=12).text for prompt in ("a b c", "the sea is wide")]
     assert texts["on"] == texts["masked"]
     assert texts["on"] != texts["off"]
 
