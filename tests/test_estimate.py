@@ -21,7 +21,13 @@ from coreinfer.compiler.estimate.expert_work import expert_repair_work
 from coreinfer.compiler.estimate.machine import Machine, measure_machine
 from coreinfer.compiler.estimate.plan import Plan, make_plan
 from coreinfer.compiler.estimate.shapes import Shapes, shapes_of
-from coreinfer.compiler.estimate.sizes import base_token_bytes, ffn_token_bytes, kept_neurons, scratch_bytes
+from coreinfer.compiler.estimate.sizes import (
+    base_token_bytes,
+    ffn_token_bytes,
+    kept_neurons,
+    scratch_bytes,
+    stage_needs,
+)
 from coreinfer.compiler.estimate.speeds import DIVIDED, REACHED, Reached, stage_seconds
 from coreinfer.compiler.estimate.text import size_text
 from coreinfer.compiler.estimate.view import plan_lines
@@ -221,6 +227,14 @@ def test_thin_clusters_are_planned(tiny_inputs: Callable[[str], CompileConfig]) 
     lines = "\n".join(plan_lines(many))
     assert "with a pack" not in lines
     assert "where the engine gains by it 0.60 of the layers' weights" in lines
+    for stage, plain in zip(many.stages, plan_of(replace(config, clusters=64, half_inputs=False)).stages, strict=True):
+        # The second product of inputs that are read in half.
+        assert (stage.seconds > plain.seconds) is (stage.name in ("shares", "evaluate"))
+    case = replace(CASE, num_assigned=(3,), held_out_tokens=1000)
+    needs = [
+        stage_needs(replace(config, half_inputs=asked), case, {}, item_bytes=2, num_read=1) for asked in (True, False)
+    ]
+    assert needs[0]["evaluate"] == needs[1]["evaluate"] + 2 * SHAPES.body_weights
     own = plan_of(replace(config, keep=0.67, packs="own", clusters=64))
     assert own.bundle_bytes > many.bundle_bytes + 64 * 10_000
 

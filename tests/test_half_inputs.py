@@ -33,7 +33,7 @@ from coreinfer.compiler.shares.texts import begin_texts
 from coreinfer.compiler.shares.thresholds import LEVELS, RATIOS, energies_at, half_ratios, thresholds_at_levels
 from coreinfer.compiler.text.corpus import Document
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
-from coreinfer.runtime.engines.torch.decoder import TorchDecoder
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder, device_needs
 from coreinfer.runtime.engines.torch.wanted_inputs import InputCounts
 
 from .bundle_factory import change_tensors, edit_manifest
@@ -336,6 +336,20 @@ def test_second_copies_are_made_once(halved_bundle: Callable[..., Bundle]) -> No
     assert {key[1].startswith("self_attn") for key in held if torch.equal(held[key], values[key])} == {True}
     decoder.use(FfnChoice(token_share=0.6))
     assert decoder.masks.key != generation
+
+
+def test_second_copies_have_room_on_a_device(halved_bundle: Callable[..., Bundle]) -> None:
+    bundle, plain = halved_bundle(), halved_bundle(half_inputs=False)
+    needs, without = (device_needs(found, device="cpu", dtype="float32") for found in (bundle, plain))
+    decoder = TorchDecoder(bundle, device="cpu", dtype="float32", gpu_memory_mb=needs.least / 1e6)
+    for choice in (FfnChoice(cluster=1, token_share=0.5), FfnChoice(token_share=0.5)):
+        decoder.use(choice)
+        held = decoder.masks._low._held.values()
+        assert 0 < sum(tensor.numel() * tensor.element_size() for tensor in held) <= needs.low_bits
+    assert without.low_bits == 0
+    assert needs.least == without.least + needs.low_bits
+    with pytest.raises(ConfigError, match=r"for halves [\d.]+ \(none with --no-half-inputs\)"):
+        TorchDecoder(bundle, device="cpu", dtype="float32", gpu_memory_mb=without.least / 1e6)
 
 
 def test_halves_count_half(halved_bundle: Callable[..., Bundle]) -> None:

@@ -175,7 +175,9 @@ def test_dependencies_point_one_way(package: str) -> None:
 
 def test_the_compiler_uses_the_runtime_for_three_things_only() -> None:
     """To write text, to take apart modules and experts that transformers has as one, and for what a token wants."""
-    apart = tuple(f"coreinfer.runtime.engines.torch.{name}" for name in ("joined", "mixture", "wanted_inputs"))
+    apart = tuple(
+        f"coreinfer.runtime.engines.torch.{name}" for name in ("joined", "low_halves", "mixture", "wanted_inputs")
+    )
     users = {
         path.name
         for path in sources("compiler")
@@ -209,6 +211,7 @@ def test_only_the_torch_engine_needs_torch() -> None:
         "torch/host_weights.py",
         "torch/input_masks.py",
         "torch/joined.py",
+        "torch/low_halves.py",
         "torch/mixture.py",
         "torch/model.py",
         "torch/packed_linear.py",

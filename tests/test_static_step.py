@@ -46,6 +46,8 @@ def addresses(decoder: TorchDecoder) -> list[int]:
     modules = [layer.get_submodule(path) for layer in decoder._layers for path in decoder._family.projections.values()]
     tensors: list[Any] = [module.weight for module in modules]
     tensors += [tensor for layer in static._kv for tensor in (layer.keys, layer.values, layer.cumulative_length)]
+    if decoder.masks.key is not None:
+        tensors += [decoder.masks._thresholds, *decoder.masks._norms.values(), *decoder.masks._low._held.values()]
     return [tensor.data_ptr() for tensor in (*tensors, static._token, static._position, static._logits, static._mask)]
 
 
@@ -246,8 +248,10 @@ def test_graphs_need_a_device(tiny_bundle: Callable[..., Path]) -> None:
         runtime.load(tiny_bundle("llama"), device="cpu", cuda_graphs="yes")  # type: ignore[arg-type]
 
 
-def test_a_recorded_step_leaves_out_what_its_choice_says(decoders: Callable[..., Any]) -> None:
-    static, plain, device = decoders(token_share=0.6)
+@pytest.mark.parametrize("quantize", ["bf16", "int4"])
+def test_a_recorded_step_leaves_out_what_its_choice_says(quantize: str, decoders: Callable[..., Any]) -> None:
+    static, plain, device = decoders(token_share=0.6, quantize=quantize)
+    assert static._bundle.manifest.has_halves is (quantize == "int4")
     for choice in (
         FfnChoice(cluster=0, token_share=0.5),
         FfnChoice(cluster=2, token_share=0.7),

@@ -24,6 +24,7 @@ from .sizes import (
     ffn_token_bytes,
     kept_neurons,
     names_experts,
+    reads_halves,
     scratch_bytes,
     stage_needs,
 )
@@ -294,19 +295,20 @@ def _loading(case: Case, file_bytes: int | None) -> Iterator[tuple[str, str, Wor
 
 def _sharing(config: CompileConfig, case: Case) -> Iterator[tuple[str, str, Work]]:
     """Set token shares, and score them."""
-    shares = work.shares_work(case, thin=config.packs == "thin")
+    halves = reads_halves(config, case.shapes)
+    shares = work.shares_work(case, thin=config.packs == "thin", halves=halves)
     yield "shares", f"4 groups in {case.shapes.num_layers} layers", shares
     is_thin = config.packs == "thin"
     if config.searches_share:
         # Each try reads the text by clusters and by the dense FFN; of packs, once more with all weights.
         num_passes = 2 * (_SHARE_TRIES + (0 if is_thin else 1))
         detail = f"{case.held_out_tokens:,} tokens, {num_passes} times, for shares"
-        yield "evaluate", detail, work.share_scores_work(case, num_passes=num_passes, thin=is_thin)
+        yield "evaluate", detail, work.share_scores_work(case, num_passes=num_passes, thin=is_thin, halves=halves)
     if config.evaluate:
         # Of thin clusters there are two controls more.
         num_passes = 6 if is_thin else 4
         detail = f"{case.held_out_tokens:,} tokens, {num_passes} times"
-        yield "evaluate", detail, work.share_scores_work(case, num_passes=num_passes, thin=is_thin)
+        yield "evaluate", detail, work.share_scores_work(case, num_passes=num_passes, thin=is_thin, halves=halves)
 
 
 def _narrowing(config: CompileConfig, case: Case, *, narrows: bool) -> Iterator[tuple[str, str, Work]]:

@@ -21,6 +21,7 @@ __all__ = [
     "ffn_token_bytes",
     "kept_neurons",
     "names_experts",
+    "reads_halves",
     "scratch_bytes",
     "stage_needs",
 ]
@@ -86,6 +87,11 @@ def _head_format(config: CompileConfig) -> str:
 def names_experts(config: CompileConfig, shapes: Shapes) -> bool:
     """Whether packs only name experts of the dense FFN, and have no weights."""
     return shapes.num_experts > 1 and config.experts == "whole"
+
+
+def reads_halves(config: CompileConfig, shapes: Shapes) -> bool:
+    """Whether tokens read inputs in half."""
+    return config.allows_halves and shapes.num_experts == 1
 
 
 def kept_neurons(config: CompileConfig, shapes: Shapes) -> int:
@@ -203,6 +209,9 @@ def stage_needs(
     logits = shapes.vocab_size * case.document_tokens * (item_bytes + 3 * 4)
     batch = shapes.vocab_size * max(case.document_tokens, batch_tokens(shapes.vocab_size)) * item_bytes
     files = num_read * _pack_bytes(config, case) + shapes.all_weights
+    # What low bits add to the stored weights: of all layers, and of a pack.
+    packs = 0 if config.packs == "thin" else shapes.num_layers * shapes.ffn_weights * case.kept // shapes.ffn_dim
+    halves = item_bytes * (shapes.body_weights + packs) if reads_halves(config, shapes) else 0
     extra: dict[str, float] = {
         "load": 4 * shapes.head_weights,
         "corpus": shapes.all_weights + 64 * case.document_tokens * shapes.num_layers * 2,
@@ -218,7 +227,7 @@ def stage_needs(
         # The stored dense FFN and a pack's, unpacked, beside the model's own weights.
         "shares": _ARITHMETIC_BYTES + 3 * logits + 2 * model,
         # Files that are read are mapped, and the model's own weights wait meanwhile.
-        "evaluate": _ARITHMETIC_BYTES + batch + files + model,
+        "evaluate": _ARITHMETIC_BYTES + batch + files + model + halves,
     }
     for stage, tokens in samples.items():
         seen = _seen_neurons(shapes, stage) + 3 * shapes.hidden_size

@@ -342,11 +342,12 @@ def evaluate_work(case: Case) -> Work:
     )
 
 
-def shares_work(case: Case, *, thin: bool = False) -> Work:
+def shares_work(case: Case, *, thin: bool = False, halves: bool = False) -> Work:
     """Read text for the dense FFN and for each pack, then other text, its second half forward and back.
 
     Args:
         thin: whether clusters decode with the dense FFN, which is unpacked once.
+        halves: whether inputs are read in half; then the low bits of all layers are summed up.
     """
     shapes, num_clusters = case.shapes, case.num_clusters
     tokens = share_tokens(num_clusters) * (num_clusters + 1)
@@ -355,13 +356,24 @@ def shares_work(case: Case, *, thin: bool = False) -> Work:
     unpacked = shapes.all_weights + num_packs * shapes.num_layers * shapes.ffn_weights * case.kept / shapes.ffn_dim
     return Work(
         model_flop=case.token_flop * (tokens + begun + 2 * scored) + scored * 2 * 2 * shapes.head_weights,
-        moved_bytes=_FLOAT_BYTES * (2 * unpacked + _LOGIT_PASSES * scored * shapes.vocab_size),
+        moved_bytes=_FLOAT_BYTES
+        * (2 * unpacked + _LOGIT_PASSES * scored * shapes.vocab_size + 2 * halves * shapes.body_weights),
     )
 
 
-def share_scores_work(case: Case, *, num_passes: int, thin: bool) -> Work:
-    """Run the second halves of the held-out text several times, with the dense FFN or with the packs."""
+def share_scores_work(case: Case, *, num_passes: int, thin: bool, halves: bool) -> Work:
+    """Run the second halves of the held-out text several times, with the dense FFN or with the packs.
+
+    Args:
+        halves: whether inputs are read in half, of which there is a second product, with what low bits add.
+    """
     found = evaluate_work(replace(case, num_assigned=(1 if thin else case.num_clusters,)))
+    if halves:
+        found = replace(
+            found,
+            model_flop=found.model_flop + case.token_flop * case.held_out_tokens / 2,
+            moved_bytes=found.moved_bytes + _FLOAT_BYTES * 2 * case.shapes.body_weights,
+        )
     return Work(**{item.name: num_passes * getattr(found, item.name) for item in fields(found)})
 
 

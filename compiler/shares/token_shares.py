@@ -101,10 +101,8 @@ def _longer_half(documents: Sequence[Document]) -> list[Document]:
 
 def _compute(inputs: ShareInputs, cost_texts: Sequence[Document], advance: Advance) -> dict[str, Any]:
     """Thresholds are of the stored weights, costs of the model's own, through which gradients go."""
-    loaded, base, ffn = (
-        inputs.loaded,
-        *(TensorFile(inputs.stored.folder / name) for name in (LAYOUT.base, LAYOUT.dense)),
-    )
+    loaded, folder = inputs.loaded, inputs.stored.folder
+    base, ffn = TensorFile(folder / LAYOUT.base), TensorFile(folder / LAYOUT.dense)
     norms, dense = read_norms(loaded, base, ffn), run_once(dense_cut(loaded, inputs.stored))
     with base_in_use(loaded, inputs.stored):
         scores = _scores(inputs, dense, 0, dense, inputs.texts[0], norms)

@@ -20,6 +20,7 @@ from torch import nn
 
 from .host_weights import FfnReader, HostWeights, layer_bytes
 from .input_masks import InputMasks
+from .low_halves import low_bytes
 from .memory_plan import MemoryNeeds, kv_bytes_per_token, plan_memory
 from .model import (
     base_bytes,
@@ -369,12 +370,13 @@ def device_needs(bundle: Bundle, *, device: str, dtype: str, weights: str = "aut
 
 def _needs(model: nn.Module, reader: FfnReader) -> MemoryNeeds:
     record = reader.bundle.manifest.model
-    has_dense = reader.bundle.dense is not None
+    pack, dense = reader.largest_pack_bytes, reader.num_bytes(None) if reader.bundle.dense is not None else 0
     return MemoryNeeds(
         base=base_bytes(model),
-        pack=reader.largest_pack_bytes,
-        dense=reader.num_bytes(None) if has_dense else 0,
+        pack=pack,
+        dense=dense,
         layer=layer_bytes(reader.shapes(None, 0)),
         kv_per_token=kv_bytes_per_token(record, reader.dtype.itemsize),
         max_positions=record.max_positions,
+        low_bits=low_bytes(reader.bundle, decoder_layers(model, reader.family), reader.family, max(pack, dense)),
     )

@@ -15,7 +15,7 @@ from torch import nn
 from .packed_linear import GRID, Tensors, is_down, pack_low_halves, packed_product
 from .wanted_inputs import Groups
 
-__all__ = ["LowProducts", "StoredMatrix", "group_matrices", "hold"]
+__all__ = ["LowProducts", "StoredMatrix", "group_matrices", "hold", "low_bytes"]
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -66,6 +66,20 @@ def group_matrices(layer: nn.Module, family: Family, file: TensorFile, place: Gr
             # As wide as the residual stream at the end that is not of neurons.
             shape = (inputs, neurons) if role == "down" else (neurons, inputs)
             yield StoredMatrix(path=path, role=role, file=file, name=tensor_name(number, role), shape=shape)
+
+
+def low_bytes(bundle: Bundle, layers: Sequence[nn.Module], family: Family, ffn_bytes: int) -> int:
+    """Memory that `LowProducts` take at most: a copy of the attention's matrices, and of the FFN in use.
+
+    Args:
+        layers: of a model, with or without memory.
+        ffn_bytes: of the largest FFN.
+    """
+    if not bundle.manifest.has_halves:
+        return 0
+    paths = [path for group in ATTENTION_GROUPS for path in family.input_groups[group]]
+    weights = [resolve(layer, path).weight for layer in layers for path in paths]
+    return ffn_bytes + sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def hold(held: dict[Key, torch.Tensor], key: Key, value: torch.Tensor, device: torch.device) -> bool:

@@ -21,6 +21,7 @@ class MemoryNeeds:
     Attributes:
         dense: 0 where the bundle has no dense FFN.
         layer: one layer of the dense FFN.
+        low_bits: second copy of the weights whose inputs are read in half; 0 where none are.
         kv_per_token: keys and values of one token, all layers.
     """
 
@@ -30,12 +31,18 @@ class MemoryNeeds:
     layer: int
     kv_per_token: int
     max_positions: int
+    low_bits: int
+
+    @property
+    def resident(self) -> int:
+        """What is never given back."""
+        return self.base + self.low_bits
 
     @property
     def least(self) -> int:
         """The smallest limit that works: base, pack, two layer buffers for a dense FFN, a short KV cache."""
         buffers = 2 * self.layer if self.dense else 0
-        return self.base + self.pack + buffers + self.kv_per_token * min(self.max_positions, _MIN_KV_TOKENS)
+        return self.resident + self.pack + buffers + self.kv_per_token * min(self.max_positions, _MIN_KV_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +72,16 @@ def plan_memory(needs: MemoryNeeds, *, limit_mb: float | None, free_bytes: int) 
     room = free_bytes - max(_MARGIN_SHARE * free_bytes, _MARGIN_BYTES)
     limit = round(room if limit_mb is None else limit_mb * _MB)
     roomy = needs.kv_per_token * min(needs.max_positions, _ROOMY_KV_TOKENS)
-    stream = bool(needs.dense) and needs.base + needs.pack + needs.dense + roomy > limit
+    stream = bool(needs.dense) and needs.resident + needs.pack + needs.dense + roomy > limit
     buffers = 2 * needs.layer if needs.dense else 0
     if (stream or not needs.dense) and needs.least > limit:
-        kv = needs.least - needs.base - needs.pack - buffers
+        kv = needs.least - needs.resident - needs.pack - buffers
         name = "gpu_memory_mb" if limit_mb is not None else "free device memory less a margin"
+        halves = f", for halves {_mb(needs.low_bits)} (none with --no-half-inputs)" if needs.low_bits else ""
         raise ConfigError(
-            f"{name}: expected at least {_mb(needs.least)} MB (base {_mb(needs.base)}, pack {_mb(needs.pack)}, two "
-            f"layer buffers {_mb(buffers)}, KV cache {_mb(kv)}), got {_mb(limit)}; raise it, or compile with a lower "
-            "--keep or --quantize int4"
+            f"{name}: expected at least {_mb(needs.least)} MB (base {_mb(needs.base)}{halves}, pack {_mb(needs.pack)}, "
+            f"two layer buffers {_mb(buffers)}, KV cache {_mb(kv)}), got {_mb(limit)}; raise it, or compile with a "
+            "lower --keep or --quantize int4"
         )
     return MemoryPlan(limit_bytes=limit, stream_dense=stream)
 

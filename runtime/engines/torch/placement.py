@@ -305,7 +305,7 @@ class DevicePlacement:
     def kv_room_bytes(self) -> int | None:
         """See `Placement`. The pack's room is kept for it from the start."""
         pack_bytes = max(self._needs.pack, self._pack.num_bytes)
-        return self._limit_bytes - self._needs.base - pack_bytes - self._buffer_bytes
+        return self._limit_bytes - self._needs.resident - pack_bytes - self._buffer_bytes
 
     def hold_kv(self, num_bytes: int) -> None:
         """See `Placement`."""
@@ -319,7 +319,7 @@ class DevicePlacement:
         # Arrays do not compare as one, so neurons are always gathered.
         if choice.neuron_ids is None and choice == self._in_pack:
             return
-        left = self._limit_bytes - self._needs.base - self._buffer_bytes - self._kv_bytes
+        left = self._limit_bytes - self._needs.resident - self._buffer_bytes - self._kv_bytes
         ids = choice.neuron_ids
         source = self._host.layers(choice.cluster) if ids is None else self._host.neurons(ids)
         self._in_pack = None
