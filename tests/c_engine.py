@@ -165,12 +165,17 @@ class CEngine(CModel):
         model = cls.__new__(cls)
         model._library = cls._load(folder)
         model._model = ctypes.c_void_p()
+        model._hold(base)
         given = EngineOptions(**{"struct_bytes": ctypes.sizeof(EngineOptions), **options})
         pointer = ctypes.byref(given) if options else None
         model._check(
             model._library.coreinfer_open_files(record, ctypes.byref(base.file), pointer, ctypes.byref(model._model))
         )
         return model
+
+    def _hold(self, file: LentFile) -> None:
+        """Keep what is lent: closing the model may call it."""
+        self.__dict__.setdefault("_lent", []).append(file)
 
     @staticmethod
     def _load(folder: Path) -> Any:
@@ -211,6 +216,7 @@ class CEngine(CModel):
         self, record: bytes, file: LentFile, num_neurons: Sequence[int], name: str = "read_ffn"
     ) -> ctypes.c_void_p:
         counts = _as_ids(num_neurons)
+        self._hold(file)
         return self._made(name, record, ctypes.byref(file.file), counts.ctypes.data, len(counts))
 
     def pack(self, cluster: int) -> ctypes.c_void_p:
