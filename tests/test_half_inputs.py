@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from coreinfer.bundles.tensors import StoredTensor, TensorFile
 from coreinfer.bundles.token_shares import check_token_shares, token_thresholds
 from coreinfer.bundles.versions import HALVES_VERSION, THIN_VERSION
 from coreinfer.compiler import CompileConfig, compile_model
-from coreinfer.compiler.quality.stored import StoredModel, base_in_use, dense_cut
+from coreinfer.compiler.quality.stored import StoredModel, StoredPacks, _packs_cut, base_in_use, dense_cut
 from coreinfer.compiler.shares.halves import warn_of_no_halves
 from coreinfer.compiler.shares.inputs import group_weights, groups_of
 from coreinfer.compiler.shares.measure import Part, SharedWeights, _reading
@@ -382,27 +383,37 @@ def test_halves_count_half(halved_bundle: Callable[..., Bundle]) -> None:
     assert both.share(ones) == pytest.approx(counts.share(ones))
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize(("family", "cluster"), [("llama", None), ("phi3", None), ("llama", 2)])
 def test_a_compile_measures_by_the_definition(
-    family: str, halved_bundle: Callable[..., Bundle], tiny_inputs: Callable[[str], CompileConfig]
+    family: str,
+    cluster: int | None,
+    halved_bundle: Callable[..., Bundle],
+    tiny_inputs: Callable[[str], CompileConfig],
 ) -> None:
     bundle, loaded = halved_bundle(family), load(Path(tiny_inputs(family).model))
-    decoder, seen = TorchDecoder(bundle, device="cpu", dtype="float32"), [0, 0, 0]
+    nothing: Any = None
+    stored = StoredModel(packer=nothing, folder=bundle.path, target=bundle.path, base_tensors={})
+    packs = StoredPacks(folder=bundle.path, cut=partial(_packs_cut, stored=stored, folder=bundle.path))
     assert bundle.token_shares is not None
     assert bundle.dense is not None
     arrays = {name: bundle.token_shares[name].array for name in bundle.token_shares}
-    nothing: Any = None
-    stored = StoredModel(packer=nothing, folder=bundle.path, target=bundle.path, base_tensors={})
-    shared = SharedWeights(stored=stored, packs=None, arrays=arrays, labels=np.zeros(1, np.int64))
-    part, counts = Part(ffn=None, thresholds="dense", shares=shared.planned(SHARE), numbers=(0,)), InputCounts()
+    shared = SharedWeights(stored=stored, packs=packs, arrays=arrays, labels=np.zeros(1, np.int64))
+    part = Part(ffn=None, thresholds="dense", shares=shared.planned(SHARE), numbers=(0,))
+    part = part if cluster is None else shared.part(cluster, (0,), shared.planned(SHARE))
+    counts, seen = InputCounts(), [0, 0, 0]
     with torch.inference_mode(), base_in_use(loaded, stored):
         begun = begin_texts(loaded, dense_cut(loaded, stored), [TEXT])
         with _reading(loaded, shared)(part, counts):
             got = loaded.head(begun[0].states(loaded)).numpy()
     ids, count = list(TEXT.token_ids), begun[0].token_ids.shape[1]
+    decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
     decoder.forward(ids[:-count])
-    thresholds = token_thresholds(bundle, None, SHARE)
-    with taken_by_hand(decoder._layers, decoder._family, bundle.base, bundle.dense, thresholds, seen):
+    decoder.use(FfnChoice(cluster=cluster))
+    thresholds, ffn = (
+        token_thresholds(bundle, cluster, SHARE),
+        bundle.dense if cluster is None else bundle.pack(cluster),
+    )
+    with taken_by_hand(decoder._layers, decoder._family, bundle.base, ffn, thresholds, seen):
         expected = decoder.forward(ids[-count:], all_logits=True)
     np.testing.assert_allclose(got, expected, atol=2e-4, rtol=1e-3)
     assert min(seen) > 0.05 * sum(seen)

@@ -152,6 +152,7 @@ def inputs_taken(
     def taking(place: Groups, limits: torch.Tensor) -> Callable[[Entering], Taken]:
         # Experts have no modules, and no halves.
         has_halves = any((place[0], path) in low_weights for path in loaded.family.input_groups.get(place[1], ()))
+        assert has_halves or limits[0] == limits[1]
 
         def taken(entering: Entering) -> Taken:
             found = take(entering, norms[place], limits, has_halves=has_halves)
