@@ -114,14 +114,14 @@ def test_a_plan_knows_of_halves() -> None:
             for ratio, low in zip(ratios, lows, strict=True)
         ]
     )
-    measured = np.full((1, 2), energies[0, len(LEVELS) // 2])
+    measured = np.array([float(np.interp(0.5, LEVELS, own)) for own in energies])
     costs, weights = np.array([[1.0, 1.2]], dtype=np.float32), np.ones((1, 2), dtype=np.float32)
-    plan = plan_shares(costs, energies[None], weights, measured=measured)
+    plan = plan_shares(costs, energies[None], weights, measured_at=0.5)
 
     def loss(first: float, second: float) -> float:
         shares = (first, second)
         at = [float(np.interp(share, LEVELS, own)) for share, own in zip(shares, energies, strict=True)]
-        return float((costs[0] * np.array(at) / measured[0]).sum())
+        return float((costs[0] * np.array(at) / measured).sum())
 
     # Near 1 levels lie too far apart to tell.
     for target, shares in zip(TARGETS[2:-2].tolist(), plan[2:-2, 0].tolist(), strict=True):

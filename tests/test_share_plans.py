@@ -12,6 +12,7 @@ import pytest
 import torch
 from coreinfer import runtime
 from coreinfer.bundles import ConfigError, open_bundle
+from coreinfer.bundles.families import resolve
 from coreinfer.bundles.inspect import describe
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import read_manifest
@@ -63,8 +64,7 @@ def test_layers_that_cost_more_read_more() -> None:
     assert energies.shape == (3, 4, levels)
     weights = rng.integers(1, 9, (3, 4)).astype(np.float32) * 1000
     costs = rng.gamma(1.0, size=(3, 4)).astype(np.float32)
-    measured = energies[..., len(LEVELS) // 2].astype(np.float32)
-    plan = plan_shares(costs, energies.astype(np.float32), weights, measured=measured)
+    plan = plan_shares(costs, energies.astype(np.float32), weights, measured_at=0.5)
 
     def loss(shares: npt.NDArray[Any]) -> float:
         at = [[np.interp(shares[i, j], LEVELS, energies[i, j]) for j in range(4)] for i in range(3)]
@@ -83,24 +83,29 @@ def test_layers_that_cost_more_read_more() -> None:
                 assert loss(moved) >= loss(shares) * (1 - 1e-2)
     assert (plan[-1] == 1).all()
     ones = np.ones((3, 4), dtype=np.float32)
-    even = plan_shares(ones, np.tile(energies[:1, :1], (3, 4, 1)), ones, measured=ones)
+    even = plan_shares(ones, np.tile(energies[:1, :1], (3, 4, 1)), ones, measured_at=0.5)
     np.testing.assert_allclose(even, np.broadcast_to(TARGETS[:, None, None], even.shape), atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "mixtral", "gpt_oss"])
-def test_costs_are_what_the_model_loses(family: str, tiny_inputs: Callable[[str], CompileConfig]) -> None:
+@pytest.mark.parametrize(
+    ("family", "halves"),
+    [(family, False) for family in ("llama", "gemma2", "opt", "mixtral", "gpt_oss")]
+    + [(family, True) for family in ("llama", "gemma2", "opt")],
+)
+def test_costs_are_what_the_model_loses(family: str, halves: bool, tiny_inputs: Callable[[str], CompileConfig]) -> None:
     """Of one token, of which the gradients' second order is all there is where little is left out."""
     loaded = load(Path(tiny_inputs(family).model))
     norms = {(layer, group): _ones(loaded, group) for layer, group in groups_of(loaded)}
     texts = begin_texts(loaded, None, [Document(text="", routing_text="", token_ids=(1, 57))])
-    thresholds = _low_scores(loaded, texts, norms)
+    thresholds = _low_scores(loaded, texts, norms, 0.5 if halves else 0.1)
+    low = _rounding(loaded) if halves else {}
     fixed = [parameter.requires_grad for parameter in loaded.model.parameters()]
-    drawn = [group_costs(loaded, texts, norms, thresholds, lambda steps=1: None, seed=seed) for seed in range(300)]
+    drawn = [group_costs(loaded, texts, norms, thresholds, low, lambda steps=1: None, seed=seed) for seed in range(300)]
     lost = []
     with torch.inference_mode():
         expected = loaded.head(texts[0].states(loaded)).log_softmax(-1)
         for place in norms:
-            with inputs_taken(loaded, norms, {place: (thresholds[place], thresholds[place])}, {}):
+            with inputs_taken(loaded, norms, {place: thresholds[place]}, low):
                 got = loaded.head(texts[0].states(loaded)).log_softmax(-1)
             lost.append(float((expected.exp() * (expected - got)).sum()))
     costs = np.mean(drawn, axis=0).reshape(-1)
@@ -117,9 +122,23 @@ def _ones(loaded: LoadedModel, group: str) -> torch.Tensor:
     return torch.ones(size) if experts is None or group in ("qkv", "o") else torch.ones(experts.num_experts, size)
 
 
-def _low_scores(loaded: LoadedModel, texts: list[BegunText], norms: Norms) -> dict[Groups, float]:
+def _low_scores(
+    loaded: LoadedModel, texts: list[BegunText], norms: Norms, not_whole: float
+) -> dict[Groups, tuple[float, float]]:
+    """Thresholds that leave out a tenth of the inputs; not whole are as many as said."""
     found = sample_scores(loaded, texts, norms, seed=0)
-    return {place: float(np.quantile(scores, 0.1)) for place, scores in found.items()}
+    return {place: (float(np.quantile(s, 0.1)), float(np.quantile(s, not_whole))) for place, s in found.items()}
+
+
+def _rounding(loaded: LoadedModel) -> dict[tuple[int, str], torch.Tensor]:
+    """What halves lose of the weights of each matrix."""
+    generator = torch.Generator().manual_seed(3)
+    low = {}
+    for layer, group in groups_of(loaded):
+        for path in loaded.family.input_groups[group]:
+            weight = resolve(loaded.layers[layer], path).weight.detach()
+            low[layer, path] = 0.1 * weight.std() * torch.randn(weight.shape, generator=generator)
+    return low
 
 
 def test_the_same_compile_takes_its_shares_from_the_cache(

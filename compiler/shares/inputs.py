@@ -1,7 +1,7 @@
 """What enters the matrices of a layer, seen and replaced while a model runs."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,6 @@ from coreinfer.runtime.engines.torch.wanted_inputs import (
     change_inputs,
     take,
     take_inputs,
-    wanted,
 )
 from torch.nn import functional
 
@@ -29,18 +28,17 @@ __all__ = [
     "group_outputs",
     "group_weights",
     "groups_of",
-    "inputs_replaced",
+    "groups_read",
     "inputs_seen",
     "inputs_taken",
     "read_norms",
+    "reads_halves_of",
 ]
 
 Norms = Mapping[Groups, torch.Tensor]
 """Norms of the columns of a group's matrices, (inputs,) float32, or (experts, inputs)."""
 LowWeights = Mapping[tuple[int, str], torch.Tensor]
 """Layer and path of a module -> what the low bits of its codes add to its weights, (outputs, inputs)."""
-Replacement = Callable[[Groups, Entering, torch.Tensor], torch.Tensor]
-"""A group, what enters its matrices, and which of it is wanted, (..., inputs) bool -> what they multiply."""
 Floats = npt.NDArray[np.float32]
 
 
@@ -108,39 +106,37 @@ def inputs_seen(loaded: LoadedModel, see: Callable[[int, str, Entering], None]) 
 
 
 @contextmanager
-def inputs_replaced(
-    loaded: LoadedModel, norms: Norms, thresholds: Mapping[Groups, float], replacement: Replacement
+def groups_read(
+    loaded: LoadedModel,
+    places: Iterable[Groups],
+    reading: Callable[[Groups], Callable[[Entering], Taken]],
+    losing: Callable[[Groups], Callable[[str, torch.Tensor], torch.Tensor]],
 ) -> Iterator[None]:
-    """Run the block with other inputs of some groups, by which of them pass their group's threshold.
+    """Run the block with functions of some groups in use; see `take_inputs`.
 
     Args:
-        thresholds: of the groups whose inputs are replaced.
+        reading: makes a group's `read`.
+        losing: makes its `low_product`.
     """
-
-    def replacing(place: Groups, threshold: torch.Tensor) -> Callable[[Entering], torch.Tensor]:
-        def replaced(entering: Entering) -> torch.Tensor:
-            with torch.no_grad():
-                is_wanted = wanted(entering, norms[place], threshold)
-            return replacement(place, entering, is_wanted)
-
-        return replaced
-
     with ExitStack() as stack:
-        for place, value in thresholds.items():
-            threshold = torch.tensor(value, dtype=torch.float32, device=loaded.device)
-            layer, change = loaded.layers[place[0]], replacing(place, threshold)
-            stack.enter_context(change_inputs(layer, loaded.family, place[1], change))
+        for place in places:
+            layer = loaded.layers[place[0]]
+            stack.enter_context(take_inputs(layer, loaded.family, place[1], reading(place), losing(place)))
         yield
 
 
-@contextmanager
+def reads_halves_of(loaded: LoadedModel, place: Groups, low_weights: LowWeights) -> bool:
+    """Whether inputs of a group are read in half; experts have no modules, and no halves."""
+    return any((place[0], path) in low_weights for path in loaded.family.input_groups.get(place[1], ()))
+
+
 def inputs_taken(
     loaded: LoadedModel,
     norms: Norms,
     thresholds: Mapping[Groups, tuple[float, float]],
     low_weights: LowWeights,
     counts: InputCounts | None = None,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Run the block with inputs left out, read in half or read whole, by their groups' thresholds.
 
     Args:
@@ -149,9 +145,9 @@ def inputs_taken(
         counts: is added to, each group's inputs once.
     """
 
-    def taking(place: Groups, limits: torch.Tensor) -> Callable[[Entering], Taken]:
-        # Experts have no modules, and no halves.
-        has_halves = any((place[0], path) in low_weights for path in loaded.family.input_groups.get(place[1], ()))
+    def reading(place: Groups) -> Callable[[Entering], Taken]:
+        limits = torch.tensor(thresholds[place], dtype=torch.float32, device=loaded.device)
+        has_halves = reads_halves_of(loaded, place, low_weights)
         assert has_halves or limits[0] == limits[1]
 
         def taken(entering: Entering) -> Taken:
@@ -162,14 +158,7 @@ def inputs_taken(
 
         return taken
 
-    def low_product(layer: int) -> Callable[[str, torch.Tensor], torch.Tensor]:
-        return lambda path, halves: functional.linear(halves, low_weights[layer, path])
+    def losing(place: Groups) -> Callable[[str, torch.Tensor], torch.Tensor]:
+        return lambda path, halves: functional.linear(halves, low_weights[place[0], path])
 
-    with ExitStack() as stack:
-        for place, pair in thresholds.items():
-            limits = torch.tensor(pair, dtype=torch.float32, device=loaded.device)
-            layer, group = place
-            stack.enter_context(
-                take_inputs(loaded.layers[layer], loaded.family, group, taking(place, limits), low_product(layer))
-            )
-        yield
+    return groups_read(loaded, thresholds, reading, losing)

@@ -17,7 +17,7 @@ _LEAST = 0.15
 _STEPS = 60
 
 
-def plan_shares(costs: Floats, energies: Floats, weights: Floats, *, measured: Floats) -> Floats:
+def plan_shares(costs: Floats, energies: Floats, weights: Floats, *, measured_at: float) -> Floats:
     """Give each group its share at each of `TARGETS`, so that the model loses least.
 
     What a group costs goes with the square error of its outputs, which its scores know at every share: KL(s) =
@@ -26,13 +26,13 @@ def plan_shares(costs: Floats, energies: Floats, weights: Floats, *, measured: F
     the best shares are those where the last byte of every group is worth the same.
 
     Args:
-        costs: (layers, 4) KL of each group alone where it lost what `measured` says.
+        costs: (layers, 4) KL of each group alone with the share `measured_at`.
         energies: (layers, 4, levels) of `lost_energies`.
         weights: (layers, 4) of each group.
-        measured: (layers, 4) energies of what was left out when costs were measured, in any way.
     Returns:
         (targets, layers, 4) float32.
     """
+    measured = np.apply_along_axis(lambda values: np.interp(measured_at, LEVELS, values), -1, energies)
     scale = np.maximum(costs, 1e-9) / np.maximum(measured, 1e-9)
     # What a weight is worth that is read in addition, from one level to the next: (layers, 4, levels - 1), falling.
     gains = -np.diff(energies, axis=-1) * scale[..., None] / weights[..., None]

@@ -20,7 +20,6 @@ __all__ = [
     "energies_at",
     "half_ratios",
     "lost_energies",
-    "plain_energy",
     "sample_scores",
     "thresholds_at_levels",
     "thresholds_of",
@@ -126,11 +125,6 @@ def energies_at(scores: Floats, thresholds: Floats, ratio: np.float32, low_energ
         sums[np.searchsorted(scores, limits, side="right")] for limits in (thresholds, ratio * thresholds)
     )
     return np.asarray((left_out + low_energy * (not_whole - left_out)) / max(sums[-1], 1e-30), dtype=np.float32)
-
-
-def plain_energy(scores: Floats, threshold: float) -> float:
-    """Return what `energies_at` does at one threshold, where nothing is read in half."""
-    return float(energies_at(scores, np.array(threshold, dtype=np.float32), np.float32(1), np.float32(0)))
 
 
 def half_ratios(loaded: LoadedModel, scores: Scores, low_energies: Floats) -> Floats:

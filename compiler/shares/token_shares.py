@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from coreinfer.bundles.contract import INPUT_GROUPS
+from coreinfer.bundles.contract import ATTENTION_GROUPS, FFN_GROUPS, INPUT_GROUPS
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.tensors import StoredTensor, TensorFile, write_tensors
+from coreinfer.bundles.token_shares import thresholds_at
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.models.swapping import ffn_in_use
@@ -22,11 +23,11 @@ from coreinfer.compiler.text.corpus import SAMPLING, Document, spread_sample
 from coreinfer.runtime.engines.torch.wanted_inputs import Groups
 
 from .costs import group_costs
-from .halves import low_energies
+from .halves import low_energies, low_weights
 from .inputs import Norms, group_weights, groups_of, read_norms
 from .plan import TARGETS, plan_shares
 from .texts import begin_texts
-from .thresholds import LEVELS, half_ratios, lost_energies, plain_energy, sample_scores, thresholds_of
+from .thresholds import LEVELS, half_ratios, lost_energies, sample_scores, thresholds_of
 
 __all__ = ["Arrays", "ShareInputs", "find_token_shares", "has_halves", "named", "write_token_shares"]
 
@@ -34,7 +35,7 @@ Floats = npt.NDArray[np.float32]
 Arrays = Mapping[str, Floats]
 """Tensors of the file, by name; those of the dense FFN are among them even if it is left out."""
 
-_REVISION = 5
+_REVISION = 6
 _MEASURED_SHARE = 0.5
 
 
@@ -111,12 +112,13 @@ def _compute(inputs: ShareInputs, cost_texts: Sequence[Document], advance: Advan
         thresholds = {"thresholds.dense": thresholds_of(loaded, scores, ratios)}
         advance()
         thresholds |= _own_thresholds(inputs, dense, norms, ratios, advance)
-    limits = {place: float(np.quantile(found, 1 - _MEASURED_SHARE)) for place, found in scores.items()}
+    half = np.full(_shape(loaded), _MEASURED_SHARE, np.float32)
+    limits = named(loaded, thresholds_at(LEVELS, thresholds["thresholds.dense"], half, ratios))
+    low = low_weights(loaded, base, ratios, ATTENTION_GROUPS) | low_weights(loaded, ffn, ratios, FFN_GROUPS)
     begun = begin_texts(loaded, None, cost_texts)
-    costs = group_costs(loaded, begun, norms, limits, advance, seed=inputs.seed)
-    measured = [plain_energy(scores[place], limits[place]) for place in groups_of(loaded)]
+    costs = group_costs(loaded, begun, norms, limits, low, advance, seed=inputs.seed)
     energies = lost_energies(loaded, scores, ratios, lost)
-    plan = plan_shares(costs, energies, group_weights(loaded), measured=np.reshape(measured, _shape(loaded)))
+    plan = plan_shares(costs, energies, group_weights(loaded), measured_at=_MEASURED_SHARE)
     return {"levels": LEVELS, "targets": TARGETS, "plan": plan, "half_ratios": ratios, **thresholds}
 
 

@@ -13,7 +13,7 @@ from coreinfer.bundles.families import Family, resolve
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["Entering", "Groups", "InputCounts", "Taken", "change_inputs", "take", "take_inputs", "wanted"]
+__all__ = ["Entering", "Groups", "InputCounts", "Taken", "change_inputs", "take", "take_inputs"]
 
 Groups = tuple[int, str]
 """A layer, and one of `INPUT_GROUPS`."""
@@ -45,16 +45,6 @@ class Entering:
         if self.expert is not None and self.weights is not None:
             norms = norms[self.expert] * self.weights.float()[..., None]
         return self.values.float().abs() * functional.pad(norms, (0, self.values.shape[-1] - norms.shape[-1]))
-
-
-def wanted(entering: Entering, norms: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """Say which inputs are wanted, (..., inputs) bool.
-
-    Args:
-        norms: as `Entering.scores` takes them.
-        threshold: of one number, which scores must pass.
-    """
-    return entering.scores(norms) > threshold
 
 
 @dataclass(frozen=True, kw_only=True)
