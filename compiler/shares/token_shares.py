@@ -114,9 +114,9 @@ def _compute(inputs: ShareInputs, cost_texts: Sequence[Document], advance: Advan
     limits = {place: float(np.quantile(found, 1 - _MEASURED_SHARE)) for place, found in scores.items()}
     begun = begin_texts(loaded, None, cost_texts)
     costs = group_costs(loaded, begun, norms, limits, advance, seed=inputs.seed)
-    measured = [plain_energy(scores[place], limits[place]) for place in groups_of(loaded)]
+    measured = np.array([plain_energy(scores[place], limits[place]) for place in groups_of(loaded)], dtype=np.float32)
     energies = lost_energies(loaded, scores, ratios, lost)
-    plan = plan_shares(costs, energies, group_weights(loaded), measured=np.reshape(measured, _shape(loaded)))
+    plan = plan_shares(costs, energies, group_weights(loaded), measured=measured.reshape(_shape(loaded)))
     return {"levels": LEVELS, "targets": TARGETS, "plan": plan, "half_ratios": ratios, **thresholds}
 
 
