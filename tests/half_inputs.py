@@ -27,7 +27,7 @@ def with_low_bits(file: Mapping[str, StoredTensor], name: str, bits: int) -> dic
 def halved_matrix(file: Mapping[str, StoredTensor], name: str, shape: tuple[int, int]) -> Floats:
     """An int4 matrix read in half: the mean of what it is with the low bits 1 and 2."""
     one, two = (float_matrix(with_low_bits(file, name, bits), name, shape) for bits in (1, 2))
-    return (one + two) / 2
+    return np.asarray((one + two) / 2, dtype=np.float32)
 
 
 @contextmanager

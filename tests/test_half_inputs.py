@@ -179,10 +179,10 @@ def test_ratios_that_cannot_be_are_named(halved_bundle: Callable[..., Bundle], t
         (17.0, "half_ratios: expected numbers from 1 to 16"),
         (float("nan"), "half_ratios: expected finite numbers"),
     ):
-        change_tensors(folder, LAYOUT.token_shares, lambda tensors, value=value: _set_ratio(tensors, value))
+        change_tensors(folder, LAYOUT.token_shares, partial(_set_ratio, value=value))
         with pytest.raises(BundleCorrupt, match=re.escape(said)):
             open_bundle(folder)
-    change_tensors(folder, LAYOUT.token_shares, lambda tensors: _set_ratio(tensors, 3))
+    change_tensors(folder, LAYOUT.token_shares, partial(_set_ratio, value=3))
     open_bundle(folder)
     change_tensors(folder, LAYOUT.token_shares, lambda tensors: tensors.pop("half_ratios"))
     with pytest.raises(BundleCorrupt, match="tensor 'half_ratios' is missing"):

@@ -33,7 +33,7 @@ def plan_shares(costs: Floats, energies: Floats, weights: Floats, *, measured_at
         (targets, layers, 4) float32.
     """
     measured = np.apply_along_axis(lambda values: np.interp(measured_at, LEVELS, values), -1, energies)
-    scale = np.maximum(costs, 1e-9) / np.maximum(measured, 1e-9)
+    scale = np.asarray(np.maximum(costs, 1e-9) / np.maximum(measured, 1e-9), dtype=np.float32)
     # What a weight is worth that is read in addition, from one level to the next: (layers, 4, levels - 1), falling.
     gains = -np.diff(energies, axis=-1) * scale[..., None] / weights[..., None]
     gains = np.minimum.accumulate(gains, axis=-1)

@@ -145,7 +145,7 @@ def _best_ratio(scores: Floats, low_energy: np.float32) -> np.float32:
     some = scores[:: -(-len(scores) // _RATIO_SCORES)]
 
     def lost(ratio: np.float32) -> float:
-        threshold = np.quantile(_steps(some, ratio), 1 - _RATIO_LEVEL).astype(np.float32)
+        threshold = np.asarray(np.quantile(_steps(some, ratio), 1 - _RATIO_LEVEL), dtype=np.float32)
         return float(energies_at(some, threshold, ratio, low_energy))
 
     return min(RATIOS, key=lost)

@@ -79,7 +79,7 @@ def low_bytes(bundle: Bundle, layers: Sequence[nn.Module], family: Family, ffn_b
         return 0
     paths = [path for group in ATTENTION_GROUPS for path in family.input_groups[group]]
     weights = [resolve(layer, path).weight for layer in layers for path in paths]
-    return ffn_bytes + sum(weight.numel() * weight.element_size() for weight in weights)
+    return ffn_bytes + sum(int(weight.numel() * weight.element_size()) for weight in weights)
 
 
 def hold(held: dict[Key, torch.Tensor], key: Key, value: torch.Tensor, device: torch.device) -> bool:
