@@ -108,6 +108,7 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "carry": (["--no-carry"], False),
     "by_neuron": (["--by-neuron"], True),
     "token_share": (["--token-share", "0.6"], 0.6),
+    "half_inputs": (["--no-half-inputs", "--token-share", "0.6"], False),
     "packs": (["--packs", "own"], "own"),
     "repair_rounding": (["--repair-rounding"], True),
     "experts": (["--experts", "narrow"], "narrow"),
@@ -139,8 +140,9 @@ def test_each_option_reaches_its_field(name: str, given: list[CompileConfig], tm
     assert result.exit_code == 0, result.stderr
     assert getattr(given[0], name) == value
     default = CompileConfig(model="m", output=tmp_path / "b")
-    # One of the two is nothing without the other.
-    names = ("ray", "workers") if name in ("ray", "workers") else (name,)
+    # Nothing without others.
+    together = {"ray": ("workers",), "workers": ("ray",), "half_inputs": ("token_share",)}
+    names = (name, *together.get(name, ()))
     assert replace(given[0], **{name: getattr(default, name) for name in names}) == default
 
 
