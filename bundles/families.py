@@ -95,6 +95,11 @@ class Family:
         tied_head: whether models share embedding and head where their config.json does not say.
         experts: of a family whose FFN is a mixture of experts, each of which is gated; its FFN has no modules then that
             `gate`, `up` and `down` would name.
+        cutoff: path to what says how much is taken off the gates of layers in which only the largest count
+            (`runtime/engines/torch/sparse_gate.py`); other layers have none.
+        has_streams: whether layers pass several streams to each other, and keys and values.
+        tables: paths to embeddings of tokens beside `embedding`, from the causal language model.
+        exact: ends of the names of small matrices that are stored in bf16, whatever others are.
     """
 
     name: str
@@ -119,6 +124,10 @@ class Family:
     rotates_part: bool = False
     tied_head: bool = False
     experts: ExpertNames | None = None
+    cutoff: str | None = None
+    has_streams: bool = False
+    tables: tuple[str, ...] = ()
+    exact: tuple[str, ...] = ()
 
     @property
     def gated(self) -> bool:
@@ -187,6 +196,17 @@ FAMILIES: tuple[Family, ...] = (
         activation_field="hidden_activation",
         adds_ffn_output=False,
         tied_head=True,
+    ),
+    Family(
+        name="gemma3n",
+        model_types=("gemma3n_text",),
+        activation_field="hidden_activation",
+        adds_ffn_output=False,
+        tied_head=True,
+        cutoff="mlp.cutoff",
+        has_streams=True,
+        tables=("model.embed_tokens_per_layer",),
+        exact=("altup.correction_coefs", "altup.prediction_coefs", "altup.modality_router"),
     ),
     Family(name="olmo2", model_types=("olmo2",), adds_ffn_output=False),
     Family(name="olmo3", model_types=("olmo3",), adds_ffn_output=False),
@@ -312,7 +332,7 @@ _REFUSALS: Mapping[str, tuple[str, ...]] = {
         "qwen3_next",
         "olmo_hybrid",
     ),
-    "its layers have several streams (AltUp), embeddings of their own and shared caches": ("gemma3n", "gemma3n_text"),
+    "it reads pictures and sounds too; its text model alone is 'gemma3n_text'": ("gemma3n",),
 }
 """What keeps a model out of the table -> the model types that it is true of."""
 

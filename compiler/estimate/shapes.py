@@ -144,6 +144,8 @@ def shapes_of(config: Mapping[str, Any], name: str) -> Shapes:
 
     def size(field: str, default: int | None = None) -> int:
         value = default if config.get(field) is None else config[field]
+        # One for each layer, which are alike.
+        value = value[0] if isinstance(value, list) and len(set(map(str, value))) == 1 else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"--dry-run: --model {name}: {CONFIG}: {field}: expected a size, got {value!r}")
         return value
