@@ -7,10 +7,12 @@
 
 #include "refusals.h"
 #include "rotary.h"
+#include "streams.h"
 
 namespace coreinfer {
 namespace {
 
+constexpr int kMostRows = 1 << 30;
 const char kSliding[] = "sliding_attention", kFull[] = "full_attention";
 
 using Names = std::vector<const char*>;
@@ -56,6 +58,17 @@ Family gemma2() {
 Family gemma3() {
   Family family = gemma("gemma3");
   family.head_norms = true;
+  return family;
+}
+
+Family gemma3n() {
+  Family family = gemma("gemma3n");
+  family.settings =
+      with(kRotarySettings, {"activation_sparsity_pattern", "altup_active_idx", "altup_correct_scale",
+                             "altup_num_inputs", "final_logit_softcapping", "hidden_size_per_layer_input",
+                             "laurel_rank", "layer_types", "num_kv_shared_layers", "vocab_size_per_layer_input"});
+  family.norm_offset = 0.0f;
+  family.head_norms = family.value_norms = family.plain_scores = family.streams = true;
   return family;
 }
 
@@ -176,6 +189,7 @@ const std::vector<Family>& families() {
       qwen3(),
       gemma2(),
       gemma3(),
+      gemma3n(),
       olmo("olmo2"),
       olmo("olmo3", {"layer_types"}),
       phi3(),
@@ -254,6 +268,28 @@ void read_layer_kinds(const ModelRecord& record, const Family& family, const Rea
   }
 }
 
+int size_in(const Reader& reader, const char* key, int least, int most) {
+  const int value = reader.integer(key, 0);
+  if (value < least || value > most)
+    refuse(key, std::to_string(least) + " to " + std::to_string(most), std::to_string(value));
+  return value;
+}
+
+void read_streams(const ModelRecord& record, const Reader& reader, Settings& settings) {
+  StreamSettings& streams = settings.streams;
+  streams.count = size_in(reader, "altup_num_inputs", 2, kMostStreams);
+  streams.active = size_in(reader, "altup_active_idx", 0, streams.count - 1);
+  streams.rank = size_in(reader, "laurel_rank", 1, record.hidden_size);
+  streams.token_size = size_in(reader, "hidden_size_per_layer_input", 1, record.hidden_size);
+  streams.table_rows = size_in(reader, "vocab_size_per_layer_input", 1, kMostRows);
+  streams.scales_output = reader.given("altup_correct_scale");
+  for (const Json& share : reader.per_layer("activation_sparsity_pattern")) streams.cut_shares.push_back(share.number);
+  settings.num_shared_caches = size_in(reader, "num_kv_shared_layers", 0, record.num_layers - 1);
+  for (int layer = 0; layer < record.num_layers; ++layer)
+    if (settings.cache_of(layer) < 0)
+      refuse("num_kv_shared_layers", "a layer of each kind before these", std::to_string(settings.num_shared_caches));
+}
+
 // How many dimensions of each head are rotated.
 int rotated_size(const Json& parameters, const ModelRecord& record, const Family& family) {
   const Json* share = parameters.find("partial_rotary_factor");
@@ -298,7 +334,9 @@ Settings read_settings(const ModelRecord& record, const Family& family) {
   Settings settings{};
   settings.epsilon = reader.has(family.epsilon) ? config.real(family.epsilon) : 1e-5;
   settings.attention_scale =
-      reader.factor("attention_multiplier", 1.0 / std::sqrt(reader.real("query_pre_attn_scalar", record.head_dim)));
+      family.plain_scores ? 1.0
+                          : reader.factor("attention_multiplier",
+                                          1.0 / std::sqrt(reader.real("query_pre_attn_scalar", record.head_dim)));
   settings.embedding_scale =
       reader.factor("embedding_multiplier", family.scales_embedding ? std::sqrt(double(record.hidden_size)) : 1.0);
   settings.residual_scale = reader.factor("residual_multiplier");
@@ -318,6 +356,7 @@ Settings read_settings(const ModelRecord& record, const Family& family) {
   if (settings.logit_limit < 0) refuse("final_logit_softcapping", "above 0", "less");
   if (settings.swiglu_limit < 0) refuse("swiglu_limit", "above 0", "less");
   read_layer_kinds(record, family, reader, settings);
+  if (family.streams) read_streams(record, reader, settings);
   read_rotary(record, family, settings);
   return settings;
 }
@@ -331,6 +370,14 @@ int Settings::rotary_of(int layer) const {
   if (rotary.empty() || (!rotates.empty() && !rotates[layer])) return -1;
   const auto found = std::find(rotary_kinds.begin(), rotary_kinds.end(), kind_of(layer));
   return found == rotary_kinds.end() ? 0 : static_cast<int>(found - rotary_kinds.begin());
+}
+
+int Settings::cache_of(int layer) const {
+  const int first_shared = static_cast<int>(layer_kinds.size()) - num_shared_caches;
+  if (num_shared_caches == 0 || layer < first_shared) return layer;
+  for (int other = first_shared; other-- > 0;)
+    if (layer_kinds[other] == layer_kinds[layer]) return other;
+  return -1;
 }
 
 int Settings::window_of(int layer) const { return kind_of(layer) == kSliding ? sliding_window : 0; }
