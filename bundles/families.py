@@ -24,6 +24,7 @@ __all__ = [
     "family_by_name",
     "family_of_config",
     "ffn_tensors",
+    "num_cached_layers",
     "resolve",
 ]
 
@@ -100,6 +101,9 @@ class Family:
         has_streams: whether layers pass several streams to each other, and keys and values.
         tables: paths to embeddings of tokens beside `embedding`, from the causal language model.
         exact: ends of the names of small matrices that are stored in bf16, whatever others are.
+        shared_caches_field: config field that says how many layers, the last ones, attend to the keys and values of
+            earlier ones and have none of their own.
+        uncomputed: settings that files of published models state, and that these do not compute with.
     """
 
     name: str
@@ -128,6 +132,8 @@ class Family:
     has_streams: bool = False
     tables: tuple[str, ...] = ()
     exact: tuple[str, ...] = ()
+    shared_caches_field: str | None = None
+    uncomputed: tuple[str, ...] = ()
 
     @property
     def gated(self) -> bool:
@@ -207,6 +213,8 @@ FAMILIES: tuple[Family, ...] = (
         has_streams=True,
         tables=("model.embed_tokens_per_layer",),
         exact=("altup.correction_coefs", "altup.prediction_coefs", "altup.modality_router"),
+        shared_caches_field="num_kv_shared_layers",
+        uncomputed=("query_pre_attn_scalar",),
     ),
     Family(name="olmo2", model_types=("olmo2",), adds_ffn_output=False),
     Family(name="olmo3", model_types=("olmo3",), adds_ffn_output=False),
@@ -365,6 +373,17 @@ def family_of_config(config: Mapping[str, Any], where: str) -> Family:
     reasons = [reason for reason, model_types in _REFUSALS.items() if model_type in model_types]
     because = f" ({reasons[0]})" if reasons else ""
     raise UnsupportedModelError(_unsupported(f"model {where}: model_type {model_type!r}{because}"))
+
+
+def num_cached_layers(family: str, num_layers: int, config: Mapping[str, Any]) -> int:
+    """Count the layers of a model that have keys and values of their own.
+
+    Args:
+        family: name of its row.
+        config: its transformers config.
+    """
+    field_name = family_by_name(family).shared_caches_field
+    return num_layers - (int(config.get(field_name) or 0) if field_name is not None else 0)
 
 
 def resolve(root: Any, path: str) -> Any:

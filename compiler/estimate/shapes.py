@@ -1,7 +1,7 @@
 """A model's shapes, from what its own files state: no weights are read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ class Shapes:
     Attributes:
         ffn_dim: neurons of a layer, of all its experts together.
         num_experts, num_chosen: of a layer, and of these for a token; 1 and 1 where the FFN is one.
+        other_shapes: of matrices beside attention and FFN that each token is multiplied by, of all layers together.
+        table_shapes: of tables of which a token reads a row, beside the embedding.
     """
 
     num_layers: int
@@ -34,6 +36,8 @@ class Shapes:
     tied_head: bool
     num_experts: int = 1
     num_chosen: int = 1
+    other_shapes: tuple[tuple[int, int], ...] = ()
+    table_shapes: tuple[tuple[int, int], ...] = ()
 
     @property
     def expert_dim(self) -> int:
@@ -81,7 +85,7 @@ class Shapes:
     def token_weights(self) -> int:
         """Of all layers, that a token is multiplied by."""
         chosen = self.ffn_weights // self.num_experts * self.num_chosen
-        return self.num_layers * (self.attention_weights + chosen)
+        return self.num_layers * (self.attention_weights + chosen) + _num_weights(self.other_shapes)
 
     @property
     def head_weights(self) -> int:
@@ -90,8 +94,13 @@ class Shapes:
 
     @property
     def all_weights(self) -> int:
-        """Of layers, embedding and head."""
-        return self.body_weights + self.head_weights * (1 if self.tied_head else 2)
+        """Of layers, embedding and head, and what lies beside them."""
+        others = _num_weights(self.other_shapes) + _num_weights(self.table_shapes)
+        return self.body_weights + self.head_weights * (1 if self.tied_head else 2) + others
+
+
+def _num_weights(shapes: Iterable[tuple[int, int]]) -> int:
+    return sum(rows * columns for rows, columns in shapes)
 
 
 def stated_shapes(source: ModelSource) -> Shapes:
@@ -170,7 +179,29 @@ def shapes_of(config: Mapping[str, Any], name: str) -> Shapes:
         tied_head=_is_tied(config, family),
         num_experts=num_experts,
         num_chosen=num_chosen,
+        **(_stream_shapes(size, config) if family.has_streams else {}),
     )
+
+
+def _stream_shapes(size: Callable[[str, int], int], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Matrices and tables of a model of several streams; a config that leaves a size out has that of its class."""
+    hidden, num_layers, width = size("hidden_size", 2048), size("num_hidden_layers", 35), size("intermediate_size", 16384)
+    streams, rank, inner = (
+        size(field, default)
+        for field, default in (("altup_num_inputs", 4), ("laurel_rank", 64), ("hidden_size_per_layer_input", 256))
+    )
+    layer = [(rank, hidden), (hidden, rank), (inner, hidden), (hidden, inner)]
+    layer += [(streams, hidden), (streams * streams, streams), (streams, streams)]
+    num_cut = sum(share > 0 for share in config.get("activation_sparsity_pattern") or ())
+    return {
+        "other_shapes": (
+            *layer * num_layers,
+            *[(min(hidden, width), hidden)] * num_cut,
+            *[(hidden, hidden)] * (2 * (streams - 1)),
+            (num_layers * inner, hidden),
+        ),
+        "table_shapes": ((size("vocab_size_per_layer_input", 262144), num_layers * inner),),
+    }
 
 
 def _is_tied(config: Mapping[str, Any], family: Family) -> bool:

@@ -64,9 +64,10 @@ def _router_bytes(shapes: Shapes) -> int:
 
 
 def _attention_bytes(shapes: Shapes, kind: str) -> int:
-    """Of attention and routers."""
+    """Of attention, routers, and what lies beside attention and FFN."""
     attention = shapes.num_layers * sum(matrix_bytes(kind, shape) for shape in shapes.attention_shapes)
-    return attention + _router_bytes(shapes)
+    others = sum(matrix_bytes(kind, shape) for shape in shapes.other_shapes)
+    return attention + others + _router_bytes(shapes)
 
 
 def base_token_bytes(config: CompileConfig, shapes: Shapes) -> int:
@@ -123,6 +124,7 @@ def bundle_bytes(config: CompileConfig, case: Case) -> int:
     tables = (1 if shapes.tied_head else 2) * matrix_bytes(
         _head_format(config), (shapes.vocab_size, shapes.hidden_size)
     )
+    tables += sum(matrix_bytes(_head_format(config), shape) for shape in shapes.table_shapes)
     dense = _dense_bytes(shapes, config.quantize) if config.dense else 0
     router = case.encoder_vocabulary * (2 * _ROUTER_DIMENSION + _TOKENIZER_TOKEN_BYTES)
     tokenizer = shapes.vocab_size * _TOKENIZER_TOKEN_BYTES

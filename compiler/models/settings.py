@@ -75,7 +75,7 @@ def _unread(family: Family, config: PreTrainedConfig) -> Iterator[str]:
         known |= {"num_experts", "num_local_experts"}
     for setting, harmless in _OF_OTHER_MODELS.items():
         value = getattr(config, setting, None)
-        if setting not in known and value not in harmless:
+        if setting not in known and setting not in family.uncomputed and value not in harmless:
             yield f"{setting} {value!r}, which {config.model_type} models do not compute with"
     kinds = set(getattr(config, "layer_types", None) or ())
     if "layer_types" in known:

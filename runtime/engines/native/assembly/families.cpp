@@ -7,12 +7,12 @@
 
 #include "refusals.h"
 #include "rotary.h"
-#include "streams.h"
+#include "settings_reader.h"
+#include "stream_parts.h"
 
 namespace coreinfer {
 namespace {
 
-constexpr int kMostRows = 1 << 30;
 const char kSliding[] = "sliding_attention", kFull[] = "full_attention";
 
 using Names = std::vector<const char*>;
@@ -206,15 +206,6 @@ const std::vector<Family>& families() {
   return table;
 }
 
-const Json* find_setting(const ModelRecord& record, const Family& family, const char* key) {
-  const auto same = [key](const char* name) { return std::strcmp(name, key) == 0; };
-  return std::any_of(family.settings.begin(), family.settings.end(), same) ? record.config.find(key) : nullptr;
-}
-
-bool is_given(const ModelRecord& record, const Family& family, const char* key) {
-  return Json::is_given(find_setting(record, family, key));
-}
-
 void check_computed(const ModelRecord& record, const Family& family) {
   std::string unknown;
   for (const char* key : {"attn_logit_softcapping", "clip_qkv", "qk_layernorm", "scale_attn_by_inverse_layer_idx"})
@@ -228,33 +219,8 @@ void check_computed(const ModelRecord& record, const Family& family) {
   if (!unknown.empty()) throw Unsupported("model " + record.name + ": the native engine has no " + unknown);
 }
 
-// Settings of the config, one value or one a layer.
-class Reader {
- public:
-  Reader(const ModelRecord& record, const Family& family) : record_(record), family_(family) {}
-
-  bool has(const char* key) const { return find_setting(record_, family_, key) != nullptr; }
-  bool given(const char* key) const { return is_given(record_, family_, key); }
-  double real(const char* key, double otherwise) const { return given(key) ? record_.config.real(key) : otherwise; }
-  int integer(const char* key, int otherwise) const { return given(key) ? record_.config.integer(key) : otherwise; }
-  double factor(const char* key, double otherwise = 1.0) const {
-    const double value = has(key) ? record_.config.real(key) : otherwise;
-    if (!(std::isfinite(value) && value != 0.0)) refuse(key, "a number other than 0", std::to_string(value));
-    return value;
-  }
-  const std::vector<Json>& per_layer(const char* key) const {
-    const std::vector<Json>& values = record_.config.array(key);
-    if (values.size() != static_cast<size_t>(record_.num_layers))
-      refuse(key, std::to_string(record_.num_layers) + " layers", std::to_string(values.size()));
-    return values;
-  }
-
- private:
-  const ModelRecord& record_;
-  const Family& family_;
-};
-
-void read_layer_kinds(const ModelRecord& record, const Family& family, const Reader& reader, Settings& settings) {
+void read_layer_kinds(const ModelRecord& record, const Family& family, const SettingsReader& reader,
+                      Settings& settings) {
   settings.slides_always =
       family.slides_always || (reader.has("model_type") && record.config.string("model_type") == "mistral");
   if (reader.given("no_rope_layers"))
@@ -266,28 +232,6 @@ void read_layer_kinds(const ModelRecord& record, const Family& family, const Rea
       throw Unsupported("model " + record.name + ": the native engine has no layers of type '" + kind.text + "'");
     settings.layer_kinds.push_back(kind.text);
   }
-}
-
-int size_in(const Reader& reader, const char* key, int least, int most) {
-  const int value = reader.integer(key, 0);
-  if (value < least || value > most)
-    refuse(key, std::to_string(least) + " to " + std::to_string(most), std::to_string(value));
-  return value;
-}
-
-void read_streams(const ModelRecord& record, const Reader& reader, Settings& settings) {
-  StreamSettings& streams = settings.streams;
-  streams.count = size_in(reader, "altup_num_inputs", 2, kMostStreams);
-  streams.active = size_in(reader, "altup_active_idx", 0, streams.count - 1);
-  streams.rank = size_in(reader, "laurel_rank", 1, record.hidden_size);
-  streams.token_size = size_in(reader, "hidden_size_per_layer_input", 1, record.hidden_size);
-  streams.table_rows = size_in(reader, "vocab_size_per_layer_input", 1, kMostRows);
-  streams.scales_output = reader.given("altup_correct_scale");
-  for (const Json& share : reader.per_layer("activation_sparsity_pattern")) streams.cut_shares.push_back(share.number);
-  settings.num_shared_caches = size_in(reader, "num_kv_shared_layers", 0, record.num_layers - 1);
-  for (int layer = 0; layer < record.num_layers; ++layer)
-    if (settings.cache_of(layer) < 0)
-      refuse("num_kv_shared_layers", "a layer of each kind before these", std::to_string(settings.num_shared_caches));
 }
 
 // How many dimensions of each head are rotated.
@@ -313,7 +257,7 @@ void read_rotary(const ModelRecord& record, const Family& family, Settings& sett
   for (size_t i = 0; i < (is_one ? 1 : parameters->items.size()); ++i) {
     const Json& table = is_one ? *parameters : parameters->items[i];
     settings.rotary_kinds.push_back(is_one ? "" : parameters->keys.at(i));
-    const int context = Reader(record, family).integer("max_position_embeddings", record.max_positions);
+    const int context = SettingsReader(record, family).integer("max_position_embeddings", record.max_positions);
     settings.rotary.push_back(
         rotary_table(table, rotated_size(table, record, family), {record.max_positions, context}));
   }
@@ -330,7 +274,7 @@ const Family& family_of(const ModelRecord& record) {
 Settings read_settings(const ModelRecord& record, const Family& family) {
   check_computed(record, family);
   const Json& config = record.config;
-  const Reader reader(record, family);
+  const SettingsReader reader(record, family);
   Settings settings{};
   settings.epsilon = reader.has(family.epsilon) ? config.real(family.epsilon) : 1e-5;
   settings.attention_scale =

@@ -2,8 +2,13 @@
 
 #include <algorithm>
 
+#include "refusals.h"
+#include "streams.h"
+
 namespace coreinfer {
 namespace {
+
+constexpr int kMostRows = 1 << 30;
 
 SmallMatrix small_matrix(const Parts& parts, const std::string& path, int rows, int cols) {
   const Matrix stored = parts.base.matrix(path + ".weight", rows, cols);
@@ -31,6 +36,21 @@ StreamLayer stream_layer(const Parts& parts, const ModelWeights& model, const st
 }
 
 }  // namespace
+
+void read_streams(const ModelRecord& record, const SettingsReader& reader, Settings& settings) {
+  StreamSettings& streams = settings.streams;
+  streams.count = reader.size("altup_num_inputs", 2, kMostStreams);
+  streams.active = reader.size("altup_active_idx", 0, streams.count - 1);
+  streams.rank = reader.size("laurel_rank", 1, record.hidden_size);
+  streams.token_size = reader.size("hidden_size_per_layer_input", 1, record.hidden_size);
+  streams.table_rows = reader.size("vocab_size_per_layer_input", 1, kMostRows);
+  streams.scales_output = reader.given("altup_correct_scale");
+  for (const Json& share : reader.per_layer("activation_sparsity_pattern")) streams.cut_shares.push_back(share.number);
+  settings.num_shared_caches = reader.size("num_kv_shared_layers", 0, record.num_layers - 1);
+  for (int layer = 0; layer < record.num_layers; ++layer)
+    if (settings.cache_of(layer) < 0)
+      refuse("num_kv_shared_layers", "a layer of each kind before these", std::to_string(settings.num_shared_caches));
+}
 
 Streams assemble_streams(const Parts& parts, const ModelWeights& model) {
   const StreamSettings& settings = parts.settings.streams;

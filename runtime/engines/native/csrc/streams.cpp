@@ -84,8 +84,7 @@ size_t stream_bytes(const Streams& streams) {
 }
 
 StreamPass::StreamPass(Decoder& decoder, int thread, const Tokens& tokens, bool alone)
-    : decoder_(decoder),
-      weights_(decoder.weights),
+    : weights_(decoder.weights),
       streams_(weights_.streams),
       kernels_(decoder.kernels),
       threads_(decoder.threads),

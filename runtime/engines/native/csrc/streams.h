@@ -79,7 +79,6 @@ class StreamPass {
   void prepare_state(int t, const float* from);
   void quantize_low(int t, int size);
 
-  Decoder& decoder_;
   const ModelWeights& weights_;
   const Streams& streams_;
   const Kernels& kernels_;
