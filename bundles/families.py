@@ -340,7 +340,7 @@ _REFUSALS: Mapping[str, tuple[str, ...]] = {
         "qwen3_next",
         "olmo_hybrid",
     ),
-    "it reads pictures and sounds too; its text model alone is 'gemma3n_text'": ("gemma3n",),
+    "it reads pictures and sounds too; save its text model with transformers' Gemma3nForCausalLM first": ("gemma3n",),
 }
 """What keeps a model out of the table -> the model types that it is true of."""
 

@@ -74,7 +74,11 @@ def token_bytes(manifest: Manifest) -> TokenBytes:
         head=_num_bytes(parts["head"]),
         other=_num_bytes(parts["other"]),
         # Keys and values, two bytes each.
-        cached_token=num_cached_layers(model.family, model.num_layers, model.config) * 2 * model.num_kv_heads * model.head_dim * 2,
+        cached_token=num_cached_layers(model.family, model.num_layers, model.config)
+        * 2
+        * model.num_kv_heads
+        * model.head_dim
+        * 2,
     )
 
 

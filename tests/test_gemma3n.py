@@ -1,5 +1,6 @@
 """Gemma 3n beside what all families are tested with: other settings of its parts, and what is refused."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,17 @@ from coreinfer.bundles.families import family_by_name
 from coreinfer.compiler import compile_model
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.export.exporting import export_model
+from coreinfer.compiler.models.load import load_model, read_config
+from coreinfer.compiler.models.sources import find_source
+from coreinfer.runtime.engines.native import _native
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import FfnChoice
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from coreinfer.runtime.engines.torch.sparse_gate import take_sparse_gates
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Gemma3nForCausalLM
 
-from .model_factory import VOCABULARY, build_model, save_model
+from .model_factory import VOCABULARY, build_model, build_tokenizer, save_model
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 IDS: list[int] = np.random.default_rng(3).integers(3, VOCABULARY, 90).tolist()
@@ -76,6 +81,17 @@ def test_parts_are_computed_as_by_transformers(variant: Any) -> None:
     assert error(decoder.forward(IDS[50:], all_logits=True), expected[50:]) < 1e-2
 
 
+@pytest.mark.parametrize("kind", ["bf16", "int4"])
+@pytest.mark.parametrize("isa", _native.available_isas())
+def test_kernels_compute_its_parts_alike(isa: str, kind: str, tiny_bundle: Callable[..., Path]) -> None:
+    bundle = open_bundle(tiny_bundle("gemma3n", quantize=kind))
+    expected = NativeDecoder(bundle, threads=1, isa="portable").forward(IDS, all_logits=True)
+    decoder = NativeDecoder(bundle, threads=2, isa=isa)
+    decoder.forward(IDS[:40])
+    steps = np.concatenate([decoder.forward([token_id]) for token_id in IDS[40:]])
+    assert error(steps, expected[40:]) < (0.05 if kind == "int4" else 2e-3)
+
+
 def test_layers_that_share_keys_have_none_in_the_cache(tiny_bundle: Callable[..., Path], variant: Any) -> None:
     manifest = open_bundle(variant[0]).manifest
     config = manifest.model.config
@@ -115,6 +131,28 @@ def test_a_neuron_does_not_depend_on_which_others_there_are() -> None:
     # More than a half of them are zero, and others not.
     assert 0.5 < float((neurons[0] == 0).float().mean()) < 0.7
     torch.testing.assert_close(neurons[1], neurons[0][:, kept])
+
+
+def test_the_text_model_of_a_published_checkpoint_is_saved_alone(tmp_path: Path) -> None:
+    """As docs/families.md says, from tensors named as they are published, those of shared layers' keys among them."""
+    model = build_model("gemma3n")
+    tensors = {name.replace("model.", "model.language_model.", 1): value for name, value in model.state_dict().items()}
+    tensors.pop("lm_head.weight")
+    tensors["model.language_model.layers.2.self_attn.k_proj.weight"] = torch.zeros(16, 32)
+    tensors["model.vision_tower.weight"] = torch.zeros(3)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": "gemma3n", "text_config": model.config.to_dict()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="save its text model with transformers' Gemma3nForCausalLM"):
+        read_config(find_source(str(tmp_path)))
+    Gemma3nForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).save_pretrained(tmp_path / "text")
+    source = find_source(str(tmp_path / "text"))
+    build_tokenizer().save_pretrained(tmp_path / "text")
+    family, found = read_config(source)
+    loaded = load_model(source, family, found, device="cpu", dtype="float32")
+    ids = torch.tensor([IDS])
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded.model(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,11 @@ def shapes_of(config: Mapping[str, Any], name: str) -> Shapes:
 
 def _stream_shapes(size: Callable[[str, int], int], config: Mapping[str, Any]) -> dict[str, Any]:
     """Matrices and tables of a model of several streams; a config that leaves a size out has that of its class."""
-    hidden, num_layers, width = size("hidden_size", 2048), size("num_hidden_layers", 35), size("intermediate_size", 16384)
+    hidden, num_layers, width = (
+        size("hidden_size", 2048),
+        size("num_hidden_layers", 35),
+        size("intermediate_size", 16384),
+    )
     streams, rank, inner = (
         size(field, default)
         for field, default in (("altup_num_inputs", 4), ("laurel_rank", 64), ("hidden_size_per_layer_input", 256))
