@@ -66,6 +66,7 @@ def token_bytes(manifest: Manifest) -> TokenBytes:
             parts["routers" if is_router else "attention"].append(record)
         elif not name.startswith(tables):
             parts["other"].append(record)
+    num_cached = num_cached_layers(model.family, model.num_layers, model.config)
     return TokenBytes(
         pack_ffn=manifest.mean_pack_bytes,
         dense_ffn=manifest.ffn_bytes,
@@ -74,11 +75,7 @@ def token_bytes(manifest: Manifest) -> TokenBytes:
         head=_num_bytes(parts["head"]),
         other=_num_bytes(parts["other"]),
         # Keys and values, two bytes each.
-        cached_token=num_cached_layers(model.family, model.num_layers, model.config)
-        * 2
-        * model.num_kv_heads
-        * model.head_dim
-        * 2,
+        cached_token=num_cached * 2 * model.num_kv_heads * model.head_dim * 2,
     )
 
 

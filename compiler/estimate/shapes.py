@@ -183,20 +183,15 @@ def shapes_of(config: Mapping[str, Any], name: str) -> Shapes:
     )
 
 
-def _stream_shapes(size: Callable[[str, int], int], config: Mapping[str, Any]) -> dict[str, Any]:
+def _stream_shapes(size: Callable[..., int], config: Mapping[str, Any]) -> dict[str, Any]:
     """Matrices and tables of a model of several streams; a config that leaves a size out has that of its class."""
-    hidden, num_layers, width = (
-        size("hidden_size", 2048),
-        size("num_hidden_layers", 35),
-        size("intermediate_size", 16384),
-    )
-    streams, rank, inner = (
-        size(field, default)
-        for field, default in (("altup_num_inputs", 4), ("laurel_rank", 64), ("hidden_size_per_layer_input", 256))
-    )
+    hidden, num_layers, width = (size(field) for field in ("hidden_size", "num_hidden_layers", "intermediate_size"))
+    streams, rank = size("altup_num_inputs", 4), size("laurel_rank", 64)
+    inner = size("hidden_size_per_layer_input", 256)
     layer = [(rank, hidden), (hidden, rank), (inner, hidden), (hidden, inner)]
     layer += [(streams, hidden), (streams * streams, streams), (streams, streams)]
-    num_cut = sum(share > 0 for share in config.get("activation_sparsity_pattern") or ())
+    stated = config.get("activation_sparsity_pattern")
+    num_cut = (10 if num_layers > 10 else 0) if stated is None else sum(share > 0 for share in stated)
     return {
         "other_shapes": (
             *layer * num_layers,

@@ -133,7 +133,7 @@ def _gates(config: PreTrainedConfig) -> Iterator[str]:
     """Shares of gates that become 0 of which no deviation's multiple above the mean is known."""
     shares = set(getattr(config, "activation_sparsity_pattern", None) or ())
     if wrong := [share for share in shares if share != 0 and not 0.5 < share < 1]:
-        yield f"activation_sparsity_pattern {_short(wrong)}, where layers leave 0 or more than a half of their gates out"
+        yield f"activation_sparsity_pattern {_short(wrong)}, where layers leave none or most of their gates out"
 
 
 def _rotary(config: PreTrainedConfig) -> list[Mapping[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a token takes from layer to layer, as one row of numbers, of families whose layers pass more than a hidden state.
+"""What a token takes from layer to layer, as one row of numbers, where layers pass more than a hidden state.
 
 Gemma 3n has several streams side by side, and its last layers attend to keys and values of earlier ones. All of that
 belongs to the token: as one row it can be picked, put in its place, and differentiated as a hidden state is.

@@ -2,8 +2,8 @@
 
 Gemma 3n takes off the mean of a layer's gates and a multiple of their deviation. Both are known from what the gates are
 computed from, without the gates: their mean is the product with the mean row of the gate's matrix, their variance the
-squared length of the product with a root of its rows' covariance. So a neuron does not depend on which others there are,
-and a narrow FFN computes the same neurons as the whole one.
+squared length of the product with a root of its rows' covariance. So a neuron does not depend on which others there
+are, and a narrow FFN computes the same neurons as the whole one.
 """
 
 from statistics import NormalDist
