@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .families import family_by_name, num_cached_layers
+from .families import family_by_name
 from .manifest import Manifest, TensorRecord
 
 __all__ = ["TokenBytes", "token_bytes"]
@@ -66,7 +66,6 @@ def token_bytes(manifest: Manifest) -> TokenBytes:
             parts["routers" if is_router else "attention"].append(record)
         elif not name.startswith(tables):
             parts["other"].append(record)
-    num_cached = num_cached_layers(model.family, model.num_layers, model.config)
     return TokenBytes(
         pack_ffn=manifest.mean_pack_bytes,
         dense_ffn=manifest.ffn_bytes,
@@ -74,8 +73,8 @@ def token_bytes(manifest: Manifest) -> TokenBytes:
         routers=_num_bytes(parts["routers"]),
         head=_num_bytes(parts["head"]),
         other=_num_bytes(parts["other"]),
-        # Keys and values, two bytes each.
-        cached_token=num_cached * 2 * model.num_kv_heads * model.head_dim * 2,
+        # Keys and values, two bytes each; layers that share them read them each for itself.
+        cached_token=model.num_layers * 2 * model.num_kv_heads * model.head_dim * 2,
     )
 
 

@@ -21,7 +21,9 @@ class Shapes:
     Attributes:
         ffn_dim: neurons of a layer, of all its experts together.
         num_experts, num_chosen: of a layer, and of these for a token; 1 and 1 where the FFN is one.
-        other_shapes: of matrices beside attention and FFN that each token is multiplied by, of all layers together.
+        num_shared_caches: layers without keys and values of their own.
+        other_shapes, exact_shapes: of matrices beside attention and FFN that each token is multiplied by, of all layers
+            together; exact ones are stored in bf16, whatever others are.
         table_shapes: of tables of which a token reads a row, beside the embedding.
     """
 
@@ -36,7 +38,9 @@ class Shapes:
     tied_head: bool
     num_experts: int = 1
     num_chosen: int = 1
+    num_shared_caches: int = 0
     other_shapes: tuple[tuple[int, int], ...] = ()
+    exact_shapes: tuple[tuple[int, int], ...] = ()
     table_shapes: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -189,10 +193,12 @@ def _stream_shapes(size: Callable[..., int], config: Mapping[str, Any]) -> dict[
     streams, rank = size("altup_num_inputs", 4), size("laurel_rank", 64)
     inner = size("hidden_size_per_layer_input", 256)
     layer = [(rank, hidden), (hidden, rank), (inner, hidden), (hidden, inner)]
-    layer += [(streams, hidden), (streams * streams, streams), (streams, streams)]
+    exact = [(streams, hidden), (streams * streams, streams), (streams, streams)]
     stated = config.get("activation_sparsity_pattern")
     num_cut = (10 if num_layers > 10 else 0) if stated is None else sum(share > 0 for share in stated)
     return {
+        "num_shared_caches": int(config.get("num_kv_shared_layers", 15)),
+        "exact_shapes": tuple(exact * num_layers),
         "other_shapes": (
             *layer * num_layers,
             *[(min(hidden, width), hidden)] * num_cut,

@@ -65,8 +65,12 @@ def _router_bytes(shapes: Shapes) -> int:
 
 def _attention_bytes(shapes: Shapes, kind: str) -> int:
     """Of attention, routers, and what lies beside attention and FFN."""
-    attention = shapes.num_layers * sum(matrix_bytes(kind, shape) for shape in shapes.attention_shapes)
+    own = shapes.num_layers - shapes.num_shared_caches
+    counts = (shapes.num_layers, own, own, shapes.num_layers)
+    pairs = zip(counts, shapes.attention_shapes, strict=True)
+    attention = sum(count * matrix_bytes(kind, shape) for count, shape in pairs)
     others = sum(matrix_bytes(kind, shape) for shape in shapes.other_shapes)
+    others += sum(matrix_bytes("bf16", shape) for shape in shapes.exact_shapes)
     return attention + others + _router_bytes(shapes)
 
 
