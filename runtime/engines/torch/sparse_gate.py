@@ -35,7 +35,8 @@ class GateCutoff(nn.Module):
         """Compute from (..., inputs) what is taken off: (..., 1)."""
         mean = (inputs.float() * self.mean.float()).sum(dim=-1, keepdim=True)
         deviation = self.spread(inputs).float().square().sum(dim=-1, keepdim=True).sqrt()
-        return (mean + deviation).to(inputs.dtype)
+        taken: torch.Tensor = (mean + deviation).to(inputs.dtype)
+        return taken
 
 
 class SparseGateFfn(nn.Module):
