@@ -24,6 +24,7 @@ __all__ = [
     "family_by_name",
     "family_of_config",
     "ffn_tensors",
+    "num_cached_layers",
     "resolve",
 ]
 
@@ -95,6 +96,14 @@ class Family:
         tied_head: whether models share embedding and head where their config.json does not say.
         experts: of a family whose FFN is a mixture of experts, each of which is gated; its FFN has no modules then that
             `gate`, `up` and `down` would name.
+        cutoff: path to what says how much is taken off the gates of layers in which only the largest count
+            (`runtime/engines/torch/sparse_gate.py`); other layers have none.
+        has_streams: whether layers pass several streams to each other, and keys and values.
+        tables: paths to embeddings of tokens beside `embedding`, from the causal language model.
+        exact: ends of the names of small matrices that are stored in bf16, whatever others are.
+        shared_caches_field: config field that says how many layers, the last ones, attend to the keys and values of
+            earlier ones and have none of their own.
+        uncomputed: settings that files of published models state, and that these do not compute with.
     """
 
     name: str
@@ -119,6 +128,12 @@ class Family:
     rotates_part: bool = False
     tied_head: bool = False
     experts: ExpertNames | None = None
+    cutoff: str | None = None
+    has_streams: bool = False
+    tables: tuple[str, ...] = ()
+    exact: tuple[str, ...] = ()
+    shared_caches_field: str | None = None
+    uncomputed: tuple[str, ...] = ()
 
     @property
     def gated(self) -> bool:
@@ -187,6 +202,19 @@ FAMILIES: tuple[Family, ...] = (
         activation_field="hidden_activation",
         adds_ffn_output=False,
         tied_head=True,
+    ),
+    Family(
+        name="gemma3n",
+        model_types=("gemma3n_text",),
+        activation_field="hidden_activation",
+        adds_ffn_output=False,
+        tied_head=True,
+        cutoff="mlp.cutoff",
+        has_streams=True,
+        tables=("model.embed_tokens_per_layer",),
+        exact=("altup.correction_coefs", "altup.prediction_coefs", "altup.modality_router"),
+        shared_caches_field="num_kv_shared_layers",
+        uncomputed=("query_pre_attn_scalar",),
     ),
     Family(name="olmo2", model_types=("olmo2",), adds_ffn_output=False),
     Family(name="olmo3", model_types=("olmo3",), adds_ffn_output=False),
@@ -312,7 +340,7 @@ _REFUSALS: Mapping[str, tuple[str, ...]] = {
         "qwen3_next",
         "olmo_hybrid",
     ),
-    "its layers have several streams (AltUp), embeddings of their own and shared caches": ("gemma3n", "gemma3n_text"),
+    "it reads pictures and sounds too; save its text model with transformers' Gemma3nForCausalLM first": ("gemma3n",),
 }
 """What keeps a model out of the table -> the model types that it is true of."""
 
@@ -345,6 +373,17 @@ def family_of_config(config: Mapping[str, Any], where: str) -> Family:
     reasons = [reason for reason, model_types in _REFUSALS.items() if model_type in model_types]
     because = f" ({reasons[0]})" if reasons else ""
     raise UnsupportedModelError(_unsupported(f"model {where}: model_type {model_type!r}{because}"))
+
+
+def num_cached_layers(family: str, num_layers: int, config: Mapping[str, Any]) -> int:
+    """Count the layers of a model that have keys and values of their own.
+
+    Args:
+        family: name of its row.
+        config: its transformers config.
+    """
+    field_name = family_by_name(family).shared_caches_field
+    return num_layers - (int(config.get(field_name) or 0) if field_name is not None else 0)
 
 
 def resolve(root: Any, path: str) -> Any:

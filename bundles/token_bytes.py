@@ -53,7 +53,7 @@ def token_bytes(manifest: Manifest) -> TokenBytes:
     """Count from a manifest alone what `NativeDecoder.bytes_per_token` counts from the loaded weights."""
     model, family = manifest.model, family_by_name(manifest.model.family)
     head = f"{family.embedding}.weight" if model.tied_head else "lm_head.weight"
-    tables = tuple(f"{path}." for path in (family.embedding, family.positions) if path is not None)
+    tables = tuple(f"{path}." for path in (family.embedding, family.positions, *family.tables) if path is not None)
     parts: dict[str, list[TensorRecord]] = {"attention": [], "routers": [], "head": [], "other": []}
     for name, record in manifest.base_tensors.items():
         # A screened head leaves its low halves alone; vectors and rows that are looked up are next to nothing.
@@ -73,7 +73,7 @@ def token_bytes(manifest: Manifest) -> TokenBytes:
         routers=_num_bytes(parts["routers"]),
         head=_num_bytes(parts["head"]),
         other=_num_bytes(parts["other"]),
-        # Keys and values, two bytes each.
+        # Keys and values, two bytes each; layers that share them read them each for itself.
         cached_token=model.num_layers * 2 * model.num_kv_heads * model.head_dim * 2,
     )
 

@@ -11,6 +11,7 @@ from .config import CompileConfig
 from .expert_options import check_expert_options, check_no_expert_options
 from .models.sources import ModelSource, find_encoder, find_source
 from .models.stated import check_mappable, check_stays_mapped, stated_config
+from .stream_options import check_stream_options
 from .text.reading import check_elsewhere, is_local, read_order, read_texts, text_sources
 
 __all__ = ["Inputs", "check_activation", "check_document_tokens", "find_inputs"]
@@ -63,6 +64,7 @@ def _check_model(config: CompileConfig, model: ModelSource) -> None:
     if stated is None:
         return
     family = family_of_config(stated, model.name)
+    check_stream_options(config, family, model.name)
     if config.max_memory is not None:
         check_stays_mapped(family, model.name)
     if family.experts is not None:

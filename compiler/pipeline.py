@@ -53,6 +53,7 @@ from .stages import (
     score_packs,
 )
 from .storage import address_of
+from .stream_options import check_stream_options
 from .team.alone import Alone
 from .team.folder import check_folder
 from .team.team import Team
@@ -69,6 +70,7 @@ def compile_inputs(config: CompileConfig, inputs: Inputs, identity: Identity | N
     """
     source = inputs.model
     family, model_config = read_config(source)
+    check_stream_options(config, family, source.name)
     asked = config
     if (experts := experts_of(family, model_config)) is not None:
         config = with_expert_options(config, experts.num_chosen, experts.num_experts, source.name)

@@ -28,6 +28,7 @@ FAMILIES = (
     "qwen3",
     "gemma2",
     "gemma3",
+    "gemma3n",
     "olmo2",
     "olmo3",
     "phi3",
@@ -82,6 +83,19 @@ _CONFIGS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] 
         {**_SLIDING, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
     ),
     "gemma3": (transformers.Gemma3TextConfig, {**_SLIDING, "layer_types": _MIXED}),
+    # The last layer has the first one's keys and values, and some tokens have no embedding of their own in the layers.
+    "gemma3n": (
+        transformers.Gemma3nTextConfig,
+        {
+            **_SLIDING,
+            "layer_types": _MIXED,
+            "num_kv_shared_layers": 1,
+            "activation_sparsity_pattern": [0.6, 0.0, 0.75],
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 300,
+            "laurel_rank": 8,
+        },
+    ),
     "olmo2": (transformers.Olmo2Config, {}),
     "olmo3": (transformers.Olmo3Config, {**_SLIDING, "layer_types": _MIXED}),
     "phi3": (transformers.Phi3Config, {**_SLIDING, "partial_rotary_factor": 0.5}),

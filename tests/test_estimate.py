@@ -182,7 +182,7 @@ def test_kept_neurons_follow_keep_and_budget() -> None:
         kept_neurons(replace(config, keep=None, budget_mb=fixed / 1e6), SHAPES)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3n"])
 def test_bytes_a_token_are_those_of_the_bundle(
     tiny_bundle: Callable[..., Path], tiny_inputs: Callable[[str], CompileConfig], family: str
 ) -> None:

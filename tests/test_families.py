@@ -17,6 +17,11 @@ TOKEN_IDS = [1, 57, 200, 300, 21, 99, 140, 7, 250, 33, 180, 77, 310, 64, 205, 18
 """Longer than the sliding windows of the tiny models."""
 
 
+def tolerance(family: str) -> float:
+    """Of logits in float32; a bundle of gemma3n has a matrix that transformers has not, in bfloat16."""
+    return 2e-3 if family == "gemma3n" else 2e-4
+
+
 def reference_logits(family: str, *, keep: list[np.ndarray] | None = None) -> np.ndarray:
     """Logits of transformers' own model; with `keep`, all activations but those of the kept neurons are zeroed."""
     model = build_model(family)
@@ -35,7 +40,8 @@ def test_keep_one_gives_the_dense_logits(family: str, tiny_bundle: Callable[...,
     engine = runtime.load(tiny_bundle(family, keep=1.0, clusters=2), device="cpu", dtype="float32")
     expected = reference_logits(family)
     engine.decoder.use(DENSE)
-    np.testing.assert_allclose(engine.decoder.forward(TOKEN_IDS, all_logits=True), expected, atol=2e-4, rtol=1e-4)
+    got = engine.decoder.forward(TOKEN_IDS, all_logits=True)
+    np.testing.assert_allclose(got, expected, atol=tolerance(family), rtol=1e-4)
     for cluster in range(len(engine.manifest.clusters)):
         engine.decoder.truncate(0)
         engine.decoder.use(FfnChoice(cluster=cluster))
@@ -54,7 +60,7 @@ def test_packs_decode_with_their_neurons_only(family: str, tiny_bundle: Callable
         engine.decoder.use(FfnChoice(cluster=cluster))
         got = engine.decoder.forward(TOKEN_IDS, all_logits=True)
         expected = reference_logits(family, keep=keep)
-        np.testing.assert_allclose(got, expected, atol=2e-4, rtol=1e-4)
+        np.testing.assert_allclose(got, expected, atol=tolerance(family), rtol=1e-4)
         assert np.abs(expected - reference_logits(family)).max() > 0.1
         engine.decoder.truncate(0)
         engine.decoder.use(FfnChoice(neuron_ids=tuple(keep)))

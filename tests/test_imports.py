@@ -174,10 +174,9 @@ def test_dependencies_point_one_way(package: str) -> None:
 
 
 def test_the_compiler_uses_the_runtime_for_three_things_only() -> None:
-    """To write text, to take apart modules and experts that transformers has as one, and for what a token wants."""
-    apart = tuple(
-        f"coreinfer.runtime.engines.torch.{name}" for name in ("joined", "low_halves", "mixture", "wanted_inputs")
-    )
+    """To write text, to take apart what transformers has as one or compares, and for what a token wants."""
+    names = ("joined", "low_halves", "mixture", "sparse_gate", "wanted_inputs")
+    apart = tuple(f"coreinfer.runtime.engines.torch.{name}" for name in names)
     users = {
         path.name
         for path in sources("compiler")
@@ -217,6 +216,7 @@ def test_only_the_torch_engine_needs_torch() -> None:
         "torch/packed_linear.py",
         "torch/placement.py",
         "torch/sequences.py",
+        "torch/sparse_gate.py",
         "torch/static_step.py",
         "torch/transfer.py",
         "torch/wanted_inputs.py",

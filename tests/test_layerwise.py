@@ -46,6 +46,8 @@ def recorded(loaded: LoadedModel, layer: int) -> Iterator[dict[str, torch.Tensor
 
     def keep_output(module: object, inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
+        # Of several streams the first is the one that layers compute with.
+        hidden = hidden[0] if hidden.ndim == 4 else hidden
         seen["energies"] = hidden.reshape(-1, hidden.shape[-1]).square().sum(dim=-1)
 
     with ExitStack() as stack:

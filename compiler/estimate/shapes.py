@@ -1,7 +1,7 @@
 """A model's shapes, from what its own files state: no weights are read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ class Shapes:
     Attributes:
         ffn_dim: neurons of a layer, of all its experts together.
         num_experts, num_chosen: of a layer, and of these for a token; 1 and 1 where the FFN is one.
+        num_shared_caches: layers without keys and values of their own.
+        other_shapes, exact_shapes: of matrices beside attention and FFN that each token is multiplied by, of all layers
+            together; exact ones are stored in bf16, whatever others are.
+        table_shapes: of tables of which a token reads a row, beside the embedding.
     """
 
     num_layers: int
@@ -34,6 +38,10 @@ class Shapes:
     tied_head: bool
     num_experts: int = 1
     num_chosen: int = 1
+    num_shared_caches: int = 0
+    other_shapes: tuple[tuple[int, int], ...] = ()
+    exact_shapes: tuple[tuple[int, int], ...] = ()
+    table_shapes: tuple[tuple[int, int], ...] = ()
 
     @property
     def expert_dim(self) -> int:
@@ -81,7 +89,7 @@ class Shapes:
     def token_weights(self) -> int:
         """Of all layers, that a token is multiplied by."""
         chosen = self.ffn_weights // self.num_experts * self.num_chosen
-        return self.num_layers * (self.attention_weights + chosen)
+        return self.num_layers * (self.attention_weights + chosen) + _num_weights(self.other_shapes)
 
     @property
     def head_weights(self) -> int:
@@ -90,8 +98,13 @@ class Shapes:
 
     @property
     def all_weights(self) -> int:
-        """Of layers, embedding and head."""
-        return self.body_weights + self.head_weights * (1 if self.tied_head else 2)
+        """Of layers, embedding and head, and what lies beside them."""
+        others = _num_weights(self.other_shapes) + _num_weights(self.table_shapes)
+        return self.body_weights + self.head_weights * (1 if self.tied_head else 2) + others
+
+
+def _num_weights(shapes: Iterable[tuple[int, int]]) -> int:
+    return sum(rows * columns for rows, columns in shapes)
 
 
 def stated_shapes(source: ModelSource) -> Shapes:
@@ -144,6 +157,8 @@ def shapes_of(config: Mapping[str, Any], name: str) -> Shapes:
 
     def size(field: str, default: int | None = None) -> int:
         value = default if config.get(field) is None else config[field]
+        # One for each layer, which are alike.
+        value = value[0] if isinstance(value, list) and len(set(map(str, value))) == 1 else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"--dry-run: --model {name}: {CONFIG}: {field}: expected a size, got {value!r}")
         return value
@@ -168,7 +183,30 @@ def shapes_of(config: Mapping[str, Any], name: str) -> Shapes:
         tied_head=_is_tied(config, family),
         num_experts=num_experts,
         num_chosen=num_chosen,
+        **(_stream_shapes(size, config) if family.has_streams else {}),
     )
+
+
+def _stream_shapes(size: Callable[..., int], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Matrices and tables of a model of several streams; a config that leaves a size out has that of its class."""
+    hidden, num_layers, width = (size(field) for field in ("hidden_size", "num_hidden_layers", "intermediate_size"))
+    streams, rank = size("altup_num_inputs", 4), size("laurel_rank", 64)
+    inner = size("hidden_size_per_layer_input", 256)
+    layer = [(rank, hidden), (hidden, rank), (inner, hidden), (hidden, inner)]
+    exact = [(streams, hidden), (streams * streams, streams), (streams, streams)]
+    stated = config.get("activation_sparsity_pattern")
+    num_cut = (10 if num_layers > 10 else 0) if stated is None else sum(share > 0 for share in stated)
+    return {
+        "num_shared_caches": int(config.get("num_kv_shared_layers", 15)),
+        "exact_shapes": tuple(exact * num_layers),
+        "other_shapes": (
+            *layer * num_layers,
+            *[(min(hidden, width), hidden)] * num_cut,
+            *[(hidden, hidden)] * (2 * (streams - 1)),
+            (num_layers * inner, hidden),
+        ),
+        "table_shapes": ((size("vocab_size_per_layer_input", 262144), num_layers * inner),),
+    }
 
 
 def _is_tied(config: Mapping[str, Any], family: Family) -> bool:

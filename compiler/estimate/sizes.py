@@ -65,9 +65,14 @@ def _router_bytes(shapes: Shapes) -> int:
 
 
 def _attention_bytes(shapes: Shapes, kind: str) -> int:
-    """Of attention and routers."""
-    attention = shapes.num_layers * sum(matrix_bytes(kind, shape) for shape in shapes.attention_shapes)
-    return attention + _router_bytes(shapes)
+    """Of attention, routers, and what lies beside attention and FFN."""
+    own = shapes.num_layers - shapes.num_shared_caches
+    counts = (shapes.num_layers, own, own, shapes.num_layers)
+    pairs = zip(counts, shapes.attention_shapes, strict=True)
+    attention = sum(count * matrix_bytes(kind, shape) for count, shape in pairs)
+    others = sum(matrix_bytes(kind, shape) for shape in shapes.other_shapes)
+    others += sum(matrix_bytes("bf16", shape) for shape in shapes.exact_shapes)
+    return attention + others + _router_bytes(shapes)
 
 
 def base_token_bytes(config: CompileConfig, shapes: Shapes) -> int:
@@ -129,6 +134,7 @@ def bundle_bytes(config: CompileConfig, case: Case) -> int:
     tables = (1 if shapes.tied_head else 2) * matrix_bytes(
         _head_format(config), (shapes.vocab_size, shapes.hidden_size)
     )
+    tables += sum(matrix_bytes(_head_format(config), shape) for shape in shapes.table_shapes)
     dense = _dense_bytes(shapes, config.quantize) if config.dense else 0
     router = case.encoder_vocabulary * (2 * _ROUTER_DIMENSION + _TOKENIZER_TOKEN_BYTES)
     tokenizer = shapes.vocab_size * _TOKENIZER_TOKEN_BYTES

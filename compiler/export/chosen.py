@@ -62,6 +62,12 @@ def choose_model(bundle_dir: Path, *, cluster: int | None, dense: bool) -> Chose
     manifest = bundle.manifest
     if cluster is not None and not 0 <= cluster < len(manifest.clusters):
         raise ConfigError(f"--cluster: expected 0 to {len(manifest.clusters) - 1}, got {cluster}")
+    if family_by_name(manifest.model.family).cutoff is not None:
+        # transformers takes the mean and the deviation of the gates that a narrow FFN has: other neurons would be zero.
+        raise UnsupportedModelError(
+            f"{bundle_dir}: models of the family {manifest.model.family} are not exported: how much is taken off the "
+            "gates of a narrow FFN would be another number there"
+        )
     if manifest.model.experts is not None:
         return _choose_mixture(bundle, cluster, manifest.model.experts.num_experts)
     if cluster is None:

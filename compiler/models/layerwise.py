@@ -6,7 +6,7 @@ it is recorded by running the model's own forward pass once with its layers take
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 
 from .later import Beginning, GoOn, KeepBeginning, later_arguments
 from .load import LoadedModel
+from .states import SHARED
 
 __all__ = [
     "Batch",
@@ -49,7 +50,8 @@ class Batch:
         token_ids: (batch, length), documents begin at the left.
         rows: (tokens,) places of the batch's real tokens in the order of all documents.
         mask: (batch, length) which places hold real tokens.
-        hidden: (batch, length, hidden size) that the next layer reads, overwritten layer by layer.
+        hidden: (batch, length, row) that the next layer reads, overwritten layer by layer: rows are hidden states, or
+            what else a token takes from layer to layer (`states.py`).
         arguments: keyword arguments of each layer.
     """
 
@@ -80,7 +82,7 @@ class LayerRun:
     """What came out of one layer for one batch.
 
     Attributes:
-        output: (batch, length, hidden size) hidden states that leave the layer.
+        output: (batch, length, row) that leaves the layer.
         activations: (batch, length, ffn_dim), input of the down projection.
         ffn_output: (batch, length, hidden size), output of the down projection.
     """
@@ -95,7 +97,7 @@ class PartialRun:
     """What came out of a layer whose FFN was computed for some tokens, and only as far as the down projection.
 
     Attributes:
-        output: (batch, length, hidden size) hidden states that leave the layer.
+        output: (batch, length, row) that leaves the layer.
         activations: (tokens asked for, ffn_dim), what the down projection would read.
     """
 
@@ -175,7 +177,7 @@ def _record_batch(
     rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in members])
     # Padding stands after a document, where causal attention does not look, so that no mask is needed for it.
     calls = _record_calls(loaded, token_ids.to(loaded.device))
-    hidden = calls[0]["hidden_states"]
+    hidden = loaded.states_form.pack(calls[0]["hidden_states"])
     arguments = [{name: value for name, value in call.items() if name not in _STATE_ARGUMENTS} for call in calls]
     return Batch(
         token_ids=token_ids.to(loaded.device),
@@ -186,7 +188,7 @@ def _record_batch(
     )
 
 
-_STATE_ARGUMENTS = frozenset({"hidden_states", "use_cache", *CACHE_ARGUMENTS})
+_STATE_ARGUMENTS = frozenset({"hidden_states", "use_cache", SHARED, *CACHE_ARGUMENTS})
 
 
 def _record_calls(loaded: LoadedModel, token_ids: torch.Tensor) -> list[dict[str, Any]]:
@@ -198,8 +200,9 @@ def _record_calls(loaded: LoadedModel, token_ids: torch.Tensor) -> list[dict[str
 
 
 def head_logits(loaded: LoadedModel, token_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """What the model makes of (batch, length, hidden size) that leave its layers: (batch, length, vocabulary)."""
-    with _layers_replaced(loaded, lambda layer: _Given(layer, hidden)):
+    """What the model makes of (batch, length, row) that leave its layers: (batch, length, vocabulary)."""
+    states, _ = loaded.states_form.unpack(hidden)
+    with _layers_replaced(loaded, lambda layer: _Given(layer, states)):
         logits: torch.Tensor = loaded.model(token_ids, use_cache=False).logits
     return logits
 
@@ -222,7 +225,7 @@ def run_layer(
     """Run one batch through one layer.
 
     Args:
-        hidden: (batch, length, hidden size) that enters.
+        hidden: (batch, length, row) that enters.
         keep: takes the first places' keys and values.
     """
     seen: dict[str, torch.Tensor] = {}
@@ -232,22 +235,21 @@ def run_layer(
         seen["activations"], seen["ffn_output"] = inputs[0], output
 
     handle = loaded.projection(index, "down").register_forward_hook(look)
-    layer = loaded.layers[index]
-    cache = {} if keep is None else cache_argument(layer, keep)
+    cache = {} if keep is None else cache_argument(loaded.layers[index], keep)
     try:
-        output = layer(hidden, **batch.arguments[index], **cache)
+        output = _called(loaded, index, hidden, {**batch.arguments[index], **cache})
     finally:
         handle.remove()
     return LayerRun(
-        output=_hidden_states(output),
+        output=output,
         activations=seen["activations"].reshape(*hidden.shape[:2], -1),
-        ffn_output=seen["ffn_output"].reshape(hidden.shape),
+        ffn_output=seen["ffn_output"].reshape(*hidden.shape[:2], -1),
     )
 
 
 def layer_output(loaded: LoadedModel, index: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
     """Run one batch through one layer, whatever its FFN is; see `run_layer`."""
-    return _hidden_states(loaded.layers[index](hidden, **batch.arguments[index]))
+    return _called(loaded, index, hidden, batch.arguments[index])
 
 
 def run_partly(
@@ -262,7 +264,7 @@ def run_partly(
     """Run one batch through one layer, but its FFN for some tokens only and without the down projection.
 
     Args:
-        hidden: (batch, length, hidden size) that enters; with a beginning, of the places after it only, as are `places`
+        hidden: (batch, length, row) that enters; with a beginning, of the places after it only, as are `places`
             and `ffn_output`.
         places: (batch, length) bool, the tokens whose activations are wanted.
         ffn_output: (batch, length, hidden size) to take as the down projection's output.
@@ -279,15 +281,21 @@ def run_partly(
         seen["activations"] = activations
         return ffn_output.reshape(seen["entering"].shape)
 
-    entries = [role for role in loaded.family.projections if role != "down"]
-    handles = [loaded.projection(index, role).register_forward_pre_hook(enter) for role in entries]
+    handles = [module.register_forward_pre_hook(enter) for module in _entries(loaded, index)]
     try:
         with _computed_by(loaded.projection(index, "down"), put):
-            output = loaded.layers[index](hidden, **_arguments_after(loaded, index, batch, beginning))
+            output = _called(loaded, index, hidden, _arguments_after(loaded, index, batch, beginning))
     finally:
         for handle in handles:
             handle.remove()
-    return PartialRun(output=_hidden_states(output), activations=seen["activations"])
+    return PartialRun(output=output, activations=seen["activations"])
+
+
+def _entries(loaded: LoadedModel, index: int) -> list[nn.Module]:
+    """Modules that read what enters a layer's FFN."""
+    modules: list[nn.Module] = [loaded.projection(index, role) for role in loaded.family.projections if role != "down"]
+    cutoff = loaded.cutoff(index)
+    return modules if cutoff is None else [*modules, cutoff]
 
 
 def goes_on(batch: Batch, index: int) -> bool:
@@ -314,5 +322,9 @@ def _computed_by(module: nn.Module, function: Callable[[torch.Tensor], torch.Ten
         del module.forward
 
 
-def _hidden_states(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def _called(loaded: LoadedModel, index: int, rows: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
+    """Call a layer on (batch, length, row), and return what leaves it in the same form."""
+    form = loaded.states_form
+    hidden, shared = form.unpack(rows)
+    output = loaded.layers[index](hidden, **arguments, **shared)
+    return form.pack(output[0] if isinstance(output, tuple) else output, shared.get(SHARED))

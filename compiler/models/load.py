@@ -17,6 +17,7 @@ from coreinfer.bundles.manifest import ModelRecord
 from coreinfer.compiler.config import DType
 from coreinfer.runtime.engines.torch.joined import take_apart
 from coreinfer.runtime.engines.torch.mixture import Mixture, take_experts
+from coreinfer.runtime.engines.torch.sparse_gate import take_sparse_gates
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
@@ -36,6 +37,7 @@ from .record import column_norms, record_of
 from .settings import check_settings
 from .sources import ModelSource
 from .stated import CONFIG, check_mappable, check_stays_mapped
+from .states import StateForm, state_form
 from .tokenizer_files import check_templates, with_own_file
 from .unpack.asked import settings_of
 from .unpack.methods import check_family, check_quantization
@@ -123,6 +125,17 @@ class LoadedModel:
             logits = logits / divisor
         cap = getattr(model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @property
+    def states_form(self) -> StateForm:
+        """What a token takes from layer to layer."""
+        return state_form(self.family, self.model.config)
+
+    def cutoff(self, layer: int) -> nn.Module | None:
+        """What says how much is taken off a layer's gates; None where nothing is."""
+        path = self.family.cutoff
+        parent, _, name = (path or "").rpartition(".")
+        return None if path is None else getattr(resolve(self.layers[layer], parent), name, None)
 
     def mixture(self, layer: int) -> Mixture:
         """The mixture of experts that a layer's FFN is."""
@@ -268,6 +281,7 @@ def wrap_model(model: nn.Module, tokenizer: Any, *, family: Family, name: str, c
     """Describe a model that is in memory already; modules that are several in one are taken apart."""
     take_apart(model, family)
     take_experts(model, family)
+    take_sparse_gates(model, family)
     record = record_of(model, family, name, config)
     return LoadedModel(
         model=model,

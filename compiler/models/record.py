@@ -62,6 +62,8 @@ def _num_neurons(family: Family, config: PreTrainedConfig, experts: ExpertsRecor
     """Neurons of a layer, all its experts' together."""
     if family.experts is None or experts is None:
         stated = getattr(config, family.ffn_dim_field)
+        # Of each layer, all alike (`settings.py`).
+        stated = stated[0] if isinstance(stated, (list, tuple)) else stated
         return int((family.ffn_dim_factor or 0) * config.hidden_size if stated is None else stated)
     return experts.num_experts * int(getattr(config, family.experts.dim_field))
 

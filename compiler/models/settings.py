@@ -59,6 +59,7 @@ def check_settings(family: Family, config: PreTrainedConfig, name: str) -> None:
         UnsupportedModelError: there are some; all are named, with their values.
     """
     problems = [*_unread(family, config), *_without_effect(config), *_unknown(family, config), *_experts(config)]
+    problems += [*_widths(family, config), *_gates(config)]
     if problems:
         raise UnsupportedModelError(
             f"--model {name}: config.json has {join_problems(problems)}; "
@@ -74,7 +75,7 @@ def _unread(family: Family, config: PreTrainedConfig) -> Iterator[str]:
         known |= {"num_experts", "num_local_experts"}
     for setting, harmless in _OF_OTHER_MODELS.items():
         value = getattr(config, setting, None)
-        if setting not in known and value not in harmless:
+        if setting not in known and setting not in family.uncomputed and value not in harmless:
             yield f"{setting} {value!r}, which {config.model_type} models do not compute with"
     kinds = set(getattr(config, "layer_types", None) or ())
     if "layer_types" in known:
@@ -119,6 +120,20 @@ def _experts(config: PreTrainedConfig) -> Iterator[str]:
     # Limits of 0 and below leave no gate anything, and the native engine refuses them.
     if (limit := getattr(config, "swiglu_limit", None)) is not None and limit <= 0:
         yield f"swiglu_limit {limit!r}, expected above 0"
+
+
+def _widths(family: Family, config: PreTrainedConfig) -> Iterator[str]:
+    """FFNs of unlike widths, where a config states one for each layer."""
+    widths = getattr(config, family.ffn_dim_field, None)
+    if isinstance(widths, (list, tuple)) and len(set(widths)) > 1:
+        yield f"{family.ffn_dim_field} {_short(set(widths))}, where all layers are to have as many neurons"
+
+
+def _gates(config: PreTrainedConfig) -> Iterator[str]:
+    """Shares of gates that become 0 of which no deviation's multiple above the mean is known."""
+    shares = set(getattr(config, "activation_sparsity_pattern", None) or ())
+    if wrong := [share for share in shares if share != 0 and not 0.5 < share < 1]:
+        yield f"activation_sparsity_pattern {_short(wrong)}, where layers leave none or most of their gates out"
 
 
 def _rotary(config: PreTrainedConfig) -> list[Mapping[str, Any]]:

@@ -76,13 +76,14 @@ class LayerWalk:
         )
 
     def _run(self) -> None:
+        form = self._loaded.states_form
         for batch in self._batches:
             run = run_layer(self._loaded, self.layer, batch, batch.hidden)
             batch.hidden = run.output
             self._activations.index_copy_(0, batch.rows, batch.real(run.activations))
             if self._outputs:
                 self._ffn_outputs.index_copy_(0, batch.rows, batch.real(run.ffn_output))
-            self._stream_energies[batch.rows] = batch.real(run.output).float().square().sum(dim=-1)
+            self._stream_energies[batch.rows] = form.energies(batch.real(run.output))
 
 
 def walk_layers(

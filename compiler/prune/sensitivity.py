@@ -193,7 +193,7 @@ def _layer_gradients(
             of_output, of_entering = torch.autograd.grad(leaving, (outputs[0], leaf), gradient)
     finally:
         hook.remove()
-    return of_output.reshape(entering.shape), of_entering
+    return of_output.reshape(*entering.shape[:2], -1), of_entering
 
 
 def removal_curves(

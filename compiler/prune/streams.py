@@ -81,7 +81,7 @@ class Stream:
     Attributes:
         name: of the assignment.
         rows: of each cluster's tokens.
-        hidden: of each part, (its tokens that are read narrow, hidden size); all others are the dense model's.
+        hidden: of each part, (its tokens that are read narrow, row); all others are the dense model's.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Reading:
     """What a dense pass through a layer leaves of a batch.
 
     Attributes:
-        entering: (batch, length, hidden size) hidden states before the layer.
+        entering: (batch, length, row) before the layer.
         beginning: of the places before the first that is read narrow; None where the layer has to be run as a whole.
     """
 
@@ -158,14 +158,14 @@ def read_narrow(
     """Run a batch after a stream's narrowed layers: what is read narrow takes its place among the layer's tokens.
 
     Args:
-        own: (tokens that are read narrow, hidden size) the stream's hidden states.
+        own: (tokens that are read narrow, row) of the stream.
     Returns:
         Their hidden states after the layer, without what its FFN adds where that is just added.
     """
     start = reading.start
     places = part.places[:, start:]
     hidden = _put(reading.entering[:, start:], places, own)
-    run = run_partly(loaded, layer, part.batch, hidden, places, torch.zeros_like(hidden), reading.beginning)
+    run = run_partly(loaded, layer, part.batch, hidden, places, _no_output(loaded, hidden), reading.beginning)
     without_ffn = pick(run.output, places)
     _set_rows(tokens.activations, part.rows, run.activations)
     if loaded.family.adds_ffn_output:
@@ -194,10 +194,15 @@ def move(
         return (without_ffn.float() + narrow.float()).to(without_ffn.dtype)
     places = part.places[:, reading.start :]
     hidden = _put(reading.entering[:, reading.start :], places, own)
-    ffn_output = _put(torch.zeros_like(hidden), places, narrow)
+    ffn_output = _put(_no_output(loaded, hidden), places, narrow)
     nowhere = torch.zeros_like(places)
     run = run_partly(loaded, layer, part.batch, hidden, nowhere, ffn_output, reading.beginning)
     return pick(run.output, places)
+
+
+def _no_output(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """An FFN's output of zeros: (batch, length, hidden size)."""
+    return hidden.new_zeros((*hidden.shape[:2], loaded.record.hidden_size))
 
 
 def _set_rows(values: torch.Tensor, rows: torch.Tensor, own: torch.Tensor) -> None:

@@ -59,7 +59,8 @@ def base_bytes(config: CompileConfig, loaded: LoadedModel) -> int:
     total = 0
     for path, module in loaded.model.named_modules():
         if isinstance(module, nn.Linear) and id(module) not in ffn:
-            kind = config.effective_head_quantize if path == "lm_head" else config.quantize
+            exact = path.endswith(loaded.family.exact)
+            kind = "bf16" if exact else config.effective_head_quantize if path == "lm_head" else config.quantize
             total += matrix_bytes(kind, (module.weight.shape[0], module.weight.shape[1]))
         elif isinstance(module, Router):
             total += matrix_bytes("bf16", (module.weight.shape[0], module.weight.shape[1]))

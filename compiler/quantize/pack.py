@@ -106,11 +106,11 @@ def _base_tensor(name: str, tensor: torch.Tensor, loaded: LoadedModel, packer: P
     if tensor.ndim == 1:
         return {name: _vector(tensor)}
     path = name.removesuffix(".weight")
-    if path in (loaded.family.embedding, _HEAD):
+    if path in (loaded.family.embedding, *loaded.family.tables, _HEAD):
         return store_matrix(name, tensor, packer.formats.head, None)
-    if isinstance(loaded.model.get_submodule(path), nn.Linear):
+    if isinstance(loaded.model.get_submodule(path), nn.Linear) and not path.endswith(loaded.family.exact):
         return packer.matrix(name, tensor, packer.moments.get(path))
-    # Learned positions: few bytes are read of them.
+    # Learned positions, routers and the like: few bytes are read of them.
     return store_matrix(name, tensor, "bf16", None)
 
 

@@ -54,6 +54,11 @@ def check_family(family: Family, config: Mapping[str, Any], what: str) -> None:
     settings = settings_of(config)
     if settings is None:
         return
+    if family.has_streams:
+        raise UnsupportedModelError(
+            f"{what}: its weights are quantized already ({describe(settings)}; {FIELD} in config.json), which is not "
+            f"read of {family.name} models; give the model that it was quantized from"
+        )
     if family.experts is None and METHODS[settings["quant_method"]].of_experts:
         raise UnsupportedModelError(
             f"{what}: its weights are quantized already ({describe(settings)}; {FIELD} in config.json), which is read "

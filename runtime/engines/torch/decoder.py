@@ -134,9 +134,14 @@ class TorchDecoder:
 
     def _pick_static(self, cuda_graphs: str, transfer: Transfer | None) -> StaticStep | None:
         record = self._bundle.manifest.model
-        mixes = record.experts is not None
         return pick_static(
-            self._model, cuda_graphs, transfer, num_layers=record.num_layers, device=self._device, mixes=mixes
+            self._model,
+            cuda_graphs,
+            transfer,
+            num_layers=record.num_layers,
+            device=self._device,
+            mixes=record.experts is not None,
+            shares_caches=self._family.shared_caches_field is not None,
         )
 
     @property

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from coreinfer.bundles import ConfigError
+from coreinfer.bundles.families import num_cached_layers
 from coreinfer.bundles.manifest import ModelRecord
 
 __all__ = ["MemoryNeeds", "MemoryPlan", "kv_bytes_per_token", "plan_memory"]
@@ -22,7 +23,7 @@ class MemoryNeeds:
         dense: 0 where the bundle has no dense FFN.
         layer: one layer of the dense FFN.
         low_bits: second copy of the weights whose inputs are read in half; 0 where none are.
-        kv_per_token: keys and values of one token, all layers.
+        kv_per_token: keys and values of one token, all layers that have any.
     """
 
     base: int
@@ -55,7 +56,8 @@ class MemoryPlan:
 
 def kv_bytes_per_token(model: ModelRecord, item_bytes: int) -> int:
     """Keys and values of one token in all layers."""
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * item_bytes
+    num_layers = num_cached_layers(model.family, model.num_layers, model.config)
+    return 2 * num_layers * model.num_kv_heads * model.head_dim * item_bytes
 
 
 def plan_memory(needs: MemoryNeeds, *, limit_mb: float | None, free_bytes: int) -> MemoryPlan:

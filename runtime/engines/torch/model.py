@@ -16,11 +16,12 @@ from coreinfer.bundles.formats import float_matrix, stored_parts
 from coreinfer.bundles.shared.machine import cpu_multiplies_bf16
 from coreinfer.bundles.tensors import StoredTensor, TensorFile
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .joined import take_apart
 from .mixture import ExpertRun, take_experts
 from .packed_linear import replace_linear
+from .sparse_gate import take_sparse_gates
 
 __all__ = [
     "base_bytes",
@@ -53,11 +54,19 @@ def empty_model(bundle: Bundle, device: torch.device, dtype: torch.dtype, *, pac
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent).register_buffer(leaf, torch.empty_like(buffer, device=device), persistent=False)
     # Only those buffers are filled in: parameters are still without memory.
-    model.apply(model._init_weights)
+    _fill_buffers(model, model)
     family = family_by_name(bundle.manifest.model.family)
     _empty_ffn(model, family, device, dtype, packed=packed)
     empty: nn.Module = model
     return empty
+
+
+def _fill_buffers(module: Any, owner: Any) -> None:
+    """Let each module be filled by the innermost of transformers' models that it belongs to, whose sizes it may ask."""
+    owner = module if isinstance(module, PreTrainedModel) else owner
+    for child in module.children():
+        _fill_buffers(child, owner)
+    owner._init_weights(module)
 
 
 def decoder_layers(model: nn.Module, family: Family) -> list[nn.Module]:
@@ -158,6 +167,7 @@ def _model_of_config(bundle: Bundle, dtype: torch.dtype) -> Any:
     family = family_by_name(bundle.manifest.model.family)
     take_apart(model, family)
     take_experts(model, family)
+    take_sparse_gates(model, family)
     return model
 
 

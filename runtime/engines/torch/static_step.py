@@ -161,13 +161,21 @@ class StaticStep:
 
 
 def pick_static(
-    model: Any, cuda_graphs: str, transfer: Transfer | None, *, num_layers: int, device: torch.device, mixes: bool
+    model: Any,
+    cuda_graphs: str,
+    transfer: Transfer | None,
+    *,
+    num_layers: int,
+    device: torch.device,
+    mixes: bool,
+    shares_caches: bool,
 ) -> StaticStep | None:
     """Decide whether tokens are decoded in steps of fixed shapes: None for the plain pass.
 
     Args:
         cuda_graphs: the option of that name.
         mixes: whether the FFN is a mixture of experts.
+        shares_caches: whether some layers attend to the keys and values of others.
     Raises:
         ConfigError: they are asked for and cannot be had.
     """
@@ -175,7 +183,9 @@ def pick_static(
         raise ConfigError(f"cuda_graphs: expected auto, on, off, got {cuda_graphs!r}")
     if cuda_graphs == "on" and mixes:
         raise ConfigError("cuda_graphs: expected auto or off, because each step computes with other experts")
-    if cuda_graphs == "off" or (cuda_graphs == "auto" and (mixes or device.type != "cuda")):
+    if cuda_graphs == "on" and shares_caches:
+        raise ConfigError("cuda_graphs: expected auto or off, because layers attend to keys and values of others")
+    if cuda_graphs == "off" or (cuda_graphs == "auto" and (mixes or shares_caches or device.type != "cuda")):
         return None
     if transfer is None:
         raise ConfigError(

@@ -4,47 +4,13 @@
 
 #include "cache_width.h"
 #include "families.h"
+#include "parts.h"
 #include "refusals.h"
 #include "rotary.h"
+#include "stream_parts.h"
 
 namespace coreinfer {
 namespace {
-
-// What the parts of a model are put together from.
-struct Parts {
-  const ModelRecord& record;
-  const Family& family;
-  const Settings& settings;
-  const TensorFile& base;
-  Memory& memory;
-
-  Linear linear(const std::string& path, int rows, int cols) const {
-    return {base.matrix(path + ".weight", rows, cols), base.vector(path + ".bias", rows)};
-  }
-
-  // One that must be there.
-  const float* vector(const std::string& name, int size) const {
-    const float* values = base.vector(name, size);
-    if (!values) throw std::invalid_argument(base.name() + ": tensor '" + name + "' is missing");
-    return values;
-  }
-
-  // `divisor`: of what comes out.
-  Norm norm(const std::string& path, int size, float divisor = 1.0f) const {
-    return {changed(vector(path + ".weight", size), size, family.norm_offset, divisor),
-            changed(base.vector(path + ".bias", size), size, 0.0f, divisor)};
-  }
-
- private:
-  // (values + offset) / divisor
-  const float* changed(const float* values, int size, float offset, float divisor) const {
-    if (!values || (offset == 0.0f && divisor == 1.0f)) return values;
-    auto copy = std::make_shared<std::vector<float>>(values, values + size);
-    for (float& value : *copy) value = (value + offset) / divisor;
-    memory.push_back(copy);
-    return copy->data();
-  }
-};
 
 SublayerNorms sublayer_norms(const Parts& parts, const std::string& root, const NormNames& names) {
   const int hidden = parts.record.hidden_size;
@@ -71,14 +37,19 @@ Layer assemble_layer(const Parts& parts, const ModelWeights& model, int index) {
   Layer layer;
   AttentionWeights& attention = layer.attention;
   attention.query = parts.linear(inputs_root + "q_proj", model.query_size(), model.hidden);
-  attention.key = parts.linear(inputs_root + "k_proj", model.kv_size(), model.hidden);
-  attention.value = parts.linear(inputs_root + "v_proj", model.kv_size(), model.hidden);
+  attention.cache = parts.settings.cache_of(index);
+  const bool own_cache = attention.cache == index;
+  if (own_cache) {
+    attention.key = parts.linear(inputs_root + "k_proj", model.kv_size(), model.hidden);
+    attention.value = parts.linear(inputs_root + "v_proj", model.kv_size(), model.hidden);
+  }
   attention.output = parts.linear(attention_root + parts.family.output, model.hidden, model.query_size());
   if (parts.family.head_norms) {
     const bool joint = parts.family.joint_head_norms;
     attention.query_norm = parts.norm(attention_root + "q_norm", joint ? model.query_size() : model.head_dim);
-    attention.key_norm = parts.norm(attention_root + "k_norm", joint ? model.kv_size() : model.head_dim);
+    if (own_cache) attention.key_norm = parts.norm(attention_root + "k_norm", joint ? model.kv_size() : model.head_dim);
   }
+  if (parts.family.value_norms && own_cache) attention.value_norm = {parts.ones(model.head_dim)};
   if (parts.family.sinks) attention.sinks = parts.vector(attention_root + "sinks", model.num_heads);
   attention.rope = parts.settings.rotary_of(index);
   attention.window = parts.settings.window_of(index);
@@ -89,6 +60,7 @@ Layer assemble_layer(const Parts& parts, const ModelWeights& model, int index) {
   const bool shares_norm = model.parallel && parts.family.one_parallel_norm;
   layer.ffn_norms = sublayer_norms(parts, root, shares_norm ? parts.family.attention_norms : parts.family.ffn_norms);
   layer.router = router(parts, root);
+  if (parts.settings.streams.cuts_gates(index)) layer.cutoff = gate_cutoff(parts, root + "mlp.cutoff.");
   return layer;
 }
 
@@ -160,6 +132,7 @@ ModelWeights assemble_model(const ModelRecord& record, const TensorFile& base, M
     // What it puts out goes into the head alone, whose logits are divided.
     model.final_norm = parts.norm(final_norm, model.hidden, static_cast<float>(settings.logits_divisor));
   for (int index = 0; index < record.num_layers; ++index) model.layers.push_back(assemble_layer(parts, model, index));
+  if (family.streams) model.streams = assemble_streams(parts, model);
   choose_cache_width(model);
   return model;
 }

@@ -7,6 +7,8 @@
 
 #include "refusals.h"
 #include "rotary.h"
+#include "settings_reader.h"
+#include "stream_parts.h"
 
 namespace coreinfer {
 namespace {
@@ -56,6 +58,17 @@ Family gemma2() {
 Family gemma3() {
   Family family = gemma("gemma3");
   family.head_norms = true;
+  return family;
+}
+
+Family gemma3n() {
+  Family family = gemma("gemma3n");
+  family.settings =
+      with(kRotarySettings, {"activation_sparsity_pattern", "altup_active_idx", "altup_correct_scale",
+                             "altup_num_inputs", "final_logit_softcapping", "hidden_size_per_layer_input",
+                             "laurel_rank", "layer_types", "num_kv_shared_layers", "vocab_size_per_layer_input"});
+  family.norm_offset = 0.0f;
+  family.head_norms = family.value_norms = family.plain_scores = family.streams = true;
   return family;
 }
 
@@ -176,6 +189,7 @@ const std::vector<Family>& families() {
       qwen3(),
       gemma2(),
       gemma3(),
+      gemma3n(),
       olmo("olmo2"),
       olmo("olmo3", {"layer_types"}),
       phi3(),
@@ -192,15 +206,6 @@ const std::vector<Family>& families() {
   return table;
 }
 
-const Json* find_setting(const ModelRecord& record, const Family& family, const char* key) {
-  const auto same = [key](const char* name) { return std::strcmp(name, key) == 0; };
-  return std::any_of(family.settings.begin(), family.settings.end(), same) ? record.config.find(key) : nullptr;
-}
-
-bool is_given(const ModelRecord& record, const Family& family, const char* key) {
-  return Json::is_given(find_setting(record, family, key));
-}
-
 void check_computed(const ModelRecord& record, const Family& family) {
   std::string unknown;
   for (const char* key : {"attn_logit_softcapping", "clip_qkv", "qk_layernorm", "scale_attn_by_inverse_layer_idx"})
@@ -214,33 +219,8 @@ void check_computed(const ModelRecord& record, const Family& family) {
   if (!unknown.empty()) throw Unsupported("model " + record.name + ": the native engine has no " + unknown);
 }
 
-// Settings of the config, one value or one a layer.
-class Reader {
- public:
-  Reader(const ModelRecord& record, const Family& family) : record_(record), family_(family) {}
-
-  bool has(const char* key) const { return find_setting(record_, family_, key) != nullptr; }
-  bool given(const char* key) const { return is_given(record_, family_, key); }
-  double real(const char* key, double otherwise) const { return given(key) ? record_.config.real(key) : otherwise; }
-  int integer(const char* key, int otherwise) const { return given(key) ? record_.config.integer(key) : otherwise; }
-  double factor(const char* key, double otherwise = 1.0) const {
-    const double value = has(key) ? record_.config.real(key) : otherwise;
-    if (!(std::isfinite(value) && value != 0.0)) refuse(key, "a number other than 0", std::to_string(value));
-    return value;
-  }
-  const std::vector<Json>& per_layer(const char* key) const {
-    const std::vector<Json>& values = record_.config.array(key);
-    if (values.size() != static_cast<size_t>(record_.num_layers))
-      refuse(key, std::to_string(record_.num_layers) + " layers", std::to_string(values.size()));
-    return values;
-  }
-
- private:
-  const ModelRecord& record_;
-  const Family& family_;
-};
-
-void read_layer_kinds(const ModelRecord& record, const Family& family, const Reader& reader, Settings& settings) {
+void read_layer_kinds(const ModelRecord& record, const Family& family, const SettingsReader& reader,
+                      Settings& settings) {
   settings.slides_always =
       family.slides_always || (reader.has("model_type") && record.config.string("model_type") == "mistral");
   if (reader.given("no_rope_layers"))
@@ -277,7 +257,7 @@ void read_rotary(const ModelRecord& record, const Family& family, Settings& sett
   for (size_t i = 0; i < (is_one ? 1 : parameters->items.size()); ++i) {
     const Json& table = is_one ? *parameters : parameters->items[i];
     settings.rotary_kinds.push_back(is_one ? "" : parameters->keys.at(i));
-    const int context = Reader(record, family).integer("max_position_embeddings", record.max_positions);
+    const int context = SettingsReader(record, family).integer("max_position_embeddings", record.max_positions);
     settings.rotary.push_back(
         rotary_table(table, rotated_size(table, record, family), {record.max_positions, context}));
   }
@@ -294,11 +274,13 @@ const Family& family_of(const ModelRecord& record) {
 Settings read_settings(const ModelRecord& record, const Family& family) {
   check_computed(record, family);
   const Json& config = record.config;
-  const Reader reader(record, family);
+  const SettingsReader reader(record, family);
   Settings settings{};
   settings.epsilon = reader.has(family.epsilon) ? config.real(family.epsilon) : 1e-5;
   settings.attention_scale =
-      reader.factor("attention_multiplier", 1.0 / std::sqrt(reader.real("query_pre_attn_scalar", record.head_dim)));
+      family.plain_scores ? 1.0
+                          : reader.factor("attention_multiplier",
+                                          1.0 / std::sqrt(reader.real("query_pre_attn_scalar", record.head_dim)));
   settings.embedding_scale =
       reader.factor("embedding_multiplier", family.scales_embedding ? std::sqrt(double(record.hidden_size)) : 1.0);
   settings.residual_scale = reader.factor("residual_multiplier");
@@ -318,6 +300,7 @@ Settings read_settings(const ModelRecord& record, const Family& family) {
   if (settings.logit_limit < 0) refuse("final_logit_softcapping", "above 0", "less");
   if (settings.swiglu_limit < 0) refuse("swiglu_limit", "above 0", "less");
   read_layer_kinds(record, family, reader, settings);
+  if (family.streams) read_streams(record, reader, settings);
   read_rotary(record, family, settings);
   return settings;
 }
@@ -331,6 +314,14 @@ int Settings::rotary_of(int layer) const {
   if (rotary.empty() || (!rotates.empty() && !rotates[layer])) return -1;
   const auto found = std::find(rotary_kinds.begin(), rotary_kinds.end(), kind_of(layer));
   return found == rotary_kinds.end() ? 0 : static_cast<int>(found - rotary_kinds.begin());
+}
+
+int Settings::cache_of(int layer) const {
+  const int first_shared = static_cast<int>(layer_kinds.size()) - num_shared_caches;
+  if (num_shared_caches == 0 || layer < first_shared) return layer;
+  for (int other = first_shared; other-- > 0;)
+    if (layer_kinds[other] == layer_kinds[layer]) return other;
+  return -1;
 }
 
 int Settings::window_of(int layer) const { return kind_of(layer) == kSliding ? sliding_window : 0; }

@@ -42,10 +42,22 @@ struct Family {
   const char* mixture = nullptr;         // path from a layer to its mixture of experts, where its FFN is one
   bool router_bias = false;              // of that mixture
   bool sinks = false;                    // of each head, in the softmax over positions
+  bool value_norms = false;              // of each head, without weights
+  bool plain_scores = false;             // not scaled by the root of a head's size
+  bool streams = false;                  // several side by side, see Streams
 };
 
 // Throws Unsupported: the engine has no such family.
 const Family& family_of(const ModelRecord& record);
+
+// Of models with several streams; see Streams.
+struct StreamSettings {
+  int count = 0, active = 0, rank = 0, token_size = 0, table_rows = 0;
+  bool scales_output = false;
+  std::vector<double> cut_shares;  // of each layer, of the gates that become 0
+
+  bool cuts_gates(int layer) const { return !cut_shares.empty() && cut_shares[layer] != 0.0; }
+};
 
 // Settings that models of the family are computed with. A config may hold any others, which transformers leaves alone too.
 struct Settings {
@@ -63,9 +75,13 @@ struct Settings {
   std::vector<std::string> layer_kinds;   // empty where all are alike
   std::vector<std::string> rotary_kinds;  // of the tables; "" where one is for all
   std::vector<RotaryTable> rotary;
+  StreamSettings streams;
+  int num_shared_caches = 0;  // layers at the end that attend to the keys and values of earlier ones
 
   int rotary_of(int layer) const;  // number of the table, -1 for none
   int window_of(int layer) const;
+  // The layer whose keys and values a layer attends to: itself, or the last of its kind that has any.
+  int cache_of(int layer) const;
 
  private:
   std::string kind_of(int layer) const;

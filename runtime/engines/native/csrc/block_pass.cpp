@@ -8,6 +8,7 @@
 #include "layer.h"
 #include "neurons.h"
 #include "residency.h"
+#include "streams.h"
 
 namespace coreinfer {
 
@@ -63,6 +64,7 @@ class BlockPass {
         inputs_{decoder.inputs_in(shared_.inputs), num_tokens_, options.num_exact},
         neurons_{decoder.inputs_in(shared_.neurons), num_tokens_, options.num_exact},
         hidden_(round_up(weights_.hidden, kGroup)),
+        streams_(decoder, thread, {rows.data(), inputs_, shared_.residual.get(), size_t(hidden_)}, false),
         key_(round_up(weights_.query_size(), kGroup)),
         value_(key_ + round_up(weights_.kv_size(), kGroup)),
         qkv_stride_(value_ + round_up(weights_.kv_size(), kGroup)) {}
@@ -73,6 +75,7 @@ class BlockPass {
       embed(weights_, kernels_, rows_[t].id, rows_[t].position, own_.inputs.view, residual(t));
       fill_angles(weights_, rows_[t].position, angles(t));
     });
+    if (streams_.present()) streams_.enter();
     for (int layer = 0; layer < num_layers; ++layer) {
       attention(layer);
       LentLayer neurons(decoder_, layer, thread_);
@@ -82,6 +85,7 @@ class BlockPass {
         barrier();
       }
     }
+    if (streams_.present()) streams_.merge();
     head(logits);
   }
 
@@ -116,28 +120,38 @@ class BlockPass {
     const Layer& weights = weights_.layers[layer];
     const AttentionWeights& attention = weights.attention;
     const Filter filter = decoder_.filter(layer, kQkv, attention.qkv_norms);
-    own_tokens([&](int t) { normalize(weights.attention_norms.before, t, filter); });
+    own_tokens([&](int t) {
+      if (streams_.present()) streams_.predict(layer, t);
+      normalize(weights.attention_norms.before, t, filter);
+      if (streams_.present()) streams_.keep_normed(t);
+    });
     barrier();
+    if (streams_.present()) streams_.enter_low(layer);
     multiply_all({{&attention.query.weight, qkv(0)},
                   {&attention.key.weight, qkv(0) + key_},
                   {&attention.value.weight, qkv(0) + value_}},
                  inputs_, qkv_stride_);
-    own_tokens([&](int t) { prepare(layer, attention, t); });
+    own_tokens([&](int t) {
+      prepare(attention, t);
+      if (streams_.present()) streams_.prepare_low(layer, t);
+    });
     if (options_.related) barrier();
     own_tokens([&](int t) { attend(layer, attention, t); });
     barrier();
+    if (streams_.present()) streams_.leave_low(layer);
     multiply_all({{&attention.output.weight, out(0)}}, inputs_, hidden_);
   }
 
-  void prepare(int layer, const AttentionWeights& attention, int t) {
+  void prepare(const AttentionWeights& attention, int t) {
     float* heads = qkv(t);
     const Rotation rotation = rotation_of(weights_, attention, angles(t));
     prepare_heads(weights_, kernels_, attention.query, attention.query_norm, rotation, weights_.num_heads, heads);
-    prepare_heads(weights_, kernels_, attention.key, attention.key_norm, rotation, weights_.num_kv_heads, heads + key_);
     for (int i = 0; i < weights_.query_size(); ++i) heads[i] *= weights_.attention_scale;
-    if (attention.value.bias) kernels_.add(heads + value_, attention.value.bias, weights_.kv_size());
+    if (!attention.has_own_cache()) return;
+    prepare_heads(weights_, kernels_, attention.key, attention.key_norm, rotation, weights_.num_kv_heads, heads + key_);
+    prepare_values(weights_, kernels_, attention, heads + value_);
     for (int head = 0; head < weights_.num_kv_heads; ++head)
-      decoder_.pool.store(kernels_, rows_[t].pages, layer, head, rows_[t].position,
+      decoder_.pool.store(kernels_, rows_[t].pages, attention.cache, head, rows_[t].position,
                           heads + key_ + head * weights_.head_dim, heads + value_ + head * weights_.head_dim);
   }
 
@@ -149,35 +163,36 @@ class BlockPass {
     std::fill(out + weights_.query_size(), out + padded, 0.0f);
     for (int head = 0; head < weights_.num_kv_heads; ++head, out += group * size) {
       if (t >= num_fast_)
-        attend_in_parts(layer, attention, t, head, out);
+        attend_in_parts(attention, t, head, out);
       else
-        attend_at_once(layer, attention, t, head, out);
+        attend_at_once(attention, t, head, out);
     }
     keep_wanted(kernels_, decoder_.filter(layer, kHeads, attention.heads_norms), inputs, 0, weights_.query_size());
     kernels_.quantize(inputs, padded, 1);
   }
 
   // Part `part` of the scratch takes what the queries of one key-value head see of positions [begin, end).
-  void attend_part(int layer, int t, int head, int part, int begin, int end) {
+  void attend_part(const AttentionWeights& attention, int t, int head, int part, int begin, int end) {
     const int group = weights_.group_size(), size = weights_.head_dim, stride = decoder_.pool.layout.value_stride();
-    kernels_.attend({rows_[t].pages, decoder_.pool.head(layer, head), size, stride, qkv(t) + head * group * size, group,
-                     begin, end, weights_.score_limit, own_.heads.get() + size_t(part) * group * stride,
-                     own_.maxima.get() + part * group, own_.sums.get() + part * group});
+    kernels_.attend({rows_[t].pages, decoder_.pool.head(attention.cache, head), size, stride,
+                     qkv(t) + head * group * size, group, begin, end, weights_.score_limit,
+                     own_.heads.get() + size_t(part) * group * stride, own_.maxima.get() + part * group,
+                     own_.sums.get() + part * group});
   }
 
-  void attend_at_once(int layer, const AttentionWeights& attention, int t, int head, float* out) {
+  void attend_at_once(const AttentionWeights& attention, int t, int head, float* out) {
     const int position = rows_[t].position, size = weights_.head_dim, stride = decoder_.pool.layout.value_stride();
-    attend_part(layer, t, head, 0, first_position(attention, position), position + 1);
+    attend_part(attention, t, head, 0, first_position(attention, position), position + 1);
     if (attention.sinks) return combine_parts(attention, head, 1, out);
     for (int query = 0; query < weights_.group_size(); ++query, out += size)
       for (int i = 0; i < size; ++i) out[i] = own_.heads.get()[query * stride + i] / own_.sums.get()[query];
   }
 
   // As decode_token shares the positions out over its threads, so that floats are added up in the same order.
-  void attend_in_parts(int layer, const AttentionWeights& attention, int t, int head, float* out) {
+  void attend_in_parts(const AttentionWeights& attention, int t, int head, float* out) {
     for (int part = 0; part < num_threads_; ++part) {
       const Range positions = attention_share(attention, rows_[t].position, part, num_threads_);
-      attend_part(layer, t, head, part, positions.begin, positions.end);
+      attend_part(attention, t, head, part, positions.begin, positions.end);
     }
     combine_parts(attention, head, num_threads_, out);
   }
@@ -190,20 +205,24 @@ class BlockPass {
 
   void ffn(int layer, const FfnWeights& ffn) {
     const Layer& weights = weights_.layers[layer];
-    leave_attention(weights, decoder_.filter(layer, kGateUp, ffn.gate_up_norms));
+    leave_attention(layer, decoder_.filter(layer, kGateUp, ffn.gate_up_norms));
     if (!ffn.experts.empty()) return mixture(layer, ffn);
+    cutoffs_ = streams_.present() ? streams_.cutoffs(layer) : nullptr;
     if (ffn.by_neuron())
       active_neurons(ffn);
     else
       all_neurons(ffn, decoder_.filter(layer, kDown, ffn.down_norms));
     own_tokens([&](int t) { finish(weights.ffn_norms, ffn.down.bias, t); });
+    if (streams_.present()) streams_.leave(layer);
   }
 
   // Add the attention's output to the residual stream; the FFN reads that before or after.
-  void leave_attention(const Layer& weights, const Filter& filter) {
+  void leave_attention(int layer, const Filter& filter) {
+    const Layer& weights = weights_.layers[layer];
     own_tokens([&](int t) {
       if (weights_.parallel) normalize(weights.ffn_norms.before, t, filter);
       finish(weights.attention_norms, weights.attention.output.bias, t);
+      if (streams_.present()) streams_.join_low(layer, t);
       if (!weights_.parallel) normalize(weights.ffn_norms.before, t, filter);
     });
     barrier();
@@ -290,7 +309,7 @@ class BlockPass {
     float *gate = own_.gate.get(), *up = own_.up.get();
     if (!ffn.gate.weight.empty()) multiply(kernels_, ffn.gate.weight, inputs_, gate - offset, size, begin, end);
     multiply(kernels_, ffn.up.weight, inputs_, up - offset, size, begin, end);
-    finish_neurons(weights_, kernels_, ffn, first, last, gate, up, neurons_, filter);
+    finish_neurons(weights_, kernels_, ffn, first, last, gate, up, neurons_, filter, cutoffs_);
   }
 
   void head(float* logits) {
@@ -331,7 +350,10 @@ class BlockPass {
   BlockScratch::PerThread& own_;
   int thread_, num_threads_, num_tokens_, num_fast_;
   const Batch inputs_, neurons_;
-  int hidden_, key_, value_, qkv_stride_;
+  int hidden_;
+  StreamPass streams_;
+  const float* cutoffs_ = nullptr;  // of each token, taken off the layer's gates; null where nothing is
+  int key_, value_, qkv_stride_;
 };
 
 }  // namespace

@@ -116,7 +116,8 @@ void choose_cache_width(ModelWeights& model) {
     const AttentionWeights& attention = layer.attention;
     const Norm& before = layer.attention_norms.before;
     const Size input = before.present() ? norm_size(before, model.hidden) : stream;
-    bool wide = any_exceeds(attention.value, input, value_limit);
+    // A norm bounds values by the root of their number.
+    bool wide = !attention.value_norm.present() && any_exceeds(attention.value, input, value_limit);
     if (attention.key_norm.present()) {
       const int size = model.joint_head_norms ? model.kv_size() : model.head_dim;
       const Size key = norm_size(attention.key_norm, size);

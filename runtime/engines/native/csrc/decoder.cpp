@@ -4,6 +4,7 @@
 
 #include "column_pass.h"
 #include "experts.h"
+#include "streams.h"
 
 namespace coreinfer {
 
@@ -13,7 +14,8 @@ PoolFull::PoolFull(int num_needed, int num_free)
 
 PageLayout layout_for(const ModelWeights& weights) {
   std::vector<bool> wide_layers;
-  for (const Layer& layer : weights.layers) wide_layers.push_back(layer.wide_cache);
+  for (const Layer& layer : weights.layers)
+    if (layer.attention.has_own_cache()) wide_layers.push_back(layer.wide_cache);
   return PageLayout(wide_layers, weights.num_kv_heads, weights.head_dim);
 }
 
@@ -38,6 +40,7 @@ Decoder::Decoder(ModelWeights model, const Kernels& table, int num_threads, int 
   const bool bf16 = kernels.rounds_to_bf16 && has_bf16(weights);
   allocate(block, weights, max_neurons, num_threads, bf16);
   allocate(experts, weights, max_neurons, num_threads, bf16);
+  allocate(streams, weights, num_threads, bf16);
 }
 
 int Decoder::add(Sequence sequence) {
@@ -201,6 +204,7 @@ size_t Decoder::bytes_per_token(int num_tokens, bool screened, bool alone) const
   screened = screened && weights.head.format == Format::int8_planes;
   size_t total = (screened ? weights.head.screening_bytes() : weights.head.num_bytes()) +
                  weights.project_in.num_bytes() + weights.project_out.num_bytes();
+  total += stream_bytes(weights.streams);
   const double active = active_share(token);
   if (used) total += read_columns(token, *used, weights);
   const auto by_rows = [&](size_t layer, int group) {
@@ -227,7 +231,7 @@ size_t Decoder::bytes_per_token(int num_tokens, bool screened, bool alone) const
     if (!layer.experts.empty())
       total += mixture_bytes(weights.layers[i].router, layer, {true, true, by_rows(i, kGateUp), by_rows(i, kDown)});
     const int seen = attention.window > 0 ? std::min(num_tokens, attention.window) : num_tokens;
-    total += pool.layout.bytes_per_token(static_cast<int>(i)) * seen;
+    total += pool.layout.bytes_per_token(attention.cache) * seen + weights.layers[i].cutoff.spread.num_bytes();
   }
   return total;
 }

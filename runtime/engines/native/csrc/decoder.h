@@ -12,6 +12,7 @@
 #include "expert_scratch.h"
 #include "kv_cache.h"
 #include "scratch.h"
+#include "stream_scratch.h"
 #include "threads.h"
 #include "weights.h"
 
@@ -93,6 +94,7 @@ struct Decoder {
   TokenScratch token;
   BlockScratch block;
   ExpertScratch experts;
+  StreamScratch streams;
   HeadScratch screen;
 
  private:

@@ -127,6 +127,11 @@ void prepare_heads(const ModelWeights& weights, const Kernels& kernels, const Li
   }
 }
 
+void prepare_values(const ModelWeights& weights, const Kernels& kernels, const AttentionWeights& attention,
+                    float* values) {
+  prepare_heads(weights, kernels, attention.value, attention.value_norm, {nullptr, 0}, weights.num_kv_heads, values);
+}
+
 Range attention_share(const AttentionWeights& attention, int position, int thread, int num_threads) {
   const int first = first_position(attention, position), first_block = first / kBlockRows;
   const int num_blocks = position / kBlockRows + 1 - first_block;
@@ -163,15 +168,24 @@ void quantize(const Kernels& kernels, const Batch& batch, int first, int size) {
   if (num_first < batch.num_tokens) kernels.quantize(batch.token(num_first).from(first), size, batch.num_exact);
 }
 
+// In this order of operands a NaN stays one.
+void cut_off(float* gates, int size, float cutoff) {
+  for (int i = 0; i < size; ++i) {
+    const float rest = gates[i] - cutoff;
+    gates[i] = rest <= 0.0f ? 0.0f : rest;
+  }
+}
+
 }  // namespace
 
 void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const FfnWeights& ffn, int begin, int end,
-                    float* gate, float* up, const Batch& out, const Filter& filter) {
+                    float* gate, float* up, const Batch& out, const Filter& filter, const float* cutoffs) {
   const int num_tokens = out.num_tokens, first = begin * kUnit, size = (end - begin) * kUnit;
   const int last = std::min(end * kUnit, ffn.num_neurons());
   for (int t = 0; t < num_tokens; ++t) {
     if (ffn.up.bias) kernels.add(up + size_t(t) * size, ffn.up.bias + first, last - first);
     if (ffn.gate.bias) kernels.add(gate + size_t(t) * size, ffn.gate.bias + first, last - first);
+    if (cutoffs) cut_off(gate + size_t(t) * size, last - first, cutoffs[t]);
   }
   kernels.activate(weights.neuron_function, ffn.gate.weight.empty() ? nullptr : gate, up, size, num_tokens,
                    out.x.values + first, out.x.stride);

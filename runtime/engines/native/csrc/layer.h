@@ -64,13 +64,18 @@ struct Rotation {
 // Bias, norm and rotation of one token's heads, in place.
 void prepare_heads(const ModelWeights& weights, const Kernels& kernels, const Linear& linear, const Norm& norm,
                    const Rotation& rotation, int num_heads, float* heads);
+// Bias and norm of one token's values, in place.
+void prepare_values(const ModelWeights& weights, const Kernels& kernels, const AttentionWeights& attention,
+                    float* values);
 // For each rotary table head_dim numbers, of which it fills as many as it rotates.
 void fill_angles(const ModelWeights& weights, int position, float* angles);
 Rotation rotation_of(const ModelWeights& weights, const AttentionWeights& attention, const float* angles);
 // act(gate) * up for units [begin, end) without what the down projection does not want, rounded; `gate` and `up` are
-// (tokens, neurons of these units). What lies beyond the last neuron becomes 0.
+// (tokens, neurons of these units). What lies beyond the last neuron becomes 0. `cutoffs` (tokens) are taken off the gates;
+// null where none are.
 void finish_neurons(const ModelWeights& weights, const Kernels& kernels, const FfnWeights& ffn, int begin, int end,
-                    float* gate, float* up, const Batch& out, const Filter& filter = {});
+                    float* gate, float* up, const Batch& out, const Filter& filter = {},
+                    const float* cutoffs = nullptr);
 inline int first_position(const AttentionWeights& attention, int position) {
   return attention.window > 0 && position >= attention.window ? position - attention.window + 1 : 0;
 }

@@ -9,6 +9,7 @@
 #include "layer.h"
 #include "neurons.h"
 #include "residency.h"
+#include "streams.h"
 
 namespace coreinfer {
 
@@ -55,6 +56,7 @@ class TokenPass {
         thread_(thread),
         num_threads_(decoder.threads.size()),
         position_(row.position),
+        streams_(decoder, thread, {&row, {inputs_, 1, 0}, x_, 0}, true),
         query_(shared_.qkv.get()),
         key_(query_ + round_up(weights_.query_size(), kGroup)),
         value_(key_ + round_up(weights_.kv_size(), kGroup)) {}
@@ -64,11 +66,13 @@ class TokenPass {
     own_.column_bytes = 0;
     embed(weights_, kernels_, row_.id, position_, inputs_.whole(), x_);
     fill_angles(weights_, position_, own_.angles.get());
+    if (streams_.present()) streams_.enter();
     for (size_t layer = 0; layer < weights_.layers.size(); ++layer) {
       LentLayer neurons(decoder_, static_cast<int>(layer), thread_);
       attention(static_cast<int>(layer), {first_of(neurons.ahead())});
       ffn(static_cast<int>(layer), neurons.weights(), after_layer(layer));
     }
+    if (streams_.present()) streams_.merge();
     const Activations last = inputs_.whole();
     prepare_inputs(weights_, kernels_, weights_.final_norm, x_, last);
     if (!weights_.project_out.empty()) project_out(last);
@@ -95,32 +99,39 @@ class TokenPass {
   void attention(int layer, const Matrices& next) {
     const Layer& weights = weights_.layers[layer];
     const AttentionWeights& attention = weights.attention;
+    if (streams_.present()) streams_.predict(layer, 0);
     prepare_inputs(weights_, kernels_, weights.attention_norms.before, x_, inputs_,
                    decoder_.filter(layer, kQkv, attention.qkv_norms));
+    if (streams_.present()) streams_.keep_normed(0);
     const Range positions = attention_share(attention, position_, thread_, num_threads_);
     if (const Columns* columns = columns_of(layer, kQkv)) {
-      prefetch_cache(layer, positions);
+      prefetch_cache(attention.cache, positions);
       multiply_columns(*columns, inputs_, {query_, key_, value_});
     } else {
       multiply_share(
           kernels_,
           {{&attention.query.weight, query_}, {&attention.key.weight, key_}, {&attention.value.weight, value_}},
           {inputs_, 1, 0}, 0, thread_, decoder_.threads);
-      prefetch_cache(layer, positions);
+      if (streams_.present()) streams_.enter_low(layer);
+      prefetch_cache(attention.cache, positions);
       decoder_.threads.barrier(thread_);
     }
     const Rotation rotation = rotation_of(weights_, attention, own_.angles.get());
-    // Nobody else reads the new token's key and value.
-    if (positions.begin <= position_ && position_ < positions.end) store(layer, attention, rotation);
-    attend(layer, attention, rotation, positions);
+    // Nobody else reads the new token's key and value, but other layers, of which it is the same thread.
+    if (attention.has_own_cache() && positions.begin <= position_ && position_ < positions.end)
+      store(attention, rotation);
+    attend(attention, rotation, positions);
+    if (streams_.present()) streams_.prepare_low(layer, 0);
     prefetch_share({&attention.output.weight}, thread_, num_threads_);
     decoder_.threads.barrier(thread_);
     combine(attention, decoder_.filter(layer, kHeads, attention.heads_norms));
+    if (streams_.present()) streams_.leave_low(layer);
     if (const Columns* columns = columns_of(layer, kHeads))
       multiply_columns(*columns, inputs_, {shared_.attended.get()});
     else
       multiply({{&attention.output.weight, shared_.attended.get()}}, inputs_, next);
     if (!weights_.parallel) finish_attention(weights);
+    if (streams_.present()) streams_.join_low(layer, 0);
   }
 
   // In parallel blocks after the FFN has read the residual stream; its last barrier is before any thread's next attention.
@@ -128,7 +139,7 @@ class TokenPass {
     finish(weights.attention_norms, weights.attention.output.bias, shared_.attended.get());
   }
 
-  // Ask for the thread's keys and values: pieces too short for the hardware to see them coming.
+  // Ask for the thread's keys and values: pieces too short for the hardware to see them coming. `layer`: of the cache.
   void prefetch_cache(int layer, Range positions) const {
     if (positions.begin >= positions.end) return;
     const PagePool& pool = decoder_.pool;
@@ -148,22 +159,22 @@ class TokenPass {
     }
   }
 
-  void store(int layer, const AttentionWeights& attention, const Rotation& rotation) {
+  void store(const AttentionWeights& attention, const Rotation& rotation) {
     prepare_heads(weights_, kernels_, attention.key, attention.key_norm, rotation, weights_.num_kv_heads, key_);
-    if (attention.value.bias) kernels_.add(value_, attention.value.bias, weights_.kv_size());
+    prepare_values(weights_, kernels_, attention, value_);
     for (int head = 0; head < weights_.num_kv_heads; ++head)
-      decoder_.pool.store(kernels_, row_.pages, layer, head, position_, key_ + head * weights_.head_dim,
+      decoder_.pool.store(kernels_, row_.pages, attention.cache, head, position_, key_ + head * weights_.head_dim,
                           value_ + head * weights_.head_dim);
   }
 
-  void attend(int layer, const AttentionWeights& attention, const Rotation& rotation, Range positions) {
+  void attend(const AttentionWeights& attention, const Rotation& rotation, Range positions) {
     float* queries = own_.queries.get();
     std::memcpy(queries, query_, sizeof(float) * weights_.query_size());
     prepare_heads(weights_, kernels_, attention.query, attention.query_norm, rotation, weights_.num_heads, queries);
     for (int i = 0; i < weights_.query_size(); ++i) queries[i] *= weights_.attention_scale;
     const int group = weights_.group_size(), stride = decoder_.pool.layout.value_stride();
     for (int head = 0; head < weights_.num_kv_heads; ++head)
-      kernels_.attend({row_.pages, decoder_.pool.head(layer, head), weights_.head_dim, stride,
+      kernels_.attend({row_.pages, decoder_.pool.head(attention.cache, head), weights_.head_dim, stride,
                        queries + head * group * weights_.head_dim, group, positions.begin, positions.end,
                        weights_.score_limit, own_.partial.get() + size_t(head) * group * stride,
                        own_.maxima.get() + head * group, own_.sums.get() + head * group});
@@ -184,12 +195,14 @@ class TokenPass {
     prepare_inputs(weights_, kernels_, weights.ffn_norms.before, x_, inputs_,
                    decoder_.filter(layer, kGateUp, ffn.gate_up_norms));
     if (!ffn.experts.empty()) return mixture(layer, ffn, next);
+    cutoffs_ = streams_.present() ? streams_.cutoffs(layer) : nullptr;
     if (ffn.by_neuron())
       active_neurons(ffn, next);
     else
       all_neurons(layer, ffn, next);
     if (weights_.parallel) finish_attention(weights);
     finish(weights.ffn_norms, ffn.down.bias, shared_.ffn_out.get());
+    if (streams_.present()) streams_.leave(layer);
   }
 
   void all_neurons(int layer, const FfnWeights& ffn, const Matrices& next) {
@@ -235,7 +248,7 @@ class TokenPass {
 
   void finish_units(const FfnWeights& ffn, const Filter& filter, int first, int last) {
     finish_neurons(weights_, kernels_, ffn, first, last, shared_.gate.get() + first * kUnit,
-                   shared_.up.get() + first * kUnit, {neurons_, 1, 0}, filter);
+                   shared_.up.get() + first * kUnit, {neurons_, 1, 0}, filter, cutoffs_);
   }
 
   // Null where the group's matrices are read by rows.
@@ -351,6 +364,8 @@ class TokenPass {
   const Activations inputs_, neurons_;
   float* x_;
   int thread_, num_threads_, position_;
+  StreamPass streams_;
+  const float* cutoffs_ = nullptr;  // taken off the layer's gates; null where nothing is
   float *query_, *key_, *value_;
 };
 

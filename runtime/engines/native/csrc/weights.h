@@ -1,6 +1,7 @@
 // The weights of a decoder-only transformer, which lie in mapped files.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "kernels.h"
@@ -22,10 +23,13 @@ struct Linear {
 
 struct AttentionWeights {
   Linear query, key, value, output;
-  Norm query_norm, key_norm;     // of each head, or of all of them together
+  Norm query_norm, key_norm;  // of each head, or of all of them together
+  Norm value_norm;            // of each head
+  int cache = 0;              // whose keys and values it attends to, of the layers that have any; its own where it has
   const float* sinks = nullptr;  // (heads): scores that take their share of the softmax and have no value; may be null
   int rope = -1;                 // which rotary table, -1 for none
   int window = 0;                // positions that a token sees, itself included; 0 for all
+  bool has_own_cache() const { return !key.weight.empty(); }
   // Norms of the columns of query, key and value together, and of output's; null where no input is ever left out.
   const float *qkv_norms = nullptr, *heads_norms = nullptr;
 };
@@ -48,6 +52,48 @@ struct FfnWeights {
 
 using Ffn = std::vector<FfnWeights>;  // one a layer
 
+// What is taken off all gates of a token's FFN, before those that become negative are 0: the product with `mean` and the
+// length of that with `spread`. None where `mean` is null.
+struct GateCutoff {
+  Matrix spread;                // (rows, hidden)
+  const float* mean = nullptr;  // (hidden)
+};
+
+// A small matrix that all threads read as it is.
+struct SmallMatrix {
+  Matrix stored;
+  const float* values = nullptr;  // (rows, cols); null where there is none
+};
+
+// What a layer has besides in a model of several streams.
+struct StreamLayer {
+  Linear low_in, low_out;  // a way around the attention through few dimensions, and the norm of what it gives
+  Norm low_norm;
+  Norm router_norm;
+  SmallMatrix router;                   // (streams, hidden)
+  SmallMatrix prediction, correction;   // (streams * streams, streams), (streams, streams)
+  const float* output_scale = nullptr;  // (hidden); may be null
+  Linear token_gate, token_out;         // around what the token's own embedding in this layer is multiplied by
+  Norm token_norm;
+};
+
+// Streams side by side, of which layers compute with one, predict the others, and correct all by what came out
+// (AltUp, arXiv 2301.13310); and embeddings of each token in each layer.
+struct Streams {
+  int count = 0, active = 0;              // none where a model has but a residual stream
+  int token_size = 0;                     // of an embedding in a layer
+  std::vector<Matrix> entering, leaving;  // (hidden, hidden), of all streams but the first
+  Matrix token_table, token_in;  // (vocabulary, layers * token_size); from the embedding, (layers * token_size, hidden)
+  Norm token_norm;
+  std::vector<StreamLayer> layers;
+  // Most inputs of the matrices that do not read `hidden` numbers.
+  int low_size() const {
+    int most = token_size;
+    for (const StreamLayer& layer : layers) most = std::max(most, layer.low_in.weight.rows);
+    return most;
+  }
+};
+
 // Which experts a token uses; no weight where the FFN is one.
 struct Router {
   Matrix weight;                // (experts, hidden)
@@ -59,6 +105,7 @@ struct Router {
 struct Layer {
   AttentionWeights attention;
   Router router;
+  GateCutoff cutoff;
   bool wide_cache = false;  // its keys and values are kept as float, for fp16 does not hold them
   SublayerNorms attention_norms, ffn_norms;
 };
@@ -83,6 +130,7 @@ struct ModelWeights {
   Norm final_norm;
   std::vector<RotaryTable> rotary;
   std::vector<Layer> layers;
+  Streams streams;
 
   int query_size() const { return num_heads * head_dim; }
   int kv_size() const { return num_kv_heads * head_dim; }
