@@ -16,6 +16,7 @@ def share_problems(manifest: "Manifest") -> list[str]:
         is_mixture=manifest.model.experts is not None,
         has_token_shares=manifest.token_shares is not None,
         is_thin=manifest.has_thin,
+        lists_experts=False,
     )
     # Readers of a lower version would take them for something else.
     lacking = {f"schema_version {version}": manifest.schema_version >= version}

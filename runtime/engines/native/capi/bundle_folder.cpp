@@ -14,6 +14,7 @@ const std::string kManifest = "manifest.json", kBase = "base.safetensors", kDens
 constexpr int kVersion = 3, kOldVersion = 2;  // in the old one all clusters have the plan's layer budgets
 constexpr int kThinVersion = 4;               // from here on clusters may have no pack of their own
 constexpr int kExpertSharesVersion = 5;       // mixtures of experts with token shares
+constexpr int kListedExpertsVersion = 7;      // packs with some experts, each narrower; there is no version 6 here
 
 Json parse(const WholeFile& file) {
   return Json::parse({reinterpret_cast<const char*>(file.data()), file.num_bytes()});
@@ -42,9 +43,10 @@ BundleFolder::BundleFolder(const std::string& folder, bool checks_sums, bool spa
     : folder_(folder), checks_sums_(checks_sums), spares_memory_(spares_memory) {
   manifest_ = parse(WholeFile(folder + "/" + kManifest));
   const int version = manifest_.integer("schema_version");
-  if (version < kOldVersion || version > kExpertSharesVersion)
+  if ((version < kOldVersion || version > kExpertSharesVersion) && version != kListedExpertsVersion)
     throw Failure(COREINFER_VERSION, folder + ": schema version " + std::to_string(version) + ", this library reads " +
-                                         std::to_string(kOldVersion) + " to " + std::to_string(kExpertSharesVersion));
+                                         std::to_string(kOldVersion) + " to " + std::to_string(kExpertSharesVersion) +
+                                         " and " + std::to_string(kListedExpertsVersion));
   model_ = read_record(manifest_.object("model"));
   ffn_format_ = manifest_.object("quantization").object("ffn").string("format");
   read_clusters();
@@ -74,8 +76,9 @@ bool BundleFolder::narrows_experts() const {
   const Json* experts = manifest_.object("plan").find("experts");
   if (!Json::is_given(experts)) return false;
   const std::string kind = manifest_.object("plan").string("experts");
-  if (kind != "whole" && kind != "narrow") refuse("plan.experts", "whole or narrow", "'" + kind + "'");
-  return kind == "narrow";
+  if (kind != "whole" && kind != "narrow" && kind != "both")
+    refuse("plan.experts", "whole, narrow or both", "'" + kind + "'");
+  return kind != "whole";
 }
 
 std::unique_ptr<const WholeFile> BundleFolder::open(const std::string& name) const {
