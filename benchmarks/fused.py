@@ -170,7 +170,8 @@ def prepare(bench: Bench, repair: Repair, ground: Ground, budgets: list[int]) ->
     """Choose neurons for clusters, all text and every evaluation text, and repair the first two."""
     profile = ground.profile
     everywhere = {CLUSTERS: [budgets] * profile.num_clusters(CLUSTERS)}
-    clusters = choose_all(bench.config, profile, bench.loaded, bench.assignments, everywhere)[CLUSTERS]
+    chosen = choose_all(bench.config, profile, bench.loaded, bench.assignments, everywhere, ground.split_losses)
+    clusters = chosen[CLUSTERS]
     counts, sums = profile.num_tokens[CLUSTERS], profile.statistics[CLUSTERS]
     static = choose_neurons(
         bench.config, sums.sum(axis=0)[None], counts.sum()[None], bench.loaded.column_norms, [budgets]

@@ -1,6 +1,6 @@
 """Which tensors a bundle's files must hold: the part of the format that a manifest implies."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -84,20 +84,27 @@ def dense_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
     return records
 
 
-def cluster_tensors(manifest: Manifest, cluster: int) -> dict[str, TensorRecord]:
+def cluster_tensors(manifest: Manifest, cluster: int, file: TensorFile | None = None) -> dict[str, TensorRecord]:
     """List the tensors of a cluster's pack: narrow weights, biases, neuron ids and the cluster's scores.
 
     Of a mixture of experts, which experts the cluster has, and its scores of all: their weights are the dense FFN's.
-    Where experts are narrowed, the narrow weights of each, and neuron ids and scores of all experts' neurons together.
+    Where experts are narrowed, the narrow weights of each, and neuron ids and scores of all experts' neurons together;
+    where some of them are left out besides, which experts the cluster has.
+
+    Args:
+        file: the pack, which says which experts it has; None for the first ones.
     """
     records: dict[str, TensorRecord] = {}
     experts = manifest.model.experts
     for layer, budget in enumerate(manifest.clusters[cluster].layer_budgets):
         if experts is not None and manifest.narrows_experts:
-            for expert in range(experts.num_experts):
-                width, prefix = budget // experts.num_experts, expert_role(expert, "")
+            numbers = _narrow_experts(manifest, cluster, layer, file)
+            for expert in numbers:
+                width, prefix = budget // len(numbers), expert_role(expert, "")
                 records |= _ffn_tensors(manifest, layer, width, prefix)
                 records |= _input_norms(manifest, layer, width, prefix)
+            if manifest.lists_experts:
+                records[tensor_name(layer, _EXPERTS)] = TensorRecord(dtype="I32", shape=(len(numbers),))
             records |= _chosen_neurons(manifest, layer, budget)
             continue
         if experts is not None:
@@ -109,6 +116,19 @@ def cluster_tensors(manifest: Manifest, cluster: int) -> dict[str, TensorRecord]
         records |= _input_norms(manifest, layer, budget)
         records |= _chosen_neurons(manifest, layer, budget)
     return records
+
+
+def _narrow_experts(manifest: Manifest, cluster: int, layer: int, file: TensorFile | None) -> Sequence[int]:
+    """The experts of a layer of a pack that narrows them, by what the pack lists where it has as many as it should."""
+    record = manifest.clusters[cluster]
+    assert manifest.model.experts is not None
+    if record.layer_experts is None:
+        return range(manifest.model.experts.num_experts)
+    count, name = record.layer_experts[layer], tensor_name(layer, _EXPERTS)
+    if file is None or name not in file or _record(file, name) != TensorRecord(dtype="I32", shape=(count,)):
+        return range(count)
+    numbers: list[int] = file[name].array.tolist()
+    return numbers
 
 
 def _chosen_neurons(manifest: Manifest, layer: int, budget: int) -> dict[str, TensorRecord]:
@@ -196,14 +216,17 @@ def _check_narrow_experts(file: TensorFile, manifest: Manifest) -> list[str]:
     model = manifest.model
     assert model.experts is not None
     problems = []
-    for layer in range(model.num_layers):
+    for layer, numbers in enumerate(kept_experts(file, manifest)):
         name = tensor_name(layer, "neuron_ids")
         ids = file[name].array.astype(np.int64)
-        width = ids.size // model.experts.num_experts
-        owners = np.repeat(np.arange(model.experts.num_experts), width)
-        if not np.array_equal(ids // model.expert_neurons, owners) or np.any(np.diff(ids) <= 0):
+        width = ids.size // len(numbers)
+        if min(numbers) < 0 or max(numbers) >= model.experts.num_experts or np.any(np.diff(numbers) <= 0):
+            listed = tensor_name(layer, _EXPERTS)
+            problems.append(f"{file.path}: {listed}: expected ascending ids below {model.experts.num_experts}")
+        elif not np.array_equal(ids // model.expert_neurons, np.repeat(numbers, width)) or np.any(np.diff(ids) <= 0):
             expected = f"ascending ids below {model.ffn_dim}, {width} of each {model.expert_neurons}"
-            problems.append(f"{file.path}: {name}: expected {expected}")
+            whose = " that it has" if manifest.lists_experts else ""
+            problems.append(f"{file.path}: {name}: expected {expected}{whose}")
     return problems
 
 
@@ -211,6 +234,6 @@ def kept_experts(file: TensorFile | None, manifest: Manifest) -> list[list[int]]
     """List each layer's experts, ascending: those of a cluster's pack, which was checked, or with None all."""
     experts = manifest.model.experts
     assert experts is not None
-    if file is None:
+    if file is None or (manifest.narrows_experts and not manifest.lists_experts):
         return [list(range(experts.num_experts))] * manifest.model.num_layers
     return [file[tensor_name(layer, _EXPERTS)].array.tolist() for layer in range(manifest.model.num_layers)]

@@ -2,13 +2,14 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from .expert_packs import units_of
 from .layout import LAYOUT
 from .manifest import Manifest, ModelRecord, Quality, Score, read_manifest
 from .reader import find_problems
@@ -63,7 +64,7 @@ def describe(manifest: Manifest) -> Iterator[str]:
             f"{'with' if plan.dense else 'without'} the dense FFN"
         )
         own = ", on average; clusters have their own" if manifest.has_own_budgets else ""
-        yield f"budgets    {_units(manifest, plan.layer_budgets)} of {_all_units(manifest)}{own}"
+        yield f"budgets    {' '.join(units_of(manifest, plan))} of {_all_units(manifest)}{own}"
     yield from _describe_clusters(manifest)
     yield from _describe_token_shares(manifest)
     yield from _describe_quality(manifest.quality)
@@ -80,13 +81,10 @@ def _ffn(model: ModelRecord) -> str:
     return f"{model.experts.num_experts} experts of {model.expert_neurons}, {model.experts.num_chosen} a token"
 
 
-def _units(manifest: Manifest, layer_budgets: Sequence[int]) -> str:
-    """Neurons of each layer, experts, or neurons of each expert."""
-    return " ".join(str(budget // manifest.unit_neurons) for budget in layer_budgets)
-
-
 def _all_units(manifest: Manifest) -> str:
     model = manifest.model
+    if manifest.lists_experts and model.experts is not None:
+        return f"{model.experts.num_experts} experts x {model.expert_neurons} neurons"
     if manifest.narrows_experts:
         return f"{model.expert_neurons} neurons of each expert"
     return str(model.ffn_dim) if model.experts is None else f"{model.experts.num_experts} experts"
@@ -103,7 +101,7 @@ def _describe_clusters(manifest: Manifest) -> Iterator[str]:
             f"{_what_decodes(manifest, index)}"
         )
         if manifest.has_own_budgets:
-            yield f"         budgets {_units(manifest, cluster.layer_budgets)}"
+            yield f"         budgets {' '.join(units_of(manifest, cluster))}"
         yield from (f"         - {example}" for example in cluster.examples)
 
 

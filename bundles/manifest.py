@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .errors import BundleCorrupt, BundleNotFound, BundleVersionError, join_problems
-from .formats import FORMATS, NEURON_FORMAT, ffn_layer_bytes
+from .expert_packs import ExpertPacks, expert_pack_problems
+from .ffn_sizes import ffn_bytes
+from .formats import FORMATS, NEURON_FORMAT
 from .layout import LAYOUT
 from .quality_records import ClusterQuality, Quality, Score, ShareScore, TokenSharesRecord
 from .remote.places import is_address
@@ -42,8 +44,6 @@ __all__ = [
 ]
 
 _CHECKSUM = "sha256"
-ExpertPacks = Literal["whole", "narrow"]
-"""What the packs of a mixture have: some of its experts, or all of them with fewer neurons each."""
 GROUPS = ("embedding", "attention", "norm", "head", "ffn")
 """Tensor groups that are quantized separately."""
 
@@ -118,10 +118,11 @@ class ClusterRecord:
         num_sentences, num_tokens: calibration text in the cluster.
         examples: its most typical sentences, shortened.
         layer_budgets: kept neurons of each layer; of a mixture of experts those of whole experts, or where experts are
-            narrowed as many of each.
+            narrowed as many of each that is there.
         keep_ratio: kept neurons / all neurons over all layers.
         ffn_bytes: bytes of FFN weights read for one decoded token; of a mixture those of the experts that it uses.
         map_x, map_y: where the centroid lies on the two-dimensional map of the report.
+        layer_experts: of a mixture whose packs have some experts, each narrower, how many each layer has; else None.
     """
 
     file: str | None
@@ -134,6 +135,7 @@ class ClusterRecord:
     ffn_bytes: int
     map_x: float
     map_y: float
+    layer_experts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,7 @@ class Plan:
         stability_min_tokens: prompts of at least this many tokens may choose their own neurons in mode "auto".
         fused_half_tokens: n0 of the fused mode: a prompt of n0 tokens counts as much as its cluster.
         experts: of a mixture, what packs have; "whole" of other models.
+        layer_experts: as a cluster's, of what `layer_budgets` keep.
     """
 
     selection: Selection
@@ -186,6 +189,7 @@ class Plan:
     stability_min_tokens: int
     fused_half_tokens: int
     experts: ExpertPacks = "whole"
+    layer_experts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,12 +258,22 @@ class Manifest:
 
     @property
     def narrows_experts(self) -> bool:
-        """Whether packs of a mixture have weights of their own, of all experts with fewer neurons each."""
-        return self.model.experts is not None and self.plan.experts == "narrow"
+        """Whether packs of a mixture have weights of their own, of experts with fewer neurons each."""
+        return self.model.experts is not None and self.plan.experts != "whole"
+
+    @property
+    def lists_experts(self) -> bool:
+        """Whether packs with narrower experts have some of them alone, which they list."""
+        return self.model.experts is not None and self.plan.experts == "both"
 
     @property
     def unit_neurons(self) -> int:
-        """Neurons of a layer that are kept or left out together: one, those of an expert, or one of each expert."""
+        """Neurons of a layer that are kept or left out together: one, those of an expert, or one of each expert.
+
+        Where packs have some experts, each narrower, layers have unlike numbers of them, and neurons count one by one.
+        """
+        if self.lists_experts:
+            return 1
         if self.model.experts is not None and self.narrows_experts:
             return self.model.experts.num_experts
         return self.model.expert_neurons
@@ -273,7 +287,8 @@ class Manifest:
     @property
     def has_own_budgets(self) -> bool:
         """Whether clusters have layer budgets that differ from the plan's."""
-        return any(cluster.layer_budgets != self.plan.layer_budgets for cluster in self.clusters)
+        plan = (self.plan.layer_budgets, self.plan.layer_experts)
+        return any((cluster.layer_budgets, cluster.layer_experts) != plan for cluster in self.clusters)
 
     @property
     def mean_pack_bytes(self) -> int:
@@ -281,21 +296,6 @@ class Manifest:
         num_tokens = sum(cluster.num_tokens for cluster in self.clusters)
         total = sum(cluster.ffn_bytes * cluster.num_tokens for cluster in self.clusters)
         return round(total / num_tokens) if num_tokens else self.clusters[0].ffn_bytes
-
-
-def ffn_bytes(model: ModelRecord, kind: str, layer_budgets: Sequence[int], experts: ExpertPacks = "whole") -> int:
-    """Bytes of FFN weights that are read for one token, by each layer's number of neurons, if none is left out."""
-    if model.experts is None:
-        return sum(_layer_bytes(model, kind, budget) for budget in layer_budgets)
-    if experts == "narrow":
-        widths = (budget // model.experts.num_experts for budget in layer_budgets)
-        return model.experts.num_chosen * sum(_layer_bytes(model, kind, width) for width in widths)
-    chosen = (min(model.experts.num_chosen, budget // model.expert_neurons) for budget in layer_budgets)
-    return sum(chosen) * _layer_bytes(model, kind, model.expert_neurons)
-
-
-def _layer_bytes(model: ModelRecord, kind: str, num_neurons: int) -> int:
-    return ffn_layer_bytes(kind, model.hidden_size, num_neurons, gated=model.gated)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -308,6 +308,9 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         del data["token_shares"]["halves"]
     if not manifest.narrows_experts:
         del data["plan"]["experts"]
+    if not manifest.lists_experts:
+        for part in (data["plan"], *data["clusters"]):
+            del part["layer_experts"]
     text = json.dumps({**data, _CHECKSUM: content_sha256(data)}, indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -341,6 +344,7 @@ def read_manifest(bundle_dir: Path) -> Manifest:
     if manifest is not None:
         problems += _unknown_formats(manifest.quantization, manifest.model.activation)
         problems += share_problems(manifest)
+        problems += expert_pack_problems(manifest)
     if manifest is None or problems:
         raise BundleCorrupt(f"{path}: {join_problems(problems)}; compile the bundle again")
     return manifest

@@ -101,7 +101,9 @@ class Bundle:
             return
         self.fetch(name)
         file = TensorFile(self.path / name)
-        problems = _tensor_problems(file, name, cluster_tensors(self.manifest, cluster), self.manifest, with_ids=False)
+        problems = _tensor_problems(
+            file, name, cluster_tensors(self.manifest, cluster, file), self.manifest, with_ids=False
+        )
         if problems:
             raise BundleCorrupt(f"bundle {self.path}: {join_problems(problems)}; {_advice(self.fetch)}")
         self.mapped[cluster] = file
@@ -223,7 +225,8 @@ def _examine(
         except BundleError as error:
             problems.append(str(error))
         else:
-            problems += _tensor_problems(files[name], name, expected(), manifest, with_ids=name in packs - unread)
+            records = expected(files[name])
+            problems += _tensor_problems(files[name], name, records, manifest, with_ids=name in packs - unread)
     return problems, files
 
 
@@ -291,12 +294,15 @@ def _file_problem(path: Path, name: str, manifest: Manifest, hash_with: Hash | N
     return None
 
 
-def _tensor_files(manifest: Manifest) -> Sequence[tuple[str, Callable[[], dict[str, TensorRecord]]]]:
-    files: list[tuple[str, Callable[[], dict[str, TensorRecord]]]] = [(LAYOUT.base, lambda: manifest.base_tensors)]
+def _tensor_files(manifest: Manifest) -> Sequence[tuple[str, Callable[[TensorFile], dict[str, TensorRecord]]]]:
+    """Names of the tensor files, and what each must hold: packs may list the experts that they have."""
+    files: list[tuple[str, Callable[[TensorFile], dict[str, TensorRecord]]]] = [
+        (LAYOUT.base, lambda _: manifest.base_tensors)
+    ]
     if manifest.has_dense:
-        files.append((LAYOUT.dense, partial(dense_tensors, manifest)))
+        files.append((LAYOUT.dense, lambda _: dense_tensors(manifest)))
     if manifest.token_shares is not None:
-        files.append((LAYOUT.token_shares, partial(token_share_tensors, manifest)))
+        files.append((LAYOUT.token_shares, lambda _: token_share_tensors(manifest)))
     return files + [
         (cluster.file, partial(cluster_tensors, manifest, number))
         for number, cluster in enumerate(manifest.clusters)

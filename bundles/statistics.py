@@ -5,7 +5,7 @@ act(gate x) * up x for gated ones. The compiler applies them to calibration text
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ __all__ = [
     "scores_from_statistic",
     "select_in_parts",
     "select_neurons",
+    "select_of_parts",
     "top_neurons",
 ]
 
@@ -178,3 +179,17 @@ def select_in_parts(scores: Array, budgets: Sequence[int], num_parts: int) -> li
     starts = parts.shape[1] * np.arange(num_parts, dtype=np.int32)
     layers = [chosen[first : first + num_parts] for first in range(0, len(chosen), num_parts)]
     return [np.concatenate([ids + start for ids, start in zip(layer, starts, strict=True)]) for layer in layers]
+
+
+def select_of_parts(scores: Array, numbers: npt.NDArray[np.integer[Any]], width: int) -> npt.NDArray[np.int32]:
+    """Pick as many neurons of some of a layer's equal parts, its experts, by the scores within the part.
+
+    Args:
+        scores: (parts, neurons of each).
+        numbers: (chosen,) ascending, of the parts.
+        width: neurons to keep of each.
+    Returns:
+        (chosen x width,) int32 ascending ids among the neurons of all parts.
+    """
+    ids = [top_neurons(scores[number], width) + np.int32(number * scores.shape[1]) for number in numbers]
+    return np.concatenate(ids)

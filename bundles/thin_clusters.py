@@ -17,6 +17,7 @@ def share_problems(manifest: "Manifest") -> list[str]:
         has_token_shares=manifest.token_shares is not None,
         is_thin=manifest.has_thin,
         has_halves=manifest.has_halves,
+        lists_experts=False,
     )
     # Readers of a lower version would take them for something else.
     lacking = {f"schema_version {version}": manifest.schema_version >= version}

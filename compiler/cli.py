@@ -134,8 +134,8 @@ def _ffn_bytes(manifest: Manifest) -> str:
     if manifest.has_thin:
         return f"{dense} a token, the dense FFN with all clusters"
     keeps = [cluster.keep_ratio for cluster in manifest.clusters]
-    # A token reads as many experts whatever is kept of whole ones.
-    names_experts = manifest.model.experts is not None and not manifest.narrows_experts
-    mean_keep = sum(keeps) / len(keeps) if names_experts else manifest.mean_pack_bytes / manifest.ffn_bytes
+    # A token reads as many experts whatever is kept of them.
+    has_some = manifest.model.experts is not None and (manifest.lists_experts or not manifest.narrows_experts)
+    mean_keep = sum(keeps) / len(keeps) if has_some else manifest.mean_pack_bytes / manifest.ffn_bytes
     spread = "" if min(keeps) == max(keeps) else f", clusters {min(keeps):.3f} to {max(keeps):.3f}"
     return f"{manifest.mean_pack_bytes / 1e6:.1f} MB a token with a pack, {dense} dense (keep {mean_keep:.3f}{spread})"

@@ -47,7 +47,9 @@ def _not_applying(config: CompileConfig) -> Iterator[str]:
         yield "--max-memory: transformers puts a layer's experts together in memory"
     if config.selection != "output-aware":
         yield f"--selection {config.selection}: experts are kept by what they put out"
-    if config.budgets == "sensitivity":
+    if config.experts == "both":
+        yield from _not_of_both(config)
+    elif config.budgets == "sensitivity":
         yield "--budgets sensitivity: expected energy or uniform"
     if config.packs == "thin":
         # Whatever says how packs are made is refused with it anyway.
@@ -61,9 +63,18 @@ def _not_applying(config: CompileConfig) -> Iterator[str]:
     yield from (problem for problem, is_given in given.items() if is_given)
 
 
+def _not_of_both(config: CompileConfig) -> Iterator[str]:
+    if config.budgets == "energy":
+        yield "--budgets energy: layers share by what they lose; expected sensitivity or uniform"
+    if config.budget_mb is not None:
+        yield "--budget-mb: what a token reads depends on how many experts stay; give --keep, or --experts narrow"
+    if config.token_share is not None:
+        yield "--token-share: not with --experts both yet"
+
+
 def _not_of_whole_experts(config: CompileConfig) -> Iterator[str]:
     if not config.dense:
-        yield "--no-dense: packs name experts of the dense FFN, unless --experts narrow is given"
+        yield "--no-dense: packs name experts of the dense FFN, unless --experts narrow or both is given"
     if config.budget_mb is not None:
         yield "--budget-mb: a token reads as many experts whatever is kept"
     if config.packs == "thin":
@@ -92,10 +103,10 @@ def with_expert_options(config: CompileConfig, num_chosen: int, num_experts: int
     least = num_chosen / num_experts if config.experts == "whole" else 0.0
     return replace(
         config,
-        budgets=config.budgets or "energy",
+        budgets=config.budgets or ("sensitivity" if config.experts == "both" else "energy"),
         min_layer_keep=max(config.min_layer_keep, least),
-        removal=config.effective_removal if config.experts == "narrow" else "top-k",
-        reconstruct=config.reconstruct and config.experts == "narrow",
+        removal="top-k" if config.experts == "whole" else config.effective_removal,
+        reconstruct=config.reconstruct and config.experts != "whole",
         carry=False,
         heal_steps=0,
     )

@@ -86,7 +86,7 @@ class CompileOptions:
         default="whole",
         metadata=option(
             "What a mixture of experts keeps: whole: some experts, which saves memory; narrow: all, with fewer neurons "
-            "each, so that a token reads less.",
+            "each, so that a token reads less; both: some, with fewer neurons each, as many as lose least.",
             group=SIZE,
         ),
     )

@@ -217,8 +217,8 @@ def _compile_measured(
         reference.dense if reference else None,
         ground.num_held_out_tokens,
     )
-    layer_budgets = tuple(ground.layer_budgets(config, keep))
-    sizes = Sizes(clusters=clusters, keep=keep, keeps=keeps, layer_budgets=layer_budgets)
+    layer_budgets, layer_experts = ground.plan_sizes(config, keep)
+    sizes = Sizes(clusters=clusters, keep=keep, keeps=keeps, layer_budgets=layer_budgets, layer_experts=layer_experts)
     return _compile_at(config, sizes, ground, reference, identity, progress)
 
 

@@ -27,6 +27,8 @@ from .progress import Progress
 from .prune.dealt import deal_text
 from .prune.heal import HealInputs, heal, healing_text
 from .prune.layer_repair import NarrowInputs
+from .prune.mixtures.expert_losses import split_losses
+from .prune.mixtures.expert_splits import SplitLosses, mean_splits
 from .prune.mixtures.experts import profile_experts
 from .prune.narrow import CLUSTERS, Assignment, CutOf, NarrowModel, choose_all
 from .prune.profile import Profile, profile_model
@@ -108,6 +110,7 @@ class Ground:
         curves: of `removal_curves`, for budgets by sensitivity.
         key: key of the profile; later stages' keys extend it.
         sums: where what repairs sum over the text is kept.
+        split_losses: assignment name -> what fewer experts and narrower ones cost; empty where packs have not both.
     """
 
     material: Material
@@ -118,6 +121,7 @@ class Ground:
     curves: npt.NDArray[np.float32] | None
     key: str
     sums: Sums
+    split_losses: Mapping[str, SplitLosses]
 
     @property
     def num_held_out_tokens(self) -> list[int]:
@@ -128,6 +132,14 @@ class Ground:
         """Layer budgets at a keep ratio."""
         loaded = self.material.loaded
         return layer_budgets(config, keep, self.profile, loaded.column_norms, self.curves, loaded.record)
+
+    def plan_sizes(self, config: CompileConfig, keep: float) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        """Layer budgets of the plan at a keep ratio, and into how many experts they are divided, where they are."""
+        budgets = self.layer_budgets(config, keep)
+        if not self.split_losses:
+            return tuple(budgets), None
+        splits = mean_splits(config, self.split_losses[CLUSTERS], budgets)
+        return tuple(split.num_neurons for split in splits), tuple(split.num_experts for split in splits)
 
 
 def held_out_tokens(material: Material, routing: Routing) -> list[int]:
@@ -228,7 +240,7 @@ def prepare(
         profile = profile_model(config, team, calibration, labels, cache, key, progress, kept)
     metrics = output_metrics(config, keep, team, calibration, cache, material.key, progress)
     curves = None
-    if config.effective_budgets == "sensitivity" and keep < 1:
+    if config.effective_budgets == "sensitivity" and keep < 1 and team.loaded.record.experts is None:
         curves_key = stage_key("curves", upstream=material.key, sampling=SAMPLING)
         curves = removal_curves(team, calibration, metrics, cache, curves_key, progress)
     return Ground(
@@ -240,6 +252,7 @@ def prepare(
         curves=curves,
         key=key,
         sums=sums,
+        split_losses=split_losses(config, team, calibration, labels, profile, metrics, cache, key, progress),
     )
 
 
@@ -267,7 +280,7 @@ def narrow_packs(
         calibration=material.corpus.calibration,
         validation=material.corpus.validation,
         assignments=assignments,
-        choices=choose_all(config, ground.profile, material.loaded, assignments, budgets),
+        choices=choose_all(config, ground.profile, material.loaded, assignments, budgets, ground.split_losses),
         budgets=budgets,
         metrics=ground.metrics,
         sums=ground.sums,
@@ -285,6 +298,7 @@ def narrow_packs(
         assignments=[item.name for item in assignments],
         # Efforts that differ in nothing else would have found each other's layers.
         **({"cluster_weights": "auto"} if config.chooses_cluster_weight else {}),
+        **({"experts": "both"} if config.experts == "both" else {}),
     )
     return key, dict(narrow_all(inputs, material.cache, key, progress))
 
@@ -380,5 +394,5 @@ def _profile_key(config: CompileConfig, material: Material, routing: Routing, na
         removal=config.effective_removal,
         # Once their profile was that of rounded experts, which the model had kept from its comparison with itself.
         **({"experts": "own"} if material.loaded.record.experts is not None else {}),
-        **({"narrowed": "experts, their tokens counted"} if config.experts == "narrow" else {}),
+        **({"narrowed": "experts, their tokens counted and weighed"} if config.experts != "whole" else {}),
     )

@@ -177,8 +177,8 @@ def test_no_bundle_and_versions(copied: Path, open_in_c: Callable[..., CModel], 
         with pytest.raises(CError, match=r"^NOT_FOUND: .*manifest\.json: cannot be read"):
             open_in_c(path)
     with edit_manifest(copied) as data:
-        data["schema_version"] = 7
-    with pytest.raises(CError, match=r"^VERSION: .*schema version 7, this library reads 2 to 6"):
+        data["schema_version"] = 8
+    with pytest.raises(CError, match=r"^VERSION: .*schema version 8, this library reads 2 to 7"):
         open_in_c(copied)
 
 

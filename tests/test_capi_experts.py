@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from coreinfer.runtime.engines.protocol import FfnChoice
 from .bundle_factory import edit_manifest
 from .c_library import DENSE, CError, CModel, has_compilers
 from .model_factory import VOCABULARY
+from .skewed_mixtures import save_skewed
+from .test_narrow_experts import wide_settings
 
 pytestmark = pytest.mark.skipif(not has_compilers(), reason="no C or C++ compiler here")
 
@@ -41,6 +44,26 @@ def test_logits_are_those_of_the_python_engine(
                 np.testing.assert_array_equal(model.feed(part), decoder.forward(part)[0])
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_packs_with_some_experts_are_those_of_the_python_engine(
+    family: str, tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel], tmp_path: Path
+) -> None:
+    """Each of them narrower, in unlike numbers by layer."""
+    model = save_skewed(tmp_path / family, family, **wide_settings(family))
+    options: dict[str, Any] = {"model": str(model), "experts": "both", "budgets": None, "keep": 0.5, "cache_dir": None}
+    path = tiny_bundle(family, quantize="int4", clusters=2, **options)
+    bundle = open_bundle(path)
+    assert any((cluster.layer_experts or (6,)) < (6,) for cluster in bundle.manifest.clusters)
+    decoder, library = NativeDecoder(bundle, threads=2), open_in_c(path, num_threads=2)
+    for cluster in (1, DENSE, 0):
+        decoder.use(DENSE_CHOICE if cluster == DENSE else FfnChoice(cluster=cluster))
+        library.use(cluster)
+        decoder.truncate(0)
+        library.truncate(0)
+        for part in (IDS[:NUM_READ], *([token_id] for token_id in IDS[NUM_READ:])):
+            np.testing.assert_array_equal(library.feed(part), decoder.forward(part)[0])
+
+
 def test_another_word_for_experts_is_refused(
     tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel], tmp_path: Path
 ) -> None:
@@ -48,7 +71,7 @@ def test_another_word_for_experts_is_refused(
     with edit_manifest(folder) as data:
         assert "experts" not in data["plan"]
         data["plan"]["experts"] = "some"
-    with pytest.raises(CError, match=r"plan\.experts: expected whole or narrow, got 'some'"):
+    with pytest.raises(CError, match=r"plan\.experts: expected whole, narrow or both, got 'some'"):
         open_in_c(folder).use(0)
     with pytest.raises(BundleCorrupt, match=r"manifest\.plan\.experts: expected"):
         open_bundle(folder)

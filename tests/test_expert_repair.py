@@ -279,3 +279,28 @@ def test_what_is_chosen_costs_least_on_validation_text() -> None:
         assert chosen.ridges[layer] == best[0]
         for downs, expected in zip(chosen.downs[layer], found[best].downs[layer], strict=True):
             np.testing.assert_array_equal(downs, expected)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_a_cluster_without_some_experts_has_the_others_as_they_are(family: str) -> None:
+    """In one layer other experts are missing than in another, and in the other cluster none."""
+    inputs, inner = inputs_of(family), NEURONS[family]
+    missing = ({1, 4}, {0}, {2, 3, 5})
+    choice = inputs.choices[CLUSTERS]
+    some = [ids[~np.isin(ids // inner, [*gone])] for ids, gone in zip(choice.neuron_ids[0], missing, strict=True)]
+    listed = replace(choice, neuron_ids=[some, choice.neuron_ids[1]], lists_experts=True)
+    inputs = replace(inputs, choices={**inputs.choices, CLUSTERS: listed})
+    found, expected = narrow_all(inputs, Cache(None), "key", Progress())[CLUSTERS], narrowed(family)[CLUSTERS]
+    assert found.choice.lists_experts
+    for layer, gone in enumerate(missing):
+        for cluster in range(2):
+            own = [*narrow_downs(load(family), found, layer, cluster)]
+            others = {one.number: one for one in narrow_downs(load(family), expected, layer, cluster)}
+            kept = [number for number in range(6) if cluster == 1 or number not in gone]
+            assert [one.number for one in own] == found.choice.experts_of(load(family).record, cluster, layer) == kept
+            for one in own:
+                np.testing.assert_array_equal(one.neuron_ids, others[one.number].neuron_ids)
+                torch.testing.assert_close(one.weight, others[one.number].weight, rtol=0, atol=0)
+                assert (one.bias is None) == (others[one.number].bias is None)
+                if one.bias is not None:
+                    torch.testing.assert_close(one.bias, others[one.number].bias, rtol=0, atol=0)

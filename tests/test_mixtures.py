@@ -39,12 +39,11 @@ IDS = np.random.default_rng(1).integers(3, VOCABULARY, 150).tolist()
 """Longer than the sliding windows of the tiny models."""
 
 
-def reference_logits(family: str, *, keep: list[list[int]] | None = None) -> np.ndarray:
-    """Logits of transformers' own model; with `keep`, router logits of all other experts are minus infinity."""
-    model = build_model(family)
-    row = family_of_config(model.config.to_dict(), family)
+def hide_experts(model: Any, keep: list[list[int]]) -> None:
+    """Make router logits of all experts minus infinity but for those that are kept of each layer."""
+    row = family_of_config(model.config.to_dict(), "tiny")
     assert row.experts is not None
-    for layer, kept in zip(resolve(model, row.layers), keep or (), strict=keep is not None):
+    for layer, kept in zip(resolve(model, row.layers), keep, strict=True):
         router = resolve(layer, f"{row.experts.module}.{row.experts.router}")
         weight, absent = router.weight.data, [number for number in range(6) if number not in kept]
         # One more input, which is 1, so that the router's own code makes use of it.
@@ -53,6 +52,13 @@ def reference_logits(family: str, *, keep: list[list[int]] | None = None) -> np.
         router.register_forward_pre_hook(
             lambda _, inputs: (torch.nn.functional.pad(inputs[0].reshape(-1, inputs[0].shape[-1]), (0, 1), value=1.0),)
         )
+
+
+def reference_logits(family: str, *, keep: list[list[int]] | None = None) -> np.ndarray:
+    """Logits of transformers' own model; with `keep`, router logits of all other experts are minus infinity."""
+    model = build_model(family)
+    if keep is not None:
+        hide_experts(model, keep)
     with torch.inference_mode():
         logits: np.ndarray = model(torch.tensor([IDS])).logits[0].numpy()
     return logits

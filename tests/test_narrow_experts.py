@@ -80,15 +80,16 @@ def kept_neurons(bundle: Bundle, cluster: int, layer: int) -> list[np.ndarray]:
     return [ids[ids // dim == expert] % dim for expert in range(6)]
 
 
-def expected_logits(family: str, bundle: Bundle, cluster: int) -> np.ndarray:
-    """Logits of transformers' own model with a pack's down projections, in which neurons that it lacks are zero."""
-    model, pack = build_model(family, **wide_settings(family)), bundle.pack(cluster)
+def put_downs(model: Any, family: str, bundle: Bundle, cluster: int) -> None:
+    """Give transformers' own model a pack's down projections, in which neurons that it lacks are zero."""
+    pack = bundle.pack(cluster)
     row = family_of_config(model.config.to_dict(), family)
     assert row.experts is not None
     for number, layer in enumerate(resolve(model, row.layers)):
         experts = resolve(layer, row.experts.module).experts
         for expert, kept in enumerate(kept_neurons(bundle, cluster, number)):
-            assert 0 < len(kept) < NEURONS[family]
+            if len(kept) == 0:
+                continue
             name = tensor_name(number, expert_role(expert, "down"))
             down = experts.down_proj.data[expert]
             columns = torch.zeros(32, NEURONS[family])
@@ -97,6 +98,14 @@ def expected_logits(family: str, bundle: Bundle, cluster: int) -> np.ndarray:
             if row.experts.biased:
                 bias = pack[tensor_name(number, expert_role(expert, "down_bias"))].array
                 experts.down_proj_bias.data[expert] = torch.from_numpy(bias)
+
+
+def expected_logits(family: str, bundle: Bundle, cluster: int) -> np.ndarray:
+    """Logits of transformers' own model with a pack's neurons."""
+    model = build_model(family, **wide_settings(family))
+    for number in range(3):
+        assert all(0 < len(kept) < NEURONS[family] for kept in kept_neurons(bundle, cluster, number))
+    put_downs(model, family, bundle, cluster)
     with torch.inference_mode():
         logits: np.ndarray = model(torch.tensor([IDS])).logits[0].numpy()
     return logits

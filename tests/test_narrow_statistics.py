@@ -90,18 +90,20 @@ def test_a_profile_sums_what_neurons_put_out(loaded: LoadedModel, documents: lis
 
 
 def test_tokens_of_experts_are_counted(loaded: LoadedModel, documents: list[Document], profile: Profile) -> None:
-    expected = np.zeros((2, 6))
+    expected, weights = np.zeros((2, 6)), np.zeros((2, 6))
     for document, label in zip(documents, (1, 0, 1), strict=True):
-        loaded.mixture(1).watch = partial(_count, expected[label])
+        loaded.mixture(1).watch = partial(_count, expected[label], weights[label])
         with torch.inference_mode():
             loaded.model(torch.tensor([document.token_ids]))
     loaded.mixture(1).watch = None
     np.testing.assert_array_equal(profile.expert_tokens["clusters"][:, 1], expected)
+    np.testing.assert_allclose(profile.expert_weights["clusters"][:, 1], weights, rtol=1e-5)
     assert expected.sum() == 70 * 2
 
 
-def _count(counts: np.ndarray, run: ExpertRun) -> None:
+def _count(counts: np.ndarray, weights: np.ndarray, run: ExpertRun) -> None:
     counts[run.expert] += len(run.rows)
+    weights[run.expert] += float(run.weights.sum())
 
 
 def test_experts_with_few_tokens_keep_what_all_clusters_have(profile: Profile) -> None:

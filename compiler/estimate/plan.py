@@ -117,6 +117,8 @@ def unplanned(config: CompileConfig) -> Iterator[str]:
         yield f"--device {config.device}"
     if config.max_memory is not None:
         yield "--max-memory"
+    if config.experts == "both":
+        yield "--experts both"
 
 
 def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machine]) -> Plan:

@@ -45,7 +45,7 @@ def ffn_token_bytes(shapes: Shapes, kind: str, kept: int, experts: ExpertPacks =
     """Bytes of FFN weights that one token reads where each layer keeps so many neurons, or so many of experts."""
     if shapes.num_experts == 1:
         return shapes.num_layers * _ffn_bytes(shapes, kind, kept)
-    width = kept // shapes.num_experts if experts == "narrow" else shapes.expert_dim
+    width = shapes.expert_dim if experts == "whole" else kept // shapes.num_experts
     return shapes.num_layers * shapes.num_chosen * _ffn_bytes(shapes, kind, width)
 
 

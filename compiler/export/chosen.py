@@ -69,7 +69,7 @@ def choose_model(bundle_dir: Path, *, cluster: int | None, dense: bool) -> Chose
             "gates of a narrow FFN would be another number there"
         )
     if manifest.model.experts is not None:
-        return _choose_mixture(bundle, cluster, manifest.model.experts.num_experts)
+        return _choose_mixture(bundle, cluster)
     if cluster is None:
         widths = (manifest.model.ffn_dim,) * manifest.model.num_layers
         return ChosenModel(bundle=bundle, ffn=_dense_ffn(bundle), widths=widths, cluster=None)
@@ -85,21 +85,21 @@ def _dense_ffn(bundle: Bundle) -> TensorFile:
     return bundle.dense
 
 
-def _choose_mixture(bundle: Bundle, cluster: int | None, num_experts: int) -> ChosenModel:
+def _choose_mixture(bundle: Bundle, cluster: int | None) -> ChosenModel:
     manifest = bundle.manifest
+    experts = kept_experts(None if cluster is None else bundle.pack(cluster), manifest)
     if cluster is not None and manifest.narrows_experts:
         ffn, budgets = bundle.pack(cluster), manifest.clusters[cluster].layer_budgets
-        widths = [budget // num_experts for budget in budgets]
-        experts = [list(range(num_experts))] * len(widths)
+        widths = [budget // len(numbers) for budget, numbers in zip(budgets, experts, strict=True)]
     else:
-        experts = kept_experts(None if cluster is None else bundle.pack(cluster), manifest)
         ffn, widths = _dense_ffn(bundle), [manifest.model.expert_neurons] * len(experts)
     counts = sorted({len(layer) for layer in experts})
     if len(counts) > 1:
         # No row of a router makes an expert that is never chosen, so that layers cannot be filled up.
+        other = "--experts narrow" if manifest.lists_experts else "--budgets uniform"
         raise UnsupportedModelError(
             f"--cluster {cluster}: its layers have {counts[0]} to {counts[-1]} experts, and an exported model has as "
-            "many in each layer; compile with --budgets uniform, or give --dense"
+            f"many in each layer; compile with {other}, or give --dense"
         )
     numbers = tuple(map(tuple, experts))
     return ChosenModel(bundle=bundle, ffn=ffn, widths=tuple(widths), cluster=cluster, experts=numbers)

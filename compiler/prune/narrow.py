@@ -1,7 +1,7 @@
 """The results of narrowing: the clusters' narrow FFNs, and those of the controls at the same bytes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ from coreinfer.bundles.families import ffn_tensors
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.models.load import LoadedModel
 
+from .mixtures.expert_splits import SplitLosses, choose_listed
 from .profile import Profile
 from .select import Choice, choose_neurons
 
@@ -83,8 +84,10 @@ class NarrowModel:
     def only(self, cluster: int) -> "NarrowModel":
         """One cluster of it, which then is number 0: all that has to be sent for its pack to be written."""
         return NarrowModel(
-            choice=Choice(
-                scores=self.choice.scores[cluster : cluster + 1], neuron_ids=[self.choice.neuron_ids[cluster]]
+            choice=replace(
+                self.choice,
+                scores=self.choice.scores[cluster : cluster + 1],
+                neuron_ids=[self.choice.neuron_ids[cluster]],
             ),
             downs=[[layer[cluster]] for layer in self.downs],
             biases=[[layer[cluster]] for layer in self.biases],
@@ -99,16 +102,23 @@ def choose_all(
     loaded: LoadedModel,
     assignments: Sequence[Assignment],
     budgets: Mapping[str, Sequence[Sequence[int]]],
+    split_losses: Mapping[str, SplitLosses],
 ) -> dict[str, Choice]:
     """Choose neurons for every assignment.
 
     Args:
         budgets: budgets[name][cluster][layer].
+        split_losses: assignment name -> what experts are left out by; empty where none is, or whole ones are.
     """
     experts, norms = loaded.record.experts, loaded.column_norms
     if experts is not None:
         # Statistics of mixtures have them in them, of experts or of their neurons.
         norms = np.ones((loaded.record.num_layers, 1), dtype=np.float32)
+    if experts is not None and split_losses:
+        return {
+            item.name: choose_listed(config, profile, item.name, norms, budgets[item.name], split_losses[item.name])
+            for item in assignments
+        }
     return {
         item.name: choose_neurons(
             config,
@@ -177,14 +187,13 @@ class NarrowDown:
 
 
 def narrow_downs(loaded: LoadedModel, narrow: NarrowModel, layer: int, cluster: int) -> Iterator[NarrowDown]:
-    """Cut the down projections of one layer's experts down to a cluster's neurons, one after another."""
-    record = loaded.record
-    assert record.experts is not None
-    numbered = narrow.choice.neuron_ids[cluster][layer] % record.expert_neurons
-    width = len(numbered) // record.experts.num_experts
+    """Cut the down projections of the experts that a cluster has of a layer down to its neurons, one after another."""
+    numbered = narrow.choice.neuron_ids[cluster][layer] % loaded.record.expert_neurons
+    numbers = narrow.choice.experts_of(loaded.record, cluster, layer)
+    width = len(numbered) // len(numbers)
     repaired, biases = narrow.downs[layer][cluster], narrow.biases[layer][cluster]
-    for number in range(record.experts.num_experts):
-        part = slice(number * width, (number + 1) * width)
+    for place, number in enumerate(numbers):
+        part = slice(place * width, (place + 1) * width)
         if repaired is None:
             columns = torch.from_numpy(numbered[part]).long().to(loaded.device)
             weight = loaded.mixture(layer).tensors[expert_role(number, "down")][:, columns]
@@ -194,7 +203,7 @@ def narrow_downs(loaded: LoadedModel, narrow: NarrowModel, layer: int, cluster: 
             number=number,
             neuron_ids=numbered[part],
             weight=weight,
-            bias=None if biases is None else torch.from_numpy(biases[number]),
+            bias=None if biases is None else torch.from_numpy(biases[place]),
         )
 
 

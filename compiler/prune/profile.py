@@ -44,12 +44,14 @@ class Profile:
             activations (attention sinks) from hiding all others.
         expert_tokens: assignment name -> (clusters, layers, experts) tokens that chose each expert; of mixtures whose
             experts are narrowed, else empty.
+        expert_weights: the same of what the router multiplied the expert's outputs by.
     """
 
     statistics: dict[str, Floats]
     num_tokens: dict[str, npt.NDArray[np.int64]]
     relative_energies: Floats
     expert_tokens: dict[str, Floats] = field(default_factory=dict)
+    expert_weights: dict[str, Floats] = field(default_factory=dict)
 
     def num_clusters(self, name: str) -> int:
         """Clusters of an assignment."""

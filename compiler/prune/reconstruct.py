@@ -12,7 +12,6 @@ from .layer_repair import NarrowInputs, Results, find_results, own_result
 from .layer_results import LayerResult
 from .mixtures.expert_layers import narrow_experts
 from .narrow import NarrowModel
-from .select import Choice
 from .validation import few_validated
 
 __all__ = ["REVISION", "narrow_all"]
@@ -46,11 +45,11 @@ def _narrow_layers(inputs: NarrowInputs, cache: Cache, key: str, progress: Progr
 
 
 def _collect(inputs: NarrowInputs, name: str, layers: Sequence[LayerResult]) -> NarrowModel:
-    scores = inputs.choices[name].scores
-    clusters = range(len(scores))
+    chosen = inputs.choices[name]
+    clusters = range(len(chosen.scores))
     neuron_ids = [[layer.neuron_ids[cluster] for layer in layers] for cluster in clusters]
     return NarrowModel(
-        choice=Choice(scores=scores, neuron_ids=neuron_ids),
+        choice=replace(chosen, neuron_ids=neuron_ids),
         downs=[[layer.down(cluster) for cluster in clusters] for layer in layers],
         biases=[[layer.bias(cluster) for cluster in clusters] for layer in layers],
         ridges=tuple(layer.ridge for layer in layers),

@@ -29,10 +29,16 @@ class Choice:
         scores: (clusters, layers, ffn_dim), root mean square 1 over each layer.
         neuron_ids: neuron_ids[cluster][layer] is an ascending int32 array; of a mixture whose experts stay whole, their
             numbers, as `ffn_dim` is how many there are.
+        lists_experts: whether clusters have some of a mixture's experts, with as many neurons each, and say which.
     """
 
     scores: Floats
     neuron_ids: list[list[npt.NDArray[np.int32]]]
+    lists_experts: bool = False
+
+    def experts_of(self, record: ModelRecord, cluster: int, layer: int) -> list[int]:
+        """The experts, ascending, of which a cluster has neurons in a layer."""
+        return [int(number) for number in np.unique(self.neuron_ids[cluster][layer] // record.expert_neurons)]
 
     def keeps_whole_experts(self, record: ModelRecord) -> bool:
         """Whether what is kept of a mixture are experts, not neurons of each."""
@@ -61,6 +67,9 @@ def layer_budgets(
         return _budgets(config, keep, energies, column_norms.shape[1], curves)
     if config.experts == "whole":
         return expert_budgets(config, keep, profile.relative_energies, record.experts)
+    if config.experts == "both":
+        # Divided later, by what is lost, all layers together or each for itself.
+        return [round(keep * record.ffn_dim)] * record.num_layers
     widths = _budgets(config, keep, profile.relative_energies.sum(axis=1), record.expert_neurons, None)
     return [width * record.experts.num_experts for width in widths]
 

@@ -23,12 +23,14 @@ class Sizes:
         keep: keep ratio of one narrow model that has as many bytes on held-out text as the clusters' packs.
         keeps: of each cluster.
         layer_budgets: of each layer, at `keep`.
+        layer_experts: into how many experts these are divided, where packs have some experts, each narrower; else None.
     """
 
     clusters: int | Literal["auto"]
     keep: float
     keeps: tuple[float, ...]
     layer_budgets: tuple[int, ...]
+    layer_experts: tuple[int, ...] | None = None
 
 
 def fit_budget(config: CompileConfig, loaded: LoadedModel) -> float:

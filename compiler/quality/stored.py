@@ -171,10 +171,10 @@ def _stored_experts(
     record, pack = loaded.record, pack_of(cluster)
     assert record.experts is not None
     numbers, inner, file = range(record.experts.num_experts), record.expert_neurons, dense
+    if pack is not None and (listed := tensor_name(layer, "experts")) in pack:
+        numbers = pack[listed].array.tolist()
     if pack is not None and (chosen := tensor_name(layer, "neuron_ids")) in pack:
-        inner, file = pack.shape_of(chosen)[1][0] // record.experts.num_experts, pack
-    elif pack is not None:
-        numbers = pack[tensor_name(layer, "experts")].array.tolist()
+        inner, file = pack.shape_of(chosen)[1][0] // len(numbers), pack
     size = record.hidden_size
     shapes = {"gate": (inner, size), "up": (inner, size), "down": (size, inner)}
     tensors: dict[str, torch.Tensor] = {}

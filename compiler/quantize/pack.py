@@ -168,6 +168,9 @@ def _cluster_tensors(
             yield tensor_name(index, "scores"), StoredTensor("F32", narrow.choice.scores[cluster][index])
             continue
         if loaded.record.experts is not None:
+            if narrow.choice.lists_experts:
+                numbers = np.array(narrow.choice.experts_of(loaded.record, cluster, index), dtype=np.int32)
+                yield tensor_name(index, "experts"), StoredTensor("I32", numbers)
             yield from _narrow_experts(loaded, packer, narrow, cluster, index, dense)
         else:
             tensors = _narrow_layer(loaded, packer, narrow, cluster, index, dense)

@@ -85,6 +85,7 @@ def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
             stability_min_tokens=_STABILITY_MIN_TOKENS,
             fused_half_tokens=_FUSED_HALF_TOKENS,
             experts=config.experts,
+            layer_experts=compiled.sizes.layer_experts,
         ),
         quality=compiled.quality,
         provenance=_provenance(compiled),
@@ -95,6 +96,7 @@ def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
             has_token_shares=compiled.token_shares is not None,
             is_thin=compiled.narrow is None,
             has_halves=compiled.token_shares is not None and compiled.token_shares.halves,
+            lists_experts=compiled.sizes.layer_experts is not None,
         ),
     )
 
@@ -140,12 +142,23 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
             examples=examples[cluster],
             layer_budgets=budgets[cluster],
             keep_ratio=round(sum(budgets[cluster]) / (record.num_layers * record.ffn_dim), 5),
-            ffn_bytes=ffn_bytes(record, kind, budgets[cluster], compiled.config.experts),
+            ffn_bytes=ffn_bytes(
+                record, kind, budgets[cluster], compiled.config.experts, _layer_experts(compiled, cluster)
+            ),
             map_x=float(positions[cluster][0]),
             map_y=float(positions[cluster][1]),
+            layer_experts=_layer_experts(compiled, cluster),
         )
         for cluster in range(clustering.num_clusters)
     )
+
+
+def _layer_experts(compiled: Compiled, cluster: int) -> tuple[int, ...] | None:
+    """How many experts each layer of a cluster has, where it lists narrower ones."""
+    if compiled.narrow is None or not compiled.narrow.choice.lists_experts:
+        return None
+    record, choice = compiled.loaded.record, compiled.narrow.choice
+    return tuple(len(choice.experts_of(record, cluster, layer)) for layer in range(record.num_layers))
 
 
 def _in_neurons(compiled: Compiled, budgets: Iterable[int]) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from coreinfer.bundles.expert_packs import units_of
 from coreinfer.bundles.manifest import Manifest, Quality, Score
 from coreinfer.bundles.token_bytes import TokenBytes, token_bytes
 from coreinfer.bundles.token_shares import default_share, mean_share
@@ -31,6 +32,7 @@ def report_view(manifest: Manifest, points: Sequence[MapPoint], file_bytes: Mapp
         "chart": _chart(manifest),
         "noun": _noun(manifest),
         "unit": manifest.unit_neurons,
+        "kept": units_of(manifest, manifest.plan),
         "ridges": [_ridge(value) for value in manifest.plan.ridges],
         "weights": weights,
         "screened": manifest.quantization["head"].format == "int8-planes",
@@ -140,6 +142,8 @@ def _chart(manifest: Manifest) -> dict[str, Any]:
 
 
 def _noun(manifest: Manifest) -> str:
+    if manifest.lists_experts:
+        return "neurons of all experts"
     if manifest.narrows_experts:
         return "neurons of each expert"
     return "neurons" if manifest.model.experts is None else "experts"

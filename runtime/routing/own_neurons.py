@@ -1,7 +1,8 @@
 """The neurons that a prompt chooses for itself, by what they did while it was read (modes stability and fused).
 
 Of a mixture they are chosen as its packs are made: where packs narrow experts, each expert of a layer keeps as many
-neurons, those with its own highest scores; where packs have whole experts, a layer keeps those that put out most.
+neurons, those with its own highest scores; where packs have whole experts, a layer keeps those that put out most; where
+packs have some experts, each narrower, a layer keeps the experts that put out most, and each of them as many neurons.
 """
 
 import numpy as np
@@ -15,6 +16,7 @@ from coreinfer.bundles.statistics import (
     scores_from_statistic,
     select_in_parts,
     select_neurons,
+    select_of_parts,
 )
 
 __all__ = ["any_neurons", "choose_neurons", "equal_budgets", "mixed_with_cluster", "prompt_scores"]
@@ -50,7 +52,12 @@ def prompt_scores(bundle: Bundle, selection: Selection, statistic: Floats, num_t
     of_experts = np.where(unseen, _UNSEEN * norms.reshape(parts), scores.reshape(parts))
     if manifest.narrows_experts:
         return of_experts.reshape(scores.shape)
-    return scaled_to_one(np.sqrt(np.square(of_experts).sum(axis=2)))
+    return scaled_to_one(_of_whole_experts(of_experts))
+
+
+def _of_whole_experts(scores: Floats) -> Floats:
+    """Scores of experts, (layers, experts), by those of their neurons."""
+    return np.asarray(np.sqrt(np.square(scores).sum(axis=2)), dtype=np.float32)
 
 
 def mixed_with_cluster(bundle: Bundle, scores: Floats, cluster: int, num_tokens: int) -> Floats:
@@ -65,13 +72,19 @@ def choose_neurons(manifest: Manifest, scores: Floats, budgets: tuple[int, ...])
     """Pick the neurons of every layer by the scores of `prompt_scores`.
 
     Args:
-        budgets: neurons of each layer, in the units of the bundle's packs (`Manifest.unit_neurons`).
+        budgets: neurons of each layer, in the units of the bundle's packs (`Manifest.unit_neurons`); where packs list
+            narrower experts, in as many as the plan has in the layer.
     Returns:
         Ascending ids below ffn_dim for each layer.
     """
     experts, size = manifest.model.experts, manifest.model.expert_neurons
     if experts is None:
         return tuple(select_neurons(scores, budgets))
+    if (layer_experts := manifest.plan.layer_experts) is not None:
+        parts = scores.reshape(len(scores), experts.num_experts, size)
+        kept = select_neurons(_of_whole_experts(parts), layer_experts)
+        widths = [budget // len(numbers) for budget, numbers in zip(budgets, kept, strict=True)]
+        return tuple(map(select_of_parts, parts, kept, widths))
     if manifest.narrows_experts:
         return tuple(select_in_parts(scores, budgets, experts.num_experts))
     kept = select_neurons(scores, [budget // size for budget in budgets])
@@ -87,6 +100,12 @@ def any_neurons(manifest: Manifest) -> tuple[Ids, ...]:
 
 
 def equal_budgets(manifest: Manifest) -> tuple[int, ...]:
-    """Return as many neurons for each layer as the plan keeps on average, in whole units of the bundle's packs."""
+    """Return as many neurons for each layer as the plan keeps on average, in whole units of the bundle's packs.
+
+    Where packs list narrower experts, in whole neurons of each that the plan has in a layer, at most all of them.
+    """
     budgets, unit = manifest.plan.layer_budgets, manifest.unit_neurons
+    if (counts := manifest.plan.layer_experts) is not None:
+        most, mean = manifest.model.expert_neurons, sum(budgets) // len(budgets)
+        return tuple(count * min(mean // count, most) for count in counts)
     return (sum(budgets) // len(budgets) // unit * unit,) * len(budgets)

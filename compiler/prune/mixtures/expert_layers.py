@@ -82,7 +82,7 @@ def _repair_layer(
 def _result(
     record: ModelRecord, solved: Sequence[Sequence[SolvedExpert]], cluster_weight: float, ridge: float | None
 ) -> LayerResult:
-    """Put the experts of each cluster one after another."""
+    """Put the experts of each cluster one after another; those that a cluster lacks have no neurons and no bias."""
     starts = record.expert_neurons * np.arange(len(solved[0]), dtype=np.int32)
     neuron_ids = tuple(
         np.concatenate([one.neuron_ids + start for one, start in zip(experts, starts, strict=True)])
@@ -90,7 +90,8 @@ def _result(
     )
     if ridge is None:
         return LayerResult(neuron_ids=neuron_ids, ridge=None, cluster_weight=cluster_weight)
-    biases = [np.stack([one.bias.cpu().numpy() for one in experts]) for experts in solved] if record.ffn_bias else []
+    there = [[one for one in experts if len(one.neuron_ids)] for experts in solved] if record.ffn_bias else []
+    biases = [np.stack([one.bias.cpu().numpy() for one in experts]) for experts in there]
     return LayerResult(
         neuron_ids=neuron_ids,
         ridge=ridge,
@@ -111,7 +112,9 @@ def _tasks(
     record = inputs.loaded.record
     assert record.experts is not None
     num_experts, inner = record.experts.num_experts, record.expert_neurons
-    kept = [np.split(layers[layer] % inner, num_experts) for layers in inputs.choices[name].neuron_ids]
+    bounds = inner * np.arange(1, num_experts)
+    choices = [layers[layer] for layers in inputs.choices[name].neuron_ids]
+    kept = [np.split(ids % inner, np.searchsorted(ids, bounds)) for ids in choices]
     return [
         ExpertTask(
             name=name,

@@ -32,12 +32,14 @@ class NeuronSums:
     Attributes:
         statistics: assignment name -> (clusters, neurons of all experts) float32.
         tokens: assignment name -> (clusters, experts) float32, tokens that chose each expert.
+        weights: assignment name -> (clusters, experts) float32, what the router multiplied each expert's outputs by.
         energy: of all neurons together, each token's divided by the squared norm of the hidden state that leaves the
             layer.
     """
 
     statistics: Mapping[str, npt.NDArray[np.float32]]
     tokens: Mapping[str, npt.NDArray[np.float32]]
+    weights: Mapping[str, npt.NDArray[np.float32]]
     energy: float
 
 
@@ -59,12 +61,12 @@ def neuron_sums(
     norms = _column_energies(mixture, experts.num_experts)
     # The last row takes the padding.
     sums = {name: torch.zeros((count + 1, *norms.shape), device=loaded.device) for name, count in num_clusters.items()}
-    counts = {name: values.new_zeros(values.shape[:2]) for name, values in sums.items()}
+    counts, weights = ({name: values.new_zeros(values.shape[:2]) for name, values in sums.items()} for _ in range(2))
     energy = 0.0
     for batch in batches:
         owners = {name: _owners(batch, own, num_clusters[name]) for name, own in labels.items()}
         energies = torch.zeros(batch.mask.numel(), device=loaded.device)
-        mixture.watch = partial(_add, sums, counts, owners, energies, norms)
+        mixture.watch = partial(_add, sums, counts, weights, owners, energies, norms)
         try:
             batch.hidden = layer_output(loaded, layer, batch, batch.hidden)
         finally:
@@ -72,8 +74,8 @@ def neuron_sums(
         stream = batch.real(batch.hidden).float().square().sum(dim=-1)
         energy += float((energies[batch.mask.reshape(-1)] / stream.clamp_min(1e-30)).sum())
     statistics = {name: _statistic(values[:-1], norms) for name, values in sums.items()}
-    tokens = {name: values[:-1].cpu().numpy() for name, values in counts.items()}
-    return NeuronSums(statistics=statistics, tokens=tokens, energy=energy)
+    tokens, routed = ({name: found[name][:-1].cpu().numpy() for name in found} for found in (counts, weights))
+    return NeuronSums(statistics=statistics, tokens=tokens, weights=routed, energy=energy)
 
 
 def _column_energies(mixture: Mixture, num_experts: int) -> torch.Tensor:
@@ -92,6 +94,7 @@ def _owners(batch: Batch, labels: Labels, padding: int) -> torch.Tensor:
 def _add(
     sums: Mapping[str, torch.Tensor],
     counts: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
     owners: Mapping[str, torch.Tensor],
     energies: torch.Tensor,
     norms: torch.Tensor,
@@ -101,6 +104,7 @@ def _add(
     for name, total in sums.items():
         total[:, run.expert].index_add_(0, owners[name][run.rows], squares)
         counts[name][:, run.expert] += torch.bincount(owners[name][run.rows], minlength=len(total))
+        weights[name][:, run.expert].index_add_(0, owners[name][run.rows], run.weights.float())
     energies[run.rows] += squares @ norms[run.expert]
 
 

@@ -25,7 +25,18 @@ from coreinfer.compiler.team.team import Shared, Worker
 
 from .expert_text import ExpertTokens, expert_tokens
 
-__all__ = ["ExpertTask", "Solved", "SolvedExpert", "expert_costs", "expert_sums", "solve_expert"]
+__all__ = [
+    "ExpertTask",
+    "RefitProblem",
+    "Solved",
+    "SolvedExpert",
+    "expert_costs",
+    "expert_sums",
+    "own_expert_down",
+    "refit_problem",
+    "solve_expert",
+    "sums_over",
+]
 
 _TOKEN_CHUNK = 8192
 
@@ -38,7 +49,7 @@ class ExpertTask:
 
     Attributes:
         name: of the assignment.
-        neuron_ids: of each cluster, the expert's neurons that stay by their scores, ascending.
+        neuron_ids: of each cluster, the expert's neurons that stay by their scores, ascending; none where it lacks it.
         removes: whether as many are chosen by second order instead, where enough tokens chose the expert.
         num_tokens: of each cluster, calibration tokens, whichever experts they chose.
         cluster_weights: candidates for the weight of the cluster's sums against those of all text.
@@ -82,9 +93,9 @@ def expert_sums(worker: Worker, text: Shared[PlaceText], task: Shared[ExpertTask
         grams (clusters, packed), means (clusters, neurons), masses, the sums of w^2, and counts (clusters,).
     """
     asked = task.value()
-    tokens = expert_tokens(worker, text, asked.layer, asked.expert)
+    tokens = expert_tokens(worker, text.value().passage, asked.layer, asked.expert)
     clusters = own_rows(worker, text.value(), asked.name).calibration
-    parts = [_sums_over(tokens, _places_in(tokens, rows)) for rows in clusters]
+    parts = [sums_over(tokens, _places_in(tokens, rows)) for rows in clusters]
     return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -93,7 +104,8 @@ def _places_in(tokens: ExpertTokens, rows: torch.Tensor) -> torch.Tensor:
     return torch.isin(tokens.rows, rows).nonzero()[:, 0]
 
 
-def _sums_over(tokens: ExpertTokens, places: torch.Tensor) -> dict[str, torch.Tensor]:
+def sums_over(tokens: ExpertTokens, places: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums over some places among the tokens that chose an expert, as `expert_sums` has them of each cluster."""
     weighted, weights = tokens.weighted[places], tokens.weights[places]
     return {
         "grams": packed_gram(weighted),
@@ -112,15 +124,16 @@ def solve_expert(worker: Worker, task: Shared[ExpertTask], metric: Shared[torch.
         sums: of `expert_sums`, of all places.
     """
     asked = task.value()
-    own, costs = _own_down(worker, asked), metric.value().to(worker.loaded.device)
+    own, costs = own_expert_down(worker, asked.layer, asked.expert), metric.value().to(worker.loaded.device)
     return [_solve_cluster(asked, own, costs, sums, cluster) for cluster in range(len(asked.neuron_ids))]
 
 
-def _own_down(worker: Worker, task: ExpertTask) -> OwnDown:
-    tensors = worker.loaded.mixture(task.layer).tensors
-    bias = tensors.get(expert_role(task.expert, "down_bias"))
+def own_expert_down(worker: Worker, layer: int, expert: int) -> OwnDown:
+    """Find the down projection of one of the model's own experts."""
+    tensors = worker.loaded.mixture(layer).tensors
+    bias = tensors.get(expert_role(expert, "down_bias"))
     return OwnDown(
-        weights=tensors[expert_role(task.expert, "down")].float().T.contiguous(),
+        weights=tensors[expert_role(expert, "down")].float().T.contiguous(),
         bias=None if bias is None else bias.float(),
     )
 
@@ -130,15 +143,15 @@ def _solve_cluster(
 ) -> list[SolvedExpert]:
     """A cluster in which fewer tokens chose the expert than neurons stay goes by the sums of all text alone.
 
-    Where even all text has fewer, or all neurons stay, the expert's own rows are left.
+    Where even all text has fewer, or all neurons stay, the expert's own rows are left; none where the cluster lacks it.
     """
     ids, counts = task.neuron_ids[cluster], sums["counts"]
-    if len(ids) == len(own.weights) or float(counts.sum()) < len(ids):
+    if len(ids) in (0, len(own.weights)) or float(counts.sum()) < len(ids):
         return [_own_rows(own, ids)] * (len(task.cluster_weights) * len(task.ridges))
     is_few = float(counts[cluster]) < len(ids)
     found: list[SolvedExpert] = []
     for weight in task.cluster_weights:
-        problem = _problem(_mix(sums, task.num_tokens, cluster, 0.0 if is_few else weight), own)
+        problem = refit_problem(_mix(sums, task.num_tokens, cluster, 0.0 if is_few else weight), own)
         kept = remove_neurons(problem.system, metric, keep=len(ids)).neuron_ids if task.removes else ids
         found += _solutions(problem, own, kept, task.ridges)
     return found
@@ -156,22 +169,24 @@ def _mix(sums: Arrays, num_tokens: Sequence[int], cluster: int, weight: float) -
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Problem:
+class RefitProblem:
     """The least squares problem of an expert in a cluster, and the mean of its activations."""
 
     system: System
     mean: torch.Tensor
 
 
-def _problem(mixed: Arrays, own: OwnDown) -> _Problem:
+def refit_problem(mixed: Arrays, own: OwnDown) -> RefitProblem:
+    """Make it of sums of `expert_sums`, divided by tokens."""
     gram = unpack_upper(mixed["grams"], len(own.weights))
     mean = mixed["means"] / mixed["masses"].clamp_min(1e-30)
     if own.bias is not None:
         gram -= mixed["masses"] * torch.outer(mean, mean)
-    return _Problem(system=System(gram=gram, cross=gram @ own.weights, own=own.weights, ridge=REMOVAL_RIDGE), mean=mean)
+    system = System(gram=gram, cross=gram @ own.weights, own=own.weights, ridge=REMOVAL_RIDGE)
+    return RefitProblem(system=system, mean=mean)
 
 
-def _solutions(problem: _Problem, own: OwnDown, ids: Ids, ridges: Sequence[float | None]) -> list[SolvedExpert]:
+def _solutions(problem: RefitProblem, own: OwnDown, ids: Ids, ridges: Sequence[float | None]) -> list[SolvedExpert]:
     """One for each ridge."""
     index, left = torch.from_numpy(ids).long().to(own.weights.device), _own_rows(own, ids)
     fitted = iter(solve(problem.system, index, [ridge for ridge in ridges if ridge is not None]))
@@ -193,7 +208,8 @@ def expert_costs(
 ) -> npt.NDArray[np.float64]:
     """What output errors of each solution cost on a place's validation tokens, of all clusters: (solutions,)."""
     asked = task.value()
-    tokens, own = expert_tokens(worker, text, asked.layer, asked.expert), _own_down(worker, asked)
+    tokens = expert_tokens(worker, text.value().passage, asked.layer, asked.expert)
+    own = own_expert_down(worker, asked.layer, asked.expert)
     matrix, costs = metric.value().to(worker.loaded.device), np.zeros(len(solved[0]))
     for rows, solutions in zip(own_rows(worker, text.value(), asked.name).validation, solved, strict=True):
         for part in _places_in(tokens, rows).split(_TOKEN_CHUNK):

@@ -7,8 +7,7 @@ from functools import partial
 import torch
 from coreinfer.compiler.models.layerwise import Batch, document_starts, layer_output, prepare_batches
 from coreinfer.compiler.models.load import LoadedModel
-from coreinfer.compiler.prune.dealt import PlaceText
-from coreinfer.compiler.team.passage import WALK
+from coreinfer.compiler.team.passage import WALK, Passage
 from coreinfer.compiler.team.team import Shared, Worker
 from coreinfer.compiler.text.corpus import Document
 from coreinfer.runtime.engines.torch.mixture import ExpertRun
@@ -84,9 +83,9 @@ class _ExpertWalk:
         )
 
 
-def expert_tokens(worker: Worker, text: Shared[PlaceText], layer: int, expert: int) -> ExpertTokens:
+def expert_tokens(worker: Worker, shared: Shared[Passage], layer: int, expert: int) -> ExpertTokens:
     """Go on to a layer, from where this worker is, and look at one expert's tokens; see `layer_of`."""
-    passage = text.value().passage.value()
+    passage = shared.value()
     begin = partial(_ExpertWalk, worker.loaded, passage.documents)
     walk = worker.recall(WALK, passage.key, begin)
     if walk.layer > layer:

@@ -20,7 +20,7 @@ from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.manifest import ExpertsRecord
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.models.layerwise import Batch, document_starts, layer_output, prepare_batches
+from coreinfer.compiler.models.layerwise import Batch, layer_output
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.prune.profile import Profile
@@ -32,6 +32,7 @@ from coreinfer.compiler.text.corpus import Document
 from coreinfer.runtime.engines.torch.mixture import ExpertRun
 
 from .expert_neurons import neuron_sums
+from .text_walk import TextWalk, walk_of
 
 __all__ = ["expert_budgets", "profile_experts"]
 
@@ -73,7 +74,8 @@ def profile_experts(
             for name, labels in assignments.items()
         },
         relative_energies=arrays[_ENERGIES],
-        expert_tokens={name: arrays[f"tokens.{name}"] for name in assignments if config.experts == "narrow"},
+        expert_tokens={name: arrays[f"tokens.{name}"] for name in assignments if config.experts != "whole"},
+        expert_weights={name: arrays[f"weights.{name}"] for name in assignments if config.experts != "whole"},
     )
 
 
@@ -93,7 +95,7 @@ def _sums(
                 documents=without_text([documents[index] for index in ids]),
                 labels={name: labels[ids] for name, labels in assignments.items()},
                 num_clusters=num_clusters,
-                narrows=config.experts == "narrow",
+                narrows=config.experts != "whole",
             )
         )
         for place, ids in deal(lengths_of(documents), team, next(iter(assignments.values()))).items()
@@ -129,23 +131,11 @@ class _Text:
     narrows: bool
 
 
-class _Walk:
-    """Documents before a layer."""
-
-    def __init__(self, loaded: LoadedModel, documents: Sequence[Document]) -> None:
-        self.layer, self.starts = 0, document_starts(documents)
-        self.batches = prepare_batches(loaded, documents, self.starts)
-
-
 @torch.inference_mode()
 def _layer_sums(worker: Worker, shared: "Shared[_Text]", layer: int) -> Arrays:
     """One layer's sums over a place's tokens: of each assignment (clusters, units), and energies (units,) or (1,)."""
     loaded, text = worker.loaded, shared.value()
-    begin = partial(_Walk, loaded, text.documents)
-    walk = worker.recall(WALK, text.key, begin)
-    if walk.layer > layer:
-        worker.forget(WALK)
-        walk = worker.recall(WALK, text.key, begin)
+    walk = walk_of(worker, text.key, text.documents, layer)
     labels = {name: np.repeat(own, np.diff(walk.starts)) for name, own in text.labels.items()}
     sums: Arrays = {}
     while walk.layer <= layer:
@@ -155,7 +145,7 @@ def _layer_sums(worker: Worker, shared: "Shared[_Text]", layer: int) -> Arrays:
 
 
 def _expert_sums(
-    loaded: LoadedModel, walk: _Walk, labels: Mapping[str, Labels], num_clusters: Mapping[str, int]
+    loaded: LoadedModel, walk: TextWalk, labels: Mapping[str, Labels], num_clusters: Mapping[str, int]
 ) -> Arrays:
     shares = _layer_shares(loaded, walk.layer, walk.batches, int(walk.starts[-1]))
     sums: Arrays = {_ENERGIES: shares.sum(axis=0)}
@@ -166,12 +156,13 @@ def _expert_sums(
 
 
 def _neuron_sums(
-    loaded: LoadedModel, walk: _Walk, labels: Mapping[str, Labels], num_clusters: Mapping[str, int]
+    loaded: LoadedModel, walk: TextWalk, labels: Mapping[str, Labels], num_clusters: Mapping[str, int]
 ) -> Arrays:
     found = neuron_sums(loaded, walk.layer, walk.batches, labels, num_clusters)
     statistics = {f"statistic.{name}": values for name, values in found.statistics.items()}
     tokens = {f"tokens.{name}": values for name, values in found.tokens.items()}
-    return {_ENERGIES: np.array([found.energy], dtype=np.float32), **statistics, **tokens}
+    weights = {f"weights.{name}": values for name, values in found.weights.items()}
+    return {_ENERGIES: np.array([found.energy], dtype=np.float32), **statistics, **tokens, **weights}
 
 
 def _layer_shares(loaded: LoadedModel, layer: int, batches: Sequence[Batch], num_tokens: int) -> Floats:

@@ -52,7 +52,7 @@ class FfnReader:
         packed = self.packed if packed is None else packed
         file = self._file(cluster)
         tensors: Tensors = {}
-        for role, shape in self._matrices(cluster, layer).items():
+        for role, shape in self._matrices(cluster, layer, self._experts(cluster, layer)).items():
             name = tensor_name(layer, role)
             if packed:
                 tensors |= pack_matrix(file, name, role, shape, self.dtype, self.device)
@@ -63,9 +63,9 @@ class FfnReader:
         return tensors
 
     def shapes(self, cluster: int | None, layer: int) -> Shapes:
-        """Shapes and dtypes of what `layer` returns, from the manifest alone."""
+        """Shapes and dtypes of what `layer` returns, from the manifest alone, where experts count from 0 on."""
         shapes: Shapes = {}
-        for role, shape in self._matrices(cluster, layer).items():
+        for role, shape in self._matrices(cluster, layer, range(self._num_experts(cluster, layer))).items():
             if self.packed:
                 shapes |= packed_shapes(role, shape, self.dtype, self.device)
             else:
@@ -104,28 +104,45 @@ class FfnReader:
             raise ConfigError(f"bundle {self.bundle.path} has no dense FFN; compile it with --dense or use a cluster")
         return self.bundle.dense
 
-    def _matrices(self, cluster: int | None, layer: int) -> dict[str, tuple[int, int]]:
+    def _matrices(self, cluster: int | None, layer: int, experts: Sequence[int]) -> dict[str, tuple[int, int]]:
+        """Shapes of a layer's matrices; `experts`: numbers of those that are there, none where the FFN is one."""
         manifest = self.bundle.manifest
         hidden = manifest.model.hidden_size
+        wide = self._num_neurons(cluster, layer)
         if self.family.experts is not None:
-            numbers, wide = self._experts(cluster, layer)
+            wide //= len(experts)
             return {
                 expert_role(number, role): (hidden, wide) if role == "down" else (wide, hidden)
-                for number in numbers
+                for number in experts
                 for role in ("gate", "up", "down")
             }
-        wide = manifest.model.ffn_dim if cluster is None else manifest.clusters[cluster].layer_budgets[layer]
         return {role: (hidden, wide) if role == "down" else (wide, hidden) for role in self.family.projections}
 
-    def _experts(self, cluster: int | None, layer: int) -> tuple[Sequence[int], int]:
-        """Which experts a layer has, and the neurons of each."""
+    def _num_neurons(self, cluster: int | None, layer: int) -> int:
+        """Neurons of a layer, of all experts that are there together."""
         manifest = self.bundle.manifest
-        experts = manifest.model.experts
-        assert experts is not None
-        if cluster is not None and manifest.narrows_experts:
-            return range(experts.num_experts), manifest.clusters[cluster].layer_budgets[layer] // experts.num_experts
+        return manifest.model.ffn_dim if cluster is None else manifest.clusters[cluster].layer_budgets[layer]
+
+    def _experts(self, cluster: int | None, layer: int) -> Sequence[int]:
+        """Numbers of the experts that a layer has."""
+        manifest = self.bundle.manifest
+        if manifest.model.experts is None:
+            return ()
         pack = None if cluster is None else self.bundle.pack(cluster)
-        return kept_experts(pack, manifest)[layer], manifest.model.expert_neurons
+        return kept_experts(pack, manifest)[layer]
+
+    def _num_experts(self, cluster: int | None, layer: int) -> int:
+        """How many a layer has, without a look at the pack, which would be fetched or checked for it."""
+        model = self.bundle.manifest.model
+        if model.experts is None:
+            return 0
+        if cluster is None:
+            return model.experts.num_experts
+        if (listed := self.bundle.manifest.clusters[cluster].layer_experts) is not None:
+            return listed[layer]
+        if self.bundle.manifest.narrows_experts:
+            return model.experts.num_experts
+        return self._num_neurons(cluster, layer) // model.expert_neurons
 
 
 class HostWeights:

@@ -166,18 +166,47 @@ Ffn assemble_ffn(const ModelRecord& record, const TensorFile& file, const std::v
   return ffn;
 }
 
+namespace {
+
+// The experts of a layer that a file has: those that it lists, or all.
+std::vector<int> experts_in(const ModelRecord& record, const TensorFile& file, const std::string& listed) {
+  std::vector<int> numbers;
+  if (!file.has(listed)) {
+    for (int number = 0; number < record.num_experts; ++number) numbers.push_back(number);
+    return numbers;
+  }
+  numbers = file.list(listed);
+  int least = 0;
+  for (const int number : numbers) {
+    if (number < least || number >= record.num_experts)
+      refuse(file.name() + ": " + listed, "ascending numbers below " + std::to_string(record.num_experts),
+             std::to_string(number));
+    least = number + 1;
+  }
+  const int count = static_cast<int>(numbers.size());
+  if (count < record.num_chosen)
+    refuse(file.name() + ": " + listed, std::to_string(record.num_chosen) + " experts or more", std::to_string(count));
+  return numbers;
+}
+
+}  // namespace
+
 Ffn assemble_experts(const ModelRecord& record, const TensorFile& file, const std::vector<int>& num_neurons) {
   if (record.num_experts == 0) refuse("experts", "none", "some");
   check_neurons(record, num_neurons);
   const int hidden = record.hidden_size;
   Ffn ffn(record.num_layers);
   for (int index = 0; index < record.num_layers; ++index) {
-    const int neurons = num_neurons[index] / record.num_experts;
-    if (num_neurons[index] % record.num_experts)
-      refuse("neurons of a layer", "a multiple of " + std::to_string(record.num_experts),
+    const std::string listed = "layers." + std::to_string(index) + ".experts";
+    const std::vector<int> numbers = experts_in(record, file, listed);
+    const int count = static_cast<int>(numbers.size()), neurons = num_neurons[index] / count;
+    if (num_neurons[index] % count || neurons < 1 || neurons > record.ffn_neurons())
+      refuse("neurons of a layer",
+             std::to_string(count) + " times 1 to " + std::to_string(record.ffn_neurons()) + " of them",
              std::to_string(num_neurons[index]));
-    for (int number = 0; number < record.num_experts; ++number) {
-      const std::string root = "layers." + std::to_string(index) + ".experts." + std::to_string(number) + ".";
+    ffn[index].experts.resize(record.num_experts);
+    for (const int number : numbers) {
+      const std::string root = listed + "." + std::to_string(number) + ".";
       const auto linear = [&](const char* role, int rows, int cols) {
         return Linear{file.matrix(root + role, rows, cols), ffn_bias(record, file, root + role + "_bias", rows)};
       };
@@ -187,7 +216,7 @@ Ffn assemble_experts(const ModelRecord& record, const TensorFile& file, const st
       expert.down = linear("down", hidden, neurons);
       expert.gate_up_norms = file.vector(root + "gate_up_norms", hidden);
       expert.down_norms = file.vector(root + "down_norms", neurons);
-      ffn[index].experts.push_back(expert);
+      ffn[index].experts[number] = expert;
     }
   }
   return ffn;

@@ -19,8 +19,8 @@ ModelWeights assemble_model(const ModelRecord& record, const TensorFile& base, M
 
 // The dense FFN or a cluster's pack. Throws as above.
 Ffn assemble_ffn(const ModelRecord& record, const TensorFile& file, const std::vector<int>& num_neurons);
-// The dense FFN of a mixture, or a pack in which each expert is narrowed. Throws as above.
-// `num_neurons`: of each layer, in equal parts of its experts.
+// The dense FFN of a mixture, or a pack in which each expert is narrowed; one that lists experts has these alone. Throws as
+// above. `num_neurons`: of each layer, in equal parts of the experts that are there.
 Ffn assemble_experts(const ModelRecord& record, const TensorFile& file, const std::vector<int>& num_neurons);
 // A cluster's pack of a mixture: some of the dense FFN's experts, by their numbers in each layer. Throws
 // std::invalid_argument: there are no such layers or experts.

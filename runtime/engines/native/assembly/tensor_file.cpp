@@ -116,6 +116,14 @@ Matrix TensorFile::neurons(const std::string& tensor, int num_neurons, int width
   return w;
 }
 
+std::vector<int> TensorFile::list(const std::string& tensor) const {
+  const auto found = tensors_.find(tensor);
+  const bool is_list = found != tensors_.end() && found->second.shape.size() == 1 && found->second.shape[0] < 1 << 30;
+  const int size = is_list ? static_cast<int>(found->second.shape[0]) : 0;
+  const int32_t* stored = numbers(tensor, size);
+  return {stored, stored + size};
+}
+
 const float* TensorFile::vector(const std::string& tensor, int size) const {
   return has(tensor) ? reinterpret_cast<const float*>(part(tensor, "F32", {size})) : nullptr;
 }

@@ -30,6 +30,8 @@ class TensorFile {
   const int32_t* numbers(const std::string& tensor, int size) const {
     return reinterpret_cast<const int32_t*>(part(tensor, "I32", {size}));
   }
+  // However many there are. Throws std::invalid_argument: they are not there, of another type, or no list.
+  std::vector<int> list(const std::string& tensor) const;
   // Throws std::invalid_argument: it is not there, or of another type or shape.
   void check(const std::string& tensor, const std::string& dtype, const std::vector<long long>& shape) const {
     part(tensor, dtype, shape);

@@ -13,7 +13,7 @@ const std::string kManifest = "manifest.json", kBase = "base.safetensors", kDens
                   kGeneration = "tokenizer/generation.json";
 constexpr int kVersion = 3, kOldVersion = 2;  // in the old one all clusters have the plan's layer budgets
 constexpr int kThinVersion = 4;               // from here on clusters may have no pack of their own
-constexpr int kHalvesVersion = 6;             // 5: mixtures of experts with token shares; 6: inputs read in half
+constexpr int kNewestVersion = 7;  // 5: mixtures with token shares; 6: inputs read in half; 7: listed experts
 
 Json parse(const WholeFile& file) {
   return Json::parse({reinterpret_cast<const char*>(file.data()), file.num_bytes()});
@@ -42,9 +42,9 @@ BundleFolder::BundleFolder(const std::string& folder, bool checks_sums, bool spa
     : folder_(folder), checks_sums_(checks_sums), spares_memory_(spares_memory) {
   manifest_ = parse(WholeFile(folder + "/" + kManifest));
   const int version = manifest_.integer("schema_version");
-  if (version < kOldVersion || version > kHalvesVersion)
+  if (version < kOldVersion || version > kNewestVersion)
     throw Failure(COREINFER_VERSION, folder + ": schema version " + std::to_string(version) + ", this library reads " +
-                                         std::to_string(kOldVersion) + " to " + std::to_string(kHalvesVersion));
+                                         std::to_string(kOldVersion) + " to " + std::to_string(kNewestVersion));
   model_ = read_record(manifest_.object("model"));
   ffn_format_ = manifest_.object("quantization").object("ffn").string("format");
   read_clusters();
@@ -74,8 +74,9 @@ bool BundleFolder::narrows_experts() const {
   const Json* experts = manifest_.object("plan").find("experts");
   if (!Json::is_given(experts)) return false;
   const std::string kind = manifest_.object("plan").string("experts");
-  if (kind != "whole" && kind != "narrow") refuse("plan.experts", "whole or narrow", "'" + kind + "'");
-  return kind == "narrow";
+  if (kind != "whole" && kind != "narrow" && kind != "both")
+    refuse("plan.experts", "whole, narrow or both", "'" + kind + "'");
+  return kind != "whole";
 }
 
 std::unique_ptr<const WholeFile> BundleFolder::open(const std::string& name) const {

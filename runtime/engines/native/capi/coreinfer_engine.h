@@ -109,7 +109,7 @@ typedef struct coreinfer_ids {
  * record: as in coreinfer_open_files.
  * num_neurons: num_layers of them, the neurons of each layer.
  * ffn: receives the FFN, which coreinfer_close_ffn frees. Of coreinfer_read_experts: that of a mixture of experts, where the
- * neurons of a layer are those of all its experts together.
+ * neurons of a layer are those of all its experts together; a pack that lists narrower ones has these alone.
  */
 COREINFER_API int coreinfer_read_ffn(const char* record, const coreinfer_file* file, const int* num_neurons,
                                      size_t num_layers, coreinfer_ffn** ffn);
