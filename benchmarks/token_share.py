@@ -1,6 +1,6 @@
 """What tokens gain that leave inputs out, and what it costs: token shares beside the dense int4 kernels.
 
-    python benchmarks/token_share.py --models smollm2-135m [--shares 1,0.75,0.6,0.5,0.4] [--rounds 5] [--texts FOLDER]
+    python benchmarks/token_share.py --models smollm2-135m [--shares 1,0.75,0.6,0.5,0.4] [--no-half-inputs] [--rounds 5]
 
 All shares of a model take turns in one process, in rounds that also measure the plain read bandwidth; medians. The
 row "dense" is the engine as it is without token shares: all weights, read by rows. Each token is a text's own (random
@@ -63,6 +63,7 @@ class Row:
 @click.option("--tokens", default=32)
 @click.option("--threads", default=2)
 @click.option("--isa", default="auto")
+@click.option("--half-inputs/--no-half-inputs", default=True, help="Whether some inputs are read in half.")
 @click.option("--texts", type=click.Path(path_type=Path), default=None, help="Folder of JSON Lines files, for KL.")
 @click.option("--num-texts", default=36)
 @click.option("--calibration", type=click.Path(path_type=Path), default=None, help="Folder of texts for thresholds.")
@@ -75,6 +76,7 @@ def main(
     tokens: int,
     threads: int,
     isa: str,
+    half_inputs: bool,
     texts: Path | None,
     num_texts: int,
     calibration: Path | None,
@@ -90,7 +92,8 @@ def main(
         if models and model.name not in models:
             continue
         is_random = "random" in model.name
-        bundle_dir = share_bundle_of(model, work, calibration=None if is_random else calibration)
+        texts_to_set_by = None if is_random else calibration
+        bundle_dir = share_bundle_of(model, work, calibration=texts_to_set_by, half_inputs=half_inputs)
         rows = load_rows(bundle_dir, [float(share) for share in shares.split(",")], threads, isa)
         reads = time_rows(rows, decoded_ids(bundle_dir, tokens, is_random=is_random), rounds)
         has_kl = texts is not None and not is_random

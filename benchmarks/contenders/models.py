@@ -268,14 +268,19 @@ def bundle_of(model: BenchModel, kind: str, work: Path, *, keep: float | None = 
     return _compiled(model, target, work, ["--keep", keep or model.keep, "--no-evaluate", "--quantize", kind])
 
 
-def share_bundle_of(model: BenchModel, work: Path, *, calibration: Path | None = None) -> Path:
+def share_bundle_of(
+    model: BenchModel, work: Path, *, calibration: Path | None = None, half_inputs: bool = True
+) -> Path:
     """Compile an int4 bundle with one cluster, which keeps all neurons, and token shares.
 
     Args:
         calibration: folder of texts for the thresholds; None for a few sentences.
+        half_inputs: whether some inputs are read in half.
     """
     options: list[object] = ["--keep", 1, "--token-share", 0.64, "--quantize", "int4", "--effort", "quick"]
-    return _compiled(model, work / f"{model.name}-token-shares", work, options, calibration=calibration)
+    options.append("--half-inputs" if half_inputs else "--no-half-inputs")
+    target = work / f"{model.name}-{'halves' if half_inputs else 'token-shares'}"
+    return _compiled(model, target, work, options, calibration=calibration)
 
 
 def _compiled(
