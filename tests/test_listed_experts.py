@@ -31,8 +31,16 @@ from .bundle_factory import change_tensors, edit_manifest
 from .model_factory import MIXTURES
 from .skewed_mixtures import NEGLECTED, build_skewed, save_skewed
 from .test_export import divergence, exported, model_logits, own_logits, token_ids
-from .test_mixtures import IDS, blocks, close, hide_experts, in_steps, near, pieces
-from .test_narrow_experts import NEURONS, cut_into, kept_neurons, put_downs, wide_settings
+from .test_mixtures import IDS, blocks, close, hide_experts, in_steps, pieces
+from .test_narrow_experts import (
+    NEURONS,
+    bf16_is_torch,
+    cut_into,
+    kept_neurons,
+    packed_is_torch,
+    put_downs,
+    wide_settings,
+)
 from .test_planning import NEAR
 
 
@@ -102,33 +110,13 @@ def test_torch_computes_a_model_of_such_experts(family: str, listed: Callable[..
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_bf16_logits_are_those_of_torch(family: str, listed: Callable[..., Path]) -> None:
-    bundle = opened(listed(family))
-    torch_decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
-    for threads in (1, 3):
-        decoder = NativeDecoder(bundle, threads=threads)
-        # From one width to another and back.
-        for cluster in (1, None, 0, 1):
-            choice = FfnChoice(cluster=cluster)
-            decoder.use(choice)
-            torch_decoder.use(choice)
-            assert near(blocks(decoder), blocks(torch_decoder))
-            expected = pieces(torch_decoder)
-            assert close(pieces(decoder), expected, 4e-3)
-            assert close(pieces(decoder, 8), expected, 4e-3)
+    bf16_is_torch(opened(listed(family)))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("family", MIXTURES)
 def test_packed_logits_are_those_of_torch(family: str, kind: str, listed: Callable[..., Path]) -> None:
-    """What differs is the rounding of activations to int8."""
-    bundle = opened(listed(family, kind))
-    torch_decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
-    decoder = NativeDecoder(bundle, threads=2)
-    for cluster in range(2):
-        for each in (torch_decoder, decoder):
-            each.use(FfnChoice(cluster=cluster))
-        assert near(pieces(decoder), pieces(torch_decoder))
-        assert close(pieces(decoder, 8), pieces(decoder), 1e-3)
+    packed_is_torch(opened(listed(family, kind)), pieces)
 
 
 @pytest.mark.parametrize("isa", _native.available_isas())

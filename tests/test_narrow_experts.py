@@ -125,13 +125,11 @@ def test_torch_computes_a_model_of_such_experts(family: str, narrow_bundle: Call
         assert np.abs(expected - dense).max() > 0.1
 
 
-@pytest.mark.parametrize("family", MIXTURES)
-def test_bf16_logits_are_those_of_torch(family: str, narrow_bundle: Callable[..., Path]) -> None:
-    bundle = open_bundle(narrow_bundle(family))
+def bf16_is_torch(bundle: Bundle) -> None:
+    """Check that the native engine's logits are torch's, from one width to another and back."""
     torch_decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
     for threads in (1, 3):
         decoder = NativeDecoder(bundle, threads=threads)
-        # From one width to another and back.
         for cluster in (1, None, 0, 1):
             choice = FfnChoice(cluster=cluster)
             decoder.use(choice)
@@ -142,19 +140,27 @@ def test_bf16_logits_are_those_of_torch(family: str, narrow_bundle: Callable[...
             assert close(pieces(decoder, 8), expected, 4e-3)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("family", MIXTURES)
-def test_packed_logits_are_those_of_torch(family: str, kind: str, narrow_bundle: Callable[..., Path]) -> None:
-    """What differs is the rounding of activations to int8."""
-    bundle = open_bundle(narrow_bundle(family, kind))
+def packed_is_torch(bundle: Bundle, read: Callable[[Decoder], np.ndarray]) -> None:
+    """Check the same of int4 or int8; what differs is the rounding of activations to int8."""
     torch_decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
     decoder = NativeDecoder(bundle, threads=2)
     for cluster in range(2):
         for each in (torch_decoder, decoder):
             each.use(FfnChoice(cluster=cluster))
-        assert near(blocks(decoder), blocks(torch_decoder))
+        assert near(read(decoder), read(torch_decoder))
         # Routers' sums are as wide as a vector for several tokens, and rounding makes steps of such differences.
         assert close(pieces(decoder, 8), pieces(decoder), 1e-3)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_bf16_logits_are_those_of_torch(family: str, narrow_bundle: Callable[..., Path]) -> None:
+    bf16_is_torch(open_bundle(narrow_bundle(family)))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_packed_logits_are_those_of_torch(family: str, kind: str, narrow_bundle: Callable[..., Path]) -> None:
+    packed_is_torch(open_bundle(narrow_bundle(family, kind)), blocks)
 
 
 def cut_into(decoder: Decoder, *cuts: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch import nn
 
 from .host_weights import FfnReader, HostWeights, layer_bytes
 from .input_masks import InputMasks
-from .low_halves import low_bytes
+from .low_halves import LowProducts, low_bytes
 from .memory_plan import MemoryNeeds, kv_bytes_per_token, plan_memory
 from .model import (
     base_bytes,
@@ -105,9 +105,8 @@ class TorchDecoder:
         transfer = transfer or (pick_transfer(self._device) if moves else None)
         self._placement = self._place_weights(transfer, gpu_memory_mb)
         self._sequences = TorchSequences(self._pick_static(cuda_graphs, transfer))
-        self.masks = InputMasks(
-            self._layers, self._family, bundle, dtype=self._dtype, device=self._device, packed=packed
-        )
+        low = LowProducts(self._layers, self._family, bundle, dtype=self._dtype, device=self._device, packed=packed)
+        self.masks = InputMasks(self._layers, self._family, bundle, low, self._device)
         self._choice: FfnChoice | None = None
         self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
 

@@ -32,18 +32,15 @@ class InputMasks:
         layers: Sequence[nn.Module],
         family: Family,
         bundle: Bundle,
-        *,
-        dtype: torch.dtype,
+        low: LowProducts,
         device: torch.device,
-        packed: bool,
     ) -> None:
         """Mask nothing yet.
 
         Args:
-            packed: whether the FFN's int4 matrices are multiplied as they are.
+            low: of the same layers and bundle.
         """
-        self._bundle, self._device = bundle, device
-        self._low = LowProducts(layers, family, bundle, dtype=dtype, device=device, packed=packed)
+        self._bundle, self._device, self._low = bundle, device, low
         self.counts: InputCounts | None = None
         self._is_on, self._generation = False, 0
         self._norms: dict[Groups, torch.Tensor] = {}
