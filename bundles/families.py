@@ -12,6 +12,7 @@ from functools import reduce
 from typing import Any
 
 from .errors import UnsupportedModelError
+from .refused_models import refusal_reason
 
 __all__ = [
     "CACHE_ARGUMENTS",
@@ -305,45 +306,6 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 
-_REFUSALS: Mapping[str, tuple[str, ...]] = {
-    "its FFN is a mixture of experts with parts that no row describes yet, such as shared experts or another router": (
-        "qwen2_moe",
-        "qwen3_5_moe",
-        "flex_olmo",
-        "granitemoeshared",
-        "phimoe",
-        "deepseek_v2",
-        "deepseek_v3",
-        "deepseek_v32",
-        "ernie4_5_moe",
-        "exaone_moe",
-        "glm4_moe",
-        "glm4_moe_lite",
-        "minimax",
-        "minimax_m2",
-        "llama4_text",
-        "dbrx",
-    ),
-    "it is not a transformer FFN everywhere: some layers, or parts of them, are of another kind": (
-        "falcon_h1",
-        "lfm2",
-        "lfm2_moe",
-        "granitemoehybrid",
-        "mamba",
-        "mamba2",
-        "jamba",
-        "bamba",
-        "zamba",
-        "zamba2",
-        "nemotron_h",
-        "recurrent_gemma",
-        "qwen3_next",
-        "olmo_hybrid",
-    ),
-    "it reads pictures and sounds too; save its text model with transformers' Gemma3nForCausalLM first": ("gemma3n",),
-}
-"""What keeps a model out of the table -> the model types that it is true of."""
-
 
 def family_by_name(name: str) -> Family:
     """Find a row of the table by the name that the manifest stores.
@@ -370,8 +332,8 @@ def family_of_config(config: Mapping[str, Any], where: str) -> Family:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
-    reasons = [reason for reason, model_types in _REFUSALS.items() if model_type in model_types]
-    because = f" ({reasons[0]})" if reasons else ""
+    reason = refusal_reason(model_type)
+    because = "" if reason is None else f" ({reason})"
     raise UnsupportedModelError(_unsupported(f"model {where}: model_type {model_type!r}{because}"))
 
 
