@@ -2,17 +2,18 @@
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from coreinfer.bundles import Bundle
 from coreinfer.bundles.contract import ATTENTION_GROUPS, INPUT_GROUPS, norms_role, tensor_name
 from coreinfer.bundles.families import Family, resolve
-from coreinfer.bundles.formats import low_halves
+from coreinfer.bundles.formats import LOW_BITS, LOW_MEAN, int4_grid, low_halves
 from coreinfer.bundles.tensors import TensorFile
 from torch import nn
 
-from .packed_linear import GRID, Tensors, is_down, pack_low_halves, packed_product
+from .packed_linear import GRID, Tensors, is_down, pack_grid, packed_product
 from .wanted_inputs import Groups
 
 __all__ = ["LowProducts", "StoredMatrix", "group_matrices", "hold", "low_bytes"]
@@ -44,6 +45,11 @@ class StoredMatrix:
             KeyError: it is not stored as int4.
         """
         return torch.from_numpy(low_halves(self.file, self.name, self.shape))
+
+    def low_grid(self) -> tuple[Any, Any, Any]:
+        """Read the same as codes, scales and zeros, as `int4_grid` returns them."""
+        codes, scales, _ = int4_grid(self.file, self.name, self.shape)
+        return codes & LOW_BITS, scales, np.full_like(scales, LOW_MEAN)
 
 
 def group_matrices(layer: nn.Module, family: Family, file: TensorFile, place: Groups) -> Iterator[StoredMatrix]:
@@ -156,7 +162,7 @@ class LowProducts:
         if role is None or not self._packed:
             tensors: Tensors = {"": matrix.low_halves().to(self._dtype)}
         else:
-            found = pack_low_halves(matrix.file, matrix.name, role, matrix.shape, self._dtype, self._device)
+            found = pack_grid(matrix.low_grid(), role, matrix.shape, self._dtype, self._device)
             tensors = {"": found[role], GRID: found[role + GRID]}
             # As `empty_model` has it: the padding between the products stays.
             num_outputs = matrix.shape[0] if is_down(role) else None

@@ -9,10 +9,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from coreinfer.bundles import Bundle, ConfigError
-from coreinfer.bundles.formats import GROUP_SIZE, LOW_BITS, LOW_MEAN, int4_grid
+from coreinfer.bundles.formats import GROUP_SIZE, int4_grid
 from coreinfer.bundles.tensors import StoredTensor
 from torch import nn
 from torch.nn import functional
@@ -21,7 +20,7 @@ __all__ = [
     "GRID",
     "PackedLinear",
     "is_down",
-    "pack_low_halves",
+    "pack_grid",
     "pack_matrix",
     "packed_problem",
     "packed_product",
@@ -136,26 +135,13 @@ def pack_matrix(
     Raises:
         KeyError: the file does not hold it as int4.
     """
-    return _packed(role, shape, int4_grid(file, name, shape), dtype, device)
+    return pack_grid(int4_grid(file, name, shape), role, shape, dtype, device)
 
 
-def pack_low_halves(
-    file: Mapping[str, StoredTensor],
-    name: str,
-    role: str,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    device: torch.device,
+def pack_grid(
+    grid_of: tuple[Any, Any, Any], role: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensors:
-    """Read what the low bits of an int4 matrix's codes add to it (`low_halves`), as `pack_matrix` does the matrix."""
-    codes, scales, _ = int4_grid(file, name, shape)
-    return _packed(role, shape, (codes & LOW_BITS, scales, np.full_like(scales, LOW_MEAN)), dtype, device)
-
-
-def _packed(
-    role: str, shape: tuple[int, int], grid_of: tuple[Any, Any, Any], dtype: torch.dtype, device: torch.device
-) -> Tensors:
-    """Arrange codes, scales and zeros as `int4_grid` returns them."""
+    """Arrange codes, scales and zeros, as `int4_grid` returns them, as `pack_matrix` does."""
     codes, scales, zeros = (torch.from_numpy(part) for part in grid_of)
     missing = _padded_shape(role, shape)[0] - codes.shape[0]
     codes, scales, zeros = (functional.pad(part, (0, 0, 0, missing)) for part in (codes, scales, zeros))
