@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from coreinfer import runtime
-from coreinfer.bundles import Bundle, BundleCorrupt, BundleVersionError, ConfigError, UnsupportedModelError, manifest
+from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, UnsupportedModelError, manifest
 from coreinfer.bundles import open_bundle as opened
 from coreinfer.bundles.contract import expert_role, kept_experts, tensor_name
 from coreinfer.bundles.families import family_of_config, resolve
@@ -29,6 +29,7 @@ from coreinfer.runtime.routing.modes import ModePlan, decode_choice
 
 from .bundle_factory import change_tensors, edit_manifest
 from .model_factory import MIXTURES
+from .old_readers import check_older_readers
 from .skewed_mixtures import NEGLECTED, build_skewed, save_skewed
 from .test_export import divergence, exported, model_logits, own_logits, token_ids
 from .test_mixtures import IDS, blocks, close, hide_experts, in_steps, pieces
@@ -323,14 +324,8 @@ def test_older_readers_refuse_by_version(
 ) -> None:
     folder = Path(shutil.copytree(listed("mixtral"), tmp_path / "bundle"))
     assert opened(folder).manifest.schema_version == 7
-    with monkeypatch.context() as patch:
-        patch.setattr(manifest, "READ_VERSIONS", (2, 3, 4, 5))
-        with pytest.raises(BundleVersionError, match="schema version 7, this coreinfer reads 2, 3, 4 and 5; upgrade"):
-            opened(folder)
-    with edit_manifest(folder) as data:
-        data["schema_version"] = 3
-    with pytest.raises(BundleCorrupt, match=re.escape("manifest.plan.experts: both needs schema_version 7")):
-        opened(folder)
+    said = "manifest.plan.experts: both needs schema_version 7"
+    check_older_readers(folder, monkeypatch, known=(2, 3, 4, 5, 6), lower=3, said=said)
 
 
 def test_numbers_of_experts_that_cannot_be_are_named(listed: Callable[..., Path], tmp_path: Path) -> None:

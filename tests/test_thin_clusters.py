@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from coreinfer import runtime
-from coreinfer.bundles import BundleCorrupt, BundleVersionError, ConfigError, manifest, open_bundle
+from coreinfer.bundles import ConfigError, open_bundle
 from coreinfer.bundles.inspect import describe
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import read_manifest
@@ -27,6 +27,7 @@ from coreinfer.runtime.generation import Mode
 
 from .bundle_factory import edit_manifest
 from .engine_inputs import PROMPT
+from .old_readers import check_older_readers
 
 SHARE = 0.6
 PROMPT_IDS, NEXT_IDS = [1, 57, 200, 300, 21, 99, 140, 7], [9, 8, 77, 301]
@@ -182,18 +183,8 @@ def test_older_readers_refuse_by_version(
     thin_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(thin_bundle(), tmp_path / "bundle"))
-    with monkeypatch.context() as patch:
-        patch.setattr(manifest, "READ_VERSIONS", (2, 3))
-        with pytest.raises(
-            BundleVersionError, match="schema version 4, this coreinfer reads 2 and 3; upgrade coreinfer"
-        ):
-            open_bundle(folder)
-    with edit_manifest(folder) as data:
-        data["schema_version"] = 3
-    with pytest.raises(
-        BundleCorrupt, match=re.escape("clusters[0].file: a cluster without one needs schema_version 4")
-    ):
-        open_bundle(folder)
+    said = "clusters[0].file: a cluster without one needs schema_version 4"
+    check_older_readers(folder, monkeypatch, known=(2, 3), lower=3, said=said)
 
 
 def test_nothing_is_narrowed(tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path) -> None:
