@@ -2,11 +2,12 @@
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["replica_processes", "stopped"]
+__all__ = ["replica_processes", "run_until", "stopped"]
 
 
 def replica_processes(server_id: int) -> list[int]:
@@ -28,14 +29,31 @@ def _descends(number: int, ancestor: int, parents: dict[int, int]) -> bool:
     return False
 
 
+def _send(sent: signal.Signals, processes: list[int]) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, sent)
+
+
 @contextmanager
 def stopped(processes: list[int]) -> Iterator[None]:
     """Stop processes in the block; those that were killed there stay dead."""
-    for process in processes:
-        os.kill(process, signal.SIGSTOP)
+    _send(signal.SIGSTOP, processes)
     try:
         yield
     finally:
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGCONT)
+        _send(signal.SIGCONT, processes)
+
+
+def run_until(holds: Callable[[], bool], processes: list[int], seconds: float = 30.0) -> bool:
+    """Let stopped processes go on in short slices, so that a fast machine is not done with everything by then."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        _send(signal.SIGCONT, processes)
+        time.sleep(0.02)
+        _send(signal.SIGSTOP, processes)
+        # What was sent before the stop arrives meanwhile.
+        time.sleep(0.05)
+    return True
