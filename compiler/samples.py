@@ -9,6 +9,7 @@ __all__ = [
     "NEURON_BLOCK",
     "PACKED_ROWS",
     "PROFILE_TOKENS",
+    "ROUTER_DIMENSION",
     "NUM_SHARE_LEVELS",
     "NUM_SHARE_TARGETS",
     "SHARE_COST_TOKENS",
@@ -34,6 +35,8 @@ NEURON_BLOCK = GROUP_SIZE
 """Kept neurons a layer are a multiple of this, the kernels' group size."""
 PACKED_ROWS = 64
 """Of a symmetric matrix, rows of a block that is packed as one: see `prune.triangle`."""
+ROUTER_DIMENSION = 128
+"""Of the router's table, where its encoder has more: 64 clusters are told apart as well as in 384 (docs/dev/log.md)."""
 SUMS_BYTES = 6 << 30
 """What sums over the text may take on the disk, to be kept while layers are narrowed again."""
 _MOST_BATCH_TOKENS, _MOST_BATCH_LOGITS = 1024, 1 << 25

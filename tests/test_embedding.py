@@ -11,11 +11,13 @@ from coreinfer.bundles.shared.machine import bf16_products_are_faster
 from coreinfer.compiler import CompileConfig, Progress
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.clusters.distil import distill_encoder
-from coreinfer.compiler.clusters.embed import StaticEncoder, embed_sentences, fit_to_sentences, load_encoder
+from coreinfer.compiler.clusters.embed import StaticEncoder, embed_sentences, fit_to_sentences, load_encoder, narrowed
 from coreinfer.compiler.models.sources import ModelSource, find_source
 from coreinfer.compiler.team.alone import Alone
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from .model_factory import corpus_texts
 from .test_carrying import load as load_family
@@ -156,6 +158,44 @@ def test_a_text_without_tokens_does_not_spoil_the_fit(static: StaticEncoder) -> 
     targets = np.random.default_rng(1).normal(size=(3, 32)).astype(np.float32)
     fitted = fit_to_sentences(static, ["wave ship", "", "court judge"], targets)
     assert np.isfinite(fitted.table).all()
+
+
+def test_a_narrowed_table_keeps_what_texts_and_rows_differ_in() -> None:
+    """Of 24 directions 8 have nearly all of it: cosines are those of before, and without these 8 they are not."""
+    generator, tokenizer = np.random.default_rng(2), word_tokenizer(300)
+    strong = generator.normal(size=(300, 8)) @ generator.normal(size=(8, 24))
+    table = (strong + 0.01 * generator.normal(size=(300, 24))).astype(np.float16)
+    encoder = StaticEncoder(table=table, tokenizer_json=tokenizer)
+    texts = [" ".join(f"w{i}" for i in generator.integers(0, 300, 12)) for _ in range(40)]
+    others = [" ".join(f"w{i}" for i in generator.integers(0, 300, 5)) for _ in range(40)]
+    whole = encoder.embed(others) @ encoder.embed(texts).T
+    few, fewer = narrowed(encoder, texts, 8), narrowed(encoder, texts, 4)
+    assert (few.table.shape, few.table.dtype, few.tokenizer_json) == ((300, 8), np.float16, tokenizer)
+    np.testing.assert_allclose(few.embed(others) @ few.embed(texts).T, whole, atol=0.01)
+    assert np.abs(fewer.embed(others) @ fewer.embed(texts).T - whole).max() > 0.1
+    assert narrowed(encoder, texts, 24) is encoder
+
+
+def test_what_no_text_says_is_kept_where_the_table_has_it() -> None:
+    """Texts use half of the rows and of the directions; other texts may use the rest."""
+    table = np.zeros((200, 64), dtype=np.float16)
+    table[:100, :4] = np.random.default_rng(3).normal(size=(100, 4))
+    table[100:, 4:8] = np.random.default_rng(4).normal(size=(100, 4))
+    encoder = StaticEncoder(table=table, tokenizer_json=word_tokenizer(200))
+    texts, others = (
+        [" ".join(f"w{(7 * i + 3 * j) % 100 + start}" for j in range(5)) for i in range(30)] for start in (0, 100)
+    )
+    kept = narrowed(encoder, texts, 8)
+    np.testing.assert_allclose(
+        kept.embed(others) @ kept.embed(others).T, encoder.embed(others) @ encoder.embed(others).T, atol=0.01
+    )
+
+
+def word_tokenizer(count: int) -> str:
+    """A tokenizer of the words w0, w1 and so on, whose ids are these numbers."""
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(count)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return str(tokenizer.to_str())
 
 
 def test_a_gguf_file_is_no_sentence_encoder() -> None:

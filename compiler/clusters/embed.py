@@ -20,7 +20,7 @@ from coreinfer.compiler.team.team import Team, Worker
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
-__all__ = ["ENCODER", "Encoder", "StaticEncoder", "embed_sentences", "fit_to_sentences", "load_encoder"]
+__all__ = ["ENCODER", "Encoder", "StaticEncoder", "embed_sentences", "fit_to_sentences", "load_encoder", "narrowed"]
 
 _log = logging.getLogger(__name__)
 _BATCH_SIZE = 64
@@ -150,3 +150,22 @@ def fit_to_sentences(encoder: StaticEncoder, texts: Sequence[str], targets: Floa
     mapped = (table @ mapping.astype(np.float32)).astype(np.float32)
     mapped /= max(float(np.abs(mapped).max()) / 100.0, 1e-12)
     return StaticEncoder(table=mapped.astype(np.float16), tokenizer_json=encoder.tokenizer_json)
+
+
+def narrowed(encoder: StaticEncoder, texts: Sequence[str], dimension: int) -> StaticEncoder:
+    """Turn the table to its principal directions, and keep those: a bundle has less to hold and to read.
+
+    Directions count by how calibration texts and the table's rows, in equal shares, lie along them: what other text
+    says is not lost. Cosines are those of before but for what lies in the directions that go.
+    """
+    table = encoder.table.astype(np.float32)
+    if table.shape[1] <= dimension:
+        return encoder
+    spread = np.zeros((table.shape[1], table.shape[1]))
+    for rows in (encoder.embed(texts), table):
+        gram = rows.T.astype(np.float64) @ rows
+        spread += gram / max(float(gram.trace()), 1e-12)
+    # Ascending by what lies along them.
+    _, directions = np.linalg.eigh(spread)
+    turned = table @ directions[:, : -dimension - 1 : -1].astype(np.float32)
+    return StaticEncoder(table=turned.astype(np.float16), tokenizer_json=encoder.tokenizer_json)

@@ -13,12 +13,13 @@ from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.models.sources import find_encoder
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.prune.narrow import CLUSTERS, Assignment
+from coreinfer.compiler.samples import ROUTER_DIMENSION
 from coreinfer.compiler.team.team import Team, forget
 from coreinfer.compiler.text.corpus import Corpus, Document, split_point
 
 from .cluster import Clustering, class_centroids, cluster_embeddings
 from .distil import TOKENS, distill_encoder
-from .embed import ENCODER, StaticEncoder, embed_sentences, fit_to_sentences, load_encoder
+from .embed import ENCODER, StaticEncoder, embed_sentences, fit_to_sentences, load_encoder, narrowed
 
 __all__ = ["Routing", "build_routing", "control_assignments", "route"]
 
@@ -75,7 +76,8 @@ def build_routing(
     embeddings = embed_sentences(team, encoder, key, [text for part in parts for text in part], cache, progress)
     calibration, validation, held_out = np.split(embeddings, np.cumsum([len(part) for part in parts])[:2])
     clustering = cluster_embeddings(calibration, clusters, seed=config.seed)
-    static = fit_to_sentences(distill_encoder(team, encoder, key, cache, progress), parts[0], calibration)
+    fitted = fit_to_sentences(distill_encoder(team, encoder, key, cache, progress), parts[0], calibration)
+    static = narrowed(fitted, parts[0], ROUTER_DIMENSION)
     for slot in (ENCODER, TOKENS):
         forget(team, "embed", slot)
     static_calibration = static.embed(parts[0])

@@ -9,7 +9,14 @@ from coreinfer.compiler.budget import keep_of_budget, moment_bytes
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import shares_profile
 from coreinfer.compiler.quality.search import searches
-from coreinfer.compiler.samples import NEURON_BLOCK, NUM_SHARE_LEVELS, NUM_SHARE_TARGETS, SUMS_BYTES, batch_tokens
+from coreinfer.compiler.samples import (
+    NEURON_BLOCK,
+    NUM_SHARE_LEVELS,
+    NUM_SHARE_TARGETS,
+    ROUTER_DIMENSION,
+    SUMS_BYTES,
+    batch_tokens,
+)
 
 from .expert_work import expert_repair_bytes
 from .shapes import Shapes
@@ -28,7 +35,6 @@ __all__ = [
 
 _FOUND_KEEP = 0.93
 """What a search for KL 0.1 usually ends with; other qualities are taken for it."""
-_ROUTER_DIMENSION = 256
 _TOKENIZER_TOKEN_BYTES = 45
 """Of tokenizer.json, for each token of the vocabulary: its name and its merge."""
 _PROGRAM_BYTES = 650_000_000
@@ -136,7 +142,7 @@ def bundle_bytes(config: CompileConfig, case: Case) -> int:
     )
     tables += sum(matrix_bytes(_head_format(config), shape) for shape in shapes.table_shapes)
     dense = _dense_bytes(shapes, config.quantize) if config.dense else 0
-    router = case.encoder_vocabulary * (2 * _ROUTER_DIMENSION + _TOKENIZER_TOKEN_BYTES)
+    router = case.encoder_vocabulary * (2 * ROUTER_DIMENSION + _TOKENIZER_TOKEN_BYTES)
     tokenizer = shapes.vocab_size * _TOKENIZER_TOKEN_BYTES
     packs = case.num_clusters * _pack_bytes(config, case)
     shares = _shares_bytes(case) if config.token_share is not None else 0
