@@ -23,7 +23,7 @@ MOMENT_TOKENS = 4096
 """Means of squares settle soon: more tokens change nothing that rounding could see."""
 FISHER_TOKENS = 8192
 CURVE_TOKENS = 16_384
-PROFILE_TOKENS = 65_536
+PROFILE_TOKENS = 32_768
 """Enough for scores that no neuron is removed by; it is what modes stability and fused go by at run time."""
 VALIDATION_TOKENS = 8192
 """Ridges differ enough in their costs; of these tokens half are read narrow."""

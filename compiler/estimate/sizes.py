@@ -241,9 +241,11 @@ def stage_needs(
         # Files that are read are mapped, and the model's own weights wait meanwhile.
         "evaluate": _ARITHMETIC_BYTES + batch + files + model + halves,
     }
+    # What FFNs read and put out; and hidden states before and after a layer.
+    kept_bytes = 2 if config.dtype == "auto" else item_bytes
     for stage, tokens in samples.items():
-        seen = _seen_neurons(shapes, stage) + 3 * shapes.hidden_size
-        extra[stage] = extra.get(stage, 0) + tokens * seen * item_bytes
+        seen = kept_bytes * (_seen_neurons(shapes, stage) + shapes.hidden_size)
+        extra[stage] = extra.get(stage, 0) + tokens * (seen + item_bytes * 2 * shapes.hidden_size)
     return {stage: int(_PROGRAM_BYTES + model + need) for stage, need in extra.items()}
 
 

@@ -193,7 +193,7 @@ def distil_work(case: Case) -> Work:
 
 
 def profile_work(case: Case, *, samples: bool) -> Work:
-    """Run the calibration text, 65,536 tokens of it at most where it is sampled; read all activations four times."""
+    """Run the calibration text, 32,768 tokens of it at most where it is sampled; read all activations four times."""
     tokens = sampled(case.calibration_tokens, PROFILE_TOKENS) if samples else case.calibration_tokens
     shapes = case.shapes
     return Work(

@@ -37,7 +37,7 @@ __all__ = [
     "run_partly",
 ]
 
-READING = 3
+READING = 4
 """Part of the keys of all stages that run text; one more as soon as layers give other results, if only by rounding."""
 _BATCH_TOKENS = 4096
 

@@ -67,6 +67,7 @@ class LoadedModel:
         model: the transformers model, in evaluation mode, on `device`.
         record: what the manifest says of it.
         dtype: that it computes in; weights that stay in their file may have another.
+        keeps_in: dtype in which what its layers did with a whole text is kept: bfloat16 unless another was asked for.
         column_norms: (layers, ffn_dim) float32, L2 norms of the down projections' columns; of a mixture (layers,
             experts) ones, for what experts put out is measured as it is.
         mapped: whether weights stay in their file, because all of them at once would be too much.
@@ -78,6 +79,7 @@ class LoadedModel:
     record: ModelRecord
     device: torch.device
     dtype: torch.dtype
+    keeps_in: torch.dtype
     column_norms: np.ndarray[Any, np.dtype[np.float32]]
     mapped: bool = False
 
@@ -242,10 +244,11 @@ def load_model(
     tokenizer = load_tokenizer(source)
     fit_tokenizer(tokenizer, resolve(model, family.embedding).num_embeddings, source.name)
     loaded = wrap_model(model, tokenizer, family=family, name=source.name, config=config)
-    if not mapped:
-        return loaded
-    convert_on_use(model, family, computes_in)
-    return replace(loaded, dtype=computes_in, mapped=True)
+    if mapped:
+        convert_on_use(model, family, computes_in)
+    # float32 may be computed in for speed alone, and would take twice the memory.
+    keeps_in = torch.bfloat16 if dtype == "auto" else computes_in
+    return replace(loaded, dtype=computes_in, keeps_in=keeps_in, mapped=mapped)
 
 
 def _read_weights(
@@ -290,6 +293,7 @@ def wrap_model(model: nn.Module, tokenizer: Any, *, family: Family, name: str, c
         record=record,
         device=next(model.parameters()).device,
         dtype=next(model.parameters()).dtype,
+        keeps_in=next(model.parameters()).dtype,
         column_norms=column_norms(model, family, record),
     )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -52,12 +53,11 @@ class LayerWalk:
         self._starts = document_starts(documents)
         with torch.inference_mode():
             self._batches = prepare_batches(loaded, documents, self._starts)
-            shape, dtype = (int(self._starts[-1]), loaded.record.ffn_dim), self._batches[0].hidden.dtype
-            self._activations = torch.empty(shape, dtype=dtype, device=loaded.device)
-            self._ffn_outputs = torch.empty(
-                (shape[0], loaded.record.hidden_size if outputs else 0), dtype=dtype, device=loaded.device
-            )
-            self._stream_energies = torch.empty(shape[0], dtype=torch.float32, device=loaded.device)
+            num_tokens, width = int(self._starts[-1]), loaded.record.hidden_size if outputs else 0
+            empty = partial(torch.empty, device=loaded.device)
+            self._activations = empty((num_tokens, loaded.record.ffn_dim), dtype=loaded.keeps_in)
+            self._ffn_outputs = empty((num_tokens, width), dtype=loaded.keeps_in)
+            self._stream_energies = empty(num_tokens, dtype=torch.float32)
         self.layer = -1
 
     def to(self, layer: int) -> LayerActivations:
@@ -76,13 +76,13 @@ class LayerWalk:
         )
 
     def _run(self) -> None:
-        form = self._loaded.states_form
+        loaded, form = self._loaded, self._loaded.states_form
         for batch in self._batches:
-            run = run_layer(self._loaded, self.layer, batch, batch.hidden)
+            run = run_layer(loaded, self.layer, batch, batch.hidden)
             batch.hidden = run.output
-            self._activations.index_copy_(0, batch.rows, batch.real(run.activations))
+            self._activations.index_copy_(0, batch.rows, batch.real(run.activations).to(loaded.keeps_in))
             if self._outputs:
-                self._ffn_outputs.index_copy_(0, batch.rows, batch.real(run.ffn_output))
+                self._ffn_outputs.index_copy_(0, batch.rows, batch.real(run.ffn_output).to(loaded.keeps_in))
             self._stream_energies[batch.rows] = form.energies(batch.real(run.output))
 
 

@@ -150,23 +150,23 @@ class _Carried:
         outputs = tokens.targets if self._loaded.family.adds_ffn_output else torch.empty_like(tokens.targets)
         for cluster, rows in enumerate(stream.rows.narrow):
             ids = torch.from_numpy(result.neuron_ids[cluster]).long().to(outputs.device)
-            down, bias = _down(self._loaded, self._layer, result, cluster, ids, outputs)
+            down, bias = _down(self._loaded, self._layer, result, cluster, ids)
             if rounding:
                 down = rounding.down(self._loaded, self._layer, down, result.neuron_ids[cluster])
-            product = tokens.activations.index_select(0, rows).index_select(1, ids) @ down
-            outputs.index_copy_(0, rows, product if bias is None else product + bias)
+            product = tokens.activations.index_select(0, rows).index_select(1, ids).to(down.dtype) @ down
+            outputs.index_copy_(0, rows, (product if bias is None else product + bias).to(outputs.dtype))
         return outputs
 
 
 def _down(
-    loaded: LoadedModel, layer: int, result: LayerResult, cluster: int, ids: torch.Tensor, like: torch.Tensor
+    loaded: LoadedModel, layer: int, result: LayerResult, cluster: int, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A cluster's down projection, transposed, and its bias."""
+    """A cluster's down projection, transposed, and its bias; both in the dtype that the model computes in."""
     module = loaded.projection(layer, "down")
-    down: torch.Tensor = module.weight.T[ids].to(like)
-    bias: torch.Tensor | None = None if module.bias is None else module.bias.to(like)
+    down: torch.Tensor = module.weight.T[ids].to(loaded.device, loaded.dtype)
+    bias: torch.Tensor | None = None if module.bias is None else module.bias.to(loaded.device, loaded.dtype)
     if (bits := result.down(cluster)) is not None:
-        down = from_bits(bits).to(like)
+        down = from_bits(bits).to(loaded.device, loaded.dtype)
     if (repaired := result.bias(cluster)) is not None:
-        bias = torch.from_numpy(repaired).to(like)
+        bias = torch.from_numpy(repaired).to(loaded.device, loaded.dtype)
     return down, bias

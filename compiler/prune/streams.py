@@ -7,6 +7,7 @@ are keys and values of the dense pass.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -67,10 +68,10 @@ class Text:
 
     def empty_tokens(self, loaded: LoadedModel) -> LayerTokens:
         """Room for one layer's activations, by far the most that is in memory; layers and streams share it."""
-        num_tokens, dtype = int(self.starts[-1]), self.parts[0].batch.hidden.dtype
+        num_tokens, empty = int(self.starts[-1]), partial(torch.empty, dtype=loaded.keeps_in, device=loaded.device)
         return LayerTokens(
-            activations=torch.empty((num_tokens, loaded.record.ffn_dim), dtype=dtype, device=loaded.device),
-            targets=torch.empty((num_tokens, loaded.record.hidden_size), dtype=dtype, device=loaded.device),
+            activations=empty((num_tokens, loaded.record.ffn_dim)),
+            targets=empty((num_tokens, loaded.record.hidden_size)),
         )
 
 
@@ -94,7 +95,7 @@ class Reading:
     """What a dense pass through a layer leaves of a batch.
 
     Attributes:
-        entering: (batch, length, row) before the layer.
+        entering: (batch, length - start, row) before the layer, of the places from `start` on.
         beginning: of the places before the first that is read narrow; None where the layer has to be run as a whole.
     """
 
@@ -149,7 +150,10 @@ def read_dense(loaded: LoadedModel, layer: int, part: Part, tokens: LayerTokens,
     if not loaded.family.adds_ffn_output:
         _set_rows(tokens.targets, part.rows, pick(run.ffn_output, part.places))
     batch.hidden = run.output
-    return Reading(entering=entering, beginning=None if keep is None else keep.beginning)
+    if keep is None or keep.beginning is None:
+        return Reading(entering=entering, beginning=None)
+    # A copy, so that the rest goes: of all batches it would be as much as the hidden states themselves.
+    return Reading(entering=entering[:, keep.beginning.num_places :].clone(), beginning=keep.beginning)
 
 
 def read_narrow(
@@ -164,13 +168,13 @@ def read_narrow(
     """
     start = reading.start
     places = part.places[:, start:]
-    hidden = _put(reading.entering[:, start:], places, own)
+    hidden = _put(reading.entering, places, own)
     run = run_partly(loaded, layer, part.batch, hidden, places, _no_output(loaded, hidden), reading.beginning)
     without_ffn = pick(run.output, places)
     _set_rows(tokens.activations, part.rows, run.activations)
     if loaded.family.adds_ffn_output:
         target = pick(part.batch.hidden, part.places).float() - without_ffn.float()
-        _set_rows(tokens.targets, part.rows, target.to(tokens.targets.dtype))
+        _set_rows(tokens.targets, part.rows, target)
     return without_ffn
 
 
@@ -189,11 +193,11 @@ def move(
         without_ffn: of `read_narrow`.
         outputs: (all tokens, hidden size), what the narrow FFN puts out; only what is read narrow is looked at.
     """
-    narrow = outputs.index_select(0, part.rows)
+    narrow = outputs.index_select(0, part.rows).to(own.dtype)
     if loaded.family.adds_ffn_output:
         return (without_ffn.float() + narrow.float()).to(without_ffn.dtype)
     places = part.places[:, reading.start :]
-    hidden = _put(reading.entering[:, reading.start :], places, own)
+    hidden = _put(reading.entering, places, own)
     ffn_output = _put(_no_output(loaded, hidden), places, narrow)
     nowhere = torch.zeros_like(places)
     run = run_partly(loaded, layer, part.batch, hidden, nowhere, ffn_output, reading.beginning)
@@ -207,7 +211,7 @@ def _no_output(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 def _set_rows(values: torch.Tensor, rows: torch.Tensor, own: torch.Tensor) -> None:
     """Set some rows of (tokens, n) values: whole rows are copied, where indexing would go number by number."""
-    values.index_copy_(0, rows, own)
+    values.index_copy_(0, rows, own.to(values.dtype))
 
 
 def _put(values: torch.Tensor, places: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
