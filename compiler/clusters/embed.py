@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 __all__ = ["ENCODER", "Encoder", "StaticEncoder", "embed_sentences", "fit_to_sentences", "load_encoder", "narrowed"]
 
 _log = logging.getLogger(__name__)
-_BATCH_SIZE = 64
+_BATCH_SIZE = 16
+"""What 64 texts leave between two products fits no cache: with AVX2 they take 1.6 times as long (docs/dev/log.md)."""
 _FIT_RIDGE = 0.2
 
 ENCODER = "encoder"
@@ -88,7 +89,8 @@ def embed_sentences(
         encoder: loads the encoder, where it is used and the cache lacks the result.
     """
     halves = bf16_products_are_faster()
-    text_key = stage_key("embed", encoder=key, texts=list(texts), products="bfloat16" if halves else "float32")
+    products = "bfloat16" if halves else "float32"
+    text_key = stage_key("embed", encoder=key, texts=list(texts), products=products, batches=_BATCH_SIZE)
 
     def compute() -> dict[str, Floats]:
         # Texts of like length share a batch, so that little of it is padding.
