@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,161 @@ def test_any_order_of_passes_is_the_same(room_mb: float, packs: str, mixture: Ca
             results.append(decoder.forward_rows([0] * len(ids), ids) if as_rows else decoder.forward(ids))
         np.testing.assert_array_equal(results[1], results[0])
         assert bound._model.layer_bytes_used <= bound._residency.plan.layers
+
+
+@pytest.mark.parametrize("packs", PACKS)
+def test_an_ffn_that_fits_is_read_once(packs: str, mixture: Callable[..., Path]) -> None:
+    """Announced, it is read before any token wants it."""
+    decoder = limited(open_bundle(mixture("gpt_oss", packs, quantize="int4")), 100.0)
+    pack = FfnChoice(cluster=1)
+    decoder.use(pack)
+    assert not decoder._model.holds(decoder._ffn(1))
+    decoder.prepare(pack)
+    for _ in range(500):
+        if decoder._model.holds(decoder._ffn(1)):
+            break
+        time.sleep(0.01)
+    assert decoder._model.holds(decoder._ffn(1))
+    before = decoder.disk_reads
+    decoder.forward(IDS)
+    for token_id in IDS:
+        decoder.forward([token_id], greedy=True)
+    assert before is not None
+    assert decoder.disk_reads is not None
+    reads = decoder.disk_reads.since(before)
+    assert (reads.num_bytes, reads.num_misses) == (0, 0)
+    assert reads.num_hits > 0
+
+
+def test_what_decodes_is_kept_before_what_a_prompt_reads(mixture: Callable[..., Path]) -> None:
+    bundle = open_bundle(mixture("gpt_oss", "narrow", quantize="bf16"))
+    (pack,) = ffn_sizes(bundle.manifest, [bundle.manifest.clusters[0].layer_budgets])
+    (dense,) = ffn_sizes(bundle.manifest, [(bundle.manifest.model.ffn_dim,) * 3])
+    decoder = limited(bundle, least_bytes(bundle.path) / 1e6)
+    assert decoder._residency is not None
+    room = pack.total + 5 * dense.largest
+    assert room < dense.total
+    decoder = limited(bundle, (least_bytes(bundle.path) + room) / 1e6 * 17 / 16)
+    # Tables may take a sixteenth of the limit.
+    assert room <= decoder._residency.plan.layers < pack.total + dense.total
+    decoder.use(FfnChoice(cluster=0))
+    for token_id in IDS:
+        decoder.forward([token_id])
+    decoder.use(DENSE)
+    for _ in range(2):
+        decoder.forward(IDS)
+    decoder.use(FfnChoice(cluster=0))
+    before = decoder.disk_reads
+    decoder.forward([IDS[0]])
+    assert before is not None
+    assert decoder.disk_reads is not None
+    assert decoder.disk_reads.since(before).num_misses <= 4
+
+
+@pytest.mark.parametrize("packs", PACKS)
+def test_pages_of_packs_and_of_the_dense_ffn_do_not_stay(
+    packs: str, mixture: Callable[..., Path], tmp_path: Path
+) -> None:
+    # Of a copy: pages that another decoder has mapped stay with it. With biases, which are read with the weights.
+    folder = mixture("gpt_oss", packs, quantize="bf16")
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    bundle = open_bundle(copy, lazy_packs=True, spare_memory=True)
+    decoder = limited(bundle, least_bytes(folder) / 1e6 + 0.1)
+    all_logits(decoder)
+    assert bundle.dense is not None
+    narrow = bundle.packs if packs != "whole" else []
+    for file in (bundle.dense, *narrow):
+        assert resident_bytes(file) == 0, file.path.name
+    assert resident_bytes(bundle.base) > 0
+
+
+@pytest.mark.parametrize("num_tokens", [1, 30])
+def test_an_expert_that_cannot_be_read_fails_the_pass(
+    num_tokens: int, mixture: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(mixture("gpt_oss", quantize="bf16"), tmp_path / "copy"))
+    decoder = limited(open_bundle(folder), least_bytes(folder) / 1e6)
+    decoder.use(DENSE)
+    decoder.forward(IDS[:30])
+    num_cached = decoder.num_cached
+    whole = (folder / "dense.safetensors").read_bytes()
+    os.truncate(folder / "dense.safetensors", 8192)
+    for _ in range(3):
+        with pytest.raises(CoreInferError, match="memory_mb: an expert could not be read from the bundle's file"):
+            decoder.forward(IDS[:num_tokens])
+        assert decoder.num_cached == num_cached
+    # Nothing is left of what failed.
+    with (folder / "dense.safetensors").open("r+b") as file:
+        file.write(whole)
+    expected = NativeDecoder(open_bundle(folder), threads=2)
+    expected.use(DENSE)
+    expected.forward(IDS[:30])
+    np.testing.assert_array_equal(decoder.forward(IDS[:num_tokens]), expected.forward(IDS[:num_tokens]))
+
+
+def test_a_damaged_pack_is_named(mixture: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(mixture("mixtral", "narrow", quantize="int4"), tmp_path / "copy"))
+    os.truncate(folder / "clusters" / "001.safetensors", 4096)
+    with pytest.raises(CoreInferError, match=r"001\.safetensors"):
+        limited(open_bundle(folder), 100.0).use(FfnChoice(cluster=1))
+
+
+@pytest.mark.parametrize("packs", PACKS)
+def test_texts_are_those_without_a_limit(packs: str, mixture: Callable[..., Path]) -> None:
+    """Of several clusters at once, and of all modes that mixtures have."""
+    folder = mixture("gpt_oss", packs, quantize="int4")
+    prompts = ["court judge clause", "The kitchen text number 3 speaks of", "salt and lemon", "court judge"]
+    answers = []
+    for mb in (None, least_bytes(folder) / 1e6 + 0.05):
+        engine = runtime.load(folder, engine="native", threads=1, memory_mb=mb, kv_cache_mb=KV_BYTES / 1e6)
+        texts = [answer.token_ids for answer in engine.generate(prompts, max_new_tokens=8)]
+        for mode in ("similarity", "dense", "lossless", "auto"):
+            texts.append(engine.generate(prompts[0], mode=mode, max_new_tokens=8).token_ids)
+        answers.append(texts)
+    assert answers[0] == answers[1]
+    ids = tuple(np.arange(5, dtype=np.int32) for _ in range(3))
+    with pytest.raises(ConfigError, match="memory_mb: a prompt's own neurons"):
+        engine.decoder.use(FfnChoice(neuron_ids=ids))
+    for mode in ("stability", "fused"):
+        with pytest.raises(ConfigError, match=rf"mode '{mode}' gathers from the whole dense FFN, which memory_mb"):
+            engine.generate(prompts[0], mode=mode)
+
+
+def test_thin_clusters_decode_with_all_experts(tiny_bundle: Callable[..., Path]) -> None:
+    """Their token shares leave nothing out under a limit, as with other models."""
+    folder = tiny_bundle("qwen3_moe", quantize="int4", token_share=0.6, packs="thin", keep=None, budgets=None)
+    dense = runtime.load(folder, engine="native", threads=1, input_skipping="off")
+    bound = runtime.load(
+        folder, engine="native", threads=1, memory_mb=least_bytes(folder) / 1e6, kv_cache_mb=KV_BYTES / 1e6
+    )
+    prompt = "The kitchen text number 3 speaks of"
+    expected, got = (made.generate(prompt, max_new_tokens=12) for made in (dense, bound))
+    assert got.token_ids == expected.token_ids
+    assert got.disk_reads is not None
+    assert got.disk_reads.num_misses > 0
+
+
+def test_too_little_memory_is_one_line_and_figures_are_printed(mixture: Callable[..., Path]) -> None:
+    folder = str(mixture("mixtral", quantize="int4"))
+    done = CliRunner().invoke(run_main, [folder, "Hello", "--engine", "native", "--memory-mb", "0.01"])
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
+    assert "for the experts of a token (2);" in done.stderr
+    done = CliRunner().invoke(run_main, [folder, "Hello", "--memory-mb", "100", "--max-new-tokens", "4"])
+    assert done.exit_code == 0
+    assert " MB read from disk, " in done.stderr
+
+
+def test_a_forked_process_is_told_to_load_again(mixture: Callable[..., Path]) -> None:
+    decoder = limited(open_bundle(mixture("mixtral", quantize="int4")), 100.0)
+    decoder.use(DENSE)
+    decoder.forward([5])
+    child = os.fork()
+    if child == 0:
+        try:
+            decoder.forward([6])
+        except CoreInferError as error:
+            os._exit(0 if "forked after a bundle was loaded with memory_mb" in str(error) else 3)
+        os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    decoder.forward([6])

@@ -103,8 +103,9 @@ MemoryPlan plan_memory(uint64_t limit, const WeightSizes& sizes, uint64_t kv_cac
   if (limit < least + kv_cache)
     throw std::invalid_argument("expected at least " + megabytes(least + kv_cache) + " MB (" + megabytes(hot) +
                                 " for the base, " + megabytes(window) + " for rows of its tables, " +
-                                megabytes(kv_cache) + " for the KV cache, " + megabytes(ahead) + " for " + least_named(sizes) + "; " + megabytes(widest_pack(sizes)) + " more hold a whole pack), got " + megabytes(limit) +
-                                "; raise it");
+                                megabytes(kv_cache) + " for the KV cache, " + megabytes(ahead) + " for " +
+                                least_named(sizes) + "; " + megabytes(widest_pack(sizes)) +
+                                " more hold a whole pack), got " + megabytes(limit) + "; raise it");
   const uint64_t left = limit - least - kv_cache;
   // What the widest pack leaves over is best spent on the tables: sampling needs all of them for each token.
   const uint64_t widest = widest_pack(sizes), spare = left + ahead > widest ? left + ahead - widest : 0;

@@ -28,8 +28,8 @@ struct coreinfer_ffn {
   std::shared_ptr<const coreinfer::Ffn> ffn;
   std::shared_ptr<const coreinfer::Ffn> whole;  // of experts that are named alone: the FFN that they are experts of
   coreinfer::FileBytes file;
-  std::vector<std::shared_ptr<void>> memory;         // of what was copied
-  coreinfer::FileSource source{};  // where memory is limited: what layers or experts are read from
+  std::vector<std::shared_ptr<void>> memory;  // of what was copied
+  coreinfer::FileSource source{};             // where memory is limited: what layers or experts are read from
 };
 
 // Members are freed in the opposite order: the decoder and what works with it first, what they read last.

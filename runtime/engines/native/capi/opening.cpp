@@ -70,7 +70,8 @@ MemoryPlan plan_for(const coreinfer_model& model, const ModelWeights& weights, c
   const BundleFolder& bundle = *model.bundle;
   const ModelRecord& record = bundle.model();
   const TableBytes tables = table_bytes(weights);
-  WeightSizes sizes{model.base.num_bytes, tables.all, tables.block, layout_for(weights).num_bytes(), record.num_chosen, {}, {}};
+  WeightSizes sizes{
+      model.base.num_bytes, tables.all, tables.block, layout_for(weights).num_bytes(), record.num_chosen, {}, {}};
   const auto size = [&](int cluster) { return ffn_sizes(record, bundle.ffn_format(), neurons_of(bundle, cluster)); };
   for (size_t cluster = 0; cluster < bundle.clusters().size(); ++cluster)
     sizes.packs.push_back(size(bundle.weights_of(static_cast<int>(cluster))));

@@ -30,8 +30,8 @@ struct LentExpert {
 // A slot is a token with one of its experts: slots of an expert lie together, in the order of the tokens.
 struct ExpertScratch {
   struct PerThread {
-    Buffer<float> gate, up;            // (kBlockTokens, kUnit)
-    std::vector<ChosenExpert> chosen;  // of a token that is read alone
+    Buffer<float> gate, up;               // (kBlockTokens, kUnit)
+    std::vector<ChosenExpert> chosen;     // of a token that is read alone
     std::vector<ExpertGroup> groups;      // of all tokens, by their experts' numbers
     std::vector<ExpertGroup> wave;        // those that are computed together, where not all are in memory
     std::vector<int> slots;               // (tokens, chosen experts)

@@ -122,7 +122,8 @@ size_t ExpertStore::used_bytes() const {
 
 bool ExpertStore::holds(const ExpertSource& source, const Ffn& experts) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto own = std::find_if(all_.begin(), all_.end(), [&](const auto& held) { return held->source.get() == &source; });
+  const auto own =
+      std::find_if(all_.begin(), all_.end(), [&](const auto& held) { return held->source.get() == &source; });
   if (own == all_.end()) return false;
   for (int layer = 0; layer < static_cast<int>(experts.size()); ++layer)
     for (int expert = 0; expert < static_cast<int>(experts[layer].experts.size()); ++expert)
@@ -171,7 +172,9 @@ void ExpertStore::release(size_t number) {
 
 // What no token was decoded with: of the layer that a pass comes to last, the longest unused.
 bool ExpertStore::evict_passing() {
-  const auto order = [&](const Place& place) { return std::make_tuple(layers_until(place.layer()), ~place.slot().last_use); };
+  const auto order = [&](const Place& place) {
+    return std::make_tuple(layers_until(place.layer()), ~place.slot().last_use);
+  };
   size_t best = present_.size();
   for (size_t number = 0; number < present_.size(); ++number) {
     const Place& place = present_[number];

@@ -82,7 +82,7 @@ class Mixture {
   const Kernels& kernels_;
   ExpertScratch& shared_;
   ExpertScratch::PerThread& own_;
-  ExpertStore* const store_;               // null where all experts are in memory
+  ExpertStore* const store_;              // null where all experts are in memory
   const std::vector<ExpertGroup>& wave_;  // computed together: all, or those that were lent
   const Router& router_;
   const FfnWeights& ffn_;

@@ -74,7 +74,7 @@ bool holds(const Residency& residency, const FileSource& source, const Ffn& ffn)
 
 void check_fits(const Residency& residency, const FileSource& source) {
   if (residency.layers ? !source.layers : !source.experts)
-    refuse("FFN", "one that is read from its file, as memory is limited", "another");
+    refuse("FFN", "one that is read in layers, as memory is limited", "another");
   if (!residency.experts) return;
   const size_t largest = source.experts->pieces().largest(), room = residency.experts->limit_bytes();
   if (largest > room)
