@@ -57,7 +57,9 @@ def test_a_mixture_needs_the_experts_of_a_token() -> None:
     mixture = replace(SIZES, num_chosen=4)
     least = LEAST + 2 * LARGEST
     assert plan_memory(least, mixture, MB).layers == 4 * LARGEST
-    with pytest.raises(ConfigError, match=r"136\.2 MB .*32\.0 for the experts of a token \(4\); .*, got 136\.2; raise it"):
+    with pytest.raises(
+        ConfigError, match=r"136\.2 MB .*32\.0 for the experts of a token \(4\); .*, got 136\.2; raise it"
+    ):
         plan_memory(least - 1, mixture, MB)
 
 
