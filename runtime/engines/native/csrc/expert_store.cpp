@@ -8,7 +8,7 @@
 namespace coreinfer {
 namespace {
 
-// Experts that a pass of another kind than decoding may take from those that decode: one or two that are computed with and
+// Experts that other passes may have in the place of those that tokens are decoded with: one or two that are computed with and
 // two that are read.
 constexpr int kMostAhead = 4;
 
@@ -160,11 +160,11 @@ void ExpertStore::free_block(const Place& place) {
   layer_bytes_[place.layer()] -= slot.block.num_bytes;
   pool_.give_back(slot.block);
   slot.state = State::absent;
+  slot.decodes = false;
 }
 
 void ExpertStore::release(size_t number) {
   const Place place = present_[number];
-  place.slot().decodes = false;
   free_block(place);
   present_[number] = present_.back();
   present_.pop_back();
@@ -202,14 +202,17 @@ bool ExpertStore::evict_balanced() {
   return true;
 }
 
-int ExpertStore::num_pinned() const {
-  const auto is_there = [](const Wanted& wanted) { return wanted.place.slot().state != State::absent; };
-  return static_cast<int>(lent_.size() + std::count_if(wanted_.begin(), wanted_.end(), is_there));
+// Of the layer, experts that have memory and that no token was decoded with.
+int ExpertStore::num_passing() const {
+  int count = 0;
+  for (const std::vector<Wanted>* wanted : {&lent_, &wanted_})
+    for (const Wanted& own : *wanted) count += !own.place.slot().decodes && own.place.slot().state != State::absent;
+  return count;
 }
 
 bool ExpertStore::evict() {
   if (evict_passing()) return true;
-  return (decodes_ || num_pinned() < kMostAhead) && evict_balanced();
+  return (decodes_ || num_passing() < kMostAhead) && evict_balanced();
 }
 
 bool ExpertStore::take_block(const Place& place, bool may_evict) {

@@ -98,7 +98,7 @@ class ExpertStore {
   bool evict();
   bool evict_passing();
   bool evict_balanced();
-  int num_pinned() const;
+  int num_passing() const;
   bool take_block(const Place& place, bool may_evict);
   void free_block(const Place& place);
   Place pick();
