@@ -60,9 +60,9 @@ class DiskReads:
     """What was read from disk while a generation ran, where memory is limited (`memory_mb`); for others that ran too.
 
     Attributes:
-        num_bytes: of FFN layers, and of rows of the base's tables in whole pages.
-        num_hits: layers that were in memory when a pass came to them, kept there or read ahead.
-        num_misses: layers that a pass waited for.
+        num_bytes: of FFN layers or experts, and of rows of the base's tables in whole pages.
+        num_hits: layers, of mixtures experts, that were in memory when a pass came to them, kept there or read ahead.
+        num_misses: those that were not.
         waited_seconds: how long passes waited.
     """
 

@@ -1,7 +1,9 @@
 """Files that callers of the C library open themselves, and FFNs by choice: the bits of Python; and refusals."""
 
+import ctypes
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -282,6 +284,47 @@ def test_memory_is_limited(tiny_bundle: Callable[..., Path], c_library: Path) ->
     assert model.try_columns(0.5) == [0.0] * 4
     with pytest.raises(CError, match=r"^INTERNAL: .*absent: cannot be opened"):
         model.read_in_layers(ffn, b"absent")
+
+
+def test_experts_are_limited_too(tiny_bundle: Callable[..., Path], c_library: Path) -> None:
+    bundle = open_bundle(tiny_bundle("gpt_oss", quantize="bf16"))
+    record, decoder = record_of(bundle), NativeDecoder(bundle, threads=2)
+    assert bundle.dense is not None
+    base, dense = LentFile(bundle.base), LentFile(bundle.dense)
+
+    def limited(layer_bytes: int) -> tuple[CEngine, ctypes.c_void_p]:
+        model = CEngine.of_files(c_library, record, base, **THREADS)
+        ffn = model.read_ffn(record, dense, whole(bundle), "read_experts")
+        model.call("limit_memory", model._model, base.path, layer_bytes, 0)
+        with pytest.raises(CError, match=r"^ARGUMENT: FFN: expected one that is read in layers, as memory is limited"):
+            model.use_ffn(ffn)
+        return model, model.read_in_layers(ffn, dense.path)
+
+    model, ffn = limited(100)
+    with pytest.raises(CError, match=r"^ARGUMENT: layer_bytes: expected at least \d+ for one expert, got 100$"):
+        model.use_ffn(ffn)
+    # Two or three experts.
+    model, ffn = limited(60_000)
+    kept = model.keep_experts(ffn, kept_experts(bundle.pack(1), bundle.manifest))
+    for own, choice in ((ffn, DENSE_CHOICE), (kept, FfnChoice(cluster=1))):
+        assert not model.holds_ffn(own)
+        model.announce_ffn(own)
+        model.use_ffn(own)
+        for got, wanted in zip(logits_of(model), python_logits(decoder, choice), strict=True):
+            np.testing.assert_array_equal(got, wanted)
+        assert 0 < model.layer_bytes_used <= 60_000
+    # What is there of one is there of the other.
+    model, ffn = limited(10_000_000)
+    kept = model.keep_experts(ffn, kept_experts(bundle.pack(1), bundle.manifest))
+    model.announce_ffn(ffn)
+    while not model.holds_ffn(ffn):
+        time.sleep(0.01)
+    assert model.holds_ffn(kept)
+    model.use_ffn(kept)
+    logits_of(model)
+    reads = model.reads()
+    assert reads is not None
+    assert reads.num_misses == 0 < reads.num_hits
 
 
 def test_a_limit_comes_before_the_first_ffn(

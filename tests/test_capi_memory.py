@@ -39,11 +39,20 @@ def all_logits(model: CModel) -> list[Any]:
     return rows
 
 
-@pytest.mark.parametrize(("family", "kind"), [("llama", "int4"), *((family, "bf16") for family in UNLIKE)])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"quantize": "int4"}),
+        *((family, {"quantize": "bf16"}) for family in UNLIKE),
+        *((family, {"quantize": "bf16"}) for family in MIXTURES),
+        ("gpt_oss", {"quantize": "bf16", "experts": "narrow", "dense": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
 def test_logits_are_those_without_a_limit(
-    family: str, kind: str, tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel]
+    family: str, options: dict[str, Any], tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel]
 ) -> None:
-    path = tiny_bundle(family, quantize=kind)
+    path = tiny_bundle(family, **options)
     free = open_in_c(path, **CACHE)
     expected = all_logits(free)
     assert free.bytes_read == 0
@@ -83,11 +92,6 @@ def test_a_caller_of_the_first_header_has_no_limit(
     model = open_in_c(path, struct_bytes=40, memory_bytes=1, **CACHE)
     model.feed(PROMPT)
     assert model.bytes_read == 0
-
-
-def test_experts_are_refused(tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel]) -> None:
-    with pytest.raises(CError, match=r"^UNSUPPORTED: memory_bytes: layers of experts cannot be read in parts yet"):
-        open_in_c(tiny_bundle(next(iter(MIXTURES)), quantize="int4"), memory_bytes=100_000_000, **CACHE)
 
 
 def test_preparing_says_what_using_says(tiny_bundle: Callable[..., Path], open_in_c: Callable[..., CModel]) -> None:

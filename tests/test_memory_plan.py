@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 from coreinfer.bundles import ConfigError
+from coreinfer.bundles.manifest import ExpertsRecord
 from coreinfer.runtime.engines.native.memory_plan import FfnSizes, MemoryPlan, WeightSizes, ffn_sizes, plan_memory
 
 from .bundle_factory import FFN_DIM, HIDDEN_SIZE, make_manifest
@@ -16,6 +17,7 @@ SIZES = WeightSizes(
     page=MB,
     packs=[FfnSizes(total=93 * MB, largest=4 * MB), FfnSizes(total=56 * MB, largest=3 * MB)],
     dense=FfnSizes(total=186 * MB, largest=8 * MB),
+    num_chosen=0,
 )
 LARGEST, WIDEST = 8 * MB, 93 * MB
 LEAST = 103 * MB + 16 * 12_000 + MB + 2 * LARGEST
@@ -51,6 +53,16 @@ def test_too_little_is_refused_with_the_figures() -> None:
     )
 
 
+def test_a_mixture_needs_the_experts_of_a_token() -> None:
+    mixture = replace(SIZES, num_chosen=4)
+    least = LEAST + 2 * LARGEST
+    assert plan_memory(least, mixture, MB).layers == 4 * LARGEST
+    with pytest.raises(
+        ConfigError, match=r"136\.2 MB .*32\.0 for the experts of a token \(4\); .*, got 136\.2; raise it"
+    ):
+        plan_memory(least - 1, mixture, MB)
+
+
 def test_the_kv_cache_that_was_asked_for_is_counted() -> None:
     assert plan_memory(200 * MB, SIZES, 30 * MB).kv_cache == 30 * MB
     with pytest.raises(ConfigError, match=r"149\.2 MB .*30\.0 for the KV cache.* got 140\.0"):
@@ -70,3 +82,18 @@ def test_sizes_are_those_of_the_stored_layers_and_some_bytes_more(kind: str) -> 
     exact = 3 * HIDDEN_SIZE * (FFN_DIM + 32) * bits / 8
     assert exact <= sizes.total <= exact + 4 * 4096
     assert sizes.total / 2 < sizes.largest < sizes.total
+
+
+def test_sizes_of_a_mixture_are_those_of_its_experts() -> None:
+    manifest = make_manifest(ffn_format="int8")
+    experts, width = ExpertsRecord(num_experts=4, num_chosen=2, normalizes=True), 2048
+    mixture = replace(manifest, model=replace(manifest.model, experts=experts, ffn_dim=4 * width))
+    expert = 3 * HIDDEN_SIZE * width * 8.5 / 8
+    whole, two, narrow = ffn_sizes(mixture, [(4 * width, 4 * width), (2 * width, 4 * width), (width, width)])
+    for sizes, num_experts in ((whole, 8), (two, 6)):
+        assert expert <= sizes.largest <= expert + 3 * 4096
+        assert sizes.total == num_experts * sizes.largest
+    # Of a layer with fewer neurons a token's two experts have no more than half each.
+    assert expert / 2 <= narrow.largest <= expert / 2 + 3 * 4096
+    with pytest.raises(ValueError, match="neurons of a layer: expected at least one of each expert, got 1"):
+        ffn_sizes(mixture, [(1, 1)])

@@ -44,8 +44,8 @@ def _share(last: Token) -> str:
 def _read(reads: DiskReads | None) -> str:
     if reads is None:
         return ""
-    num_layers = reads.num_hits + reads.num_misses
-    there = f", {reads.num_hits / num_layers:.0%} of layers there in time" if num_layers else ""
+    num_needed = reads.num_hits + reads.num_misses
+    there = f", {reads.num_hits / num_needed:.0%} of what was needed there in time" if num_needed else ""
     return f", {reads.num_bytes / 1e6:.1f} MB read from disk{there}"
 
 

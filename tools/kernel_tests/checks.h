@@ -22,6 +22,7 @@ void test_columns(const coreinfer::Kernels& kernels);
 void test_column_products(const coreinfer::Kernels& kernels);
 void test_attention(const coreinfer::Kernels& kernels);
 void test_experts();
+void test_expert_store();
 void test_hashes();
 void test_neurons(const coreinfer::Kernels& kernels);
 void test_pages();

@@ -39,6 +39,7 @@ int main() {
   test_threads();
   test_pages();
   test_experts();
+  test_expert_store();
   test_hashes();
   for (const Kernels* kernels : available_kernels()) {
     const int before = num_failures;

@@ -69,8 +69,6 @@ class NativeDecoder:
         isa = os.environ.get("COREINFER_ISA") or "auto" if isa == "auto" else isa
         if not 1 <= num_threads <= _MAX_THREADS:
             raise ConfigError(f"threads: expected 1 to {_MAX_THREADS}, got {threads!r}")
-        if memory_bytes is not None and model.experts is not None:
-            raise ConfigError("memory_mb: layers of experts cannot be read in parts yet; leave it out")
         if isa not in ("auto", *_native.available_isas()):
             known = ", ".join(_native.available_isas())
             raise ConfigError(f"isa (or COREINFER_ISA): expected auto, {known} on this CPU, got {isa!r}")

@@ -13,7 +13,7 @@ __all__ = ["FfnSizes", "MemoryPlan", "WeightSizes", "ffn_sizes", "plan_memory"]
 
 @dataclass(frozen=True, kw_only=True)
 class FfnSizes:
-    """Bytes of an FFN's layers as they are read: all together, and of the largest."""
+    """Bytes of an FFN's layers as they are read: all together, and of the largest; of mixtures of their experts."""
 
     total: int
     largest: int
@@ -31,6 +31,7 @@ class WeightSizes:
         page: of a page of the KV cache.
         packs: of the clusters.
         dense: None in a bundle without the dense FFN.
+        num_chosen: experts of a token; 0 where layers are read as a whole.
     """
 
     base: int
@@ -39,6 +40,7 @@ class WeightSizes:
     page: int
     packs: Sequence[FfnSizes]
     dense: FfnSizes | None
+    num_chosen: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class MemoryPlan:
         base: what always stays of the base.
         window: for rows of its tables; 0 where the tables stay as a whole.
         kv_cache: for keys and values.
-        layers: for layers of FFNs, kept or passing through.
+        layers: for layers of FFNs or experts, kept or passing through.
     """
 
     base: int
@@ -62,7 +64,7 @@ def ffn_sizes(manifest: Manifest, ffns: Sequence[Sequence[int]]) -> list[FfnSize
     """Bytes of the layers of FFNs, in whole sectors; a few more than there are.
 
     Args:
-        ffns: of each, the number of neurons in its layers.
+        ffns: of each, the number of neurons in its layers, of all their experts together.
     """
     record = json.dumps(asdict(manifest.model), allow_nan=False)
     sizes = _native.ffn_sizes(record, manifest.quantization["ffn"].format, ffns)
@@ -83,7 +85,7 @@ def plan_memory(limit_bytes: int, sizes: WeightSizes, kv_cache_bytes: int | None
     parts = (sizes.base, sizes.tables, sizes.table_block, sizes.page)
     try:
         base, window, kv_cache, layers = _native.plan_memory(
-            max(0, limit_bytes), parts, packs, dense, kv_cache_bytes or 0
+            max(0, limit_bytes), parts, packs, dense, kv_cache_bytes or 0, sizes.num_chosen
         )
     except ValueError as error:
         raise ConfigError(f"memory_mb: {error}") from error

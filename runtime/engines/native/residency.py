@@ -42,6 +42,7 @@ def weight_sizes(bundle: Bundle, page_bytes: int, table_bytes: int, table_block_
         # Thin clusters decode with the dense FFN.
         packs=[*packs, whole] if manifest.has_thin else packs,
         dense=whole if bundle.dense else None,
+        num_chosen=0 if manifest.model.experts is None else manifest.model.experts.num_chosen,
     )
 
 

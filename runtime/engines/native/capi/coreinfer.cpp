@@ -103,7 +103,7 @@ int coreinfer_use(coreinfer_model* model, int cluster) {
 int coreinfer_prepare(coreinfer_model* model, int cluster) {
   return in_turn(model, [&](coreinfer_model& own) {
     const coreinfer_ffn& pack = pack_of(own, cluster);
-    if (own.decoder->residency) own.decoder->residency->store.announce(pack.source);
+    if (own.decoder->residency) announce(*own.decoder->residency, pack.source, *pack.ffn);
   });
 }
 

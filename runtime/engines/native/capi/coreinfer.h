@@ -64,7 +64,7 @@ typedef struct coreinfer_options {
   uint64_t kv_cache_bytes;
   int skip_checksums; /* 1: compare sizes and shapes, but not what files hold with their SHA-256 */
   /* Bound of weights, read buffers and KV cache in memory; default: none, files are mapped and the system decides which pages
-   * stay. Layers that do not fit are read from disk for each token. The process's own memory and some 20 MB of the engine's
+   * stay. Layers, or experts, that do not fit are read from disk for each token. The process's own memory and some 20 MB of the engine's
    * buffers come on top. */
   uint64_t memory_bytes;
 } coreinfer_options;

@@ -84,11 +84,13 @@ typedef struct coreinfer_engine_options {
 COREINFER_API int coreinfer_open_files(const char* record, const coreinfer_file* base,
                                        const coreinfer_engine_options* options, coreinfer_model** model);
 
-/* Limit the memory of the weights, before an FFN is used: the base is brought in and kept, layers of FFNs are read from disk for
- * the pass that needs them and kept as far as there is room. coreinfer_open does all this for `memory_bytes`.
+/* Limit the memory of the weights, before an FFN is used: the base is brought in and kept, layers of FFNs, or of mixtures each
+ * expert, are read from disk for the pass that needs them and kept as far as there is room. coreinfer_open does all this for
+ * `memory_bytes`.
  *
  * path: of the file that the model's base is all of.
- * layer_bytes: for layers of FFNs; at least two of the largest.
+ * layer_bytes: for layers of FFNs, at least two of the largest; or for experts, at least one. With room for less than the
+ * experts of a token, a token is computed in pieces.
  * window_bytes: for rows of coreinfer_sizes.tables; 0 to keep these tables as a whole.
  */
 COREINFER_API int coreinfer_limit_memory(coreinfer_model* model, const char* path, size_t layer_bytes,
@@ -135,8 +137,8 @@ COREINFER_API int coreinfer_keep_experts(const coreinfer_ffn* all, const coreinf
 COREINFER_API int coreinfer_gather_neurons(const coreinfer_ffn* from, const coreinfer_ids* layers, size_t num_layers,
                                            coreinfer_ffn** ffn);
 
-/* The same FFN, to be read layer by layer from disk, as a model needs whose memory is limited. Not of experts, and not what
- * coreinfer_gather_neurons has made.
+/* The same FFN, to be read layer by layer from disk, of mixtures expert by expert, as a model needs whose memory is limited. Not
+ * what coreinfer_gather_neurons has made. What coreinfer_keep_experts makes of it shares the experts that are in memory.
  *
  * path: of the file that the FFN was read from.
  */
@@ -158,7 +160,7 @@ COREINFER_API int coreinfer_max_neurons(const coreinfer_ffn* ffn);
 COREINFER_API int coreinfer_use_ffn(coreinfer_model* model, const coreinfer_ffn* ffn, const float* thresholds,
                                     size_t num_layers);
 
-/* Say that an FFN decodes soon: under a limit of memory its layers come in as far as there is room. May be called while
+/* Say that an FFN decodes soon: under a limit of memory its layers or experts come in as far as there is room. May be called while
  * another thread decodes. */
 COREINFER_API int coreinfer_announce_ffn(coreinfer_model* model, const coreinfer_ffn* ffn);
 
@@ -292,16 +294,16 @@ COREINFER_API int coreinfer_is_wide(const coreinfer_model* model, int layer);
 
 /* What was read from disk since memory was limited. */
 typedef struct coreinfer_reads {
-  uint64_t layer_bytes;  /* of FFN layers */
-  uint64_t num_hits;     /* layers that were there when a pass came to them */
-  uint64_t num_misses;   /* that it waited for */
+  uint64_t layer_bytes;  /* of FFN layers, or of experts */
+  uint64_t num_hits;     /* layers, of mixtures experts, that were there when a pass came to them */
+  uint64_t num_misses;   /* that were not */
   double waited_seconds; /* for those */
   uint64_t table_bytes;  /* of rows of tables, at most */
 } coreinfer_reads;
 
 /* 1, and `reads` receives the figures; 0 where memory is not limited, and nothing is written. */
 COREINFER_API int coreinfer_read_figures(const coreinfer_model* model, coreinfer_reads* reads);
-/* Bytes of FFN layers in memory; 0 where memory is not limited. */
+/* Bytes of FFN layers or experts in memory; 0 where memory is not limited. */
 COREINFER_API size_t coreinfer_layer_bytes_used(const coreinfer_model* model);
 
 /* Bytes of weights and of num_tokens tokens' keys and values that one more token reads. Of weights of which tokens leave out

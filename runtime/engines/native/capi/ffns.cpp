@@ -42,11 +42,6 @@ int derived(const coreinfer_ffn* from, coreinfer_ffn** ffn, Make make) noexcept 
   });
 }
 
-void refuse_experts(const Ffn& ffn) {
-  for (const FfnWeights& layer : ffn)
-    if (!layer.experts.empty()) refuse("FFN", "one FFN in each layer", "experts");
-}
-
 void check_layers(const coreinfer_ids* layers, size_t num_layers) {
   if (num_layers > 0) check_given(layers, "layers");
   for (size_t layer = 0; layer < num_layers; ++layer)
@@ -78,9 +73,8 @@ coreinfer_ffn gathering(const coreinfer_ffn& from, const coreinfer_ids* layers, 
 
 coreinfer_ffn in_layers(const coreinfer_ffn& from, const char* path) {
   check_given(path, "path");
-  refuse_experts(*from.ffn);
   coreinfer_ffn layered = from;
-  layered.source = std::make_shared<LayerSource>(path, from.file.data, from.file.num_bytes, *from.ffn);
+  read_in_parts(layered, path);
   return layered;
 }
 
@@ -121,10 +115,15 @@ void check_halves(const coreinfer_model& model, const Ffn& ffn, const TokenShare
 
 }  // namespace
 
+void read_in_parts(coreinfer_ffn& ffn, const std::string& path) {
+  ffn.source = read_from_file(path, ffn.file.data, ffn.file.num_bytes, *ffn.ffn);
+  if (ffn.source.experts) ffn.ffn = ffn.source.experts->ffn();
+}
+
 void use_ffn(coreinfer_model& model, const coreinfer_ffn& ffn, std::shared_ptr<TokenShares> shares) {
   Decoder& decoder = *model.decoder;
   check_ffn(decoder, *ffn.ffn, model.max_neurons);
-  if (decoder.residency && !ffn.source) refuse("FFN", "one that is read in layers, as memory is limited", "another");
+  if (decoder.residency) check_fits(*decoder.residency, ffn.source);
   if (shares && shares->halves) check_halves(model, *ffn.ffn, *shares);
   if (shares && model.columns) {
     shares->attention = model.columns->attention();
@@ -187,17 +186,20 @@ int coreinfer_announce_ffn(coreinfer_model* model, const coreinfer_ffn* ffn) {
   return guarded([&] {
     check_given(model, "model");
     check_given(ffn, "FFN");
-    if (model->decoder->residency && ffn->source) model->decoder->residency->store.announce(ffn->source);
+    Residency* residency = model->decoder->residency.get();
+    if (!residency) return;
+    check_fits(*residency, ffn->source);
+    announce(*residency, ffn->source, *ffn->ffn);
   });
 }
 
-int coreinfer_holds_ffn(const coreinfer_model* model, const coreinfer_ffn* ffn, int* holds) {
+int coreinfer_holds_ffn(const coreinfer_model* model, const coreinfer_ffn* ffn, int* is_held) {
   return guarded([&] {
     check_given(model, "model");
     check_given(ffn, "FFN");
-    check_given(holds, "holds");
+    check_given(is_held, "holds");
     const Residency* residency = model->decoder->residency.get();
-    if (residency && !ffn->source) refuse("FFN", "one that is read in layers, as memory is limited", "another");
-    *holds = !residency || residency->store.holds(*ffn->source);
+    if (residency) check_fits(*residency, ffn->source);
+    *is_held = !residency || holds(*residency, ffn->source, *ffn->ffn);
   });
 }

@@ -61,7 +61,7 @@ int coreinfer_is_wide(const coreinfer_model* model, int layer) {
 int coreinfer_read_figures(const coreinfer_model* model, coreinfer_reads* reads) {
   const Residency* residency = model->decoder->residency.get();
   if (!residency) return 0;
-  const ReadFigures figures = residency->store.figures();
+  const ReadFigures figures = residency->figures();
   *reads = {figures.num_bytes, figures.num_hits, figures.num_misses, figures.waited_seconds,
             table_bytes_read(*residency)};
   return 1;
@@ -69,7 +69,7 @@ int coreinfer_read_figures(const coreinfer_model* model, coreinfer_reads* reads)
 
 size_t coreinfer_layer_bytes_used(const coreinfer_model* model) {
   const Residency* residency = model->decoder->residency.get();
-  return residency ? residency->store.used_bytes() : 0;
+  return residency ? residency->used_bytes() : 0;
 }
 
 int coreinfer_bytes_per_token(const coreinfer_model* model, int num_tokens, int flags, int alone, size_t* num_bytes) {

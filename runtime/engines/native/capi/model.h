@@ -11,7 +11,7 @@
 #include "calls.h"
 #include "column_cache.h"
 #include "coreinfer_engine.h"
-#include "layer_store.h"
+#include "file_source.h"
 
 namespace coreinfer {
 
@@ -28,8 +28,8 @@ struct coreinfer_ffn {
   std::shared_ptr<const coreinfer::Ffn> ffn;
   std::shared_ptr<const coreinfer::Ffn> whole;  // of experts that are named alone: the FFN that they are experts of
   coreinfer::FileBytes file;
-  std::vector<std::shared_ptr<void>> memory;         // of what was copied
-  std::shared_ptr<coreinfer::LayerSource> source{};  // where memory is limited: what layers are read from
+  std::vector<std::shared_ptr<void>> memory;  // of what was copied
+  coreinfer::FileSource source{};             // where memory is limited: what layers or experts are read from
 };
 
 // Members are freed in the opposite order: the decoder and what works with it first, what they read last.
@@ -53,6 +53,9 @@ std::unique_ptr<coreinfer_model> open_model(const std::string& folder, const cor
 
 // A cluster's pack, or the dense FFN, opened and checked if that has not been done. Throws Failure.
 const coreinfer_ffn& pack_of(coreinfer_model& model, int cluster);
+
+// Have an FFN be read from the file that it lies in, part by part. Throws as read_from_file does.
+void read_in_parts(coreinfer_ffn& ffn, const std::string& path);
 
 // Threads as given, or by default a physical core each. Throws std::invalid_argument.
 int num_threads_of(int given);

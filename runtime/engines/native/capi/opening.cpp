@@ -69,10 +69,9 @@ std::vector<int> neurons_of(const BundleFolder& bundle, int cluster) {
 MemoryPlan plan_for(const coreinfer_model& model, const ModelWeights& weights, const coreinfer_options& options) {
   const BundleFolder& bundle = *model.bundle;
   const ModelRecord& record = bundle.model();
-  if (record.num_experts > 0)
-    throw Failure(COREINFER_UNSUPPORTED, "memory_bytes: layers of experts cannot be read in parts yet; leave it out");
   const TableBytes tables = table_bytes(weights);
-  WeightSizes sizes{model.base.num_bytes, tables.all, tables.block, layout_for(weights).num_bytes(), {}, {}};
+  WeightSizes sizes{
+      model.base.num_bytes, tables.all, tables.block, layout_for(weights).num_bytes(), record.num_chosen, {}, {}};
   const auto size = [&](int cluster) { return ffn_sizes(record, bundle.ffn_format(), neurons_of(bundle, cluster)); };
   for (size_t cluster = 0; cluster < bundle.clusters().size(); ++cluster)
     sizes.packs.push_back(size(bundle.weights_of(static_cast<int>(cluster))));
@@ -95,25 +94,23 @@ coreinfer_ffn read_pack(const BundleFolder& bundle, int cluster, const OpenFile&
 }
 
 // Of a mixture whose packs name experts of the dense FFN.
-coreinfer_ffn named_experts(const coreinfer_model& model, int cluster) {
-  const BundleFolder& bundle = *model.bundle;
-  const auto all = model.packs.find(COREINFER_DENSE);
-  coreinfer_ffn pack = all == model.packs.end() ? read_pack(bundle, COREINFER_DENSE, bundle.dense()) : all->second;
+coreinfer_ffn named_experts(coreinfer_model& model, int cluster) {
+  // Kept, so that all packs share what is read of it.
+  coreinfer_ffn pack = pack_of(model, COREINFER_DENSE);
   pack.whole = pack.ffn;
-  pack.ffn = std::make_shared<const Ffn>(keep_experts(*pack.whole, bundle.experts(cluster)));
+  pack.ffn = std::make_shared<const Ffn>(keep_experts(*pack.whole, model.bundle->experts(cluster)));
   return pack;
 }
 
-coreinfer_ffn load_pack(const coreinfer_model& model, int cluster) {
+coreinfer_ffn load_pack(coreinfer_model& model, int cluster) {
   const BundleFolder& bundle = *model.bundle;
   if (bundle.model().num_experts > 0 && cluster != COREINFER_DENSE && !bundle.narrows_experts())
     return named_experts(model, cluster);
   const OpenFile opened = cluster == COREINFER_DENSE ? bundle.dense() : bundle.pack(cluster);
   coreinfer_ffn pack = read_pack(bundle, cluster, opened);
   if (model.decoder->residency) {
-    const WholeFile& file = *opened->file;
-    pack.source = std::make_shared<LayerSource>(file.path(), file.data(), file.num_bytes(), *pack.ffn);
-    file.forget();
+    read_in_parts(pack, opened->file->path());
+    opened->file->forget();
   }
   return pack;
 }

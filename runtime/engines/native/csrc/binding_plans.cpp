@@ -35,8 +35,8 @@ std::vector<SizePair> sizes_of(const std::string& record, const std::string& for
 // `parts`: of the base, its tables, a block of them, a page of the KV cache.
 std::array<uint64_t, 4> plan_parts(uint64_t limit, const std::array<uint64_t, 4>& parts,
                                    const std::vector<SizePair>& packs, const std::optional<SizePair>& dense,
-                                   uint64_t kv_cache) {
-  WeightSizes sizes{parts[0], parts[1], parts[2], parts[3], {}, {}};
+                                   uint64_t kv_cache, int num_chosen) {
+  WeightSizes sizes{parts[0], parts[1], parts[2], parts[3], num_chosen, {}, {}};
   for (const auto& [total, largest] : packs) sizes.packs.push_back({total, largest});
   if (dense) sizes.dense = FfnSizes{dense->first, dense->second};
   const MemoryPlan plan = plan_memory(limit, sizes, kv_cache);
@@ -55,7 +55,7 @@ void bind_plans(py::module_& module) {
   module.def("available_isas", &isa_names);
   module.def("ffn_sizes", &sizes_of, py::arg("record"), py::arg("ffn_format"), py::arg("ffns"));
   module.def("plan_memory", &plan_parts, py::arg("limit"), py::arg("parts"), py::arg("packs"), py::arg("dense"),
-             py::arg("kv_cache"));
+             py::arg("kv_cache"), py::arg("num_chosen"));
   module.def("kept_layers", &kept_layers, py::arg("layer_bytes"), py::arg("room"), py::arg("streams"));
   module.def("read_bandwidth", &read_bandwidth, py::call_guard<py::gil_scoped_release>(), py::arg("num_threads"),
              py::arg("num_bytes"));

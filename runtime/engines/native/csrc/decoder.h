@@ -10,6 +10,7 @@
 
 #include "columns.h"
 #include "expert_scratch.h"
+#include "file_source.h"
 #include "kv_cache.h"
 #include "scratch.h"
 #include "stream_scratch.h"
@@ -33,7 +34,6 @@ struct PoolFull : std::runtime_error {
   PoolFull(int num_needed, int num_free);
 };
 
-class LayerSource;
 struct Residency;
 
 // A token to be read at a position of a sequence, whose pages have room for it.
@@ -85,9 +85,9 @@ struct Decoder {
   Activations inputs_in(const ActivationBuffer& buffer) const {
     return shares && shares->halves ? buffer.halved() : buffer.view;
   }
-  // Where memory for weights is limited: what is in it, and where the layers of the FFN in use are read from.
+  // Where memory for weights is limited: what is in it, and where the FFN in use is read from.
   std::shared_ptr<Residency> residency;
-  std::shared_ptr<LayerSource> source;
+  FileSource source;
   PagePool pool;
   std::vector<std::unique_ptr<Sequence>> sequences;  // empty where one was dropped
   Threads threads;

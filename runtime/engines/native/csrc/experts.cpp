@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "elementary.h"
+#include "residency.h"
 
 namespace coreinfer {
 namespace {
@@ -33,7 +34,7 @@ void allocate(ExpertScratch& scratch, const ModelWeights& weights, int expert_ne
     own.gate.resize(size_t(kBlockTokens) * kUnit);
     own.up.resize(size_t(kBlockTokens) * kUnit);
     own.chosen.resize(num_chosen);
-    own.groups.reserve(num_experts);
+    for (std::vector<ExpertGroup>* groups : {&own.groups, &own.wave}) groups->reserve(num_experts);
     own.slots.resize(num_slots);
     own.tokens.resize(num_slots);
     own.bounds.resize(num_experts + 1);
@@ -96,6 +97,8 @@ Mixture::Mixture(Decoder& decoder, int layer, const FfnWeights& ffn, const Batch
       kernels_(decoder.kernels),
       shared_(decoder.experts),
       own_(decoder.experts.threads[thread]),
+      store_(decoder.residency ? decoder.residency->experts.get() : nullptr),
+      wave_(store_ ? own_.wave : own_.groups),
       router_(decoder.weights.layers[layer].router),
       ffn_(ffn),
       inputs_(inputs),
@@ -113,9 +116,14 @@ Mixture::Mixture(Decoder& decoder, int layer, const FfnWeights& ffn, const Batch
 void Mixture::run(const Matrices& next) {
   route();
   group();
+  if (store_ && thread_ == 0) store_->want(layer_, own_.groups);
   if (gathers_) gather();
-  compute_neurons();
-  compute_outputs();
+  if (store_) {
+    compute_waves();
+  } else {
+    compute_neurons();
+    compute_outputs();
+  }
   prefetch_share(next, thread_, decoder_.threads.size());
   decoder_.threads.barrier(thread_);
 }
@@ -150,7 +158,7 @@ void Mixture::group() {
   for (int i = 0; i < num_slots; ++i) ++bounds[chosen_[i].expert + 1];
   own_.groups.clear();
   for (int e = 0; e < num_experts; ++e) {
-    if (bounds[e + 1] > 0) own_.groups.push_back({e, bounds[e], bounds[e + 1], 0});
+    if (bounds[e + 1] > 0) own_.groups.push_back({e, bounds[e], bounds[e + 1], 0, &ffn_.experts[e]});
     bounds[e + 1] += bounds[e];
   }
   size_t number = 0;
@@ -166,6 +174,30 @@ void Mixture::group() {
     own_.tokens[own_.slots[i]] = i / router_.num_chosen;
     own_.weights[own_.slots[i]] = chosen_[i].weight;
   }
+}
+
+// Experts that are there first, others as they come. Outputs have places of their own and are summed in the experts' order, so
+// that it makes no difference to them.
+void Mixture::compute_waves() {
+  for (size_t num_done = 0; num_done < own_.groups.size(); num_done += wave_.size()) {
+    if (thread_ == 0) store_->lend(shared_.lent);
+    decoder_.threads.barrier(thread_);
+    if (!take_wave()) return;
+    compute_neurons();
+    compute_outputs();
+    decoder_.threads.barrier(thread_);
+    if (thread_ == 0) store_->give_back();
+  }
+}
+
+// False: an expert could not be read, and the pass will be thrown away.
+bool Mixture::take_wave() {
+  own_.wave.clear();
+  for (const LentExpert& lent : shared_.lent) {
+    own_.wave.push_back(own_.groups[own_.bounds[lent.expert]]);
+    own_.wave.back().weights = &lent.weights;
+  }
+  return !own_.wave.empty();
 }
 
 void Mixture::gather() {
@@ -199,7 +231,7 @@ const Columns* Mixture::columns_of(const ExpertGroup& group, InputGroup inputs) 
 
 void Mixture::add_columns(InputGroup inputs, const Activations& x) {
   own_.products.clear();
-  for (const ExpertGroup& group : own_.groups) {
+  for (const ExpertGroup& group : wave_) {
     const ColumnMatrix& w = columns_of(group, inputs)->matrix;
     float* sums = decoder_.token.segment_sums.get() + group.first_slot * num_segment_sums(w);
     own_.products.push_back({&w, x.token(group.first_slot), sums});
@@ -227,7 +259,7 @@ Batch Mixture::batch_of(const ExpertGroup& group, const Activations& all) const 
 
 const ExpertGroup& Mixture::group_of(int item, int per_group, int& rest) const {
   rest = item % per_group;
-  return own_.groups[item / per_group];
+  return wave_[item / per_group];
 }
 
 void Mixture::compute_neurons() {
@@ -236,8 +268,7 @@ void Mixture::compute_neurons() {
   else
     neurons_by_rows();
   // The first of what is this thread's of the phase after the barrier.
-  const int num_groups = static_cast<int>(own_.groups.size());
-  const Range blocks = share(out_blocks() * num_groups, thread_, decoder_.threads.size());
+  const Range blocks = share(out_blocks() * num_groups(), thread_, decoder_.threads.size());
   if (blocks.begin < blocks.end && !by_columns(kDown)) {
     int block;
     const ExpertGroup& group = group_of(blocks.begin, out_blocks(), block);
@@ -247,7 +278,7 @@ void Mixture::compute_neurons() {
 }
 
 void Mixture::neurons_by_rows() {
-  const int per_group = units(), num_items = per_group * static_cast<int>(own_.groups.size());
+  const int per_group = units(), num_items = per_group * num_groups();
   decoder_.threads.deal(
       thread_, num_items, [&](int first, int last) { compute_part(first, last); },
       [&](int first) {
@@ -259,8 +290,7 @@ void Mixture::neurons_by_rows() {
 
 void Mixture::neurons_by_columns() {
   add_columns(kGateUp, gathered_);
-  const int num_groups = static_cast<int>(own_.groups.size());
-  decoder_.threads.deal(thread_, units() * num_groups, [&](int first, int last) {
+  decoder_.threads.deal(thread_, units() * num_groups(), [&](int first, int last) {
     by_group(first, last, units(), [&](const ExpertGroup& group, int begin, int end) {
       const FfnWeights& weights = expert(group);
       const Columns& columns = *columns_of(group, kGateUp);
@@ -319,7 +349,7 @@ void Mixture::outputs_by_rows() {
                shared_.outputs.get() + size_t(group.first_slot) * hidden_, hidden_, begin, end);
     });
   };
-  decoder_.threads.deal(thread_, out_blocks() * static_cast<int>(own_.groups.size()), work, [&](int first) {
+  decoder_.threads.deal(thread_, out_blocks() * num_groups(), work, [&](int first) {
     int block;
     const ExpertGroup& group = group_of(first, out_blocks(), block);
     prefetch_block(expert(group).down.weight, block, kPartPrefetchBytes);
@@ -328,8 +358,7 @@ void Mixture::outputs_by_rows() {
 
 void Mixture::outputs_by_columns() {
   add_columns(kDown, neurons_);
-  const int num_groups = static_cast<int>(own_.groups.size());
-  decoder_.threads.deal(thread_, out_blocks() * num_groups, [&](int first, int last) {
+  decoder_.threads.deal(thread_, out_blocks() * num_groups(), [&](int first, int last) {
     by_group(first, last, out_blocks(), [&](const ExpertGroup& group, int begin, int end) {
       const Range outputs = {begin * kBlockRows, end * kBlockRows};
       float* out = shared_.outputs.get() + size_t(group.first_slot) * hidden_ + outputs.begin;

@@ -10,6 +10,8 @@
 
 namespace coreinfer {
 
+class ExpertStore;
+
 // The experts of a token, by number: those with the largest logits, of equal ones the first. Experts that `ffn` lacks are
 // not chosen, as if their logits were minus infinity. `chosen` has room for router.num_chosen.
 void choose_experts(const Router& router, const FfnWeights& ffn, const float* logits, ChosenExpert* chosen);
@@ -38,6 +40,8 @@ class Mixture {
   void route();
   void group();
   void gather();
+  void compute_waves();
+  bool take_wave();
   void compute_neurons();
   void neurons_by_rows();
   void neurons_by_columns();
@@ -58,7 +62,8 @@ class Mixture {
 
   int units() const;
   int out_blocks() const { return expert(own_.groups[0]).down.weight.num_blocks(); }
-  // work(group, begin, end) for the parts [first, last) of all groups, of which each has so many.
+  int num_groups() const { return static_cast<int>(wave_.size()); }
+  // work(group, begin, end) for the parts [first, last) of the groups that are computed together, of which each has so many.
   template <class Work>
   void by_group(int first, int last, int per_group, Work work) const {
     for (int item = first; item < last;) {
@@ -71,12 +76,14 @@ class Mixture {
   }
   Batch batch_of(const ExpertGroup& group, const Activations& all) const;
   const ExpertGroup& group_of(int item, int per_group, int& rest) const;
-  const FfnWeights& expert(const ExpertGroup& group) const { return ffn_.experts[group.expert]; }
+  static const FfnWeights& expert(const ExpertGroup& group) { return *group.weights; }
 
   Decoder& decoder_;
   const Kernels& kernels_;
   ExpertScratch& shared_;
   ExpertScratch::PerThread& own_;
+  ExpertStore* const store_;              // null where all experts are in memory
+  const std::vector<ExpertGroup>& wave_;  // computed together: all, or those that were lent
   const Router& router_;
   const FfnWeights& ffn_;
   const Batch inputs_;

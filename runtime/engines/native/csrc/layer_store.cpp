@@ -1,41 +1,14 @@
 #include "layer_store.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <chrono>
 #include <stdexcept>
 
 #include "layer_plan.h"
-#include "threads.h"
 
 namespace coreinfer {
-namespace {
 
-constexpr int kReaders = 2;  // so that the disk has the next read while one is done with
-
-// Memory that begins with a huge page: computing looks every address up once a token.
-uint8_t* map_memory(size_t num_bytes) {
-  void* mapped = mmap(nullptr, num_bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped == MAP_FAILED) return nullptr;
-  auto* start = static_cast<uint8_t*>(mapped);
-  const size_t before = -reinterpret_cast<uintptr_t>(start) % kHugePage;
-  uint8_t* memory = start + before;
-  if (before) munmap(start, before);
-  munmap(memory + num_bytes, kHugePage - before);
-#ifdef MADV_HUGEPAGE
-  madvise(memory, num_bytes, MADV_HUGEPAGE);
-#endif
-  // Where it is not allowed, the memory is as resident as any other.
-  mlock(memory, num_bytes);
-  return memory;
-}
-
-}  // namespace
-
-LayerStore::LayerStore(size_t limit_bytes) : limit_(limit_bytes), num_forks_(num_forks()) {
-  for (int i = 0; i < kReaders; ++i) threads_.emplace_back([this] { read_jobs(); });
-}
+LayerStore::LayerStore(size_t limit_bytes) : pool_(limit_bytes), threads_([this] { read_jobs(); }) {}
 
 LayerStore::~LayerStore() {
   {
@@ -43,17 +16,9 @@ LayerStore::~LayerStore() {
     stop_ = true;
   }
   readers_.notify_all();
-  for (std::thread& thread : threads_) {
-    // A forked process has none of them.
-    if (num_forks() == num_forks_)
-      thread.join();
-    else
-      thread.detach();
-  }
+  threads_.join();
   for (const auto& held : all_)
     for (Slot& slot : held->slots) release(slot);
-  while (drop_spare()) {
-  }
 }
 
 void LayerStore::announce(std::shared_ptr<LayerSource> source) {
@@ -65,8 +30,7 @@ void LayerStore::announce(std::shared_ptr<LayerSource> source) {
 }
 
 void LayerStore::begin_pass(const std::shared_ptr<LayerSource>& source, bool decodes) {
-  if (num_forks() != num_forks_)
-    throw std::runtime_error("this process was forked after a bundle was loaded with memory_mb; load it again in it");
+  threads_.check_there();
   const std::lock_guard<std::mutex> lock(mutex_);
   const std::shared_ptr<Held> held = find(source);
   const std::shared_ptr<Held> before[] = {active_, keeper_};
@@ -136,7 +100,7 @@ ReadFigures LayerStore::figures() const {
 
 size_t LayerStore::used_bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return used_;
+  return pool_.used();
 }
 
 bool LayerStore::holds(const LayerSource& source) const {
@@ -176,32 +140,23 @@ void LayerStore::plan(Held& held, size_t room, bool streams) {
 }
 
 void LayerStore::plan_all() {
-  const size_t kept = keeper_ ? std::min(keeper_->source->total(), limit_) : 0;
+  const size_t kept = keeper_ ? std::min(keeper_->source->total(), pool_.limit()) : 0;
   for (const auto& held : all_) plan(*held, 0, true);
-  if (keeper_) plan(*keeper_, limit_, true);
-  if (announced_ && announced_ != keeper_) plan(*announced_, limit_ - kept, announced_ == active_);
-  if (active_ && active_ != keeper_ && active_ != announced_) plan(*active_, limit_ - kept, true);
+  if (keeper_) plan(*keeper_, pool_.limit(), true);
+  if (announced_ && announced_ != keeper_) plan(*announced_, pool_.limit() - kept, announced_ == active_);
+  if (active_ && active_ != keeper_ && active_ != announced_) plan(*active_, pool_.limit() - kept, true);
 }
 
 void LayerStore::release(Slot& slot) {
   if (slot.state == State::reading) return;  // whoever reads it lets it go
   slot.ready = nullptr;
   slot.state = State::absent;
-  if (slot.block.memory) spare_.push_back(slot.block);
-  slot.block = {};
+  pool_.give_back(slot.block);
 }
 
 void LayerStore::release_passing(Held& held) {
   for (Slot& slot : held.slots)
     if (!slot.kept) release(slot);
-}
-
-bool LayerStore::drop_spare() {
-  if (spare_.empty()) return false;
-  munmap(spare_.back().memory, spare_.back().num_bytes);
-  used_ -= spare_.back().num_bytes;
-  spare_.pop_back();
-  return true;
 }
 
 bool LayerStore::evict_from(Held& held) {
@@ -234,8 +189,8 @@ bool LayerStore::evict_for_position(Held& active, int layer) {
 // Let go of what is needed least until so many bytes are free. The source that decodes gives layers to a pass of another
 // one, but no more than that needs to run at all.
 bool LayerStore::make_room(size_t num_bytes, Held& wanting, int layer) {
-  while (used_ + num_bytes > limit_) {
-    if (drop_spare()) continue;
+  while (!pool_.has_room(num_bytes)) {
+    if (pool_.drop_spare()) continue;
     bool evicted = false;
     for (const auto& held : all_)
       if (held != active_ && held != keeper_ && held != announced_ && held.get() != &wanting)
@@ -252,17 +207,8 @@ bool LayerStore::make_room(size_t num_bytes, Held& wanting, int layer) {
 bool LayerStore::take_block(Held& wanting, int layer) {
   const size_t num_bytes = wanting.source->memory_bytes(layer);
   Block& block = wanting.slots[layer].block;
-  for (auto spare = spare_.begin(); spare != spare_.end(); ++spare)
-    if (spare->num_bytes >= num_bytes && spare->num_bytes <= num_bytes + num_bytes / 8) {
-      block = *spare;
-      spare_.erase(spare);
-      return true;
-    }
-  if (!make_room(num_bytes, wanting, layer)) return false;
-  block = {map_memory(num_bytes), num_bytes};
-  if (!block.memory) return false;
-  used_ += num_bytes;
-  return true;
+  if (pool_.take_spare(num_bytes, block)) return true;
+  return make_room(num_bytes, wanting, layer) && pool_.take_new(num_bytes, block);
 }
 
 // The next layer to read: one that the pass comes to, else one that shall stay.

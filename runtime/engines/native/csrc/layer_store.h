@@ -7,10 +7,11 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "block_pool.h"
 #include "direct_file.h"
+#include "reader_threads.h"
 #include "weights.h"
 
 namespace coreinfer {
@@ -31,6 +32,8 @@ class LayerSource {
   bool read(int layer, uint8_t* to) const;
   // The layer's weights where its range lies in memory.
   FfnWeights weights(int layer, const uint8_t* memory) const;
+  // The same by their places in the mapping, which are not to be read, and biases in memory.
+  const FfnWeights& placed(int layer) const { return mapped_[layer]; }
 
  private:
   struct Range {
@@ -48,7 +51,7 @@ class LayerSource {
 // What was read from disk so far.
 struct ReadFigures {
   uint64_t num_bytes = 0;
-  uint64_t num_hits = 0;    // layers that were there when a pass came to them
+  uint64_t num_hits = 0;    // layers, or experts, that were there when a pass came to them
   uint64_t num_misses = 0;  // that a pass waited for
   double waited_seconds = 0.0;
 };
@@ -77,15 +80,11 @@ class LayerStore {
 
   ReadFigures figures() const;
   size_t used_bytes() const;
-  size_t limit_bytes() const { return limit_; }
+  size_t limit_bytes() const { return pool_.limit(); }
   // Whether all layers of a source are in memory.
   bool holds(const LayerSource& source) const;
 
  private:
-  struct Block {
-    uint8_t* memory = nullptr;
-    size_t num_bytes = 0;
-  };
   enum class State { absent, reading, present };
   struct Slot {
     State state = State::absent;
@@ -115,24 +114,20 @@ class LayerStore {
   bool evict_for_position(Held& active, int layer);
   bool make_room(size_t num_bytes, Held& wanting, int layer);
   bool evict_from(Held& held);
-  bool drop_spare();
   bool take_block(Held& wanting, int layer);
   Job pick();
   Job pick_kept(const std::shared_ptr<Held>& held);
   void read_jobs();
 
-  const size_t limit_;
-  const uint32_t num_forks_;
   mutable std::mutex mutex_;
   std::condition_variable readers_, waiters_;
   std::vector<std::shared_ptr<Held>> all_;  // the longest unused first
   std::shared_ptr<Held> active_, keeper_, announced_, last_decoder_;
   bool decoded_since_announced_ = false, wraps_ = false, failed_ = false, stop_ = false;
   std::atomic<int> position_{0};  // of the pass
-  size_t used_ = 0;               // spare blocks included
-  std::vector<Block> spare_;
+  BlockPool pool_;
   ReadFigures figures_;
-  std::vector<std::thread> threads_;
+  ReaderThreads threads_;  // last: they use all of these
 };
 
 }  // namespace coreinfer

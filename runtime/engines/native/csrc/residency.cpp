@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "layer.h"
+#include "refusals.h"
 
 namespace coreinfer {
 namespace {
@@ -41,7 +42,44 @@ size_t part_bytes(const Matrix& table, bool only_lows) {
   return sum;
 }
 
+bool is_mixture(const Ffn& ffn) {
+  return std::any_of(ffn.begin(), ffn.end(), [](const FfnWeights& layer) { return !layer.experts.empty(); });
+}
+
 }  // namespace
+
+Residency::Residency(size_t layer_bytes, bool is_mixture)
+    : layers(is_mixture ? nullptr : std::make_unique<LayerStore>(layer_bytes)),
+      experts(is_mixture ? std::make_unique<ExpertStore>(layer_bytes) : nullptr) {}
+
+FileSource read_from_file(const std::string& path, const uint8_t* mapping, size_t mapping_bytes, const Ffn& ffn) {
+  FileSource source;
+  if (is_mixture(ffn))
+    source.experts = std::make_shared<ExpertSource>(path, mapping, mapping_bytes, ffn);
+  else
+    source.layers = std::make_shared<LayerSource>(path, mapping, mapping_bytes, ffn);
+  return source;
+}
+
+void announce(Residency& residency, const FileSource& source, const Ffn& ffn) {
+  if (residency.layers)
+    residency.layers->announce(source.layers);
+  else
+    residency.experts->announce(source.experts, ffn);
+}
+
+bool holds(const Residency& residency, const FileSource& source, const Ffn& ffn) {
+  return residency.layers ? residency.layers->holds(*source.layers) : residency.experts->holds(*source.experts, ffn);
+}
+
+void check_fits(const Residency& residency, const FileSource& source) {
+  if (residency.layers ? !source.layers : !source.experts)
+    refuse("FFN", "one that is read in layers, as memory is limited", "another");
+  if (!residency.experts) return;
+  const size_t largest = source.experts->pieces().largest(), room = residency.experts->limit_bytes();
+  if (largest > room)
+    refuse("layer_bytes", "at least " + std::to_string(largest) + " for one expert", std::to_string(room));
+}
 
 TableBytes table_bytes(const ModelWeights& weights) {
   TableBytes bytes{0, 0};
@@ -57,7 +95,7 @@ TableBytes table_bytes(const ModelWeights& weights) {
 
 void limit_memory(Decoder& decoder, const MappedFile& base, const MemoryLimits& limits) {
   const ModelWeights& weights = decoder.weights;
-  auto residency = std::make_shared<Residency>(limits.layer_bytes);
+  auto residency = std::make_shared<Residency>(limits.layer_bytes, weights.layers.front().router.num_chosen > 0);
   std::vector<std::pair<const uint8_t*, const uint8_t*>> apart;
   const auto window = [&](const Matrix& table, bool only_lows, size_t bytes) {
     for (const PageWindow::Part& part : window_parts(table, only_lows))
@@ -84,7 +122,10 @@ void limit_memory(Decoder& decoder, const MappedFile& base, const MemoryLimits& 
 LimitedPass::LimitedPass(Decoder& decoder, const Row* rows, size_t num_rows, bool decodes) : decoder_(decoder) {
   if (!decoder.residency) return;
   Residency& residency = *decoder.residency;
-  residency.store.begin_pass(decoder.source, decodes);
+  if (residency.layers)
+    residency.layers->begin_pass(decoder.source.layers, decodes);
+  else
+    residency.experts->begin_pass(decoder.source.experts, decodes);
   PageWindow* window = residency.embeds_from_head ? residency.head_lows.get() : residency.embedding.get();
   if (window)
     for (size_t row = 0; row < num_rows; ++row) window->touch(rows[row].id / kBlockRows);
@@ -95,7 +136,10 @@ void LimitedPass::finish() {
   Residency& residency = *decoder_.residency;
   for (PageWindow* window : {residency.embedding.get(), residency.head_lows.get()})
     if (window) window->settle();
-  residency.store.end_pass();
+  if (residency.layers)
+    residency.layers->end_pass();
+  else
+    residency.experts->end_pass();
 }
 
 uint64_t table_bytes_read(const Residency& residency) {

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "decoder.h"
+#include "expert_store.h"
 #include "layer_store.h"
 #include "page_window.h"
 
@@ -13,12 +14,23 @@ namespace coreinfer {
 struct Batch;
 
 struct Residency {
-  explicit Residency(size_t layer_bytes) : store(layer_bytes) {}
+  Residency(size_t layer_bytes, bool is_mixture);
 
-  LayerStore store;
+  // One of the two: of mixtures it is experts that are read and kept.
+  std::unique_ptr<LayerStore> layers;
+  std::unique_ptr<ExpertStore> experts;
   std::unique_ptr<PageWindow> embedding, head_lows;  // null where they stay in memory as a whole
   bool embeds_from_head = false;                     // the embedding is the head
+
+  ReadFigures figures() const { return layers ? layers->figures() : experts->figures(); }
+  size_t used_bytes() const { return layers ? layers->used_bytes() : experts->used_bytes(); }
 };
+
+// What an FFN is read from, and its weights by their places.
+void announce(Residency& residency, const FileSource& source, const Ffn& ffn);
+bool holds(const Residency& residency, const FileSource& source, const Ffn& ffn);
+// Throws std::invalid_argument: there is too little memory to run the FFN at all.
+void check_fits(const Residency& residency, const FileSource& source);
 
 // A mapped file: where it lies, and its name.
 struct MappedFile {
@@ -29,7 +41,7 @@ struct MappedFile {
 
 // How much memory there is.
 struct MemoryLimits {
-  size_t layer_bytes;   // of FFN layers
+  size_t layer_bytes;   // of FFN layers, or of experts
   size_t window_bytes;  // of the tables of which a token needs a few rows; 0 to keep them as a whole
 };
 
@@ -41,7 +53,7 @@ struct TableBytes {
 };
 TableBytes table_bytes(const ModelWeights& weights);
 
-// A pass over the layers, for as long as it runs. Throws as LayerStore does.
+// A pass over the layers, for as long as it runs. Throws as LayerStore and ExpertStore do.
 class LimitedPass {
  public:
   // `decodes`: single tokens, after which a like pass will come.
@@ -52,15 +64,20 @@ class LimitedPass {
   Decoder& decoder_;
 };
 
-// The FFN weights of one layer, while a thread computes with them: where they always are, or as read from disk.
+// The FFN weights of one layer, while a thread computes with them: where they always are, or as read from disk. Of mixtures
+// their places alone, where memory is limited: experts are lent one by one.
 class LentLayer {
  public:
-  LentLayer(const Decoder& decoder, int layer, int thread) : decoder_(decoder), layer_(layer), thread_(thread) {
-    if (decoder.residency && decoder.residency->store.is_there(layer)) read_.emplace(take());
+  LentLayer(const Decoder& decoder, int layer, int thread)
+      : decoder_(decoder),
+        store_(decoder.residency ? decoder.residency->layers.get() : nullptr),
+        layer_(layer),
+        thread_(thread) {
+    if (store_ && store_->is_there(layer)) read_.emplace(take());
   }
   // After a barrier that all threads have passed since they were done with the weights.
   ~LentLayer() {
-    if (read_ && thread_ == 0) decoder_.residency->store.done(layer_);
+    if (read_ && thread_ == 0) store_->done(layer_);
   }
   LentLayer(const LentLayer&) = delete;
   LentLayer& operator=(const LentLayer&) = delete;
@@ -69,14 +86,15 @@ class LentLayer {
   const FfnWeights& ahead() const { return read_ ? *read_ : (*decoder_.ffn)[layer_]; }
   // Waits for them if they are still being read.
   const FfnWeights& weights() {
-    if (decoder_.residency && !read_) read_.emplace(take());
+    if (store_ && !read_) read_.emplace(take());
     return ahead();
   }
 
  private:
-  FfnWeights take() const { return decoder_.residency->store.await(layer_, thread_ == 0); }
+  FfnWeights take() const { return store_->await(layer_, thread_ == 0); }
 
   const Decoder& decoder_;
+  LayerStore* const store_;  // null where layers need not be waited for
   std::optional<FfnWeights> read_;
   int layer_, thread_;
 };
