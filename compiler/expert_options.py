@@ -68,8 +68,6 @@ def _not_of_both(config: CompileConfig) -> Iterator[str]:
         yield "--budgets energy: layers share by what they lose; expected sensitivity or uniform"
     if config.budget_mb is not None:
         yield "--budget-mb: what a token reads depends on how many experts stay; give --keep, or --experts narrow"
-    if config.token_share is not None:
-        yield "--token-share: not with --experts both yet"
 
 
 def _not_of_whole_experts(config: CompileConfig) -> Iterator[str]:

@@ -277,7 +277,6 @@ def test_layers_with_as_many_experts_are_exported(form: str, listed: Callable[..
     ("options", "named"),
     [
         ({"keep": None, "budget_mb": 1.0}, "--budget-mb: what a token reads depends on how many experts stay"),
-        ({"token_share": 0.5}, "--token-share: not with --experts both yet"),
         ({"budgets": "energy"}, "--budgets energy: layers share by what they lose; expected sensitivity or uniform"),
         ({"repair_rounding": True}, "--repair-rounding: experts are repaired on what the dense model sees"),
     ],
