@@ -299,6 +299,7 @@ def narrow_packs(
         # Efforts that differ in nothing else would have found each other's layers.
         **({"cluster_weights": "auto"} if config.chooses_cluster_weight else {}),
         **({"experts": "both"} if config.experts == "both" else {}),
+        **({"divided": "bytes a token"} if config.experts == "both" and config.budget_mb is not None else {}),
     )
     return key, dict(narrow_all(inputs, material.cache, key, progress))
 
