@@ -213,7 +213,7 @@ size_t Decoder::bytes_per_token(int num_tokens, bool screened, bool alone) const
   size_t total = (screened ? weights.head.screening_bytes() : weights.head.num_bytes()) +
                  weights.project_in.num_bytes() + weights.project_out.num_bytes();
   total += stream_bytes(weights.streams);
-  const double active = active_share(token);
+  const double active = alone ? active_share(token) : 1.0;
   if (used) total += read_columns(token, *used, weights);
   const auto by_rows = [&](size_t layer, int group) {
     if (!used) return true;
