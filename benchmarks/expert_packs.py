@@ -3,8 +3,9 @@
     python benchmarks/expert_packs.py [--families olmoe,mixtral] [--keep 0.5]
 
 Compiles tiny random models of the tests, as they are and with routers that hardly choose two of each layer's six
-experts. Narrow packs come first, the others keep as many neurons as these do after rounding to blocks of 32; last are
-narrow ones of which a token reads as much as of those that have both. Prints a Markdown table: of each kind of pack the
+experts. Narrow packs come first, the others keep as many neurons as these do after rounding to blocks of 32; then
+narrow ones of which a token reads as much as of those that have both, and last those that have both by a budget of the
+bytes that a token reads of the first. Prints a Markdown table: of each kind of pack the
 share of the experts' neurons that it has, the share of the dense model's bytes of them that a token reads, and KL
 against the dense model on held-out text. Then one line of JSON. Random weights say what the arithmetic does, and not
 what a trained model loses.
@@ -19,6 +20,7 @@ from typing import Any, get_args
 
 import click
 from coreinfer.bundles.expert_packs import ExpertPacks
+from coreinfer.bundles.token_bytes import token_bytes
 from coreinfer.compiler import CompileConfig, compile_model
 
 _MODELS = ("random", "two experts neglected")
@@ -60,9 +62,12 @@ def _rows(folder: Path, family: str, given: dict[str, Any]) -> Iterator[dict[str
             yield {"model": title, "family": family, **row}
             if packs == "narrow":
                 options["keep"] = row["kept"]
+                budget = {"keep": None, "budget_mb": row["token_mb"]}
         options["keep"] = row["read"]
         row = _row(folder / f"{family} {title} wide", "narrow", options)
         yield {"model": title, "family": family, **row, "packs": "narrow, as many bytes"}
+        row = _row(folder / f"{family} {title} budget", "both", options | budget)
+        yield {"model": title, "family": family, **row, "packs": "both, --budget-mb"}
 
 
 def _row(output: Path, packs: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -72,6 +77,7 @@ def _row(output: Path, packs: Any, options: dict[str, Any]) -> dict[str, Any]:
         "packs": packs,
         "kept": sum(cluster.keep_ratio for cluster in manifest.clusters) / len(manifest.clusters),
         "read": manifest.mean_pack_bytes / manifest.ffn_bytes,
+        "token_mb": token_bytes(manifest).pack / 1e6,
         "kl": manifest.quality.clusters.kl,
         "layer_experts": [cluster.layer_experts for cluster in manifest.clusters],
     }

@@ -7,6 +7,7 @@ import numpy as np
 from .formats import ffn_formats, stored_shapes
 from .manifest import Manifest, TensorRecord
 from .tensors import TensorFile
+from .zero_neurons import ffn_kind
 
 __all__ = [
     "ATTENTION_GROUPS",
@@ -142,7 +143,8 @@ def _matrices(manifest: Manifest, layer: int, prefix: str, num_neurons: int) -> 
     model = manifest.model
     shape = (num_neurons, model.hidden_size)
     records: dict[str, TensorRecord] = {}
-    for role, kind in ffn_formats(manifest.quantization["ffn"].format, gated=model.gated).items():
+    stored = ffn_kind(model, manifest.quantization["ffn"].format, layer)
+    for role, kind in ffn_formats(stored, gated=model.gated).items():
         parts = stored_shapes(tensor_name(layer, prefix + role), kind, shape[::-1] if role == "down" else shape)
         records |= {name: TensorRecord(dtype=dtype, shape=part) for name, (dtype, part) in parts.items()}
     return records

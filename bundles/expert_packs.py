@@ -36,8 +36,8 @@ def expert_pack_problems(manifest: "Manifest") -> list[str]:
     if manifest.schema_version < version:
         # Readers of a lower version would take them for something else.
         problems.append(f"manifest.plan.experts: both needs schema_version {version}")
-    if manifest.token_shares is not None or manifest.has_thin:
-        problems.append("manifest.plan.experts: both goes neither with token shares nor with thin clusters")
+    if manifest.has_thin:
+        problems.append("manifest.plan.experts: both does not go with thin clusters")
     for where, part in parts.items():
         problems += _problems_of(f"{where}.layer_experts", part.layer_experts, part.layer_budgets, manifest, experts)
     return problems

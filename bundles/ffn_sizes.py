@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from .expert_packs import ExpertPacks
 from .formats import ffn_layer_bytes
+from .zero_neurons import ffn_kind
 
 if TYPE_CHECKING:
     from .manifest import ModelRecord
@@ -25,7 +26,8 @@ def ffn_bytes(
         layer_experts: how many experts share a layer's neurons, where these are narrower; None for all.
     """
     if model.experts is None:
-        return sum(_layer_bytes(model, kind, budget) for budget in layer_budgets)
+        kinds = (ffn_kind(model, kind, layer) for layer in range(len(layer_budgets)))
+        return sum(_layer_bytes(model, own, budget) for own, budget in zip(kinds, layer_budgets, strict=True))
     if experts != "whole":
         counts = layer_experts or (model.experts.num_experts,) * len(layer_budgets)
         widths = (budget // count for budget, count in zip(layer_budgets, counts, strict=True))

@@ -34,7 +34,8 @@ __all__ = [
 FORMATS = ("bf16", "f32", "int4", "int8", "int8-planes")
 """Storage formats that this version reads, of all groups of tensors."""
 NEURON_FORMAT = "int4-neurons"
-"""Of an FFN whose activation is relu: the weights of a neuron that is zero can be left out; see `ffn_formats`."""
+"""Of an FFN whose neurons are zero for most of a token's (`zero_neurons`), whose weights can be left out then; see
+`ffn_formats`."""
 PACKED_FORMATS = ("int4", "int8", "int8-planes")
 BLOCK_ROWS = 16
 """Output rows that are interleaved."""

@@ -18,6 +18,7 @@ from .schema import parse
 from .statistics import Selection
 from .thin_clusters import share_problems
 from .versions import READ_VERSIONS, SCHEMA_VERSION
+from .zero_neurons import has_zero_neurons
 
 __all__ = [
     "GROUPS",
@@ -342,7 +343,7 @@ def read_manifest(bundle_dir: Path) -> Manifest:
     if manifest is not None and data.get(_CHECKSUM) != content_sha256(data):
         problems.append("its values do not match its own checksum")
     if manifest is not None:
-        problems += _unknown_formats(manifest.quantization, manifest.model.activation)
+        problems += _unknown_formats(manifest.quantization, manifest.model)
         problems += share_problems(manifest)
         problems += expert_pack_problems(manifest)
     if manifest is None or problems:
@@ -380,15 +381,17 @@ def _why_no_bundle(bundle_dir: Path) -> str:
     return "is a file, not a folder" if bundle_dir.exists() else "does not exist"
 
 
-def _unknown_formats(quantization: Mapping[str, QuantizationRecord], activation: str) -> list[str]:
+def _unknown_formats(quantization: Mapping[str, QuantizationRecord], model: ModelRecord) -> list[str]:
     missing = [f"manifest.quantization.{group}: missing" for group in GROUPS if group not in quantization]
     unknown = [
         f"manifest.quantization.{group}: format {record.format!r}, this coreinfer reads {', '.join(FORMATS)}"
         for group, record in quantization.items()
         if record.format not in FORMATS and (group, record.format) != ("ffn", NEURON_FORMAT)
     ]
-    if activation != "relu" and "ffn" in quantization and quantization["ffn"].format == NEURON_FORMAT:
+    by_neuron = "ffn" in quantization and quantization["ffn"].format == NEURON_FORMAT
+    if by_neuron and not has_zero_neurons(model):
         unknown.append(
-            f"manifest.quantization.ffn: format {NEURON_FORMAT!r} is for activation 'relu', got {activation!r}"
+            f"manifest.quantization.ffn: format {NEURON_FORMAT!r} is for activation 'relu' or gates that are cut off, "
+            f"got {model.activation!r}"
         )
     return missing + unknown

@@ -122,13 +122,20 @@ def ffn_with_norms(bundle: "Bundle", cluster: int | None) -> TensorFile:
 
 
 def column_norms(base: TensorFile, ffn: TensorFile, model: ModelRecord, layer: int, group: str) -> Floats:
-    """Return the norms of the columns of a group's matrices, (inputs,) float32; of experts (experts, inputs)."""
+    """Return the norms of the columns of a group's matrices, (inputs,) float32; of experts (experts, inputs).
+
+    Experts that a pack lacks, which no token chooses, have 0.
+    """
     if group in ATTENTION_GROUPS:
         return base[tensor_name(layer, norms_role(group))].array
     if model.experts is None:
         return ffn[tensor_name(layer, norms_role(group))].array
-    numbers = range(model.experts.num_experts)
-    return np.stack([ffn[tensor_name(layer, expert_role(number, norms_role(group)))].array for number in numbers])
+    names = [tensor_name(layer, expert_role(number, norms_role(group))) for number in range(model.experts.num_experts)]
+    own = {number: ffn[name].array for number, name in enumerate(names) if name in ffn}
+    norms = np.zeros((len(names), next(iter(own.values())).size), dtype=np.float32)
+    for number, found in own.items():
+        norms[number] = found
+    return norms
 
 
 def shares_at(targets: Floats, plan: Floats, share: float) -> Floats:

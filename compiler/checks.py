@@ -14,7 +14,7 @@ from .models.stated import check_mappable, check_stays_mapped, stated_config
 from .stream_options import check_stream_options
 from .text.reading import check_elsewhere, is_local, read_order, read_texts, text_sources
 
-__all__ = ["Inputs", "check_activation", "check_document_tokens", "find_inputs"]
+__all__ = ["Inputs", "check_document_tokens", "check_zero_neurons", "find_inputs"]
 
 _MOST_CHECKED = 64
 """Of the files at addresses, the first that will be read: of a million files most never are."""
@@ -73,7 +73,8 @@ def _check_model(config: CompileConfig, model: ModelSource) -> None:
         check_no_expert_options(config, model.name)
     # What the files leave out has the default of the model's class, which is known when it is loaded.
     if isinstance(activation := family.activation or stated.get(family.activation_field), str):
-        check_activation(config, activation)
+        # Which layers cut their gates off may be the class's default too.
+        check_zero_neurons(config, activation, activation == "relu" or family.cutoff is not None)
     if isinstance(max_positions := stated.get(family.config_field("max_position_embeddings")), int):
         check_document_tokens(config, max_positions)
 
@@ -92,15 +93,17 @@ def check_document_tokens(config: CompileConfig, max_positions: int) -> None:
         )
 
 
-def check_activation(config: CompileConfig, activation: str) -> None:
+def check_zero_neurons(config: CompileConfig, activation: str, has_zero: bool) -> None:
     """Check that neurons are zero where they are to be left out.
 
     Args:
         activation: the model's.
+        has_zero: whether most of any layer's may be, see `zero_neurons`.
     Raises:
-        ConfigError: it is another than relu.
+        ConfigError: they are not.
     """
-    if config.by_neuron and activation != "relu":
+    if config.by_neuron and not has_zero:
         raise ConfigError(
-            f"--by-neuron: expected a model whose activation is relu, got {activation}; compile without it"
+            f"--by-neuron: expected a model whose activation is relu, or which cuts gates off, got {activation}; "
+            "compile without it"
         )

@@ -47,9 +47,9 @@ def _not_applying(config: CompileConfig) -> Iterator[str]:
         yield "--max-memory: transformers puts a layer's experts together in memory"
     if config.selection != "output-aware":
         yield f"--selection {config.selection}: experts are kept by what they put out"
-    if config.experts == "both":
-        yield from _not_of_both(config)
-    elif config.budgets == "sensitivity":
+    if config.experts == "both" and config.budgets == "energy":
+        yield "--budgets energy: layers share by what they lose; expected sensitivity or uniform"
+    elif config.experts != "both" and config.budgets == "sensitivity":
         yield "--budgets sensitivity: expected energy or uniform"
     if config.packs == "thin":
         # Whatever says how packs are made is refused with it anyway.
@@ -61,15 +61,6 @@ def _not_applying(config: CompileConfig) -> Iterator[str]:
         "--heal-cluster-steps: experts are not healed": bool(config.heal_cluster_steps),
     }
     yield from (problem for problem, is_given in given.items() if is_given)
-
-
-def _not_of_both(config: CompileConfig) -> Iterator[str]:
-    if config.budgets == "energy":
-        yield "--budgets energy: layers share by what they lose; expected sensitivity or uniform"
-    if config.budget_mb is not None:
-        yield "--budget-mb: what a token reads depends on how many experts stay; give --keep, or --experts narrow"
-    if config.token_share is not None:
-        yield "--token-share: not with --experts both yet"
 
 
 def _not_of_whole_experts(config: CompileConfig) -> Iterator[str]:

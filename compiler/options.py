@@ -260,7 +260,11 @@ class CompileOptions:
     )
     by_neuron: bool = field(
         default=False,
-        metadata=option("Store a relu model's FFN neuron by neuron, in int4: what is zero is not read.", group=SIZE),
+        metadata=option(
+            "Store the FFN of a relu model, and layers of one that cuts gates off (Gemma 3n), neuron by neuron, in "
+            "int4: what is zero is not read.",
+            group=SIZE,
+        ),
     )
     packs: Packs = field(
         default="own",

@@ -14,9 +14,10 @@ import numpy.typing as npt
 import torch
 from coreinfer.bundles.formats import ffn_formats
 from coreinfer.bundles.manifest import Quality
+from coreinfer.bundles.zero_neurons import ffn_kind, has_zero_neurons
 
 from .cache import Cache, stage_key
-from .checks import check_activation
+from .checks import check_zero_neurons
 from .clusters.route import Routing, build_routing, control_assignments
 from .config import CompileConfig
 from .efforts import shares_profile
@@ -155,7 +156,7 @@ def gather_material(
 ) -> Material:
     """Read the text, and store the model's files in a folder."""
     loaded = team.loaded
-    check_activation(config, loaded.record.activation)
+    check_zero_neurons(config, loaded.record.activation, has_zero_neurons(loaded.record))
     write_builtin = partial(builtin_documents, config, team, cache, model_sha256, folder, progress)
     corpus = build_corpus(
         config, loaded.record.max_positions, partial(given_documents, config, team, progress), write_builtin
@@ -299,13 +300,16 @@ def narrow_packs(
         # Efforts that differ in nothing else would have found each other's layers.
         **({"cluster_weights": "auto"} if config.chooses_cluster_weight else {}),
         **({"experts": "both"} if config.experts == "both" else {}),
+        **({"divided": "bytes a token"} if config.experts == "both" and config.budget_mb is not None else {}),
     )
     return key, dict(narrow_all(inputs, material.cache, key, progress))
 
 
 def _rounding(config: CompileConfig, material: Material) -> Rounding:
-    formats = ffn_formats(formats_of(config).ffn, gated=material.loaded.record.gated)
-    return Rounding(kind=config.quantize, down_kind=formats["down"], moments=material.moments)
+    record, kind = material.loaded.record, formats_of(config).ffn
+    kinds = [ffn_kind(record, kind, layer) for layer in range(record.num_layers)]
+    down_kinds = tuple(ffn_formats(own, gated=record.gated)["down"] for own in kinds)
+    return Rounding(kind=config.quantize, down_kinds=down_kinds, moments=material.moments)
 
 
 @contextmanager

@@ -155,8 +155,8 @@ class Token:
         disk_reads: what was read from disk since this generation began to be read; None where memory is not limited.
         finish_reason: on the last token "stop" (end of text or stop string), "length" or "cancelled", before it None.
         token_share: share of the layers' weights that each token reads; in mode lossless that of drafts.
-        bytes_read: on the last token what tokens read; None before it, at share 1, in mode lossless, and where the
-            engine does not count it.
+        bytes_read: on the last token what tokens read; None before it, in mode lossless, where the engine does not
+            count it, and at share 1 but with a FFN that is stored neuron by neuron.
     """
 
     token_id: int

@@ -73,6 +73,10 @@ class FakeDecoder:
         assert sequence in self._states
         self.sequence = sequence
 
+    @property
+    def skips_neurons(self) -> bool:
+        return False
+
     def weight_bytes(self, *, greedy: bool, alone: bool) -> int | None:
         return round(1000 * (self._choice.token_share if alone else 1))
 

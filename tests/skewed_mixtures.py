@@ -1,15 +1,17 @@
 """Tiny mixtures of experts whose routers neglect two of each layer's six experts, as trained ones may."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from coreinfer.bundles.families import family_of_config, resolve
+from coreinfer.compiler import CompileConfig
 from transformers import PreTrainedModel
 
 from .model_factory import build_model, build_tokenizer
 
-__all__ = ["NEGLECTED", "build_skewed", "save_skewed"]
+__all__ = ["NEGLECTED", "build_skewed", "save_skewed", "skewed_inputs"]
 
 NEGLECTED = ((4, 5), (0, 3), (1, 2))
 """Of each layer."""
@@ -47,3 +49,12 @@ def save_skewed(folder: Path, family: str, **settings: Any) -> Path:
     build_skewed(family, **settings).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
+
+
+def skewed_inputs(given: CompileConfig, root: Path, family: str, **settings: Any) -> CompileConfig:
+    """Give the options of a compile of such a model, which is written to a folder once, with `--experts both`."""
+    folder = root / family
+    if not folder.exists():
+        save_skewed(folder, family, **settings)
+    options: dict[str, Any] = {"model": str(folder), "budgets": None, "cache_dir": root / "cache"}
+    return replace(given, experts="both", clusters=2, keep=0.5, **options)

@@ -248,7 +248,9 @@ def test_activations_are_seen(gated: dict[str, Bundle]) -> None:
 
 def test_other_activations_and_formats_are_refused(tiny_inputs: Callable[[str], CompileConfig], tmp_path: Path) -> None:
     config = replace(tiny_inputs("llama"), output=tmp_path / "b", quantize="int4", by_neuron=True)
-    with pytest.raises(ConfigError, match="--by-neuron: expected a model whose activation is relu, got silu"):
+    with pytest.raises(
+        ConfigError, match="--by-neuron: expected a model whose activation is relu, or which cuts gates off, got silu"
+    ):
         compile_model(config, Progress())
     assert not (tmp_path / "b").exists()
     with pytest.raises(ConfigError, match="--by-neuron: expected --quantize int4, got int8"):
@@ -260,7 +262,9 @@ def test_a_manifest_of_another_activation_is_refused(compiled: Bundle, tmp_path:
     wrong = replace(manifest, model=replace(manifest.model, activation="gelu"))
     (tmp_path / "x").mkdir()
     finish_manifest(tmp_path / "x", wrong)
-    with pytest.raises(BundleCorrupt, match="format 'int4-neurons' is for activation 'relu', got 'gelu'"):
+    with pytest.raises(
+        BundleCorrupt, match="format 'int4-neurons' is for activation 'relu' or gates that are cut off, got 'gelu'"
+    ):
         read_manifest(tmp_path / "x")
     records = manifest.quantization | {"attention": manifest.quantization["ffn"]}
     finish_manifest(tmp_path / "x", replace(manifest, quantization=records))

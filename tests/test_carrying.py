@@ -142,7 +142,9 @@ def test_layers_are_fitted_on_what_the_narrow_model_really_sees(name: str, seen:
 def test_what_is_read_narrow_goes_through_rounded_weights(name: str, seen: list[LayerTokens]) -> None:
     loaded = load(name)
     rounding = Rounding(
-        kind="int4", down_kind="int4", moments=input_moments(Alone(loaded), documents(), Cache(None), "key", Progress())
+        kind="int4",
+        down_kinds=("int4",) * 3,
+        moments=input_moments(Alone(loaded), documents(), Cache(None), "key", Progress()),
     )
     run(replace(inputs_of(loaded), rounding=rounding))
     dense = [first_activations(loaded, document) for document in documents()]
@@ -176,7 +178,7 @@ def test_down_projections_are_rounded_as_they_will_be_stored() -> None:
     down, ids = torch.randn(40, 32) * 0.1, np.arange(3, 43, dtype=np.int32)
     packer = Packer(formats=QuantizeOptions(body="int4", head="int8"), moments=moments)
     stored = packer.matrix("w", down.T, moments["model.layers.1.mlp.down_proj"][3:43])
-    rounded = Rounding(kind="int4", down_kind="int4", moments=moments).down(loaded, 1, down, ids)
+    rounded = Rounding(kind="int4", down_kinds=("int4",) * 3, moments=moments).down(loaded, 1, down, ids)
     np.testing.assert_array_equal(rounded, float_matrix(stored, "w", (32, 40)).T)
 
 

@@ -1,7 +1,7 @@
 """How many of a layer's experts stay, and how wide: what both cost, and how layers are divided by it."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -263,6 +263,50 @@ def test_divisions_lose_little(budgets: Any, keep: float) -> None:
         assert own <= 1.1 * min(costs) + 1e-6
         if budgets == "uniform":
             assert own == pytest.approx(min(costs), rel=1e-6)
+
+
+@pytest.mark.parametrize("room", [(1, 1), (2, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize("budgets", ["sensitivity", "uniform"])
+def test_divisions_by_what_a_token_reads_lose_little(budgets: Any, room: tuple[int, int]) -> None:
+    """Widths alone are divided, within a tenth of the best that fit; then 2% at most are lost for fewer experts."""
+    losses = random_losses(2)
+    config = make_config(experts="both", budgets=budgets, keep=None, budget_mb=1.0, min_layer_keep=0.1)
+    for cluster in range(2):
+        found = cluster_splits(config, losses, cluster, [5 * 32 * blocks for blocks in room])
+        widths = [split.width // 32 for split in found]
+        assert sum(widths) <= sum(room)
+        assert budgets != "uniform" or all(width <= own for width, own in zip(widths, room, strict=True))
+
+        def least(pair: Sequence[int], cluster: int = cluster) -> float:
+            options = [[split for split in ALL if split.width == 32 * blocks] for blocks in pair]
+            costs = [min(loss_of(losses, cluster, layer, split) for split in own) for layer, own in enumerate(options)]
+            return sum(costs)
+
+        pairs = [
+            pair
+            for pair in itertools.product((1, 2, 3), repeat=2)
+            if sum(pair) <= sum(room) and (budgets != "uniform" or all(a <= b for a, b in zip(pair, room, strict=True)))
+        ]
+        assert least(widths) <= 1.1 * min(map(least, pairs))
+        own = sum(loss_of(losses, cluster, layer, split) for layer, split in enumerate(found))
+        assert own <= 1.02 * least(widths) + 1e-9
+
+
+def test_experts_that_cost_little_go_though_a_token_reads_no_less() -> None:
+    """Up to 2% of what narrowing costs; none where all neurons fit."""
+    losses = random_losses(3)
+    losses.orders[:] = range(5)
+    losses.tokens[:] = [100, 100, 0, 0, 0]
+    losses.narrowed[:] = 0
+    losses.narrowed[:, :, :2] = [0.4, 0.1, 0]
+    losses.left_out[:] = [[9, 9, 0.01, 0], [9, 0.001, 0, 0], [9, 9, 0.05, 0]]
+    config = make_config(experts="both", budgets="sensitivity", keep=None, budget_mb=1.0)
+    found = cluster_splits(config, losses, 0, [5 * 64] * 3)
+    assert found == [Split(num_experts=count, width=64) for count in (4, 3, 5)]
+    found = cluster_splits(config, losses, 0, [5 * 64, 5 * 64, 5 * 32])
+    assert sum(split.width for split in found) == 5 * 32
+    losses.left_out[:] = 0
+    assert cluster_splits(config, losses, 0, [5 * 96] * 3) == [Split(num_experts=5, width=96)] * 3
 
 
 def test_a_mean_division_weighs_clusters_by_their_tokens() -> None:

@@ -19,8 +19,6 @@ from coreinfer.bundles.inspect import describe
 from coreinfer.bundles.tensors import StoredTensor
 from coreinfer.bundles.token_bytes import token_bytes
 from coreinfer.compiler import CompileConfig, compile_model
-from coreinfer.compiler.checks import find_inputs
-from coreinfer.compiler.estimate.plan import make_plan
 from coreinfer.runtime.engines.native import _native
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
@@ -30,7 +28,7 @@ from coreinfer.runtime.routing.modes import ModePlan, decode_choice
 from .bundle_factory import change_tensors, edit_manifest
 from .model_factory import MIXTURES
 from .old_readers import check_older_readers
-from .skewed_mixtures import NEGLECTED, build_skewed, save_skewed
+from .skewed_mixtures import NEGLECTED, build_skewed, skewed_inputs
 from .test_export import divergence, exported, model_logits, own_logits, token_ids
 from .test_mixtures import IDS, blocks, close, hide_experts, in_steps, pieces
 from .test_narrow_experts import (
@@ -53,11 +51,7 @@ def listed_inputs(
     root = tmp_path_factory.mktemp("skewed")
 
     def inputs(family: str) -> CompileConfig:
-        folder = root / family
-        if not folder.exists():
-            save_skewed(folder, family, **wide_settings(family))
-        given: dict[str, Any] = {"model": str(folder), "budgets": None, "cache_dir": root / "cache"}
-        return replace(tiny_inputs(family), experts="both", clusters=2, keep=0.5, **given)
+        return skewed_inputs(tiny_inputs(family), root, family, **wide_settings(family))
 
     return inputs
 
@@ -276,8 +270,6 @@ def test_layers_with_as_many_experts_are_exported(form: str, listed: Callable[..
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"keep": None, "budget_mb": 1.0}, "--budget-mb: what a token reads depends on how many experts stay"),
-        ({"token_share": 0.5}, "--token-share: not with --experts both yet"),
         ({"budgets": "energy"}, "--budgets energy: layers share by what they lose; expected sensitivity or uniform"),
         ({"repair_rounding": True}, "--repair-rounding: experts are repaired on what the dense model sees"),
     ],
@@ -288,16 +280,6 @@ def test_options_that_do_not_apply_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"mixture of experts, for which some options do not apply: {named}"):
         compile_model(replace(listed_inputs("olmoe"), **options))
-
-
-def test_a_plan_is_refused(listed_inputs: Callable[[str], CompileConfig]) -> None:
-    config = listed_inputs("olmoe")
-
-    def measure() -> Any:
-        raise AssertionError
-
-    with pytest.raises(ConfigError, match="--dry-run: what --experts both takes is not known beforehand"):
-        make_plan(config, find_inputs(config), measure)
 
 
 @pytest.mark.parametrize("options", [{"budgets": "uniform"}, {"reconstruct": False}, {"effort": "quick"}], ids=str)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, open_bundle
-from coreinfer.bundles.contract import expert_role, tensor_name
+from coreinfer.bundles.contract import expert_role, kept_experts, tensor_name
 from coreinfer.bundles.families import resolve
 from coreinfer.bundles.formats import float_matrix
 from coreinfer.bundles.inspect import describe
@@ -25,7 +25,7 @@ from coreinfer.bundles.manifest import read_manifest
 from coreinfer.bundles.reader import find_problems
 from coreinfer.bundles.token_bytes import token_bytes
 from coreinfer.bundles.token_shares import token_thresholds
-from coreinfer.bundles.versions import EXPERT_SHARES_VERSION
+from coreinfer.bundles.versions import EXPERT_SHARES_VERSION, LISTED_EXPERTS_VERSION
 from coreinfer.compiler import CompileConfig, compile_model
 from coreinfer.compiler.checks import find_inputs
 from coreinfer.compiler.estimate.machine import Machine
@@ -45,6 +45,7 @@ from .bundle_factory import edit_manifest
 from .engine_inputs import PROMPT
 from .loading import load
 from .model_factory import save_model
+from .skewed_mixtures import save_skewed
 from .skipping import masking_decoder, skipping_engine
 from .test_mixtures import IDS, token_errors
 
@@ -53,6 +54,7 @@ THIN: dict[str, Any] = {"packs": "thin", "keep": None, "budgets": None}
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
 NEURONS = 96
 """Of each expert of the narrow bundles: tiny models' experts have no more than a block, which is not narrowed."""
+OWN_WEIGHTS = ("narrow", "both")
 
 Floats = npt.NDArray[np.float32]
 
@@ -60,14 +62,15 @@ Floats = npt.NDArray[np.float32]
 @pytest.fixture(scope="module")
 def narrow_bundle(
     tiny_inputs: Callable[[str], CompileConfig], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """A function (quantize) that compiles a bundle with narrow experts and token shares."""
+) -> Callable[[str, str], Path]:
+    """A function (experts, quantize) that compiles a bundle with narrow experts, or some of them, and token shares."""
 
     @cache
-    def written(quantize: Any) -> Path:
-        folder = tmp_path_factory.mktemp("narrow")
-        model = save_model(folder / "model", "qwen3_moe", moe_intermediate_size=NEURONS)
-        given = replace(tiny_inputs("qwen3_moe"), model=str(model), experts="narrow", clusters=2, budgets=None)
+    def written(experts: Any, quantize: Any) -> Path:
+        folder = tmp_path_factory.mktemp(experts)
+        save = save_model if experts == "narrow" else save_skewed
+        model = save(folder / "model", "qwen3_moe", moe_intermediate_size=NEURONS)
+        given = replace(tiny_inputs("qwen3_moe"), model=str(model), experts=experts, clusters=2, budgets=None)
         compile_model(
             replace(given, keep=0.6, token_share=SHARE, quantize=quantize, evaluate=False, output=folder / "b")
         )
@@ -77,26 +80,28 @@ def narrow_bundle(
 
 
 @pytest.fixture(scope="module")
-def shared_bundle(tiny_bundle: Callable[..., Path], narrow_bundle: Callable[[str], Path]) -> Callable[..., Bundle]:
-    """A function (family, quantize) that opens a bundle of experts with token shares; "narrow" of narrow ones."""
+def shared_bundle(tiny_bundle: Callable[..., Path], narrow_bundle: Callable[[str, str], Path]) -> Callable[..., Bundle]:
+    """A function (family, quantize) that opens a bundle of experts with token shares; or packs, of `OWN_WEIGHTS`."""
 
     def opened(family: str, quantize: str = "bf16", **options: Any) -> Bundle:
-        if family == "narrow":
-            return open_bundle(narrow_bundle(quantize))
+        if family in OWN_WEIGHTS:
+            return open_bundle(narrow_bundle(family, quantize))
         return open_bundle(tiny_bundle(family, token_share=SHARE, quantize=quantize, **options))
 
     return opened
 
 
 def test_norms_are_those_of_each_experts_stored_weights(shared_bundle: Callable[..., Bundle]) -> None:
-    for family, quantize in (("gpt_oss", "int4"), ("narrow", "int8")):
+    for family, quantize in (("gpt_oss", "int4"), ("narrow", "int8"), ("both", "int4")):
         bundle = shared_bundle(family, quantize)
         assert find_problems(bundle.path, bundle.manifest) == []
-        assert bundle.manifest.schema_version == EXPERT_SHARES_VERSION
+        version = LISTED_EXPERTS_VERSION if family == "both" else EXPERT_SHARES_VERSION
+        assert bundle.manifest.schema_version == version
         model, size = bundle.manifest.model, bundle.manifest.model.hidden_size
         files = [(bundle.dense, model.expert_neurons)]
-        if family == "narrow":
-            files.append((bundle.pack(1), bundle.manifest.clusters[1].layer_budgets[2] // 6))
+        if family in OWN_WEIGHTS:
+            count = len(kept_experts(bundle.pack(1), bundle.manifest)[2])
+            files.append((bundle.pack(1), bundle.manifest.clusters[1].layer_budgets[2] // count))
             assert files[1][1] < NEURONS
         for file, width in files:
             assert file is not None
@@ -172,7 +177,7 @@ def masked_by_hand(decoder: TorchDecoder, thresholds: Floats) -> Iterator[None]:
             del resolve(layer, names.module).forward
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "narrow"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", *OWN_WEIGHTS])
 def test_what_an_expert_does_not_want_counts_as_zero(family: str, shared_bundle: Callable[..., Bundle]) -> None:
     bundle = shared_bundle(family)
     used, plain = (TorchDecoder(bundle, device="cpu", dtype="float32") for _ in range(2))
@@ -208,7 +213,7 @@ def texts(decoder: NativeDecoder | TorchDecoder, choice: FfnChoice, count: int =
     return np.stack(logits)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "narrow"])
+@pytest.mark.parametrize("family", [*FAMILIES, *OWN_WEIGHTS])
 def test_native_leaves_out_what_torch_leaves_out(family: str, shared_bundle: Callable[..., Bundle]) -> None:
     bundle = shared_bundle(family)
     decoder, torch_decoder = masking_decoder(bundle), TorchDecoder(bundle, device="cpu", dtype="float32")
@@ -223,7 +228,7 @@ def test_native_leaves_out_what_torch_leaves_out(family: str, shared_bundle: Cal
 
 
 @pytest.mark.parametrize("isa", _native.available_isas())
-@pytest.mark.parametrize("family", [*FAMILIES, "narrow"])
+@pytest.mark.parametrize("family", [*FAMILIES, *OWN_WEIGHTS])
 def test_columns_give_what_rows_give(family: str, isa: str, shared_bundle: Callable[..., Bundle]) -> None:
     bundle = shared_bundle(family, "int4")
     rows, columns = masking_decoder(bundle, isa=isa), masking_decoder(bundle, isa=isa, columns=True)
@@ -232,7 +237,7 @@ def test_columns_give_what_rows_give(family: str, isa: str, shared_bundle: Calla
     for choice in (FfnChoice(cluster=1, token_share=SHARE), FfnChoice(token_share=0.4), FfnChoice(cluster=1)):
         np.testing.assert_array_equal(texts(columns, choice, 3), texts(rows, choice, 3))
         sizes.append(columns._model.column_bytes)
-    assert (sizes[0] == sizes[1]) == (family != "narrow")
+    assert (sizes[0] == sizes[1]) == (family not in OWN_WEIGHTS)
     num_bytes = []
     for share in (0.3, 0.6, 0.9):
         columns.use(FfnChoice(token_share=share))
@@ -242,7 +247,7 @@ def test_columns_give_what_rows_give(family: str, isa: str, shared_bundle: Calla
 
 
 def test_rows_of_a_batch_leave_out_what_each_leaves_out_alone(shared_bundle: Callable[..., Bundle]) -> None:
-    for family in ("mixtral", "gpt_oss"):
+    for family in ("mixtral", "gpt_oss", "both"):
         decoder, choice = (
             masking_decoder(shared_bundle(family, "int4"), columns=True),
             FfnChoice(cluster=1, token_share=SHARE),

@@ -3,14 +3,16 @@
 from dataclasses import replace
 
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.samples import VALIDATION_TOKENS
+from coreinfer.compiler.samples import CURVE_TOKENS, NEURON_BLOCK, VALIDATION_TOKENS
 
 from .shapes import Shapes
 from .work import NUM_RIDGES, Case, Work, moment_values, removal_work, repair_flop, sampled
 
-__all__ = ["expert_repair_bytes", "expert_repair_work"]
+__all__ = ["expert_repair_bytes", "expert_repair_work", "split_work"]
 
 _FLOAT_BYTES, _STORED_BYTES = 4, 2
+_MOST_COUNTS = 16
+"""Numbers of experts that are tried at most (`expert_splits`)."""
 
 
 def _one_expert(shapes: Shapes) -> Shapes:
@@ -37,14 +39,37 @@ def expert_repair_work(config: CompileConfig, case: Case) -> Work:
     moved = case.num_packs * (removal.moved_bytes + 6 * _FLOAT_BYTES * f * (f + h))
     return Work(
         model_flop=case.token_flop * (case.calibration_tokens + validated) + shapes.num_layers * grams,
-        float_flop=shapes.num_layers * (shapes.num_experts * solved + checked),
-        moved_bytes=shapes.num_layers * shapes.num_experts * moved,
+        float_flop=shapes.num_layers * (case.num_kept_experts * solved + checked),
+        moved_bytes=shapes.num_layers * case.num_kept_experts * moved,
         num_calls=case.num_documents(case.calibration_tokens + validated) * shapes.num_layers,
     )
 
 
 def _one_of(case: Case) -> Case:
-    return replace(case, shapes=_one_expert(case.shapes), kept=case.kept // case.shapes.num_experts)
+    return replace(case, shapes=_one_expert(case.shapes), kept=case.kept_width, num_sharing=None)
+
+
+def split_work(config: CompileConfig, case: Case) -> Work:
+    """Run the text for what narrower experts lose, and a sample of it for what fewer do.
+
+    With f neurons of an expert and c experts a token: c t f^2 / 2 for sums over second halves; of each expert f h^2 +
+    f^2 h twice for its rows' costs, and where it is repaired all of its neurons removed. Then the mixture runs on the
+    second halves of the sample, for each assignment by its numbers of experts, and 2 h^2 of each output are its cost.
+    """
+    shapes, alone = case.shapes, _one_expert(case.shapes)
+    f, h = alone.ffn_dim, shapes.hidden_size
+    tried = min(_MOST_COUNTS, shapes.num_experts - shapes.num_chosen + 1) * len(case.num_assigned)
+    sampled_tokens = sampled(case.calibration_tokens, CURVE_TOKENS)
+    grams = case.calibration_tokens / 2 * shapes.num_chosen * f**2
+    mixed = sampled_tokens / 2 * tried * 2 * (shapes.num_chosen * alone.ffn_weights + shapes.num_experts * h)
+    removal = removal_work(alone, 0, NEURON_BLOCK) if config.reconstruct else Work()
+    curves = 2 * (f * h**2 + f**2 * h) + removal.float_flop
+    return Work(
+        model_flop=case.token_flop * (case.calibration_tokens + sampled_tokens) + shapes.num_layers * (grams + mixed),
+        float_flop=shapes.num_layers * (shapes.num_experts * curves + sampled_tokens / 2 * tried * 2 * h**2),
+        moved_bytes=shapes.num_layers * shapes.num_experts * (removal.moved_bytes + 6 * _FLOAT_BYTES * f * (f + h)),
+        num_calls=case.num_documents(case.calibration_tokens + sampled_tokens) * shapes.num_layers,
+    )
 
 
 def _num_ridges(config: CompileConfig) -> int:

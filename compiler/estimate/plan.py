@@ -1,6 +1,6 @@
 """The plan of a compile: seconds and memory of each stage, disk, and the speed of what comes out."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -15,14 +15,14 @@ from coreinfer.compiler.samples import CURVE_TOKENS, PROFILE_TOKENS
 
 from . import work
 from .encoder import encoder_size
-from .expert_work import expert_repair_work
+from .expert_work import expert_repair_work, split_work
 from .machine import Machine
 from .shapes import Shapes, stated_shapes
 from .sizes import (
     base_token_bytes,
     bundle_bytes,
     ffn_token_bytes,
-    kept_neurons,
+    kept_ends,
     names_experts,
     reads_halves,
     scratch_bytes,
@@ -63,6 +63,26 @@ class StagePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FewestExperts:
+    """The other end of what a compile may take where it finds out how many experts stay: that as few as can be do.
+
+    Attributes:
+        num_foreseen: experts of a layer of a pack in the plan's own figures, as many as can stay.
+        num_experts: as few as can be, which these figures are of.
+        seconds, peak_bytes, bundle_bytes, scratch_bytes, token_bytes_pack, tok_s_pack: as a plan has them.
+    """
+
+    num_foreseen: int
+    num_experts: int
+    seconds: float
+    peak_bytes: int
+    bundle_bytes: int
+    scratch_bytes: int
+    token_bytes_pack: int
+    tok_s_pack: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a compile will take, if nothing of it is in the cache.
 
@@ -77,6 +97,7 @@ class Plan:
         token_share: of the layers' weights, that a token reads where the engine gains by it; tok_s count all. Where it
             is to be found, what KL 0.1 usually takes; None where all is read.
         is_thin: whether clusters have no packs, but decode with the dense FFN.
+        fewest: where fewer experts may stay than in these figures, what it takes if as few do as can.
     """
 
     machine: Machine
@@ -95,6 +116,7 @@ class Plan:
     tok_s_dense: float
     token_share: float | None = None
     is_thin: bool = False
+    fewest: FewestExperts | None = None
 
     @property
     def seconds(self) -> float:
@@ -117,8 +139,6 @@ def unplanned(config: CompileConfig) -> Iterator[str]:
         yield f"--device {config.device}"
     if config.max_memory is not None:
         yield "--max-memory"
-    if config.experts == "both":
-        yield "--experts both"
 
 
 def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machine]) -> Plan:
@@ -139,12 +159,19 @@ def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machi
             f"--dry-run: what {', '.join(wrong)} takes is not known beforehand; plan without, such as with --keep and "
             "--clusters N"
         )
-    case = case_of(config, inputs, shapes)
+    cases = cases_of(config, inputs, shapes)
     machine = measure()
+    file_bytes = None if inputs.model.path is None else _file_bytes(inputs)
+    plan, *others = (_plan_of(config, case, machine, file_bytes) for case in cases)
+    return replace(plan, fewest=_fewest(cases, others[0])) if others else plan
+
+
+def _plan_of(config: CompileConfig, case: Case, machine: Machine, file_bytes: int | None) -> Plan:
+    """Plan one case of a compile."""
     model_dtype = _model_dtype(config)
     item_bytes = 2 if model_dtype == "bfloat16" else 4
     needs = memory_needs(config, _one_worker(case, config.num_places), item_bytes)
-    works = [*stage_works(config, case, None if inputs.model.path is None else _file_bytes(inputs))]
+    works = [*stage_works(config, case, file_bytes)]
     peaks = accumulate((needs.get(name, 0) for name, _, _ in works), max)
     stages = tuple(
         StagePlan(
@@ -156,7 +183,8 @@ def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machi
         for (name, detail, found), peak in zip(works, peaks, strict=True)
     )
     base = base_token_bytes(config, case.shapes)
-    pack = base + ffn_token_bytes(case.shapes, config.quantize, case.kept, config.experts)
+    num_sharing = None if config.experts == "whole" else case.num_kept_experts
+    pack = base + ffn_token_bytes(case.shapes, config.quantize, case.kept, num_sharing)
     dense = base + ffn_token_bytes(case.shapes, config.quantize, case.shapes.ffn_dim)
     return Plan(
         machine=machine,
@@ -179,6 +207,20 @@ def make_plan(config: CompileConfig, inputs: Inputs, measure: Callable[[], Machi
     )
 
 
+def _fewest(cases: Sequence[Case], plan: Plan) -> FewestExperts:
+    """Take what differs of the last case's plan."""
+    return FewestExperts(
+        num_foreseen=cases[0].num_kept_experts,
+        num_experts=cases[-1].num_kept_experts,
+        seconds=plan.seconds,
+        peak_bytes=plan.peak_bytes,
+        bundle_bytes=plan.bundle_bytes,
+        scratch_bytes=plan.scratch_bytes,
+        token_bytes_pack=plan.token_bytes_pack,
+        tok_s_pack=plan.tok_s_pack,
+    )
+
+
 def _one_worker(case: Case, num_workers: int) -> Case:
     """What one of several workers has of the text."""
     return replace(
@@ -196,28 +238,32 @@ def _model_dtype(config: CompileConfig) -> str:
     return "bfloat16" if bf16_products_are_faster() else "float32"
 
 
-def case_of(config: CompileConfig, inputs: Inputs, shapes: Shapes) -> Case:
-    """Size up a compile."""
+def cases_of(config: CompileConfig, inputs: Inputs, shapes: Shapes) -> list[Case]:
+    """Size up a compile: the case that is foreseen, and where it is known later how many experts stay the other end."""
     text = size_text(config, inputs.texts)
     encoder = encoder_size(inputs.encoder)
     part = round(text.num_tokens * _PART_SHARE)
     assert isinstance(config.clusters, int)
-    return Case(
-        shapes=shapes,
-        calibration_tokens=text.num_tokens - 2 * part,
-        validation_tokens=part,
-        held_out_tokens=part,
-        document_tokens=text.num_tokens / text.num_documents,
-        num_prompts=text.num_prompts,
-        prompt_tokens=text.prompt_tokens,
-        new_tokens=text.new_tokens,
-        routing_tokens=text.routing_tokens,
-        kept=kept_neurons(config, shapes),
-        num_clusters=config.clusters,
-        num_assigned=_assigned(config, config.clusters),
-        encoder_weights=encoder.num_weights,
-        encoder_vocabulary=encoder.vocab_size,
-    )
+    return [
+        Case(
+            shapes=shapes,
+            calibration_tokens=text.num_tokens - 2 * part,
+            validation_tokens=part,
+            held_out_tokens=part,
+            document_tokens=text.num_tokens / text.num_documents,
+            num_prompts=text.num_prompts,
+            prompt_tokens=text.prompt_tokens,
+            new_tokens=text.new_tokens,
+            routing_tokens=text.routing_tokens,
+            kept=kept,
+            num_clusters=config.clusters,
+            num_assigned=_assigned(config, config.clusters),
+            encoder_weights=encoder.num_weights,
+            encoder_vocabulary=encoder.vocab_size,
+            num_sharing=num_sharing,
+        )
+        for kept, num_sharing in kept_ends(config, shapes)
+    ]
 
 
 def _assigned(config: CompileConfig, num_clusters: int) -> tuple[int, ...]:
@@ -238,6 +284,7 @@ def memory_needs(config: CompileConfig, case: Case, item_bytes: int) -> Mapping[
     samples = {
         "profile": work.sampled(tokens, PROFILE_TOKENS) if _samples(config) else tokens,
         "curves": work.sampled(tokens, CURVE_TOKENS),
+        "split": tokens,
         "reconstruct": tokens + case.validation_tokens,
     }
     # Of the clusters' packs a worker reads its share, and one that it shares with a neighbour; of the controls' all.
@@ -277,7 +324,10 @@ def _packing(config: CompileConfig, case: Case, *, narrows: bool) -> Iterator[tu
     yield "profile", f"{case.num_clusters} clusters", profile
     if narrows and weighs_errors(config):
         yield "sensitivity", "", work.sensitivity_work(case)
-    if narrows and config.effective_budgets == "sensitivity":
+    if config.experts == "both":
+        detail = f"{case.shapes.num_experts} experts in {case.shapes.num_layers} layers"
+        yield "split", detail, split_work(config, case)
+    elif narrows and config.effective_budgets == "sensitivity":
         yield "curves", "", work.curves_work(case)
     alone = replace(case, num_assigned=case.num_assigned[:1])
     for _ in range(_num_tries(config)):

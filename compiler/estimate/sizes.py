@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 
 from coreinfer.bundles.formats import ffn_layer_bytes, matrix_bytes, stored_shapes
-from coreinfer.bundles.manifest import ExpertPacks
 from coreinfer.compiler.budget import keep_of_budget, moment_bytes
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import shares_profile
@@ -26,6 +25,7 @@ __all__ = [
     "base_token_bytes",
     "bundle_bytes",
     "ffn_token_bytes",
+    "kept_ends",
     "kept_neurons",
     "names_experts",
     "reads_halves",
@@ -47,11 +47,15 @@ _ROUNDED_WEIGHT_BYTES = 24
 """While the largest matrix is rounded, for each of its weights: in float32, as codes, and what becomes of both."""
 
 
-def ffn_token_bytes(shapes: Shapes, kind: str, kept: int, experts: ExpertPacks = "whole") -> int:
-    """Bytes of FFN weights that one token reads where each layer keeps so many neurons, or so many of experts."""
+def ffn_token_bytes(shapes: Shapes, kind: str, kept: int, num_sharing: int | None = None) -> int:
+    """Bytes of FFN weights that one token reads where each layer keeps so many neurons, or so many of experts.
+
+    Args:
+        num_sharing: experts of a mixture that share these, each narrower; None where its experts are whole.
+    """
     if shapes.num_experts == 1:
         return shapes.num_layers * _ffn_bytes(shapes, kind, kept)
-    width = shapes.expert_dim if experts == "whole" else kept // shapes.num_experts
+    width = shapes.expert_dim if num_sharing is None else kept // num_sharing
     return shapes.num_layers * shapes.num_chosen * _ffn_bytes(shapes, kind, width)
 
 
@@ -114,12 +118,14 @@ def kept_neurons(config: CompileConfig, shapes: Shapes) -> int:
     # A budget counts the whole head.
     head = matrix_bytes(config.effective_head_quantize, (shapes.vocab_size, shapes.hidden_size))
     # Of a mixture those of one expert, as all keep as many.
-    num_blocks = shapes.ffn_dim / shapes.num_experts / NEURON_BLOCK
+    num_blocks = shapes.expert_dim / NEURON_BLOCK
+    if config.experts == "both":
+        num_blocks = math.ceil(num_blocks)
     block = NEURON_BLOCK * shapes.num_experts
     keep = keep_of_budget(
         config,
         fixed_bytes=_attention_bytes(shapes, config.quantize) + head,
-        block_bytes=ffn_token_bytes(shapes, config.quantize, block, "narrow") // shapes.num_layers,
+        block_bytes=ffn_token_bytes(shapes, config.quantize, block, shapes.num_experts) // shapes.num_layers,
         num_layers=shapes.num_layers,
         blocks_per_layer=num_blocks,
     )
@@ -127,11 +133,37 @@ def kept_neurons(config: CompileConfig, shapes: Shapes) -> int:
         keep = _FOUND_KEEP
     if names_experts(config, shapes):
         return max(shapes.num_chosen, round(keep * shapes.num_experts)) * shapes.expert_dim
+    if config.experts == "both":
+        return round(keep * shapes.ffn_dim)
     if keep == 1 or shapes.expert_dim <= NEURON_BLOCK:
         return shapes.ffn_dim
     if config.effective_budgets != "uniform":
         return round(keep * shapes.ffn_dim)
     return max(NEURON_BLOCK, round(keep * num_blocks) * NEURON_BLOCK) * shapes.num_experts
+
+
+def kept_ends(config: CompileConfig, shapes: Shapes) -> list[tuple[int, int]]:
+    """Mean neurons that a layer keeps, and experts that share them; how many do is known beforehand but in one case.
+
+    With `--experts both` there are two ends, unless they are one: first as many experts as can stay, which is so where
+    routers use all of them, and then as few. With `budget_mb` these are as wide, else they share as many neurons.
+    """
+    kept = kept_neurons(config, shapes)
+    if config.experts != "both" or kept == shapes.ffn_dim:
+        return [(kept, shapes.num_experts)]
+    full, narrowest = shapes.expert_dim, min(NEURON_BLOCK, shapes.expert_dim)
+    most = max(shapes.num_chosen, min(shapes.num_experts, kept // narrowest))
+    if config.budget_mb is None:
+        fewest = max(shapes.num_chosen, kept // full)
+        widths = [min(full, max(narrowest, kept // count)) for count in (most, fewest)]
+    else:
+        widths = [kept // most] * 2
+        floor = min(config.min_layer_keep * shapes.ffn_dim, kept)
+        fewest = max(shapes.num_chosen, math.ceil(floor / widths[0]))
+    if config.effective_budgets == "uniform":
+        widths = [width if width == full else width // NEURON_BLOCK * NEURON_BLOCK for width in widths]
+    ends = [(count * width, count) for count, width in zip((most, fewest), widths, strict=True)]
+    return ends if most != fewest else ends[:1]
 
 
 def bundle_bytes(config: CompileConfig, case: Case) -> int:
@@ -164,9 +196,11 @@ def _pack_bytes(config: CompileConfig, case: Case) -> int:
         return 0
     if names_experts(config, shapes):
         return 4 * shapes.num_layers * (case.kept // shapes.expert_dim + shapes.num_experts)
-    weights = shapes.num_experts * _ffn_bytes(shapes, config.quantize, case.kept // shapes.num_experts)
-    norms = 0 if config.token_share is None else 4 * (shapes.num_experts * shapes.hidden_size + case.kept)
-    return shapes.num_layers * (weights + 4 * (case.kept + shapes.ffn_dim) + norms)
+    count = case.num_kept_experts
+    weights = count * _ffn_bytes(shapes, config.quantize, case.kept_width)
+    norms = 0 if config.token_share is None else 4 * (count * shapes.hidden_size + case.kept)
+    listed = 4 * count if config.experts == "both" else 0
+    return shapes.num_layers * (weights + 4 * (case.kept + shapes.ffn_dim) + norms + listed)
 
 
 def scratch_bytes(config: CompileConfig, case: Case, *, item_bytes: int) -> int:
@@ -234,6 +268,7 @@ def stage_needs(
         "profile": _ARITHMETIC_BYTES,
         "sensitivity": _ARITHMETIC_BYTES + 1024 * shapes.num_layers * shapes.hidden_size * item_bytes + logits,
         "curves": _ARITHMETIC_BYTES + 4 * square,
+        "split": _ARITHMETIC_BYTES + 4 * square,
         "reconstruct": _ARITHMETIC_BYTES + moments,
         "reference": _ARITHMETIC_BYTES + batch + shapes.all_weights + model,
         # The stored dense FFN and a pack's, unpacked, beside the model's own weights.
@@ -250,7 +285,7 @@ def stage_needs(
 
 
 def _seen_neurons(shapes: Shapes, stage: str) -> int:
-    """Values that a layer's FFN leaves of each token; of a mixture its experts' while they are repaired, else few."""
+    """Values that a layer's FFN leaves of each token; of a mixture those of its experts where sums need them."""
     if shapes.num_experts == 1:
         return shapes.ffn_dim
-    return shapes.num_chosen * shapes.expert_dim if stage == "reconstruct" else shapes.num_experts
+    return shapes.num_chosen * shapes.expert_dim if stage in ("reconstruct", "split") else shapes.num_experts

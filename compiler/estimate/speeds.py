@@ -48,6 +48,8 @@ REACHED: Mapping[str, Reached] = {
     "profile": Reached(model=0.7, memory=0.1),
     "sensitivity": Reached(model=0.55),
     "curves": Reached(model=0.58, floats=0.7),
+    # Not fitted: products as in `curves`.
+    "split": Reached(model=0.58, floats=0.7),
     "reconstruct": Reached(model=0.48, floats=0.8),
     "reference": Reached(model=0.55, memory=0.04),
     "evaluate": Reached(memory=0.06),
@@ -57,7 +59,19 @@ REACHED: Mapping[str, Reached] = {
 
 
 DIVIDED = frozenset(
-    {"corpus", "moments", "reference", "embed", "distil", "profile", "sensitivity", "curves", "reconstruct", "evaluate"}
+    {
+        "corpus",
+        "moments",
+        "reference",
+        "embed",
+        "distil",
+        "profile",
+        "sensitivity",
+        "curves",
+        "split",
+        "reconstruct",
+        "evaluate",
+    }
 )
 """Stages whose work several workers share evenly. Of `pack`, packs are shared too, and the larger base is not."""
 

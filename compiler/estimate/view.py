@@ -34,6 +34,12 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield f"disk       {plan.bundle_bytes / 1e6:.1f} MB bundle, and {plan.scratch_bytes / 1e6:.1f} MB for stage results"
     with_pack = "" if plan.is_thin else f"{plan.token_bytes_pack / 1e6:.1f} MB with a pack (keep {plan.keep:.3f}), "
     yield f"a token    {with_pack}{plan.token_bytes_dense / 1e6:.1f} MB dense"
+    if (fewest := plan.fewest) is not None:
+        yield (
+            f"experts    {fewest.num_foreseen} of each layer stay in these figures; if only {fewest.num_experts} do: "
+            f"{fewest.seconds:.1f} s, {fewest.peak_bytes / 1e9:.2f} GB, {fewest.bundle_bytes / 1e6:.1f} MB bundle, "
+            f"{fewest.token_bytes_pack / 1e6:.1f} MB a token, {fewest.tok_s_pack:.0f} tok/s"
+        )
     if plan.token_share is not None:
         yield f"           where the engine gains by it {plan.token_share:.2f} of the layers' weights, not in tok/s"
     pack = "" if plan.is_thin else f"{plan.tok_s_pack:.0f} with a pack, "

@@ -95,6 +95,7 @@ class Case:
         num_clusters: of the packs.
         num_assigned: of the packs and of the controls, each one's clusters.
         encoder_weights, encoder_vocabulary: of the sentence encoder's layers, and its tokens.
+        num_sharing: experts that a layer's kept neurons are divided among; None for all that it has.
     """
 
     shapes: Shapes
@@ -111,6 +112,17 @@ class Case:
     num_assigned: tuple[int, ...]
     encoder_weights: int
     encoder_vocabulary: int
+    num_sharing: int | None = None
+
+    @property
+    def num_kept_experts(self) -> int:
+        """Experts that a layer of a pack has."""
+        return self.num_sharing or self.shapes.num_experts
+
+    @property
+    def kept_width(self) -> int:
+        """Neurons of each of them, where they are narrower."""
+        return self.kept // self.num_kept_experts
 
     @property
     def token_flop(self) -> float:

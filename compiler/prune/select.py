@@ -69,9 +69,19 @@ def layer_budgets(
         return expert_budgets(config, keep, profile.relative_energies, record.experts)
     if config.experts == "both":
         # Divided later, by what is lost, all layers together or each for itself.
+        if config.budget_mb is not None:
+            return _whole_blocks(keep, record, record.experts.num_experts)
         return [round(keep * record.ffn_dim)] * record.num_layers
     widths = _budgets(config, keep, profile.relative_energies.sum(axis=1), record.expert_neurons, None)
     return [width * record.experts.num_experts for width in widths]
+
+
+def _whole_blocks(keep: float, record: ModelRecord, num_experts: int) -> list[int]:
+    """Neurons of all experts of each layer, where layers share the blocks of an expert that a keep ratio has."""
+    per_layer = -(-record.expert_neurons // NEURON_BLOCK)
+    each, left = divmod(round(keep * record.num_layers * per_layer), record.num_layers)
+    blocks = [each + (layer < left) for layer in range(record.num_layers)]
+    return [num_experts * min(record.expert_neurons, NEURON_BLOCK * own) for own in blocks]
 
 
 def _budgets(config: CompileConfig, keep: float, energies: Floats, ffn_dim: int, curves: Floats | None) -> list[int]:

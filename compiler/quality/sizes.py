@@ -46,13 +46,15 @@ def fit_budget(config: CompileConfig, loaded: LoadedModel) -> float:
         fixed_bytes=base_bytes(config, loaded),
         block_bytes=block_bytes(config, loaded),
         num_layers=loaded.record.num_layers,
-        blocks_per_layer=_block_neurons(loaded) / NEURON_BLOCK,
+        blocks_per_layer=_num_blocks(config, loaded),
     )
 
 
-def _block_neurons(loaded: LoadedModel) -> int:
-    """Neurons of a layer that are divided into blocks: of a mixture those of one expert, as all keep as many."""
-    return loaded.record.ffn_dim if loaded.record.experts is None else loaded.record.expert_neurons
+def _num_blocks(config: CompileConfig, loaded: LoadedModel) -> float:
+    """Blocks of 32 neurons of a layer: of a mixture those of one expert, as all keep as many."""
+    neurons = loaded.record.ffn_dim if loaded.record.experts is None else loaded.record.expert_neurons
+    # Some experts are divided into whole blocks, of which the last may be cut short.
+    return -(-neurons // NEURON_BLOCK) if config.experts == "both" else neurons / NEURON_BLOCK
 
 
 def base_bytes(config: CompileConfig, loaded: LoadedModel) -> int:

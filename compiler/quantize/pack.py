@@ -16,6 +16,7 @@ from coreinfer.bundles.formats import cut_columns, cut_rows, ffn_formats
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import TensorRecord
 from coreinfer.bundles.tensors import StoredTensor, stream_tensors, write_tensors
+from coreinfer.bundles.zero_neurons import ffn_kind
 from coreinfer.compiler.clusters.embed import StaticEncoder
 from coreinfer.compiler.models.load import LoadedModel, special_tokens, stop_ids
 from coreinfer.compiler.models.tokenizer_files import chat_templates
@@ -52,9 +53,10 @@ class Packer:
         """Store a matrix of the attention."""
         return store_matrix(name, weight, self.formats.body, moment)
 
-    def ffn_format(self, loaded: LoadedModel, role: str) -> str:
-        """Say how a matrix of the FFN is stored, or an expert's (`experts.E.` and its role)."""
-        return ffn_formats(self.formats.ffn, gated=loaded.record.gated)[role.rpartition(".")[2]]
+    def ffn_format(self, loaded: LoadedModel, layer: int, role: str) -> str:
+        """Say how a matrix of a layer's FFN is stored, or an expert's (`experts.E.` and its role)."""
+        kind = ffn_kind(loaded.record, self.formats.ffn, layer)
+        return ffn_formats(kind, gated=loaded.record.gated)[role.rpartition(".")[2]]
 
 
 def write_base(stage: Path, loaded: LoadedModel, packer: Packer) -> dict[str, TensorRecord]:
@@ -194,7 +196,8 @@ def _narrow_layer(
     else:
         yield from _cut_inner(loaded, dense, layer, neuron_ids)
         weights = narrow_down(loaded, narrow, layer, cluster)
-        if narrow.downs[layer][cluster] is None and packer.formats.by_neuron:
+        by_neuron = packer.ffn_format(loaded, layer, "down") == "int4-columns"
+        if narrow.downs[layer][cluster] is None and by_neuron:
             del weights["down"]
             yield from cut_columns(dense, tensor_name(layer, "down"), neuron_ids).items()
         elif narrow.downs[layer][cluster] is None and len(neuron_ids) == loaded.record.ffn_dim:
@@ -281,7 +284,7 @@ def _ffn_layer(
             yield name, _vector(tensor)
             continue
         moment = ffn_moments(packer.moments, loaded.family, layer, role, neuron_ids)
-        yield from store_matrix(name, tensor, packer.ffn_format(loaded, role), moment).items()
+        yield from store_matrix(name, tensor, packer.ffn_format(loaded, layer, role), moment).items()
 
 
 def _vector(tensor: torch.Tensor) -> StoredTensor:

@@ -23,12 +23,12 @@ class Rounding:
 
     Attributes:
         kind: their format, but for the down projection.
-        down_kind: format of the down projection.
+        down_kinds: (layers,) formats of the down projections.
         moments: of the inputs of the linear modules.
     """
 
     kind: str
-    down_kind: str
+    down_kinds: tuple[str, ...]
     moments: Moments
 
     def down(
@@ -36,7 +36,7 @@ class Rounding:
     ) -> torch.Tensor:
         """Round a narrow down projection, (kept, hidden size) with a row for each of `neuron_ids`."""
         moment = ffn_moments(self.moments, loaded.family, layer, "down", neuron_ids)
-        return _rounded(weight.T, self.down_kind, moment).T.to(weight)
+        return _rounded(weight.T, self.down_kinds[layer], moment).T.to(weight)
 
     @contextmanager
     def layer(self, loaded: LoadedModel, layer: int) -> Iterator[None]:

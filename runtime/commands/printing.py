@@ -34,11 +34,11 @@ def _drafted(drafting: Drafting | None) -> str:
 
 
 def _share(last: Token) -> str:
-    if last.token_share == 1:
-        return ""
     read = last.bytes_read
-    said = "" if read is None else f" ({read.mean / 1e6:.1f} MB of weights a token, 95% at most {read.p95 / 1e6:.1f})"
-    return f", token share {last.token_share:g}{said}"
+    said = "" if read is None else f"{read.mean / 1e6:.1f} MB of weights a token, 95% at most {read.p95 / 1e6:.1f}"
+    if last.token_share == 1:
+        return said and f", {said}"
+    return f", token share {last.token_share:g}" + (said and f" ({said})")
 
 
 def _read(reads: DiskReads | None) -> str:

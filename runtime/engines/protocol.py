@@ -136,6 +136,10 @@ class Decoder(Protocol):
     def token_shares_pay(self) -> bool:
         """Whether it leaves inputs out where the choice says so; else it reads all as fast, and is not asked to."""
 
+    @property
+    def skips_neurons(self) -> bool:
+        """Whether it reads no weights of neurons that are zero, so that tokens read more or less."""
+
     def weight_bytes(self, *, greedy: bool, alone: bool) -> int | None:
         """Bytes of weights that the last pass over decoded tokens read; None where they are not counted.
 

@@ -73,13 +73,15 @@ def decode_beside(decoder: Decoder, switch: FfnSwitch, group: Group, block: Bloc
 
 
 def _note_bytes(decoder: Decoder, runs: Sequence[Run], choice: FfnChoice, *, greedy: bool, alone: bool) -> None:
-    """Note what the pass of some tokens read, where a share of the weights was asked for."""
-    if choice.token_share == 1:
+    """Note what the pass of some tokens read, where it is not always the same."""
+    if choice.token_share == 1 and not decoder.skips_neurons:
         return
     num_bytes = decoder.weight_bytes(greedy=greedy, alone=alone)
     if num_bytes is not None:
         for run in runs:
-            run.weight_bytes.append(num_bytes)
+            # What verifies drafts reads several tokens at once.
+            if run.lengths is None:
+                run.weight_bytes.append(num_bytes)
 
 
 def _note_plain(runs: Sequence[Run], seconds: float | None) -> None:

@@ -61,7 +61,7 @@ class Run:
         token_ids: the decoded tokens.
         rows: verified rows that no token was chosen from yet, in mode lossless.
         num_to_draft: length of the next round, decided and not yet drafted, in mode lossless.
-        weight_bytes: that the pass of each decoded token read, of a token share below 1.
+        weight_bytes: that the pass of each decoded token read, where not all have as many.
         read_start, decode_start: by `time.perf_counter`.
         reads_before: what had been read from disk at `read_start`; None where memory is not limited.
         ended: it is no longer needed; the next step frees what it holds.

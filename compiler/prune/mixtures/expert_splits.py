@@ -4,6 +4,10 @@ A layer's neurons are divided as what is lost says: an expert more takes room th
 divisions of a layer's budget into experts of one width are compared by two costs that `expert_losses` measures on the
 cluster's text: what the layer's output loses where the router has to do without the experts that are left out, and what
 those that stay lose at their width.
+
+Where the bytes that a token reads are given, widths alone decide about these: an expert that is left out saves a token
+nothing. There the layers' widths are divided as is lost, and then experts go that hardly add to it, for packs to be
+small.
 """
 
 from collections.abc import Sequence
@@ -35,6 +39,8 @@ Ids = npt.NDArray[np.int64]
 
 _HARDLY = 0.1
 """An expert to which a cluster's tokens give less than this part of an even share of the router's weight goes first."""
+_MARGIN = 0.02
+"""Part of what a division by bytes a token loses that packs may lose more, for fewer experts."""
 _TIE = 1e-9
 _MOST_COUNTS = 16
 """Numbers of experts that are tried at most; what others cost is interpolated."""
@@ -124,7 +130,8 @@ def cluster_splits(config: CompileConfig, losses: SplitLosses, cluster: int, bud
     """Divide each layer's neurons for one cluster, as its text loses least.
 
     Args:
-        budgets: (layers,) neurons; but for `uniform` ones their sum counts alone.
+        budgets: (layers,) neurons; but for `uniform` ones their sum counts alone. Where the options have a budget of
+            bytes a token, neurons of all experts, of which a layer may have fewer at that width.
     """
     costs = np.stack([losses.costs(cluster, layer) for layer in range(len(budgets))])
     return _divide(config, losses, costs, budgets)
@@ -145,15 +152,80 @@ def _divide(config: CompileConfig, losses: SplitLosses, costs: Floats, budgets: 
     sizes = np.multiply.outer(np.arange(1, most + 1), losses.widths)
     floor = min(config.min_layer_keep * sizes[-1, -1], *budgets)
     is_allowed = (np.arange(1, most + 1) >= least)[:, None] & (sizes >= floor)
-    open_costs = np.where(is_allowed, costs, np.inf).reshape(len(budgets), -1)
-    if config.effective_budgets == "uniform":
-        chosen = [
-            _cheapest(open_costs[layer : layer + 1], sizes.ravel(), budget)[0] for layer, budget in enumerate(budgets)
-        ]
+    open_costs = np.where(is_allowed, costs, np.inf)
+    if config.budget_mb is None:
+        chosen = _within(config, open_costs, sizes, budgets)
     else:
-        chosen = _cheapest(open_costs, sizes.ravel(), sum(budgets))
-    places = [divmod(place, len(losses.widths)) for place in chosen]
-    return [Split(num_experts=count + 1, width=int(losses.widths[width])) for count, width in places]
+        chosen = _by_reading(config, losses.widths, open_costs, budgets)
+    return [Split(num_experts=count + 1, width=int(losses.widths[width])) for count, width in chosen]
+
+
+def _within(config: CompileConfig, costs: Floats, sizes: Ids, budgets: Sequence[int]) -> list[tuple[int, int]]:
+    """Choose a division of each layer, all layers together or with `uniform` budgets each for itself.
+
+    Args:
+        costs: (layers, experts, widths), infinite where they are not allowed.
+        sizes: (experts, widths).
+        budgets: (layers,) of the layers' sizes.
+    Returns:
+        (layers,) places in `sizes`.
+    """
+    options = costs.reshape(len(costs), -1)
+    parts = [options[layer : layer + 1] for layer in range(len(costs))]
+    if config.effective_budgets == "uniform":
+        chosen = [_cheapest(own, sizes.ravel(), budget)[0] for own, budget in zip(parts, budgets, strict=True)]
+    else:
+        chosen = _cheapest(options, sizes.ravel(), sum(budgets))
+    return [divmod(place, sizes.shape[1]) for place in chosen]
+
+
+def _by_reading(config: CompileConfig, widths: Ids, costs: Floats, budgets: Sequence[int]) -> list[tuple[int, int]]:
+    """Choose by what a token reads, which is the width of as many experts as it uses, however many there are.
+
+    The blocks of an expert that layers may have are divided so that least is lost. Then experts go while no more than a
+    margin is lost beside that, for packs to be small; where all neurons fit, none goes.
+
+    Args:
+        widths: (widths,) neurons of an expert.
+        costs: as `_within` takes them.
+        budgets: (layers,) neurons of all experts at the width that a layer has if layers are alike.
+    Returns:
+        As `_within` does.
+    """
+    num_layers, most = costs.shape[:2]
+    blocks = -(-widths // NEURON_BLOCK)
+    room = [-(-budget // (NEURON_BLOCK * most)) for budget in budgets]
+    if sum(room) >= num_layers * blocks[-1]:
+        return [(most - 1, len(widths) - 1)] * num_layers
+    chosen = _within(config, costs, np.broadcast_to(blocks, costs.shape[1:]), room)
+    by_count = np.stack([own[:, width] for own, (_, width) in zip(costs, chosen, strict=True)])
+    sizes = np.multiply.outer(widths[[width for _, width in chosen]], np.arange(1, most + 1))
+    if config.effective_budgets == "uniform":
+        counts = [_smallest(by_count[layer : layer + 1], sizes[layer : layer + 1])[0] for layer in range(num_layers)]
+    else:
+        counts = _smallest(by_count, sizes)
+    return [(count, width) for count, (_, width) in zip(counts, chosen, strict=True)]
+
+
+def _smallest(costs: Floats, sizes: Ids) -> list[int]:
+    """Choose an option for each layer, so that sizes are small, and costs together at most `_MARGIN` above the least.
+
+    Args:
+        costs: (layers, options), infinite where they are not allowed.
+        sizes: (layers, options) neurons.
+    Returns:
+        (layers,) options.
+    """
+    layers = np.arange(len(costs))
+    allowed = (1 + _MARGIN) * costs.min(axis=1).sum()
+    low, high = 0.0, 2.0 * max(float(costs[np.isfinite(costs)].max()), 1e-30)
+    for _ in range(200):
+        price = (low + high) / 2
+        if costs[layers, (costs + price * sizes).argmin(axis=1)].sum() > allowed:
+            high = price
+        else:
+            low = price
+    return [int(option) for option in (costs + low * sizes).argmin(axis=1)]
 
 
 def _cheapest(costs: Floats, sizes: Ids, budget: int) -> list[int]:

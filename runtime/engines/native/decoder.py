@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from coreinfer.bundles import Bundle, BundleCorrupt, ConfigError, CoreInferError, UnsupportedModelError
 from coreinfer.bundles.contract import kept_experts
+from coreinfer.bundles.formats import NEURON_FORMAT
 from coreinfer.bundles.shared.machine import usable_cores
 from coreinfer.bundles.statistics import Selection
 from coreinfer.runtime.engines.cached import CachedTokens
@@ -165,6 +166,11 @@ class NativeDecoder:
         With `greedy` of a screened head what is read for all tokens; what is scored again is not counted.
         """
         return int(self._model.bytes_per_token(num_cached, greedy))
+
+    @property
+    def skips_neurons(self) -> bool:
+        """Whether the bundle's FFN is stored neuron by neuron."""
+        return self._bundle.manifest.quantization["ffn"].format == NEURON_FORMAT
 
     def weight_bytes(self, *, greedy: bool, alone: bool) -> int | None:
         """Bytes of weights that the last pass over decoded tokens read; see `Decoder.weight_bytes`."""

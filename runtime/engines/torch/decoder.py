@@ -178,6 +178,11 @@ class TorchDecoder:
         """Number of the selected sequence."""
         return self._sequences.selected
 
+    @property
+    def skips_neurons(self) -> bool:
+        """Never: it computes with zeros."""
+        return False
+
     def weight_bytes(self, *, greedy: bool, alone: bool) -> int | None:
         """Not counted: it computes with zeros, and reads all."""
         return None

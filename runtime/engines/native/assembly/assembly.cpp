@@ -140,13 +140,15 @@ ModelWeights assemble_model(const ModelRecord& record, const TensorFile& base, M
 Ffn assemble_ffn(const ModelRecord& record, const TensorFile& file, const std::vector<int>& num_neurons) {
   if (record.num_experts > 0) refuse("FFN", "experts", "none");
   check_neurons(record, num_neurons);
+  const Settings settings = read_settings(record, family_of(record));
   Ffn ffn;
   for (const int count : num_neurons) {
     const std::string root = "layers." + std::to_string(ffn.size()) + ".";
     const bool by_neuron = file.has(root + "down.columns4");
-    if (by_neuron && nonlinearity_of(record.activation) != Nonlinearity::relu)
-      refuse(file.name() + ": " + root + "down.columns4", "an activation that is zero for many neurons (relu)",
-             record.activation);
+    if (by_neuron && nonlinearity_of(record.activation) != Nonlinearity::relu &&
+        !settings.streams.cuts_gates(static_cast<int>(ffn.size())))
+      refuse(file.name() + ": " + root + "down.columns4",
+             "an activation that is zero for many neurons (relu), or a layer that cuts gates off", record.activation);
     const auto bias = [&](const char* role, int size) { return ffn_bias(record, file, root + role + "_bias", size); };
     const auto inner = [&](const char* role, bool rows) {
       return Linear{rows ? file.neurons(root + role + ".rows4", count, record.hidden_size)

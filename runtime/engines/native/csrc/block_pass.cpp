@@ -36,7 +36,7 @@ void allocate(BlockScratch& scratch, const ModelWeights& weights, int max_neuron
   scratch.qkv.resize(size_t(kBlockTokens) * qkv);
   scratch.inputs.resize(kBlockTokens, widest, bf16);
   scratch.neurons.resize(kBlockTokens, max_neurons, bf16);
-  if (weights.neuron_function.kind == Nonlinearity::relu) {
+  if (weights.has_zero_neurons()) {
     const int num_parts = weights.num_neuron_parts(), size = num_parts * kPartGroups * kGroup;
     scratch.neuron_inputs.resize(kBlockTokens);
     for (NeuronInputBuffer& inputs : scratch.neuron_inputs) inputs.resize(num_parts);
@@ -256,8 +256,9 @@ class BlockPass {
       own_tokens([&](int t) {
         ActiveNeurons& active = own_.active;
         float* values = neurons_.token(t).values;
-        find_active(ffn, chunk, values + chunk * kChunkNeurons, nullptr, active);
-        run_active(kernels_, ffn, shared_.neuron_inputs[t].view(), active, own_.chunk_sums.get());
+        find_active(ffn, chunk, values + chunk * kChunkNeurons, nullptr, 0.0f, active);
+        run_active(weights_.neuron_function, kernels_, ffn, shared_.neuron_inputs[t].view(), active,
+                   own_.chunk_sums.get());
         kernels_.add(sums(t), own_.chunk_sums.get(), size);
         for (int i = 0; i < active.count; ++i) values[active.ids[i]] = active.values[i];
       });
@@ -276,7 +277,7 @@ class BlockPass {
     for (int t = 0; t < num_tokens_; ++t, gate += kUnit) {
       float* values = neurons_.token(t).values + offset;
       for (int i = 0; i < count; ++i) {
-        const float value = gate[i] + (first.bias ? first.bias[offset + i] : 0.0f);
+        const float value = rest_of_gate(gate[i], first.bias, offset + i, cutoffs_ ? cutoffs_[t] : 0.0f);
         values[i] = value <= 0.0f ? 0.0f : value;
       }
     }

@@ -146,12 +146,20 @@ size_t num_used(const std::vector<GroupColumns>& experts, const Layer& layer) {
   return experts.size() > 1 ? layer.router.num_chosen : 1;
 }
 
+// Of a layer's FFNs, which are alike, those of the first that is there.
+const Columns& columns_of(const std::vector<GroupColumns>& experts, int group) {
+  for (const GroupColumns& own : experts)
+    if (!own[group % 2].empty()) return own[group % 2];
+  return experts[0][group % 2];
+}
+
 // Of all that a token multiplies at once.
 size_t most_segment_sums(const LayerColumns& layers, const ModelWeights& weights) {
   size_t most = 0;
   for (size_t i = 0; i < layers.size(); ++i)
-    for (const Columns& columns : layers[i][0])
-      most = std::max(most, num_used(layers[i], weights.layers[i]) * num_segment_sums(columns.matrix));
+    for (const int group : {0, 1})
+      most = std::max(most,
+                      num_used(layers[i], weights.layers[i]) * num_segment_sums(columns_of(layers[i], group).matrix));
   return most;
 }
 
@@ -159,8 +167,8 @@ size_t most_segment_sums(const LayerColumns& layers, const ModelWeights& weights
 size_t used_bytes(const LayerColumns& layers, const ModelWeights& weights) {
   size_t total = 0;
   for (size_t i = 0; i < layers.size(); ++i)
-    for (const Columns& columns : layers[i][0])
-      total += num_used(layers[i], weights.layers[i]) * columns.matrix.num_bytes();
+    for (const int group : {0, 1})
+      total += num_used(layers[i], weights.layers[i]) * columns_of(layers[i], group).matrix.num_bytes();
   return total;
 }
 
@@ -205,12 +213,12 @@ size_t Decoder::bytes_per_token(int num_tokens, bool screened, bool alone) const
   size_t total = (screened ? weights.head.screening_bytes() : weights.head.num_bytes()) +
                  weights.project_in.num_bytes() + weights.project_out.num_bytes();
   total += stream_bytes(weights.streams);
-  const double active = active_share(token);
+  const double active = alone ? active_share(token) : 1.0;
   if (used) total += read_columns(token, *used, weights);
   const auto by_rows = [&](size_t layer, int group) {
     if (!used) return true;
     const auto& columns = group < kGateUp ? used->attention : used->ffn;
-    return !columns || (*columns)[layer][0][group % 2].empty();
+    return !columns || columns_of((*columns)[layer], group).empty();
   };
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     const AttentionWeights& attention = weights.layers[i].attention;

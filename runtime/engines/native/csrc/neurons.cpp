@@ -33,11 +33,12 @@ void interleave(const Activations& x, const Matrix& w, NeuronInputBuffer& out) {
   std::copy_n(x.sums, num_groups, out.sums());
 }
 
-void find_active(const FfnWeights& ffn, int chunk, const float* gates, const float* bias, ActiveNeurons& active) {
+void find_active(const FfnWeights& ffn, int chunk, const float* gates, const float* bias, float cutoff,
+                 ActiveNeurons& active) {
   const Range neurons = chunk_neurons(chunk, ffn.num_neurons());
   int count = 0;
   for (int id = neurons.begin; id < neurons.end; ++id) {
-    const float gate = gates[id - neurons.begin] + (bias ? bias[id] : 0.0f);
+    const float gate = rest_of_gate(gates[id - neurons.begin], bias, id, cutoff);
     active.ids[count] = id;
     active.values[count] = gate;
     count += !(gate <= 0.0f);
@@ -52,13 +53,18 @@ void find_active(const FfnWeights& ffn, int chunk, const float* gates, const flo
   }
 }
 
-void run_active(const Kernels& kernels, const FfnWeights& ffn, const NeuronInputs& x, ActiveNeurons& active,
-                float* sums) {
+void run_active(const NeuronFunction& function, const Kernels& kernels, const FfnWeights& ffn, const NeuronInputs& x,
+                ActiveNeurons& active, float* sums) {
   if (!ffn.gate.weight.empty()) {
     float ups[kChunkNeurons];
     kernels.dot_neurons({ffn.up.weight, active.ids, active.count}, x, ups);
-    for (int i = 0; i < active.count; ++i)
-      active.values[i] *= ups[i] + (ffn.up.bias ? ffn.up.bias[active.ids[i]] : 0.0f);
+    if (ffn.up.bias)
+      for (int i = 0; i < active.count; ++i) ups[i] += ffn.up.bias[active.ids[i]];
+    // Whole vectors; of what lies beyond the last neuron nothing is used.
+    const int size = round_up(active.count, kUnit);
+    std::fill(active.values + active.count, active.values + size, 0.0f);
+    std::fill(ups + active.count, ups + size, 0.0f);
+    kernels.activate(function, active.values, ups, size, 1, active.values, 0);
   }
   kernels.add_neurons({ffn.down.weight, active.ids, active.count}, active.values, sums);
 }

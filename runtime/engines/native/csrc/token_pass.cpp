@@ -26,7 +26,7 @@ void allocate(TokenScratch& scratch, const ModelWeights& weights, int max_neuron
     own.maxima.resize(weights.num_heads);
     own.sums.resize(weights.num_heads);
     own.inputs.resize(1, widest);
-    if (weights.neuron_function.kind == Nonlinearity::relu) own.neuron_inputs.resize(weights.num_neuron_parts());
+    if (weights.has_zero_neurons()) own.neuron_inputs.resize(weights.num_neuron_parts());
     scratch.parts.push_back({own.partial.get(), own.maxima.get(), own.sums.get()});
   }
   scratch.qkv.resize(round_up(weights.query_size(), kGroup) + 2 * round_up(weights.kv_size(), kGroup));
@@ -35,7 +35,7 @@ void allocate(TokenScratch& scratch, const ModelWeights& weights, int max_neuron
   scratch.up.resize(round_up(max_neurons, kUnit));
   scratch.ffn_out.resize(hidden);
   scratch.neurons.resize(1, max_neurons);
-  if (weights.neuron_function.kind == Nonlinearity::relu)
+  if (weights.has_zero_neurons())
     scratch.chunk_sums.resize(size_t(num_chunks(max_neurons)) * weights.num_neuron_parts() * kPartGroups * kGroup);
 }
 
@@ -294,7 +294,7 @@ class TokenPass {
     int waiting = -1, turn = 0;
     const auto run_waiting = [&] {
       if (waiting >= 0)
-        run_active(kernels_, ffn, own_.neuron_inputs.view(), own_.active[1 - turn],
+        run_active(weights_.neuron_function, kernels_, ffn, own_.neuron_inputs.view(), own_.active[1 - turn],
                    shared_.chunk_sums.get() + size_t(waiting) * size);
     };
     const auto work = [&](int begin, int end) {
@@ -302,7 +302,8 @@ class TokenPass {
         const Range neurons = chunk_neurons(chunk, ffn.num_neurons());
         const int last_block = (neurons.end + kBlockRows - 1) / kBlockRows;
         kernels_.multiply(first.weight, inputs_, 1, shared_.gate.get(), 0, neurons.begin / kBlockRows, last_block);
-        find_active(ffn, chunk, shared_.gate.get() + neurons.begin, first.bias, own_.active[turn]);
+        find_active(ffn, chunk, shared_.gate.get() + neurons.begin, first.bias, cutoffs_ ? cutoffs_[0] : 0.0f,
+                    own_.active[turn]);
         run_waiting();
         waiting = chunk;
         turn = 1 - turn;

@@ -135,6 +135,11 @@ struct ModelWeights {
   int query_size() const { return num_heads * head_dim; }
   int kv_size() const { return num_kv_heads * head_dim; }
   int group_size() const { return num_heads / num_kv_heads; }
+  // Whether any layer's neurons may be zero for most of a token's, so that they may lie neuron by neuron.
+  bool has_zero_neurons() const {
+    const auto cuts = [](const Layer& layer) { return layer.cutoff.mean != nullptr; };
+    return neuron_function.kind == Nonlinearity::relu || std::any_of(layers.begin(), layers.end(), cuts);
+  }
   // Of a row of a matrix that lies neuron by neuron.
   int num_neuron_parts() const { return round_up(hidden, kPartGroups * kGroup) / (kPartGroups * kGroup); }
 };
