@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -79,3 +80,27 @@ def save_multimodal(folder: Path, kind: str, **text: Any) -> PreTrainedModel:
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return model
+
+
+def build_gemma3n(monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
+    """Build a tiny Gemma 3n in float32, its tower for pictures a single matrix: the real one needs a library."""
+    text = build_model("gemma3n")
+    config = transformers.Gemma3nConfig(
+        text_config=text.config.to_dict(),
+        vision_config={"hidden_size": 16},
+        audio_config={"hidden_size": 16, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1},
+    )
+    from_config = transformers.AutoModel.from_config
+
+    def without_pictures(config: Any, **options: Any) -> Any:
+        return torch.nn.Linear(4, 4) if config.model_type == "gemma3n_vision" else from_config(config, **options)
+
+    monkeypatch.setattr(transformers.AutoModel, "from_config", without_pictures)
+    model: Any = transformers.Gemma3nForConditionalGeneration(config)
+    monkeypatch.undo()
+    alone = text.state_dict()
+    model.model.language_model.load_state_dict(
+        {name.removeprefix("model."): value for name, value in alone.items() if "lm_head" not in name}
+    )
+    model.tie_weights()
+    return model.eval()  # type: ignore[no-any-return]

@@ -55,8 +55,9 @@ def _shards(folder: Path, what: str) -> Mapping[str, str] | None:
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return None
     try:
-        shards: Mapping[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        set(shards.values())
+        shards: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if wrong := [shard for shard in shards.values() if not isinstance(shard, str)]:
+            raise TypeError(f"{wrong[0]!r} is no file's name")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{what}: {INDEX} cannot be read ({error or type(error).__name__}); "

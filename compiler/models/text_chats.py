@@ -7,15 +7,12 @@ is a string, without a word.
 import json
 import logging
 import secrets
-from collections.abc import Mapping
 from typing import Any
 
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.runtime.prompts.chat_template import render_chat
 
 from .source_files import source_file
 from .sources import ModelSource
-from .tokenizer_files import special_tokens
 
 __all__ = ["with_text_templates"]
 
@@ -45,11 +42,10 @@ def with_text_templates(tokenizer: Any, source: ModelSource) -> Any:
         ConfigError: the processor's template cannot be read.
     """
     found = tokenizer.chat_template or _of_processor(source)
-    names = special_tokens(tokenizer)
     if isinstance(found, dict):
-        tokenizer.chat_template = {name: _for_text(template, names, source) for name, template in found.items()}
+        tokenizer.chat_template = {name: _for_text(template, tokenizer, source) for name, template in found.items()}
     elif found:
-        tokenizer.chat_template = _for_text(found, names, source)
+        tokenizer.chat_template = _for_text(found, tokenizer, source)
     return tokenizer
 
 
@@ -67,19 +63,20 @@ def _of_processor(source: ModelSource) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _for_text(template: str, names: Mapping[str, str], source: ModelSource) -> str:
+def _for_text(template: str, tokenizer: Any, source: ModelSource) -> str:
     """The template, with a beginning if it writes a message only in parts."""
-    if _writes(template, names) or not _writes(_IN_PARTS + template, names):
+    if _writes(template, tokenizer) or not _writes(_IN_PARTS + template, tokenizer):
         return template
     _log.info("%s: its chat template expects messages in parts, which they are turned into", source.name)
     return _IN_PARTS + template
 
 
-def _writes(template: str, names: Mapping[str, str]) -> bool:
+def _writes(template: str, tokenizer: Any) -> bool:
     """Whether a user's message comes out of a template."""
     text = str(secrets.randbelow(9 * 10**23) + 10**23)
+    messages = [{"role": "user", "content": text}]
     try:
-        return text in render_chat(template, [{"role": "user", "content": text}], special_tokens=names)
-    except ConfigError:
-        # Some templates want more than a user's message; what they lack is told when they are used.
+        return text in tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    except Exception:
+        # A template is a program. Some want more than a user's message; what they lack is told when they are used.
         return False

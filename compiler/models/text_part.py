@@ -1,5 +1,6 @@
 """Load the text model of a multimodal one (`multimodal.py`): other parts stay in their files, which are not read."""
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -19,11 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 def parts_of(source: ModelSource) -> Multimodal | None:
-    """Find what a multimodal model consists of; None of another model.
-
-    Raises:
-        OSError: its config cannot be read.
-    """
+    """Find what a multimodal model consists of; None of another model."""
     return None if source.gguf_file else multimodal_of(_outer(source))
 
 
@@ -31,7 +28,6 @@ def read_text_config(source: ModelSource) -> PreTrainedConfig | None:
     """Read the config of a multimodal model's text model; None of another model.
 
     Raises:
-        OSError: the config cannot be read.
         ConfigError: it describes no model that can be.
         UnsupportedModelError: the text model is none that computes the same alone.
     """
@@ -62,8 +58,13 @@ def log_left_out(source: ModelSource, parts: Multimodal) -> None:
 
 
 def _outer(source: ModelSource) -> Mapping[str, Any]:
-    config: Mapping[str, Any] = PreTrainedConfig.get_config_dict(source.location)[0]
-    return config
+    """Read config.json as it stands; nothing where it cannot be read, which transformers tells."""
+    path = source_file(source, CONFIG)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _has_head(source: ModelSource) -> bool | None:
