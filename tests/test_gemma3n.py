@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from coreinfer import runtime
-from coreinfer.bundles import ConfigError, UnsupportedModelError, open_bundle
+from coreinfer.bundles import ConfigError, open_bundle
 from coreinfer.bundles.families import family_by_name
 from coreinfer.compiler import compile_model
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.export.exporting import export_model
 from coreinfer.compiler.models.load import load_model, read_config
 from coreinfer.compiler.models.sources import find_source
 from coreinfer.runtime.engines.native import _native
@@ -166,10 +165,7 @@ def test_options_that_do_not_apply_are_named(
         compile_model(replace(tiny_inputs("gemma3n"), output=tmp_path / "bundle", **options))
 
 
-def test_exports_and_recorded_steps_are_refused(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+def test_recorded_steps_are_refused(tiny_bundle: Callable[..., Path]) -> None:
     bundle = tiny_bundle("gemma3n")
-    for form in ("hf", "gguf"):
-        with pytest.raises(UnsupportedModelError, match="models of the family gemma3n are not exported"):
-            export_model(bundle, tmp_path / "export", form=form, cluster=0, dense=False, dtype="bfloat16")
     with pytest.raises(ConfigError, match="layers attend to keys and values of others"):
         runtime.load(bundle, engine="torch", device="cpu", gpu_memory_mb=100, cuda_graphs="on")
