@@ -70,9 +70,9 @@ def gemma3n_tensors(state: Mapping[str, Values], config: Any) -> dict[str, Value
             scale = path == "altup.correct_output_scale"
             own = "altup_correct_scale.weight" if scale else f"{_IN_LAYER[path.rpartition('.')[0]]}.{kind}"
             tensors[f"blk.{layer}.{own}"] = values
-    for layer in range(config.num_hidden_layers - config.num_kv_shared_layers, config.num_hidden_layers):
+    for sharing in range(config.num_hidden_layers - config.num_kv_shared_layers, config.num_hidden_layers):
         for name in ("attn_k", "attn_v", "attn_k_norm"):
-            tensors[f"blk.{layer}.{name}.weight"] = tensors[f"blk.0.{name}.weight"] + np.float32(1)
+            tensors[f"blk.{sharing}.{name}.weight"] = tensors[f"blk.0.{name}.weight"] + np.float32(1)
     return tensors | {name: np.stack(values) for name, values in stacks.items()}
 
 

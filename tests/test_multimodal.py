@@ -285,11 +285,14 @@ def test_quantized_ones_are_unpacked(case: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(logits(load(tmp_path).model), expected)
 
 
-IN_PARTS = (
-    "{% for message in messages %}{{ message['role'] | upper }}: {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
+IN_PARTS = {
+    "parts": "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}",
+    "chosen": "{% for part in message.content | selectattr('type', 'equalto', 'text') %}{{ part.text }}{% endfor %}",
+    "first": "{% if message['content'][0]['type'] == 'image' %}<image>{% endif %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}",
+}
+"""Ways in which templates write the parts of a message."""
 EITHER = (
     "\n{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}{% endif %}"
@@ -297,9 +300,14 @@ EITHER = (
 )
 
 
-def test_templates_with_places_for_pictures_write_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", IN_PARTS)
+def test_templates_with_places_for_pictures_write_text(way: str, tmp_path: Path) -> None:
     build_tokenizer().save_pretrained(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(IN_PARTS)
+    template = (
+        f"{{% for message in messages %}}{{{{ message['role'] | upper }}}}: {IN_PARTS[way]} {{% endfor %}}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(template)
     tokenizer = load_tokenizer(find_source(str(tmp_path)))
     turns = [
         {"role": "system", "content": "Be brief."},
