@@ -54,10 +54,10 @@ def multimodal_config(kind: str, **text: Any) -> Any:
     if kind in ("idefics3", "smolvlm"):
         vision |= {"model_type": f"{kind}_vision"}
     outer = _OUTER.get(kind, {"image_token_index": _IMAGE})
-    built: Any = transformers.CONFIG_MAPPING[kind](
+    outer_class: Any = transformers.CONFIG_MAPPING[kind]
+    return outer_class(
         text_config=config.to_dict(), vision_config=vision, tie_word_embeddings=config.tie_word_embeddings, **outer
     )
-    return built
 
 
 def build_multimodal(kind: str, **text: Any) -> PreTrainedModel:
@@ -90,17 +90,16 @@ def build_gemma3n(monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
         vision_config={"hidden_size": 16},
         audio_config={"hidden_size": 16, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1},
     )
-    from_config = transformers.AutoModel.from_config
+    from_config: Any = transformers.AutoModel.from_config
 
     def without_pictures(config: Any, **options: Any) -> Any:
         return torch.nn.Linear(4, 4) if config.model_type == "gemma3n_vision" else from_config(config, **options)
 
-    monkeypatch.setattr(transformers.AutoModel, "from_config", without_pictures)
-    model: Any = transformers.Gemma3nForConditionalGeneration(config)
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(transformers.AutoModel, "from_config", without_pictures)
+        model: Any = transformers.Gemma3nForConditionalGeneration(config)
     alone = text.state_dict()
-    model.model.language_model.load_state_dict(
-        {name.removeprefix("model."): value for name, value in alone.items() if "lm_head" not in name}
-    )
+    body: Any = model.model.language_model
+    body.load_state_dict({name.removeprefix("model."): value for name, value in alone.items() if "lm_head" not in name})
     model.tie_weights()
     return model.eval()  # type: ignore[no-any-return]

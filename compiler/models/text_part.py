@@ -54,7 +54,7 @@ def log_left_out(source: ModelSource, parts: Multimodal) -> None:
             left_out[part] = left_out.get(part, 0) + num_bytes
     shown = [f"{part} ({num_bytes:,} bytes)" for part, num_bytes in sorted(left_out.items())]
     # Files that are no safetensors do not say how many bytes a tensor takes.
-    _log.info("%s: read as its text model alone; left out: %s", source.name, ", ".join(shown or parts.others))
+    _log.warning("%s: read as its text model alone; left out: %s", source.name, ", ".join(shown or parts.others))
 
 
 def _outer(source: ModelSource) -> Mapping[str, Any]:
