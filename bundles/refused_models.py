@@ -39,7 +39,15 @@ _REFUSALS: Mapping[str, tuple[str, ...]] = {
         "qwen3_next",
         "olmo_hybrid",
     ),
-    "it reads pictures and sounds too; save its text model with transformers' Gemma3nForCausalLM first": ("gemma3n",),
+    "it reads more than text, and its text model computes otherwise than a model of text alone": (
+        "paligemma",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "mllama",
+        "llama4",
+        "gemma4",
+    ),
 }
 """What keeps a model out of the table -> the model types that it is true of."""
 

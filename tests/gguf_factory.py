@@ -14,6 +14,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from .gguf_experts import MIXTURE_SHAPES, expert_keys, expert_tensors
+from .gguf_gemma3n import GEMMA3N_SHAPE, gemma3n_keys, gemma3n_tensors
 from .model_factory import build_tokenizer
 
 ARCHITECTURES = {
@@ -25,6 +26,7 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "gemma3n_text": "gemma3n",
     "olmo2": "olmo2",
     "olmo3": "olmo2",
     "phi3": "phi3",
@@ -126,6 +128,8 @@ def tiny_config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
         shape = {"sliding_window": 4, "num_hidden_layers": 2, **shape}
         layers = [["sliding_attention", "full_attention"][layer % 2] for layer in range(shape["num_hidden_layers"])]
         shape = {"layer_types": layers, **shape}
+    if family == "gemma3n":
+        shape = {**shape, **GEMMA3N_SHAPE, "vocab_size_per_layer_input": shape["vocab_size"], **changes}
     if family in ("gemma2", "gemma3"):
         shape = {"query_pre_attn_scalar": shape["head_dim"], **shape}
     if family == "gemma2":
@@ -144,6 +148,7 @@ def tiny_config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
         "qwen3": transformers.Qwen3Config,
         "gemma2": transformers.Gemma2Config,
         "gemma3": transformers.Gemma3TextConfig,
+        "gemma3n": transformers.Gemma3nTextConfig,
         "olmo2": transformers.Olmo2Config,
         "olmo3": transformers.Olmo3Config,
         "phi3": transformers.Phi3Config,
@@ -217,16 +222,18 @@ def contents(model: PreTrainedModel, kind: gguf.GGMLQuantizationType = gguf.GGML
     config = model.config
     architecture = ARCHITECTURES[config.model_type]
     tensors: dict[str, Values] = {}
-    for name, value in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        values = value.float().numpy()
+    state = {name: value.float().numpy() for name, value in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    if architecture == "gemma3n":
+        tensors, state = gemma3n_tensors(state, config), {}
+    for name, values in state.items():
         if ".experts." in name:
             tensors |= expert_tensors(name, values, architecture)
         else:
             tensors[_file_name(name, architecture)] = _stored(name, values, architecture, config)
     matrices = [name for name, values in tensors.items() if values.ndim > 1 and not name.endswith(".bias")]
-    kinds = {name: kind for name in matrices if "ffn_gate_inp" not in name}
+    kinds = {name: kind for name in matrices if "ffn_gate_inp" not in name and not tensors[name].shape[-1] % 8}
     metadata = {**_header(config, architecture), **tokenizer_metadata()}
     return Contents(architecture=architecture, metadata=metadata, tensors=tensors, kinds=kinds)
 
@@ -282,6 +289,8 @@ def _header(config: Any, architecture: str) -> dict[str, Any]:
         values["use_parallel_residual"] = config.use_parallel_residual
     values |= _rotation(config, architecture, head_dim)
     values |= expert_keys(config)
+    if architecture == "gemma3n":
+        values |= gemma3n_keys(config)
     if config.model_type in ("granite", "granitemoe"):
         values |= {key: float(getattr(config, field)) for key, (field, _) in _GRANITE.items()}
     if config.model_type == "gemma2":

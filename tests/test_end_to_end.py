@@ -18,7 +18,7 @@ from coreinfer import runtime
 from coreinfer.bundles import inspect, read_manifest
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.compiler import CompileConfig, compile_model
-from coreinfer.compiler.models.load import quiet_transformers
+from coreinfer.compiler.models.quiet import quiet_transformers
 from coreinfer.compiler.models.sources import find_source
 from coreinfer.runtime import Mode
 from coreinfer.runtime.decoding.sampling import Sampler

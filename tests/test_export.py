@@ -215,7 +215,7 @@ def test_llama_cpp_drops_spaces_after_control_tokens_where_the_model_does(
 # transformers
 
 
-# Models of gemma3n are refused (test_gemma3n.py).
+# Packs of gemma3n are refused (test_gemma3n_export.py).
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma3n"])
 def test_a_pack_as_a_folder_for_transformers(family: str, tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
     bundle_dir = tiny_bundle(family, **UNEVEN)

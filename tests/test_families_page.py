@@ -50,7 +50,7 @@ def test_each_model_type_is_built_by_the_tests() -> None:
     [
         *((model_type, "a mixture of experts") for model_type in ("qwen2_moe", "granitemoeshared", "deepseek_v3")),
         *((model_type, "not a transformer FFN everywhere") for model_type in ("falcon_h1", "lfm2", "granitemoehybrid")),
-        ("gemma3n", "pictures and sounds"),
+        ("paligemma", "reads more than text"),
         ("bloom", "supported families: opt"),
     ],
 )

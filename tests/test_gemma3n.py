@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from coreinfer import runtime
-from coreinfer.bundles import ConfigError, UnsupportedModelError, open_bundle
+from coreinfer.bundles import ConfigError, open_bundle
 from coreinfer.bundles.families import family_by_name
 from coreinfer.compiler import compile_model
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.export.exporting import export_model
 from coreinfer.compiler.models.load import load_model, read_config
 from coreinfer.compiler.models.sources import find_source
 from coreinfer.runtime.engines.native import _native
@@ -23,7 +22,7 @@ from coreinfer.runtime.engines.protocol import FfnChoice
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from coreinfer.runtime.engines.torch.sparse_gate import take_sparse_gates
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Gemma3nForCausalLM
+from transformers import AutoModelForCausalLM
 
 from .model_factory import VOCABULARY, build_model, build_tokenizer, save_model
 
@@ -133,8 +132,7 @@ def test_a_neuron_does_not_depend_on_which_others_there_are() -> None:
     torch.testing.assert_close(neurons[1], neurons[0][:, kept])
 
 
-def test_the_text_model_of_a_published_checkpoint_is_saved_alone(tmp_path: Path) -> None:
-    """As docs/families.md says, from tensors named as they are published, those of shared layers' keys among them."""
+def test_keys_that_published_files_have_of_sharing_layers_are_passed_over(tmp_path: Path) -> None:
     model = build_model("gemma3n")
     tensors = {name.replace("model.", "model.language_model.", 1): value for name, value in model.state_dict().items()}
     tensors.pop("lm_head.weight")
@@ -143,11 +141,8 @@ def test_the_text_model_of_a_published_checkpoint_is_saved_alone(tmp_path: Path)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     config = {"model_type": "gemma3n", "text_config": model.config.to_dict()}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match="save its text model with transformers' Gemma3nForCausalLM"):
-        read_config(find_source(str(tmp_path)))
-    Gemma3nForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).save_pretrained(tmp_path / "text")
-    source = find_source(str(tmp_path / "text"))
-    build_tokenizer().save_pretrained(tmp_path / "text")
+    build_tokenizer().save_pretrained(tmp_path)
+    source = find_source(str(tmp_path))
     family, found = read_config(source)
     loaded = load_model(source, family, found, device="cpu", dtype="float32")
     ids = torch.tensor([IDS])
@@ -170,10 +165,7 @@ def test_options_that_do_not_apply_are_named(
         compile_model(replace(tiny_inputs("gemma3n"), output=tmp_path / "bundle", **options))
 
 
-def test_exports_and_recorded_steps_are_refused(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+def test_recorded_steps_are_refused(tiny_bundle: Callable[..., Path]) -> None:
     bundle = tiny_bundle("gemma3n")
-    for form in ("hf", "gguf"):
-        with pytest.raises(UnsupportedModelError, match="models of the family gemma3n are not exported"):
-            export_model(bundle, tmp_path / "export", form=form, cluster=0, dense=False, dtype="bfloat16")
     with pytest.raises(ConfigError, match="layers attend to keys and values of others"):
         runtime.load(bundle, engine="torch", device="cpu", gpu_memory_mb=100, cuda_graphs="on")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from coreinfer.bundles.shared.machine import bf16_products_are_faster
 from coreinfer.compiler.cache import Cache, stage_key
-from coreinfer.compiler.models.load import quiet_transformers
+from coreinfer.compiler.models.quiet import quiet_transformers
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.team.team import Team, Worker
 from model2vec.distill.inference import apply_pca, compute_weights, create_embeddings

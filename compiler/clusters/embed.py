@@ -12,7 +12,7 @@ from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.shared.machine import bf16_products_are_faster
 from coreinfer.compiler.cache import Cache, stage_key
 from coreinfer.compiler.models.checkpoint import LOADING_ERRORS, check_encoder
-from coreinfer.compiler.models.load import quiet_transformers
+from coreinfer.compiler.models.quiet import quiet_transformers
 from coreinfer.compiler.models.sources import ModelSource, check_encoder_source
 from coreinfer.compiler.progress import Advance, Progress
 from coreinfer.compiler.team.steps import Steps

@@ -9,7 +9,7 @@ from typing import Any
 from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.families import Family, family_of_config
 from coreinfer.compiler.models.sources import ModelSource
-from coreinfer.compiler.models.stated import CONFIG, stated_config
+from coreinfer.compiler.models.stated import CONFIG, stated_config, stated_text
 
 __all__ = ["Shapes", "read_object", "shapes_of", "stated_shapes"]
 
@@ -114,7 +114,7 @@ def stated_shapes(source: ModelSource) -> Shapes:
         ConfigError: the model is not on this machine, or its config lacks a size.
         UnsupportedModelError: its family or its quantization is not supported.
     """
-    config = stated_config(source)
+    config = stated_config(source, defaults=True)
     return shapes_of(_cached_config(source.location) if config is None else config, source.name)
 
 
@@ -126,13 +126,14 @@ def _cached_config(repository: str) -> Mapping[str, Any]:
         found = try_to_load_from_cache(repository, CONFIG)
     except HFValidationError:
         found = None
-    config = read_object(Path(found)) if isinstance(found, str) else None
-    if config is None:
+    path = Path(found) if isinstance(found, str) else None
+    config = read_object(path) if path else None
+    if path is None or config is None:
         raise ConfigError(
             f"--dry-run: --model {repository} is not on this machine, so that its shapes are not known; "
             f"download it first (hf download {repository}), or give a folder or a .gguf file"
         )
-    return config
+    return stated_text(config, path.parent, f"--model {repository}", defaults=True)
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

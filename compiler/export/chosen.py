@@ -54,7 +54,8 @@ def choose_model(bundle_dir: Path, *, cluster: int | None, dense: bool) -> Chose
     Raises:
         BundleError: there is no bundle, or it is damaged.
         ConfigError: it is not said which model, or the bundle does not hold it.
-        UnsupportedModelError: it is a mixture whose layers have unlike numbers of experts.
+        UnsupportedModelError: it is a mixture whose layers have unlike numbers of experts, or a pack of a family that
+            is exported as a whole alone.
     """
     if dense == (cluster is not None):
         raise ConfigError("expected --cluster N or --dense, got both or neither; coreinfer-inspect lists clusters")
@@ -62,11 +63,11 @@ def choose_model(bundle_dir: Path, *, cluster: int | None, dense: bool) -> Chose
     manifest = bundle.manifest
     if cluster is not None and not 0 <= cluster < len(manifest.clusters):
         raise ConfigError(f"--cluster: expected 0 to {len(manifest.clusters) - 1}, got {cluster}")
-    if family_by_name(manifest.model.family).cutoff is not None:
-        # transformers takes the mean and the deviation of the gates that a narrow FFN has: other neurons would be zero.
+    if cluster is not None and family_by_name(manifest.model.family).cutoff is not None:
+        # Others take the mean and the deviation of the gates that a narrow FFN has: other neurons would be zero.
         raise UnsupportedModelError(
-            f"{bundle_dir}: models of the family {manifest.model.family} are not exported: how much is taken off the "
-            "gates of a narrow FFN would be another number there"
+            f"{bundle_dir}: packs of the family {manifest.model.family} are not exported: how much is taken off the "
+            "gates of a narrow FFN would be another number there; give --dense"
         )
     if manifest.model.experts is not None:
         return _choose_mixture(bundle, cluster)

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from .blocks import block_bytes, block_type, encode
 from .chosen import ChosenModel
+from .gguf_gemma3n import table_rows, unused_tensors
 from .gguf_header import architecture_for, header_fields
 from .gguf_rope import rope_factors
 from .gguf_vocabulary import vocabulary_fields
@@ -24,6 +25,7 @@ from .parameters import Parameter, list_parameters
 
 __all__ = ["GgufExport", "write_gguf"]
 
+_FLOAT32 = np.dtype(np.float32)
 _LAYER = re.compile(r"blk\.\d+\.")
 _FILE_TYPES = {"int4": 3, "int8": 7, "bf16": 32}
 """general.file_type, by the format of the FFN: mostly Q4_1, Q8_0, BF16."""
@@ -60,20 +62,38 @@ def write_gguf(path: Path, chosen: ChosenModel) -> GgufExport:
     layout = layout_of(architecture, has_experts=chosen.experts is not None)
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-    tensors = _tensors(parameters, chosen.family, layout)
+    tensors, unused = _tensors(parameters, chosen.family, layout), list(unused_tensors(chosen, layout))
     for name, parts in tensors.items():
-        shape: tuple[int, ...] = (sum(part.padded[0] for part in parts), *parts[0].padded[1:])
-        if parts[0].role is not None:
-            shape = (len(parts), *parts[0].padded)
-        num_bytes, dtype = sum(map(block_bytes, parts)), np.dtype(np.float32)
-        writer.add_tensor_info(name, shape, dtype, num_bytes, raw_dtype=block_type(parts[0]))
+        _add_tensor(writer, name, [_with_all_rows(part, chosen) for part in parts], layout)
+    for tensor in unused:
+        writer.add_tensor_info(tensor.name, tensor.shape, _FLOAT32, tensor.num_bytes, raw_dtype=tensor.kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for values in _values(tensors, layout, chosen.config, factors):
+    for values in _values(tensors, layout, chosen, factors):
         writer.write_tensor_data(values)
+    for tensor in unused:
+        writer.write_tensor_data(tensor.values)
     writer.close()
     return _summary(path, architecture, tensors)
+
+
+def _add_tensor(writer: GGUFWriter, name: str, parts: Sequence[Parameter], layout: TensorLayout) -> None:
+    shape: tuple[int, ...] = (sum(part.padded[0] for part in parts), *parts[0].padded[1:])
+    if parts[0].role is not None or name.rpartition(".")[0] in layout.stacked:
+        shape = (len(parts), *parts[0].padded)
+    writer.add_tensor_info(name, shape, _FLOAT32, sum(map(block_bytes, parts)), raw_dtype=block_type(parts[0]))
+
+
+def _with_all_rows(parameter: Parameter, chosen: ChosenModel) -> Parameter:
+    """Of a table that has rows for some tokens alone the shape that it has in the file."""
+    if not _is_table(parameter, chosen):
+        return parameter
+    return replace(parameter, padded=(chosen.bundle.manifest.model.vocab_size, *parameter.padded[1:]))
+
+
+def _is_table(parameter: Parameter, chosen: ChosenModel) -> bool:
+    return parameter.name.removesuffix(".weight") in chosen.family.tables
 
 
 def _tensors(parameters: Sequence[Parameter], family: Family, layout: TensorLayout) -> dict[str, list[Parameter]]:
@@ -102,15 +122,18 @@ def _is_plain(chosen: ChosenModel) -> bool:
 def _values(
     tensors: Mapping[str, Sequence[Parameter]],
     layout: TensorLayout,
-    config: Mapping[str, Any],
+    chosen: ChosenModel,
     factors: npt.NDArray[np.float32] | None,
 ) -> Iterator[npt.NDArray[Any]]:
     if factors is not None:
         yield factors
     for name, parts in tensors.items():
         stem = _LAYER.sub("", name).rpartition(".")[0]
-        is_paired = stem in layout.paired
-        rows = paired_rows(parts[0].shape[0], int(config[layout.paired[stem]])) if is_paired else None
+        rows = None
+        if stem in layout.paired:
+            rows = paired_rows(parts[0].shape[0], int(chosen.config[layout.paired[stem]]))
+        elif _is_table(parts[0], chosen) and parts[0].shape[0] != chosen.bundle.manifest.model.vocab_size:
+            rows = table_rows(parts[0].shape[0], chosen.bundle.manifest.model.vocab_size)
         offset = layout.norm_offset if stem in (*layout.norms, "output_norm") else 0.0
         yield np.concatenate([encode(part, rows, offset) for part in parts])
 

@@ -5,9 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coreinfer.bundles.families import CLAMPED_SWIGLU
+from coreinfer.compiler.models.gguf.gemma3n import SLIDING_PATTERN as GEMMA3N_PATTERN
 from coreinfer.compiler.models.gguf.gpt_oss import SWIGLU
 
 from .chosen import ChosenModel
+from .gguf_gemma3n import check_gemma3n, stream_fields
 from .gguf_refusal import refusal
 from .gguf_rope import rope_fields, rounds_ramp
 
@@ -24,6 +26,7 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "gemma2": "gemma2",
     "gemma3": "gemma3",
+    "gemma3n": "gemma3n",
     "olmo2": "olmo2",
     "olmo3": "olmo2",
     "phi3": "phi3",
@@ -43,6 +46,7 @@ _TANH_GELUS = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 _ACTIVATIONS = {
     "gemma2": _TANH_GELUS,
     "gemma3": _TANH_GELUS,
+    "gemma3n": _TANH_GELUS,
     "starcoder2": _TANH_GELUS,
     # llama.cpp has no other, and takes its tanh for the exact one that GPT-NeoX's models have: see `export_facts`.
     "gpt_neox": (*_TANH_GELUS, "gelu"),
@@ -60,7 +64,7 @@ _EPSILONS = {
 _SLIDES = "sliding_attention"
 _NOT_SLIDING = ("mistral", "ministral", "phi3", "starcoder2", "mixtral", "qwen3_moe")
 """Model types whose window llama.cpp does not know."""
-_SLIDING_PATTERN = {"gemma2": 2, "gemma3": 6, "olmo3": 4, "gpt_oss": 2}
+_SLIDING_PATTERN = {"gemma2": 2, "gemma3": 6, "gemma3n": GEMMA3N_PATTERN, "olmo3": 4, "gpt_oss": 2}
 """Where a file does not say which layers slide: all but every so many."""
 _NO_ROPE_PATTERN = 4
 _NOT_NORMALIZING = ("olmoe",)
@@ -151,6 +155,10 @@ def export_facts(chosen: ChosenModel) -> dict[str, str]:
         facts["context"] = f"{window} tokens: llama.cpp does not slide {title}'s window, and further on it would differ"
     if chosen.bundle.manifest.model.activation == "gelu":
         facts["activation"] = "llama.cpp computes GELU by tanh, which is off by 0.0005 at most"
+    if chosen.family.cutoff is not None:
+        facts["gates"] = (
+            "llama.cpp takes their deviation over one gate less than there are, so that some more or fewer are cut off"
+        )
     if rounds_ramp(chosen):
         facts["positions"] = (
             "llama.cpp rounds the ends of YaRN's ramp to whole dimensions, which the model was not trained with"
@@ -273,6 +281,16 @@ def _gemma3(chosen: ChosenModel) -> dict[str, Any]:
     return fields | _sliding(chosen, config["rope_parameters"]["sliding_attention"])
 
 
+def _gemma3n(chosen: ChosenModel) -> dict[str, Any]:
+    config, rope = chosen.config, chosen.config["rope_parameters"]
+    check_gemma3n(chosen)
+    slides = [kind == _SLIDES for kind in config["layer_types"]]
+    if slides != [(layer + 1) % GEMMA3N_PATTERN != 0 for layer in range(len(slides))]:
+        raise refusal("llama.cpp's gemma3n slides in all layers but every fifth, and this model does not; use --to hf")
+    fields = rope_fields(rope["full_attention"], chosen) | stream_fields(chosen)
+    return fields | _sliding(chosen, rope["sliding_attention"], always=True)
+
+
 def _gpt_oss(chosen: ChosenModel) -> dict[str, Any]:
     config = chosen.config
     # llama.cpp has biases of all projections, a head and a window in every file.
@@ -312,6 +330,7 @@ _OWN_FIELDS: Mapping[str, Callable[[ChosenModel], dict[str, Any]]] = {
     "granitemoe": _granite,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "gemma3n": _gemma3n,
     "olmo2": _olmo2,
     "olmoe": _olmoe,
     "olmo3": _olmo3,

@@ -85,7 +85,11 @@ def list_parameters(chosen: ChosenModel, widths: Sequence[int]) -> list[Paramete
             parameters.extend(mixtures[name])
         else:
             parameters.append(Parameter(name=name, file=base, stored=name, shape=shape, padded=shape))
-    _check_same_tensors({_PACKED_PARTS.sub("", name) for name in base if not is_norms(name)}, parameters, chosen)
+    stored_names = {_PACKED_PARTS.sub("", name) for name in base if not is_norms(name)}
+    if (path := chosen.family.cutoff) is not None:
+        # What the gates' own mean and deviation say, which other programs compute.
+        stored_names = {name for name in stored_names if f".{path}." not in name}
+    _check_same_tensors(stored_names, parameters, chosen)
     return parameters
 
 

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .stated import safetensors_files
+from .multimodal import Multimodal, text_name
+from .safetensors_headers import safetensors_files
 
 __all__ = [
     "LOADING_ERRORS",
@@ -47,11 +48,12 @@ _LEFTOVERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 """Ends of names of tensors that older checkpoints hold and no model reads."""
 
 
-def check_files(folder: Path, what: str) -> None:
+def check_files(folder: Path, what: str, parts: Multimodal | None = None) -> None:
     """Look at the headers of a folder's safetensors files, as far as they can be read; others are told on loading.
 
     Args:
         what: name of the model in an error, such as "--model tiny".
+        parts: of a multimodal model, of which only the text model's tensors are looked at.
     Raises:
         UnsupportedModelError: some tensors are packed integers.
     """
@@ -60,7 +62,8 @@ def check_files(folder: Path, what: str) -> None:
         if not file.is_file():
             continue
         with suppress(SafetensorError), safe_open(file, framework="pt") as tensors:
-            dtypes = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+            read = [key for key in tensors.keys() if parts is None or text_name(key, parts)]  # noqa: SIM118
+            dtypes = {key: tensors.get_slice(key).get_dtype() for key in read}
             packed += [f"{key} ({dtype})" for key, dtype in dtypes.items() if _is_packed(key, dtype)]
     if packed:
         raise UnsupportedModelError(

@@ -1,16 +1,13 @@
 """Load a model and its tokenizer, and know its shapes before a byte of weights is read."""
 
 import logging
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-import transformers
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from coreinfer.bundles.families import FAMILIES, Family, cache_argument, family_of_config, resolve
 from coreinfer.bundles.manifest import ModelRecord
@@ -24,8 +21,9 @@ from torch import nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
-from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.hub import extract_commit_hash
 
+from .built_config import build_config
 from .checkpoint import LOADING_ERRORS, check_files, check_finite, check_loaded, check_tied_head
 from .devices import pick_device, pick_dtype
 from .gguf.config import config_fields
@@ -33,12 +31,17 @@ from .gguf.parts import read_parts
 from .gguf.tokenizer import build_tokenizer
 from .gguf.weights import load_weights
 from .mapped import convert_on_use
+from .multimodal import TEXT_NAMES, Multimodal
 from .quick_layers import quicken
+from .quiet import quiet_transformers
 from .record import column_norms, record_of
 from .settings import check_settings
+from .source_files import source_file
 from .sources import ModelSource
 from .stated import CONFIG, check_mappable, check_stays_mapped
 from .states import StateForm, state_form
+from .text_chats import with_text_templates
+from .text_part import log_left_out, parts_of, read_text_config, without_others
 from .tokenizer_files import check_templates, with_own_file
 from .unpack.asked import settings_of
 from .unpack.methods import check_family, check_quantization
@@ -50,9 +53,7 @@ __all__ = [
     "hub_revision",
     "load_model",
     "load_tokenizer",
-    "quiet_transformers",
     "read_config",
-    "special_tokens",
     "stop_ids",
     "wrap_model",
 ]
@@ -162,11 +163,12 @@ def read_config(source: ModelSource) -> tuple[Family, PreTrainedConfig]:
         UnsupportedModelError: its family, its quantization or another of its settings is not supported.
     """
     if source.gguf_file:
-        config = _build_config(config_fields(read_parts(source.gguf_path), source.name), source.name)
+        fields = config_fields(read_parts(source.gguf_path), source.name)
+        config = build_config(fields, f"--model {source.name}: its header")
         return family_of_config(config.to_dict(), source.name), config
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(source.location)
+            config = read_text_config(source) or AutoConfig.from_pretrained(source.location)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         reason = _first_line(error)
         if "not supported" in reason or "does not recognize" in reason:
@@ -187,24 +189,8 @@ def hub_revision(source: ModelSource) -> str | None:
     """Find the commit of a model on the Hub that is read; None of a local one, or where it cannot be told."""
     if source.path is not None:
         return None
-    found = cached_file(
-        source.location,
-        CONFIG,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return extract_commit_hash(found, None)
-
-
-def _build_config(fields: Mapping[str, Any], name: str) -> PreTrainedConfig:
-    """Build the config that the header of a GGUF file describes."""
-    try:
-        with quiet_transformers():
-            return AutoConfig.for_model(**fields)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--model {name}: its header describes no model that can be ({reason})") from error
+    found = source_file(source, CONFIG)
+    return extract_commit_hash(str(found) if found else None, None)
 
 
 def load_model(
@@ -227,17 +213,20 @@ def load_model(
             f"--max-memory: expected plain weights, which can stay in their file, and those of {source.name} are "
             "quantized; leave out --max-memory, or give the model that it was quantized from"
         )
-    if not source.gguf_file and not quantized and source.path:
-        check_files(source.path, what)
     computes_in = pick_dtype(dtype, target)
     try:
         with quiet_transformers():
+            parts = parts_of(source)
+            if not source.gguf_file and not quantized and source.path:
+                check_files(source.path, what, parts)
             if quantized:
-                model = load_unpacked(_folder(source), config, what, dtype=computes_in)
+                model = load_unpacked(_folder(source), config, what, dtype=computes_in, parts=parts)
             else:
-                model = _read_weights(source, config, computes_in, mapped=mapped)
+                model = _read_weights(source, config, computes_in, parts, mapped=mapped)
     except LOADING_ERRORS as error:
         raise ConfigError(f"{what}: its weights cannot be loaded ({_first_line(error)})") from error
+    if parts is not None:
+        log_left_out(source, parts)
     tied = bool(config.tie_word_embeddings)
     check_tied_head(model, resolve(model, family.embedding), tied=tied, what=what)
     check_finite(model, what)
@@ -256,20 +245,22 @@ def load_model(
 
 
 def _read_weights(
-    source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype, *, mapped: bool
+    source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype, parts: Multimodal | None, *, mapped: bool
 ) -> PreTrainedModel:
     """Read all parameters from the model's files, and nothing else."""
     if source.gguf_file:
         return load_weights(read_parts(source.gguf_path), config, dtype=dtype, name=source.name)
+    text_alone = {"config": config, "key_mapping": dict(TEXT_NAMES)} if parts else {}
     loading: Any = AutoModelForCausalLM.from_pretrained(
         source.location,
         dtype="auto" if mapped else dtype,
         # Both for `check_loaded`, which names what does not fit.
         output_loading_info=True,
         ignore_mismatched_sizes=True,
+        **text_alone,
     )
     model, info = loading
-    check_loaded(info, f"--model {source.name}")
+    check_loaded(without_others(info, parts) if parts else info, f"--model {source.name}")
     return cast("PreTrainedModel", model)
 
 
@@ -320,37 +311,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ConfigError(f"--model {source.name}: its tokenizer has no fast form (tokenizer.json); convert it first")
     check_templates(tokenizer, source.name)
-    return tokenizer if source.gguf_file else with_own_file(tokenizer, source)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own bars and remarks off stderr, where the compiler draws its own."""
-    verbosity = transformers.logging.get_verbosity()
-    had_bars = transformers.logging.is_progress_bar_enabled()
-    tqdm_switch = os.environ.get("TQDM_DISABLE")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if had_bars:
-            transformers.logging.enable_progress_bar()
-        _restore("TQDM_DISABLE", tqdm_switch)
-
-
-def _restore(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
-
-
-def special_tokens(tokenizer: Any) -> Mapping[str, str]:
-    """Names and texts of a tokenizer's special tokens, as chat templates use them."""
-    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return tokenizer if source.gguf_file else with_text_templates(with_own_file(tokenizer, source), source)
 
 
 def stop_ids(loaded: LoadedModel) -> set[int]:

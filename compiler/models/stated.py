@@ -10,19 +10,23 @@ from coreinfer.bundles.families import Family, family_of_config
 
 from .gguf.config import config_fields
 from .gguf.parts import read_parts
+from .multimodal import multimodal_of, text_fields
+from .safetensors_headers import INDEX, WEIGHTS, has_head, safetensors_files
 from .sources import ModelSource
 from .unpack.asked import check_method
 
-__all__ = ["CONFIG", "check_mappable", "check_stays_mapped", "safetensors_files", "stated_config"]
+__all__ = ["CONFIG", "check_mappable", "check_stays_mapped", "stated_config", "stated_text"]
 
 CONFIG = "config.json"
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 """What transformers reads too, where there are no safetensors."""
 
 
-def stated_config(source: ModelSource) -> Mapping[str, Any] | None:
+def stated_config(source: ModelSource, *, defaults: bool = False) -> Mapping[str, Any] | None:
     """Read the config of a model, as far as its own files state it; None of a model on the Hub, which is not here yet.
+
+    Args:
+        defaults: as of `stated_text`.
 
     Raises:
         ConfigError: there is no model in the folder, or what it states cannot be read.
@@ -32,14 +36,36 @@ def stated_config(source: ModelSource) -> Mapping[str, Any] | None:
         return config_fields(read_parts(source.gguf_path), source.name)
     if source.path is None:
         return None
-    config, what = _read_config(source.path, source.name), f"--model {source.name}"
+    folder, what = source.path, f"--model {source.name}"
+    config = stated_text(_read_config(folder, source.name), folder, what, defaults=defaults)
     family_of_config(config, source.name)
     check_method(config, what)
-    if not any((source.path / name).exists() for name in (_WEIGHTS, _INDEX, *_PICKLED)):
+    if not any((source.path / name).exists() for name in (WEIGHTS, INDEX, *_PICKLED)):
         raise ConfigError(
-            f"{what}: its weights cannot be loaded (there is no {_WEIGHTS} in the folder); give the whole checkpoint"
+            f"{what}: its weights cannot be loaded (there is no {WEIGHTS} in the folder); give the whole checkpoint"
         )
     return config
+
+
+def stated_text(config: Mapping[str, Any], folder: Path, what: str, *, defaults: bool = False) -> Mapping[str, Any]:
+    """Return what a config.json states of the text model (`multimodal.py`).
+
+    Args:
+        folder: that it is in.
+        what: name of the model in an error, such as "--model tiny".
+        defaults: fill in what the text_config of a multimodal model leaves out, as transformers does, which is imported
+            for it; published ones leave out even sizes.
+    Raises:
+        ConfigError: it describes no model that can be.
+        UnsupportedModelError: the text model is none that computes the same alone.
+    """
+    fields = text_fields(config, what, lambda: has_head(folder, what))
+    if not defaults or multimodal_of(config) is None:
+        return fields
+    # Here, not above: it needs transformers.
+    from .built_config import build_config
+
+    return build_config(fields, f"{what}: text_config in {CONFIG}").to_dict()
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -88,25 +114,3 @@ def check_stays_mapped(family: Family, name: str) -> None:
             f"--max-memory: expected a model whose weights can stay in their file, and {name} is a {family.name}: its "
             "queries, keys and values lie mixed in one matrix and have to be copied; leave out --max-memory"
         )
-
-
-def safetensors_files(folder: Path, what: str) -> list[Path]:
-    """List the safetensors files that transformers reads: the single one if it is there, else those of the index.
-
-    Args:
-        what: name of the model in an error, such as "--model tiny".
-    Returns:
-        Paths, of which some may be missing.
-    Raises:
-        ConfigError: the index cannot be read.
-    """
-    if (folder / _WEIGHTS).exists() or not (folder / _INDEX).exists():
-        return [folder / _WEIGHTS]
-    try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        return [folder / shard for shard in sorted(set(index["weight_map"].values()))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{what}: {_INDEX} cannot be read ({error or type(error).__name__}); "
-            "expected a weight_map from tensors to files"
-        ) from error

@@ -3,17 +3,16 @@
 import json
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from coreinfer.bundles.errors import ConfigError
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.hub import cached_file
 
+from .source_files import source_file
 from .sources import ModelSource
 
-__all__ = ["chat_templates", "check_templates", "with_own_file"]
+__all__ = ["chat_templates", "check_templates", "special_tokens", "with_own_file"]
 
 _log = logging.getLogger(__name__)
 _SHOWN = 6
@@ -37,7 +36,7 @@ def with_own_file(tokenizer: Any, source: ModelSource) -> Any:
     Raises:
         ConfigError: the file cannot be read.
     """
-    path = _file(source, "tokenizer.json")
+    path = source_file(source, "tokenizer.json")
     if path is None:
         return tokenizer
     try:
@@ -85,6 +84,11 @@ def chat_templates(tokenizer: Any) -> Mapping[str, str]:
     return {"default": default, **({"tool_use": found["tool_use"]} if "tool_use" in found else {})}
 
 
+def special_tokens(tokenizer: Any) -> Mapping[str, str]:
+    """Names and texts of a tokenizer's special tokens, as chat templates use them."""
+    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+
+
 def check_templates(tokenizer: Any, name: str) -> None:
     """Look at a tokenizer's chat templates before anything is computed; say which are left out.
 
@@ -100,23 +104,9 @@ def check_templates(tokenizer: Any, name: str) -> None:
         _log.warning("%s: chat templates left out: %s; kept: %s", name, ", ".join(others), ", ".join(kept))
 
 
-def _file(source: ModelSource, name: str) -> Path | None:
-    if source.path is not None:
-        path = source.path / name
-        return path if path.is_file() else None
-    found = cached_file(
-        source.location,
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return Path(found) if found else None
-
-
 def _add_tokens(own: Tokenizer, source: ModelSource) -> None:
     """Add the tokens that only `tokenizer_config.json` has, or that are control tokens only there."""
-    path = _file(source, "tokenizer_config.json")
+    path = source_file(source, "tokenizer_config.json")
     config = json.loads(path.read_text(encoding="utf-8")) if path else {}
     stated = config.get("added_tokens_decoder") or {}
     known = own.get_added_tokens_decoder()

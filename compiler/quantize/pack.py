@@ -18,8 +18,8 @@ from coreinfer.bundles.manifest import TensorRecord
 from coreinfer.bundles.tensors import StoredTensor, stream_tensors, write_tensors
 from coreinfer.bundles.zero_neurons import ffn_kind
 from coreinfer.compiler.clusters.embed import StaticEncoder
-from coreinfer.compiler.models.load import LoadedModel, special_tokens, stop_ids
-from coreinfer.compiler.models.tokenizer_files import chat_templates
+from coreinfer.compiler.models.load import LoadedModel, stop_ids
+from coreinfer.compiler.models.tokenizer_files import chat_templates, special_tokens
 from coreinfer.compiler.prune.narrow import NarrowDown, NarrowModel, narrow_down, narrow_downs, narrow_layer
 from torch import nn
 

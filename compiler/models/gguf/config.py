@@ -8,6 +8,7 @@ from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from coreinfer.bundles.families import family_of_config
 
 from .experts import expert_fields
+from .gemma3n import gemma3n_fields
 from .gpt_oss import gpt_oss_fields
 from .header import Header
 from .keys import HeaderKeys
@@ -342,6 +343,7 @@ ARCHITECTURES: dict[str, Callable[[HeaderKeys, Header, Mapping[str, Any]], dict[
     "qwen3": _qwen("qwen3"),
     "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "gemma3n": gemma3n_fields,
     "olmo2": _olmo2,
     "granitemoe": _granite_moe,
     "olmoe": _olmoe,

@@ -43,6 +43,10 @@ class TensorLayout:
             tensors (experts, outputs, ...), of which the parameter has one or two; `Family.experts` says how.
         vectors: paths from a layer to parameters that are no module's weight or bias -> names in the file, without
             layer.
+        stacked: names in the file, outside of the layers, of tensors that hold the matrices of several modules -> path
+            in the model to the list of these.
+        caches: names in the file, without layer, of modules that layers with keys and values of others have no use for;
+            files have them all the same.
     """
 
     norms: Mapping[str, str]
@@ -56,6 +60,8 @@ class TensorLayout:
     by_head: tuple[str, ...] = ()
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     vectors: Mapping[str, str] = field(default_factory=dict)
+    stacked: Mapping[str, str] = field(default_factory=dict)
+    caches: tuple[str, ...] = ()
 
     @property
     def per_layer(self) -> dict[str, str]:
@@ -98,6 +104,23 @@ _OUTPUT_NORMS = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _GEMMA_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **_OUTPUT_NORMS}
+_GEMMA3N_LINEARS = {
+    **LINEARS,
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "altup_correct_coef": "altup.correction_coefs",
+    "altup_predict_coef": "altup.prediction_coefs",
+    "altup_router": "altup.modality_router",
+    "laurel_l": "laurel.linear_left",
+    "laurel_r": "laurel.linear_right",
+}
+_GEMMA3N_NORMS = {
+    **_GEMMA_NORMS,
+    **_HEAD_NORMS,
+    "post_norm": "post_per_layer_input_norm",
+    "altup_router_norm": "altup.router_norm",
+    "laurel_post_norm": "laurel.post_laurel_norm",
+}
 _LLAMA = TensorLayout(norms=_TWO_NORMS, paired={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"})
 LAYOUTS = {
     "llama": _LLAMA,
@@ -109,6 +132,19 @@ LAYOUTS = {
     "qwen3": TensorLayout(norms={**_TWO_NORMS, **_HEAD_NORMS}),
     "gemma2": TensorLayout(norms=_GEMMA_NORMS, norm_offset=1.0),
     "gemma3": TensorLayout(norms={**_GEMMA_NORMS, **_HEAD_NORMS}, norm_offset=1.0),
+    "gemma3n": TensorLayout(
+        norms=_GEMMA3N_NORMS,
+        linears=_GEMMA3N_LINEARS,
+        shared={
+            **SHARED,
+            "per_layer_token_embd": "model.embed_tokens_per_layer",
+            "per_layer_model_proj": "model.per_layer_model_projection",
+            "per_layer_proj_norm": "model.per_layer_projection_norm",
+        },
+        vectors={"altup.correct_output_scale": "altup_correct_scale.weight"},
+        stacked={"altup_proj": "model.altup_projections", "altup_unembd_proj": "model.altup_unembed_projections"},
+        caches=("attn_k", "attn_v", "attn_k_norm"),
+    ),
     "olmo2": TensorLayout(norms={**_OUTPUT_NORMS, **_HEAD_NORMS}),
     "phi3": TensorLayout(norms=_TWO_NORMS, linears=_PHI3_LINEARS, factors=(LONG_FACTORS, SHORT_FACTORS)),
     "stablelm": TensorLayout(norms=_TWO_NORMS),
@@ -186,6 +222,9 @@ def file_names(parameter: str, layout: TensorLayout) -> tuple[str, ...]:
     shared = {ours: theirs for theirs, ours in layout.shared.items()}
     if stem in shared:
         return (f"{shared[stem]}.{kind}",)
+    stacked = {ours: theirs for theirs, ours in layout.stacked.items()}
+    if (modules := stem.rpartition(".")[0]) in stacked:
+        return (f"{stacked[modules]}.{kind}",)
     layer, path = parameter.removeprefix(f"{layout.layers}.").partition(".")[0], path_in_layer(parameter, layout)
     if path in layout.experts:
         return tuple(f"blk.{layer}.{name}" for name in layout.experts[path])

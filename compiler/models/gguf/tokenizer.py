@@ -149,7 +149,7 @@ def _sentence_pieces(keys: _Keys, where: str) -> tuple[Tokenizer, bool]:
 def _gemma_pieces(keys: _Keys, where: str) -> tuple[Tokenizer, bool]:
     """SentencePiece as Gemma has it: no space before the text; the order of the tokens is that of the merges."""
     if keys.get("add_space_prefix", False):
-        raise UnsupportedModelError(f"{where}add_space_prefix = True is not supported with gemma3; {_ADVICE}")
+        raise UnsupportedModelError(f"{where}add_space_prefix = True is not supported with Gemma's; {_ADVICE}")
     # Files spell tokens of spaces alone with spaces.
     tokens = [_SPACE * len(token) if token and not token.strip(" ") else token for token in keys["tokens"]]
     tokenizer = Tokenizer(_pieces_model(tokens, keys, [-index for index in range(len(tokens))], where))
@@ -239,4 +239,5 @@ _KINDS: Mapping[tuple[str, str], Callable[[_Keys, str], tuple[Tokenizer, bool]]]
     ("gpt2", ""): _byte_level,
     ("llama", ""): _sentence_pieces,
     ("llama", "gemma3"): _gemma_pieces,
+    ("llama", "gemma3n"): _gemma_pieces,
 }

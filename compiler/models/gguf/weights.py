@@ -2,12 +2,14 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from coreinfer.bundles.errors import ConfigError
-from coreinfer.bundles.families import ExpertNames, family_of_config
+from coreinfer.bundles.families import ExpertNames, family_of_config, num_cached_layers
 from coreinfer.compiler.models.empty import empty_model
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -37,10 +39,10 @@ def load_weights(header: Header, config: PreTrainedConfig, *, dtype: torch.dtype
         ConfigError: a tensor is missing, left over or of another shape.
         UnsupportedModelError: a tensor's type cannot be unpacked.
     """
-    layout = _layout(header, name)
-    sources = _sources(header, layout, name)
+    layout, unused = _layout(header, name), _unused(header, _layout(header, name), config)
+    sources = _sources(header, layout, unused, name)
     empty = empty_model(config)
-    _check_complete(header, layout, sources, empty, name)
+    _check_complete(header, layout, sources, unused, empty, name)
     for tensor, entry in header.tensors.items():
         check_readable(tensor, entry)
     weights = dict(_weights(header, sources, layout, config, dtype))
@@ -53,13 +55,23 @@ def _layout(header: Header, name: str) -> TensorLayout:
     return layout_of(architecture, has_experts=bool(header.metadata.get(f"{architecture}.expert_count")))
 
 
-def _sources(header: Header, layout: TensorLayout, name: str) -> dict[str, tuple[str, ...]]:
+def _unused(header: Header, layout: TensorLayout, config: PreTrainedConfig) -> set[str]:
+    """Tensors of keys and values in layers that have those of others."""
+    family, num_layers = family_of_config(config.to_dict(), "").name, len(config.layer_types) if layout.caches else 0
+    num_cached = num_cached_layers(family, num_layers, config.to_dict())
+    found = ((tensor, _BLOCK.fullmatch(tensor)) for tensor in header.tensors)
+    return {tensor for tensor, match in found if match and match[2] in layout.caches and int(match[1]) >= num_cached}
+
+
+def _sources(header: Header, layout: TensorLayout, unused: Set[str], name: str) -> dict[str, tuple[str, ...]]:
     """Name in the model -> in the file, for tensors of names that the architecture has."""
     per_layer, paths = layout.per_layer, {part: path for path, parts in layout.experts.items() for part in parts}
     paths |= {name: path for path, name in layout.vectors.items()}
     sources: dict[str, tuple[str, ...]] = {}
-    for tensor in header.tensors:
+    for tensor, entry in header.tensors.items():
         match = _BLOCK.fullmatch(tensor)
+        if tensor in unused:
+            continue
         if match and match[2] in per_layer:
             sources[f"{layout.layers}.{int(match[1])}.{per_layer[match[2]]}.{match[3]}"] = (tensor,)
         elif match and f"{match[2]}.{match[3]}" in paths:
@@ -70,6 +82,8 @@ def _sources(header: Header, layout: TensorLayout, name: str) -> dict[str, tuple
         stem, _, kind = tensor.rpartition(".")
         if stem in layout.shared:
             sources[f"{layout.shared[stem]}.{kind}"] = (tensor,)
+        if stem in layout.stacked:
+            sources |= {f"{layout.stacked[stem]}.{index}.{kind}": (tensor,) for index in range(entry.shape[0])}
     if HEAD in header.tensors and (table := table_of(header)):
         # The better one serves as both.
         _log.info("%s and %s are one table in other bits; %s serves as both", EMBEDDING, HEAD, table)
@@ -79,14 +93,19 @@ def _sources(header: Header, layout: TensorLayout, name: str) -> dict[str, tuple
 
 
 def _check_complete(
-    header: Header, layout: TensorLayout, sources: Mapping[str, tuple[str, ...]], empty: PreTrainedModel, name: str
+    header: Header,
+    layout: TensorLayout,
+    sources: Mapping[str, tuple[str, ...]],
+    unused: Set[str],
+    empty: PreTrainedModel,
+    name: str,
 ) -> None:
     shapes = _shapes(sources, layout, empty)
     missing = [tensor for tensor in shapes if tensor not in header.tensors]
     taken = set(shapes)
     if taken & {EMBEDDING, HEAD} and table_of(header):
         taken |= {EMBEDDING, HEAD}
-    left_over = [tensor for tensor in header.tensors if tensor not in {*taken, *layout.factors}]
+    left_over = [tensor for tensor in header.tensors if tensor not in {*taken, *unused, *layout.factors}]
     other = [
         f"{tensor} is {list(header.tensors[tensor].shape)}, expected {list(shape)}"
         for tensor, shape in shapes.items()
@@ -114,6 +133,8 @@ def _shapes(
         tensors, shape = sources.get(parameter) or file_names(parameter, layout), tuple(value.shape)
         if path_in_layer(parameter, layout) in layout.experts:
             shape = _of_all_experts(shape, len(tensors), _experts_of(empty.config))
+        if modules := layout.stacked.get(_stem(tensors[0])):
+            shape = (len(list(empty.get_submodule(modules).children())), *shape)
         shapes |= {tensor: shape[:: -1 if _is_turned(tensor, layout) else 1] for tensor in tensors}
     return shapes
 
@@ -158,13 +179,22 @@ def _weights(
         if path_in_layer(parameter, layout) in layout.experts:
             yield parameter, _experts(entries, _experts_of(config), dtype)
         else:
-            yield parameter, _convert(tensors[0], entries[0], layout, config, dtype)
+            values = _values(parameter, tensors[0], entries[0], layout)
+            yield parameter, _convert(tensors[0], values, layout, config, dtype)
+
+
+def _values(parameter: str, tensor: str, entry: TensorEntry, layout: TensorLayout) -> npt.NDArray[Any]:
+    """What a tensor holds of a parameter: all of it, or one of several matrices."""
+    if (modules := layout.stacked.get(_stem(tensor))) is None:
+        return read_tensor(entry)
+    index = int(parameter.removeprefix(f"{modules}.").partition(".")[0])
+    return read_rows(entry, slice(index, index + 1))[0]  # type: ignore[no-any-return]
 
 
 def _convert(
-    tensor: str, entry: TensorEntry, layout: TensorLayout, config: PreTrainedConfig, dtype: torch.dtype
+    tensor: str, values: npt.NDArray[Any], layout: TensorLayout, config: PreTrainedConfig, dtype: torch.dtype
 ) -> torch.Tensor:
-    stem, values = _stem(tensor), read_tensor(entry)
+    stem = _stem(tensor)
     if stem in layout.paired:
         rows = paired_rows(len(values), int(getattr(config, layout.paired[stem])))
         values = values[np.argsort(rows)]

@@ -15,7 +15,8 @@ import torch
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from coreinfer.compiler.models.checkpoint import check_loaded, some
 from coreinfer.compiler.models.empty import empty_model
-from coreinfer.compiler.models.stated import safetensors_files
+from coreinfer.compiler.models.multimodal import Multimodal, text_name
+from coreinfer.compiler.models.safetensors_headers import safetensors_files
 from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -33,9 +34,10 @@ _UNPACKING_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError,
 
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """Header of a tensor: where it is, its type as safetensors calls it, and its shape."""
+    """Header of a tensor: where it is, its name there and in the model, its type as safetensors calls it, its shape."""
 
     file: Path
+    file_name: str
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -62,13 +64,16 @@ class _Plan:
     unread: list[str] = field(default_factory=list)
 
 
-def load_unpacked(folder: Path, config: PreTrainedConfig, what: str, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_unpacked(
+    folder: Path, config: PreTrainedConfig, what: str, *, dtype: torch.dtype, parts: Multimodal | None = None
+) -> PreTrainedModel:
     """Build the model, plain as if it had never been quantized; weights are unpacked one by one.
 
     Args:
         config: that `check_quantization` let pass, of weights that are quantized.
         what: name of the model in an error, such as "--model tiny".
         dtype: of the parameters.
+        parts: of a multimodal model, of which only the text model is read.
     Raises:
         ConfigError: tensors are missing, left over, of another shape, or contradict each other; they are named.
         UnsupportedModelError: tensors are of a type that is not expected of them.
@@ -79,7 +84,7 @@ def load_unpacked(folder: Path, config: PreTrainedConfig, what: str, *, dtype: t
     plain = copy.deepcopy(config)
     del plain.quantization_config
     empty = empty_model(plain)
-    plan = _plan(list(_headers(folder, what)), method, method.packings(settings, empty), empty)
+    plan = _plan(list(_headers(folder, what, parts)), method, method.packings(settings, empty), empty)
     if plan.unread:
         raise UnsupportedModelError(
             f"{what}: its weights are quantized already ({describe(settings)}), and of types that do not fit: "
@@ -106,15 +111,19 @@ def load_unpacked(folder: Path, config: PreTrainedConfig, what: str, *, dtype: t
     return cast("PreTrainedModel", model)
 
 
-def _headers(folder: Path, what: str) -> Iterator[_Stored]:
+def _headers(folder: Path, what: str, parts: Multimodal | None) -> Iterator[_Stored]:
     files = safetensors_files(folder, what)
     if not files[0].exists() and len(files) == 1:
         raise ConfigError(f"{what}: quantized weights are read from safetensors, and found none; save it as such first")
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                header = tensors.get_slice(name)
-                yield _Stored(file=file, name=name, dtype=header.get_dtype(), shape=tuple(header.get_shape()))
+            for file_name in tensors.keys():  # noqa: SIM118
+                name = file_name if parts is None else text_name(file_name, parts)
+                if name is None:
+                    continue
+                header = tensors.get_slice(file_name)
+                dtype, shape = header.get_dtype(), tuple(header.get_shape())
+                yield _Stored(file=file, file_name=file_name, name=name, dtype=dtype, shape=shape)
 
 
 def _plan(
@@ -209,5 +218,5 @@ def _weights(plan: _Plan, dtype: torch.dtype, what: str) -> Iterator[tuple[str, 
 
 def _read(tensor: _Stored) -> torch.Tensor:
     with safe_open(tensor.file, framework="pt") as tensors:
-        values: torch.Tensor = tensors.get_tensor(tensor.name)
+        values: torch.Tensor = tensors.get_tensor(tensor.file_name)
     return values
