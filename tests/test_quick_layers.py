@@ -178,7 +178,7 @@ def test_what_computes_something_else_is_left_alone() -> None:
 
 
 def test_the_library_is_as_it_was_after_a_failure() -> None:
-    own = sys.modules[modeling_llama.__name__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+    own = sys.modules[modeling_llama.__name__].apply_rotary_pos_emb
     model: Any = build_model("llama").eval()
     quicken(model, "silu")
     with torch.inference_mode(), pytest.raises(IndexError):
