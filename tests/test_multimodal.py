@@ -17,6 +17,7 @@ from coreinfer.compiler.models.load import load_model, load_tokenizer, read_conf
 from coreinfer.compiler.models.multimodal import MULTIMODAL
 from coreinfer.compiler.models.sources import find_source
 from coreinfer.compiler.models.stated import stated_config
+from coreinfer.evaluation.reference import TransformersSubject, check_original
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from coreinfer.runtime.prompts.chat_template import render_chat
@@ -98,6 +99,15 @@ def test_a_compiled_one_answers_as_the_whole_model(
     expected = logits(whole)
     assert error(TorchDecoder(bundle, device="cpu", dtype="float32").forward(IDS, all_logits=True), expected) < 1e-3
     assert error(NativeDecoder(bundle, threads=2).forward(IDS, all_logits=True), expected) < 1e-2
+
+
+def test_the_original_of_an_evaluation_is_the_text_model(tmp_path: Path) -> None:
+    whole = save_multimodal(tmp_path, "smolvlm")
+    check_original(str(tmp_path))
+    subject = TransformersSubject(str(tmp_path), threads=1)
+    subject.read(IDS[:40], "")
+    subject.begin("original")
+    np.testing.assert_allclose(subject.append(IDS[40:], all_logits=True), logits(whole)[40:], rtol=1e-3, atol=1e-4)
 
 
 def test_what_is_left_out_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -39,7 +39,8 @@ def load_weights(header: Header, config: PreTrainedConfig, *, dtype: torch.dtype
         ConfigError: a tensor is missing, left over or of another shape.
         UnsupportedModelError: a tensor's type cannot be unpacked.
     """
-    layout, unused = _layout(header, name), _unused(header, _layout(header, name), config)
+    layout = _layout(header, name)
+    unused = _unused(header, layout, config)
     sources = _sources(header, layout, unused, name)
     empty = empty_model(config)
     _check_complete(header, layout, sources, unused, empty, name)
@@ -57,8 +58,10 @@ def _layout(header: Header, name: str) -> TensorLayout:
 
 def _unused(header: Header, layout: TensorLayout, config: PreTrainedConfig) -> set[str]:
     """Tensors of keys and values in layers that have those of others."""
-    family, num_layers = family_of_config(config.to_dict(), "").name, len(config.layer_types) if layout.caches else 0
-    num_cached = num_cached_layers(family, num_layers, config.to_dict())
+    if not layout.caches:
+        return set()
+    family = family_of_config(config.to_dict(), "").name
+    num_cached = num_cached_layers(family, config.num_hidden_layers, config.to_dict())
     found = ((tensor, _BLOCK.fullmatch(tensor)) for tensor in header.tensors)
     return {tensor for tensor, match in found if match and match[2] in layout.caches and int(match[1]) >= num_cached}
 
