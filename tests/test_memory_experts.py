@@ -27,6 +27,8 @@ from .test_narrow_experts import wide_settings
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 60).tolist()
 PACKS = ("whole", "narrow", "both")
 STEPS = 120
+MODES: tuple[Any, ...] = ("similarity", "dense", "lossless", "auto")
+GATHERING: tuple[Any, ...] = ("stability", "fused")
 
 
 @pytest.fixture(scope="module")
@@ -169,12 +171,11 @@ def test_what_decodes_is_kept_before_what_a_prompt_reads(mixture: Callable[..., 
     bundle = open_bundle(mixture("gpt_oss", "narrow", quantize="bf16"))
     (pack,) = ffn_sizes(bundle.manifest, [bundle.manifest.clusters[0].layer_budgets])
     (dense,) = ffn_sizes(bundle.manifest, [(bundle.manifest.model.ffn_dim,) * 3])
-    decoder = limited(bundle, least_bytes(bundle.path) / 1e6)
-    assert decoder._residency is not None
     room = pack.total + 5 * dense.largest
     assert room < dense.total
-    decoder = limited(bundle, (least_bytes(bundle.path) + room) / 1e6 * 17 / 16)
     # Tables may take a sixteenth of the limit.
+    decoder = limited(bundle, (least_bytes(bundle.path) + room) / 1e6 * 17 / 16)
+    assert decoder._residency is not None
     assert room <= decoder._residency.plan.layers < pack.total + dense.total
     decoder.use(FfnChoice(cluster=0))
     for token_id in IDS:
@@ -247,14 +248,14 @@ def test_texts_are_those_without_a_limit(packs: str, mixture: Callable[..., Path
     for mb in (None, least_bytes(folder) / 1e6 + 0.05):
         engine = runtime.load(folder, engine="native", threads=1, memory_mb=mb, kv_cache_mb=KV_BYTES / 1e6)
         texts = [answer.token_ids for answer in engine.generate(prompts, max_new_tokens=8)]
-        for mode in ("similarity", "dense", "lossless", "auto"):
+        for mode in MODES:
             texts.append(engine.generate(prompts[0], mode=mode, max_new_tokens=8).token_ids)
         answers.append(texts)
     assert answers[0] == answers[1]
     ids = tuple(np.arange(5, dtype=np.int32) for _ in range(3))
     with pytest.raises(ConfigError, match="memory_mb: a prompt's own neurons"):
         engine.decoder.use(FfnChoice(neuron_ids=ids))
-    for mode in ("stability", "fused"):
+    for mode in GATHERING:
         with pytest.raises(ConfigError, match=rf"mode '{mode}' gathers from the whole dense FFN, which memory_mb"):
             engine.generate(prompts[0], mode=mode)
 
