@@ -17,7 +17,7 @@ from coreinfer.bundles.layout import LAYOUT
 from coreinfer.compiler import CompileConfig, Progress, compile_model, finished, program
 from coreinfer.compiler.checks import Inputs, find_inputs
 from coreinfer.compiler.finished import identify
-from coreinfer.compiler.models import load
+from coreinfer.compiler.models import load, source_files
 from coreinfer.compiler.models.primitives import PRIMITIVES_VARIABLE
 from coreinfer.compiler.models.sources import ModelSource
 
@@ -281,10 +281,10 @@ def test_what_may_change_on_the_hub_is_read_again(inputs: CompileConfig) -> None
 
 def test_the_revision_of_a_model_on_the_hub(monkeypatch: pytest.MonkeyPatch, inputs: CompileConfig) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
-    monkeypatch.setattr(load, "cached_file", lambda *_, **__: f"/hub/models--a--b/snapshots/{commit}/config.json")
+    monkeypatch.setattr(source_files, "cached_file", lambda *_, **__: f"/hub/models--a--b/snapshots/{commit}/config.json")
     assert load.hub_revision(ModelSource(name="a/b", location="a/b")) == commit
     assert load.hub_revision(ModelSource(name="m", location=inputs.model)) is None
-    monkeypatch.setattr(load, "cached_file", lambda *_, **__: None)
+    monkeypatch.setattr(source_files, "cached_file", lambda *_, **__: None)
     assert load.hub_revision(ModelSource(name="a/b", location="a/b")) is None
 
 
