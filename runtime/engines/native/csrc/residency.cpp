@@ -7,9 +7,9 @@
 #endif
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "layer.h"
-#include "refusals.h"
 
 namespace coreinfer {
 namespace {
@@ -74,11 +74,12 @@ bool holds(const Residency& residency, const FileSource& source, const Ffn& ffn)
 
 void check_fits(const Residency& residency, const FileSource& source) {
   if (residency.layers ? !source.layers : !source.experts)
-    refuse("FFN", "one that is read in layers, as memory is limited", "another");
+    throw std::invalid_argument("FFN: expected one that is read in layers, as memory is limited, got another");
   if (!residency.experts) return;
   const size_t largest = source.experts->pieces().largest(), room = residency.experts->limit_bytes();
   if (largest > room)
-    refuse("layer_bytes", "at least " + std::to_string(largest) + " for one expert", std::to_string(room));
+    throw std::invalid_argument("layer_bytes: expected at least " + std::to_string(largest) + " for one expert, got " +
+                                std::to_string(room));
 }
 
 TableBytes table_bytes(const ModelWeights& weights) {
