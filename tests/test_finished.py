@@ -281,7 +281,9 @@ def test_what_may_change_on_the_hub_is_read_again(inputs: CompileConfig) -> None
 
 def test_the_revision_of_a_model_on_the_hub(monkeypatch: pytest.MonkeyPatch, inputs: CompileConfig) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
-    monkeypatch.setattr(source_files, "cached_file", lambda *_, **__: f"/hub/models--a--b/snapshots/{commit}/config.json")
+    monkeypatch.setattr(
+        source_files, "cached_file", lambda *_, **__: f"/hub/models--a--b/snapshots/{commit}/config.json"
+    )
     assert load.hub_revision(ModelSource(name="a/b", location="a/b")) == commit
     assert load.hub_revision(ModelSource(name="m", location=inputs.model)) is None
     monkeypatch.setattr(source_files, "cached_file", lambda *_, **__: None)
