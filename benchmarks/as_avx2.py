@@ -16,8 +16,6 @@ _LIMITS = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "COREINFER_ISA": "avx2",
-    # As the command does, which finds torch loaded here.
-    "GOMP_SPINCOUNT": "0",
 }
 
 

@@ -23,7 +23,7 @@ from .drawing import command_progress
 from .estimate.machine import measure_worker
 from .estimate.plan import make_plan
 from .estimate.view import plan_fields, plan_lines
-from .models.primitives import keep_few_primitives, let_threads_sleep
+from .models.primitives import keep_few_primitives
 from .progress import Progress
 from .stage_store import default_cache_dir
 
@@ -60,7 +60,6 @@ def main(context: click.Context, /, **_options: object) -> None:
     options = context.params
     start_logging(verbose=options["verbose"])
     keep_few_primitives()
-    let_threads_sleep()
     config = _config(options)
     if options["dry_run"]:
         _dry_run(config, as_json=options["as_json"])

@@ -24,9 +24,8 @@ def _quiet_loggers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cli, "start_logging", lambda *, verbose: logging.getLogger("coreinfer"))
     monkeypatch.setenv("COREINFER_CACHE", str(tmp_path / "default-cache"))
     # What a command sets is taken back with it.
-    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "GOMP_SPINCOUNT"):
-        monkeypatch.setenv(variable, "")
-        monkeypatch.delenv(variable)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 
 
 @pytest.mark.parametrize(("given_by_user", "expected"), [(None, "64"), ("1024", "1024")])
@@ -41,24 +40,6 @@ def test_few_compiled_products_are_kept_unless_the_user_says_otherwise(
         monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", given_by_user)
     assert run("--model", "model", "-o", tmp_path / "bundle").exit_code == 0
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == expected
-    assert len(given) == 1
-
-
-@pytest.mark.parametrize(
-    ("given_by_user", "expected"),
-    [({}, "0"), ({"GOMP_SPINCOUNT": "100"}, "100"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
-)
-def test_threads_sleep_between_operations_unless_the_user_says_otherwise(
-    given: list[CompileConfig],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    given_by_user: dict[str, str],
-    expected: str | None,
-) -> None:
-    for name, value in given_by_user.items():
-        monkeypatch.setenv(name, value)
-    assert run("--model", "model", "-o", tmp_path / "bundle").exit_code == 0
-    assert os.environ.get("GOMP_SPINCOUNT") == expected
     assert len(given) == 1
 
 

@@ -177,15 +177,6 @@ def test_what_computes_something_else_is_left_alone() -> None:
     assert "LlamaRMSNorm" in quick_modules(model)
 
 
-def test_threads_that_spin_keep_torchs_own_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert quicken(build_model("llama").eval(), "silu") == 0
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    assert quicken(build_model("llama").eval(), "silu") == 13
-
-
 def test_the_library_is_as_it_was_after_a_failure() -> None:
     own = sys.modules[modeling_llama.__name__].apply_rotary_pos_emb
     model: Any = build_model("llama").eval()

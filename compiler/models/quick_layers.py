@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from . import _elementwise
-from .primitives import threads_sleep
 
 __all__ = ["quicken"]
 
@@ -31,13 +30,10 @@ _ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh"}
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 _TRIED_ROWS, _TRIED_SIZE, _TRIED_NEURONS = 5, 8, 150
 _MAX_THREADS = 256
-_SPINNING_THREADS = 2
 
 
 def quicken(model: nn.Module, activation: str) -> int:
     """Have a model's norms, gates and rotations computed in one pass each, as far as a trial finds them to be the same.
-
-    Not where more than two threads of torch's spin between its operations: ours would wait for them.
 
     Args:
         model: on its device, in the dtype that it computes in.
@@ -45,8 +41,6 @@ def quicken(model: nn.Module, activation: str) -> int:
     Returns:
         Number of modules that are computed so.
     """
-    if not threads_sleep() and torch.get_num_threads() > _SPINNING_THREADS:
-        return 0
     found = 0
     for module in model.modules():
         dtype = _dtype_of(module)
