@@ -200,12 +200,9 @@ def _numbers(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _same(quick: Callable[[], Any], plain: Callable[[], Any]) -> bool:
-    """Whether two computations agree but for rounding; no if one of them takes numbers of another shape alone."""
-    try:
-        with torch.inference_mode():
-            found, expected = quick(), plain()
-    except RuntimeError:
-        return False
+    """Whether two computations agree but for rounding."""
+    with torch.inference_mode():
+        found, expected = quick(), plain()
     pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
     return all(_near(own.float(), other.float(), own.dtype) for own, other in pairs)
 
