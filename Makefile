@@ -22,7 +22,7 @@ COOKING := "How do I make a simple tomato soup with basil?"
 SCIENCE := "Why does the moon have phases, and how long does one cycle last?"
 BIN    := $(VENV)/bin
 # Folders of C++ modules.
-CSRC   := runtime/engines/native/csrc runtime/engines/native/assembly runtime/engines/native/capi compiler/quantize/csrc compiler/prune/csrc compiler/models/csrc compiler/csrc bundles/shared/csrc
+CSRC   := runtime/engines/native/csrc runtime/engines/native/assembly runtime/engines/native/capi compiler/quantize/csrc compiler/prune/csrc compiler/csrc bundles/shared/csrc
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test lint docs site clean

@@ -42,6 +42,5 @@ setup(
         extension("coreinfer.runtime.engines.native._native", ENGINE, [*UNFUSED, *HIDDEN]),
         extension("coreinfer.compiler.quantize._kernels", ["compiler/quantize/csrc"], UNFUSED),
         extension("coreinfer.compiler.prune._products", ["compiler/prune/csrc"], []),
-        extension("coreinfer.compiler.models._elementwise", ["compiler/models/csrc"], []),
     ]
 )

@@ -30,13 +30,10 @@ def main() -> None:
 
     # Before the modules that ask it are imported.
     machine.cpu_multiplies_bf16 = machine.bf16_products_are_faster = _no
-    from coreinfer.compiler.models import _elementwise
     from coreinfer.compiler.prune import _products
     from coreinfer.compiler.quantize import _kernels
 
     _products.add_products = partial(_products.add_products, isa="avx2")
-    for name in ("norm", "gate", "turn"):
-        setattr(_elementwise, name, partial(getattr(_elementwise, name), isa="avx2"))
     _kernels.round_matrix = partial(_kernels.round_matrix, isa="avx2")
     from coreinfer.compiler.cli import main as compile_command
 

@@ -91,12 +91,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     expected |= {f"coreinfer/{package}/py.typed" for package in packages}
     expected |= {"coreinfer/server/routes/page.html", "coreinfer/compiler/text/seeds.jsonl"}
     expected |= {f"coreinfer/{path.relative_to(ROOT)}" for path in (ROOT / "compiler/report/page").iterdir()}
-    for module in (
-        "runtime/engines/native/_native",
-        "compiler/quantize/_kernels",
-        "compiler/prune/_products",
-        "compiler/models/_elementwise",
-    ):
+    for module in ("runtime/engines/native/_native", "compiler/quantize/_kernels", "compiler/prune/_products"):
         expected |= {f"coreinfer/{module}{suffix}" for suffix in (".pyi", sysconfig.get_config_var("EXT_SUFFIX"))}
     assert set(names) == expected
     assert len(names) == len(expected)

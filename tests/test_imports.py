@@ -46,7 +46,7 @@ MODULES = sorted(
     module.name
     for name, package in PACKAGES.items()
     for module in pkgutil.walk_packages(package.__path__, f"coreinfer.{name}.")
-    if module.name.rpartition(".")[2] not in ("__main__", "_native", "_kernels", "_products", "_elementwise")
+    if module.name.rpartition(".")[2] not in ("__main__", "_native", "_kernels", "_products")
     # Ray is not everywhere.
     and (importlib.util.find_spec("ray") or not module.name.startswith(ON_RAY))
 )

@@ -10,7 +10,7 @@ tools/test-kernels.sh $flags
 
 # The instrumented modules take the installed ones' places while the tests run.
 suffix=$("$python" -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
-modules="runtime/engines/native/_native$suffix compiler/quantize/_kernels$suffix compiler/prune/_products$suffix compiler/models/_elementwise$suffix"
+modules="runtime/engines/native/_native$suffix compiler/quantize/_kernels$suffix compiler/prune/_products$suffix"
 trap 'for module in $modules; do [ ! -e "$module.saved" ] || mv "$module.saved" "$module"; done' EXIT
 sources() { ls -d "$(dirname "$1")"/csrc "$(dirname "$1")"/assembly "$(dirname "$1")"/capi 2>/dev/null || true; }
 for module in $modules; do
@@ -24,4 +24,4 @@ done
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
   "$python" -m pytest -q -p no:cacheprovider tests/test_native_kernels.py tests/test_native_decoder.py tests/test_native_rows.py \
-  tests/test_mixtures.py tests/test_memory_experts.py tests/test_kv_pool.py tests/test_wide_cache.py tests/test_rounding_kernels.py tests/test_products.py tests/test_quick_layers.py
+  tests/test_mixtures.py tests/test_memory_experts.py tests/test_kv_pool.py tests/test_wide_cache.py tests/test_rounding_kernels.py tests/test_products.py

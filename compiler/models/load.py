@@ -32,7 +32,6 @@ from .gguf.tokenizer import build_tokenizer
 from .gguf.weights import load_weights
 from .mapped import convert_on_use
 from .multimodal import TEXT_NAMES, Multimodal
-from .quick_layers import quicken
 from .quiet import quiet_transformers
 from .record import column_norms, record_of
 from .settings import check_settings
@@ -234,9 +233,6 @@ def load_model(
     tokenizer = load_tokenizer(source)
     fit_tokenizer(tokenizer, resolve(model, family.embedding).num_embeddings, source.name)
     loaded = wrap_model(model, tokenizer, family=family, name=source.name, config=config)
-    if target.type == "cpu":
-        num_quick = quicken(model, loaded.record.activation)
-        _log.debug("%d modules are computed in one pass", num_quick)
     if mapped:
         convert_on_use(model, family, computes_in)
     # float32 may be computed in for speed alone, and would take twice the memory.
