@@ -2,9 +2,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from coreinfer.bundles import open_bundle
 from coreinfer.bundles.errors import ConfigError
+from coreinfer.compiler.prune.profile import Profile
+from coreinfer.compiler.prune.select import layer_budgets
 from coreinfer.compiler.quality.sizes import base_bytes, block_bytes, fit_budget
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import FfnChoice
@@ -48,3 +52,14 @@ def test_what_a_compiled_pack_reads_is_within_the_budget(
     decoder = NativeDecoder(open_bundle(folder), threads=1)
     decoder.use(FfnChoice(cluster=0))
     assert decoder.bytes_per_token(0) == pytest.approx(budget * 1e6, rel=0.02)
+
+
+@pytest.mark.parametrize(("num_blocks", "per_layer"), [(3, 1), (5, 1), (6, 2), (8, 2), (9, 3)])
+def test_equal_layers_are_within_the_budget(num_blocks: int, per_layer: int) -> None:
+    """Of three layers of three blocks: one block too few for all to have one more leaves them as they are."""
+    loaded, options = load("llama"), {"budgets": "uniform", "removal": "top-k", "min_layer_keep": 0.0}
+    fixed, one = (part(make_config(**options), loaded) for part in (base_bytes, block_bytes))
+    config = make_config(**options, budget_mb=(fixed + num_blocks * one) / 1e6)
+    ones: npt.NDArray[np.float32] = np.ones((3, 96), dtype=np.float32)
+    profile = Profile(statistics={}, num_tokens={}, relative_energies=ones)
+    assert layer_budgets(config, fit_budget(config, loaded), profile, ones) == [32 * per_layer] * 3

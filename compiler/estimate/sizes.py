@@ -139,7 +139,8 @@ def kept_neurons(config: CompileConfig, shapes: Shapes) -> int:
         return shapes.ffn_dim
     if config.effective_budgets != "uniform":
         return round(keep * shapes.ffn_dim)
-    return max(NEURON_BLOCK, round(keep * num_blocks) * NEURON_BLOCK) * shapes.num_experts
+    blocks = math.floor(keep * num_blocks + 1e-6) if config.budget_mb is not None else round(keep * num_blocks)
+    return max(NEURON_BLOCK, blocks * NEURON_BLOCK) * shapes.num_experts
 
 
 def kept_ends(config: CompileConfig, shapes: Shapes) -> list[tuple[int, int]]:

@@ -90,7 +90,8 @@ def _budgets(config: CompileConfig, keep: float, energies: Floats, ffn_dim: int,
     if keep == 1 or ffn_dim <= NEURON_BLOCK:
         return [ffn_dim] * num_layers
     if config.effective_budgets == "uniform":
-        return [_to_block(keep * ffn_dim, ffn_dim)] * num_layers
+        # A budget is a maximum: what is rounded up in each layer would be more than it.
+        return [_to_block(keep * ffn_dim, ffn_dim, at_most=config.budget_mb is not None)] * num_layers
     if config.min_layer_keep > keep:
         raise ConfigError(
             f"--min-layer-keep {config.min_layer_keep:g}: expected at most --keep {keep:g}; lower one of them"
@@ -143,8 +144,11 @@ def _hull(costs: Floats) -> list[tuple[float, int]]:
     return stretches
 
 
-def _to_block(num_neurons: float, ffn_dim: int) -> int:
-    return min(ffn_dim, max(NEURON_BLOCK, round(num_neurons / NEURON_BLOCK) * NEURON_BLOCK))
+def _to_block(num_neurons: float, ffn_dim: int, *, at_most: bool) -> int:
+    blocks = num_neurons / NEURON_BLOCK
+    # Blocks of all layers are a whole number, which one layer's share of them misses by rounding.
+    whole = math.floor(blocks + 1e-6) if at_most else round(blocks)
+    return min(ffn_dim, max(NEURON_BLOCK, whole * NEURON_BLOCK))
 
 
 def _proportional_shares(weights: npt.NDArray[np.float64], mean: float, floor: float) -> npt.NDArray[np.float64]:
