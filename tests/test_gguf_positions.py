@@ -19,9 +19,9 @@ def rope_of(family: str, parameters: dict[str, Any]) -> dict[str, Any]:
         parameters["partial_rotary_factor"] = 0.5
     if family == "gpt_oss" and parameters.get("rope_type") == "yarn":
         parameters["truncate"] = False
-    if family not in ("gemma3", "olmo3"):
+    if family not in ("gemma3", "gemma3n", "olmo3"):
         return {"rope_parameters": parameters}
-    # Gemma 3's layers that slide have a base of their own.
+    # Layers of Gemma 3 and 3n that slide have a base of their own.
     theta = parameters["rope_theta"] if family == "olmo3" else 10_000.0
     sliding = {"rope_type": "default", "rope_theta": theta}
     return {"rope_parameters": {"full_attention": parameters, "sliding_attention": sliding}}
