@@ -31,7 +31,7 @@ from .prune.layer_repair import NarrowInputs
 from .prune.mixtures.expert_losses import split_losses
 from .prune.mixtures.expert_splits import SplitLosses, mean_splits
 from .prune.mixtures.experts import profile_experts
-from .prune.narrow import CLUSTERS, Assignment, CutOf, NarrowModel, choose_all
+from .prune.narrow import CLUSTERS, Assignment, CutOf, Labels, NarrowModel, choose_all
 from .prune.profile import Profile, profile_model
 from .prune.reconstruct import REVISION, narrow_all
 from .prune.select import layer_budgets
@@ -332,10 +332,7 @@ def held_out_reference(
 
 
 def score_packs(
-    material: Material,
-    reference: Reference,
-    models: Mapping[str, tuple[CutOf, npt.NDArray[np.int64]]],
-    progress: Progress,
+    material: Material, reference: Reference, models: Mapping[str, tuple[CutOf, Labels]], progress: Progress
 ) -> Quality:
     """Score FFNs on texts, with all other weights as stored; see `evaluate`."""
     return evaluate(material.team, reference, models, progress, material.stored)

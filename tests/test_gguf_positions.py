@@ -10,7 +10,7 @@ from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 
 from .gguf_factory import tiny_config
 from .loading import load
-from .test_gguf_property import FAMILIES, _model, _with, logits, save, written
+from .test_gguf_property import FAMILIES, IDS, _model, _with, logits, save, written
 
 
 def rope_of(family: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -149,4 +149,31 @@ def test_factors_beside_another_scaling_are_refused(tmp_path: Path) -> None:
     what.tensors["rope_freqs.weight"] = llama3_factors(LLAMA3, 8)
     what.metadata |= {f"llama.{key}": value for key, value in YARN_KEYS.items()}
     with pytest.raises(UnsupportedModelError, match=r"llama\.rope\.scaling\.type = 'yarn' is not supported"):
+        load(save(what, tmp_path))
+
+
+def test_factors_of_long_and_short_texts_are_carried_over(tmp_path: Path) -> None:
+    what = written("phi3")
+    factors = {"short": [1.0, 1.25], "long": [1.5, 4.0]}
+    what.metadata |= {"phi3.rope.scaling.original_context_length": 16, "phi3.rope.scaling.attn_factor": 1.25}
+    for name, values in factors.items():
+        what.tensors[f"rope_factors_{name}.weight"] = np.array(values, dtype=np.float32)
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5, "factor": 16.0}
+    rope |= {"attention_factor": 1.25, "original_max_position_embeddings": 16}
+    rope |= {f"{name}_factor": values for name, values in factors.items()}
+    config = tiny_config("phi3", rope_parameters=rope, original_max_position_embeddings=16)
+    # 30 tokens are a long text; 16 are not.
+    for count in (30, 16):
+        with torch.inference_mode():
+            got = load(save(what, tmp_path)).model(IDS[:, :count]).logits
+            assert torch.equal(got, _with(_model("phi3"), config)(IDS[:, :count]).logits)
+    del what.tensors["rope_factors_short.weight"]
+    with pytest.raises(
+        UnsupportedModelError, match=r"rope_factors_short\.weight: expected 2 factors above 0, got none"
+    ):
+        load(save(what, tmp_path))
+    del what.metadata["phi3.rope.scaling.original_context_length"]
+    with pytest.raises(
+        ConfigError, match=r"original_context_length: expected a number, as there are factors, got none"
+    ):
         load(save(what, tmp_path))

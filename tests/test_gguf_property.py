@@ -371,33 +371,6 @@ def test_the_epsilon_of_norms_is_carried_over(family: str, tmp_path: Path) -> No
     check_equal(load(save(what, tmp_path)).model, _with(_model(family), tiny_config(family, **{field: 0.25})))
 
 
-def test_factors_of_long_and_short_texts_are_carried_over(tmp_path: Path) -> None:
-    what = written("phi3")
-    factors = {"short": [1.0, 1.25], "long": [1.5, 4.0]}
-    what.metadata |= {"phi3.rope.scaling.original_context_length": 16, "phi3.rope.scaling.attn_factor": 1.25}
-    for name, values in factors.items():
-        what.tensors[f"rope_factors_{name}.weight"] = np.array(values, dtype=np.float32)
-    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5, "factor": 16.0}
-    rope |= {"attention_factor": 1.25, "original_max_position_embeddings": 16}
-    rope |= {f"{name}_factor": values for name, values in factors.items()}
-    config = tiny_config("phi3", rope_parameters=rope, original_max_position_embeddings=16)
-    # 30 tokens are a long text; 16 are not.
-    for count in (30, 16):
-        with torch.inference_mode():
-            got = load(save(what, tmp_path)).model(IDS[:, :count]).logits
-            assert torch.equal(got, _with(_model("phi3"), config)(IDS[:, :count]).logits)
-    del what.tensors["rope_factors_short.weight"]
-    with pytest.raises(
-        UnsupportedModelError, match=r"rope_factors_short\.weight: expected 2 factors above 0, got none"
-    ):
-        load(save(what, tmp_path))
-    del what.metadata["phi3.rope.scaling.original_context_length"]
-    with pytest.raises(
-        ConfigError, match=r"original_context_length: expected a number, as there are factors, got none"
-    ):
-        load(save(what, tmp_path))
-
-
 def test_granite_without_rotary_embeddings_is_refused(tmp_path: Path) -> None:
     what = written("granite")
     what.metadata["granite.rope.scaling.finetuned"] = False

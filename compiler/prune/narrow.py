@@ -20,6 +20,7 @@ __all__ = [
     "Assignment",
     "Cut",
     "CutOf",
+    "Labels",
     "NarrowDown",
     "NarrowModel",
     "bf16_bits",
@@ -34,6 +35,7 @@ CLUSTERS = "clusters"
 """Name of the assignment that is shipped; the others are controls."""
 
 Labels = npt.NDArray[np.int64]
+"""(documents,) cluster ids."""
 Bits = npt.NDArray[np.uint16]
 Cut = Callable[[int, int], dict[str, torch.Tensor]]
 """Layer and cluster -> one layer's FFN, as `narrow_layer` returns it."""
