@@ -5,8 +5,9 @@ import signal
 from collections.abc import Callable
 
 import pytest
+from coreinfer.bundles import CoreInferError
 
-__all__ = ["CHILD_SECONDS", "in_fork"]
+__all__ = ["CHILD_SECONDS", "in_fork", "refusal_in_fork"]
 
 CHILD_SECONDS = 20
 
@@ -31,3 +32,16 @@ def in_fork(work: Callable[[], str]) -> str:
     _, status = os.waitpid(child, 0)
     assert status == 0, f"the child ended by signal {status}"
     return said
+
+
+def refusal_in_fork(work: Callable[[], object]) -> str:
+    """What a forked process is refused with; empty if it is not."""
+
+    def refused() -> str:
+        try:
+            work()
+        except CoreInferError as error:
+            return str(error)
+        return ""
+
+    return in_fork(refused)
