@@ -23,7 +23,7 @@ from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 
 from .engine_inputs import PROMPT
 from .model_factory import save_model
-from .test_by_neuron import IDS, error, read
+from .test_by_neuron import IDS, check_rows_alone, error, read
 
 CHOICES = (DENSE, FfnChoice(cluster=1))
 CUT = (0, 2)
@@ -69,13 +69,7 @@ def test_rows_are_what_single_tokens_are(isa: str, bundles: dict[str, Bundle]) -
     decoder.use(CHOICES[1])
     block, steps = read(decoder, CHOICES[1])
     assert error(block, steps) < (0.1 if isa == "amx" else 1e-4)
-    expected = []
-    for token_id in (3, 8, 40):
-        decoder.truncate(0)
-        expected.append(decoder.forward([token_id])[0])
-    decoder.truncate(0)
-    numbers = [0, decoder.add_sequence(), decoder.add_sequence()]
-    np.testing.assert_array_equal(decoder.forward_rows(numbers, [3, 8, 40]), expected)
+    check_rows_alone(decoder)
     other = read(NativeDecoder(bundles[NEURON_FORMAT], threads=3, isa=isa), CHOICES[1])[1]
     assert error(other, steps) < 1e-4
 
