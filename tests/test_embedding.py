@@ -11,7 +11,13 @@ from coreinfer.bundles.shared.machine import bf16_products_are_faster
 from coreinfer.compiler import CompileConfig, Progress
 from coreinfer.compiler.cache import Cache
 from coreinfer.compiler.clusters.distil import distill_encoder
-from coreinfer.compiler.clusters.embed import StaticEncoder, embed_sentences, fit_to_sentences, load_encoder, narrowed
+from coreinfer.compiler.clusters.embed import (
+    StaticEncoder,
+    embed_sentences,
+    fit_to_sentences,
+    in_few_dimensions,
+    load_encoder,
+)
 from coreinfer.compiler.models.sources import ModelSource, find_source
 from coreinfer.compiler.team.alone import Alone
 from sentence_transformers import SentenceTransformer
@@ -160,7 +166,7 @@ def test_a_text_without_tokens_does_not_spoil_the_fit(static: StaticEncoder) -> 
     assert np.isfinite(fitted.table).all()
 
 
-def test_a_narrowed_table_keeps_what_texts_and_rows_differ_in() -> None:
+def test_a_table_in_few_dimensions_keeps_what_texts_and_rows_differ_in() -> None:
     """Of 24 directions 8 have nearly all of it: cosines are those of before, and without these 8 they are not."""
     generator, tokenizer = np.random.default_rng(2), word_tokenizer(300)
     strong = generator.normal(size=(300, 8)) @ generator.normal(size=(8, 24))
@@ -169,11 +175,11 @@ def test_a_narrowed_table_keeps_what_texts_and_rows_differ_in() -> None:
     texts = [" ".join(f"w{i}" for i in generator.integers(0, 300, 12)) for _ in range(40)]
     others = [" ".join(f"w{i}" for i in generator.integers(0, 300, 5)) for _ in range(40)]
     whole = encoder.embed(others) @ encoder.embed(texts).T
-    few, fewer = narrowed(encoder, texts, 8), narrowed(encoder, texts, 4)
+    few, fewer = in_few_dimensions(encoder, texts, 8), in_few_dimensions(encoder, texts, 4)
     assert (few.table.shape, few.table.dtype.name, few.tokenizer_json) == ((300, 8), "float16", tokenizer)
     np.testing.assert_allclose(few.embed(others) @ few.embed(texts).T, whole, atol=0.01)
     assert np.abs(fewer.embed(others) @ fewer.embed(texts).T - whole).max() > 0.1
-    assert narrowed(encoder, texts, 24) is encoder
+    assert in_few_dimensions(encoder, texts, 24) is encoder
 
 
 def test_what_no_text_says_is_kept_where_the_table_has_it() -> None:
@@ -185,7 +191,7 @@ def test_what_no_text_says_is_kept_where_the_table_has_it() -> None:
     texts, others = (
         [" ".join(f"w{(7 * i + 3 * j) % 100 + start}" for j in range(5)) for i in range(30)] for start in (0, 100)
     )
-    kept = narrowed(encoder, texts, 8)
+    kept = in_few_dimensions(encoder, texts, 8)
     np.testing.assert_allclose(
         kept.embed(others) @ kept.embed(others).T, encoder.embed(others) @ encoder.embed(others).T, atol=0.01
     )

@@ -20,7 +20,15 @@ from coreinfer.compiler.team.team import Team, Worker
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
-__all__ = ["ENCODER", "Encoder", "StaticEncoder", "embed_sentences", "fit_to_sentences", "load_encoder", "narrowed"]
+__all__ = [
+    "ENCODER",
+    "Encoder",
+    "StaticEncoder",
+    "embed_sentences",
+    "fit_to_sentences",
+    "load_encoder",
+    "in_few_dimensions",
+]
 
 _log = logging.getLogger(__name__)
 _BATCH_SIZE = 16
@@ -154,7 +162,7 @@ def fit_to_sentences(encoder: StaticEncoder, texts: Sequence[str], targets: Floa
     return StaticEncoder(table=mapped.astype(np.float16), tokenizer_json=encoder.tokenizer_json)
 
 
-def narrowed(encoder: StaticEncoder, texts: Sequence[str], dimension: int) -> StaticEncoder:
+def in_few_dimensions(encoder: StaticEncoder, texts: Sequence[str], dimension: int) -> StaticEncoder:
     """Turn the table to its principal directions, and keep those: a bundle has less to hold and to read.
 
     Directions count by how calibration texts and the table's rows, in equal shares, lie along them: what other text

@@ -19,7 +19,7 @@ from coreinfer.compiler.text.corpus import Corpus, Document, split_point
 
 from .cluster import Clustering, class_centroids, cluster_embeddings
 from .distil import TOKENS, distill_encoder
-from .embed import ENCODER, StaticEncoder, embed_sentences, fit_to_sentences, load_encoder, narrowed
+from .embed import ENCODER, StaticEncoder, embed_sentences, fit_to_sentences, in_few_dimensions, load_encoder
 
 __all__ = ["Routing", "build_routing", "control_assignments", "route"]
 
@@ -77,7 +77,7 @@ def build_routing(
     calibration, validation, held_out = np.split(embeddings, np.cumsum([len(part) for part in parts])[:2])
     clustering = cluster_embeddings(calibration, clusters, seed=config.seed)
     fitted = fit_to_sentences(distill_encoder(team, encoder, key, cache, progress), parts[0], calibration)
-    static = narrowed(fitted, parts[0], ROUTER_DIMENSION)
+    static = in_few_dimensions(fitted, parts[0], ROUTER_DIMENSION)
     for slot in (ENCODER, TOKENS):
         forget(team, "embed", slot)
     static_calibration = static.embed(parts[0])
