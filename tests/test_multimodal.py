@@ -14,7 +14,7 @@ from coreinfer.bundles import ConfigError, UnsupportedModelError, open_bundle
 from coreinfer.bundles.families import FAMILIES
 from coreinfer.compiler.estimate.shapes import stated_shapes
 from coreinfer.compiler.models.load import load_model, load_tokenizer, read_config, stop_ids
-from coreinfer.compiler.models.multimodal import MULTIMODAL
+from coreinfer.compiler.models.multimodal.text_models import MULTIMODAL
 from coreinfer.compiler.models.sources import find_source
 from coreinfer.compiler.models.stated import stated_config
 from coreinfer.evaluation.reference import TransformersSubject, check_original

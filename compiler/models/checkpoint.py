@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .multimodal import Multimodal, text_name
+from .multimodal.text_models import Multimodal, text_name
 from .safetensors_headers import safetensors_files
 
 __all__ = [

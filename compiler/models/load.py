@@ -31,7 +31,9 @@ from .gguf.parts import read_parts
 from .gguf.tokenizer import build_tokenizer
 from .gguf.weights import load_weights
 from .mapped import convert_on_use
-from .multimodal import TEXT_NAMES, Multimodal
+from .multimodal.text_chats import with_text_templates
+from .multimodal.text_models import TEXT_NAMES, Multimodal
+from .multimodal.text_part import log_left_out, parts_of, read_text_config, without_others
 from .quiet import quiet_transformers
 from .record import column_norms, record_of
 from .settings import check_settings
@@ -39,8 +41,6 @@ from .source_files import source_file
 from .sources import ModelSource
 from .stated import CONFIG, check_mappable, check_stays_mapped
 from .states import StateForm, state_form
-from .text_chats import with_text_templates
-from .text_part import log_left_out, parts_of, read_text_config, without_others
 from .tokenizer_files import check_templates, with_own_file
 from .unpack.asked import settings_of
 from .unpack.methods import check_family, check_quantization

@@ -10,7 +10,7 @@ from coreinfer.bundles.families import Family, family_of_config
 
 from .gguf.config import config_fields
 from .gguf.parts import read_parts
-from .multimodal import multimodal_of, text_fields
+from .multimodal.text_models import multimodal_of, text_fields
 from .safetensors_headers import INDEX, WEIGHTS, has_head, safetensors_files
 from .sources import ModelSource
 from .unpack.asked import check_method

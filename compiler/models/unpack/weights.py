@@ -15,7 +15,7 @@ import torch
 from coreinfer.bundles.errors import ConfigError, UnsupportedModelError
 from coreinfer.compiler.models.checkpoint import check_loaded, some
 from coreinfer.compiler.models.empty import empty_model
-from coreinfer.compiler.models.multimodal import Multimodal, text_name
+from coreinfer.compiler.models.multimodal.text_models import Multimodal, text_name
 from coreinfer.compiler.models.safetensors_headers import safetensors_files
 from safetensors import safe_open
 from torch import nn

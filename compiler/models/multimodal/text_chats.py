@@ -10,9 +10,8 @@ import secrets
 from typing import Any
 
 from coreinfer.bundles.errors import ConfigError
-
-from .source_files import source_file
-from .sources import ModelSource
+from coreinfer.compiler.models.source_files import source_file
+from coreinfer.compiler.models.sources import ModelSource
 
 __all__ = ["with_text_templates"]
 

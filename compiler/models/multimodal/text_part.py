@@ -1,18 +1,18 @@
-"""Load the text model of a multimodal one (`multimodal.py`): other parts stay in their files, which are not read."""
+"""Load the text model of a multimodal one (`text_models.py`): other parts stay in their files, which are not read."""
 
 import json
 import logging
 from collections.abc import Mapping
 from typing import Any
 
+from coreinfer.compiler.models.built_config import build_config
+from coreinfer.compiler.models.safetensors_headers import INDEX, WEIGHTS, has_head, tensor_sizes
+from coreinfer.compiler.models.source_files import source_file
+from coreinfer.compiler.models.sources import ModelSource
+from coreinfer.compiler.models.stated import CONFIG
 from transformers import PreTrainedConfig
 
-from .built_config import build_config
-from .multimodal import Multimodal, multimodal_of, text_fields, text_name
-from .safetensors_headers import INDEX, WEIGHTS, has_head, tensor_sizes
-from .source_files import source_file
-from .sources import ModelSource
-from .stated import CONFIG
+from .text_models import Multimodal, multimodal_of, text_fields, text_name
 
 __all__ = ["log_left_out", "parts_of", "read_text_config", "without_others"]
 

@@ -1,0 +1,3 @@
+"""Models that read pictures or sounds too: the text model in them; start at `text_models.py`."""
+
+__all__: list[str] = []
