@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from coreinfer.bundles.formats import ffn_formats
 from coreinfer.bundles.manifest import Quality
@@ -25,6 +24,7 @@ from .models.layerwise import READING
 from .models.load import LoadedModel
 from .models.memory import check_memory
 from .progress import Progress
+from .prune.candidates import layer_candidates
 from .prune.dealt import deal_text
 from .prune.heal import HealInputs, heal, healing_text
 from .prune.layer_repair import NarrowInputs
@@ -35,7 +35,7 @@ from .prune.narrow import CLUSTERS, Assignment, CutOf, Labels, NarrowModel, choo
 from .prune.profile import Profile, profile_model
 from .prune.reconstruct import REVISION, narrow_all
 from .prune.select import layer_budgets
-from .prune.sensitivity import output_metrics, removal_curves
+from .prune.sensitivity import RemovalCurves, output_metrics, removal_curves
 from .prune.sums import Sums, keep_sums, sums_fit
 from .prune.validation import few_validated
 from .quality.reference import Reference, read_reference
@@ -119,7 +119,7 @@ class Ground:
     assignments: Sequence[Assignment]
     profile: Profile
     metrics: torch.Tensor
-    curves: npt.NDArray[np.float32] | None
+    curves: RemovalCurves | None
     key: str
     sums: Sums
     split_losses: Mapping[str, SplitLosses]
@@ -132,7 +132,8 @@ class Ground:
     def layer_budgets(self, config: CompileConfig, keep: float) -> list[int]:
         """Layer budgets at a keep ratio."""
         loaded = self.material.loaded
-        return layer_budgets(config, keep, self.profile, loaded.column_norms, self.curves, loaded.record)
+        curves = None if self.curves is None else self.curves.costs
+        return layer_budgets(config, keep, self.profile, loaded.column_norms, curves, loaded.record)
 
     def plan_sizes(self, config: CompileConfig, keep: float) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
         """Layer budgets of the plan at a keep ratio, and into how many experts they are divided, where they are."""
@@ -285,6 +286,7 @@ def narrow_packs(
         budgets=budgets,
         metrics=ground.metrics,
         sums=ground.sums,
+        candidates=layer_candidates(config, material.loaded, ground.curves, budgets),
         rounding=_rounding(config, material) if config.repairs_rounding else None,
     )
     key = stage_key(
@@ -393,6 +395,7 @@ def _profile_key(config: CompileConfig, material: Material, routing: Routing, na
         beta=config.beta,
         cluster_weight=config.cluster_weight,
         removal=config.effective_removal,
+        sampling=SAMPLING,
         # Once their profile was that of rounded experts, which the model had kept from its comparison with itself.
         **({"experts": "own"} if material.loaded.record.experts is not None else {}),
         **({"narrowed": "experts, their tokens counted and weighed"} if config.experts != "whole" else {}),

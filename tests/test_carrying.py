@@ -139,6 +139,33 @@ def test_layers_are_fitted_on_what_the_narrow_model_really_sees(name: str, seen:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_only_candidates_are_looked_at(name: str, seen: list[LayerTokens]) -> None:
+    loaded, candidates = load(name), np.arange(7, 87, dtype=np.int32)
+    inputs = replace(inputs_of(loaded, removal="second-order"), candidates=(candidates, None, candidates))
+    narrow = run(inputs)["clusters"]
+    assert all(set(layers[layer]) <= {*candidates} for layers in narrow.choice.neuron_ids for layer in (0, 2))
+    assert {len(layers[0]) for layers in narrow.choice.neuron_ids} == {64}
+    # Where narrow models were narrowed, the text is read with what was found, and activations are those of candidates.
+    first = 0
+    for document, cluster in zip(documents(), [*CLUSTERS, 0, 1], strict=True):
+        rows = seen[2].activations[first : first + len(document.token_ids)]
+        expected = activations_behind(loaded, narrow, int(cluster), 2, document)[:, candidates]
+        np.testing.assert_allclose(rows, expected, atol=2e-4)
+        first += len(document.token_ids)
+
+
+def test_all_neurons_as_candidates_are_none(seen: list[LayerTokens]) -> None:
+    loaded, everything = load("llama"), np.arange(96, dtype=np.int32)
+    inputs = inputs_of(loaded, removal="second-order")
+    expected, found = run(inputs), run(replace(inputs, candidates=(everything,) * 3))
+    for name in expected:
+        for layer in range(3):
+            for cluster, ids in enumerate(expected[name].choice.neuron_ids):
+                assert found[name].choice.neuron_ids[cluster][layer].tolist() == ids[layer].tolist()
+                np.testing.assert_array_equal(found[name].downs[layer][cluster], expected[name].downs[layer][cluster])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_read_narrow_goes_through_rounded_weights(name: str, seen: list[LayerTokens]) -> None:
     loaded = load(name)
     rounding = Rounding(

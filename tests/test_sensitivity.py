@@ -95,7 +95,7 @@ def test_curves_rise_from_nothing_and_scale_with_what_errors_cost(name: str) -> 
     fisher = fisher_matrices(Alone(loaded), documents, NO_CACHE, "key", Progress(), seed=0)
 
     def curves(metrics: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-        return removal_curves(Alone(loaded), documents, metrics, NO_CACHE, "key", Progress())
+        return removal_curves(Alone(loaded), documents, metrics, NO_CACHE, "key", Progress()).costs
 
     found = curves(fisher)
     assert found.shape == (3, 3)

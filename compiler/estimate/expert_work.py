@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.samples import CURVE_TOKENS, NEURON_BLOCK, VALIDATION_TOKENS
+from coreinfer.compiler.samples import NEURON_BLOCK, SPLIT_TOKENS, VALIDATION_TOKENS
 
 from .shapes import Shapes
 from .work import NUM_RIDGES, Case, Work, moment_values, removal_work, repair_flop, sampled
@@ -59,7 +59,7 @@ def split_work(config: CompileConfig, case: Case) -> Work:
     shapes, alone = case.shapes, _one_expert(case.shapes)
     f, h = alone.ffn_dim, shapes.hidden_size
     tried = min(_MOST_COUNTS, shapes.num_experts - shapes.num_chosen + 1) * len(case.num_assigned)
-    sampled_tokens = sampled(case.calibration_tokens, CURVE_TOKENS)
+    sampled_tokens = sampled(case.calibration_tokens, SPLIT_TOKENS)
     grams = case.calibration_tokens / 2 * shapes.num_chosen * f**2
     mixed = sampled_tokens / 2 * tried * 2 * (shapes.num_chosen * alone.ffn_weights + shapes.num_experts * h)
     removal = removal_work(alone, 0, NEURON_BLOCK) if config.reconstruct else Work()

@@ -11,7 +11,7 @@ from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import Effort, shares_profile, weighs_errors
 from coreinfer.compiler.expert_options import with_expert_options
 from coreinfer.compiler.quality.search import searches
-from coreinfer.compiler.samples import CURVE_TOKENS, PROFILE_TOKENS
+from coreinfer.compiler.samples import PROFILE_TOKENS, curve_tokens
 
 from . import work
 from .encoder import encoder_size
@@ -283,7 +283,7 @@ def memory_needs(config: CompileConfig, case: Case, item_bytes: int) -> Mapping[
     tokens = case.calibration_tokens
     samples = {
         "profile": work.sampled(tokens, PROFILE_TOKENS) if _samples(config) else tokens,
-        "curves": work.sampled(tokens, CURVE_TOKENS),
+        "curves": work.sampled(tokens, curve_tokens(case.shapes.ffn_dim)),
         "split": tokens,
         "reconstruct": tokens + case.validation_tokens,
     }
@@ -372,7 +372,9 @@ def _narrowing(config: CompileConfig, case: Case, *, narrows: bool) -> Iterator[
         elif shares_profile(config):
             found = work.repair_work(case)
         else:
-            found = work.reconstruct_work(case, carries=config.effective_carry, removes=removes)
+            carries = config.effective_carry
+            picks = carries and removes and config.effective_budgets == "sensitivity"
+            found = work.reconstruct_work(case, carries=carries, removes=removes, picks=picks)
         yield "reconstruct", f"{case.num_packs} packs, {len(case.num_assigned) - 1} controls", found
     named = names_experts(config, case.shapes)
     packs = Work() if named else work.packs_work(case, rounds=config.quantize != "bf16")

@@ -7,14 +7,15 @@ apart from those in float32, by which neurons are removed and repaired.
 from dataclasses import dataclass, fields, replace
 
 from coreinfer.compiler.samples import (
-    CURVE_TOKENS,
-    FISHER_TOKENS,
     MOMENT_TOKENS,
     PACKED_ROWS,
     PROFILE_TOKENS,
     SHARE_COST_TOKENS,
     VALIDATION_TOKENS,
     batch_tokens,
+    curve_tokens,
+    fisher_tokens,
+    num_candidates,
     share_tokens,
 )
 
@@ -205,7 +206,7 @@ def distil_work(case: Case) -> Work:
 
 
 def profile_work(case: Case, *, samples: bool) -> Work:
-    """Run the calibration text, 32,768 tokens of it at most where it is sampled; read all activations four times."""
+    """Run the calibration text, 16,384 tokens of it at most where it is sampled; read all activations four times."""
     tokens = sampled(case.calibration_tokens, PROFILE_TOKENS) if samples else case.calibration_tokens
     shapes = case.shapes
     return Work(
@@ -216,8 +217,8 @@ def profile_work(case: Case, *, samples: bool) -> Work:
 
 
 def sensitivity_work(case: Case) -> Work:
-    """Run about 8,192 tokens forward twice and back once, with the head forward and back; g g^T in each layer."""
-    tokens, shapes = min(case.calibration_tokens, FISHER_TOKENS), case.shapes
+    """Run 4,096 to 8,192 tokens forward twice and back once, with the head forward and back; g g^T in each layer."""
+    shapes, tokens = case.shapes, min(case.calibration_tokens, fisher_tokens(case.shapes.hidden_size))
     return Work(
         model_flop=tokens * (3 * case.token_flop + 2 * 2 * shapes.head_weights),
         float_flop=tokens * shapes.num_layers * 2 * shapes.hidden_size**2,
@@ -226,8 +227,8 @@ def sensitivity_work(case: Case) -> Work:
 
 
 def curves_work(case: Case) -> Work:
-    """Run about 16,384 tokens; in each layer their Gram matrix, and the removal of all neurons."""
-    tokens, shapes = min(case.calibration_tokens, CURVE_TOKENS), case.shapes
+    """Run 8,192 to 16,384 tokens; in each layer their Gram matrix, and the removal of all neurons."""
+    shapes, tokens = case.shapes, min(case.calibration_tokens, curve_tokens(case.shapes.ffn_dim))
     grams = 2 * _GRAM_SHARE * tokens * shapes.ffn_dim**2
     removal = removal_work(shapes, 0, _CURVE_STEP)
     return Work(
@@ -291,13 +292,20 @@ def repair_work(case: Case) -> Work:
     )
 
 
-def reconstruct_work(case: Case, *, carries: bool, removes: bool) -> Work:
+def reconstruct_work(case: Case, *, carries: bool, removes: bool, picks: bool) -> Work:
     """Run the text through the dense layers, and again for the clusters and each control as far as it is narrow.
 
     A narrow run is attention, the inner matrices and the narrow down projection for half of the tokens. Each one also
     sums moments h h^T and h y^T of the calibration text, in the model's dtype; for each of its clusters neurons are
     removed and three repairs solved, of controls one.
+
+    Args:
+        picks: whether all that is done for the candidates among the neurons alone, by `num_candidates`; layers are
+            taken to keep as many neurons each, with which there are a few more than by their own numbers.
     """
+    token_flop, ffn_dim = case.token_flop, case.shapes.ffn_dim
+    candidates = num_candidates(case.kept, ffn_dim) if picks else ffn_dim
+    case = replace(case, shapes=replace(case.shapes, ffn_dim=candidates))
     shapes, tokens = case.shapes, case.calibration_tokens + sampled(case.validation_tokens, VALIDATION_TOKENS)
     half = tokens / 2
     narrow = 2 * half * (shapes.attention_weights + shapes.inner_weights + case.kept * shapes.hidden_size)
@@ -310,7 +318,7 @@ def reconstruct_work(case: Case, *, carries: bool, removes: bool) -> Work:
         flop += num_clusters * (removal.float_flop + repair)
         moved += num_clusters * (removal.moved_bytes + _mixture_bytes(shapes))
     per_layer = summed + len(case.num_assigned) * narrow * carries
-    model_flop = case.token_flop * tokens + shapes.num_layers * per_layer
+    model_flop = token_flop * tokens + shapes.num_layers * per_layer
     return Work(
         model_flop=model_flop,
         float_flop=shapes.num_layers * flop,

@@ -35,7 +35,13 @@ def narrow_carried(inputs: NarrowInputs, cache: Cache, keys: Sequence[str], prog
     text = deal_text(inputs.team, inputs.calibration, inputs.validation, inputs.assignments)
     first, results = _first_narrow(inputs), list[Results]()
     journey = inputs.team.share(
-        Journey(key=uuid4().hex, results=_lookup(inputs, cache, keys, results), first=first, rounding=inputs.rounding)
+        Journey(
+            key=uuid4().hex,
+            results=_lookup(inputs, cache, keys, results),
+            first=first,
+            candidates=[inputs.candidates_of(layer) for layer in range(len(keys))],
+            rounding=inputs.rounding,
+        )
     )
     with progress.stage(_STAGE, len(keys)) as advance:
         for layer, key in enumerate(keys):

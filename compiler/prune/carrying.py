@@ -1,6 +1,6 @@
 """One place's text on its way through the dense model and the narrow ones, as far as these are made."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,7 @@ from coreinfer.compiler.quantize.rounding import Rounding
 from coreinfer.compiler.team.passage import WALK
 from coreinfer.compiler.team.team import Shared, Worker
 
+from .candidates import Ids, cut_to_candidates, positions_in
 from .dealt import LayerTokens, PlaceText, Seen, own_rows
 from .layer_results import LayerResult
 from .narrow import from_bits
@@ -31,12 +32,14 @@ class Journey:
         key: no other run of text through the layers has it.
         results: layer -> its results, of all layers before the one that is narrowed.
         first: the first layer that leaves anything out.
+        candidates: of each layer, the neurons that may stay, ascending; None where all may.
         rounding: see `NarrowInputs`.
     """
 
     key: str
     results: Callable[[int], Found]
     first: int
+    candidates: Sequence[Ids | None]
     rounding: Rounding | None
 
 
@@ -70,8 +73,8 @@ class _Carried:
         self._loaded, self._journey = worker.loaded, journey
         with torch.inference_mode():
             self._text = begin_text(worker.loaded, text.passage.value().documents)
-            self._tokens = self._text.empty_tokens(worker.loaded)
             self._streams = [begin_stream(name, own_rows(worker, text, name), self._text) for name in text.labels]
+        self._tokens = self._text.empty_tokens(worker.loaded, 0)
         self._layer = self._number = -1
 
     @property
@@ -95,11 +98,21 @@ class _Carried:
 
     def _enter(self) -> None:
         self._layer, self._number = self._layer + 1, -1
+        candidates = self._candidates
+        ids = None if candidates is None else torch.from_numpy(candidates).long().to(self._loaded.device)
+        # First the room of the layer before goes.
+        self._tokens = self._text.empty_tokens(self._loaded, 0)
+        num_neurons = self._loaded.record.ffn_dim if candidates is None else len(candidates)
+        self._tokens = self._text.empty_tokens(self._loaded, num_neurons)
         # Narrow runs through rounded weights have keys and values of their own.
         begins = self._is_narrow and self._journey.rounding is None
         self._readings = [
-            read_dense(self._loaded, self._layer, part, self._tokens, begins=begins) for part in self._text.parts
+            read_dense(self._loaded, self._layer, part, self._tokens, ids, begins=begins) for part in self._text.parts
         ]
+
+    @property
+    def _candidates(self) -> Ids | None:
+        return self._journey.candidates[self._layer]
 
     @property
     def _is_narrow(self) -> bool:
@@ -121,7 +134,7 @@ class _Carried:
             self._runs = self._read(self._streams[self._number])
 
     def _read(self, stream: Stream) -> list[torch.Tensor]:
-        with self._rounded():
+        with self._rounded(), cut_to_candidates(self._loaded, self._layer, self._candidates):
             return [
                 read_narrow(self._loaded, self._layer, part, reading, own, self._tokens)
                 for part, reading, own in zip(self._text.parts, self._readings, stream.hidden, strict=True)
@@ -153,7 +166,9 @@ class _Carried:
             down, bias = _down(self._loaded, self._layer, result, cluster, ids)
             if rounding:
                 down = rounding.down(self._loaded, self._layer, down, result.neuron_ids[cluster])
-            product = tokens.activations.index_select(0, rows).index_select(1, ids).to(down.dtype) @ down
+            places = torch.from_numpy(positions_in(self._candidates, result.neuron_ids[cluster])).long()
+            kept = tokens.activations.index_select(0, rows).index_select(1, places.to(outputs.device))
+            product = kept.to(down.dtype) @ down
             outputs.index_copy_(0, rows, (product if bias is None else product + bias).to(outputs.dtype))
         return outputs
 

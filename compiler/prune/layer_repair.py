@@ -14,6 +14,7 @@ from coreinfer.compiler.team.dealing import Stepwise
 from coreinfer.compiler.team.team import Team
 from coreinfer.compiler.text.corpus import Document
 
+from .candidates import Ids
 from .dealt import DealtText, Find
 from .layer_results import LayerResult, arrays_of, results_of
 from .narrow import Assignment, bf16_bits
@@ -48,6 +49,7 @@ class NarrowInputs:
         budgets: budgets[assignment name][cluster][layer], how many neurons are kept.
         metrics: (layers, hidden size, hidden size) what errors in the FFN outputs cost.
         sums: where sums over the text are kept while the same text is narrowed again; None to sum each time.
+        candidates: of each layer, the neurons that may stay; see `layer_candidates`. Empty where all may.
         rounding: how matrices will be stored, so that a layer makes up for the rounding of those before it too; None
             to leave it out of account.
     """
@@ -61,7 +63,12 @@ class NarrowInputs:
     budgets: Mapping[str, Sequence[Sequence[int]]]
     metrics: torch.Tensor
     sums: Sums | None = None
+    candidates: Sequence[Ids | None] = ()
     rounding: Rounding | None = None
+
+    def candidates_of(self, layer: int) -> Ids | None:
+        """The neurons of a layer that may stay, ascending; None where all may."""
+        return self.candidates[layer] if self.candidates else None
 
     @property
     def loaded(self) -> LoadedModel:
@@ -106,12 +113,15 @@ def repair_assignment(
     if clusters is not None:
         # Asked to choose for themselves, controls chose the same ridge in nearly every layer (docs/dev/log.md).
         ridges, cluster_weights = (clusters.ridge,), (clusters.cluster_weight,)
-    by_scores = [layers[layer] for layers in inputs.choices[name].neuron_ids]
+    by_scores, candidates = [layers[layer] for layers in inputs.choices[name].neuron_ids], inputs.candidates_of(layer)
     task = RepairTask(
         calibration=text.calibration_tokens[name],
         validation=text.validation_tokens[name],
-        own=partial(own_down, layer=layer),
-        shape=(inputs.loaded.record.ffn_dim, inputs.loaded.record.hidden_size),
+        own=partial(own_down, layer=layer, candidates=candidates),
+        shape=(
+            inputs.loaded.record.ffn_dim if candidates is None else len(candidates),
+            inputs.loaded.record.hidden_size,
+        ),
         has_bias=module.bias is not None,
         metric=inputs.metrics[layer].to(inputs.loaded.device),
         keeps=keeps,
@@ -123,7 +133,7 @@ def repair_assignment(
         moment_bytes=moment_bytes(config),
     )
     repaired = yield from repair_layer(inputs.team, finds, task, known)
-    return _result(repaired, has_bias=task.has_bias)
+    return _result(repaired, candidates, has_bias=task.has_bias)
 
 
 def candidate_ridges(config: CompileConfig) -> tuple[float | None, ...]:
@@ -140,10 +150,10 @@ def candidate_weights(config: CompileConfig) -> tuple[float, ...]:
     return CLUSTER_WEIGHTS[:1] if given is None or given == "auto" else (given,)
 
 
-def _result(repaired: Repaired, *, has_bias: bool) -> LayerResult:
+def _result(repaired: Repaired, candidates: Ids | None, *, has_bias: bool) -> LayerResult:
     solutions = repaired.solutions if repaired.ridge is not None else []
     return LayerResult(
-        neuron_ids=tuple(repaired.neuron_ids),
+        neuron_ids=tuple(ids if candidates is None else candidates[ids] for ids in repaired.neuron_ids),
         ridge=repaired.ridge,
         cluster_weight=repaired.cluster_weight,
         downs=tuple(bf16_bits(down) for down, _ in solutions),

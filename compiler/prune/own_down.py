@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from coreinfer.compiler.team.team import Worker
 
+from .candidates import Ids
+
 __all__ = ["OWN_DOWN", "OwnDown", "own_down"]
 
 OWN_DOWN = "own down projection"
@@ -16,7 +18,7 @@ class OwnDown:
     """One layer's.
 
     Attributes:
-        weights: (ffn_dim, hidden size) float32, the matrix transposed.
+        weights: (ffn_dim, hidden size) float32, the matrix transposed; of the candidates alone where there are some.
         bias: (hidden size,) float32, None where the family has none.
     """
 
@@ -30,14 +32,18 @@ class OwnDown:
         return self.weights[neuron_ids.long().to(device)], bias
 
 
-def own_down(worker: Worker, layer: int) -> OwnDown:
-    """Find a layer's."""
+def own_down(worker: Worker, layer: int, candidates: Ids | None = None) -> OwnDown:
+    """Find a layer's, of its candidates alone where there are some."""
 
     def make() -> OwnDown:
         module = worker.loaded.projection(layer, "down")
+        weights = module.weight.detach()
+        if candidates is not None:
+            weights = weights[:, torch.from_numpy(candidates).long().to(weights.device)]
         return OwnDown(
-            weights=module.weight.detach().float().T.contiguous(),
+            weights=weights.float().T.contiguous(),
             bias=None if module.bias is None else module.bias.detach().float(),
         )
 
-    return worker.recall(OWN_DOWN, str(layer), make)
+    of = "" if candidates is None else f" of {hash(candidates.tobytes())}"
+    return worker.recall(OWN_DOWN, f"{layer}{of}", make)

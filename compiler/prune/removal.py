@@ -53,10 +53,12 @@ class Removal:
     Attributes:
         neuron_ids: (kept,) int32, ascending.
         losses: (steps + 1,) float64, mean squared error added in the metric after each step, from 0 upwards.
+        removed_ids: (ffn_dim - kept,) int32, in the order in which they went.
     """
 
     neuron_ids: npt.NDArray[np.int32]
     losses: npt.NDArray[np.float64]
+    removed_ids: npt.NDArray[np.int32]
 
 
 def remove_neurons(system: System, metric: torch.Tensor, *, keep: int, step: int = _FINE_STEP) -> Removal:
@@ -71,7 +73,7 @@ def remove_neurons(system: System, metric: torch.Tensor, *, keep: int, step: int
     weights = inverse @ (system.cross + system.lam * system.own) @ torch.linalg.cholesky(metric)
     neuron_ids = torch.arange(len(inverse), device=inverse.device)
     left = torch.ones_like(neuron_ids, dtype=torch.bool)
-    num_left, losses = len(inverse), [0.0]
+    num_left, losses, gone = len(inverse), [0.0], [neuron_ids[:0]]
     while num_left > keep:
         if num_left <= _DENSITY * len(left):
             rest = left.nonzero()[:, 0]
@@ -90,8 +92,15 @@ def remove_neurons(system: System, metric: torch.Tensor, *, keep: int, step: int
         weights.addmm_(pull, removed, alpha=-1)
         inverse.addmm_(pull, rows, alpha=-1)
         left[worst] = False
+        gone.append(neuron_ids[worst])
         num_left -= len(worst)
-    return Removal(neuron_ids=neuron_ids[left].cpu().numpy().astype(np.int32), losses=np.array(losses))
+    return Removal(
+        neuron_ids=_as_array(neuron_ids[left]), losses=np.array(losses), removed_ids=_as_array(torch.cat(gone))
+    )
+
+
+def _as_array(neuron_ids: torch.Tensor) -> npt.NDArray[np.int32]:
+    return neuron_ids.cpu().numpy().astype(np.int32)
 
 
 def _inverse(system: System) -> torch.Tensor:

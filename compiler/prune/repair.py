@@ -45,7 +45,8 @@ class RepairTask:
     Attributes:
         calibration, validation: tokens of each cluster at each place, of the latter those that are read narrow.
         own: finds the model's down projection, where it is asked.
-        shape: of its matrix, (ffn_dim, hidden size).
+        shape: of its matrix, (ffn_dim, hidden size). Where only some neurons are candidates, that is how many they are,
+            and ids are numbers among them.
         has_bias: whether the family's has one.
         metric: (hidden size, hidden size) what output errors cost.
         keeps: how many neurons of each cluster stay. A cluster that keeps all keeps the model's own weights.

@@ -7,6 +7,7 @@ count what an error does to later tokens through attention too. As in K-FAC (arX
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from coreinfer.compiler.models.layerwise import (
 )
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.progress import Advance, Progress
-from coreinfer.compiler.samples import CURVE_TOKENS, FISHER_TOKENS
+from coreinfer.compiler.samples import curve_tokens, fisher_tokens
 from coreinfer.compiler.team.adding import add_up
 from coreinfer.compiler.team.dealing import Stepwise, deal, home, in_turn, overlapped
 from coreinfer.compiler.team.passage import WALK, Passage, begin_passages, layer_of, lengths_of, without_text
@@ -35,10 +36,10 @@ from coreinfer.compiler.text.corpus import SAMPLING, Document, spread_sample
 from torch import nn
 
 from .products import packed_gram
-from .removal import BLOCK, System, remove_neurons
+from .removal import BLOCK, Removal, System, remove_neurons
 from .triangle import num_packed, unpack_upper
 
-__all__ = ["fisher_matrices", "output_metrics", "removal_curves"]
+__all__ = ["RemovalCurves", "fisher_matrices", "output_metrics", "removal_curves"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -61,7 +62,7 @@ def fisher_matrices(
     Returns:
         (layers, hidden size, hidden size) float32 on the CPU.
     """
-    sample = spread_sample(documents, FISHER_TOKENS)
+    sample = spread_sample(documents, fisher_tokens(team.loaded.record.hidden_size))
 
     def compute() -> dict[str, Any]:
         packed, size = _fisher_sums(team, sample, progress, seed=seed), team.loaded.record.hidden_size
@@ -196,6 +197,20 @@ def _layer_gradients(
     return of_output.reshape(*entering.shape[:2], -1), of_entering
 
 
+@dataclass(frozen=True, kw_only=True)
+class RemovalCurves:
+    """What it costs to remove more and more neurons from each layer, with repair.
+
+    Attributes:
+        costs: (layers, removed blocks of 32 neurons + 1) nats per token, from no block removed to all but one.
+        order: (layers, ffn_dim) int32, each layer's neurons as they went; those of the last block, which stayed, at
+            the end.
+    """
+
+    costs: Floats
+    order: npt.NDArray[np.int32]
+
+
 def removal_curves(
     team: Team,
     documents: Sequence[Document],
@@ -203,21 +218,22 @@ def removal_curves(
     cache: Cache,
     key: str,
     progress: Progress,
-) -> Floats:
-    """Estimate what it costs to remove more and more neurons from each layer, with repair.
-
-    Returns:
-        (layers, removed blocks of 32 neurons + 1) nats per token, from no block removed to all but one.
-    """
-    sample = spread_sample(documents, CURVE_TOKENS)
+) -> RemovalCurves:
+    """Estimate what it costs to remove more and more neurons from each layer, on text of all clusters."""
+    sample = spread_sample(documents, curve_tokens(team.loaded.record.ffn_dim))
 
     def compute() -> dict[str, Any]:
-        return {"curves": np.stack(_curves(team, sample, fisher, progress)).astype(np.float32)}
+        found = _curves(team, sample, fisher, progress)
+        return {
+            "curves": np.stack([0.5 * layer.losses for layer in found]).astype(np.float32),
+            "order": np.stack([np.concatenate([layer.removed_ids, layer.neuron_ids]) for layer in found]),
+        }
 
-    return cache.arrays(key, compute)["curves"]
+    arrays = cache.arrays(key, compute)
+    return RemovalCurves(costs=arrays["curves"], order=arrays["order"])
 
 
-def _curves(team: Team, sample: Sequence[Document], fisher: torch.Tensor, progress: Progress) -> list[Any]:
+def _curves(team: Team, sample: Sequence[Document], fisher: torch.Tensor, progress: Progress) -> list[Removal]:
     num_layers, num_tokens = team.loaded.record.num_layers, sum(len(document.token_ids) for document in sample)
     dealt = deal(lengths_of(sample), team)
     passages = begin_passages(team, {place: [sample[index] for index in ids] for place, ids in dealt.items()})
@@ -250,10 +266,10 @@ def _add(_worker: Worker, first: torch.Tensor, second: torch.Tensor) -> torch.Te
 
 
 @torch.inference_mode()
-def _curve(worker: Worker, layer: int, packed: torch.Tensor, fisher: torch.Tensor) -> npt.NDArray[np.float64]:
-    """What removing more and more of a layer's neurons costs."""
+def _curve(worker: Worker, layer: int, packed: torch.Tensor, fisher: torch.Tensor) -> Removal:
+    """Remove more and more of a layer's neurons, all but a block."""
     weights = worker.loaded.projection(layer, "down").weight.detach().float().T.contiguous()
     gram = unpack_upper(packed, len(weights))
     system = System(gram=gram, cross=gram @ weights, own=weights, ridge=_CURVE_RIDGE)
     metric = fisher.to(weights.device)
-    return 0.5 * remove_neurons(system, metric, keep=min(BLOCK, len(gram)), step=BLOCK).losses
+    return remove_neurons(system, metric, keep=min(BLOCK, len(gram)), step=BLOCK)

@@ -66,11 +66,11 @@ class Text:
     starts: npt.NDArray[np.int64]
     parts: list[Part]
 
-    def empty_tokens(self, loaded: LoadedModel) -> LayerTokens:
-        """Room for one layer's activations, by far the most that is in memory; layers and streams share it."""
+    def empty_tokens(self, loaded: LoadedModel, num_neurons: int) -> LayerTokens:
+        """Room for one layer's activations, by far the most that is in memory; streams share it."""
         num_tokens, empty = int(self.starts[-1]), partial(torch.empty, dtype=loaded.keeps_in, device=loaded.device)
         return LayerTokens(
-            activations=empty((num_tokens, loaded.record.ffn_dim)),
+            activations=empty((num_tokens, num_neurons)),
             targets=empty((num_tokens, loaded.record.hidden_size)),
         )
 
@@ -134,18 +134,30 @@ def begin_stream(name: str, rows: Rows, text: Text) -> Stream:
     return Stream(name=name, rows=rows, hidden=[pick(part.batch.hidden, part.places) for part in text.parts])
 
 
-def read_dense(loaded: LoadedModel, layer: int, part: Part, tokens: LayerTokens, *, begins: bool) -> Reading:
+def read_dense(
+    loaded: LoadedModel,
+    layer: int,
+    part: Part,
+    tokens: LayerTokens,
+    neuron_ids: torch.Tensor | None = None,
+    *,
+    begins: bool,
+) -> Reading:
     """Run a batch through the dense layer: its hidden states move on.
 
     Its tokens are the layer's, but for those that are read narrow: narrow streams set their own.
 
     Args:
+        neuron_ids: of whom the activations are kept; None for all.
         begins: whether narrow runs may go on from this one.
     """
     batch, entering = part.batch, part.batch.hidden
     keep = KeepBeginning(part.first_place) if begins and goes_on(batch, layer) else None
     run = run_layer(loaded, layer, batch, entering, keep)
-    _set_rows(tokens.activations, part.first_rows, pick(run.activations, part.first_halves))
+    activations = pick(run.activations, part.first_halves)
+    if neuron_ids is not None:
+        activations = activations.index_select(1, neuron_ids)
+    _set_rows(tokens.activations, part.first_rows, activations)
     _set_rows(tokens.targets, part.first_rows, pick(run.ffn_output, part.first_halves))
     if not loaded.family.adds_ffn_output:
         _set_rows(tokens.targets, part.rows, pick(run.ffn_output, part.places))

@@ -32,8 +32,8 @@ __all__ = [
     "spread_sample",
 ]
 
-SAMPLING = 2
-"""Part of the keys of stages that run a sample; one more as soon as `spread_sample` takes other documents."""
+SAMPLING = 3
+"""Part of the keys of stages that run a sample; one more as soon as samples are other documents, or as many others."""
 _log = logging.getLogger(__name__)
 _MIN_DOCUMENT_TOKENS = 8
 _HELD_OUT_EVERY = 10

@@ -27,7 +27,7 @@ from coreinfer.compiler.prune.profile import Profile, spread_over_clusters
 from coreinfer.compiler.prune.removal import BLOCK, remove_neurons
 from coreinfer.compiler.prune.rows import narrow_tokens
 from coreinfer.compiler.prune.triangle import unpack_upper
-from coreinfer.compiler.samples import CURVE_TOKENS
+from coreinfer.compiler.samples import SPLIT_TOKENS
 from coreinfer.compiler.team.adding import Arrays, add_arrays, add_up
 from coreinfer.compiler.team.dealing import deal, home, in_turn
 from coreinfer.compiler.team.passage import WALK, Passage, begin_passages, lengths_of, without_text
@@ -244,7 +244,7 @@ def _sample(
 ) -> _Text:
     text = _Text(key="", documents=documents, labels=assignments, orders=orders, counts=counts)
     first = next(iter(assignments.values()))
-    return text.of(spread_over_clusters(documents, first, CURVE_TOKENS, least=_LEAST_DOCUMENTS))
+    return text.of(spread_over_clusters(documents, first, SPLIT_TOKENS, least=_LEAST_DOCUMENTS))
 
 
 def _left_out(team: Team, text: _Text, metrics: torch.Tensor, advance: Advance) -> dict[str, Floats]:
