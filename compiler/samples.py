@@ -43,7 +43,7 @@ SUMS_BYTES = 6 << 30
 """What sums over the text may take on the disk, to be kept while layers are narrowed again."""
 _LEAST_FISHER_TOKENS, _MOST_FISHER_TOKENS = 4096, 8192
 _LEAST_CURVE_TOKENS, _MOST_CURVE_TOKENS = 8192, 16_384
-_SPARE_CANDIDATES, _MOST_CANDIDATES = 0.45, 0.9
+_SPARE_CANDIDATES, _MOST_CANDIDATES = 0.55, 0.9
 _MOST_BATCH_TOKENS, _MOST_BATCH_LOGITS = 1024, 1 << 25
 _ALL_SHARE_TOKENS, _LEAST_SHARE_TOKENS, _MOST_SHARE_TOKENS = 8192, 256, 2048
 
@@ -66,8 +66,8 @@ def curve_tokens(ffn_dim: int) -> int:
 def num_candidates(num_kept: int, ffn_dim: int) -> int:
     """Neurons of a layer that repairs look at, where no cluster keeps more than some: a multiple of 32, or all.
 
-    Beside what is kept nearly half of the rest: what 16 clusters keep lies there but for 1.5% (docs/dev/log.md). Of so
-    many that hardly any would be left out, all.
+    Beside what is kept half of the rest and a little more: what 16 clusters keep lies there but for half a percent
+    (docs/dev/log.md). Of so many that hardly any would be left out, all.
     """
     wanted = int(num_kept + _SPARE_CANDIDATES * (ffn_dim - num_kept))
     whole = -(-wanted // NEURON_BLOCK) * NEURON_BLOCK

@@ -132,8 +132,8 @@ class Ground:
     def layer_budgets(self, config: CompileConfig, keep: float) -> list[int]:
         """Layer budgets at a keep ratio."""
         loaded = self.material.loaded
-        curves = None if self.curves is None else self.curves.costs
-        return layer_budgets(config, keep, self.profile, loaded.column_norms, curves, loaded.record)
+        costs = self.curves and self.curves.costs
+        return layer_budgets(config, keep, self.profile, loaded.column_norms, costs, loaded.record)
 
     def plan_sizes(self, config: CompileConfig, keep: float) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
         """Layer budgets of the plan at a keep ratio, and into how many experts they are divided, where they are."""
@@ -276,17 +276,18 @@ def narrow_packs(
         The stage's key, and assignment name -> narrow model.
     """
     material = ground.material
+    choices = choose_all(config, ground.profile, material.loaded, assignments, budgets, ground.split_losses)
     inputs = NarrowInputs(
         config=config,
         team=material.team,
         calibration=material.corpus.calibration,
         validation=material.corpus.validation,
         assignments=assignments,
-        choices=choose_all(config, ground.profile, material.loaded, assignments, budgets, ground.split_losses),
+        choices=choices,
         budgets=budgets,
         metrics=ground.metrics,
         sums=ground.sums,
-        candidates=layer_candidates(config, material.loaded, ground.curves, budgets),
+        candidates=layer_candidates(config, material.loaded, ground.curves, choices, budgets),
         rounding=_rounding(config, material) if config.repairs_rounding else None,
     )
     key = stage_key(
@@ -302,7 +303,6 @@ def narrow_packs(
         # Efforts that differ in nothing else would have found each other's layers.
         **({"cluster_weights": "auto"} if config.chooses_cluster_weight else {}),
         **({"experts": "both"} if config.experts == "both" else {}),
-        **({"divided": "bytes a token"} if config.experts == "both" and config.budget_mb is not None else {}),
     )
     return key, dict(narrow_all(inputs, material.cache, key, progress))
 
@@ -396,7 +396,5 @@ def _profile_key(config: CompileConfig, material: Material, routing: Routing, na
         cluster_weight=config.cluster_weight,
         removal=config.effective_removal,
         sampling=SAMPLING,
-        # Once their profile was that of rounded experts, which the model had kept from its comparison with itself.
-        **({"experts": "own"} if material.loaded.record.experts is not None else {}),
         **({"narrowed": "experts, their tokens counted and weighed"} if config.experts != "whole" else {}),
     )

@@ -6,6 +6,7 @@ import torch
 from coreinfer.bundles.families import family_of_config, ffn_tensors
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
 from coreinfer.compiler.prune.candidates import cut_to_candidates, layer_candidates, positions_in
+from coreinfer.compiler.prune.select import Choice
 from coreinfer.compiler.prune.sensitivity import RemovalCurves
 from coreinfer.compiler.samples import num_candidates
 
@@ -27,8 +28,15 @@ def curves() -> RemovalCurves:
     return RemovalCurves(costs=np.zeros((3, 33), np.float32), order=order)
 
 
-def test_candidates_are_what_goes_last() -> None:
-    found, own = layer_candidates(CONFIG, load("llama"), curves(), {"a": [[320, 800, 32], [64, 64, 64]]}), curves()
+def choices(scores: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> dict[str, Choice]:
+    return {"a": Choice(scores=scores, neuron_ids=[])}
+
+
+def test_candidates_are_what_goes_last_where_scores_say_nothing_else() -> None:
+    own = curves()
+    # By scores all go as they do by all text.
+    scores = np.argsort(own.order, axis=1).astype(np.float32)[None]
+    found = layer_candidates(CONFIG, load("llama"), own, choices(scores), {"a": [[320, 896, 32], [64, 64, 64]]})
     assert found[1] is None
     for layer, kept in ((0, 320), (2, 64)):
         ids = found[layer]
@@ -37,11 +45,26 @@ def test_candidates_are_what_goes_last() -> None:
         assert ids.tolist() == sorted(own.order[layer, -len(ids) :].tolist())
 
 
+def test_a_cluster_that_scores_a_neuron_high_makes_it_a_candidate() -> None:
+    own, budgets = curves(), {"a": [[64] * 3] * 2}
+    scores = np.tile(np.argsort(own.order, axis=1).astype(np.float32), (2, 1, 1))
+    # It goes when 300 others have gone, which is too early by all text.
+    wanted = own.order[1, 300]
+    before = layer_candidates(CONFIG, load("llama"), own, choices(scores), budgets)[1]
+    scores[1, 1, wanted] = 1e6
+    after = layer_candidates(CONFIG, load("llama"), own, choices(scores), budgets)[1]
+    assert before is not None
+    assert after is not None
+    assert wanted not in before
+    assert wanted in after
+    assert len(before) == len(after)
+
+
 @pytest.mark.parametrize("options", [{"carry": False}, {"removal": "top-k"}])
 def test_without_carrying_or_removal_there_are_none(options: dict[str, object]) -> None:
-    config = replace(CONFIG, **options)  # type: ignore[arg-type]
-    assert layer_candidates(config, load("llama"), curves(), {"a": [[32] * 3]}) == ()
-    assert layer_candidates(CONFIG, load("llama"), None, {"a": [[32] * 3]}) == ()
+    config, given = replace(CONFIG, **options), choices(np.ones((1, 3, 1024), np.float32))  # type: ignore[arg-type]
+    assert layer_candidates(config, load("llama"), curves(), given, {"a": [[32] * 3]}) == ()
+    assert layer_candidates(CONFIG, load("llama"), None, given, {"a": [[32] * 3]}) == ()
 
 
 def test_there_are_more_candidates_than_are_kept() -> None:
