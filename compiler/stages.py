@@ -131,7 +131,7 @@ class Ground:
 
     def layer_budgets(self, config: CompileConfig, keep: float) -> list[int]:
         """Layer budgets at a keep ratio."""
-        loaded, costs = self.material.loaded, self.curves and self.curves.costs
+        loaded, costs = self.material.loaded, None if self.curves is None else self.curves.costs
         return layer_budgets(config, keep, self.profile, loaded.column_norms, costs, loaded.record)
 
     def plan_sizes(self, config: CompileConfig, keep: float) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
