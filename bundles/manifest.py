@@ -12,7 +12,7 @@ from .expert_packs import ExpertPacks, expert_pack_problems
 from .ffn_sizes import ffn_bytes
 from .formats import FORMATS, NEURON_FORMAT
 from .layout import LAYOUT
-from .quality_records import ClusterQuality, Quality, Score, ShareScore, TokenSharesRecord
+from .quality_records import ClusterQuality, PackChoice, Quality, Score, ShareScore, TokenSharesRecord, TriedWeights
 from .remote.places import is_address
 from .schema import parse
 from .statistics import Selection
@@ -29,6 +29,7 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "ModelRecord",
+    "PackChoice",
     "Plan",
     "Provenance",
     "Quality",
@@ -38,6 +39,7 @@ __all__ = [
     "ShareScore",
     "TensorRecord",
     "TokenSharesRecord",
+    "TriedWeights",
     "content_sha256",
     "ffn_bytes",
     "read_manifest",
@@ -305,8 +307,10 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     if manifest.token_shares is None:
         # Bundles without them are as they were before there were any.
         del data["token_shares"]
-    elif not manifest.has_halves:
-        del data["token_shares"]["halves"]
+    else:
+        lacking = {"halves": not manifest.has_halves, "choices": not manifest.token_shares.choices}
+        for name in (name for name, lacks in lacking.items() if lacks):
+            del data["token_shares"][name]
     if not manifest.narrows_experts:
         del data["plan"]["experts"]
     if not manifest.lists_experts:
