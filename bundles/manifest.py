@@ -308,9 +308,8 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         # Bundles without them are as they were before there were any.
         del data["token_shares"]
     else:
-        lacking = {"halves": not manifest.has_halves, "choices": not manifest.token_shares.choices}
-        for name in (name for name, lacks in lacking.items() if lacks):
-            del data["token_shares"][name]
+        has = {"halves": manifest.has_halves, "choices": bool(manifest.token_shares.choices)}
+        data["token_shares"] = {name: value for name, value in data["token_shares"].items() if has.get(name, True)}
     if not manifest.narrows_experts:
         del data["plan"]["experts"]
     if not manifest.lists_experts:
