@@ -21,7 +21,10 @@ from coreinfer.bundles.token_bytes import token_bytes
 from coreinfer.bundles.token_shares import mean_ffn_bytes
 from coreinfer.bundles.versions import THIN_VERSION
 from coreinfer.compiler import CompileConfig, compile_model
+from coreinfer.compiler.checks import find_inputs
 from coreinfer.compiler.cli import summary
+from coreinfer.compiler.estimate.machine import Machine
+from coreinfer.compiler.estimate.plan import make_plan
 from coreinfer.compiler.export.chosen import choose_model
 from coreinfer.compiler.progress import Progress
 from coreinfer.compiler.shares import search
@@ -319,3 +322,21 @@ def test_words_say_what_own_weights_lacked() -> None:
     choice = PackChoice(cluster=3, judged_by=POOL, is_thin=True, thin=thin, own=None, tried_keeps=(0.9,))
     assert "own weights lose more than asked for at keep 0.9 already (judged with clusters" in choice_in_words(choice)
     assert "too little held-out text" in choice_in_words(replace(choice, tried_keeps=()))
+
+
+def test_the_tries_are_planned(auto_inputs: CompileConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "LEAST_TOKENS", 8)
+    config = replace(auto_inputs, output=tmp_path / "b", budgets="energy", cache_dir=None)
+    machine = Machine(num_threads=2, float32_gflops=100.0, bfloat16_gflops=200.0, read_gbps=10.0)
+    plan = make_plan(config, find_inputs(config), lambda: machine)
+    names = [stage.name for stage in plan.stages]
+    # Thin clusters, three keep ratios, and what was chosen.
+    assert names.count("shares") == 5
+    assert names.count("reconstruct") == 4
+    assert plan.keep == pytest.approx(0.9, abs=0.01)
+    assert plan.token_share is not None
+    progress = Progress()
+    compile_model(config, progress)
+    assert {*progress.stage_seconds} <= {*names}
+    own = make_plan(replace(config, packs="own", keep=0.9), find_inputs(config), lambda: machine)
+    assert plan.seconds > own.seconds
