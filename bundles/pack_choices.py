@@ -12,7 +12,8 @@ def choice_in_words(choice: PackChoice) -> str:
         own = f"own weights, keep {choice.own.keep:g}, {_numbers(choice.own)}"
         said = f"{thin}, no more than {own}" if choice.is_thin else f"{own}, less than {thin}"
     elif choice.tried_keeps:
-        said = f"{thin}; own weights lose more than asked for at keep {choice.tried_keeps[0]:g} already"
+        tried = ", ".join(f"{keep:g}" for keep in choice.tried_keeps)
+        said = f"{thin}; own weights lose more than asked for (keep {tried})"
     else:
         said = f"{thin}; too little held-out text says what own weights would lose"
     together = "" if choice.judged_by == f"cluster {choice.cluster}" else f" (judged with {choice.judged_by})"

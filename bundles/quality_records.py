@@ -88,7 +88,8 @@ class PackChoice:
         judged_by: "cluster N", or what clusters with little text were judged together by.
         is_thin: whether it decodes with the dense FFN.
         thin: the dense FFN.
-        own: of its own weights those with the fewest bytes; None where none of the keep ratios held the quality.
+        own: of its own weights those with the fewest bytes; None where none of the keep ratios held the quality, or
+            did no more as the packs were made in the end.
         tried_keeps: keep ratios that were tried, none where there was too little text to choose by.
     """
 

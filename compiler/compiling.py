@@ -52,7 +52,7 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
         _log.warning(
             "each %s may lose KL %g on held-out text (--max-kl); the %s that this takes is found in several tries, "
             "which %s would save",
-            "cluster" if config.packs == "thin" else "pack",
+            "pack" if config.packs == "own" else "cluster",
             config.effective_max_kl,
             found,
             saved_by,

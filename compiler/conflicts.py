@@ -47,7 +47,7 @@ def _of_aims(config: "CompileConfig") -> Iterator[str]:
     if config.budget_mb is not None and len(aims) > 1:
         yield "--budget-mb and --max-kl or --min-top1: expected bytes or a quality to aim at, got both"
     if config.packs == "own" and config.searches_share and config.keep is None and config.budget_mb is None:
-        yield "--token-share auto: expected --keep or --budget-mb with it, which size the packs, or --packs thin or auto"
+        yield "--token-share auto: expected --keep or --budget-mb with it, which size packs, or --packs thin or auto"
 
 
 def _not_with_token_shares(config: "CompileConfig") -> Iterator[str]:

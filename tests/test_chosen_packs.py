@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from coreinfer import runtime
 from coreinfer.bundles import ConfigError, open_bundle
-from coreinfer.bundles.inspect import describe
+from coreinfer.bundles.inspect import describe, unlisted_files
 from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import Manifest, PackChoice, TriedWeights, read_manifest
 from coreinfer.bundles.pack_choices import choice_in_words
@@ -27,6 +27,7 @@ from coreinfer.compiler.estimate.machine import Machine
 from coreinfer.compiler.estimate.plan import make_plan
 from coreinfer.compiler.export.chosen import choose_model
 from coreinfer.compiler.progress import Progress
+from coreinfer.compiler.shares import choice as choosing
 from coreinfer.compiler.shares import search
 from coreinfer.compiler.shares.choice import units_of
 from coreinfer.compiler.shares.search import POOL
@@ -138,6 +139,35 @@ def test_where_they_read_less_all_have_packs(
     expected = read_manifest(own)
     assert (got.clusters, got.plan, got.quality) == (expected.clusters, expected.plan, expected.quality)
     assert (got.schema_version, shares_of(got)) == (expected.schema_version, shares_of(expected))
+
+
+def test_packs_that_do_not_hold_in_the_end_are_left_out(
+    idle_inputs: CompileConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pack depends a little on what the others keep: it is measured again, and not stored where it fails then."""
+    monkeypatch.setattr(search, "LEAST_TOKENS", 8)
+    tried, holding, best = [False], choosing._holding, choosing._best_of_own
+
+    def best_of_own(*given: Any) -> Any:
+        found = best(*given)
+        tried[0] = True
+        return found
+
+    def lose(*given: Any) -> list[str]:
+        return [name for name in holding(*given) if not (tried[0] and name == "cluster 1")]
+
+    monkeypatch.setattr(choosing, "_best_of_own", best_of_own)
+    monkeypatch.setattr(choosing, "_holding", lose)
+    compile_model(replace(idle_inputs, output=tmp_path / "b", cache_dir=None))
+    manifest = read_manifest(tmp_path / "b")
+    assert find_problems(tmp_path / "b", manifest) == []
+    assert unlisted_files(tmp_path / "b", manifest) == []
+    assert [cluster.file is None for cluster in manifest.clusters] == [False, True]
+    own, thin = choices_of(manifest)
+    assert own.own is not None
+    assert thin.own is None
+    assert shares_of(manifest).clusters == (own.own.share, thin.thin.share)
+    assert "cluster 1: of its own weights, as stored, it reads no less at this quality; it is thin" in caplog.text
 
 
 def test_bytes_are_those_of_the_manifest(mixed_bundle: Path) -> None:
@@ -320,7 +350,7 @@ def test_clusters_with_little_text_are_chosen_for_together() -> None:
 def test_words_say_what_own_weights_lacked() -> None:
     thin = TriedWeights(keep=1, share=0.6, kl=0.09, top1=0.8, token_bytes=65_000_000)
     choice = PackChoice(cluster=3, judged_by=POOL, is_thin=True, thin=thin, own=None, tried_keeps=(0.9,))
-    assert "own weights lose more than asked for at keep 0.9 already (judged with clusters" in choice_in_words(choice)
+    assert "own weights lose more than asked for (keep 0.9) (judged with clusters" in choice_in_words(choice)
     assert "too little held-out text" in choice_in_words(replace(choice, tried_keeps=()))
 
 
@@ -338,5 +368,6 @@ def test_the_tries_are_planned(auto_inputs: CompileConfig, tmp_path: Path, monke
     progress = Progress()
     compile_model(config, progress)
     assert {*progress.stage_seconds} <= {*names}
-    own = make_plan(replace(config, packs="own", keep=0.9), find_inputs(config), lambda: machine)
+    one = replace(config, packs="own", keep=0.9, controls=False, output=tmp_path / "c")
+    own = make_plan(one, find_inputs(one), lambda: machine)
     assert plan.seconds > own.seconds

@@ -163,7 +163,9 @@ def chosen_packs(
     best, tries = _best_of_own(setting, thin)
     asked = {name: own for name, own in best.items() if own.token_bytes < thin.tried[name].token_bytes}
     with _settled(setting, thin, asked) as (packs, shares, settled):
-        yield _chosen(setting, thin, packs, shares, {**best, **settled}, tries)
+        # What was chosen, and loses too much as it was made in the end, has no numbers that hold.
+        others = {name: own for name, own in best.items() if name not in asked}
+        yield _chosen(setting, thin, packs, shares, others | settled, tries)
 
 
 def _thin_arrays(config: CompileConfig, ground: Ground, progress: Progress) -> Arrays:
@@ -212,7 +214,9 @@ def _try_keep(setting: _Setting, thin: _Thin, keep: float, names: Sequence[str])
     with _packs_at(setting, thin, keeps) as made:
         search = setting.search(made.shared)
         holding = _holding(search, names)
-        shares = search.least(holding) if holding else {}
+        if not holding:
+            return {}
+        shares = search.least(holding)
         return setting.tried(search, made.shared.packs, keeps, shares)
 
 
