@@ -269,7 +269,7 @@ def test_generations_of_both_kinds(engine: Any, mixed_bundle: Path) -> None:
 
 def test_under_a_limit_of_memory_both_kinds_decode(mixed_bundle: Path) -> None:
     limited, free = (
-        runtime.load(mixed_bundle, engine="native", threads=1, **options) for options in ({"memory_mb": 40}, {})
+        runtime.load(mixed_bundle, engine="native", threads=1, memory_mb=memory_mb) for memory_mb in (40, None)
     )
     for cluster in limited.manifest.clusters:
         texts = [

@@ -181,14 +181,14 @@ def _best_of_own(setting: _Setting, thin: _Thin) -> tuple[dict[str, TriedWeights
         Of each unit the weights with the fewest bytes that hold, where any do, and the ratios that were tried.
     """
     best = dict[str, TriedWeights]()
-    tries = dict[str, tuple[float, ...]].fromkeys(setting.units, ())
+    tries = dict[str, tuple[float, ...]]()
     active, last = [*setting.units], {name: thin.tried[name].token_bytes for name in setting.units}
     for keep in TRIED_KEEPS:
         if not active:
             break
         found = _try_keep(setting, thin, keep, active)
         for name in active:
-            tries[name] += (keep,)
+            tries[name] = (*tries.get(name, ()), keep)
             _log_try(name, keep, found.get(name), thin.tried[name])
         better = {name: own for name, own in found.items() if name not in best or _fewer(own, best[name])}
         best |= better

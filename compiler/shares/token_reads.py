@@ -49,18 +49,20 @@ class ReadSizes:
         return round(float(np.average(own, weights=num_tokens if sum(num_tokens) else None)))
 
     def _cluster_bytes(self, packs: StoredPacks | None, cluster: int, measured: Measured) -> float:
-        weights = self.weights.astype(np.float64)
+        weights = self.weights.copy()
         if packs is not None and cluster not in packs.thin:
             weights[:, len(ATTENTION_GROUPS) :] *= self._kept(packs, cluster)[:, None]
-        return self.rest_bytes + self.bytes_per_weight * float(weights.sum()) * measured.counts.share(weights)
+        return self.rest_bytes + self.bytes_per_weight * float(weights.sum(dtype=np.float64)) * measured.counts.share(
+            weights
+        )
 
-    def _kept(self, packs: StoredPacks, cluster: int) -> npt.NDArray[np.float64]:
+    def _kept(self, packs: StoredPacks, cluster: int) -> Floats:
         """What share of its neurons each layer of a pack has: (layers,)."""
         file = packs.ffn(cluster)
         names = [tensor_name(layer, "neuron_ids") for layer in range(len(self.weights))]
         # A layer that keeps all neurons lists none.
         counts = [file.shape_of(name)[1][0] if name in file else self.ffn_dim for name in names]
-        return np.array(counts, dtype=np.float64) / self.ffn_dim
+        return np.asarray(np.array(counts) / self.ffn_dim, dtype=np.float32)
 
 
 def read_sizes(config: CompileConfig, loaded: LoadedModel) -> ReadSizes:
