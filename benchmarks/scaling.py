@@ -15,10 +15,11 @@ import click
 from coreinfer.compiler.config import CompileConfig
 from coreinfer.compiler.efforts import Effort
 from coreinfer.compiler.estimate.machine import Machine
-from coreinfer.compiler.estimate.plan import memory_needs, stage_works
+from coreinfer.compiler.estimate.plan import memory_needs
 from coreinfer.compiler.estimate.shapes import Shapes
 from coreinfer.compiler.estimate.sizes import kept_neurons
 from coreinfer.compiler.estimate.speeds import stage_seconds
+from coreinfer.compiler.estimate.stage_works import stage_works
 from coreinfer.compiler.estimate.work import Case, Work
 
 PART_SHARE = 0.1

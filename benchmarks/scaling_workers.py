@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from coreinfer.compiler.budget import moment_bytes
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.estimate.plan import memory_needs, stage_works
+from coreinfer.compiler.estimate.plan import memory_needs
 from coreinfer.compiler.estimate.sizes import ffn_token_bytes
 from coreinfer.compiler.estimate.speeds import stage_seconds
+from coreinfer.compiler.estimate.stage_works import stage_works
 from coreinfer.compiler.estimate.work import Case, Work, moment_values, removal_work, repair_flop
 from coreinfer.compiler.prune.dealt import deal_text
 from coreinfer.compiler.prune.narrow import Assignment

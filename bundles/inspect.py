@@ -12,6 +12,7 @@ import click
 from .expert_packs import units_of
 from .layout import LAYOUT
 from .manifest import Manifest, ModelRecord, Quality, Score, read_manifest
+from .pack_choices import choice_in_words
 from .reader import find_problems
 from .shared.command import EXIT_ERROR, command_errors
 from .token_shares import default_share, shares_in_words
@@ -55,7 +56,7 @@ def describe(manifest: Manifest) -> Iterator[str]:
     yield f"           {model.family}, {model.num_layers} layers, hidden {model.hidden_size}, {_ffn(model)}"
     formats = ", ".join(f"{group} {record.format}" for group, record in manifest.quantization.items())
     yield f"formats    {formats}"
-    if manifest.has_thin:
+    if not manifest.pack_files:
         yield "plan       thin clusters: each decodes with the dense FFN, by thresholds and a share of its own"
     else:
         yield (
@@ -65,6 +66,9 @@ def describe(manifest: Manifest) -> Iterator[str]:
         )
         own = ", on average; clusters have their own" if manifest.has_own_budgets else ""
         yield f"budgets    {' '.join(units_of(manifest, plan))} of {_all_units(manifest)}{own}"
+        if manifest.has_thin:
+            num_thin = len(manifest.clusters) - len(manifest.pack_files)
+            yield f"           {num_thin} of {len(manifest.clusters)} clusters are thin: they decode with the dense FFN"
     yield from _describe_clusters(manifest)
     yield from _describe_token_shares(manifest)
     yield from _describe_quality(manifest.quality)
@@ -100,7 +104,9 @@ def _describe_clusters(manifest: Manifest) -> Iterator[str]:
             f"  {index:3d}  {cluster.label}: {cluster.num_sentences} sentences, {cluster.num_tokens} tokens, "
             f"{_what_decodes(manifest, index)}"
         )
-        if manifest.has_own_budgets:
+        if manifest.token_shares is not None and manifest.token_shares.choices:
+            yield f"         {choice_in_words(manifest.token_shares.choices[index])}"
+        if manifest.has_own_budgets and cluster.file is not None:
             yield f"         budgets {' '.join(units_of(manifest, cluster))}"
         yield from (f"         - {example}" for example in cluster.examples)
 
@@ -131,7 +137,7 @@ def _describe_quality(quality: Quality | None) -> Iterator[str]:
 
 
 def _describe_spread(manifest: Manifest) -> Iterator[str]:
-    """Of thin clusters, whose shares are to keep each of them within a quality: the mean over them, and the worst."""
+    """Where clusters are thin, whose shares are to keep each within a quality: the mean over them, and the worst."""
     if manifest.has_thin and manifest.quality is not None and manifest.quality.per_cluster:
         worst = max(manifest.quality.per_cluster, key=lambda entry: entry.score.kl)
         mean = sum(entry.score.kl for entry in manifest.quality.per_cluster) / len(manifest.quality.per_cluster)

@@ -12,7 +12,7 @@ from .expert_packs import ExpertPacks, expert_pack_problems
 from .ffn_sizes import ffn_bytes
 from .formats import FORMATS, NEURON_FORMAT
 from .layout import LAYOUT
-from .quality_records import ClusterQuality, Quality, Score, ShareScore, TokenSharesRecord
+from .quality_records import ClusterQuality, PackChoice, Quality, Score, ShareScore, TokenSharesRecord, TriedWeights
 from .remote.places import is_address
 from .schema import parse
 from .statistics import Selection
@@ -29,6 +29,7 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "ModelRecord",
+    "PackChoice",
     "Plan",
     "Provenance",
     "Quality",
@@ -38,6 +39,7 @@ __all__ = [
     "ShareScore",
     "TensorRecord",
     "TokenSharesRecord",
+    "TriedWeights",
     "content_sha256",
     "ffn_bytes",
     "read_manifest",
@@ -305,8 +307,9 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     if manifest.token_shares is None:
         # Bundles without them are as they were before there were any.
         del data["token_shares"]
-    elif not manifest.has_halves:
-        del data["token_shares"]["halves"]
+    else:
+        has = {"halves": manifest.has_halves, "choices": bool(manifest.token_shares.choices)}
+        data["token_shares"] = {name: value for name, value in data["token_shares"].items() if has.get(name, True)}
     if not manifest.narrows_experts:
         del data["plan"]["experts"]
     if not manifest.lists_experts:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["ClusterQuality", "Quality", "Score", "ShareScore", "TokenSharesRecord"]
+__all__ = ["ClusterQuality", "PackChoice", "Quality", "Score", "ShareScore", "TokenSharesRecord", "TriedWeights"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,46 @@ class ShareScore:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TriedWeights:
+    """FFN weights that a cluster could decode with, measured on its held-out text as they are stored.
+
+    Attributes:
+        keep: kept neurons / all neurons; 1 for the dense FFN.
+        share: smallest token share that was found to hold the quality.
+        kl: mean KL(dense || these) a token, in nats, at this share.
+        top1: share of tokens where both models rank the same token first.
+        token_bytes: of weights that a decoded token read, head included; the mean over the text.
+    """
+
+    keep: float
+    share: float
+    kl: float
+    top1: float
+    token_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackChoice:
+    """What a cluster's weights were chosen from, by the fewest bytes a token (`--packs auto`).
+
+    Attributes:
+        judged_by: "cluster N", or what clusters with little text were judged together by.
+        is_thin: whether it decodes with the dense FFN.
+        thin: the dense FFN.
+        own: of its own weights those with the fewest bytes; None where none of the keep ratios held the quality, or
+            did no more as the packs were made in the end.
+        tried_keeps: keep ratios that were tried, none where there was too little text to choose by.
+    """
+
+    cluster: int
+    judged_by: str
+    is_thin: bool
+    thin: TriedWeights
+    own: TriedWeights | None
+    tried_keeps: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenSharesRecord:
     """How much of the layers' matrices a decoded token reads; see docs/format.md.
 
@@ -71,6 +111,7 @@ class TokenSharesRecord:
         num_levels, num_targets: lengths of `levels` and `targets` of the file.
         halves: whether inputs are read in half; the file has `half_ratios` then.
         scores: of the default; empty where it was not measured.
+        choices: of each cluster, where thin clusters and packs of own weights were compared; else empty.
     """
 
     default: float
@@ -79,3 +120,4 @@ class TokenSharesRecord:
     num_targets: int
     scores: tuple[ShareScore, ...] = ()
     halves: bool = False
+    choices: tuple[PackChoice, ...] = ()

@@ -30,6 +30,7 @@ __all__ = [
     "default_share",
     "ffn_with_norms",
     "least_share",
+    "mean_ffn_bytes",
     "mean_share",
     "shares_at",
     "shares_in_words",
@@ -66,11 +67,20 @@ def mean_share(manifest: Manifest) -> float:
     return float(np.average(record.clusters, weights=counts if sum(counts) else None))
 
 
+def mean_ffn_bytes(manifest: Manifest) -> float:
+    """Return the FFN bytes that a cluster reads at its share: the mean over the clusters' calibration tokens."""
+    counts = [cluster.num_tokens for cluster in manifest.clusters]
+    own = [default_share(manifest, number) * cluster.ffn_bytes for number, cluster in enumerate(manifest.clusters)]
+    return float(np.average(own, weights=counts if sum(counts) else None))
+
+
 def shares_in_words(manifest: Manifest, record: TokenSharesRecord) -> str:
     """Say what tokens read of the layers' weights: dense, and by the clusters, smallest to largest share."""
     shares = [f"{share:g}" for share in sorted(set(record.clusters))]
     own = shares[0] if len(shares) == 1 else f"{shares[0]} to {shares[-1]}, {mean_share(manifest):.3g} on average,"
-    how = "by a thin cluster" if manifest.has_thin else "with a pack"
+    how = "with a pack" if manifest.pack_files else "by a thin cluster"
+    if manifest.pack_files and manifest.has_thin:
+        how = "with a pack or by a thin cluster"
     halves = ", some inputs in half" if record.halves else ""
     return f"reads {record.default:g} of the layers' weights dense, {own} {how}{halves}"
 

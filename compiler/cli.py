@@ -11,6 +11,7 @@ from typing import Any
 import click
 from coreinfer.bundles.errors import ConfigError, CoreInferError
 from coreinfer.bundles.manifest import Manifest
+from coreinfer.bundles.pack_choices import choice_in_words
 from coreinfer.bundles.shared.command import command_errors, start_logging
 from coreinfer.bundles.shared.command_options import GroupedCommand, GroupedOption, click_options
 from coreinfer.bundles.shared.extras import needs_extra
@@ -111,6 +112,8 @@ def summary(output: Path, manifest: Manifest, progress: Progress) -> Iterator[st
     yield f"FFN        {_ffn_bytes(manifest)}"
     if manifest.token_shares is not None:
         yield f"token      {shares_in_words(manifest, manifest.token_shares)}"
+        for choice in manifest.token_shares.choices:
+            yield f"  {choice.cluster:3d}      {choice_in_words(choice)}"
     if manifest.quality:
         yield f"           {'':20s} {'perplexity':>10s} {'KL':>7s} {'top-1':>6s}"
         for score in (manifest.quality.dense, manifest.quality.clusters, *manifest.quality.controls):
@@ -131,8 +134,12 @@ def summary(output: Path, manifest: Manifest, progress: Progress) -> Iterator[st
 
 def _ffn_bytes(manifest: Manifest) -> str:
     dense = f"{manifest.ffn_bytes / 1e6:.1f} MB"
-    if manifest.has_thin:
+    if not manifest.pack_files:
         return f"{dense} a token, the dense FFN with all clusters"
+    if manifest.has_thin:
+        num_thin = len(manifest.clusters) - len(manifest.pack_files)
+        mean = f"{manifest.mean_pack_bytes / 1e6:.1f} MB a token on average"
+        return f"{mean}, {dense} dense, with which {num_thin} of {len(manifest.clusters)} clusters decode"
     keeps = [cluster.keep_ratio for cluster in manifest.clusters]
     # A token reads as many experts whatever is kept of them.
     has_some = manifest.model.experts is not None and (manifest.lists_experts or not manifest.narrows_experts)

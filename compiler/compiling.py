@@ -9,6 +9,7 @@ from coreinfer.bundles.shared.signals import signals_held
 from .checks import find_inputs
 from .config import CompileConfig
 from .finished import identify, take_finished
+from .options import TRIED_KEEPS
 from .progress import Progress
 
 __all__ = ["compile_model"]
@@ -51,9 +52,16 @@ def compile_model(config: CompileConfig, progress: Progress | None = None) -> Ma
         _log.warning(
             "each %s may lose KL %g on held-out text (--max-kl); the %s that this takes is found in several tries, "
             "which %s would save",
-            "cluster" if config.packs == "thin" else "pack",
+            "pack" if config.packs == "own" else "cluster",
             config.effective_max_kl,
             found,
             saved_by,
+        )
+    if config.packs == "auto":
+        _log.warning(
+            "--packs auto: thin clusters, and packs at keep ratios of %s until bytes rise or the quality is lost, are "
+            "all made and measured; each ratio takes about as long as --packs own with --keep, and those that are "
+            "chosen are made once more (--dry-run foretells it; --packs thin narrows nothing)",
+            ", ".join(f"{keep:g}" for keep in TRIED_KEEPS),
         )
     return pipeline.compile_inputs(config, inputs, identity, progress)

@@ -7,7 +7,17 @@ from coreinfer.bundles.shared.option_fields import field_problems
 
 from .conflicts import conflicts
 from .efforts import METHODS, Budgets, Method, Removal, Ridge
-from .options import BUILTIN, DEFAULT_MAX_KL, GROUPS, MACHINE, CompileOptions, DType, Format, HealOptimizer
+from .options import (
+    BUILTIN,
+    DEFAULT_MAX_KL,
+    GROUPS,
+    MACHINE,
+    TRIED_KEEPS,
+    CompileOptions,
+    DType,
+    Format,
+    HealOptimizer,
+)
 
 __all__ = [
     "BUILTIN",
@@ -36,6 +46,9 @@ class CompileConfig(CompileOptions):
         Raises:
             ConfigError: naming all options that are wrong.
         """
+        if self.packs == "auto" and self.token_share is None:
+            # Nothing else goes with it, and what is recorded of the bundle should say so.
+            object.__setattr__(self, "token_share", "auto")
         raise_problems([*field_problems(self)])
         raise_problems(conflicts(self))
 
@@ -44,6 +57,8 @@ class CompileConfig(CompileOptions):
         """The keep ratio, or where a search begins."""
         if self.packs == "thin":
             return 1.0
+        if self.packs == "auto":
+            return TRIED_KEEPS[0]
         return _FIRST_KEEP if self.keep is None else self.keep
 
     @property
@@ -134,7 +149,7 @@ class CompileConfig(CompileOptions):
     @property
     def heals(self) -> bool:
         """Whether packs are healed."""
-        return self.packs == "own" and bool(self.effective_heal_steps or self.heal_cluster_steps)
+        return self.packs != "thin" and bool(self.effective_heal_steps or self.heal_cluster_steps)
 
     @property
     def effective_head_quantize(self) -> Format:

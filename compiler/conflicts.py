@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 from coreinfer.bundles.shared.ray_cluster import LOCAL
 
+from .options import TRIED_KEEPS
+
 if TYPE_CHECKING:
     from .config import CompileConfig
 
@@ -27,8 +29,7 @@ def conflicts(config: "CompileConfig") -> Iterator[str]:
     elif config.half_inputs is not None:
         switch = "--half-inputs" if config.half_inputs else "--no-half-inputs"
         yield f"{switch}: expected --token-share with it, by which inputs are read at all"
-    if config.packs == "thin":
-        yield from _not_with_thin_clusters(config)
+    yield from _of_packs(config)
     yield from _of_ray(config)
     if config.max_memory is not None and config.heals:
         yield "--max-memory: healing trains all layers at once; give --heal-steps 0, and no --heal-cluster-steps"
@@ -46,7 +47,7 @@ def _of_aims(config: "CompileConfig") -> Iterator[str]:
     if config.budget_mb is not None and len(aims) > 1:
         yield "--budget-mb and --max-kl or --min-top1: expected bytes or a quality to aim at, got both"
     if config.packs == "own" and config.searches_share and config.keep is None and config.budget_mb is None:
-        yield "--token-share auto: expected --keep or --budget-mb with it, which size the packs, or --packs thin"
+        yield "--token-share auto: expected --keep or --budget-mb with it, which size packs, or --packs thin or auto"
 
 
 def _not_with_token_shares(config: "CompileConfig") -> Iterator[str]:
@@ -56,6 +57,13 @@ def _not_with_token_shares(config: "CompileConfig") -> Iterator[str]:
         yield "--token-share: packs that are healed are not measured with it yet; give --heal-steps 0"
     if config.max_memory is not None:
         yield "--token-share: gradients go through all of its weights at once; leave out --max-memory"
+
+
+def _of_packs(config: "CompileConfig") -> Iterator[str]:
+    if config.packs == "thin":
+        yield from _not_with_thin_clusters(config)
+    elif config.packs == "auto":
+        yield from _not_with_chosen_packs(config)
 
 
 def _not_with_thin_clusters(config: "CompileConfig") -> Iterator[str]:
@@ -86,6 +94,29 @@ def _not_with_thin_clusters(config: "CompileConfig") -> Iterator[str]:
     if wrong := [name for name, is_given in given.items() if is_given]:
         them = "it" if len(wrong) == 1 else "them"
         yield f"{', '.join(wrong)}: with --packs thin nothing is narrowed; leave {them} out"
+
+
+def _not_with_chosen_packs(config: "CompileConfig") -> Iterator[str]:
+    """Options that decide what `--packs auto` chooses, or that only one of its choices has."""
+    if not config.searches_share:
+        yield f"--token-share {config.token_share:g}: expected auto with --packs auto, or nothing"
+    if config.clusters == "auto":
+        yield "--clusters auto: it compares packs of all clusters, which --packs auto may leave out; expected a number"
+    if not config.dense:
+        yield "--no-dense: thin clusters, which --packs auto may choose, decode with the dense FFN; leave it out"
+    if config.keep is not None:
+        yield "--keep: --packs auto chooses each cluster's keep ratio; leave it out, or give --packs own"
+    if config.budget_mb is not None:
+        yield (
+            "--budget-mb: --packs auto chooses by a quality; give --max-kl, or --packs own with --budget-mb and "
+            "--token-share auto"
+        )
+    if config.experts != "whole":
+        yield f"--experts {config.experts}: --packs auto does not choose for mixtures of experts; give --packs own"
+    if config.controls:
+        yield "--controls: they have the bytes of packs, which --packs auto may leave out; leave it out"
+    if config.effective_budgets != "uniform" and config.min_layer_keep > TRIED_KEEPS[-1]:
+        yield f"--min-layer-keep {config.min_layer_keep:g}: expected at most {TRIED_KEEPS[-1]:g} with --packs auto"
 
 
 def _of_ray(config: "CompileConfig") -> Iterator[str]:

@@ -41,6 +41,9 @@ def check_no_expert_options(config: CompileConfig, name: str) -> None:
 
 
 def _not_applying(config: CompileConfig) -> Iterator[str]:
+    if config.packs == "auto":
+        yield "--packs auto: a token reads as many whole experts with a pack as without; give own or thin"
+        return
     if config.experts == "whole":
         yield from _not_of_whole_experts(config)
     if config.max_memory is not None:

@@ -16,6 +16,7 @@ __all__ = [
     "DEFAULT_MAX_KL",
     "GROUPS",
     "MACHINE",
+    "TRIED_KEEPS",
     "Budgets",
     "CompileOptions",
     "DType",
@@ -25,7 +26,7 @@ __all__ = [
     "Removal",
 ]
 
-Packs = Literal["own", "thin"]
+Packs = Literal["own", "thin", "auto"]
 HealOptimizer = Literal["adamw", "muon"]
 DType = Literal["auto", "float32", "bfloat16"]
 Format = Literal["int4", "int8", "bf16"]
@@ -36,6 +37,8 @@ GROUPS = (MAIN, TEXT, SIZE, METHOD, HEALING, MACHINE)
 """Headings of the command's help; the first has the ten options that most compiles need."""
 DEFAULT_MAX_KL = 0.1
 """What packs may lose, in nats per token, where nothing is said of their size or quality."""
+TRIED_KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
+"""Keep ratios that `--packs auto` tries of each cluster, until its bytes rise or its quality is lost."""
 # FAISS takes seed + 1 as a C int.
 _MAX_SEED = 2**31 - 2
 _BY_EFFORT = "by --effort"
@@ -270,7 +273,8 @@ class CompileOptions:
         default="own",
         metadata=option(
             "What a cluster has: own FFN weights, narrowed for it, or with --token-share nothing but its share and "
-            "thresholds (thin): it decodes with the dense FFN, and any number of clusters takes next to no space.",
+            "thresholds (thin): it decodes with the dense FFN, and any number of clusters takes next to no space; "
+            "or of each cluster what reads the fewest bytes a token at --max-kl and --min-top1, at its share (auto).",
             group=SIZE,
         ),
     )

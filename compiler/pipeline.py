@@ -34,10 +34,11 @@ from .quantize.pack import write_router, write_tokenizer
 from .report.describe import Compiled, manifest_of
 from .report.map_points import map_points
 from .report.write import file_sizes, write_report
+from .shares.choice import ChosenPacks, chosen_packs
 from .shares.gains import warn_of_no_gain
 from .shares.halves import warn_of_no_halves
 from .shares.search import check_aim
-from .shares.stage import set_token_shares, thin_key
+from .shares.stage import keep_token_shares, set_token_shares, thin_key
 from .stage_store import local_folder, store_of
 from .stages import (
     Ground,
@@ -152,6 +153,9 @@ def compile_by(config: CompileConfig, team: Team, identity: Identity, progress: 
             if config.packs == "thin":
                 assert routing is not None
                 return _compile_thin(config, material, routing, reference, identity, progress)
+            if config.packs == "auto":
+                assert routing is not None
+                return _compile_chosen(config, material, routing, reference, identity, progress)
             return _compile_measured(config, material, routing, reference, asked_keep, identity, progress)
 
 
@@ -185,6 +189,46 @@ def _compile_thin(
         token_shares=found.record,
     )
     return write_bundle(compiled, identity, material.stored, None, progress)
+
+
+def _compile_chosen(
+    config: CompileConfig,
+    material: Material,
+    routing: Routing,
+    reference: Reference | None,
+    identity: Identity,
+    progress: Progress,
+) -> Manifest:
+    """Choose thin clusters and packs by what they read at the quality, and write."""
+    ground = build_ground(config, material, routing, config.effective_keep, progress, with_controls=False)
+    with chosen_packs(config, ground, reference, progress) as chosen:
+        shared, num_tokens = chosen.shared, ground.num_held_out_tokens
+        found = keep_token_shares(
+            config, material, reference, shared, chosen.shares, num_tokens, progress, chosen.choices
+        )
+        quality = found.quality
+        if quality is None and config.evaluate and reference and shared.packs is not None:
+            quality = _final_quality(ground, reference, {CLUSTERS: shared.packs}, progress, healed=False)
+        compiled = Compiled(
+            config=config,
+            sizes=_chosen_sizes(config, ground, chosen),
+            loaded=material.loaded,
+            corpus=material.corpus,
+            routing=routing,
+            narrow=chosen.narrow,
+            thin=chosen.thin,
+            quality=quality,
+            model_sha256=identity.model_sha256,
+            token_shares=found.record,
+        )
+        return write_bundle(compiled, identity, material.stored, shared.packs, progress)
+
+
+def _chosen_sizes(config: CompileConfig, ground: Ground, chosen: ChosenPacks) -> Sizes:
+    record = ground.material.loaded.record
+    whole = (record.ffn_dim,) * record.num_layers
+    budgets = whole if chosen.narrow is None else tuple(ground.layer_budgets(config, chosen.keep))
+    return Sizes(clusters=config.clusters, keep=chosen.keep, keeps=chosen.keeps, layer_budgets=budgets)
 
 
 def _compile_measured(

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from coreinfer.bundles import ConfigError
 from coreinfer.bundles.statistics import SELECTIONS, Selection
 from coreinfer.bundles.token_bytes import token_bytes
-from coreinfer.bundles.token_shares import default_share, mean_share
+from coreinfer.bundles.token_shares import default_share, mean_ffn_bytes, mean_share
 from coreinfer.runtime import load
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
@@ -114,7 +114,7 @@ class BundleSubject:
             if mode in ("dense", "similarity")
         }
         self._check_shares()
-        if self._shares and self.engine.manifest.has_thin:
+        if self._shares and not self.engine.manifest.pack_files:
             # A thin cluster that reads all is the dense FFN.
             self.modes = tuple(mode for mode in self.modes if mode != "similarity")
         self.modes += tuple(self._shares)
@@ -158,11 +158,13 @@ class BundleSubject:
         if not isinstance(decoder, NativeDecoder):
             return None
         if mode in self._shares:
-            base, share = self._shares[mode]
-            share = mean_share(self.engine.manifest) if share is None else share
+            base, asked = self._shares[mode]
+            share = mean_share(self.engine.manifest) if asked is None else asked
             counts, whole = token_bytes(self.engine.manifest), self.bytes_per_token(base)
             ffn = counts.dense_ffn if base == "dense" else counts.pack_ffn
-            less = counts.attention - counts.attention_at(share) + (1 - share) * ffn
+            own = base != "dense" and asked is None
+            read_ffn = mean_ffn_bytes(self.engine.manifest) if own else share * ffn
+            less = counts.attention - counts.attention_at(share) + ffn - read_ffn
             return None if whole is None else round(whole - less)
         decoder.truncate(0)
         if mode == "dense":

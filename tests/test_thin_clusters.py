@@ -173,7 +173,7 @@ def test_options_for_packs_are_refused(tiny_inputs: Callable[[str], CompileConfi
         ({"clusters": "auto"}, "--clusters auto: it compares packs"),
         ({"max_kl": 0.1}, "--max-kl, --min-top1: expected --token-share auto with --packs thin, got 0.5"),
         ({"packs": "own", "token_share": "auto"}, "--token-share auto: expected --keep or --budget-mb with it"),
-        ({"packs": "both"}, "packs: expected own, thin, got 'both'"),
+        ({"packs": "both"}, "packs: expected own, thin, auto, got 'both'"),
     ):
         with pytest.raises(ConfigError, match=re.escape(named)):
             replace(given, **options)

@@ -8,14 +8,11 @@ from coreinfer.bundles.errors import ConfigError
 from coreinfer.bundles.shared.machine import bf16_products_are_faster
 from coreinfer.compiler.checks import Inputs
 from coreinfer.compiler.config import CompileConfig
-from coreinfer.compiler.efforts import Effort, shares_profile, weighs_errors
 from coreinfer.compiler.expert_options import with_expert_options
-from coreinfer.compiler.quality.search import searches
 from coreinfer.compiler.samples import PROFILE_TOKENS, curve_tokens
 
 from . import work
 from .encoder import encoder_size
-from .expert_work import expert_repair_work, split_work
 from .machine import Machine
 from .shapes import Shapes, stated_shapes
 from .sizes import (
@@ -23,25 +20,20 @@ from .sizes import (
     bundle_bytes,
     ffn_token_bytes,
     kept_ends,
-    names_experts,
-    reads_halves,
     scratch_bytes,
     stage_needs,
 )
 from .speeds import IMPORT_SECONDS, stage_seconds
+from .stage_works import samples_tokens, stage_works
 from .text import size_text
-from .work import Case, Work
+from .work import Case
 
-__all__ = ["Plan", "StagePlan", "make_plan", "memory_needs", "stage_works", "unplanned"]
+__all__ = ["Plan", "StagePlan", "make_plan", "memory_needs", "unplanned"]
 
 _PART_SHARE = 0.1
 """Of the text, for validation, and as much to hold out."""
-_TRIES: Mapping[Effort, int] = {"quick": 3, "normal": 4, "best": 5}
-"""Of a search for a quality."""
 _FOUND_SHARE = 0.64
 """What a search for KL 0.1 usually ends with (docs/token_shares.md)."""
-_SHARE_TRIES = 5
-"""Of a search for token shares."""
 _DECODE_SHARE = 0.92
 """Of a plain read that decoding reaches, the median of docs/benchmarks.md."""
 
@@ -268,21 +260,16 @@ def cases_of(config: CompileConfig, inputs: Inputs, shapes: Shapes) -> list[Case
 
 def _assigned(config: CompileConfig, num_clusters: int) -> tuple[int, ...]:
     """Clusters of the packs, of the one static mask and of the random control."""
-    if config.packs == "thin" or not (config.evaluate and config.effective_controls):
+    if config.packs != "own" or not (config.evaluate and config.effective_controls):
         return (num_clusters,)
     return (num_clusters, 1) if num_clusters == 1 else (num_clusters, 1, num_clusters)
-
-
-def _samples(config: CompileConfig) -> bool:
-    # Of experts neurons go by their scores too, where few tokens chose one.
-    return config.effective_removal == "second-order" and config.experts == "whole"
 
 
 def memory_needs(config: CompileConfig, case: Case, item_bytes: int) -> Mapping[str, int]:
     """Most bytes of memory that each stage needs; `item_bytes` of a weight and an activation."""
     tokens = case.calibration_tokens
     samples = {
-        "profile": work.sampled(tokens, PROFILE_TOKENS) if _samples(config) else tokens,
+        "profile": work.sampled(tokens, PROFILE_TOKENS) if samples_tokens(config) else tokens,
         "curves": work.sampled(tokens, curve_tokens(case.shapes.ffn_dim)),
         "split": tokens,
         "reconstruct": tokens + case.validation_tokens,
@@ -291,105 +278,6 @@ def memory_needs(config: CompileConfig, case: Case, item_bytes: int) -> Mapping[
     first, *controls = case.num_assigned
     num_read = min(first, -(-first // config.num_places) + 1) + sum(controls)
     return stage_needs(config, case, samples, item_bytes=item_bytes, num_read=num_read)
-
-
-def stage_works(config: CompileConfig, case: Case, file_bytes: int | None) -> Iterator[tuple[str, str, Work]]:
-    """Stages that run, in their order: name, what there is to do, and its work.
-
-    Args:
-        file_bytes: of model and encoder, which are hashed; None for a model on the Hub.
-    """
-    rounds, narrows = config.quantize != "bf16", case.kept < case.shapes.ffn_dim
-    yield from _loading(case, file_bytes)
-    yield "corpus", _corpus_detail(case), work.corpus_work(case)
-    if rounds:
-        yield "moments", "", work.moments_work(case)
-    yield "pack", "base and dense FFN", work.pack_work(case, rounds=rounds)
-    if config.evaluate or searches(config) or config.searches_share:
-        yield "reference", f"{case.held_out_tokens:,} tokens", work.reference_work(case)
-    yield "embed", f"{case.num_texts:,.0f} texts", work.embed_work(case)
-    yield "distil", f"{case.encoder_vocabulary:,} tokens", work.distil_work(case)
-    if config.packs == "own":
-        yield from _packing(config, case, narrows=narrows)
-    if config.token_share is not None:
-        yield from _sharing(config, case)
-    yield "write", "", work.write_work(bundle_bytes(config, case))
-
-
-def _packing(config: CompileConfig, case: Case, *, narrows: bool) -> Iterator[tuple[str, str, Work]]:
-    """Profile the clusters' text, and narrow, store and score their packs."""
-    profile = work.profile_work(case, samples=_samples(config))
-    if narrows and shares_profile(config):
-        profile += work.sums_work(case)
-    yield "profile", f"{case.num_clusters} clusters", profile
-    if narrows and weighs_errors(config):
-        yield "sensitivity", "", work.sensitivity_work(case)
-    if config.experts == "both":
-        detail = f"{case.shapes.num_experts} experts in {case.shapes.num_layers} layers"
-        yield "split", detail, split_work(config, case)
-    elif narrows and config.effective_budgets == "sensitivity":
-        yield "curves", "", work.curves_work(case)
-    alone = replace(case, num_assigned=case.num_assigned[:1])
-    for _ in range(_num_tries(config)):
-        yield from _narrowing(config, alone, narrows=narrows)
-    if not _num_tries(config) or case.num_assigned != alone.num_assigned:
-        yield from _narrowing(config, case, narrows=narrows)
-    elif config.evaluate:
-        # The packs are those of the last try.
-        yield "evaluate", f"{case.held_out_tokens:,} tokens", work.evaluate_work(case)
-
-
-def _loading(case: Case, file_bytes: int | None) -> Iterator[tuple[str, str, Work]]:
-    if file_bytes is not None:
-        yield "hash", "model and encoder", Work(moved_bytes=file_bytes)
-    yield "load", f"{case.shapes.all_weights / 1e6:,.0f} M weights", work.load_work(case)
-
-
-def _sharing(config: CompileConfig, case: Case) -> Iterator[tuple[str, str, Work]]:
-    """Set token shares, and score them."""
-    halves = reads_halves(config, case.shapes)
-    shares = work.shares_work(case, thin=config.packs == "thin", halves=halves)
-    yield "shares", f"4 groups in {case.shapes.num_layers} layers", shares
-    is_thin = config.packs == "thin"
-    if config.searches_share:
-        # Each try reads the text by clusters and by the dense FFN; of packs, once more with all weights.
-        num_passes = 2 * (_SHARE_TRIES + (0 if is_thin else 1))
-        detail = f"{case.held_out_tokens:,} tokens, {num_passes} times, for shares"
-        yield "evaluate", detail, work.share_scores_work(case, num_passes=num_passes, thin=is_thin, halves=halves)
-    if config.evaluate:
-        # Of thin clusters there are two controls more.
-        num_passes = 6 if is_thin else 4
-        detail = f"{case.held_out_tokens:,} tokens, {num_passes} times"
-        yield "evaluate", detail, work.share_scores_work(case, num_passes=num_passes, thin=is_thin, halves=halves)
-
-
-def _narrowing(config: CompileConfig, case: Case, *, narrows: bool) -> Iterator[tuple[str, str, Work]]:
-    """Narrow, store and score packs."""
-    if config.reconstruct:
-        removes = narrows and config.effective_removal == "second-order"
-        if case.shapes.num_experts > 1:
-            found = expert_repair_work(config, case)
-        elif shares_profile(config):
-            found = work.repair_work(case)
-        else:
-            carries = config.effective_carry
-            picks = carries and removes and config.effective_budgets == "sensitivity"
-            found = work.reconstruct_work(case, carries=carries, removes=removes, picks=picks)
-        yield "reconstruct", f"{case.num_packs} packs, {len(case.num_assigned) - 1} controls", found
-    named = names_experts(config, case.shapes)
-    packs = Work() if named else work.packs_work(case, rounds=config.quantize != "bf16")
-    yield "pack", f"{case.num_packs} packs", packs
-    if config.evaluate or _num_tries(config):
-        yield "evaluate", f"{case.held_out_tokens:,} tokens", work.evaluate_work(case)
-
-
-def _num_tries(config: CompileConfig) -> int:
-    """Narrowings that a search for a quality usually takes before the last one."""
-    return _TRIES[config.effort] if searches(config) else 0
-
-
-def _corpus_detail(case: Case) -> str:
-    return f"{case.new_tokens:,} tokens written" if case.num_prompts else "read"
 
 
 def _file_bytes(inputs: Inputs) -> int:

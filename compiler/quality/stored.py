@@ -1,8 +1,8 @@
 """The model as its bundle's files hold it: what is measured are the rounded weights that a device will read."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,11 +50,19 @@ class StoredPacks:
         folder: where they lie, as in a bundle.
         cut: returns their layers, for a model.
         dense: file of the dense FFN where the packs only name experts of it; else None.
+        thin: clusters that have none, and decode with the dense FFN.
     """
 
     folder: Path
     cut: CutOf
     dense: Path | None = None
+    thin: frozenset[int] = frozenset()
+
+    def without(self, clusters: Collection[int]) -> "StoredPacks":
+        """Make more clusters thin: their packs' files are removed."""
+        for cluster in clusters:
+            (self.folder / LAYOUT.cluster(cluster)).unlink()
+        return replace(self, thin=self.thin | frozenset(clusters))
 
     def ffn(self, cluster: int) -> TensorFile:
         """Open the file in which the weights of a cluster's pack are."""
@@ -77,10 +85,16 @@ def store_model(loaded: LoadedModel, packer: Packer, folder: Path, target: Path,
 
 @contextmanager
 def stored_packs(
-    team: Team, stored: StoredModel, models: Mapping[str, NarrowModel], progress: Progress
+    team: Team,
+    stored: StoredModel,
+    models: Mapping[str, NarrowModel],
+    progress: Progress,
+    thin: frozenset[int] = frozenset(),
 ) -> Iterator[dict[str, StoredPacks]]:
     """Store narrow models' packs for the time of the block.
 
+    Args:
+        thin: clusters whose packs are left out.
     Raises:
         BundleError: the disk cannot take them.
     """
@@ -88,16 +102,26 @@ def stored_packs(
         folder = TemporaryDirectory(dir=stored.folder, prefix="packs-")
     with folder as root:
         with disk_errors(stored.target):
-            packs = _write_packs(team, stored, Path(root), models, progress)
+            packs = _write_packs(team, stored, Path(root), models, progress, thin)
         yield packs
 
 
 def _write_packs(
-    team: Team, stored: StoredModel, root: Path, models: Mapping[str, NarrowModel], progress: Progress
+    team: Team,
+    stored: StoredModel,
+    root: Path,
+    models: Mapping[str, NarrowModel],
+    progress: Progress,
+    thin: frozenset[int],
 ) -> dict[str, StoredPacks]:
     shared = team.share(stored)
     folders = {name: root / str(number) for number, name in enumerate(models)}
-    clusters = [(name, number) for name, narrow in models.items() for number in range(len(narrow.choice.neuron_ids))]
+    clusters = [
+        (name, number)
+        for name, narrow in models.items()
+        for number in range(len(narrow.choice.neuron_ids))
+        if number not in thin
+    ]
 
     def ask(pack: tuple[str, int]) -> Pending[None]:
         name, cluster = pack
@@ -113,6 +137,7 @@ def _write_packs(
             folder=folders[name],
             cut=partial(_packs_cut, stored=stored, folder=folders[name]),
             dense=stored.folder / LAYOUT.dense if narrow.choice.keeps_whole_experts(team.loaded.record) else None,
+            thin=thin,
         )
         for name, narrow in models.items()
     }

@@ -43,7 +43,8 @@ class Compiled:
     """All that a bundle is written from.
 
     Attributes:
-        narrow: None where clusters are thin.
+        narrow: None where all clusters are thin.
+        thin: clusters that are thin where others have packs.
     """
 
     config: CompileConfig
@@ -55,6 +56,11 @@ class Compiled:
     quality: Quality | None
     model_sha256: str
     token_shares: TokenSharesRecord | None = None
+    thin: frozenset[int] = frozenset()
+
+    def has_pack(self, cluster: int) -> bool:
+        """Whether a cluster has weights of its own."""
+        return self.narrow is not None and cluster not in self.thin
 
 
 def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
@@ -94,7 +100,7 @@ def manifest_of(compiled: Compiled, base_tensors: dict[str, Any]) -> Manifest:
         schema_version=needed_version(
             is_mixture=record.experts is not None,
             has_token_shares=compiled.token_shares is not None,
-            is_thin=compiled.narrow is None,
+            is_thin=compiled.narrow is None or bool(compiled.thin),
             has_halves=compiled.token_shares is not None and compiled.token_shares.halves,
             lists_experts=compiled.sizes.layer_experts is not None,
         ),
@@ -127,13 +133,10 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
     examples = typical_texts(texts, compiled.routing.embeddings, clustering)
     positions = map_positions(clustering.centroids)
     record, kind = compiled.loaded.record, formats_of(compiled.config).ffn
-    if compiled.narrow is None:
-        budgets = [compiled.sizes.layer_budgets] * clustering.num_clusters
-    else:
-        budgets = [_in_neurons(compiled, map(len, layers)) for layers in compiled.narrow.choice.neuron_ids]
+    budgets = [_cluster_budgets(compiled, cluster) for cluster in range(clustering.num_clusters)]
     return tuple(
         ClusterRecord(
-            file=None if compiled.narrow is None else LAYOUT.cluster(cluster),
+            file=LAYOUT.cluster(cluster) if compiled.has_pack(cluster) else None,
             label=labels[cluster],
             num_sentences=int((clustering.labels == cluster).sum()),
             num_tokens=sum(
@@ -151,6 +154,14 @@ def _cluster_records(compiled: Compiled) -> tuple[ClusterRecord, ...]:
         )
         for cluster in range(clustering.num_clusters)
     )
+
+
+def _cluster_budgets(compiled: Compiled, cluster: int) -> tuple[int, ...]:
+    """Neurons that each layer of a cluster has, all of them where it is thin."""
+    if compiled.narrow is None or not compiled.has_pack(cluster):
+        record = compiled.loaded.record
+        return (record.ffn_dim,) * record.num_layers
+    return _in_neurons(compiled, map(len, compiled.narrow.choice.neuron_ids[cluster]))
 
 
 def _layer_experts(compiled: Compiled, cluster: int) -> tuple[int, ...] | None:

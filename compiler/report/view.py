@@ -5,8 +5,9 @@ from typing import Any
 
 from coreinfer.bundles.expert_packs import units_of
 from coreinfer.bundles.manifest import Manifest, Quality, Score
+from coreinfer.bundles.pack_choices import choice_in_words
 from coreinfer.bundles.token_bytes import TokenBytes, token_bytes
-from coreinfer.bundles.token_shares import default_share, mean_share
+from coreinfer.bundles.token_shares import default_share, mean_ffn_bytes, mean_share
 
 from .map_points import MapPoint
 
@@ -91,7 +92,9 @@ def _clusters(manifest: Manifest) -> Iterator[dict[str, Any]]:
         share = _share(kl.get(index, 0.0), max(kl.values(), default=0.0))
         token_share = default_share(manifest, index) if record.file is None else None
         found = {"record": record, "hue": _hue(index), "kl": kl.get(index), "share": share}
-        yield {**found, "token_share": token_share}
+        choices = () if manifest.token_shares is None else manifest.token_shares.choices
+        why = choice_in_words(choices[index]) if choices else None
+        yield {**found, "token_share": token_share, "why": why}
 
 
 def _metrics(manifest: Manifest, quality: Quality) -> Iterator[dict[str, Any]]:
@@ -158,9 +161,9 @@ def _reads(manifest: Manifest, weights: TokenBytes) -> list[dict[str, Any]]:
     beside = weights.head + weights.other
     widest = max(weights.pack, weights.dense)
     share = mean_share(manifest) if manifest.has_thin else 1.0
-    name = (
-        f"With a thin cluster, which reads {share:.2f} of the layers on average" if share < 1 else "With a cluster pack"
-    )
+    ffn = mean_ffn_bytes(manifest) if manifest.has_thin else float(weights.pack_ffn)
+    own = "a cluster, thin or with a pack" if manifest.pack_files else "a thin cluster"
+    name = f"With {own}, which reads {share:.2f} of the layers on average" if share < 1 else "With a cluster pack"
     dense = "with the dense FFN" if manifest.plan.dense else "with the dense FFN (not in this bundle)"
     return [
         {
@@ -173,7 +176,7 @@ def _reads(manifest: Manifest, weights: TokenBytes) -> list[dict[str, Any]]:
             "speeds": [_speed(rate * 1e9 / (ffn + attention + beside)) for rate in _RATES],
         }
         for name, short, ffn, attention in (
-            (name, "cluster" if manifest.has_thin else "pack", share * weights.pack_ffn, weights.attention_at(share)),
+            (name, "cluster" if manifest.has_thin else "pack", ffn, weights.attention_at(share)),
             (dense.capitalize().replace("ffn", "FFN"), "dense", weights.dense_ffn, weights.attention),
         )
     ]

@@ -39,7 +39,7 @@ class SharedWeights:
     """What is read, and what of it a token leaves out.
 
     Attributes:
-        packs: of the clusters; None where they are thin.
+        packs: of the clusters; None where all are thin.
         arrays: of `find_token_shares`.
         labels: (texts,) the cluster of each held-out text.
     """
@@ -48,6 +48,11 @@ class SharedWeights:
     packs: StoredPacks | None
     arrays: Arrays
     labels: npt.NDArray[np.int64]
+
+    @property
+    def has_thin(self) -> bool:
+        """Whether any cluster decodes with the dense FFN."""
+        return self.packs is None or bool(self.packs.thin)
 
     def planned(self, share: float) -> Floats:
         """Each group's share of its inputs where the layers have a share of their bytes: (layers, 4)."""
@@ -60,7 +65,7 @@ class SharedWeights:
 
     def part(self, cluster: int, numbers: Sequence[int], shares: Floats) -> "Part":
         """Texts that decode as a cluster's do."""
-        ffn = None if self.packs is None else cluster
+        ffn = None if self.packs is None or cluster in self.packs.thin else cluster
         return Part(ffn=ffn, thresholds=str(cluster), shares=shares, numbers=tuple(numbers))
 
 

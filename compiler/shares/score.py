@@ -36,7 +36,7 @@ class ScoredShares:
 
     Attributes:
         scores: of the shares and of the controls.
-        quality: of thin clusters, whose quality it is; None where packs have their own.
+        quality: at the shares, where some clusters are thin; None where all have packs, which are scored themselves.
     """
 
     scores: tuple[ShareScore, ...]
@@ -86,7 +86,7 @@ def score_token_shares(
     for row in rows:
         own, measured = measured[: len(row.parts)], measured[len(row.parts) :]
         scores.append(_score(row, own, sizes))
-        if shared.packs is None and row.weights == "clusters" and row.kind == "planned":
+        if shared.has_thin and row.weights == "clusters" and row.kind == "planned":
             quality = _quality(reference, row, own)
     return ScoredShares(scores=tuple(scores), quality=quality)
 
@@ -102,7 +102,7 @@ def _dense_rows(shared: SharedWeights, share: float, shape: tuple[int, int], num
 def _cluster_rows(
     shared: SharedWeights, shares: Shares, num_tokens: Sequence[int], shape: tuple[int, int], seed: int
 ) -> list[_Row]:
-    """Each text by its cluster; the same with equal shares of all groups; and of thin clusters what clusters add."""
+    """Each text by its cluster; the same with equal shares; and where all are thin what clusters add."""
     own = shares.clusters
     asked = round(float(np.average(own, weights=num_tokens if sum(num_tokens) else None)), 4)
 
@@ -139,7 +139,7 @@ def _score(row: _Row, parts: Sequence[Measured], sizes: Floats) -> ShareScore:
 
 
 def _quality(reference: Reference, row: _Row, parts: Sequence[Measured]) -> Quality:
-    """The quality of thin clusters: what a text loses that decodes by its cluster's share."""
+    """What a text loses that decodes by its cluster's share."""
     total = Measured()
     for part in parts:
         total.merge(part)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coreinfer.bundles.layout import LAYOUT
-from coreinfer.bundles.manifest import Quality, TokenSharesRecord
+from coreinfer.bundles.manifest import PackChoice, Quality, TokenSharesRecord
 from coreinfer.bundles.writer import disk_errors
 from coreinfer.compiler.cache import stage_key
 from coreinfer.compiler.clusters.route import Routing
@@ -17,10 +17,10 @@ from coreinfer.compiler.stages import Material, held_out_tokens
 from .halves import reads_halves
 from .measure import SharedWeights
 from .score import ScoredShares, score_token_shares
-from .search import fit_shares
+from .search import Shares, fit_shares
 from .token_shares import ShareInputs, find_token_shares, has_halves, write_token_shares
 
-__all__ = ["FoundShares", "set_token_shares", "thin_key"]
+__all__ = ["FoundShares", "keep_token_shares", "set_token_shares", "share_inputs", "thin_key"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class FoundShares:
     """What a compile's token shares are.
 
     Attributes:
-        quality: of thin clusters; None where packs have their own, or nothing was measured.
+        quality: where some clusters are thin; None where all have packs, which are scored themselves, or nothing was
+            measured.
     """
 
     record: TokenSharesRecord
@@ -52,13 +53,23 @@ def set_token_shares(
     """Find the token shares of the clusters, and write their file into the stored model's folder.
 
     Args:
-        packs: of the clusters; None where they are thin.
+        packs: of the clusters; None where all are thin.
         upstream: key of the packs; of thin clusters `thin_key`.
     Raises:
         BundleError: the disk cannot take the file.
         ConfigError: shares were to be found by a quality that cannot be had.
     """
-    inputs = ShareInputs(
+    inputs = share_inputs(config, material, routing, packs)
+    arrays = find_token_shares(inputs, material.cache, upstream, progress)
+    shared = SharedWeights(stored=material.stored, packs=packs, arrays=arrays, labels=routing.assignment.held_out)
+    num_tokens: Sequence[int] = held_out_tokens(material, routing)
+    shares = fit_shares(config, material.team, reference, shared, num_tokens, progress)
+    return keep_token_shares(config, material, reference, shared, shares, num_tokens, progress)
+
+
+def share_inputs(config: CompileConfig, material: Material, routing: Routing, packs: StoredPacks | None) -> ShareInputs:
+    """Say what token shares are made of."""
+    return ShareInputs(
         loaded=material.team.loaded,
         stored=material.stored,
         packs=packs,
@@ -67,12 +78,29 @@ def set_token_shares(
         seed=config.seed,
         halves=reads_halves(config, material.team.loaded),
     )
-    arrays = find_token_shares(inputs, material.cache, upstream, progress)
+
+
+def keep_token_shares(
+    config: CompileConfig,
+    material: Material,
+    reference: Reference | None,
+    shared: SharedWeights,
+    shares: Shares,
+    num_tokens: Sequence[int],
+    progress: Progress,
+    choices: tuple[PackChoice, ...] = (),
+) -> FoundShares:
+    """Write the file of token shares that were found into the stored model's folder, and measure what they cost.
+
+    Args:
+        num_tokens: (clusters,) held-out tokens of each cluster that are decoded.
+        choices: how it was decided which clusters are thin, where that was asked for.
+    Raises:
+        BundleError: the disk cannot take the file.
+    """
+    arrays = shared.arrays
     with disk_errors(config.output):
         write_token_shares(material.stored.folder / LAYOUT.token_shares, arrays, with_dense=config.dense)
-    shared = SharedWeights(stored=material.stored, packs=packs, arrays=arrays, labels=routing.assignment.held_out)
-    num_tokens: Sequence[int] = held_out_tokens(material, routing)
-    shares = fit_shares(config, material.team, reference, shared, num_tokens, progress)
     scored = ScoredShares(scores=(), quality=None)
     if config.evaluate and reference:
         scored = score_token_shares(
@@ -85,5 +113,6 @@ def set_token_shares(
         num_targets=len(arrays["targets"]),
         scores=scored.scores,
         halves=has_halves(arrays),
+        choices=choices,
     )
     return FoundShares(record=record, quality=scored.quality)

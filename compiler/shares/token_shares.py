@@ -29,7 +29,15 @@ from .plan import TARGETS, plan_shares
 from .texts import begin_texts
 from .thresholds import LEVELS, half_ratios, lost_energies, sample_scores, thresholds_of
 
-__all__ = ["Arrays", "ShareInputs", "find_token_shares", "has_halves", "named", "write_token_shares"]
+__all__ = [
+    "Arrays",
+    "ShareInputs",
+    "find_token_shares",
+    "has_halves",
+    "named",
+    "with_own_thresholds",
+    "write_token_shares",
+]
 
 Floats = npt.NDArray[np.float32]
 Arrays = Mapping[str, Floats]
@@ -46,7 +54,7 @@ class ShareInputs:
     Attributes:
         documents: calibration text.
         labels: (documents,) their clusters.
-        packs: of the clusters; None where they are thin and decode with the dense FFN.
+        packs: of the clusters; None where all are thin and decode with the dense FFN.
         halves: whether inputs are read in half, of weights that are all int4.
     """
 
@@ -80,10 +88,7 @@ def find_token_shares(inputs: ShareInputs, cache: Cache, upstream: str, progress
     Args:
         upstream: key of the packs, or of all that thin clusters depend on.
     """
-    formats = asdict(inputs.stored.packer.formats)
-    key = stage_key(
-        "shares", upstream=upstream, revision=_REVISION, sampling=SAMPLING, formats=formats, halves=inputs.halves
-    )
+    key = _key(inputs, upstream)
 
     def compute() -> dict[str, Any]:
         cost_texts = spread_sample(_longer_half(inputs.documents), SHARE_COST_TOKENS)
@@ -92,6 +97,39 @@ def find_token_shares(inputs: ShareInputs, cache: Cache, upstream: str, progress
             return _compute(inputs, cost_texts, advance)
 
     return cache.arrays(key, compute)
+
+
+def with_own_thresholds(
+    inputs: ShareInputs, thin: Arrays, cache: Cache, upstream: str, progress: Progress
+) -> dict[str, Floats]:
+    """Return what `find_token_shares` would, from what it found of thin clusters: only thresholds of packs are set.
+
+    Args:
+        upstream: key of the packs.
+    """
+    assert inputs.packs is not None
+    own = [cluster for cluster in range(inputs.num_clusters) if cluster not in inputs.packs.thin]
+
+    def compute() -> dict[str, Any]:
+        base, ffn = (TensorFile(inputs.stored.folder / name) for name in (LAYOUT.base, LAYOUT.dense))
+        norms, dense = read_norms(inputs.loaded, base, ffn), run_once(dense_cut(inputs.loaded, inputs.stored))
+        with progress.stage("shares", len(own)) as advance, base_in_use(inputs.loaded, inputs.stored):
+            return _own_thresholds(inputs, own, dense, norms, thin["half_ratios"], advance)
+
+    return {**thin, **cache.arrays(_key(inputs, upstream, own=own), compute)}
+
+
+def _key(inputs: ShareInputs, upstream: str, own: Sequence[int] | None = None) -> str:
+    """Key of the arrays, or of the thresholds alone of some clusters' packs."""
+    return stage_key(
+        "shares",
+        upstream=upstream,
+        revision=_REVISION,
+        sampling=SAMPLING,
+        formats=asdict(inputs.stored.packer.formats),
+        halves=inputs.halves,
+        **({} if own is None else {"own": list(own)}),
+    )
 
 
 def _longer_half(documents: Sequence[Document]) -> list[Document]:
@@ -111,7 +149,7 @@ def _compute(inputs: ShareInputs, cost_texts: Sequence[Document], advance: Advan
         ratios = half_ratios(loaded, scores, lost) if inputs.halves else np.ones(_shape(loaded), np.float32)
         thresholds = {"thresholds.dense": thresholds_of(loaded, scores, ratios)}
         advance()
-        thresholds |= _own_thresholds(inputs, dense, norms, ratios, advance)
+        thresholds |= _own_thresholds(inputs, range(inputs.num_clusters), dense, norms, ratios, advance)
     half = np.full(_shape(loaded), _MEASURED_SHARE, np.float32)
     limits = named(loaded, thresholds_at(LEVELS, thresholds["thresholds.dense"], half, ratios))
     low = low_weights(loaded, base, ratios, ATTENTION_GROUPS) | low_weights(loaded, ffn, ratios, FFN_GROUPS)
@@ -123,12 +161,14 @@ def _compute(inputs: ShareInputs, cost_texts: Sequence[Document], advance: Advan
 
 
 def _own_thresholds(
-    inputs: ShareInputs, dense: Cut, norms: Norms, ratios: Floats, advance: Advance
+    inputs: ShareInputs, clusters: Sequence[int], dense: Cut, norms: Norms, ratios: Floats, advance: Advance
 ) -> dict[str, Floats]:
-    """Thresholds of each cluster, by its own text and with what decodes it."""
+    """Thresholds of some clusters, each by its own text and with what decodes it."""
     loaded, base, found = inputs.loaded, TensorFile(inputs.stored.folder / LAYOUT.base), dict[str, Floats]()
-    for cluster, documents in enumerate(inputs.texts[1:]):
-        if inputs.packs is None:
+    texts = inputs.texts[1:]
+    for cluster in clusters:
+        documents = texts[cluster]
+        if inputs.packs is None or cluster in inputs.packs.thin:
             own = _scores(inputs, dense, 0, dense, documents, norms)
         else:
             own_norms = read_norms(loaded, base, inputs.packs.ffn(cluster))

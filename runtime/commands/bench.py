@@ -108,11 +108,15 @@ class BenchResult:
 class _Subject:
     """A decoder with one FFN, and what was measured of it."""
 
-    def __init__(self, decoder: NativeDecoder, ffn: str, options: BenchOptions, vocab_size: int) -> None:
+    def __init__(self, decoder: NativeDecoder, ffn: str, options: BenchOptions, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        first_pack = next((number for number, own in enumerate(manifest.clusters) if own.file is not None), None)
         self.decoder, self.ffn = decoder, ffn
-        self._choice = DENSE if ffn == "dense" else FfnChoice(cluster=0)
+        self._choice = DENSE if ffn == "dense" else FfnChoice(cluster=first_pack)
         self._options = options
-        self._prompt = np.random.default_rng(0).integers(0, vocab_size, options.num_prompt_tokens).tolist()
+        self._prompt = (
+            np.random.default_rng(0).integers(0, manifest.model.vocab_size, options.num_prompt_tokens).tolist()
+        )
         self.decoder.use(self._choice)
         middle = _START_TOKENS + options.num_tokens // 2
         self._bytes_per_token = decoder.bytes_per_token(middle, greedy=True)
@@ -174,9 +178,8 @@ def bench(bundle_dir: Path, options: BenchOptions) -> BenchResult:
         NativeDecoder(bundle, threads=options.threads, isa=isa, memory_bytes=bytes_of(options.memory_mb))
         for isa in options.isas
     ]
-    ffns = tuple(ffn for ffn, has in (("dense", bundle.dense), ("pack", not bundle.manifest.has_thin)) if has)
-    vocab_size = bundle.manifest.model.vocab_size
-    subjects = [_Subject(decoder, ffn, options, vocab_size) for decoder in decoders for ffn in ffns]
+    ffns = tuple(ffn for ffn, has in (("dense", bundle.dense), ("pack", bundle.packs)) if has)
+    subjects = [_Subject(decoder, ffn, options, bundle) for decoder in decoders for ffn in ffns]
     for subject in subjects:
         # The first pass reads from the disk and starts threads.
         subject.measure()
@@ -225,7 +228,7 @@ def _check_fit(options: BenchOptions, bundle: Bundle) -> None:
 def main(bundle_dir: Path, options: BenchOptions, as_json: bool) -> None:
     """Measure how fast the native engine decodes the bundle in DIR, with its dense FFN and with its first pack.
 
-    A bundle of thin clusters has no packs; all weights are read.
+    A bundle of thin clusters alone has no packs; all weights are read.
     """
     start_logging(verbose=False)
     result = bench(bundle_dir, options)

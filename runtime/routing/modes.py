@@ -70,8 +70,9 @@ def plan_mode(
         raise ConfigError(f"mode {mode!r} needs the dense FFN, which this bundle lacks; compile it with --dense")
     plan = ModePlan(mode=mode)
     if plan.needs_statistic and manifest.has_thin:
+        which = "some clusters" if manifest.pack_files else "the clusters"
         raise ConfigError(
-            f"mode {mode!r} chooses as many neurons as packs have, and the clusters of this bundle are thin; use mode "
+            f"mode {mode!r} chooses as many neurons as packs have, and {which} of this bundle are thin; use mode "
             "similarity, dense, lossless or auto"
         )
     if plan.needs_statistic and not gathers:
@@ -103,9 +104,9 @@ def check_prompt_ffn(mode: Mode, prompt_ffn: PromptFfn, manifest: Manifest) -> N
             f"prompt_ffn: expected dense in mode {mode!r}, got 'pack'; use mode similarity or auto, or leave it out"
         )
     if prompt_ffn == "pack" and manifest.has_thin:
+        whose = "of which some clusters" if manifest.pack_files else "whose clusters"
         raise ConfigError(
-            "prompt_ffn: expected dense with this bundle, whose clusters are thin and have no packs, got 'pack'; leave "
-            "it out"
+            f"prompt_ffn: expected dense with this bundle, {whose} are thin and have no packs, got 'pack'; leave it out"
         )
 
 

@@ -27,10 +27,9 @@ class Hints:
         """
         self._manifest, self._router, self._mode = bundle.manifest, router, mode
 
-    @property
-    def has_packs(self) -> bool:
-        """Whether there are packs, which may be warm here or there."""
-        return not self._manifest.has_thin
+    def has_pack(self, cluster: int) -> bool:
+        """Whether a cluster has a pack, which may be warm here or there."""
+        return self._manifest.clusters[cluster].file is not None
 
     def read(self, prompt: Prompt, options: GenerationOptions) -> Hint:
         """Route a request; one that a replica will refuse has no hint."""
@@ -45,7 +44,8 @@ class Hints:
         route = self._router.route(text)
         # A long prompt may choose neurons of its own, which are in no pack: here it counts as a short one.
         plan = plan_mode(options.mode or self._mode, self._manifest, route, 0)
-        return serving_cluster(plan, route) if plan.uses_pack and self.has_packs else None
+        cluster = serving_cluster(plan, route)
+        return cluster if plan.uses_pack and self.has_pack(cluster) else None
 
 
 def _conversation(prompt: Prompt) -> str | None:

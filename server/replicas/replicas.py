@@ -202,7 +202,7 @@ class Replicas:
         self._desk.send_mail()
 
     def _count_pack(self, replica: str, token: Token) -> None:
-        if token.mode in ("similarity", "lossless") and self.hints.has_packs:
+        if token.mode in ("similarity", "lossless") and self.hints.has_pack(token.cluster):
             share = share_of(self._num_clusters, self._num_replicas)
             self._metrics.pack_used(was_warm=self._warm.note(replica, token.cluster, at_most=share))
 
