@@ -371,8 +371,8 @@ def test_weights_are_those_of_a_tokens_experts(tiny_inputs: Callable[[str], Comp
     record = loaded.record
     inner = 2 * record.hidden_size * record.expert_neurons
     assert group_weights(loaded)[1, 2:].tolist() == [2 * inner, inner]
-    assert short_share(loaded) == 1
+    assert short_share(loaded, "int4") == 1
     # Of an expert whose gate and up have 2,048 outputs together.
     wide = replace(loaded, record=replace(record, ffn_dim=6 * 1024))
     weights = group_weights(wide).sum(axis=0)
-    assert short_share(wide) == pytest.approx(1 - weights[2] / weights.sum())
+    assert short_share(wide, "int4") == pytest.approx(1 - weights[2] / weights.sum())
