@@ -228,9 +228,14 @@ def test_native_leaves_out_what_torch_leaves_out(family: str, shared_bundle: Cal
 
 
 @pytest.mark.parametrize("isa", _native.available_isas())
-@pytest.mark.parametrize("family", [*FAMILIES, *OWN_WEIGHTS])
-def test_columns_give_what_rows_give(family: str, isa: str, shared_bundle: Callable[..., Bundle]) -> None:
-    bundle = shared_bundle(family, "int4")
+@pytest.mark.parametrize(
+    ("family", "quantize"),
+    [*((family, "int4") for family in [*FAMILIES, *OWN_WEIGHTS]), (FAMILIES[0], "int8"), (FAMILIES[0], "bf16")],
+)
+def test_columns_give_what_rows_give(
+    family: str, quantize: str, isa: str, shared_bundle: Callable[..., Bundle]
+) -> None:
+    bundle = shared_bundle(family, quantize)
     rows, columns = masking_decoder(bundle, isa=isa), masking_decoder(bundle, isa=isa, columns=True)
     # The cluster's experts are some of the dense FFN's, whose columns serve both.
     sizes = []

@@ -8,6 +8,7 @@ import pytest
 from coreinfer.bundles.families import family_by_name
 from coreinfer.compiler import CompileConfig, compile_model
 from coreinfer.compiler.models.load import LoadedModel, wrap_model
+from coreinfer.compiler.options import Format
 from coreinfer.compiler.shares.gains import LEAST_OUTPUTS, short_share, warn_of_no_gain
 from coreinfer.runtime.engines.native import _native
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,7 +30,7 @@ def model_of(hidden_size: int, intermediate_size: int) -> LoadedModel:
 
 
 def test_the_engine_reads_as_short_columns_whole() -> None:
-    bytes_of_a_weight = {"int4": 0.5, "int8": 1, "bf16": 2}
+    bytes_of_a_weight: dict[Format, float] = {"int4": 0.5, "int8": 1, "bf16": 2}
     assert {name: LEAST_OUTPUTS[name] * size for name, size in bytes_of_a_weight.items()} == dict.fromkeys(
         LEAST_OUTPUTS, _native.LEAST_COLUMN_BYTES
     )
