@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from coreinfer.bundles import ConfigError, open_bundle
+from coreinfer.bundles.contract import INPUT_GROUPS
 from coreinfer.bundles.reader import Bundle
 from coreinfer.runtime.engines.native import _native, skipping
 from coreinfer.runtime.engines.native.decoder import NativeDecoder
@@ -54,12 +55,31 @@ def test_native_leaves_out_what_torch_leaves_out(family: str, shared_bundle: Cal
     bundle = shared_bundle(family, "bf16")
     torch_decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
     torch_decoder.forward(PROMPT_IDS)
-    expected, got = decoded_apart(torch_decoder), decoded_apart(masking(bundle))
+    expected, got = decoded_apart(torch_decoder), decoded_apart(masking(bundle, columns=True))
     whole = decoded_apart(masking(bundle), SHARED.whole)
     # An input on the threshold is wanted by one engine and not by the other, which counts in a model this narrow.
     differences = np.abs(got - expected)
     assert np.median(differences.max(axis=1)) < 0.01 * np.abs(expected).max()
     assert differences.mean() < 0.5 * np.abs(got - whole).mean()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"])
+def test_native_leaves_out_of_int8_what_torch_leaves_out(
+    family: str, shared_bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shared_bundle(family, "int8")
+    # The first layer's heads and neurons are all left out, nothing else: no rounded input is near a threshold.
+    thresholds = np.full((bundle.manifest.model.num_layers, len(INPUT_GROUPS), 2), -1, dtype=np.float32)
+    thresholds[0, [INPUT_GROUPS.index("o"), INPUT_GROUPS.index("down")]] = 1e9
+    for module in (input_masks, skipping):
+        monkeypatch.setattr(module, "token_thresholds", lambda *_: thresholds)
+    torch_decoder = TorchDecoder(bundle, device="cpu", dtype="float32")
+    torch_decoder.forward(PROMPT_IDS)
+    expected, whole = decoded_apart(torch_decoder), decoded_apart(torch_decoder, SHARED.whole)
+    rounding = np.abs(decoded_apart(masking(bundle), SHARED.whole) - whole).mean()
+    differences = np.abs(decoded_apart(masking(bundle, columns=True)) - expected)
+    assert differences.mean() < 2 * rounding
+    assert differences.mean() < 0.25 * np.abs(expected - whole).mean()
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma2", "qwen3", "gpt_neox"])
@@ -95,12 +115,22 @@ def decoded_apart(decoder: NativeDecoder | TorchDecoder, choice: FfnChoice = SHA
 
 @pytest.mark.parametrize("isa", _native.available_isas())
 @pytest.mark.parametrize(
-    ("family", "half_inputs"), [("llama", True), ("llama", False), ("opt", True), ("gpt_neox", True)]
+    ("family", "quantize", "half_inputs"),
+    [
+        ("llama", "int4", True),
+        ("llama", "int4", False),
+        ("opt", "int4", True),
+        ("gpt_neox", "int4", True),
+        ("llama", "int8", True),
+        ("gpt_neox", "int8", True),
+        ("llama", "bf16", True),
+        ("opt", "bf16", True),
+    ],
 )
 def test_columns_give_what_rows_give(
-    family: str, half_inputs: bool, isa: str, shared_bundle: Callable[..., Bundle]
+    family: str, quantize: str, half_inputs: bool, isa: str, shared_bundle: Callable[..., Bundle]
 ) -> None:
-    bundle = shared_bundle(family, half_inputs=half_inputs)
+    bundle = shared_bundle(family, quantize, half_inputs=half_inputs)
     rows, columns = masking(bundle, isa=isa), masking(bundle, isa=isa, columns=True)
     for choice in (SHARED, FfnChoice(token_share=0.4), SHARED.whole):
         assert np.array_equal(decoded(columns, choice), decoded(rows, choice))
@@ -113,8 +143,11 @@ def test_columns_give_what_rows_give(
     assert 0 < num_bytes[0] < num_bytes[1]
 
 
-def test_rows_of_a_batch_leave_out_what_each_leaves_out_alone(shared_bundle: Callable[..., Bundle]) -> None:
-    bundle = shared_bundle()
+@pytest.mark.parametrize("quantize", ["int4", "int8", "bf16"])
+def test_rows_of_a_batch_leave_out_what_each_leaves_out_alone(
+    quantize: str, shared_bundle: Callable[..., Bundle]
+) -> None:
+    bundle = shared_bundle(quantize=quantize)
     alone = decoded(masking(bundle, columns=True))
     decoder = masking(bundle, columns=True)
     numbers = [0, decoder.fork_sequence(0, len(PROMPT_IDS)), decoder.fork_sequence(0, len(PROMPT_IDS))]
@@ -136,14 +169,20 @@ def test_nothing_is_left_out_where_it_is_not_to_be(shared_bundle: Callable[..., 
     assert np.array_equal(decoded(off), decoded(masking(bundle), SHARED.whole))
 
 
-def test_generations_do_not_depend_on_how_weights_are_read(shared_bundle: Callable[..., Bundle]) -> None:
-    path = shared_bundle().path
+@pytest.mark.parametrize("quantize", ["int4", "int8", "bf16"])
+def test_generations_do_not_depend_on_how_weights_are_read(quantize: str, shared_bundle: Callable[..., Bundle]) -> None:
+    path = shared_bundle(quantize=quantize).path
     texts: dict[str, Sequence[str]] = {}
+    read = {}
     for asked in ("on", "masked", "off"):
         engine = skipping_engine(path, asked)
-        texts[asked] = [engine.generate(prompt, max_new_tokens=12).text for prompt in ("a b c", "the sea is wide")]
+        made = [engine.generate(prompt, max_new_tokens=12) for prompt in ("a b c", "the sea is wide")]
+        texts[asked] = [generation.text for generation in made]
+        read[asked] = made[0].bytes_read
     assert texts["on"] == texts["masked"]
     assert texts["on"] != texts["off"]
+    assert read["on"] is not None
+    assert read["on"].mean != (read["masked"].mean if read["masked"] else 0)
 
 
 def test_options_that_do_not_go_together_are_refused() -> None:

@@ -228,9 +228,14 @@ def test_native_leaves_out_what_torch_leaves_out(family: str, shared_bundle: Cal
 
 
 @pytest.mark.parametrize("isa", _native.available_isas())
-@pytest.mark.parametrize("family", [*FAMILIES, *OWN_WEIGHTS])
-def test_columns_give_what_rows_give(family: str, isa: str, shared_bundle: Callable[..., Bundle]) -> None:
-    bundle = shared_bundle(family, "int4")
+@pytest.mark.parametrize(
+    ("family", "quantize"),
+    [*((family, "int4") for family in [*FAMILIES, *OWN_WEIGHTS]), (FAMILIES[0], "int8"), (FAMILIES[0], "bf16")],
+)
+def test_columns_give_what_rows_give(
+    family: str, quantize: str, isa: str, shared_bundle: Callable[..., Bundle]
+) -> None:
+    bundle = shared_bundle(family, quantize)
     rows, columns = masking_decoder(bundle, isa=isa), masking_decoder(bundle, isa=isa, columns=True)
     # The cluster's experts are some of the dense FFN's, whose columns serve both.
     sizes = []
@@ -371,8 +376,8 @@ def test_weights_are_those_of_a_tokens_experts(tiny_inputs: Callable[[str], Comp
     record = loaded.record
     inner = 2 * record.hidden_size * record.expert_neurons
     assert group_weights(loaded)[1, 2:].tolist() == [2 * inner, inner]
-    assert short_share(loaded) == 1
+    assert short_share(loaded, "int4") == 1
     # Of an expert whose gate and up have 2,048 outputs together.
     wide = replace(loaded, record=replace(record, ffn_dim=6 * 1024))
     weights = group_weights(wide).sum(axis=0)
-    assert short_share(wide) == pytest.approx(1 - weights[2] / weights.sum())
+    assert short_share(wide, "int4") == pytest.approx(1 - weights[2] / weights.sum())

@@ -36,7 +36,7 @@ std::vector<float> numbers(size_t count) {
   return out;
 }
 
-constexpr int kTokens = 5, kRows = 50, kCols = 1100;  // more than a segment of int4
+constexpr int kTokens = 5, kRows = 50, kCols = 1100;  // more than a segment of int4 and int8
 
 void fill(ActivationBuffer& x, int num_tokens, const Kernels& kernels) {
   x.resize(num_tokens, kCols);
@@ -196,7 +196,7 @@ struct Operation {
 constexpr Operation kOperations[] = {
     {"quantize", quantize, 0x1140de2c5f8fea6f},
     {"multiply int4", multiply<Format::int4>, 0x68e5933e86325727},
-    {"multiply int8", multiply<Format::int8>, 0x37405562ef3c25c9},
+    {"multiply int8", multiply<Format::int8>, 0x6ddea7e1d2f20688},
     {"multiply int8 in planes", multiply<Format::int8_planes>, 0xb729024b1b1175b0},
     {"screen", screen, 0x64ff3ce2493f50ed},
     {"norms", norms, 0xdeaf9c55ea18ae59},

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <utility>
 
 #include "../../runtime/engines/native/csrc/column_pass.h"
 #include "../../runtime/engines/native/csrc/scratch.h"
@@ -74,6 +75,60 @@ void test_bytes(const Kernels& kernels) {
   expect("bytes of two columns", bytes_read(kernels, columns, x.view) == 2 * (128 + 256 * 3));
   expect("bytes of two columns in planes", bytes_read(kernels, planes, x.view) == 2 * (128 + 256 * 3));
   expect("bytes of a column and a half", bytes_read(kernels, planes, halved) == 128 + 64 + 2 * 256 * 3);
+  const Weights bytes(Format::int8, 256, 64), numbers(Format::bf16, 256, 64);
+  const Columns of_bytes = make_columns({&bytes.view}, kernels.column_tile, true, threads);
+  const Columns of_numbers = make_columns({&numbers.view}, kernels.column_tile, true, threads);
+  expect("bytes of two columns of int8", bytes_read(kernels, of_bytes, x.view) == 2 * (256 + 256 * 2));
+  expect("bytes of two columns of bf16", bytes_read(kernels, of_numbers, x.view) == 2 * 256 * 2);
+}
+
+// Columns that some machine may gain by are as long in bytes, whatever the format; what is not of one format has none.
+void test_least_bytes(const Kernels& kernels) {
+  Threads threads(2);
+  const ColumnLayout layout{kernels.column_tile, kLeastColumnBytes, {true, true, true, true}, false};
+  const auto lies_so = [&](const std::vector<const Matrix*>& rows) {
+    return !columns_of(rows, kDown, layout, threads).empty();
+  };
+  const std::pair<Format, int> least[] = {{Format::int4, 2048}, {Format::int8, 1024}, {Format::bf16, 512}};
+  for (const auto& [format, outputs] : least) {
+    const Weights all(format, outputs, 40), most(format, outputs - 16, 40), rest(format, 16, 40);
+    expect("long columns", lies_so({&all.view}) && lies_so({&most.view, &rest.view}));
+    expect("short columns", !lies_so({&most.view}));
+  }
+  const Weights planes(Format::int8_planes, 4096, 40), bytes(Format::int8, 4096, 40), numbers(Format::bf16, 4096, 40);
+  expect("formats without columns", !lies_so({&planes.view}) && !lies_so({&bytes.view, &numbers.view}));
+}
+
+// What columns take in memory: of two groups of inputs the heads, and columns that lie a cache line apart.
+void test_memory(const Kernels& kernels) {
+  Threads threads(1);
+  const auto num_bytes = [&](Format format) {
+    const Weights w(format, 4096, 40);
+    return make_columns({&w.view}, kernels.column_tile, true, threads).matrix.num_bytes();
+  };
+  expect("memory of int4", num_bytes(Format::int4) == 2 * 4096 * 3 + 2 * 64 * (1024 + 64));
+  expect("memory of int8", num_bytes(Format::int8) == 2 * 4096 * 2 + 64 * (4096 + 64));
+  expect("memory of bf16", num_bytes(Format::bf16) == 64 * (2 * 4096 + 64));
+}
+
+// What is not a number stays so in all formats, by columns as by rows.
+void test_not_a_number(const Kernels& kernels) {
+  for (const Format format : {Format::int4, Format::int8, Format::bf16}) {
+    const Weights w(format, 48, 70);
+    for (const int place : {3, 69}) {
+      ActivationBuffer x;
+      fill_sparse(x, 70, 5);
+      x.view.values[place] = std::nanf("");
+      kernels.quantize(x.view, x.view.stride, 1);
+      Threads threads(1);
+      const Columns columns = make_columns({&w.view}, kernels.column_tile, false, threads);
+      Buffer<float> sums;
+      sums.resize(num_segment_sums(columns.matrix));
+      const ColumnProduct product{&columns.matrix, x.view, sums.get()};
+      threads.run([&](int thread) { add_columns(kernels, &product, 1, thread, threads); });
+      expect("a NaN among the inputs", std::isnan(sums.get()[0]) && std::isnan(sums.get()[47]));
+    }
+  }
 }
 
 void test_keep_wanted(const Kernels& kernels, bool halves) {
@@ -141,11 +196,11 @@ void test_halves(const Kernels& kernels) {
 }
 
 // Several products at once give what each gives alone, and read as many bytes.
-void expect_as_alone(const Kernels& kernels, int rows, int cols, int num_threads, bool in_planes) {
+void expect_as_alone(const Kernels& kernels, Format format, int rows, int cols, int num_threads, bool in_planes) {
   constexpr int kCount = 3;
   Threads threads(num_threads);
   std::vector<Weights> weights;
-  for (int i = 0; i < kCount; ++i) weights.emplace_back(Format::int4, rows, cols);
+  for (int i = 0; i < kCount; ++i) weights.emplace_back(format, rows, cols);
   std::vector<Columns> columns;
   for (const Weights& w : weights) columns.push_back(make_columns({&w.view}, kernels.column_tile, in_planes, threads));
   const size_t num_sums = num_segment_sums(columns[0].matrix);
@@ -176,13 +231,38 @@ void expect_as_alone(const Kernels& kernels, int rows, int cols, int num_threads
   expect("bytes of products at once", total(num_bytes) > 0 && total(num_bytes) == total(num_alone));
 }
 
+// Columns of int8 and bf16; planes are asked for in vain, and bits of inputs mean nothing there.
+void test_other_formats(const Kernels& kernels) {
+  for (const Format format : {Format::int8, Format::bf16})
+    for (int cols : {1, 32, 70, 1024, 1056, 2500})
+      for (int share : {0, 1, 6, 10}) {
+        const Weights first(format, 48, cols), second(format, 17, cols), third(format, 2100, cols);
+        const Weights fourth(format, cols == 70 ? 33000 : 16, cols);  // two panels
+        ActivationBuffer x;
+        fill_sparse(x, cols, share);
+        fill_bits(x.halved());
+        for (const bool halved : {false, true}) {
+          const Activations inputs = halved ? x.halved() : x.view;
+          kernels.quantize(inputs, inputs.stride, 1);
+          expect_same(kernels, {&first.view}, inputs, halved);
+          expect_same(kernels, {&first.view, &second.view, &first.view}, inputs, halved);
+          if (cols == 70) expect_same(kernels, {&fourth.view, &second.view}, inputs, halved);
+          if (cols == 1056) expect_same(kernels, {&third.view, &second.view}, inputs, halved);
+        }
+      }
+}
+
 }  // namespace
 
 void test_column_products(const Kernels& kernels) {
   for (const int num_threads : {1, 3})
     for (const int rows : {48, 2100, 33000})
       for (const bool in_planes : {false, true})
-        expect_as_alone(kernels, rows, rows == 48 ? 1056 : 70, num_threads, in_planes);
+        expect_as_alone(kernels, Format::int4, rows, rows == 48 ? 1056 : 70, num_threads, in_planes);
+  for (const int num_threads : {1, 3})
+    for (const Format format : {Format::int8, Format::bf16})
+      for (const int rows : {48, 2100})
+        expect_as_alone(kernels, format, rows, rows == 48 ? 1056 : 70, num_threads, false);
 }
 
 void test_columns(const Kernels& kernels) {
@@ -201,7 +281,11 @@ void test_columns(const Kernels& kernels) {
         if (cols == 1056) expect_same(kernels, {&third.view, &second.view}, inputs, how > 0);
       }
     }
+  test_other_formats(kernels);
   test_bytes(kernels);
+  test_least_bytes(kernels);
+  test_memory(kernels);
+  test_not_a_number(kernels);
   for (const bool halves : {false, true}) test_keep_wanted(kernels, halves);
   test_halves(kernels);
 }

@@ -256,7 +256,8 @@ COREINFER_API int coreinfer_forward_beside(coreinfer_model* model, int sequence,
                                            size_t num_block_ids, const int32_t* sequences, const int32_t* ids,
                                            size_t num_rows, int flags, float* logits);
 
-/* Columns: int4 weights that also lie input by input in memory, so that inputs that a token leaves out need not be read. */
+/* Columns: weights in int4, int8 or bfloat16 that also lie input by input in memory, so that inputs that a token leaves out need
+ * not be read. */
 
 /* Groups of a layer's matrices that have the same inputs, as bits. */
 enum {
@@ -269,7 +270,7 @@ enum {
 
 /* From the next coreinfer_use_ffn with thresholds on, weights lie input by input too. Not under a limit of memory.
  *
- * groups: which, or-ed; with COREINFER_HALVES in two planes, but for experts.
+ * groups: which, or-ed; with COREINFER_HALVES int4 lies in two planes, but for experts.
  * least_bytes: groups with shorter columns are read as ever; COREINFER_LEAST_COLUMN_BYTES is meant for real models.
  */
 COREINFER_API int coreinfer_lay_out_columns(coreinfer_model* model, int groups, size_t least_bytes);

@@ -24,7 +24,8 @@ size_t add_pieces(const Kernels& kernels, const ColumnProduct& product, int begi
     last = std::min(end, (unit + 1) * pieces);
     const Range tiles = {share(w.num_tiles, begin - unit * pieces, pieces).begin,
                          share(w.num_tiles, last - 1 - unit * pieces, pieces).end};
-    const int first_group = segment * kSegmentGroups, end_group = std::min(first_group + kSegmentGroups, w.num_groups);
+    const int first_group = segment * w.segment_groups();
+    const int end_group = std::min(first_group + w.segment_groups(), w.num_groups);
     float* out = product.sums + size_t(segment) * w.num_outputs() + size_t(panel) * w.panel_outputs();
     const size_t code_bytes =
         kernels.multiply_columns({w, product.x, panel, first_group, end_group, tiles.begin, tiles.end, out});

@@ -13,6 +13,7 @@ namespace {
 constexpr int kPanelOutputs = 32768;  // the most: longer pieces are read faster
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr int kMostTile = 256;
+constexpr int kBf16Tile = 32;  // outputs: a cache line
 
 int padded_rows(const Matrix& w) { return w.num_blocks() * kBlockRows; }
 
@@ -40,7 +41,12 @@ std::vector<Block> blocks_of(const std::vector<const Matrix*>& rows) {
 }
 
 // Codes of one block's 16 rows and a group's 32 inputs: codes[input][row], with `stride` between inputs.
-void unpack_block(const uint8_t* from, uint8_t* codes, int stride) {
+void unpack_bytes(const uint8_t* from, uint8_t* codes, int stride) {
+  for (int input = 0; input < kGroup; ++input)
+    for (int row = 0; row < kBlockRows; ++row) codes[input * stride + row] = from[input / 4 * 64 + row * 4 + input % 4];
+}
+
+void unpack_nibbles(const uint8_t* from, uint8_t* codes, int stride) {
   for (int j = 0; j < 4; ++j)
     for (int row = 0; row < kBlockRows; ++row)
       for (int i = 0; i < 4; ++i) {
@@ -55,18 +61,43 @@ void unpack_block(const uint8_t* from, uint8_t* codes, int stride) {
 // its low bits first, each of four vectors.
 class TilePacker {
  public:
-  TilePacker(const ColumnMatrix& w, uint8_t* data) : w_(w), data_(data), lanes_(w.tile / 8 / w.num_planes()) {}
+  TilePacker(const ColumnMatrix& w, uint8_t* data) : w_(w), data_(data), lanes_(static_cast<int>(w.tile_bytes()) / 4) {}
 
   void pack(const Block* blocks, int num_blocks, int panel, int group, int tile) {
+    if (w_.format == Format::bf16)
+      pack_numbers(blocks, num_blocks, panel, group, tile);
+    else
+      pack_codes(blocks, num_blocks, panel, group, tile);
+  }
+
+ private:
+  // Numbers lie in the order of their outputs.
+  void pack_numbers(const Block* blocks, int num_blocks, int panel, int group, int tile) {
+    uint8_t* out = data_ + (w_.codes(panel, group) - w_.data) + tile * w_.tile_bytes();
+    for (int i = 0; i < kGroup; ++i, out += w_.column_stride()) {
+      const int input = group * kGroup + i;
+      uint16_t column[kBf16Tile] = {};
+      for (int output = 0; output < num_blocks * kBlockRows && input < w_.num_inputs; ++output) {
+        const Block& block = blocks[output / kBlockRows];
+        const int row = block.index * kBlockRows + output % kBlockRows;
+        if (row < block.matrix->rows) column[output] = block.matrix->bf16[size_t(row) * block.matrix->cols + input];
+      }
+      std::memcpy(out, column, sizeof column);
+    }
+  }
+
+  void pack_codes(const Block* blocks, int num_blocks, int panel, int group, int tile) {
     uint8_t codes[kGroup * kMostTile] = {};
     uint8_t* head = data_ + (w_.heads(panel, group) - w_.data) + tile * w_.head_bytes();
     std::memset(head, 0, w_.head_bytes());
     for (int i = 0; i < num_blocks; ++i) {
       const Matrix& rows = *blocks[i].matrix;
       const size_t at = size_t(blocks[i].index) * rows.num_groups() + group;
-      unpack_block(rows.codes + at * rows.tile_bytes(), codes + i * kBlockRows, w_.tile);
+      (rows.format == Format::int4 ? unpack_nibbles : unpack_bytes)(rows.codes + at * rows.tile_bytes(),
+                                                                    codes + i * kBlockRows, w_.tile);
       std::memcpy(head + i * kBlockRows * 2, rows.scales + at * kBlockRows, kBlockRows * 2);
-      std::memcpy(head + w_.tile * 2 + i * kBlockRows, rows.zeros + at * kBlockRows, kBlockRows);
+      if (rows.format == Format::int4)
+        std::memcpy(head + w_.tile * 2 + i * kBlockRows, rows.zeros + at * kBlockRows, kBlockRows);
     }
     uint8_t* out = data_ + (w_.codes(panel, group) - w_.data) + tile * w_.tile_bytes();
     for (int input = 0; input < kGroup; ++input, out += w_.column_stride()) {
@@ -74,13 +105,14 @@ class TilePacker {
       if (w_.in_planes) {
         pack_column(column, 2, 3, 2, out);
         pack_column(column, 0, 3, 2, out + w_.plane_bytes());
-      } else {
+      } else if (w_.format == Format::int4) {
         pack_column(column, 0, 15, 4, out);
+      } else {
+        pack_column(column, 0, 255, 8, out);
       }
     }
   }
 
- private:
   // `num_bits` of each code, those from `shift` on.
   void pack_column(const uint8_t* codes, int shift, int mask, int num_bits, uint8_t* out) const {
     for (int vector = 0; vector < 4; ++vector)
@@ -98,12 +130,19 @@ class TilePacker {
   int lanes_;
 };
 
+int tile_of(Format format, int tile, bool in_planes) {
+  if (format == Format::bf16) return kBf16Tile;
+  return format == Format::int8 ? tile / 2 : tile * (in_planes ? 2 : 1);
+}
+
 ColumnMatrix shape_of(const std::vector<const Matrix*>& rows, int tile, bool in_planes) {
   int num_outputs = 0;
   for (const Matrix* w : rows) num_outputs += padded_rows(*w);
   ColumnMatrix w;
-  w.in_planes = in_planes;
-  w.tile = tile * w.num_planes();
+  w.format = rows.front()->format;
+  w.in_planes = in_planes && w.format == Format::int4;
+  w.tile = tile_of(w.format, tile, w.in_planes);
+  w.num_inputs = rows.front()->cols;
   w.num_groups = rows.front()->num_groups();
   w.num_panels = (num_outputs + kPanelOutputs - 1) / kPanelOutputs;
   w.num_tiles = ((num_outputs + w.num_panels - 1) / w.num_panels + w.tile - 1) / w.tile;
@@ -111,12 +150,14 @@ ColumnMatrix shape_of(const std::vector<const Matrix*>& rows, int tile, bool in_
 }
 
 bool can_be_columns(const std::vector<const Matrix*>& rows, size_t least_bytes) {
-  size_t column_bytes = 0;
+  const Format format = rows.front()->format;
+  if (format != Format::int4 && format != Format::int8 && format != Format::bf16) return false;
+  int num_outputs = 0;
   for (const Matrix* w : rows) {
-    if (w->format != Format::int4) return false;
-    column_bytes += size_t(padded_rows(*w)) / 2;
+    if (w->format != format) return false;
+    num_outputs += padded_rows(*w);
   }
-  return column_bytes >= least_bytes;
+  return column_bytes(format, num_outputs) >= least_bytes;
 }
 
 // The matrices that are laid out; none where they are not to be.

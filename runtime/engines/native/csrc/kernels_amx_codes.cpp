@@ -161,8 +161,10 @@ class CodesPass {
     return (kCodes == Codes::bytes ? block_.codes : panel_) + size_t(group) * kGroupBytes;
   }
 
-  // As the kernels for one token sum: only int4 has segments.
-  static constexpr bool kHasSegments = kCodes == Codes::nibbles;
+  // As the kernels for one token sum.
+  static constexpr bool kHasSegments = has_segments(kCodes == Codes::nibbles ? Format::int4
+                                                    : kCodes == Codes::bytes ? Format::int8
+                                                                             : Format::int8_planes);
 
   // Add a segment's totals to those of the segments before it, and begin another; `group` is the one after it.
   inline void end_segment(__m512 (&totals)[kLines], int group) {

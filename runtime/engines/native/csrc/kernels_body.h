@@ -147,7 +147,7 @@ inline void multiply_codes(const Matrix& w, const Activations& x, float* y, size
   V::F total[kTokens][kVectors];
   clear_totals(total);
   for (int g = 0; g < num_groups; ++g, codes += T::kBytes, scales += kBlockRows) {
-    if (kFormat == Format::int4 && g > 0 && g % kSegmentGroups == 0) end_segment(total, y, y_stride, block, g);
+    if (has_segments(kFormat) && g > 0 && g % kSegmentGroups == 0) end_segment(total, y, y_stride, block, g);
     V::I sums[kTokens][kChains][kVectors], low_sums[kTokens][kChains][kVectors];
     const int8_t* quads = x.codes + g * kGroup;
     clear<kTokens, kChains>(sums);
@@ -179,7 +179,7 @@ inline void multiply_codes(const Matrix& w, const Activations& x, float* y, size
       }
     }
   }
-  end_segment(total, y, y_stride, block, kFormat == Format::int4 ? num_groups : 0);
+  end_segment(total, y, y_stride, block, has_segments(kFormat) ? num_groups : 0);
 }
 
 #include "kernels_screen.h"
@@ -348,6 +348,8 @@ uint64_t read_sum(const uint64_t* words, size_t num_words) {
 }
 
 #include "kernels_neurons.h"
+
+#include "kernels_columns_bf16.h"
 
 #include "kernels_columns.h"
 

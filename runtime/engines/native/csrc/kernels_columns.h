@@ -1,6 +1,6 @@
 // Products with matrices that lie input by input. Included by kernels_body.h.
 
-constexpr int kTileOutputs = 8 * V::kLanes;  // the sums of four interleaved vectors of nibbles
+constexpr int kTileOutputs = 8 * V::kLanes;  // the sums of four interleaved vectors of nibbles; half as many of bytes
 constexpr int kTilesAhead =
     1024 / kTileOutputs;  // whose bytes are asked for; in planes half as many, each of two pieces
 
@@ -41,7 +41,7 @@ inline void fill_last_quad(ColumnQuads& quads) {
 
 inline void choose_columns(const Activations& x, int group, const ColumnMatrix& w, WantedColumns& wanted) {
   const int8_t* codes = x.codes + size_t(group) * kGroup;
-  const uint8_t* bits = x.bits ? x.bits + size_t(group) * kGroup : nullptr;
+  const uint8_t* bits = x.bits && w.in_planes ? x.bits + size_t(group) * kGroup : nullptr;
   wanted.all.num_columns = 0;
   append_columns(codes, bits, kAllBits, w.column_stride(), wanted.all);
   if (w.in_planes) {
@@ -52,10 +52,10 @@ inline void choose_columns(const Activations& x, int group, const ColumnMatrix& 
   fill_last_quad(wanted.all);
   wanted.scale = x.scales[group];
   wanted.sum = x.sums[group];
-  wanted.low_sum = x.bits ? x.low_sums[group] : 0.0f;
+  wanted.low_sum = bits ? x.low_sums[group] : 0.0f;
 }
 
-// Sums of a tile's outputs: of low and of high nibbles, or of each two bits, of four vectors each.
+// Sums of a tile's outputs: of bytes, of low and of high nibbles, or of each two bits, of four vectors each.
 template <int kParts>
 struct ColumnSums {
   V::I parts[4][kParts];
@@ -76,6 +76,8 @@ inline void add_quad(const uint8_t* tile, const uint32_t* columns, const int8_t*
     V::I* own = sums.parts[i];
     if constexpr (kParts == 4) {
       V::add_pairs(bytes[i], codes, own);
+    } else if constexpr (kParts == 1) {
+      own[0] = V::dot_bytes(own[0], bytes[i], codes);
     } else {
       own[0] = V::dot_nibbles(own[0], V::low_nibbles(bytes[i]), codes);
       own[1] = V::dot_nibbles(own[1], V::high_nibbles(bytes[i]), codes);
@@ -90,14 +92,16 @@ inline void finish_tile(ColumnSums<kParts>& sums, const uint8_t* head, const Wan
   constexpr int kOutputs = 4 * kParts * V::kLanes;
   for (int i = 0; i < 4; ++i) {
     V::I* own = sums.parts[i];
-    if constexpr (kParts == 4)
-      V::pair_sums(own);
-    else
+    if constexpr (kParts == 4) V::pair_sums(own);
+    if constexpr (kParts == 2)
       for (int part = 0; part < kParts; ++part) own[part] = V::nibble_sums(own[part]);
   }
   for (int i = 0; i < 4 * kParts; ++i, total += V::kLanes) {
-    V::F value = V::to_float(sums.parts[i % 4][i / 4]) + low_sum;
-    value = V::fnma(V::load_u8(head + 2 * kOutputs + i * V::kLanes), sum, value);
+    V::F value = V::to_float(sums.parts[i % 4][i / 4]);
+    if constexpr (kParts > 1)
+      value = V::fnma(V::load_u8(head + 2 * kOutputs + i * V::kLanes), sum, value + low_sum);
+    else if constexpr (V::kByteOffset != 0)
+      value = V::fnma(V::set1(Tile<Format::int8>::kZero), sum, value);
     const V::F scales = V::load_half((const uint16_t*)head + i * V::kLanes);
     V::store(total, V::fma(value, scales * scale, V::load(total)));
   }
@@ -179,6 +183,7 @@ inline void prefetch_tiles(const ColumnTask& task, int group, const WantedColumn
 }
 
 size_t multiply_columns(const ColumnTask& task) {
+  if (task.weight.format == Format::bf16) return multiply_bf16_columns(task);
   const ColumnMatrix& w = task.weight;
   const size_t first = size_t(task.tile_begin) * w.tile, count = size_t(task.tile_end) * w.tile - first;
   std::memset(task.sums + first, 0, sizeof(float) * count);
@@ -196,7 +201,9 @@ size_t multiply_columns(const ColumnTask& task) {
     num_pieces += now.all.num_columns + (w.in_planes ? now.whole.num_columns : 0);
     // What is not a number is in the scale.
     if (now.all.num_quads == 0 && now.scale - now.scale == 0.0f) continue;
-    if (w.in_planes)
+    if (w.format == Format::int8)
+      multiply_column_group<1>(task, group, now, next);
+    else if (w.in_planes)
       multiply_column_group<4>(task, group, now, next);
     else
       multiply_column_group<2>(task, group, now, next);

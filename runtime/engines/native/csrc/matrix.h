@@ -8,7 +8,8 @@ namespace coreinfer {
 
 constexpr int kBlockRows = 16;  // output rows that are interleaved
 constexpr int kGroup = 32;      // inputs that share a scale
-// Groups whose products are summed by themselves: int4 sums are sums of these, in their order, whoever computes them.
+// Groups whose products are summed by themselves: sums of int4 and int8 are sums of these, in their order, whoever computes
+// them (`has_segments`).
 constexpr int kSegmentGroups = 32;
 
 inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -19,6 +20,8 @@ constexpr int kPartBytes = 304;  // 256 of codes, 32 of scales, 16 of zero point
 // int8_planes is int8 with the high and the low halves of the bytes apart, so that the high ones can be read alone.
 // int4_rows is int4 with each row in one piece, so that some rows can be read alone.
 enum class Format { bf16, int8, int4, int8_planes, int4_rows };
+
+constexpr bool has_segments(Format format) { return format == Format::int4 || format == Format::int8; }
 
 // A weight matrix (rows, cols) of a mapped file, or of memory that the owner keeps alive.
 struct Matrix {
