@@ -52,8 +52,6 @@ def _of_aims(config: "CompileConfig") -> Iterator[str]:
 def _not_with_token_shares(config: "CompileConfig") -> Iterator[str]:
     if config.by_neuron:
         yield "--token-share: expected a FFN that is not stored neuron by neuron, got --by-neuron"
-    if config.heals:
-        yield "--token-share: packs that are healed are not measured with it yet; give --heal-steps 0"
     if config.max_memory is not None:
         yield "--token-share: gradients go through all of its weights at once; leave out --max-memory"
 

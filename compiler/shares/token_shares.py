@@ -29,7 +29,16 @@ from .plan import TARGETS, plan_shares
 from .texts import begin_texts
 from .thresholds import LEVELS, half_ratios, lost_energies, sample_scores, thresholds_of
 
-__all__ = ["Arrays", "ShareInputs", "find_token_shares", "has_halves", "named", "write_token_shares"]
+__all__ = [
+    "Arrays",
+    "ShareInputs",
+    "find_token_shares",
+    "has_halves",
+    "named",
+    "renew_thresholds",
+    "shares_key",
+    "write_token_shares",
+]
 
 Floats = npt.NDArray[np.float32]
 Arrays = Mapping[str, Floats]
@@ -80,10 +89,6 @@ def find_token_shares(inputs: ShareInputs, cache: Cache, upstream: str, progress
     Args:
         upstream: key of the packs, or of all that thin clusters depend on.
     """
-    formats = asdict(inputs.stored.packer.formats)
-    key = stage_key(
-        "shares", upstream=upstream, revision=_REVISION, sampling=SAMPLING, formats=formats, halves=inputs.halves
-    )
 
     def compute() -> dict[str, Any]:
         cost_texts = spread_sample(_longer_half(inputs.documents), SHARE_COST_TOKENS)
@@ -91,7 +96,34 @@ def find_token_shares(inputs: ShareInputs, cache: Cache, upstream: str, progress
         with progress.stage("shares", num_steps) as advance:
             return _compute(inputs, cost_texts, advance)
 
-    return cache.arrays(key, compute)
+    return cache.arrays(shares_key(inputs, upstream), compute)
+
+
+def shares_key(inputs: ShareInputs, upstream: str) -> str:
+    """Key of what `find_token_shares` returns."""
+    formats = asdict(inputs.stored.packer.formats)
+    return stage_key(
+        "shares", upstream=upstream, revision=_REVISION, sampling=SAMPLING, formats=formats, halves=inputs.halves
+    )
+
+
+def renew_thresholds(inputs: ShareInputs, arrays: Arrays, cache: Cache, key: str, progress: Progress) -> Arrays:
+    """Set the clusters' thresholds again, for packs with other weights; the dense FFN's and the plan stay.
+
+    Args:
+        inputs: with these packs.
+        arrays: of `find_token_shares`, with the packs before.
+        key: of these thresholds.
+    """
+    loaded, folder = inputs.loaded, inputs.stored.folder
+
+    def compute() -> dict[str, Any]:
+        base, ffn = TensorFile(folder / LAYOUT.base), TensorFile(folder / LAYOUT.dense)
+        norms, dense = read_norms(loaded, base, ffn), run_once(dense_cut(loaded, inputs.stored))
+        with progress.stage("shares", inputs.num_clusters) as advance, base_in_use(loaded, inputs.stored):
+            return _own_thresholds(inputs, dense, norms, arrays["half_ratios"], advance)
+
+    return {**arrays, **cache.arrays(key, compute)}
 
 
 def _longer_half(documents: Sequence[Document]) -> list[Document]:
