@@ -1,6 +1,6 @@
 """Options of a compile that are right one by one, and do not go together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from coreinfer.bundles.shared.ray_cluster import LOCAL
@@ -66,6 +66,12 @@ def _not_with_thin_clusters(config: "CompileConfig") -> Iterator[str]:
         yield "--clusters auto: it compares packs, of which --packs thin has none; expected a number"
     if not config.dense:
         yield "--no-dense: thin clusters decode with the dense FFN; leave it out"
+    heals = {"--heal-steps": bool(config.heal_steps), "--heal-cluster-steps": bool(config.heal_cluster_steps)}
+    if wrong := [name for name, is_given in heals.items() if is_given]:
+        yield (
+            f"{', '.join(wrong)}: thin clusters decode with the weights of prompts, which lose more by healing than "
+            f"they gain (docs/token_shares.md); leave {_them(wrong)} out, or give --packs own"
+        )
     given = {
         "--keep": config.keep is not None,
         f"--experts {config.experts}": config.experts != "whole",
@@ -78,12 +84,13 @@ def _not_with_thin_clusters(config: "CompileConfig") -> Iterator[str]:
         "--carry": bool(config.carry),
         "--repair-rounding": config.repair_rounding,
         "--ridge": config.ridge is not None,
-        "--heal-steps": bool(config.heal_steps),
-        "--heal-cluster-steps": bool(config.heal_cluster_steps),
     }
     if wrong := [name for name, is_given in given.items() if is_given]:
-        them = "it" if len(wrong) == 1 else "them"
-        yield f"{', '.join(wrong)}: with --packs thin nothing is narrowed; leave {them} out"
+        yield f"{', '.join(wrong)}: with --packs thin nothing is narrowed; leave {_them(wrong)} out"
+
+
+def _them(names: Sequence[str]) -> str:
+    return "it" if len(names) == 1 else "them"
 
 
 def _of_ray(config: "CompileConfig") -> Iterator[str]:

@@ -221,7 +221,7 @@ def test_best_effort_heals_with_token_shares() -> None:
 @pytest.mark.parametrize("name", ["heal_steps", "heal_cluster_steps"])
 def test_thin_clusters_are_not_healed(name: str) -> None:
     switch = f"--{name.replace('_', '-')}"
-    with pytest.raises(ConfigError, match=rf"{switch}: with --packs thin"):
+    with pytest.raises(ConfigError, match=rf"{switch}: thin clusters decode with the weights of prompts"):
         make_config(token_share=SHARE, packs="thin", **{name: 3})
 
 
