@@ -18,8 +18,8 @@ from choices.inputs import BenchInputs, input_options
 from coreinfer.bundles.manifest import Quality
 from coreinfer.bundles.shared.command_options import NumberOr
 from coreinfer.compiler.config import CompileConfig, HealOptimizer
+from coreinfer.compiler.healing import heal_packs
 from coreinfer.compiler.prune.narrow import CLUSTERS
-from coreinfer.compiler.stages import heal_packs
 
 
 @click.command(context_settings={"show_default": True})
@@ -71,7 +71,7 @@ def measure(bench: Bench, config: CompileConfig) -> Iterator[tuple[Quality, bool
     key, narrow = bench.narrow(config, ground, ground.layer_budgets(config, config.effective_keep))
     yield bench.score(narrow), False
     if config.heals:
-        healed = heal_packs(config, ground, narrow[CLUSTERS], key, bench.progress)
+        _, healed = heal_packs(config, ground, narrow[CLUSTERS], key, bench.progress)
         yield bench.score({CLUSTERS: healed}), True
 
 

@@ -1,6 +1,6 @@
 """Options of a compile that are right one by one, and do not go together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from coreinfer.bundles.shared.ray_cluster import LOCAL
@@ -53,8 +53,6 @@ def _of_aims(config: "CompileConfig") -> Iterator[str]:
 def _not_with_token_shares(config: "CompileConfig") -> Iterator[str]:
     if config.by_neuron:
         yield "--token-share: expected a FFN that is not stored neuron by neuron, got --by-neuron"
-    if config.heals:
-        yield "--token-share: packs that are healed are not measured with it yet; give --heal-steps 0"
     if config.max_memory is not None:
         yield "--token-share: gradients go through all of its weights at once; leave out --max-memory"
 
@@ -76,6 +74,12 @@ def _not_with_thin_clusters(config: "CompileConfig") -> Iterator[str]:
         yield "--clusters auto: it compares packs, of which --packs thin has none; expected a number"
     if not config.dense:
         yield "--no-dense: thin clusters decode with the dense FFN; leave it out"
+    heals = {"--heal-steps": bool(config.heal_steps), "--heal-cluster-steps": bool(config.heal_cluster_steps)}
+    if wrong := [name for name, is_given in heals.items() if is_given]:
+        yield (
+            f"{', '.join(wrong)}: thin clusters decode with the weights of prompts, which lose more by healing than "
+            f"they gain (docs/token_shares.md); leave {_them(wrong)} out, or give --packs own"
+        )
     given = {
         "--keep": config.keep is not None,
         f"--experts {config.experts}": config.experts != "whole",
@@ -88,12 +92,13 @@ def _not_with_thin_clusters(config: "CompileConfig") -> Iterator[str]:
         "--carry": bool(config.carry),
         "--repair-rounding": config.repair_rounding,
         "--ridge": config.ridge is not None,
-        "--heal-steps": bool(config.heal_steps),
-        "--heal-cluster-steps": bool(config.heal_cluster_steps),
     }
     if wrong := [name for name, is_given in given.items() if is_given]:
-        them = "it" if len(wrong) == 1 else "them"
-        yield f"{', '.join(wrong)}: with --packs thin nothing is narrowed; leave {them} out"
+        yield f"{', '.join(wrong)}: with --packs thin nothing is narrowed; leave {_them(wrong)} out"
+
+
+def _them(names: Sequence[str]) -> str:
+    return "it" if len(names) == 1 else "them"
 
 
 def _not_with_chosen_packs(config: "CompileConfig") -> Iterator[str]:

@@ -231,8 +231,8 @@ class CompileOptions:
     heal_steps: int | None = field(
         default=None,
         metadata=option(
-            "Number of steps, of 2,048 tokens each, that distil the dense model into what all packs share; on text "
-            "beyond the calibration tokens, if there is any.",
+            "Number of steps, of 2,048 tokens each, that distil the dense model into what all packs share, with "
+            "--token-share as tokens read it at their share; on text beyond the calibration tokens, if there is any.",
             group=HEALING,
             check=whole_number(0),
             unset="60 with --effort best, else none",

@@ -22,6 +22,7 @@ from .clusters.route import Routing
 from .config import CompileConfig
 from .expert_options import check_no_expert_options, with_expert_options
 from .finished import Identity, identify, keep_finished, take_finished
+from .healing import better_packs, heal_packs
 from .models.load import LoadedModel, hub_revision, load_model, read_config
 from .models.sources import ModelSource
 from .progress import Progress
@@ -37,18 +38,18 @@ from .report.write import file_sizes, write_report
 from .shares.choice import ChosenPacks, chosen_packs
 from .shares.gains import warn_of_no_gain
 from .shares.halves import warn_of_no_halves
+from .shares.healing import heal_with_shares
 from .shares.search import check_aim
-from .shares.stage import keep_token_shares, set_token_shares, thin_key
+from .shares.stage import keep_token_shares, set_token_shares, share_inputs, thin_key
+from .shares.token_shares import find_token_shares
 from .stage_store import local_folder, store_of
 from .stages import (
     Ground,
     Material,
-    better_packs,
     budgets_at,
     build_ground,
     find_routing,
     gather_material,
-    heal_packs,
     held_out_reference,
     narrow_packs,
     score_packs,
@@ -169,8 +170,9 @@ def _compile_thin(
 ) -> Manifest:
     """Set the clusters' token shares and write: nothing is narrowed."""
     record, num_clusters = material.loaded.record, routing.clustering.num_clusters
-    key = thin_key(material, routing)
-    found = set_token_shares(config, material, routing, reference, None, key, progress)
+    inputs = share_inputs(config, material, routing, None)
+    arrays = find_token_shares(inputs, material.cache, thin_key(material, routing), progress)
+    found = set_token_shares(config, material, routing, reference, inputs, arrays, progress)
     sizes = Sizes(
         clusters=config.clusters,
         keep=1.0,
@@ -278,14 +280,18 @@ def _compile_at(
     material = ground.material
     budgets = budgets_at(config, ground, sizes.keep, sizes.keeps, ground.assignments)
     narrow_key, narrow = narrow_packs(config, ground, budgets, ground.assignments, progress)
-    if config.heals:
-        healed = heal_packs(config, ground, narrow[CLUSTERS], narrow_key, progress)
+    arrays = None
+    if config.heals and config.token_share is not None:
+        narrow[CLUSTERS], arrays = heal_with_shares(config, ground, narrow[CLUSTERS], reference, narrow_key, progress)
+    elif config.heals:
+        _, healed = heal_packs(config, ground, narrow[CLUSTERS], narrow_key, progress)
         narrow[CLUSTERS] = better_packs(ground, narrow[CLUSTERS], healed, progress)
     with stored_packs(material.team, material.stored, narrow, progress) as packs:
         shares = None
         if config.token_share is not None:
-            found = set_token_shares(config, material, ground.routing, reference, packs[CLUSTERS], narrow_key, progress)
-            shares = found.record
+            inputs = share_inputs(config, material, ground.routing, packs[CLUSTERS])
+            arrays = arrays or find_token_shares(inputs, material.cache, narrow_key, progress)
+            shares = set_token_shares(config, material, ground.routing, reference, inputs, arrays, progress).record
         compiled = Compiled(
             config=config,
             sizes=sizes,

@@ -1,6 +1,5 @@
 """The stages of a compile, one function each, for the pipeline that calls them in order and for other callers."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from .models.memory import check_memory
 from .progress import Progress
 from .prune.candidates import layer_candidates
 from .prune.dealt import deal_text
-from .prune.heal import HealInputs, heal, healing_text
 from .prune.layer_repair import NarrowInputs
 from .prune.mixtures.expert_losses import split_losses
 from .prune.mixtures.expert_splits import SplitLosses, mean_splits
@@ -41,7 +39,7 @@ from .prune.validation import few_validated
 from .quality.reference import Reference, read_reference
 from .quality.score import evaluate
 from .quality.search import searches
-from .quality.stored import StoredModel, store_model, stored_packs
+from .quality.stored import StoredModel, store_model
 from .quantize.moments import Moments, input_moments
 from .quantize.pack import Packer
 from .quantize.rounding import Rounding
@@ -54,12 +52,10 @@ from .text.given import given_documents
 __all__ = [
     "Ground",
     "Material",
-    "better_packs",
     "budgets_at",
     "build_ground",
     "find_routing",
     "gather_material",
-    "heal_packs",
     "held_out_reference",
     "held_out_tokens",
     "narrow_packs",
@@ -67,7 +63,6 @@ __all__ = [
     "score_packs",
 ]
 
-_log = logging.getLogger(__name__)
 Budgets = Mapping[str, Sequence[Sequence[int]]]
 """budgets[assignment name][cluster][layer], how many neurons are kept."""
 
@@ -337,48 +332,6 @@ def score_packs(
 ) -> Quality:
     """Score FFNs on texts, with all other weights as stored; see `evaluate`."""
     return evaluate(material.team, reference, models, progress, material.stored)
-
-
-def heal_packs(
-    config: CompileConfig, ground: Ground, narrow: NarrowModel, upstream: str, progress: Progress
-) -> NarrowModel:
-    """Heal the clusters' packs; `upstream` is the key of the stage that made them."""
-    documents, labels = healing_text(config, ground.material.corpus, ground.routing)
-    inputs = HealInputs(config=config, loaded=ground.material.loaded, documents=documents, labels=labels, narrow=narrow)
-    key = stage_key(
-        "heal",
-        upstream=upstream,
-        steps=config.effective_heal_steps,
-        relative_rate=config.heal_rate,
-        optimizer=config.heal_optimizer,
-        text=[document.token_ids for document in documents],
-    )
-    return heal(inputs, ground.material.cache, key, progress)
-
-
-def better_packs(ground: Ground, narrow: NarrowModel, healed: NarrowModel, progress: Progress) -> NarrowModel:
-    """Take the healed packs, unless text that nothing was trained on rejects them."""
-    material, labels = ground.material, ground.routing.assignment.validation
-    if not material.corpus.validation:
-        _log.warning("healing is not checked: there is no validation text; give more calibration text")
-        return healed
-    token_ids = [document.token_ids for document in material.corpus.validation]
-    with (
-        read_reference(material.team, token_ids, progress, material.stored, labels) as reference,
-        stored_packs(material.team, material.stored, {CLUSTERS: narrow, "healed": healed}, progress) as packs,
-    ):
-        models = {name: (pack.cut, labels) for name, pack in packs.items()}
-        quality = score_packs(material, reference, models, progress)
-    before, after = quality.clusters.kl, quality.controls[0].kl
-    _log.info("healing: KL on validation text %.4f before, %.4f after", before, after)
-    if after < before:
-        return healed
-    _log.warning(
-        "healing is left out: KL on validation text rises from %.4f to %.4f; lower --heal-rate or raise --heal-steps",
-        before,
-        after,
-    )
-    return narrow
 
 
 def _profile_key(config: CompileConfig, material: Material, routing: Routing, names: list[str]) -> str:

@@ -46,7 +46,6 @@ def test_what_cannot_have_token_shares_is_refused(tiny_inputs: Callable[[str], C
     given = replace(tiny_inputs("llama"), output=tmp_path / "b", token_share=0.5)
     for options, named in (
         ({"by_neuron": True, "quantize": "int4"}, "--token-share: expected a FFN that is not stored neuron by neuron"),
-        ({"heal_steps": 2}, "--token-share: packs that are healed"),
         ({"max_memory": 4.0}, "--token-share: gradients go through all of its weights at once"),
         ({"token_share": 0.2}, "token-share: expected auto or a number in [0.3, 1], got 0.2"),
     ):

@@ -12,7 +12,8 @@ and so are the steps that help and that harm.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from transformers import DynamicCache
 
 from .narrow import Bits, Labels, NarrowModel, bf16_bits, narrow_layer
 
-__all__ = ["HealInputs", "heal", "healing_text"]
+__all__ = ["HealInputs", "Reading", "heal", "healing_text"]
 
 _log = logging.getLogger(__name__)
 _STEP_TOKENS = 2048
@@ -47,6 +48,8 @@ _WARM_UP = 0.05
 _CHECKPOINT_STEPS = 50
 _BETAS = (0.9, 0.95)
 
+Reading = Callable[[int], AbstractContextManager[None]]
+"""From a cluster to a block in which tokens take of their inputs what they take with that cluster's pack."""
 Changes = dict[str, torch.Tensor]
 """Layer and role, as "3.gate" -> (neurons, hidden size) float32 that is added to a matrix, a row for each neuron."""
 
@@ -59,6 +62,7 @@ class HealInputs:
         documents: of `healing_text`.
         labels: (documents,) the cluster of each.
         narrow: the narrow model to start from.
+        reading: what its tokens read of their inputs; gradients are those of what is read.
     """
 
     config: CompileConfig
@@ -66,6 +70,7 @@ class HealInputs:
     documents: Sequence[Document]
     labels: Labels
     narrow: NarrowModel
+    reading: Reading = lambda _: nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +237,8 @@ def _step(course: _Course, changes: Changes, optimizer: torch.optim.Optimizer, s
         loaded.read(token_ids[:, :start], cache)
         dense = loaded.states(token_ids[:, start:], cache)
         cache.crop(start - token_ids.shape[1])
-    narrow = loaded.states(token_ids[:, start:], cache, _narrow_weights(course, changes, cluster))
+    with course.inputs.reading(cluster):
+        narrow = loaded.states(token_ids[:, start:], cache, _narrow_weights(course, changes, cluster))
     optimizer.zero_grad(set_to_none=True)
     narrow.backward(_gradient(loaded, narrow.detach().flatten(0, 1), dense.flatten(0, 1)).view_as(narrow))
     torch.nn.utils.clip_grad_norm_([change for change in changes.values() if change.grad is not None], 1.0)

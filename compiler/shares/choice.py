@@ -19,7 +19,7 @@ from .measure import SharedWeights
 from .search import DENSE, POOL, Shares, ShareSearch, measurable
 from .stage import share_inputs, thin_key
 from .token_reads import ReadSizes, read_sizes
-from .token_shares import Arrays, find_token_shares, with_own_thresholds
+from .token_shares import Arrays, find_token_shares, renew_thresholds
 
 __all__ = ["ChosenPacks", "chosen_packs", "units_of"]
 
@@ -237,7 +237,7 @@ def _packs_at(setting: _Setting, thin: _Thin, keeps: Mapping[str, float]) -> Ite
     without = frozenset(range(len(ratios))) - by_cluster.keys()
     with stored_packs(material.team, material.stored, narrow, progress, without) as stored:
         inputs = share_inputs(config, material, ground.routing, stored[CLUSTERS])
-        arrays = with_own_thresholds(inputs, thin.shared.arrays, material.cache, key, progress)
+        arrays = renew_thresholds(inputs, thin.shared.arrays, material.cache, key, progress)
         shared = SharedWeights(stored=material.stored, packs=stored[CLUSTERS], arrays=arrays, labels=thin.shared.labels)
         yield _Packs(narrow=narrow[CLUSTERS], shared=shared)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache as run_once
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,6 @@ from coreinfer.bundles.token_shares import shares_at, thresholds_at
 from coreinfer.compiler.models.load import LoadedModel
 from coreinfer.compiler.models.swapping import ffn_in_use
 from coreinfer.compiler.progress import Advance, Progress
-from coreinfer.compiler.prune.narrow import Cut
 from coreinfer.compiler.quality.reference import PlaceTexts, Reference, tallies_of, texts_of
 from coreinfer.compiler.quality.stored import StoredModel, StoredPacks, base_in_use, dense_cut
 from coreinfer.compiler.quality.tally import Tally
@@ -25,10 +24,10 @@ from coreinfer.compiler.team.team import Shared, Team, Worker
 from coreinfer.runtime.engines.torch.wanted_inputs import InputCounts
 
 from .halves import low_weights
-from .inputs import inputs_taken, read_norms
+from .inputs import LowWeights, Norms, inputs_taken, read_norms
 from .token_shares import Arrays, named
 
-__all__ = ["Measured", "Part", "SharedWeights", "measure_parts"]
+__all__ = ["Measured", "Part", "SharedWeights", "measure_parts", "part_inputs"]
 
 Floats = npt.NDArray[np.float32]
 _STAGE = "evaluate"
@@ -154,27 +153,45 @@ def _place_parts(
 
 def _reading(loaded: LoadedModel, shared: SharedWeights) -> Callable[[Part, InputCounts], AbstractContextManager[None]]:
     """A function that runs a block with what a part reads, counting its inputs; the dense FFN is unpacked once."""
-    stored, packs, ratios = shared.stored, shared.packs, shared.arrays["half_ratios"]
-    base, dense = TensorFile(stored.folder / LAYOUT.base), run_once(dense_cut(loaded, stored))
-    dense_file = TensorFile(stored.folder / LAYOUT.dense)
-
-    base_low = run_once(partial(low_weights, loaded, base, ratios, ATTENTION_GROUPS))
-    dense_low = run_once(partial(low_weights, loaded, dense_file, ratios, FFN_GROUPS))
+    dense, taken = run_once(dense_cut(loaded, shared.stored)), part_inputs(loaded, shared)
 
     @contextmanager
     def reading(part: Part, counts: InputCounts) -> Iterator[None]:
-        cut: Cut
-        if part.ffn is None or packs is None:
-            cut, ffn, ffn_low = dense, dense_file, dense_low()
-        else:
-            cut, ffn = packs.cut(loaded), packs.ffn(part.ffn)
-            ffn_low = low_weights(loaded, ffn, ratios, FFN_GROUPS)
-        known = shared.arrays[f"thresholds.{part.thresholds}"]
-        thresholds = named(loaded, thresholds_at(shared.arrays["levels"], known, part.shares, ratios))
-        taken = inputs_taken(loaded, read_norms(loaded, base, ffn), thresholds, {**base_low(), **ffn_low}, counts)
         # The dense FFN's layers are known by the cluster 0, as those of one cluster.
-        number = 0 if cut is dense or part.ffn is None else part.ffn
-        with ffn_in_use(loaded, cut, number), taken:
+        cut, number = (dense, 0) if part.ffn is None else (_packs_of(shared).cut(loaded), part.ffn)
+        with ffn_in_use(loaded, cut, number), taken(part, counts):
             yield
 
     return reading
+
+
+def _packs_of(shared: SharedWeights) -> StoredPacks:
+    assert shared.packs is not None
+    return shared.packs
+
+
+def part_inputs(
+    loaded: LoadedModel, shared: SharedWeights
+) -> Callable[[Part, InputCounts | None], AbstractContextManager[None]]:
+    """A function that runs a block with the inputs that a part takes, whatever FFN is in use, and may count them.
+
+    What low bits add to the base, the dense FFN and the last pack in use stays in memory.
+    """
+    stored, ratios = shared.stored, shared.arrays["half_ratios"]
+    base, dense = TensorFile(stored.folder / LAYOUT.base), TensorFile(stored.folder / LAYOUT.dense)
+    base_low = run_once(partial(low_weights, loaded, base, ratios, ATTENTION_GROUPS))
+
+    def known(ffn: TensorFile) -> tuple[Norms, LowWeights]:
+        return read_norms(loaded, base, ffn), {**base_low(), **low_weights(loaded, ffn, ratios, FFN_GROUPS)}
+
+    dense_known = run_once(partial(known, dense))
+    pack_known = lru_cache(maxsize=1)(lambda cluster: known(_packs_of(shared).ffn(cluster)))
+
+    def taken(part: Part, counts: InputCounts | None = None) -> AbstractContextManager[None]:
+        norms, low = dense_known() if part.ffn is None else pack_known(part.ffn)
+        limits = thresholds_at(
+            shared.arrays["levels"], shared.arrays[f"thresholds.{part.thresholds}"], part.shares, ratios
+        )
+        return inputs_taken(loaded, norms, named(loaded, limits), low, counts)
+
+    return taken

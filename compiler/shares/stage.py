@@ -18,7 +18,7 @@ from .halves import reads_halves
 from .measure import SharedWeights
 from .score import ScoredShares, score_token_shares
 from .search import Shares, fit_shares
-from .token_shares import ShareInputs, find_token_shares, has_halves, write_token_shares
+from .token_shares import Arrays, ShareInputs, has_halves, write_token_shares
 
 __all__ = ["FoundShares", "keep_token_shares", "set_token_shares", "share_inputs", "thin_key"]
 
@@ -41,34 +41,12 @@ def thin_key(material: Material, routing: Routing) -> str:
     return stage_key("thin", upstream=material.key, clusters=routing.clustering.labels.tolist())
 
 
-def set_token_shares(
-    config: CompileConfig,
-    material: Material,
-    routing: Routing,
-    reference: Reference | None,
-    packs: StoredPacks | None,
-    upstream: str,
-    progress: Progress,
-) -> FoundShares:
-    """Find the token shares of the clusters, and write their file into the stored model's folder.
+def share_inputs(config: CompileConfig, material: Material, routing: Routing, packs: StoredPacks | None) -> ShareInputs:
+    """Say what the token shares of the clusters are made of.
 
     Args:
         packs: of the clusters; None where all are thin.
-        upstream: key of the packs; of thin clusters `thin_key`.
-    Raises:
-        BundleError: the disk cannot take the file.
-        ConfigError: shares were to be found by a quality that cannot be had.
     """
-    inputs = share_inputs(config, material, routing, packs)
-    arrays = find_token_shares(inputs, material.cache, upstream, progress)
-    shared = SharedWeights(stored=material.stored, packs=packs, arrays=arrays, labels=routing.assignment.held_out)
-    num_tokens: Sequence[int] = held_out_tokens(material, routing)
-    shares = fit_shares(config, material.team, reference, shared, num_tokens, progress)
-    return keep_token_shares(config, material, reference, shared, shares, num_tokens, progress)
-
-
-def share_inputs(config: CompileConfig, material: Material, routing: Routing, packs: StoredPacks | None) -> ShareInputs:
-    """Say what token shares are made of."""
     return ShareInputs(
         loaded=material.team.loaded,
         stored=material.stored,
@@ -78,6 +56,32 @@ def share_inputs(config: CompileConfig, material: Material, routing: Routing, pa
         seed=config.seed,
         halves=reads_halves(config, material.team.loaded),
     )
+
+
+def set_token_shares(
+    config: CompileConfig,
+    material: Material,
+    routing: Routing,
+    reference: Reference | None,
+    inputs: ShareInputs,
+    arrays: Arrays,
+    progress: Progress,
+) -> FoundShares:
+    """Choose and measure the clusters' token shares, and write their file into the stored model's folder.
+
+    Args:
+        inputs: of `share_inputs`.
+        arrays: what `find_token_shares` made of them.
+    Raises:
+        BundleError: the disk cannot take the file.
+        ConfigError: shares were to be found by a quality that cannot be had.
+    """
+    shared = SharedWeights(
+        stored=material.stored, packs=inputs.packs, arrays=arrays, labels=routing.assignment.held_out
+    )
+    num_tokens: Sequence[int] = held_out_tokens(material, routing)
+    shares = fit_shares(config, material.team, reference, shared, num_tokens, progress)
+    return keep_token_shares(config, material, reference, shared, shares, num_tokens, progress)
 
 
 def keep_token_shares(

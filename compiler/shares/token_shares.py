@@ -35,7 +35,8 @@ __all__ = [
     "find_token_shares",
     "has_halves",
     "named",
-    "with_own_thresholds",
+    "renew_thresholds",
+    "shares_key",
     "write_token_shares",
 ]
 
@@ -88,7 +89,6 @@ def find_token_shares(inputs: ShareInputs, cache: Cache, upstream: str, progress
     Args:
         upstream: key of the packs, or of all that thin clusters depend on.
     """
-    key = _key(inputs, upstream)
 
     def compute() -> dict[str, Any]:
         cost_texts = spread_sample(_longer_half(inputs.documents), SHARE_COST_TOKENS)
@@ -96,15 +96,22 @@ def find_token_shares(inputs: ShareInputs, cache: Cache, upstream: str, progress
         with progress.stage("shares", num_steps) as advance:
             return _compute(inputs, cost_texts, advance)
 
-    return cache.arrays(key, compute)
+    return cache.arrays(shares_key(inputs, upstream), compute)
 
 
-def with_own_thresholds(
-    inputs: ShareInputs, thin: Arrays, cache: Cache, upstream: str, progress: Progress
-) -> dict[str, Floats]:
-    """Return what `find_token_shares` would, from what it found of thin clusters: only thresholds of packs are set.
+def shares_key(inputs: ShareInputs, upstream: str) -> str:
+    """Key of what `find_token_shares` returns."""
+    formats = asdict(inputs.stored.packer.formats)
+    return stage_key(
+        "shares", upstream=upstream, revision=_REVISION, sampling=SAMPLING, formats=formats, halves=inputs.halves
+    )
+
+
+def renew_thresholds(inputs: ShareInputs, arrays: Arrays, cache: Cache, upstream: str, progress: Progress) -> Arrays:
+    """Set thresholds of the clusters that have packs, by these; the dense FFN's, ratios, costs and the plan stay.
 
     Args:
+        arrays: of `find_token_shares`, with other packs or with none.
         upstream: key of the packs.
     """
     assert inputs.packs is not None
@@ -114,22 +121,10 @@ def with_own_thresholds(
         base, ffn = (TensorFile(inputs.stored.folder / name) for name in (LAYOUT.base, LAYOUT.dense))
         norms, dense = read_norms(inputs.loaded, base, ffn), run_once(dense_cut(inputs.loaded, inputs.stored))
         with progress.stage("shares", len(own)) as advance, base_in_use(inputs.loaded, inputs.stored):
-            return _own_thresholds(inputs, own, dense, norms, thin["half_ratios"], advance)
+            return _own_thresholds(inputs, own, dense, norms, arrays["half_ratios"], advance)
 
-    return {**thin, **cache.arrays(_key(inputs, upstream, own=own), compute)}
-
-
-def _key(inputs: ShareInputs, upstream: str, own: Sequence[int] | None = None) -> str:
-    """Key of the arrays, or of the thresholds alone of some clusters' packs."""
-    return stage_key(
-        "shares",
-        upstream=upstream,
-        revision=_REVISION,
-        sampling=SAMPLING,
-        formats=asdict(inputs.stored.packer.formats),
-        halves=inputs.halves,
-        **({} if own is None else {"own": list(own)}),
-    )
+    key = stage_key("thresholds", upstream=shares_key(inputs, upstream), clusters=own)
+    return {**arrays, **cache.arrays(key, compute)}
 
 
 def _longer_half(documents: Sequence[Document]) -> list[Document]:
