@@ -16,7 +16,15 @@ from .layout import LAYOUT
 from .manifest import FileRecord, Manifest, write_manifest
 from .pages import forget_pages
 
-__all__ = ["check_target", "disk_errors", "existing_parent", "file_sha256", "finish_manifest", "stage_bundle"]
+__all__ = [
+    "check_target",
+    "disk_errors",
+    "existing_parent",
+    "file_sha256",
+    "finish_manifest",
+    "scratch_folder",
+    "stage_bundle",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +90,19 @@ def disk_errors(target: Path) -> Iterator[None]:
 def existing_parent(target: Path) -> Path:
     """Find the nearest existing folder above a path, which is on the disk that the path will be written to."""
     return next(parent for parent in target.absolute().parents if parent.exists())
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Make a folder on the bundle's disk for the block, from where files can be moved into the bundle.
+
+    Raises:
+        BundleError: the disk cannot take it.
+    """
+    with disk_errors(target):
+        folder = tempfile.TemporaryDirectory(dir=existing_parent(target), prefix=f".{target.name}.scratch-")
+    with folder as name:
+        yield Path(name)
 
 
 def finish_manifest(stage: Path, manifest: Manifest) -> Manifest:

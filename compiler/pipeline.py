@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import faiss
 import torch
@@ -13,7 +12,7 @@ from coreinfer.bundles.layout import LAYOUT
 from coreinfer.bundles.manifest import Manifest, Quality, Score
 from coreinfer.bundles.shared.machine import usable_cores
 from coreinfer.bundles.shared.ray_cluster import LOCAL
-from coreinfer.bundles.writer import disk_errors, existing_parent, finish_manifest, stage_bundle
+from coreinfer.bundles.writer import finish_manifest, scratch_folder, stage_bundle
 from coreinfer.runtime.engines.torch.mixture import experts_of
 
 from .cache import Cache
@@ -143,7 +142,7 @@ def compile_by(config: CompileConfig, team: Team, identity: Identity, progress: 
     if config.token_share is not None:
         warn_of_no_gain(config, team.loaded)
         warn_of_no_halves(config, team.loaded)
-    with _scratch_folder(config) as scratch:
+    with scratch_folder(config.output) as scratch:
         check_folder(team, scratch)
         cache = _cache(config, scratch)
         material = gather_material(config, team, identity.model_sha256, cache, scratch, progress)
@@ -306,15 +305,6 @@ def _compile_at(
             token_shares=shares,
         )
         return write_bundle(compiled, identity, material.stored, packs[CLUSTERS], progress)
-
-
-@contextmanager
-def _scratch_folder(config: CompileConfig) -> Iterator[Path]:
-    """Make a folder on the bundle's disk for the block, from where files can be moved into the bundle."""
-    with disk_errors(config.output):
-        folder = TemporaryDirectory(dir=existing_parent(config.output), prefix=f".{config.output.name}.scratch-")
-    with folder as name:
-        yield Path(name)
 
 
 def _cache(config: CompileConfig, scratch: Path) -> Cache:

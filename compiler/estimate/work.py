@@ -300,8 +300,7 @@ def reconstruct_work(case: Case, *, carries: bool, removes: bool, picks: bool) -
     removed and three repairs solved, of controls one.
 
     Args:
-        picks: whether all that is done for the candidates among the neurons alone, by `num_candidates`; layers are
-            taken to keep as many neurons each, with which there are a few more than by their own numbers.
+        picks: whether this is done for candidates alone, by `num_candidates`; layers are taken to keep as many each.
     """
     token_flop, ffn_dim = case.token_flop, case.shapes.ffn_dim
     candidates = num_candidates(case.kept, ffn_dim) if picks else ffn_dim
