@@ -81,8 +81,10 @@ def multiply_columns(
 
     num_groups = len(columns.scales)
     assert values.numel() <= num_groups * GROUP_SIZE
-    taken = launch_take(values.contiguous(), norms, thresholds, num_groups)
-    return launch_multiply((columns.high, columns.low), (columns.scales, columns.zeros), taken, float(LOW_MEAN))
+    # Triton launches on the current device, whatever the tensors' is.
+    with torch.cuda.device_of(values):
+        taken = launch_take(values.contiguous(), norms, thresholds, num_groups)
+        return launch_multiply((columns.high, columns.low), (columns.scales, columns.zeros), taken, float(LOW_MEAN))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,19 +48,18 @@ def plan_device(
     """
     needs = _needs(model, reader)
     if columns:
-        wider = replace(
-            needs, columns=columns_bytes(reader.bundle, decoder_layers(model, reader.family), reader.family)
-        )
-        problem = f"the dense FFN does not fit beside {wider.columns / 1e6:.4g} MB of columns"
+        num_bytes = columns_bytes(reader.bundle, decoder_layers(model, reader.family), reader.family)
+        wider, problem = replace(needs, columns=num_bytes), f"there is no room for {num_bytes / 1e6:.4g} MB of columns"
         try:
             plan = plan_memory(wider, limit_mb=limit_mb, free_bytes=free_bytes)
+        except ConfigError:
+            if required:
+                raise
+        else:
             if not plan.stream_dense:
                 return wider, plan
             if required:
                 raise ConfigError(f"input_skipping 'on': {problem} beside the dense FFN; use 'masked'")
-        except ConfigError:
-            if required:
-                raise
         _log.warning("input_skipping: unwanted inputs are read, and count as 0: %s", problem)
     return needs, plan_memory(needs, limit_mb=limit_mb, free_bytes=free_bytes)
 
