@@ -117,7 +117,7 @@ class Transformers:
 
 
 class CoreInfer:
-    """The torch engine; the prompt is read dense, as the runtime does, and decoded with `choice`, on a GPU by columns."""
+    """The torch engine; the prompt is read dense, as the runtime does, and decoded with `choice`."""
 
     def __init__(self, bundle: Bundle, choice: FfnChoice, options: Options, *, limit_mb: float | None = None) -> None:
         self.decoder = TorchDecoder(
@@ -188,9 +188,8 @@ def _weight_bytes(model: torch.nn.Module) -> int:
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     for module in packed:
         weights |= {id(part): part for part in (module.weight, module.grid) if part is not None}
-    get = model.get_submodule
     embedding: Any = next(module for module in model.modules() if isinstance(module, torch.nn.Embedding))
-    head: Any = get("lm_head")
+    head: Any = model.get_submodule("lm_head")
     lookup = 0 if head.weight is embedding.weight else embedding.weight.nbytes
     return int(sum(weight.nbytes for weight in weights.values()) - lookup)
 
