@@ -119,7 +119,8 @@ def test_columns_hold_each_code_once(rows: list[int]) -> None:
     codes, scales, zeros = np.zeros((width, 96), np.uint8), np.zeros((width, 3)), np.zeros((width, 3))
     start = 0
     for grid, count in zip(grids, rows, strict=True):
-        for target, part in zip((codes, scales, zeros), grid, strict=True):
+        targets: tuple[Any, ...] = (codes, scales, zeros)
+        for target, part in zip(targets, grid, strict=True):
             some = part[:count]
             target[start : start + len(some)] = some
         start += count

@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import numpy.typing as npt
 import pytest
 import torch
 from coreinfer.bundles import Bundle, ConfigError, open_bundle
-from coreinfer.bundles.manifest import QuantizationRecord
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
 from coreinfer.runtime.engines.torch import column_choice, column_products
 from coreinfer.runtime.engines.torch.column_layout import Columns
@@ -174,8 +172,7 @@ def test_on_is_refused_where_it_cannot_be(
     if not INTERPRETED:
         return
     with monkeypatch.context() as patch:
-        quantization = dict.fromkeys(("attention", "ffn"), QuantizationRecord(format="int8", group_size=32))
-        patch.setattr(bundle, "manifest", replace(bundle.manifest, quantization=quantization))
+        patch.setattr(column_choice, "column_groups", lambda *_: ())
         with pytest.raises(ConfigError, match="input_skipping 'on': no matrices of this bundle can be read input by"):
             TorchDecoder(bundle, device="cpu", dtype="float32", input_skipping="on")
     monkeypatch.setattr(column_choice, "multiply_columns", lambda columns, *rest: torch.ones(1024))
@@ -213,7 +210,8 @@ def test_a_gpu_leaves_out_where_its_trial_gains(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    bundle, shapes = halved_bundle(), []
+    bundle = halved_bundle()
+    shapes: list[Any] = []
 
     def tried(given: Any, *_rest: Any, **_options: Any) -> float:
         shapes.append(given)

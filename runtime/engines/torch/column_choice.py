@@ -3,12 +3,13 @@
 import importlib.util
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from coreinfer.bundles import Bundle, ConfigError
 from coreinfer.bundles.families import Family
-from coreinfer.bundles.formats import GROUP_SIZE
+from coreinfer.bundles.formats import GROUP_SIZE, LOW_MEAN
 from coreinfer.bundles.manifest import Manifest
 from coreinfer.runtime.load_options import InputSkipping
 from torch import nn
@@ -58,10 +59,9 @@ def _error(device: torch.device, num_inputs: int, num_outputs: int) -> float:
     limits = np.array([0.2, 0.4], dtype=np.float32)
     scores = np.abs(values) * norms
     expected = np.zeros(num_outputs, dtype=np.float32)
-    for wanted, read in (
-        (scores > limits[1], codes),
-        ((scores > limits[0]) & (scores <= limits[1]), (codes & 12) + np.float32(1.5)),
-    ):
+    parts: list[tuple[Any, Any]] = [(scores > limits[1], codes)]
+    parts.append(((scores > limits[0]) & (scores <= limits[1]), (codes & 12) + LOW_MEAN))
+    for wanted, read in parts:
         weights = (read - zeros.repeat(GROUP_SIZE, axis=1)) * scales.repeat(GROUP_SIZE, axis=1)
         expected += weights[:, :num_inputs] @ np.where(wanted, values, 0)
     columns = lay_out_columns([(codes, scales, zeros)], [num_outputs], device)
