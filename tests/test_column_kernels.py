@@ -120,7 +120,8 @@ def test_columns_hold_each_code_once(rows: list[int]) -> None:
     start = 0
     for grid, count in zip(grids, rows, strict=True):
         targets: tuple[Any, ...] = (codes, scales, zeros)
-        for target, part in zip(targets, grid, strict=True):
+        parts: tuple[Any, ...] = grid
+        for target, part in zip(targets, parts, strict=True):
             some = part[:count]
             target[start : start + len(some)] = some
         start += count

@@ -8,7 +8,7 @@ import logging
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from coreinfer.runtime.engines.torch import column_choice, column_products
 from coreinfer.runtime.engines.torch.column_layout import Columns
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder, device_needs
 from coreinfer.runtime.engines.torch.wanted_inputs import InputCounts
-from coreinfer.runtime.load_options import LoadOptions
+from coreinfer.runtime.load_options import InputSkipping, LoadOptions
 
 from .fake_device import FakeDevice
 from .interpreting import INTERPRETED, needs_interpreter
@@ -109,8 +109,7 @@ def test_what_is_not_one_token_is_masked(halved_bundle: Callable[..., Bundle], l
     for decoder in (used, masked):
         decoder.forward(PROMPT_IDS)
         decoder.use(shared)
-    rows = [decoder.forward(NEXT_IDS, all_logits=True) for decoder in (used, masked)]
-    assert np.array_equal(*rows)
+    assert np.array_equal(used.forward(NEXT_IDS, all_logits=True), masked.forward(NEXT_IDS, all_logits=True))
     # What is counted is masked, for the kernels' counts stay on the device.
     used.masks.counts = counts = InputCounts()
     used.forward([5])
@@ -198,7 +197,7 @@ def test_the_cpu_is_masked_unless_asked_and_off_reads_all(halved_bundle: Callabl
         assert decoder.masks._columns is None
         assert decoder.token_shares_pay
     assert not TorchDecoder(bundle, device="cpu", dtype="float32", input_skipping="off").token_shares_pay
-    for asked in ("auto", "on", "masked", "off"):
+    for asked in get_args(InputSkipping):
         assert LoadOptions(engine="torch", input_skipping=asked).input_skipping == asked
 
 
