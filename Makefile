@@ -38,7 +38,7 @@ demo: $(VENV)/.demo
 # A process a core, each file's tests in one of them, in the files' order: the one that compiles a real model takes longest
 # and must not come last. Their torch must not start threads that wait for each other.
 test: $(VENV)/.test $(VENV)/.llm lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -24,13 +24,15 @@ import torch
 from coreinfer.bundles import Bundle, ConfigError, open_bundle
 from coreinfer.bundles.shared.beginnings import text_ids
 from coreinfer.bundles.shared.command import command_errors
+from coreinfer.bundles.token_shares import least_share
 from coreinfer.runtime import Engine
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.torch.column_choice import columns_problem
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder, device_needs
 from coreinfer.runtime.engines.torch.packed_linear import PackedLinear
-from coreinfer.runtime.generation import MODES
 
-CONTENDERS = ("transformers", "dense", "pack", "lossless", "bounded")
+SHARES = {f"share-{share}": FfnChoice(token_share=share) for share in (0.64, 0.5)}
+CONTENDERS = ("transformers", "dense", "pack", "lossless", "bounded", *SHARES)
 _TEXT = "The ferry leaves the harbour at noon and returns before the lamps are lit. "
 _WARM_UP_TOKENS = 4
 _READ_REPEATS = 8
@@ -125,6 +127,7 @@ class CoreInfer:
             gpu_memory_mb=limit_mb,
             cuda_graphs=options.cuda_graphs,
             weights=options.weights,
+            input_skipping="on" if choice.token_share < 1 and options.device != "cpu" else "masked",
         )
         self.choice = choice
         self.reading = DENSE if bundle.dense is not None else choice
@@ -154,9 +157,9 @@ class CoreInfer:
 
         return num_tokens / _seconds(self.device, run)
 
-    def bytes_per_token(self) -> int:
-        """See `Contender`."""
-        return _weight_bytes(self.decoder._model)
+    def bytes_per_token(self) -> int | None:
+        """See `Contender`. What a token share leaves is not counted."""
+        return None if self.choice.token_share < 1 else _weight_bytes(self.decoder._model)
 
 
 class Lossless:
@@ -164,18 +167,16 @@ class Lossless:
 
     def __init__(self, bundle: Bundle, options: Options) -> None:
         self.engine = Engine(bundle, CoreInfer(bundle, DENSE, options).decoder)
-        self.prompt = self.engine.tokenizer.decode(options.prompt_ids)
-        # By name: this file also runs beside a runtime without the mode, where it is left out.
-        self.options: dict[str, Any] = {"mode": "lossless", "raw": True}
+        prompt = self.engine.tokenizer.decode(options.prompt_ids)
+        self.generate = partial(self.engine.generate, prompt, mode="lossless", raw=True)
 
     def prefill(self) -> float:
         """See `Contender`."""
-        return float(self.engine.generate(self.prompt, max_new_tokens=1, **self.options).prefill_seconds)
+        return float(self.generate(max_new_tokens=1).prefill_seconds)
 
     def decode(self, num_tokens: int) -> float:
         """See `Contender`. It may end early, where the model ends the text."""
-        generation = self.engine.generate(self.prompt, max_new_tokens=num_tokens, **self.options)
-        return float(generation.decode_tokens_per_second)
+        return float(self.generate(max_new_tokens=num_tokens).decode_tokens_per_second)
 
     def bytes_per_token(self) -> None:
         """See `Contender`. Several tokens share a pass."""
@@ -187,9 +188,8 @@ def _weight_bytes(model: torch.nn.Module) -> int:
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     for module in packed:
         weights |= {id(part): part for part in (module.weight, module.grid) if part is not None}
-    get = model.get_submodule
     embedding: Any = next(module for module in model.modules() if isinstance(module, torch.nn.Embedding))
-    head: Any = get("lm_head")
+    head: Any = model.get_submodule("lm_head")
     lookup = 0 if head.weight is embedding.weight else embedding.weight.nbytes
     return int(sum(weight.nbytes for weight in weights.values()) - lookup)
 
@@ -210,10 +210,9 @@ def _synchronize(device: torch.device) -> None:
 
 def read_gbps(options: Options) -> float:
     """Measure how fast the device reads memory: sums of an array larger than its caches."""
-    device = torch.device(options.device)
-    array = torch.ones(options.read_bytes // 4, dtype=torch.float32, device=device)
+    array = torch.ones(options.read_bytes // 4, dtype=torch.float32, device=options.device)
     array.sum()
-    best = min(_seconds(device, array.sum) for _ in range(_READ_REPEATS))
+    best = min(_seconds(array.device, array.sum) for _ in range(_READ_REPEATS))
     return array.nbytes / best / 1e9
 
 
@@ -221,26 +220,32 @@ def contenders(
     names: tuple[str, ...], bundle: Bundle, folder: Path | None, options: Options
 ) -> Iterator[tuple[str, Callable[[], Contender]]]:
     """Name what can run here and how it is loaded; what cannot is said."""
-    pack = FfnChoice(cluster=0)
+    choices = {"dense": DENSE, "pack": FfnChoice(cluster=0), **SHARES}
     for name in names:
-        if name == "transformers" and folder is None:
-            click.echo("transformers: left out, --transformers names no folder", err=True)
-        elif name == "lossless" and "lossless" not in MODES:
-            click.echo("lossless: left out, this runtime has no such mode", err=True)
-        elif name in ("dense", "lossless") and bundle.dense is None:
-            click.echo(f"{name}: left out, the bundle has no dense FFN", err=True)
+        if (lacking := _lacking(name, bundle, folder, options)) is not None:
+            click.echo(f"{name}: left out, {lacking}", err=True)
         elif name == "transformers" and folder is not None:
             yield name, partial(Transformers, folder, options)
-        elif name == "dense":
-            yield name, partial(CoreInfer, bundle, DENSE, options)
+        elif name in choices:
+            yield name, partial(CoreInfer, bundle, choices[name], options)
         elif name == "lossless":
             yield name, partial(Lossless, bundle, options)
-        elif name == "pack":
-            yield name, partial(CoreInfer, bundle, pack, options)
         else:
             limit_mb = options.gpu_memory_mb or least_mb(bundle, options)
             click.echo(f"bounded: {limit_mb:.1f} MB for weights and KV cache", err=True)
-            yield name, partial(CoreInfer, bundle, pack, options, limit_mb=limit_mb)
+            yield name, partial(CoreInfer, bundle, choices["pack"], options, limit_mb=limit_mb)
+
+
+def _lacking(name: str, bundle: Bundle, folder: Path | None, options: Options) -> str | None:
+    """Say why a contender cannot run here; None where it can."""
+    if name == "transformers" and folder is None:
+        return "--transformers names no folder"
+    if name in ("dense", "lossless", *SHARES) and bundle.dense is None:
+        return "the bundle has no dense FFN"
+    if least_share(bundle) > SHARES.get(name, DENSE).token_share:
+        return "the bundle has no such token share; compile it with --token-share"
+    # The CPU masks, to be tested.
+    return columns_problem(torch.device(options.device)) if name in SHARES and options.device != "cpu" else None
 
 
 def least_mb(bundle: Bundle, options: Options) -> float:

@@ -98,12 +98,12 @@ class LoadOptions:
     input_skipping: InputSkipping = field(
         default="auto",
         metadata=option(
-            "What token shares leave out in the native engine. auto: as on, if this machine then decodes faster, else "
-            "nothing; on: what a token does not want is not read; masked: it counts as 0, but all is read."
+            "What token shares leave out. auto: as on, if this machine then decodes faster, else nothing (torch: as "
+            "masked); on: what a token does not want is not read; masked: it counts as 0, but all is read."
         ),
     )
-    """on keeps a second layout of the weights in memory (docs/token_shares.md); masked is for measuring
-    quality, and what the torch engine does."""
+    """on keeps a second layout of the weights in memory (docs/token_shares.md), which the torch engine needs a GPU and
+    Triton for; masked is for measuring quality."""
     gpu_memory_mb: float | None = field(
         default=None,
         metadata=option(
@@ -165,8 +165,6 @@ def _conflicts(options: LoadOptions) -> Iterator[str]:
         yield f"memory_mb: expected none with the torch engine, got {options.memory_mb}"
     if options.memory_mb is not None and options.mode in ("stability", "fused"):
         yield f"mode {options.mode!r}: with memory_mb the dense FFN that neurons are gathered from is not in memory"
-    if options.engine == "torch" and options.input_skipping not in ("auto", "masked"):
-        yield f"input_skipping: expected auto or masked with the torch engine, got {options.input_skipping!r}"
     if options.memory_mb is not None and options.input_skipping in ("on", "masked"):
         yield f"input_skipping {options.input_skipping!r}: with memory_mb all that a token reads is read from files"
     if options.engine == "torch" and options.isa != "auto":

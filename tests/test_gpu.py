@@ -14,8 +14,10 @@ import pytest
 import torch
 from coreinfer.bundles import open_bundle
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.torch.column_choice import columns_problem
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder, device_needs
 from coreinfer.runtime.engines.torch.packed_linear import packed_problem
+from coreinfer.runtime.load_options import InputSkipping
 
 DEVICE = os.environ.get("COREINFER_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(DEVICE != "cpu" and not torch.cuda.is_available(), reason="no GPU here")
@@ -64,3 +66,31 @@ def test_packed_is_near_unpacked(tiny_bundle: Callable[..., Path]) -> None:
     for weights in ("bfloat16", "packed"):
         logits = logits_of(folder, "bfloat16", weights=weights)
         assert np.linalg.norm(logits - exact) / np.linalg.norm(exact) < 0.06
+
+
+def test_columns_give_what_masks_give(tiny_bundle: Callable[..., Path]) -> None:
+    """In float32, without and with a graph, then in bfloat16 by the int4 product, whose grid is rounded."""
+    if DEVICE == "cpu" and (problem := columns_problem(torch.device(DEVICE))) is not None:
+        pytest.skip(problem)
+    bundle = open_bundle(tiny_bundle("llama", token_share=0.6, quantize="int4"))
+
+    def logits(input_skipping: InputSkipping, dtype: str, **options: Any) -> npt.NDArray[np.float32]:
+        decoder = TorchDecoder(bundle, device=DEVICE, dtype=dtype, input_skipping=input_skipping, **options)
+        assert (decoder.masks._columns is not None) == (input_skipping == "on")
+        found = []
+        for share in (1.0, 0.64, 0.5):
+            decoder.truncate(0)
+            decoder.use(DENSE)
+            decoder.forward(TOKEN_IDS)
+            decoder.use(FfnChoice(token_share=share))
+            found += [decoder.forward([token_id]) for token_id in (9, 8)]
+        return np.concatenate(found)
+
+    exact = logits("masked", "float32", cuda_graphs="off", weights="bfloat16")
+    for options in ({"cuda_graphs": "off"}, {"cuda_graphs": "on", **ROOMY}):
+        got = logits("on", "float32", weights="bfloat16", **options)
+        np.testing.assert_allclose(got, exact, atol=2e-4, rtol=1e-3)
+    if packed_problem(torch.device(DEVICE), torch.bfloat16) is None:
+        near = logits("on", "bfloat16", weights="packed")
+        # An input near a threshold may be taken otherwise in another arithmetic.
+        assert np.linalg.norm(near - exact) / np.linalg.norm(exact) < 0.2

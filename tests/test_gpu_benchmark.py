@@ -30,7 +30,7 @@ def test_table_then_one_json_line(gpu: ModuleType, tiny_bundle: Callable[..., Pa
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     figures: dict[str, Any] = json.loads(lines[-1])
-    expected = [name for name in gpu.CONTENDERS if name != "lossless" or "lossless" in gpu.MODES]
+    expected = [name for name in gpu.CONTENDERS if name not in gpu.SHARES]
     assert [run["name"] for run in figures["runs"]] == expected
     assert len(lines) == 2 + len(expected) + 1
     for one in figures["runs"]:
@@ -43,6 +43,17 @@ def test_table_then_one_json_line(gpu: ModuleType, tiny_bundle: Callable[..., Pa
     assert 2 * by_name["transformers"]["bytes_per_token"] == by_name["dense"]["bytes_per_token"]
     assert figures["read_gbps"] > 0
     assert "bounded: " in result.stderr
+    assert "share-0.64: left out, the bundle has no such token share" in result.stderr
+
+
+def test_token_shares_are_timed(gpu: ModuleType, tiny_bundle: Callable[..., Path]) -> None:
+    folder = tiny_bundle("llama", token_share=0.6, quantize="int4")
+    names = ["dense", *gpu.SHARES]
+    result = run(gpu, folder, *(part for name in names for part in ("--contenders", name)))
+    assert result.exit_code == 0, result.output
+    runs = json.loads(result.stdout.splitlines()[-1])["runs"]
+    assert [one["name"] for one in runs] == names
+    assert [one["bytes_per_token"] is None for one in runs] == [False, True, True]
 
 
 def test_what_cannot_run_is_said(gpu: ModuleType, tiny_bundle: Callable[..., Path]) -> None:

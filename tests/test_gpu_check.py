@@ -1,5 +1,6 @@
 """tools/gpu-check.sh on the CPU: one JSON file that says what ran and what was cut, and that no GPU was there."""
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from .programs import load_program
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "gpu-check.sh"
+_COLUMNS = "test_columns_give_what_masks_give"
 QUICK = ["--dtype", "float32", "--tokens", "3", "--prompt-tokens", "8", "--read-bytes", "1048576", "--rounds"]
 
 
@@ -37,7 +39,9 @@ def test_all_parts_on_the_cpu(bundle: Path, tmp_path: Path) -> None:
     parts = report["parts"]
     assert (parts["install"]["status"], parts["install"]["why"]) == ("left out", "all is there")
     assert parts["tests"]["status"] == "passed"
-    assert parts["tests"]["found"]["not_passed"] == []
+    # Where Triton is, its kernels are interpreted.
+    skipped = [] if importlib.util.find_spec("triton") else [f"tests/test_gpu.py::{_COLUMNS}"]
+    assert parts["tests"]["found"]["not_passed"] == skipped
     assert parts["tests"]["found"]["counts"]["passed"] > 3
     assert parts["benchmark"]["status"] == "passed"
     assert [run["name"] for run in parts["benchmark"]["found"]["runs"]] == ["dense", "pack", "lossless", "bounded"]

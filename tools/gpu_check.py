@@ -34,10 +34,12 @@ _TAIL_LINES = 40
 _OUTCOME = re.compile(r"^(tests/\S+::\S.*?) (PASSED|FAILED|SKIPPED|ERROR)\b")
 _NO_GPU = "ran on no GPU: this shows that the check works, and nothing of a GPU"
 _SEE_DEVICE = """
-import json, sys, torch
+import importlib.metadata, importlib.util, json, sys, torch
+triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
 cuda = torch.cuda.is_available()
 name = torch.cuda.get_device_name(sys.argv[1]) if cuda and sys.argv[1].startswith("cuda") else None
-print(json.dumps({"gpu": name, "torch": torch.__version__, "cuda": torch.version.cuda, "sees_gpu": cuda}))
+seen = {"gpu": name, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton, "sees_gpu": cuda}
+print(json.dumps(seen))
 """
 
 
@@ -195,7 +197,10 @@ def run_tests(device: str, deadline: float) -> Part:
     """Run tests/test_gpu.py on the device, and count outcomes; those until the cut too."""
     # Warnings of other versions of packages are no failures here.
     pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--color=no", "-W", "default"]
-    part = _run([*pytest, "tests/test_gpu.py"], deadline, environment={"COREINFER_TEST_DEVICE": device})
+    environment = {"COREINFER_TEST_DEVICE": device}
+    if device == "cpu":
+        environment["TRITON_INTERPRET"] = "1"
+    part = _run([*pytest, "tests/test_gpu.py"], deadline, environment=environment)
     outcomes = [found.groups() for line in part.output_tail if (found := _OUTCOME.match(line))]
     part.found = {
         "counts": dict(Counter(outcome.lower() for _, outcome in outcomes)),

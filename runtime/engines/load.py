@@ -32,10 +32,6 @@ def load_decoder(bundle: Bundle, options: LoadOptions) -> Decoder:
         raise ConfigError("memory_mb: only the native engine on the CPU has it; leave it out, or use engine native")
     if options.isa != "auto":
         raise ConfigError(f"isa: expected auto with the torch engine, got {options.isa!r}")
-    if options.input_skipping not in ("auto", "masked"):
-        raise ConfigError(
-            f"input_skipping: the torch engine leaves out what a share says, got {options.input_skipping!r}"
-        )
     TorchDecoder = _import_torch_decoder(options.threads)  # noqa: N806
     decoder: Decoder = TorchDecoder(
         bundle,
@@ -45,6 +41,7 @@ def load_decoder(bundle: Bundle, options: LoadOptions) -> Decoder:
         cuda_graphs=options.cuda_graphs,
         weights=options.weights,
         kv_cache_bytes=options.kv_cache_bytes,
+        input_skipping=options.input_skipping,
     )
     return decoder
 

@@ -16,14 +16,16 @@ from coreinfer.runtime.engines.cached import CachedTokens
 from coreinfer.runtime.engines.kv_limits import PAGE_TOKENS, count_pages, pages_of
 from coreinfer.runtime.engines.prompt_sums import PromptSums
 from coreinfer.runtime.engines.protocol import DENSE, FfnChoice, KvPoolFull
+from coreinfer.runtime.load_options import InputSkipping
 from torch import nn
 
-from .host_weights import FfnReader, HostWeights, layer_bytes
+from .column_choice import pick_columns
+from .column_products import ColumnProducts
+from .host_weights import FfnReader, HostWeights
 from .input_masks import InputMasks
-from .low_halves import LowProducts, low_bytes
-from .memory_plan import MemoryNeeds, kv_bytes_per_token, plan_memory
+from .low_halves import LowProducts
+from .memory_plan import kv_bytes_per_token
 from .model import (
-    base_bytes,
     decoder_layers,
     empty_model,
     fill_model,
@@ -31,6 +33,7 @@ from .model import (
     pick_dtype,
     watch_activations,
 )
+from .needs import device_needs, plan_device
 from .packed_linear import pick_packed
 from .placement import DevicePlacement, MappedPlacement, Placement
 from .sequences import TorchSequences
@@ -56,7 +59,6 @@ class TorchDecoder:
     disk_reads = None
     gathers = True
     cheap_swaps = False  # on a GPU, which holds one pack
-    token_shares_pay = True  # not in time: it is the reference
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class TorchDecoder:
         cuda_graphs: str = "auto",
         weights: str = "auto",
         kv_cache_bytes: int | None = None,
+        input_skipping: InputSkipping = "auto",
         transfer: Transfer | None = None,
     ) -> None:
         """Build the model on the device.
@@ -79,6 +82,7 @@ class TorchDecoder:
             weights: "packed" multiplies by int4 weights as they are, "bfloat16" unpacks them to `dtype`; "auto" is
                 packed for int4 on a GPU that can.
             kv_cache_bytes: bound of all sequences' keys and values; see `count_pages`. A device may have less room.
+            input_skipping: what token shares leave out; see `LoadOptions`.
             transfer: the seam to the device; None for the device's own.
         Raises:
             ConfigError: the device or an option cannot be had, or the weights do not fit.
@@ -103,10 +107,24 @@ class TorchDecoder:
             raise ConfigError("gpu_memory_mb: torch sees no GPU here; leave it out, or try it with device 'cpu'")
         moves = self._device.type != "cpu" or gpu_memory_mb is not None
         transfer = transfer or (pick_transfer(self._device) if moves else None)
+        self._input_skipping = input_skipping
+        self._has_columns = pick_columns(
+            bundle,
+            self._family,
+            self._layers,
+            input_skipping,
+            device=self._device,
+            dtype=self._dtype,
+            packed=packed,
+            limited=gpu_memory_mb is not None,
+        )
         self._placement = self._place_weights(transfer, gpu_memory_mb)
         self._sequences = TorchSequences(self._pick_static(cuda_graphs, transfer))
         low = LowProducts(self._layers, self._family, bundle, dtype=self._dtype, device=self._device, packed=packed)
-        self.masks = InputMasks(self._layers, self._family, bundle, low, self._device)
+        columns = None
+        if self._has_columns:
+            columns = ColumnProducts(self._layers, self._family, bundle, self._device, packed=packed)
+        self.masks = InputMasks(self._layers, self._family, bundle, low, self._device, columns)
         self._choice: FfnChoice | None = None
         self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
 
@@ -118,8 +136,15 @@ class TorchDecoder:
             fill_model(self._model, self._bundle, self._dtype, lambda tensor: tensor.to(self._device))
             return MappedPlacement(self._layers, self._family, self._reader)
         host = HostWeights(self._reader, transfer)
-        needs = _needs(self._model, self._reader)
-        plan = plan_memory(needs, limit_mb=gpu_memory_mb, free_bytes=transfer.free_bytes())
+        needs, plan = plan_device(
+            self._model,
+            self._reader,
+            columns=self._has_columns,
+            required=self._input_skipping == "on",
+            limit_mb=gpu_memory_mb,
+            free_bytes=transfer.free_bytes(),
+        )
+        self._has_columns = needs.columns > 0
         if plan.stream_dense:
             _log.info("the dense FFN (%.0f MB) is streamed layer by layer", needs.dense / 1e6)
 
@@ -179,12 +204,17 @@ class TorchDecoder:
         return self._sequences.selected
 
     @property
+    def token_shares_pay(self) -> bool:
+        """Whether it goes by token shares: on most devices not to gain time, but as the reference."""
+        return self._input_skipping != "off"
+
+    @property
     def skips_neurons(self) -> bool:
         """Never: it computes with zeros."""
         return False
 
     def weight_bytes(self, *, greedy: bool, alone: bool) -> int | None:
-        """Not counted: it computes with zeros, and reads all."""
+        """Not counted: it computes with zeros and reads all, or would have to wait for the device's count."""
         return None
 
     def prepare(self, choice: FfnChoice) -> None:
@@ -365,27 +395,3 @@ class TorchDecoder:
         with watch_activations(self._layers, self._family, sums.add):
             logits = self._append(token_ids, logits_to_keep=1, watched=True)
         return logits, sums.statistics
-
-
-def device_needs(bundle: Bundle, *, device: str, dtype: str, weights: str = "auto") -> MemoryNeeds:
-    """Find out what a bundle would take on a device, without taking it; arguments as of `TorchDecoder`."""
-    place = pick_device(device)
-    kind = pick_dtype(dtype, place)
-    packed = pick_packed(bundle, weights, place, kind)
-    family = family_by_name(bundle.manifest.model.family)
-    reader = FfnReader(bundle=bundle, family=family, dtype=kind, device=place, packed=packed)
-    return _needs(empty_model(bundle, place, kind, packed=packed), reader)
-
-
-def _needs(model: nn.Module, reader: FfnReader) -> MemoryNeeds:
-    record = reader.bundle.manifest.model
-    pack, dense = reader.largest_pack_bytes, reader.num_bytes(None) if reader.bundle.dense is not None else 0
-    return MemoryNeeds(
-        base=base_bytes(model),
-        pack=pack,
-        dense=dense,
-        layer=layer_bytes(reader.shapes(None, 0)),
-        kv_per_token=kv_bytes_per_token(record, reader.dtype.itemsize),
-        max_positions=record.max_positions,
-        low_bits=low_bytes(reader.bundle, decoder_layers(model, reader.family), reader.family, max(pack, dense)),
-    )

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from coreinfer.bundles import Bundle
 from coreinfer.bundles.contract import INPUT_GROUPS
-from coreinfer.bundles.families import Family
+from coreinfer.bundles.families import Family, resolve
 from coreinfer.bundles.tensors import TensorFile
 from coreinfer.bundles.token_shares import column_norms, ffn_with_norms, token_thresholds
 from coreinfer.runtime.engines.protocol import FfnChoice
 from torch import nn
 
+from .column_products import ColumnProducts
 from .low_halves import LowProducts, hold
 from .wanted_inputs import Entering, Groups, InputCounts, Taken, take, take_inputs
 
@@ -34,13 +36,15 @@ class InputMasks:
         bundle: Bundle,
         low: LowProducts,
         device: torch.device,
+        columns: ColumnProducts | None = None,
     ) -> None:
         """Mask nothing yet.
 
         Args:
             low: of the same layers and bundle.
+            columns: of the same; a token that comes alone then reads only what it wants. None masks all tokens.
         """
-        self._bundle, self._device, self._low = bundle, device, low
+        self._bundle, self._device, self._low, self._columns = bundle, device, low, columns
         self.counts: InputCounts | None = None
         self._is_on, self._generation = False, 0
         self._norms: dict[Groups, torch.Tensor] = {}
@@ -48,6 +52,8 @@ class InputMasks:
         for number, layer in enumerate(layers) if bundle.token_shares is not None else ():
             for group in INPUT_GROUPS:
                 take_inputs(layer, family, group, self._taking(number, group), partial(self._low.product, number))
+                for path in family.input_groups.get(group, ()):
+                    self._read_columns((number, group), path, resolve(layer, path))
 
     @property
     def key(self) -> int | None:
@@ -70,6 +76,8 @@ class InputMasks:
             self._thresholds.copy_(thresholds)
             ffn = ffn_with_norms(self._bundle, choice.cluster)
             moved = [self._low.use(ffn), self._fill_norms(ffn)]
+            if self._columns is not None:
+                moved.append(self._columns.use(ffn))
             self._generation += any(moved)
         self._is_on = thresholds is not None
 
@@ -88,7 +96,7 @@ class InputMasks:
         has_halves = self._low.has_halves(place)
 
         def taken(entering: Entering) -> Taken | None:
-            if not self._is_on:
+            if not self._is_on or self._leaves_out(place, entering.values):
                 return None
             found = take(entering, self._norms[place], limits, has_halves=has_halves)
             if entering.is_first and self.counts is not None:
@@ -96,3 +104,23 @@ class InputMasks:
             return found
 
         return taken
+
+    def _leaves_out(self, place: Groups, inputs: torch.Tensor) -> bool:
+        """Whether a module reads only what is wanted of its inputs: those of one token, which nobody counts."""
+        is_alone = inputs.numel() == inputs.shape[-1]
+        return self._columns is not None and self._columns.has(place) and is_alone and self.counts is None
+
+    def _read_columns(self, place: Groups, path: str, module: Any) -> None:
+        """Let a module multiply by columns where it is to leave out inputs, and else as it does."""
+        columns = self._columns
+        if columns is None or not columns.has(place):
+            return
+        plain, limits = module.forward, self._thresholds[place[0], INPUT_GROUPS.index(place[1])]
+
+        def forward(inputs: torch.Tensor) -> torch.Tensor:
+            if self._is_on and self._leaves_out(place, inputs):
+                return columns.product(place, path, inputs, self._norms[place], limits, module.bias)
+            found: torch.Tensor = plain(inputs)
+            return found
+
+        module.forward = forward

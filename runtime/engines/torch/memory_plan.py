@@ -23,6 +23,7 @@ class MemoryNeeds:
         dense: 0 where the bundle has no dense FFN.
         layer: one layer of the dense FFN.
         low_bits: second copy of the weights whose inputs are read in half; 0 where none are.
+        columns: copy of the weights that is read input by input; 0 where there is none.
         kv_per_token: keys and values of one token, all layers that have any.
     """
 
@@ -33,11 +34,12 @@ class MemoryNeeds:
     kv_per_token: int
     max_positions: int
     low_bits: int
+    columns: int = 0
 
     @property
     def resident(self) -> int:
         """What is never given back."""
-        return self.base + self.low_bits
+        return self.base + self.low_bits + self.columns
 
     @property
     def least(self) -> int:
@@ -79,9 +81,10 @@ def plan_memory(needs: MemoryNeeds, *, limit_mb: float | None, free_bytes: int) 
     if (stream or not needs.dense) and needs.least > limit:
         kv = needs.least - needs.resident - needs.pack - buffers
         name = "gpu_memory_mb" if limit_mb is not None else "free device memory less a margin"
-        halves = f", for halves {_mb(needs.low_bits)} (none with --no-half-inputs)" if needs.low_bits else ""
+        extra = f", for halves {_mb(needs.low_bits)} (none with --no-half-inputs)" if needs.low_bits else ""
+        extra += f", for columns {_mb(needs.columns)} (none with input_skipping 'masked')" if needs.columns else ""
         raise ConfigError(
-            f"{name}: expected at least {_mb(needs.least)} MB (base {_mb(needs.base)}{halves}, pack {_mb(needs.pack)}, "
+            f"{name}: expected at least {_mb(needs.least)} MB (base {_mb(needs.base)}{extra}, pack {_mb(needs.pack)}, "
             f"two layer buffers {_mb(buffers)}, KV cache {_mb(kv)}), got {_mb(limit)}; raise it, or compile with a "
             "lower --keep or --quantize int4"
         )
