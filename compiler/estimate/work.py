@@ -306,17 +306,15 @@ def reconstruct_work(case: Case, *, carries: bool, removes: bool, picks: bool) -
     candidates = num_candidates(case.kept, ffn_dim) if picks else ffn_dim
     case = replace(case, shapes=replace(case.shapes, ffn_dim=candidates))
     shapes, tokens = case.shapes, case.calibration_tokens + sampled(case.validation_tokens, VALIDATION_TOKENS)
-    half = tokens / 2
-    narrow = 2 * half * (shapes.attention_weights + shapes.inner_weights + case.kept * shapes.hidden_size)
-    sums = _sums_flop(case)
+    # Of half of the tokens.
+    narrow = tokens * (shapes.attention_weights + shapes.inner_weights + case.kept * shapes.hidden_size)
     removal = removal_work(shapes, case.kept) if removes else Work()
-    flop, moved, summed = 0.0, 0.0, 0.0
+    flop, moved = 0.0, 0.0
     for number, num_clusters in enumerate(case.num_assigned):
         repair = repair_flop(case, NUM_RIDGES if number == 0 else 1)
-        summed += sums
         flop += num_clusters * (removal.float_flop + repair)
         moved += num_clusters * (removal.moved_bytes + _mixture_bytes(shapes))
-    per_layer = summed + len(case.num_assigned) * narrow * carries
+    per_layer = len(case.num_assigned) * (_sums_flop(case) + narrow * carries)
     model_flop = token_flop * tokens + shapes.num_layers * per_layer
     return Work(
         model_flop=model_flop,
