@@ -47,8 +47,9 @@ MODULES = sorted(
     for name, package in PACKAGES.items()
     for module in pkgutil.walk_packages(package.__path__, f"coreinfer.{name}.")
     if module.name.rpartition(".")[2] not in ("__main__", "_native", "_kernels", "_products")
-    # Ray is not everywhere.
+    # Ray and Triton are not everywhere.
     and (importlib.util.find_spec("ray") or not module.name.startswith(ON_RAY))
+    and (importlib.util.find_spec("triton") or not module.name.endswith(".column_kernels"))
 )
 
 
@@ -206,6 +207,11 @@ def test_only_the_torch_engine_needs_torch() -> None:
         and any(h in ast.unparse(node).split() for h in HEAVY if h != "ray")
     }
     assert users == {
+        "torch/column_choice.py",
+        "torch/column_kernels.py",
+        "torch/column_layout.py",
+        "torch/column_products.py",
+        "torch/column_trial.py",
         "torch/decoder.py",
         "torch/host_weights.py",
         "torch/input_masks.py",
@@ -213,6 +219,7 @@ def test_only_the_torch_engine_needs_torch() -> None:
         "torch/low_halves.py",
         "torch/mixture.py",
         "torch/model.py",
+        "torch/needs.py",
         "torch/packed_linear.py",
         "torch/placement.py",
         "torch/sequences.py",
