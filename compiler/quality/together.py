@@ -19,6 +19,8 @@ Batches = Sequence[tuple[int, ...]]
 """Numbers of the texts that are read together."""
 Halves = Sequence[torch.Tensor]
 """Of each layer keys and then values, (1, heads, tokens, head size) both."""
+_MOST_PADDED, _SMALL_BATCH_TOKENS = 1.1, 128
+"""Padded tokens of a batch, for each token of its texts; of a small batch any."""
 
 
 def batch_texts(lengths: Sequence[int], labels: npt.NDArray[np.int64] | None, vocab_size: int) -> list[tuple[int, ...]]:
@@ -31,12 +33,14 @@ def batch_texts(lengths: Sequence[int], labels: npt.NDArray[np.int64] | None, vo
     """
     most = batch_tokens(vocab_size)
     own = [0] * len(lengths) if labels is None else labels.tolist()
-    batches, batch = [], list[int]()
+    batches, batch, num_tokens = [], list[int](), 0
     for number in sorted(range(len(lengths)), key=lambda number: (own[number], lengths[number], number)):
         # The longest comes last.
-        if batch and (own[batch[0]] != own[number] or (len(batch) + 1) * lengths[number] > most):
+        padded, num_tokens = (len(batch) + 1) * lengths[number], num_tokens + lengths[number]
+        is_wasteful = padded > max(_MOST_PADDED * num_tokens, _SMALL_BATCH_TOKENS)
+        if batch and (own[batch[0]] != own[number] or padded > most or is_wasteful):
             batches.append(tuple(batch))
-            batch = []
+            batch, num_tokens = [], lengths[number]
         batch.append(number)
     return [*batches, tuple(batch)] if batch else batches
 
