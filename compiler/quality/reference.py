@@ -76,7 +76,7 @@ class PlaceTexts:
     Attributes:
         key: no other texts have it.
         token_ids: number of a text -> its token ids.
-        batches: texts that are read together, which are the same wherever they are read.
+        batches: texts that are decoded together, which are the same wherever they are.
         stored: the dense model as it is stored; None for the model's own weights.
         folder: for files, of a stored model; None to keep all in memory.
     """
@@ -250,8 +250,14 @@ def _read(loaded: LoadedModel, own: PlaceTexts, advance: Advance) -> _Read:
 def _dense_passes(
     loaded: LoadedModel, own: PlaceTexts, advance: Advance
 ) -> Iterator[tuple[int, tuple[torch.Tensor, list[torch.Tensor]]]]:
-    """Number of each text, logits of its second half, and keys and values of its first, as `ReferenceText` has them."""
-    for batch in own.batches:
+    """Number of each text, logits of its second half, and keys and values of its first, as `ReferenceText` has them.
+
+    A place's texts of like length are read together, whatever their clusters: less is padding.
+    """
+    numbers = sorted(own.token_ids)
+    lengths = [len(own.token_ids[number]) for number in numbers]
+    for members in batch_texts(lengths, None, loaded.record.vocab_size):
+        batch = [numbers[member] for member in members]
         texts = [own.token_ids[number] for number in batch]
         yield from zip(batch, dense_logits(loaded, texts, [split_point(len(text)) for text in texts]), strict=True)
         advance(len(batch))
