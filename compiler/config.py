@@ -123,6 +123,11 @@ class CompileConfig(CompileOptions):
         return self._method.ridge if self.ridge is None else self.ridge
 
     @property
+    def tokens_a_neuron(self) -> int | None:
+        """Calibration tokens of a cluster that repairs look at, for each neuron of a layer; None for all."""
+        return self._method.tokens_a_neuron
+
+    @property
     def effective_heal_steps(self) -> int:
         """Steps of healing, with its default filled in."""
         return self._method.heal_steps if self.heal_steps is None else self.heal_steps

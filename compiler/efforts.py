@@ -22,6 +22,8 @@ class Method:
     Attributes:
         tolerance: share of a quality that was asked for which a search may leave unused; it has no option.
         num_tries: of a search at most; it has no option.
+        tokens_a_neuron: of a cluster's text that repairs layer after layer look at at most, for each neuron of a layer;
+            None for all of it. It has no option.
     """
 
     removal: Removal
@@ -33,6 +35,7 @@ class Method:
     heal_steps: int
     tolerance: float
     num_tries: int
+    tokens_a_neuron: int | None
 
 
 METHODS: Mapping[Effort, Method] = {
@@ -46,6 +49,7 @@ METHODS: Mapping[Effort, Method] = {
         heal_steps=0,
         tolerance=0.15,
         num_tries=3,
+        tokens_a_neuron=None,
     ),
     "normal": Method(
         removal="second-order",
@@ -57,6 +61,7 @@ METHODS: Mapping[Effort, Method] = {
         heal_steps=0,
         tolerance=0.05,
         num_tries=6,
+        tokens_a_neuron=8,
     ),
     "best": Method(
         removal="second-order",
@@ -68,6 +73,7 @@ METHODS: Mapping[Effort, Method] = {
         heal_steps=60,
         tolerance=0.03,
         num_tries=8,
+        tokens_a_neuron=None,
     ),
 }
 

@@ -32,10 +32,10 @@ from .prune.mixtures.experts import profile_experts
 from .prune.narrow import CLUSTERS, Assignment, CutOf, Labels, NarrowModel, choose_all
 from .prune.profile import Profile, profile_model
 from .prune.reconstruct import REVISION, narrow_all
+from .prune.repair_text import few_validated
 from .prune.select import layer_budgets
 from .prune.sensitivity import RemovalCurves, output_metrics, removal_curves
 from .prune.sums import Sums, keep_sums, sums_fit
-from .prune.validation import few_validated
 from .quality.reference import Reference, read_reference
 from .quality.score import evaluate
 from .quality.search import searches
@@ -292,6 +292,7 @@ def narrow_packs(
         ridge=config.effective_ridge,
         removal=config.effective_removal,
         carry=config.effective_carry,
+        tokens_a_neuron=config.tokens_a_neuron,
         rounding=formats_of(config).ffn if config.repairs_rounding else None,
         assignments=[item.name for item in assignments],
         # Efforts that differ in nothing else would have found each other's layers.

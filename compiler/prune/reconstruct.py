@@ -12,7 +12,7 @@ from .layer_repair import NarrowInputs, Results, find_results, own_result
 from .layer_results import LayerResult
 from .mixtures.expert_layers import narrow_experts
 from .narrow import NarrowModel
-from .validation import few_validated
+from .repair_text import few_calibrated, few_validated
 
 __all__ = ["REVISION", "narrow_all"]
 
@@ -41,7 +41,11 @@ def _narrow_layers(inputs: NarrowInputs, cache: Cache, key: str, progress: Progr
         narrow = narrow_experts
     else:
         narrow = narrow_carried if inputs.config.effective_carry else narrow_apart
-    return narrow(replace(inputs, validation=validation, assignments=assignments), cache, keys, progress)
+    calibration, most = inputs.calibration, inputs.config.tokens_a_neuron
+    if narrow is narrow_carried and most is not None:
+        calibration, assignments = few_calibrated(calibration, assignments, most * inputs.loaded.record.ffn_dim)
+    text = replace(inputs, calibration=calibration, validation=validation, assignments=assignments)
+    return narrow(text, cache, keys, progress)
 
 
 def _collect(inputs: NarrowInputs, name: str, layers: Sequence[LayerResult]) -> NarrowModel:
