@@ -36,8 +36,8 @@ class Reached:
 # Fitted to the stages of SmolLM2-135M-Instruct Q4_1 with 40,000 tokens of builtin and 8 clusters, alone on two cores
 # with AVX-512 VNNI and bfloat16 but no AMX, whose products reach 180 and 405 GFLOP/s and whose plain reads 33 GB/s. To
 # fit them again: compile with --json, compare stage_seconds with those of --dry-run --json, and scale a row's shares.
-# `model_float32` was fitted to 20,000 tokens on two cores with AVX2 alone, of `reconstruct`, `reference` and `evaluate` to
-# 200,000 tokens, 16 clusters and keep 0.4 on a Zen 5 as with AVX2 alone.
+# `model_float32` was fitted to 20,000 tokens on two cores with AVX2 alone, that of `reconstruct`, `reference` and
+# `evaluate` to 200,000 tokens, 16 clusters and keep 0.4 on a Zen 5 as with AVX2 alone.
 REACHED: Mapping[str, Reached] = {
     "hash": Reached(memory=0.035),
     "load": Reached(memory=0.012, fixed_seconds=0.3),
