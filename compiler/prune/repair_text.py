@@ -50,7 +50,7 @@ def few_calibrated(
             if members.any() and not (members & picked).any():
                 picked[members.argmax()] = True
     ids = np.flatnonzero(picked)
-    return [documents[index] for index in ids], [
+    return [documents[index] for index in ids.tolist()], [
         replace(item, calibration=item.calibration[ids]) for item in assignments
     ]
 
