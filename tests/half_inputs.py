@@ -11,10 +11,22 @@ from coreinfer.bundles.contract import INPUT_GROUPS, tensor_name
 from coreinfer.bundles.families import Family, resolve
 from coreinfer.bundles.formats import float_matrix
 from coreinfer.bundles.tensors import StoredTensor, TensorFile
+from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.torch.decoder import TorchDecoder
 from torch import nn
 from torch.nn import functional
 
 Floats = npt.NDArray[np.float32]
+PROMPT_IDS, NEXT_IDS = [1, 57, 200, 300, 21, 99, 140, 7], [9, 8, 77, 301]
+
+
+def logits_of(decoder: TorchDecoder, choice: FfnChoice) -> Floats:
+    """Logits of each token that is decoded with a choice, after a prompt that the dense FFN read."""
+    decoder.truncate(0)
+    decoder.use(DENSE)
+    decoder.forward(PROMPT_IDS)
+    decoder.use(choice)
+    return np.stack([decoder.forward([token_id])[0] for token_id in NEXT_IDS])
 
 
 def with_low_bits(file: Mapping[str, StoredTensor], name: str, bits: int) -> dict[str, StoredTensor]:

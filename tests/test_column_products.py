@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from coreinfer.bundles import Bundle, ConfigError, open_bundle
-from coreinfer.runtime.engines.protocol import DENSE, FfnChoice
+from coreinfer.runtime.engines.protocol import FfnChoice
 from coreinfer.runtime.engines.torch import column_choice, column_products
 from coreinfer.runtime.engines.torch.column_layout import Columns
 from coreinfer.runtime.engines.torch.decoder import TorchDecoder, device_needs
@@ -23,14 +22,12 @@ from coreinfer.runtime.engines.torch.wanted_inputs import InputCounts
 from coreinfer.runtime.load_options import InputSkipping, LoadOptions
 
 from .fake_device import FakeDevice
+from .half_inputs import NEXT_IDS, PROMPT_IDS, logits_of
 from .interpreting import INTERPRETED, needs_interpreter
 
 # As in test_half_inputs.py, where it is compiled too.
 NO_HALVES: dict[str, Any] = {"half_inputs": False, "packs": "thin", "keep": None, "budgets": None, "evaluate": False}
 SHARE = 0.6
-PROMPT_IDS, NEXT_IDS = [1, 57, 200, 300, 21, 99, 140, 7], [9, 8, 77]
-
-Floats = npt.NDArray[np.float32]
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +51,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(column_products, "multiply_columns", counted)
     return seen
-
-
-def logits_of(decoder: TorchDecoder, choice: FfnChoice) -> Floats:
-    """Logits of tokens that are decoded with a choice, after a prompt that the dense FFN read."""
-    decoder.truncate(0)
-    decoder.use(DENSE)
-    decoder.forward(PROMPT_IDS)
-    decoder.use(choice)
-    return np.stack([decoder.forward([token_id])[0] for token_id in NEXT_IDS])
 
 
 @needs_interpreter

@@ -37,13 +37,12 @@ from coreinfer.runtime.engines.torch.decoder import TorchDecoder, device_needs
 from coreinfer.runtime.engines.torch.wanted_inputs import InputCounts
 
 from .bundle_factory import change_tensors, edit_manifest
-from .half_inputs import halved_matrix, taken_by_hand
+from .half_inputs import NEXT_IDS, PROMPT_IDS, halved_matrix, logits_of, taken_by_hand
 from .loading import load
 from .old_readers import check_older_readers
 from .packing import pack_int4
 
 SHARE = 0.6
-PROMPT_IDS, NEXT_IDS = [1, 57, 200, 300, 21, 99, 140, 7], [9, 8, 77, 301]
 TEXT = Document(text="", routing_text="", token_ids=(*PROMPT_IDS, *PROMPT_IDS[::-1], *NEXT_IDS))
 
 Floats = npt.NDArray[np.float32]
@@ -195,15 +194,6 @@ def test_what_has_no_halves_is_said_if_they_were_asked_for(
 
 
 # What is computed
-
-
-def logits_of(decoder: TorchDecoder, choice: FfnChoice) -> Floats:
-    """Logits of each token that is decoded with a choice, after a prompt that the dense FFN read."""
-    decoder.truncate(0)
-    decoder.use(DENSE)
-    decoder.forward(PROMPT_IDS)
-    decoder.use(choice)
-    return np.stack([decoder.forward([token_id])[0] for token_id in NEXT_IDS])
 
 
 @pytest.mark.parametrize(
