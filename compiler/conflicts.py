@@ -116,6 +116,8 @@ def _not_with_chosen_packs(config: "CompileConfig") -> Iterator[str]:
             "--budget-mb: --packs auto chooses by a quality; give --max-kl, or --packs own with --budget-mb and "
             "--token-share auto"
         )
+    if config.heals:
+        yield "--packs auto: packs that are healed are not compared yet; give --heal-steps 0, or --packs own"
     if config.experts != "whole":
         yield f"--experts {config.experts}: --packs auto does not choose for mixtures of experts; give --packs own"
     if config.controls:

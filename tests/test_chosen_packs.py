@@ -320,7 +320,7 @@ def test_options_that_decide_the_same_are_refused(auto_inputs: CompileConfig, tm
         ({"dense": False}, "--no-dense: thin clusters, which --packs auto may choose"),
         ({"controls": True}, "--controls: they have the bytes of packs"),
         ({"experts": "narrow"}, "--experts narrow: --packs auto does not choose for mixtures"),
-        ({"effort": "best"}, "--token-share: packs that are healed are not measured with it"),
+        ({"effort": "best"}, "--packs auto: packs that are healed are not compared yet"),
         ({"max_memory": 4.0}, "--token-share: gradients go through all of its weights"),
         ({"quantize": "int4", "by_neuron": True}, "--token-share: expected a FFN that is not stored neuron by neuron"),
         ({"budgets": "energy", "min_layer_keep": 0.6}, "--min-layer-keep 0.6: expected at most 0.5"),

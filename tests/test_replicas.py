@@ -175,6 +175,12 @@ def test_who_goes_away_is_answered_no_more(replicas: RunningServer) -> None:
     assert eventually(lambda: replicas.metric("coreinfer_active") == 0)
 
 
+def begin_stream(connection: http.client.HTTPConnection) -> tuple[http.client.HTTPResponse, bytes]:
+    """Wait for a stream's first line."""
+    response = connection.getresponse()
+    return response, response.readline()
+
+
 @needs_ray
 def test_killed_replicas_lose_no_waiting_request(replicas: RunningServer) -> None:
     """Both are killed. What no client has a token of is answered by those that Ray starts; a stream ends in order."""
@@ -194,10 +200,10 @@ def test_killed_replicas_lose_no_waiting_request(replicas: RunningServer) -> Non
         assert len(processes) == 2
         with stopped(processes):
             streamed, *whole = [send({**long, "stream": number == 0}) for number in range(5)]
+            begun = stack.enter_context(ThreadPoolExecutor(1)).submit(begin_stream, streamed)
             # One's last token may be on its way when all are stopped again: what has begun is not all that is lost.
-            assert run_until(lambda: replicas.metric("coreinfer_active") == 5, processes)
-            stream = streamed.getresponse()
-            first = stream.readline()
+            assert run_until(lambda: replicas.metric("coreinfer_active") == 5 and begun.done(), processes)
+            stream, first = begun.result()
             waiting = [send(body(stream=number % 2 == 1)) for number in range(4)]
             assert eventually(lambda: replicas.metric("coreinfer_queue_length") >= 5 + len(waiting) - 2 * PARALLEL)
             for process in processes:
