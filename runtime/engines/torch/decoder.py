@@ -20,10 +20,8 @@ from coreinfer.runtime.load_options import InputSkipping
 from torch import nn
 
 from .column_choice import pick_columns
-from .column_products import ColumnProducts
 from .host_weights import FfnReader, HostWeights
-from .input_masks import InputMasks
-from .low_halves import LowProducts
+from .input_masks import make_masks
 from .memory_plan import kv_bytes_per_token
 from .model import (
     decoder_layers,
@@ -88,8 +86,7 @@ class TorchDecoder:
             ConfigError: the device or an option cannot be had, or the weights do not fit.
             BundleCorrupt: the base does not hold what the model needs.
         """
-        self._bundle = bundle
-        self._process_id = os.getpid()
+        self._bundle, self._process_id = bundle, os.getpid()
         self._family = family_by_name(bundle.manifest.model.family)
         self._device = pick_device(device)
         self._dtype = pick_dtype(dtype, self._device)
@@ -103,10 +100,7 @@ class TorchDecoder:
         self._most_pages = count_pages(
             kv_cache_bytes, page_bytes=self._page_bytes, max_positions=bundle.manifest.model.max_positions
         )
-        if device == "auto" and self._device.type == "cpu" and gpu_memory_mb is not None:
-            raise ConfigError("gpu_memory_mb: torch sees no GPU here; leave it out, or try it with device 'cpu'")
-        moves = self._device.type != "cpu" or gpu_memory_mb is not None
-        transfer = transfer or (pick_transfer(self._device) if moves else None)
+        transfer = pick_transfer(self._device, asked=device, gpu_memory_mb=gpu_memory_mb, given=transfer)
         self._input_skipping = input_skipping
         self._has_columns = pick_columns(
             bundle,
@@ -120,11 +114,8 @@ class TorchDecoder:
         )
         self._placement = self._place_weights(transfer, gpu_memory_mb)
         self._sequences = TorchSequences(self._pick_static(cuda_graphs, transfer))
-        low = LowProducts(self._layers, self._family, bundle, dtype=self._dtype, device=self._device, packed=packed)
-        columns = None
-        if self._has_columns:
-            columns = ColumnProducts(self._layers, self._family, bundle, self._device, packed=packed)
-        self.masks = InputMasks(self._layers, self._family, bundle, low, self._device, columns)
+        parts = self._layers, self._family, bundle, self._device, self._dtype
+        self.masks = make_masks(*parts, packed=packed, has_columns=self._has_columns)
         self._choice: FfnChoice | None = None
         self.use(DENSE if bundle.dense else FfnChoice(cluster=0))
 

@@ -17,7 +17,7 @@ from .column_products import ColumnProducts
 from .low_halves import LowProducts, hold
 from .wanted_inputs import Entering, Groups, InputCounts, Taken, take, take_inputs
 
-__all__ = ["InputMasks"]
+__all__ = ["InputMasks", "make_masks"]
 
 
 class InputMasks:
@@ -124,3 +124,24 @@ class InputMasks:
             return found
 
         module.forward = forward
+
+
+def make_masks(
+    layers: Sequence[nn.Module],
+    family: Family,
+    bundle: Bundle,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    packed: bool,
+    has_columns: bool,
+) -> InputMasks:
+    """Make masks, and what they multiply by.
+
+    Args:
+        packed: whether the FFN is multiplied as int4.
+        has_columns: whether a token that comes alone reads only what it wants.
+    """
+    low = LowProducts(layers, family, bundle, dtype=dtype, device=device, packed=packed)
+    columns = ColumnProducts(layers, family, bundle, device, packed=packed) if has_columns else None
+    return InputMasks(layers, family, bundle, low, device, columns)

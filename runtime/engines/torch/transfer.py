@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+from coreinfer.bundles import ConfigError
 
 __all__ = ["CpuTransfer", "CudaTransfer", "Kind", "Ticket", "Transfer", "pick_transfer"]
 
@@ -151,8 +152,22 @@ class CudaTransfer:
         return graph.replay
 
 
-def pick_transfer(device: torch.device) -> Transfer | None:
-    """Find the seam of a device; None where weights are put there once and for all."""
+def pick_transfer(
+    device: torch.device, *, asked: str, gpu_memory_mb: float | None, given: Transfer | None
+) -> Transfer | None:
+    """Find the seam of a device; None where weights are put there once and for all.
+
+    Args:
+        asked: how the device was named.
+        gpu_memory_mb: with it weights are copied on the CPU too.
+        given: is taken instead of the device's own.
+    Raises:
+        ConfigError: a GPU's memory was limited, and "auto" found none.
+    """
+    if asked == "auto" and device.type == "cpu" and gpu_memory_mb is not None:
+        raise ConfigError("gpu_memory_mb: torch sees no GPU here; leave it out, or try it with device 'cpu'")
+    if given or (device.type == "cpu" and gpu_memory_mb is None):
+        return given
     if device.type == "cuda":
         return CudaTransfer(device)
     return CpuTransfer() if device.type == "cpu" else None
