@@ -36,7 +36,7 @@ from .packed_linear import pick_packed
 from .placement import DevicePlacement, MappedPlacement, Placement
 from .sequences import TorchSequences
 from .static_step import StaticStep, pick_static
-from .transfer import Transfer, pick_transfer
+from .transfer import Transfer, needed_transfer
 
 __all__ = ["TorchDecoder", "device_needs"]
 
@@ -100,7 +100,7 @@ class TorchDecoder:
         self._most_pages = count_pages(
             kv_cache_bytes, page_bytes=self._page_bytes, max_positions=bundle.manifest.model.max_positions
         )
-        transfer = pick_transfer(self._device, asked=device, gpu_memory_mb=gpu_memory_mb, given=transfer)
+        transfer = needed_transfer(self._device, asked=device, gpu_memory_mb=gpu_memory_mb, given=transfer)
         self._input_skipping = input_skipping
         self._has_columns = pick_columns(
             bundle,

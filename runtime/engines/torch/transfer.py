@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from coreinfer.bundles import ConfigError
 
-__all__ = ["CpuTransfer", "CudaTransfer", "Kind", "Ticket", "Transfer", "pick_transfer"]
+__all__ = ["CpuTransfer", "CudaTransfer", "Kind", "Ticket", "Transfer", "needed_transfer", "pick_transfer"]
 
 Kind = Literal["base", "pack", "layer", "dense"]
 """What device memory is for: the base, the chosen pack, a buffer of the layer stream, the resident dense FFN."""
@@ -152,10 +152,17 @@ class CudaTransfer:
         return graph.replay
 
 
-def pick_transfer(
+def pick_transfer(device: torch.device) -> Transfer | None:
+    """Find the seam of a device; None where weights are put there once and for all."""
+    if device.type == "cuda":
+        return CudaTransfer(device)
+    return CpuTransfer() if device.type == "cpu" else None
+
+
+def needed_transfer(
     device: torch.device, *, asked: str, gpu_memory_mb: float | None, given: Transfer | None
 ) -> Transfer | None:
-    """Find the seam of a device; None where weights are put there once and for all.
+    """Find the seam that weights are copied by; None where they are put on the device once and for all.
 
     Args:
         asked: how the device was named.
@@ -168,6 +175,4 @@ def pick_transfer(
         raise ConfigError("gpu_memory_mb: torch sees no GPU here; leave it out, or try it with device 'cpu'")
     if given or (device.type == "cpu" and gpu_memory_mb is None):
         return given
-    if device.type == "cuda":
-        return CudaTransfer(device)
-    return CpuTransfer() if device.type == "cpu" else None
+    return pick_transfer(device)
